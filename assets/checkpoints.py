@@ -1,0 +1,223 @@
+"""`checkpoints/<recipe>`: the training."""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from pydantic import Field
+
+from assets.common import (
+    GPU_POOL,
+    asset_key,
+    book_path,
+    code_version,
+    description,
+    table,
+    user_errors,
+)
+from assets.pictures import inline, loss_curve, stacked
+from diffsynth_dagster.config import Recipe, TrainingConfig
+from resources import Hub, Launcher, Parameters
+
+if TYPE_CHECKING:
+    from diffsynth_dagster.training.record import RunRecord
+
+CHECK = "loss_finite_and_parameters_changed"
+OBSERVE_SECONDS = 5.0
+_OBSERVED = ("loss", "learning_rate", "grad_norm", "seconds")
+_MEBIBYTE = 1024 * 1024
+
+
+class CheckpointsConfig(dg.Config):
+    """Choices of one run."""
+
+    retrain: bool = Field(
+        default=False, description="Train even if nothing that the result depends on has changed."
+    )
+
+
+def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinition:
+    """The checkpoints asset of a recipe, with its check."""
+    key = asset_key("checkpoints", recipe.name)
+    has_latents = recipe.config.dataset_metadata_path is not None
+
+    @dg.asset(
+        key=key,
+        deps=[*([asset_key("latents", recipe.name)] if has_latents else []), *weights],
+        group_name=recipe.name,
+        kinds={"pytorch", "accelerate"},
+        description=description(recipe, "The trained weights."),
+        code_version=code_version(recipe.config),
+        pool=GPU_POOL,
+        check_specs=[
+            dg.AssetCheckSpec(
+                CHECK,
+                asset=key,
+                blocking=True,
+                description="Every loss was a number, and training changed what it trains.",
+            )
+        ],
+    )
+    def checkpoints(
+        context: dg.AssetExecutionContext,
+        config: CheckpointsConfig,
+        parameters: Parameters,
+        hub: Hub,
+        launcher: Launcher,
+    ) -> Iterator[dg.AssetObservation | dg.MaterializeResult]:
+        with user_errors():
+            settings = parameters.apply(recipe.config)
+            processes = launcher.num_processes or recipe.options.num_processes
+            record = None if config.retrain else _unchanged(settings, hub, processes)
+            trained = record is None
+            if record is None:
+                progress = Progress(context)
+                for message in launcher.run(context, settings, recipe.options, "sft:train"):
+                    yield from progress.hear(message)
+                yield from progress.last()
+                record = _finished_record(settings)
+            else:
+                context.log.info("nothing that the training depends on has changed")
+        yield dg.MaterializeResult(
+            metadata={"trained_in_this_run": trained, **_describe(settings, record)},
+            data_version=dg.DataVersion(list(record.checkpoints.values())[-1]),
+            check_results=[_check(record)],
+        )
+
+    return checkpoints
+
+
+class Progress:
+    """Turns what the training says into log lines and observations.
+
+    Observations are plotted over time in the UI. Each is a row of the event log, so that only one
+    step in a few seconds becomes one.
+    """
+
+    def __init__(self, context: dg.AssetExecutionContext) -> None:
+        self._context = context
+        self._total = 0
+        self._waiting: dict[str, Any] | None = None
+        self._observed = time.monotonic()
+
+    def hear(self, message: dict[str, Any]) -> Iterator[dg.AssetObservation]:
+        """Take in one message; yields an observation when one is due."""
+        event, log = message["event"], self._context.log
+        if event == "started":
+            self._total = message["total_steps"]
+            log.info(f"training {self._total} steps")
+        elif event == "checkpoint":
+            log.info(f"step {message['step']}: wrote {message['path']}")
+        elif event == "sample":
+            log.info(f"step {message['step']}: sampled {message['path']}")
+        elif event == "step":
+            self._waiting = message
+            if time.monotonic() - self._observed >= OBSERVE_SECONDS:
+                yield from self.last()
+
+    def last(self) -> Iterator[dg.AssetObservation]:
+        """An observation of the newest step, unless it was observed."""
+        step, self._waiting = self._waiting, None
+        if step is None:
+            return
+        self._observed = time.monotonic()
+        self._context.log.info(f"step {step['step']} of {self._total}: loss {step['loss']:.4f}")
+        yield dg.AssetObservation(
+            self._context.asset_key,
+            metadata={"step": step["step"], **{name: float(step[name]) for name in _OBSERVED}},
+        )
+
+
+def _unchanged(config: TrainingConfig, hub: Hub, processes: int | None) -> "RunRecord | None":
+    """The record of the training in the run folder, if training again would give the same.
+
+    Args:
+        processes: how many the run asks for, if it does: a step sees a batch of each.
+
+    Raises:
+        UserError: a model file or the encoded data set is missing or damaged.
+    """
+    from diffsynth_dagster.cache.manifest import read_manifest
+    from diffsynth_dagster.data.facts import FactBook, digest_file
+    from diffsynth_dagster.training.record import read_record, start_record
+    from diffsynth_dagster.weights.identify import find_model
+
+    folder = Path(config.output_path)
+    record = read_record(folder)
+    if record is None or not record.finished or not record.checkpoints:
+        return None
+    if processes is not None and processes != len(record.devices):
+        return None
+    source = folder if config.dataset_metadata_path else Path(config.dataset_base_path)
+    with closing(FactBook(book_path(config))) as book:
+        found = find_model(config, hub.open())
+        identity = start_record(config, found, read_manifest(source), book).identity
+    for name, digest in record.checkpoints.items():
+        if not (folder / name).is_file() or digest_file(folder / name) != digest:
+            return None
+    return record if identity == record.identity else None
+
+
+def _finished_record(config: TrainingConfig) -> "RunRecord":
+    from diffsynth_dagster.errors import OutputError
+    from diffsynth_dagster.training.record import read_record
+
+    record = read_record(Path(config.output_path))
+    if record is None or not record.finished or not record.checkpoints:
+        raise OutputError(
+            "the training ended without a record of it",
+            where=config.output_path,
+            do="make sure that nothing else writes into this folder, and train again",
+        )
+    return record
+
+
+def _check(record: "RunRecord") -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        check_name=CHECK,
+        passed=record.all_losses_finite and record.changed_tensors > 0,
+        description=f"{record.changed_tensors} of {record.trained_tensors} trained tensors "
+        f"changed; the losses are {'' if record.all_losses_finite else 'not '}all finite",
+        metadata={
+            "changed_tensors": record.changed_tensors,
+            "trained_tensors": record.trained_tensors,
+            "all_losses_finite": record.all_losses_finite,
+        },
+    )
+
+
+def _describe(config: TrainingConfig, record: "RunRecord") -> dict[str, Any]:
+    folder = Path(config.output_path)
+    facts: dict[str, Any] = {
+        "steps": record.steps,
+        "trained_samples": record.samples,
+        "seconds": record.seconds,
+        "samples_per_second": record.samples_per_second,
+        "peak_memory_mib": record.peak_memory_bytes / _MEBIBYTE,
+        "devices": ", ".join(record.devices),
+        "checkpoints": table(
+            {"file": str(folder / name), "blake3": digest}
+            for name, digest in record.checkpoints.items()
+        ),
+        "run_folder": dg.MetadataValue.path(str(folder.absolute())),
+        **record.evaluation,
+    }
+    if record.final_loss is not None:
+        facts["final_loss"] = record.final_loss
+    pictures = {
+        "loss_curve": loss_curve(folder / "metrics.csv"),
+        "samples": stacked(_pictures(record, folder, evaluated=False)),
+        "evaluation": stacked(_pictures(record, folder, evaluated=True)),
+    }
+    return facts | {name: inline(p) for name, p in pictures.items() if p is not None}
+
+
+def _pictures(record: "RunRecord", folder: Path, evaluated: bool) -> list[tuple[str, Path]]:
+    """Title and file of the evaluation's pictures, or of the first and the last samples."""
+    names = [name for name in record.pictures if name.startswith("step-") != evaluated]
+    if not evaluated and len(names) > 2:
+        names = [names[0], names[-1]]
+    return [(name, folder / "samples" / record.pictures[name]) for name in names]

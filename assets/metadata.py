@@ -1,0 +1,148 @@
+"""`metadata/<recipe>`: the data set's table, every row of it checked."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from assets.common import asset_key, book_path, code_version, description, user_errors
+from assets.pictures import contact_sheet, inline
+from diffsynth_dagster.config import Recipe, TrainingConfig
+from resources import Parameters
+
+if TYPE_CHECKING:
+    from diffsynth_dagster.data.metadata import Validated
+
+CHECK = "every_row_valid"
+_DEPENDS_ON = (
+    "allow_outside_base_path",
+    "bucket_step",
+    "customized_dataset",
+    "data_file_keys",
+    "dataset_base_path",
+    "dataset_metadata_path",
+    "extra_inputs",
+    "family",
+    "frame_rate",
+    "height",
+    "max_pixels",
+    "max_rejected_fraction",
+    "metadata_encoding",
+    "num_frames",
+    "width",
+)
+_SHOWN_ROWS = 20
+_SHOWN_PICTURES = 48
+_SHOWN_CHARACTERS = 80
+
+
+def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
+    """The metadata asset of a recipe, with its check."""
+    key = asset_key("metadata", recipe.name)
+
+    @dg.asset(
+        key=key,
+        group_name=recipe.name,
+        kinds={"polars"},
+        description=description(recipe, "The data set's table with every row checked."),
+        code_version=code_version(recipe.config, _DEPENDS_ON),
+        # Before the weights, which nothing orders otherwise: a bad table costs no download.
+        op_tags={"dagster/priority": "10"},
+        check_specs=[
+            dg.AssetCheckSpec(
+                CHECK,
+                asset=key,
+                blocking=True,
+                description="No more rows are unusable than `max_rejected_fraction` allows.",
+            )
+        ],
+    )
+    def metadata(context: dg.AssetExecutionContext, parameters: Parameters) -> dg.MaterializeResult:
+        from diffsynth_dagster.data.facts import FactBook, digest_of
+        from diffsynth_dagster.data.prepare import prepare_data
+        from diffsynth_dagster.weights.identify import guess_family
+
+        with user_errors():
+            config = parameters.apply(recipe.config)
+            family = guess_family(config)
+            with closing(FactBook(book_path(config))) as book:
+                validated = prepare_data(config, family, book)
+        columns = [c for c in validated.frame.columns if not c.endswith(":path")]
+        content = digest_of([columns, validated.frame.select(columns).rows()])
+        context.log.info(f"rows by status: {validated.counts}")
+        return dg.MaterializeResult(
+            metadata=_describe(config, validated),
+            data_version=dg.DataVersion(content),
+            check_results=[_check(key, config, validated)],
+        )
+
+    return metadata
+
+
+def _check(key: dg.AssetKey, config: TrainingConfig, validated: "Validated") -> dg.AssetCheckResult:
+    from diffsynth_dagster.data.metadata import require_accepted
+    from diffsynth_dagster.errors import MetadataError
+
+    reason = "every row is usable, or few enough are not"
+    try:
+        require_accepted(validated, config.max_rejected_fraction)
+        passed = True
+    except MetadataError as error:
+        passed, reason = False, str(error)
+    rejected = validated.rejected.height
+    return dg.AssetCheckResult(
+        asset_key=key,
+        check_name=CHECK,
+        passed=passed,
+        description=reason,
+        metadata={"rejected_rows": rejected, "rows": validated.frame.height},
+    )
+
+
+def _describe(config: TrainingConfig, validated: "Validated") -> dict[str, dg.MetadataValue | int]:
+    frame = validated.frame
+    found: dict[str, dg.MetadataValue | int] = {
+        "dagster/row_count": frame.height,
+        "duplicates": validated.duplicates(),
+        "rows": dg.MetadataValue.md(_markdown(validated)),
+        "table": dg.MetadataValue.path(
+            str(Path(config.output_path).absolute() / "metadata.parquet")
+        ),
+        **{f"status/{status}": count for status, count in validated.counts.items()},
+    }
+    sheet = contact_sheet(_files(validated))
+    if sheet is not None:
+        found["contact_sheet"] = inline(sheet)
+    return found
+
+
+def _files(validated: "Validated") -> list[tuple[Path, bool]]:
+    """Image files to show, those of rejected rows first."""
+    files: list[tuple[Path, bool]] = []
+    columns = [c for c in validated.frame.columns if c.endswith(":path")]
+    for rows, accepted in ((validated.rejected, False), (validated.accepted, True)):
+        for row in rows.select(columns).head(_SHOWN_PICTURES).iter_rows():
+            named = [
+                name for value in row for name in (value if isinstance(value, list) else [value])
+            ]
+            files += [(Path(name), accepted) for name in named if name is not None]
+    return files[:_SHOWN_PICTURES]
+
+
+def _markdown(validated: "Validated") -> str:
+    """The first rows as a table, rejected ones first."""
+    import polars as pl
+
+    hidden = ("width", "height", "frames", "shape")
+    columns = [c for c in validated.frame.columns if ":" not in c and c not in hidden]
+    rows = pl.concat([validated.rejected, validated.accepted]).select(columns).head(_SHOWN_ROWS)
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows.iter_rows()]
+    more = validated.frame.height - rows.height
+    return "\n".join(lines) + (f"\n\nand {more} more" if more > 0 else "")
+
+
+def _cell(value: object) -> str:
+    text = " ".join(str("" if value is None else value).split()).replace("|", "\\|")
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"

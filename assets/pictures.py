@@ -1,0 +1,127 @@
+"""Pictures small enough to lie in the event log."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_BYTES = 70_000
+"""Of the image file: base64 makes it a third larger, and one event should stay below 100 KB."""
+_BORDER = 2
+_RED = (200, 40, 40)
+
+
+def inline(image: "Image") -> dg.MarkdownMetadataValue:
+    """An image inside markdown: PNG if that is small enough, else a JPEG that is."""
+    kind, data = next(item for item in _encodings(image) if len(item[1]) <= MAX_BYTES)
+    text = base64.b64encode(data).decode()
+    return dg.MetadataValue.md(f"![]({f'data:image/{kind};base64,{text}'})")
+
+
+def _encodings(image: "Image") -> Iterator[tuple[str, bytes]]:
+    yield "png", _encoded(image, format="PNG", optimize=True)
+    smaller = image.convert("RGB")
+    while True:
+        yield "jpeg", _encoded(smaller, format="JPEG", quality=80)
+        side = max(1, int(smaller.width * 0.8)), max(1, int(smaller.height * 0.8))
+        smaller = smaller.resize(side)
+
+
+def _encoded(image: "Image", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    return buffer.getvalue()
+
+
+def contact_sheet(
+    files: Sequence[tuple[Path, bool]], side: int = 96, columns: int = 8
+) -> "Image | None":
+    """Thumbnails of image files, row by row; None when no file can be opened.
+
+    Args:
+        files: path, and whether its row is accepted: those rejected get a red frame.
+        side: of a thumbnail in pixels.
+    """
+    from PIL import Image, ImageDraw
+
+    from diffsynth_dagster.data.media import IMAGE_ERRORS, read_image
+
+    thumbnails: list[Image.Image] = []
+    for path, accepted in files:
+        try:
+            image = read_image(path)
+        except (*IMAGE_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning):
+            continue  # its row says why it cannot be opened
+        image.thumbnail((side, side))
+        cell = Image.new("RGB", (side, side), "white")
+        cell.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        if not accepted:
+            ImageDraw.Draw(cell).rectangle((0, 0, side - 1, side - 1), outline=_RED, width=_BORDER)
+        thumbnails.append(cell)
+    if not thumbnails:
+        return None
+    rows = -(-len(thumbnails) // columns)
+    sheet = Image.new("RGB", (min(columns, len(thumbnails)) * side, rows * side), "white")
+    for index, cell in enumerate(thumbnails):
+        sheet.paste(cell, (index % columns * side, index // columns * side))
+    return sheet
+
+
+def stacked(titled: Sequence[tuple[str, Path]]) -> "Image | None":
+    """Image files one below the other, each under its title; None when there are none."""
+    from PIL import Image, ImageDraw
+
+    parts: list[tuple[str, Image.Image]] = []
+    for title, path in titled:
+        if path.is_file():
+            with Image.open(path) as image:
+                parts.append((title, image.convert("RGB")))
+    if not parts:
+        return None
+    line = 14
+    width = max(image.width for _, image in parts)
+    sheet = Image.new("RGB", (width, sum(image.height + line for _, image in parts)), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for title, image in parts:
+        draw.text((2, top + 1), title, fill="black")
+        sheet.paste(image, (0, top + line))
+        top += image.height + line
+    return sheet
+
+
+def loss_curve(metrics: Path) -> "Image | None":
+    """The loss of each step and its running mean, from `metrics.csv`; None without a step."""
+    import polars as pl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    if not metrics.is_file():
+        return None
+    steps = pl.read_csv(metrics, columns=["step", "loss"])
+    if steps.height == 0:
+        return None
+    window = max(2, steps.height // 20)
+    mean = steps["loss"].rolling_mean(window, min_samples=1)
+    figure = Figure(figsize=(7, 3), dpi=90, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps["step"].to_list(), steps["loss"].to_list(), color="#b8c4d6", linewidth=0.8)
+    axes.plot(steps["step"].to_list(), mean.to_list(), color="#1f4e9c", linewidth=1.6)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    canvas.draw()
+    return Image.fromarray(_pixels(canvas)).convert("RGB")
+
+
+def _pixels(canvas: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(canvas.buffer_rgba())

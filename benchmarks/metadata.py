@@ -1,0 +1,120 @@
+"""Checks the structure of a large csv table, against a pandas loop over its rows.
+
+    python benchmarks/metadata.py                    1,000,000 rows; pandas over 100,000
+    python benchmarks/metadata.py --rows 10000000    the peak memory of a large one
+
+Needs the extra `bench`. Every part runs in a process of its own, whose peak memory is its own, and
+takes the best of three times.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PANDAS_ROWS = 100_000
+LIMIT_GIB = 4.0
+RATIO_ROWS, LEAST_RATIO = 1_000_000, 100
+REPEATS = 3
+
+
+def write_table(path: Path, rows: int) -> None:
+    """A csv of images and captions: one in ten quoted with a comma, one in a hundred with a
+    newline."""
+    subjects = ("a red house", "a cat, asleep", "two boats\non a lake", "a street at night")
+    with path.open("w", encoding="utf-8") as file:
+        file.write("image,prompt\n")
+        for start in range(0, rows, 10_000):
+            lines: list[str] = []
+            for i in range(start, min(start + 10_000, rows)):
+                kind = 2 if i % 100 == 0 else 1 if i % 10 == 0 else i % 2 * 3
+                caption = f"{subjects[kind]} seen from the hill above the village number {i}"
+                quoted = f'"{caption}"' if kind in (1, 2) else caption
+                lines.append(f"images/{i % 1000:03}/{i:08}.jpg,{quoted}\n")
+            file.writelines(lines)
+
+
+def check(path: Path) -> dict[str, Any]:
+    """Our structure check: status and message of every row."""
+    from diffsynth_dagster.data.structure import check_structure
+    from diffsynth_dagster.data.tables import open_table
+    from diffsynth_dagster.families.contract import Input
+
+    inputs = (Input("prompt", "text"), Input("image", "image"))
+    start = time.perf_counter()
+    with open_table(path, "utf-8", [i.column for i in inputs]) as table:
+        frame = check_structure(table, inputs, str(path))
+    seconds = time.perf_counter() - start
+    assert (frame["status"] == "ok").all()
+    return {"rows": frame.height, "seconds": seconds}
+
+
+def pandas_loop(path: Path) -> dict[str, Any]:
+    """The rows as dictionaries, which is all that is done with them."""
+    import pandas as pd
+
+    start = time.perf_counter()
+    df = pd.read_csv(path)
+    rows = [df.iloc[i].to_dict() for i in range(len(df))]
+    return {"rows": len(rows), "seconds": time.perf_counter() - start}
+
+
+PARTS = {"check": check, "pandas": pandas_loop}
+
+
+def measured(part: str, path: Path) -> dict[str, Any]:
+    """Run a part in a process of its own: rows, seconds, rows_per_s and peak_gib."""
+    command = [sys.executable, __file__, "--part", part, "--path", str(path)]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return {**found, "rows_per_s": found["rows"] / found["seconds"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        found = min(
+            (PARTS[arguments.part](arguments.path) for _ in range(REPEATS)),
+            key=lambda run: run["seconds"],
+        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+        print(json.dumps({**found, "peak_gib": peak}))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        small, large = Path(folder) / "small.csv", Path(folder) / "large.csv"
+        write_table(small, PANDAS_ROWS)
+        write_table(large, arguments.rows)
+        size = large.stat().st_size / 1024**3
+        runs = {
+            "check_structure": measured("check", large),
+            "pandas loop": measured("pandas", small),
+        }
+    ratio = runs["check_structure"]["rows_per_s"] / runs["pandas loop"]["rows_per_s"]
+    peak = runs["check_structure"]["peak_gib"]
+    print(f"{'':16} {'rows':>12} {'seconds':>9} {'rows/s':>12} {'peak GiB':>9}")
+    for name, run in runs.items():
+        print(
+            f"{name:16} {run['rows']:12,} {run['seconds']:9.2f} {run['rows_per_s']:12,.0f}"
+            f" {run['peak_gib']:9.2f}"
+        )
+    print(f"{ratio:.0f} times as many rows per second; the table is {size:.2f} GiB")
+    RESULTS.mkdir(exist_ok=True)
+    result = {"table_gib": size, "ratio": ratio, "runs": runs}
+    (RESULTS / f"metadata_{arguments.rows}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.rows <= RATIO_ROWS and ratio < LEAST_RATIO:
+        sys.exit(f"missed: at least {LEAST_RATIO} times as many rows per second")
+    if peak >= LIMIT_GIB:
+        sys.exit(f"missed: less than {LIMIT_GIB:g} GiB")
+
+
+if __name__ == "__main__":
+    main()

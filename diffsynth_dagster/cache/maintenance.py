@@ -1,0 +1,220 @@
+"""Looking after a store: check every tensor, tell what uses what, drop what nothing uses."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+import torch
+from safetensors import SafetensorError, safe_open
+
+from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.store import Store, tensor_digest
+from diffsynth_dagster.errors import StoreError
+
+PART_OF_SHARD_KEPT = 0.5
+"""A shard is written anew when less of it than this is still used."""
+
+
+@dataclass
+class Verified:
+    """What `verify` found: shard → what is wrong with it."""
+
+    shards: int = 0
+    tensors: int = 0
+    damaged: dict[str, str] = field(default_factory=dict)
+
+
+def verify(store: Store, drop: bool = False) -> Verified:
+    """Read every tensor that the index names and compare its bytes, type and shape.
+
+    Args:
+        drop: remove the indices of damaged shards, so that their samples are encoded again.
+
+    Raises:
+        StoreError: `drop`, and the store is in use.
+    """
+    found = Verified()
+    for file in sorted((store.path / "index").glob("*.parquet")):
+        found.shards += 1
+        try:
+            rows = pl.read_parquet(file)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            found.damaged[file.stem] = f"the index cannot be read: {error}"
+            continue
+        found.tensors += rows.height
+        problem = _check_shard(store.path / "shards" / f"{file.stem}.safetensors", rows)
+        if problem:
+            found.damaged[file.stem] = problem
+    if drop and found.damaged:
+        with store.in_use(alone=True):
+            for shard in found.damaged:
+                (store.path / "index" / f"{shard}.parquet").unlink(missing_ok=True)
+    return found
+
+
+def _check_shard(path: Path, rows: pl.DataFrame) -> str | None:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for row in rows.iter_rows(named=True):
+                tensor: torch.Tensor = file.get_tensor(f"{row['key']}.{row['output']}")
+                if tensor_digest(tensor) != row["digest"]:
+                    return f"the bytes of {row['key'][:16]}…/{row['output']} have changed"
+                if (
+                    list(tensor.shape) != row["shape"]
+                    or str(tensor.dtype) != f"torch.{row['dtype']}"
+                ):
+                    return f"the shape or type of {row['key'][:16]}…/{row['output']} has changed"
+    except (OSError, SafetensorError) as error:
+        return f"the shard cannot be read: {error}"
+    return None
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one run folder uses: encoded inputs, and bytes of them that no other uses."""
+
+    folder: Path
+    keys: int
+    bytes: int
+    own_bytes: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a store holds, in bytes of tensors and files."""
+
+    keys: int
+    bytes: int
+    used_bytes: int
+    duplicate_bytes: int
+    stray_files: int
+    uses: list[Use]
+
+
+def used_keys(store: Store) -> dict[Path, set[str]]:
+    """Run folder → the keys that its samples need; a folder that is gone uses nothing.
+
+    A store that was moved keeps its users: keys are content, so what they name is the same.
+
+    Raises:
+        StoreError: a `samples.parquet` is damaged: what it uses cannot be told.
+    """
+    found: dict[Path, set[str]] = {}
+    for folder in store.users():
+        if (folder / "samples.parquet").is_file():
+            found[folder] = set(read_manifest(folder).keys)
+    return found
+
+
+def statistics(store: Store) -> Statistics:
+    """Measure a store.
+
+    Raises:
+        StoreError: see `used_keys`.
+    """
+    index = store.index()
+    sizes = index.unique(["key", "output"]).group_by("key").agg(pl.col("bytes").sum())
+    size: dict[str, int] = dict(sizes.iter_rows())
+    uses = used_keys(store)
+    counts: dict[str, int] = {}
+    for keys in uses.values():
+        for key in keys:
+            counts[key] = counts.get(key, 0) + 1
+    table = [
+        Use(
+            folder,
+            len(keys),
+            sum(size.get(key, 0) for key in keys),
+            sum(size.get(key, 0) for key in keys if counts[key] == 1),
+        )
+        for folder, keys in uses.items()
+    ]
+    total = sum(size.values())
+    return Statistics(
+        keys=len(size),
+        bytes=total,
+        used_bytes=sum(size.get(key, 0) for key in counts),
+        duplicate_bytes=int(index["bytes"].sum()) - total,
+        stray_files=len(_stray(store)),
+        uses=table,
+    )
+
+
+def _stray(store: Store) -> list[Path]:
+    """Files that no index names: shards of interrupted writers, and half-written files."""
+    indexed = {file.stem for file in (store.path / "index").glob("*.parquet")}
+    shards = [p for p in (store.path / "shards").glob("*") if p.stem not in indexed]
+    staged = [p for folder in ("shards", "index") for p in (store.path / folder).glob(".*")]
+    return sorted({*shards, *staged})
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What `collect` did."""
+
+    removed_keys: int
+    removed_files: int
+    freed_bytes: int
+
+
+def collect(store: Store) -> Collected:
+    """Drop what no run folder uses, and every stray file.
+
+    A shard of which little is used is written anew without the rest; one of which much is used
+    stays as it is.
+
+    Raises:
+        StoreError: the store is in use; or none of its run folders is there; or see `used_keys`.
+        OutputError: the store cannot be written.
+    """
+    with store.in_use(alone=True):
+        before = _size(store)
+        users = used_keys(store)
+        if store.users() and not users:
+            raise StoreError(
+                "none of the run folders that use this store is there",
+                where=str(store.path),
+                do="mount or move them back; if they are gone for good, remove the store's folder",
+            )
+        used = {key for keys in users.values() for key in keys}
+        stray = _stray(store)
+        for path in stray:
+            path.unlink()
+        removed: set[str] = set()
+        files = len(stray)
+        for file in sorted((store.path / "index").glob("*.parquet")):
+            rows = pl.read_parquet(file)
+            kept = rows.filter(pl.col("key").is_in(used))
+            if (
+                int(rows["bytes"].sum()) * PART_OF_SHARD_KEPT <= int(kept["bytes"].sum())
+                and kept.height
+            ):
+                continue
+            _rewrite(store, file.stem, kept)
+            removed |= set(rows["key"]) - used
+            files += 2
+        return Collected(len(removed), files, before - _size(store))
+
+
+def _rewrite(store: Store, shard: str, kept: pl.DataFrame) -> None:
+    """Write what is kept of a shard as a new one, then remove the old one."""
+    path = store.path / "shards" / f"{shard}.safetensors"
+    if kept.height:
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file, store.writer() as writer:
+                for key, outputs in kept.group_by("key").agg("output").iter_rows():
+                    writer.add(key, {o: file.get_tensor(f"{key}.{o}") for o in outputs})
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"the shard cannot be read: {error}",
+                where=str(path),
+                do="run `python -m diffsynth_dagster.cache verify --drop` first",
+            ) from error
+    # Without its index a shard is not read: so first the index.
+    (store.path / "index" / f"{shard}.parquet").unlink()
+    path.unlink(missing_ok=True)
+
+
+def _size(store: Store) -> int:
+    folders = [store.path / "shards", store.path / "index"]
+    return sum(p.stat().st_size for folder in folders for p in folder.glob("*") if p.is_file())

@@ -1,0 +1,131 @@
+"""From named values to a `TrainingConfig`, or one message that says what is wrong."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import ParameterError, nearest
+
+Naming = Callable[[str], str]
+
+
+def as_flag(name: str) -> str:
+    """How a parameter is written on the command line."""
+    return f"--{name}"
+
+
+def as_key(name: str) -> str:
+    """How a parameter is written in a recipe."""
+    return f"'{name}'"
+
+
+def refuse_unknown(name: str, known: Mapping[str, Any], where: str, naming: Naming) -> None:
+    """Raise a `ParameterError` naming the nearest valid parameter."""
+    hint = nearest(name, known)
+    raise ParameterError(
+        f"unknown parameter {naming(name)}" + (f"; {hint}" if hint else ""),
+        where=where,
+        do="see `python -m diffsynth_dagster.train --help` for every parameter",
+    )
+
+
+def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) -> TrainingConfig:
+    """Check values and what belongs together.
+
+    Args:
+        values: parameter name → value, as text or already of its type.
+        where: where the values come from, for messages.
+        naming: how a parameter's name is written there.
+
+    Raises:
+        ParameterError: an unknown name, a value out of range, parameters that contradict each
+            other, or a parameter whose feature does not exist yet.
+    """
+    fields = TrainingConfig.model_fields
+    for name in values:
+        if name not in fields:
+            refuse_unknown(name, fields, where, naming)
+    try:
+        config = TrainingConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise _worded(error, where, naming) from None
+    for name, field in fields.items():
+        extra = field.json_schema_extra
+        is_planned = isinstance(extra, dict) and extra.get("planned")
+        if is_planned and getattr(config, name) != field.default:
+            raise ParameterError(
+                f"{naming(name)} is not supported yet",
+                where=where,
+                do=f"leave {naming(name)} out",
+            )
+    _check_together(config, where, naming)
+    return config
+
+
+def _worded(error: ValidationError, where: str, naming: Naming) -> ParameterError:
+    problems: list[str] = []
+    for detail in error.errors():
+        name = str(detail["loc"][0]) if detail["loc"] else "?"
+        message = detail["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        problem = f"{naming(name)} = {detail['input']!r}: {message}"
+        if problem not in problems:
+            problems.append(problem)
+    return ParameterError("; ".join(problems), where=where, do="correct the value")
+
+
+def _check_together(config: TrainingConfig, where: str, naming: Naming) -> None:
+    def refuse(what: str, do: str) -> None:
+        raise ParameterError(what, where=where, do=do)
+
+    n = naming
+    if (config.height is None) != (config.width is None):
+        refuse(
+            f"{n('height')} and {n('width')} go together",
+            "give both for one fixed size, or leave both out for each image's own size",
+        )
+    both = config.enable_wandb_log and config.enable_swanlab_log
+    if both and config.wandb_project != config.swanlab_project:
+        refuse(
+            f"{n('wandb_project')} and {n('swanlab_project')} differ, and a run has one project",
+            "give both the same name, or enable one of them",
+        )
+    if config.bucket_step is not None and config.height is not None:
+        refuse(
+            f"{n('bucket_step')} has no effect with {n('height')} and {n('width')}",
+            f"leave {n('bucket_step')} out, or both sides",
+        )
+    if not config.model_paths and not config.model_id_with_origin_paths:
+        refuse(
+            "no model is named",
+            f"give {n('model_paths')} or {n('model_id_with_origin_paths')}",
+        )
+    if config.lora_base_model in config.trainable_models:
+        refuse(
+            f"'{config.lora_base_model}' is in {n('trainable_models')} and is "
+            f"{n('lora_base_model')} as well",
+            "train a model in full or through a LoRA, not both",
+        )
+    encodes_only = config.task == "sft:data_process"
+    if not encodes_only and not config.trainable_models and config.lora_base_model is None:
+        refuse(
+            "nothing is trained",
+            f"give {n('trainable_models')} or {n('lora_base_model')}",
+        )
+    if config.dataset_metadata_path is None and config.task != "sft:train":
+        refuse(
+            f"{n('dataset_metadata_path')} is missing",
+            "name the metadata table (csv, json, jsonl or parquet); only `sft:train` goes "
+            "without one, with a folder that `sft:data_process` wrote as dataset_base_path",
+        )
+    if not config.dataset_base_path:
+        refuse(f"{n('dataset_base_path')} is missing", "name the root folder of the data set")
+    if config.lora_base_model is None:
+        for name in ("lora_target_modules", "lora_alpha"):
+            if getattr(config, name) is not None:
+                refuse(
+                    f"{n(name)} is given but no {n('lora_base_model')}",
+                    f"give {n('lora_base_model')}, or leave {n(name)} out",
+                )

@@ -1,0 +1,106 @@
+"""The command-line flags of the trainer, derived from the parameters."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic.fields import FieldInfo
+
+from diffsynth_dagster.config.checks import as_flag, read_config, refuse_unknown
+from diffsynth_dagster.config.parameters import GROUPS, TrainingConfig
+from diffsynth_dagster.config.recipe import read_values
+from diffsynth_dagster.errors import ParameterError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the command line asks for."""
+
+    config: TrainingConfig
+    dry_run: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ParameterError(message, where="the command line", do="see --help")
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.default
+    shown = "" if default in (None, (), False, "") else f" Default: {_text(default)}."
+    extra = field.json_schema_extra
+    soon = " (not supported yet)" if isinstance(extra, dict) and extra.get("planned") else ""
+    return f"{field.description}{shown}{soon}".replace("%", "%%")
+
+
+def _text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _prompts(text: str) -> tuple[str, ...]:
+    """A JSON list of prompts, or one prompt (which may hold commas)."""
+    if not text.lstrip().startswith("["):
+        return (text,) if text else ()
+    try:
+        return tuple(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"is not a JSON list: {error.msg}") from error
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `python -m diffsynth_dagster.train`."""
+    result = _Parser(
+        prog="python -m diffsynth_dagster.train",
+        description="Train a diffusion model. Start it with `accelerate launch -m "
+        "diffsynth_dagster.train`.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    result.add_argument("--recipe", help="YAML file of parameters; flags beside it override it.")
+    result.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Print as JSON what would happen, without loading a weight or needing the files.",
+    )
+    for group in GROUPS:
+        name = group.__name__.removesuffix("Parameters").lower()
+        section = result.add_argument_group(name, (group.__doc__ or "").strip())
+        for key, field in group.model_fields.items():
+            if field.annotation is bool:
+                section.add_argument(
+                    as_flag(key), action=argparse.BooleanOptionalAction, help=_help(field)
+                )
+            elif key == "sample_prompts":
+                section.add_argument(as_flag(key), type=_prompts, help=_help(field))
+            else:
+                section.add_argument(as_flag(key), metavar="X", help=_help(field))
+    return result
+
+
+def read_arguments(argv: Sequence[str]) -> Arguments:
+    """Parse a command line.
+
+    Raises:
+        ParameterError: see `read_config`; an unknown flag is named with the nearest valid one.
+    """
+    namespace, unknown = parser().parse_known_args(list(argv))
+    where = "the command line"
+    for word in unknown:
+        if word.startswith("--"):
+            name = word[2:].split("=")[0]
+            refuse_unknown(name, {**TrainingConfig.model_fields, "recipe": None}, where, as_flag)
+    if unknown:
+        raise ParameterError(
+            f"'{unknown[0]}' belongs to no flag", where=where, do="quote values that hold spaces"
+        )
+    values = vars(namespace)
+    recipe = values.pop("recipe", None)
+    dry_run = values.pop("dry_run", False)
+    if recipe is not None:
+        loaded, _ = read_values(Path(recipe))
+        values = {**loaded, **values}
+        where = f"{recipe} and the command line"
+    return Arguments(read_config(values, where, as_flag), dry_run)

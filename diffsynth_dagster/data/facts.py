@@ -1,0 +1,158 @@
+"""What was found out about files, remembered by path, size and modification time.
+
+A file that looks unchanged is not read again. The book lies beside the store and may be deleted at
+any time: it is then written anew.
+"""
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from blake3 import blake3
+
+from diffsynth_dagster.errors import OutputError
+
+Facts = dict[str, Any]
+_BATCH = 1024
+_WRITE_EVERY_S = 5.0
+"""What was found out is written down so often: an interrupted run loses no more."""
+
+
+def digest_file(path: Path) -> str:
+    """BLAKE3 of a file's bytes, in hexadecimal."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    hasher.update_mmap(path)
+    return hasher.hexdigest()
+
+
+def digest_text(text: str) -> str:
+    """BLAKE3 of a text, in hexadecimal."""
+    return blake3(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """BLAKE3 of a JSON value in its canonical form: sorted keys, no spaces."""
+    return digest_text(json.dumps(value, sort_keys=True, separators=(",", ":")))
+
+
+class FactBook:
+    """A table from files to facts about them. Safe for several processes at once."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the book at `path`.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock()
+            self._database = sqlite3.connect(path, timeout=60, check_same_thread=False)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS facts (kind TEXT, path TEXT, size INTEGER,"
+                " modified INTEGER, facts TEXT, PRIMARY KEY (kind, path))"
+            )
+            self._database.commit()
+        except (OSError, sqlite3.Error) as error:
+            raise OutputError(
+                f"the folder of the store cannot be written: {error}",
+                where=str(path.parent),
+                do="give a cache_path that can be written",
+            ) from error
+
+    def look_up(
+        self,
+        kind: str,
+        paths: Iterable[Path],
+        find_out: Callable[[Path], Facts],
+        again: bool = False,
+        progress: Callable[[int], object] = lambda count: None,
+    ) -> dict[Path, Facts]:
+        """Facts about each file, found out (in threads) only where the file changed.
+
+        Args:
+            kind: what the facts are about; each kind is remembered by itself.
+            find_out: file → facts, values of JSON; must not raise for a bad file.
+            again: find out again whatever is remembered.
+            progress: called with the number of files done since the last call.
+        """
+        stats = {path: _stat(path) for path in dict.fromkeys(paths)}
+        known = {} if again else self._remembered(kind, stats)
+        progress(len(known))
+        missing = [path for path in stats if path not in known]
+        found: dict[Path, Facts] = {}
+        written = time.monotonic()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(missing), _BATCH):
+                chunk = missing[start : start + _BATCH]
+                for path, facts in zip(chunk, pool.map(find_out, chunk), strict=True):
+                    found[path] = facts
+                    progress(1)
+                    if time.monotonic() - written > _WRITE_EVERY_S:
+                        self._remember(kind, stats, found)
+                        known |= found
+                        found, written = {}, time.monotonic()
+        self._remember(kind, stats, found)
+        return known | found
+
+    def _remembered(
+        self, kind: str, stats: dict[Path, tuple[int, int] | None]
+    ) -> dict[Path, Facts]:
+        """Facts about the files that look as they did."""
+        by_name = {str(path): path for path, stat in stats.items() if stat is not None}
+        with self._lock, self._database:
+            # Two short queries: how many files are asked for does not change their number.
+            self._database.execute("CREATE TEMP TABLE IF NOT EXISTS asked (path TEXT PRIMARY KEY)")
+            self._database.execute("DELETE FROM asked")
+            self._database.executemany(
+                "INSERT INTO asked VALUES (?)", ((name,) for name in by_name)
+            )
+            rows = self._database.execute(
+                "SELECT path, size, modified, facts FROM asked CROSS JOIN facts USING (path)"
+                " WHERE kind = ?",
+                (kind,),
+            )
+            return {
+                by_name[name]: json.loads(facts)
+                for name, size, modified, facts in rows
+                if stats[by_name[name]] == (size, modified)
+            }
+
+    def _remember(
+        self,
+        kind: str,
+        stats: dict[Path, tuple[int, int] | None],
+        found: dict[Path, Facts],
+    ) -> None:
+        # What failed is looked at again: a permission or a disk may have been the reason.
+        rows = [
+            (kind, str(path), *stat, json.dumps(facts))
+            for path, facts in found.items()
+            if (stat := stats[path]) is not None and stat == _stat(path) and "status" not in facts
+        ]
+        with self._lock, self._database:
+            self._database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?)", rows)
+
+    def digest(self, path: Path) -> str:
+        """BLAKE3 of a file's content."""
+        facts = self.look_up("digest", [path.absolute()], lambda p: {"digest": digest_file(p)})
+        return str(facts[path.absolute()]["digest"])
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+
+def _stat(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):
+        return None
+    return stat.st_size, stat.st_mtime_ns

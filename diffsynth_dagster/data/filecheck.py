@@ -1,0 +1,223 @@
+"""Whether the files that a table names are there, decode, and are large and long enough.
+
+What is found out is about a file, not about a row: every file is looked at once, however many rows
+name it, and only if it changed since it was looked at last.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.facts import FactBook, Facts
+from diffsynth_dagster.data.geometry import ClipRule, SizeRule
+from diffsynth_dagster.data.media import image_facts
+from diffsynth_dagster.data.structure import REASONS, STATUS
+from diffsynth_dagster.data.video import video_facts
+from diffsynth_dagster.data.video_pool import VideoPool
+from diffsynth_dagster.errors import MetadataError, ParameterError
+from diffsynth_dagster.families.contract import Input
+
+Progress = Callable[[int], object]
+"""Called with the number of files done since the last call."""
+_CHECK = "2"
+"""Raised when the check of a file finds other facts: what older ones found is not believed."""
+_PER_FILE: dict[str, Any] = {
+    "path": pl.String,
+    "digest": pl.String,
+    "width": pl.Int64,
+    "height": pl.Int64,
+    "target": pl.List(pl.Int64),
+    "frames": pl.Int64,
+    "stride": pl.Float64,
+}
+_ROW, _VALUE, _NOW, _WHY = "\x00row", "\x00value", "\x00now", "\x00why"
+
+
+@dataclass(frozen=True)
+class TrainedShape:
+    """The size and length that files are trained at."""
+
+    size: SizeRule
+    clip: ClipRule | None
+
+    def of(self, facts: Facts, kind: str) -> Facts:
+        """Facts about a file with `target` [width, height], `frames` and `stride` beside them, or
+        with the `status` and `message` of a file that is too small or too short."""
+        if "status" in facts:
+            return facts
+        width, height = self.size.target(facts["width"], facts["height"])
+        if not width or not height:
+            why = f"{facts['width']}x{facts['height']} pixels are below the family's smallest size"
+            return {"status": "too_small", "message": why}
+        frames, stride = 1, 1.0
+        if kind == "video":
+            assert self.clip is not None, "a family with videos has a frame rule"
+            frames, stride = self.clip.clip(facts["frames"], facts["rate"])
+            if frames == 0:
+                least = self.clip.rule.smallest
+                why = f"{facts['frames']} frames give less than the {least} of the shortest clip"
+                return {"status": "too_short", "message": why}
+        return {**facts, "target": [width, height], "frames": frames, "stride": stride}
+
+
+class FileCheck:
+    """Checks file columns. Use as a context manager: it may start processes."""
+
+    def __init__(
+        self, config: TrainingConfig, shape: TrainedShape, book: FactBook, progress: Progress
+    ) -> None:
+        """Prepare to check files.
+
+        Raises:
+            MetadataError: the data set's folder does not exist.
+        """
+        base = Path(config.dataset_base_path)
+        if not base.is_dir():
+            raise MetadataError(
+                "the data set's folder does not exist",
+                where=f"dataset_base_path = {base}",
+                do="correct the path",
+            )
+        self._root = base.resolve()
+        self._folders: dict[str, str] = {}
+        self._anywhere = config.allow_outside_base_path
+        self._again = config.verify_content
+        self._shape = shape
+        self._book = book
+        self._progress = progress
+        self._videos = VideoPool()
+
+    def __enter__(self) -> "FileCheck":
+        self._videos.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._videos.__exit__(*error)
+
+    def check(self, frame: pl.DataFrame, item: Input) -> pl.DataFrame:
+        """Check the files of a column in the rows that are still ok.
+
+        Returns:
+            The frame with the status and message of rows whose files fail, and for each file
+            `<column>:path` (resolved), `:digest`, `:width` and `:height` (pixels, upright),
+            `:target` ([width, height] it is trained at), `:frames` (trained, 1 for an image) and
+            `:stride` (see `frame_indices`). Lists of these where the input takes many.
+        """
+        wanted = frame.with_row_index(_ROW).filter(pl.col("status") == "ok")
+        value = pl.col(item.column)
+        named = wanted.select(_ROW, (value if item.many else pl.concat_list(value)).alias(_VALUE))
+        named = named.explode(_VALUE)
+        files = self._files(named[_VALUE].unique(maintain_order=True).to_list(), item)
+        found = named.join(files, on=_VALUE, how="left", maintain_order="left")
+        rows = found.group_by(_ROW, maintain_order=True).agg(
+            *(pl.col(name).alias(f"{item.column}:{name}") for name in _PER_FILE),
+            pl.col(_NOW, _WHY).filter(pl.col(_NOW) != "ok").first(),
+        )
+        if not item.many:
+            rows = rows.with_columns(
+                pl.col(f"{item.column}:{name}").list.first() for name in _PER_FILE
+            )
+        joined = frame.with_row_index(_ROW).join(rows, on=_ROW, how="left", maintain_order="left")
+        return joined.with_columns(
+            pl.coalesce(_NOW, "status").alias("status"),
+            pl.coalesce(_WHY, "message").alias("message"),
+        ).drop(_ROW, _NOW, _WHY)
+
+    def _files(self, values: Sequence[str], item: Input) -> pl.DataFrame:
+        """What each value of a column stands for: a row for each."""
+        places = {value: self._resolve(value) for value in values}
+        paths = [path for path, _ in places.values() if path is not None]
+        facts = self._book.look_up(
+            f"{item.kind}:{_CHECK}",
+            paths,
+            self._find_out(item.kind),
+            again=self._again,
+            progress=self._progress,
+        )
+        shaped = {path: self._shape.of(found, item.kind) for path, found in facts.items()}
+        rows = [
+            _file_row(value, path, shaped[path] if path is not None else {"status": why}, item)
+            for value, (path, why) in places.items()
+        ]
+        schema = {_VALUE: pl.String, _NOW: STATUS, _WHY: pl.String, **_PER_FILE}
+        return pl.DataFrame(rows, schema=schema, orient="row")
+
+    def _find_out(self, kind: str) -> Callable[[Path], Facts]:
+        if kind == "image":
+            return image_facts
+        if find_spec("decord") is None:
+            raise ParameterError(
+                "videos are read with decord, which is not installed",
+                where="data_file_keys",
+                do="install decord, or eva-decord or decord2 where it has no build",
+            )
+        return lambda path: video_facts(path, self._videos)
+
+    def _resolve(self, value: str) -> tuple[Path | None, str]:
+        """A value of a file column → the file, or the reason why not."""
+        try:
+            path = self._real_path(value)
+            if not self._anywhere and not path.is_relative_to(self._root):
+                return None, "outside_base_path"
+            return (path, "ok") if path.is_file() else (None, "file_missing")
+        except (OSError, ValueError, RuntimeError):
+            return None, "bad_path"
+
+    def _real_path(self, value: str) -> Path:
+        """The file that a value names, links followed; every folder is resolved once."""
+        named = os.path.join(self._root, value)
+        folder, name = os.path.split(named)
+        if name in ("", ".", "..") or os.path.islink(named):
+            return Path(named).resolve()
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        return Path(self._folders[folder], name)
+
+
+def _file_row(value: str, path: Path | None, facts: Mapping[str, Any], item: Input) -> list[Any]:
+    status = facts.get("status", "ok")
+    why = ""
+    if status != "ok":
+        name = f" '{value[:100]}'" if item.many else ""
+        why = f"{item.column}:{name} {facts.get('message') or REASONS[status]}"
+    known = {**facts, "path": None if path is None else str(path)}
+    return [value, status, why, *(known.get(name) for name in _PER_FILE)]
+
+
+def with_shape(frame: pl.DataFrame, files: Sequence[Input]) -> pl.DataFrame:
+    """The frame with `width`, `height`, `frames` and `shape`: see `Validated`."""
+    main = files[0]
+    ok = pl.col("status") == "ok"
+
+    def first(column: str) -> pl.Expr:
+        value = pl.col(f"{main.column}:{column}")
+        return value.list.first() if main.many else value
+
+    target, frames = first("target"), first("frames")
+    shapes = [_shape_of(item) for item in files]
+    return frame.with_columns(
+        pl.when(ok).then(target.list.get(0)).otherwise(0).alias("width"),
+        pl.when(ok).then(target.list.get(1)).otherwise(0).alias("height"),
+        pl.when(ok).then(frames).otherwise(0).alias("frames"),
+        pl.when(ok).then(pl.concat_str(shapes, separator=" ")).otherwise(pl.lit("")).alias("shape"),
+    )
+
+
+def _shape_of(item: Input) -> pl.Expr:
+    """`<width>x<height>` of each file of a column, separated by commas; `x<frames>` of videos."""
+    target, frames = pl.col(f"{item.column}:target"), pl.col(f"{item.column}:frames")
+    if item.many:
+        sides = target.list.eval(pl.element().cast(pl.List(pl.String)).list.join("x")).list.join(
+            ","
+        )
+        length = frames.cast(pl.List(pl.String)).list.join(",")
+    else:
+        sides = target.cast(pl.List(pl.String)).list.join("x")
+        length = frames.cast(pl.String)
+    return sides if item.kind == "image" else pl.concat_str([sides, length], separator="x")

@@ -1,0 +1,186 @@
+"""The size and length that a sample is trained at. Pure numbers: no file is needed to know them."""
+
+from dataclasses import dataclass
+
+from diffsynth_dagster.errors import ParameterError
+
+
+@dataclass(frozen=True)
+class FrameRule:
+    """The lengths that a family takes: n ≡ `remainder` (mod `step`) frames."""
+
+    step: int
+    remainder: int
+
+    @property
+    def smallest(self) -> int:
+        """The shortest length."""
+        return self.remainder or self.step
+
+    def longest(self, frames: int) -> int:
+        """The longest length of at most `frames`; 0 when there is none."""
+        return max(0, frames - (frames - self.remainder) % self.step)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a family takes.
+
+    Attributes:
+        side_factor: both sides are multiples of it, in pixels.
+        frames: lengths of a clip; None for a family without videos.
+        default_frames: `num_frames` when it is left out.
+        default_frame_rate: `frame_rate` when it is left out; None keeps each clip's own.
+    """
+
+    side_factor: int
+    frames: FrameRule | None = None
+    default_frames: int = 81
+    default_frame_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """The size asked for: fixed (height and width), or each image's own below `max_pixels`."""
+
+    height: int | None
+    width: int | None
+    max_pixels: int
+    side_factor: int
+    bucket_step: int | None = None
+
+    def target(self, width: int, height: int) -> tuple[int, int]:
+        """The trained size of an image.
+
+        An image with more than `max_pixels` pixels is scaled down to that area (both sides
+        truncated to integers), then each side is floored to the factor; a smaller one is not
+        enlarged. The rule of DiffSynth-Studio. With a `bucket_step`, a side of at least that many
+        pixels is floored to a multiple of it, so that more images have the same size.
+
+        Args:
+            width, height: size of the image in pixels, after its orientation is applied.
+
+        Returns:
+            (width, height) in pixels. A side is 0 when the image is smaller than the factor.
+        """
+        if self.height is not None and self.width is not None:
+            return self.width, self.height
+        if width * height > self.max_pixels:
+            scale = (width * height / self.max_pixels) ** 0.5
+            width, height = int(width / scale), int(height / scale)
+        return self._floored(width), self._floored(height)
+
+    def _floored(self, side: int) -> int:
+        step = self.bucket_step
+        factor = step if step is not None and side >= step else self.side_factor
+        return side // factor * factor
+
+
+def size_rule(
+    height: int | None,
+    width: int | None,
+    max_pixels: int,
+    geometry: Geometry,
+    bucket_step: int | None = None,
+) -> SizeRule:
+    """Check the size parameters against what the family takes.
+
+    Raises:
+        ParameterError: a side or the `bucket_step` is no multiple of the family's factor, or
+            `max_pixels` is smaller than the smallest image.
+    """
+    factor = geometry.side_factor
+    for name, side in (("height", height), ("width", width), ("bucket_step", bucket_step)):
+        if side is not None and side % factor:
+            near = max(factor, round(side / factor) * factor)
+            raise ParameterError(
+                f"{name} = {side} is not a multiple of {factor}", where=name, do=f"{near} is"
+            )
+    if max_pixels < factor * factor:
+        raise ParameterError(
+            f"max_pixels = {max_pixels} is less than the smallest image of {factor}x{factor}",
+            where="max_pixels",
+            do=f"give at least {factor * factor}",
+        )
+    return SizeRule(height, width, max_pixels, factor, bucket_step)
+
+
+def cover(width: int, height: int, target: tuple[int, int]) -> tuple[int, int]:
+    """The size that an image is resized to so that it covers the target, before the centre crop."""
+    scale = max(target[0] / width, target[1] / height)
+    return max(round(width * scale), target[0]), max(round(height * scale), target[1])
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    """Which frames of a clip are trained on: the first `num_frames`, taken at `frame_rate`.
+
+    Attributes:
+        frame_rate: frames per second that clips are resampled to; None keeps each clip's own.
+    """
+
+    num_frames: int
+    frame_rate: float | None
+    rule: FrameRule
+
+    def clip(self, frames: int, rate: float | None) -> tuple[int, float]:
+        """How much of a clip is trained on.
+
+        Args:
+            frames: how many frames the file has.
+            rate: its frames per second; None for a still image, which is one frame of any rate.
+
+        Returns:
+            (trained frames, stride): see `frame_indices`. The count is the longest that the
+            family takes, and 0 where the clip is too short for any.
+        """
+        stride = rate / self.frame_rate if rate is not None and self.frame_rate else 1.0
+        available = int(frames / stride) + 1
+        while available > 0 and frame_indices(available, stride)[-1] >= frames:
+            available -= 1
+        return self.rule.longest(min(available, self.num_frames)), stride
+
+
+def frame_indices(count: int, stride: float) -> list[int]:
+    """Which frames of a file are taken: for each moment of the new rate, the one shown then.
+
+    Args:
+        count: how many are taken.
+        stride: frames of the file for each one taken; 1 takes every one.
+    """
+    return [int(index * stride + 1e-6) for index in range(count)]
+
+
+def clip_rule(
+    num_frames: int | None, frame_rate: float | None, geometry: Geometry, family: str
+) -> ClipRule | None:
+    """Check the length parameters against what the family takes.
+
+    Returns:
+        None for a family without videos.
+
+    Raises:
+        ParameterError: the family has no videos, or takes no clip of this length.
+    """
+    rule = geometry.frames
+    if rule is None:
+        for name, value in (("num_frames", num_frames), ("frame_rate", frame_rate)):
+            if value is not None:
+                raise ParameterError(
+                    f"{name} = {value} is given, but {family} is trained on images",
+                    where=name,
+                    do=f"leave {name} out",
+                )
+        return None
+    count = geometry.default_frames if num_frames is None else num_frames
+    if count < rule.smallest or rule.longest(count) != count:
+        below = rule.longest(count) or rule.smallest
+        raise ParameterError(
+            f"num_frames = {count} is no length that {family} takes: it is not "
+            f"{rule.remainder} more than a multiple of {rule.step}"
+            if rule.remainder
+            else f"num_frames = {count} is not a multiple of {rule.step}, as {family} needs",
+            where="num_frames",
+            do=f"{below} is, or {below + rule.step}",
+        )
+    return ClipRule(count, frame_rate or geometry.default_frame_rate, rule)

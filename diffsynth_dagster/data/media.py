@@ -1,0 +1,129 @@
+"""Images, from files to tensors.
+
+Every image becomes RGB of 8 bits: its EXIF orientation is applied, palettes are resolved, grey and
+CMYK are converted, 16 bits are scaled to 8, and alpha is dropped (the colour beneath it stays). Of
+an animation the first frame is taken; as a video it is read by `data.video`.
+"""
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from diffsynth_dagster.data.containers import cut_short
+from diffsynth_dagster.data.facts import Facts, digest_file
+from diffsynth_dagster.data.geometry import cover
+
+IMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+    MemoryError,
+    RuntimeError,
+    Warning,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow's decoders raise for damaged files; warnings where these are made errors."""
+_WANTED = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM PSD QOI SGI SUN TGA TIFF WEBP XBM"
+
+Image.init()
+IMAGE_FORMATS = tuple(name for name in _WANTED.split() if name in Image.OPEN)
+"""Formats that Pillow reads by itself: no outside program is ever started for a file."""
+# `open_image` refuses such images itself, in any thread; the warning would only be noise.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image without decoding it.
+
+    Raises:
+        PIL.Image.DecompressionBombError: it claims more pixels than Pillow deems safe.
+        PIL.UnidentifiedImageError: it is of no format that is read.
+        OSError, SyntaxError, ValueError, …: see `IMAGE_ERRORS`.
+    """
+    image = Image.open(path, formats=IMAGE_FORMATS)
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        image.close()
+        raise Image.DecompressionBombError(
+            f"{image.width}x{image.height} pixels are more than the limit of {most}"
+        )
+    return image
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image (or frame) in RGB of 8 bits, upright."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        values = np.asarray(upright).astype(np.int64)
+        return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return upright.convert("RGB")
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode an image completely as RGB with its orientation applied.
+
+    Raises:
+        PIL.Image.DecompressionBombError: it claims more pixels than Pillow deems safe.
+        OSError, SyntaxError, ValueError, …: see `IMAGE_ERRORS`; it is damaged or of no known format.
+    """
+    with open_image(path) as image:
+        image.load()
+        return as_rgb(image)
+
+
+def image_facts(path: Path) -> Facts:
+    """What a check of an image finds: `digest`, `width` and `height`, or `status` and `message`."""
+    try:
+        image = read_image(path)
+        missing = cut_short(path)
+        if missing is not None:
+            return {"status": "unreadable", "message": f"not a readable image: {missing}"}
+        return {"digest": digest_file(path), "width": image.width, "height": image.height}
+    except IMAGE_ERRORS as error:
+        return media_problem(error, "image")
+
+
+def media_problem(error: Exception, kind: str) -> Facts:
+    """`status` and `message` for what reading a file raised."""
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return {"status": "too_large", "message": str(error)}
+    if isinstance(error, FileNotFoundError):
+        return {"status": "file_missing", "message": "the file does not exist"}
+    why = " ".join(str(error).split())[:300] or type(error).__name__
+    return {"status": "unreadable", "message": f"not a readable {kind}: {why}"}
+
+
+def fit(image: Image.Image, target: tuple[int, int]) -> Image.Image:
+    """Resize (bilinear) so that the target (width, height) is covered, then crop the centre."""
+    width, height = target
+    if image.size == target:
+        return image
+    resized = image.resize(cover(*image.size, target), Image.Resampling.BILINEAR)
+    left = round((resized.width - width) / 2)
+    top = round((resized.height - height) / 2)
+    return resized.crop((left, top, left + width, top + height))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB image → float32 (3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def load_sample_image(path: Path, target: tuple[int, int]) -> torch.Tensor:
+    """An image file at its trained size (width, height): float32 (3, height, width) in [-1, 1]."""
+    return to_tensor(fit(read_image(path), target))

@@ -1,0 +1,167 @@
+"""Metadata tables: read, and checked row by row before anything is loaded.
+
+Every row keeps a `status` ("ok" or one of `REASONS`) and a message.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from diffsynth_dagster.config.parameters import DatasetParameters, TrainingConfig
+from diffsynth_dagster.data.facts import FactBook
+from diffsynth_dagster.data.filecheck import FileCheck, Progress, TrainedShape, with_shape
+from diffsynth_dagster.data.geometry import clip_rule, size_rule
+from diffsynth_dagster.data.structure import REASONS, check_structure, require_columns
+from diffsynth_dagster.data.tables import open_table
+from diffsynth_dagster.errors import MetadataError, ParameterError, nearest
+from diffsynth_dagster.families.contract import Family, Input
+from diffsynth_dagster.files import write_whole
+
+BOOKKEEPING = ("row", "status", "message", "width", "height", "frames", "shape")
+"""Columns of a checked table that are not the family's."""
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A checked table.
+
+    `frame` has a row for each row of the table:
+        `row` (from 1), `status` ("ok" or one of `REASONS`), `message`;
+        the columns that the family reads;
+        for each file column what `FileCheck.check` adds to it;
+        `width`, `height` (pixels) and `frames` that the first file is trained at, 0 where the row
+        is rejected; `shape`, which is equal for rows whose files are all trained at equal sizes.
+    """
+
+    frame: pl.DataFrame
+    source: Path
+
+    @property
+    def accepted(self) -> pl.DataFrame:
+        """The rows that are trained on."""
+        return self.frame.filter(pl.col("status") == "ok")
+
+    @property
+    def rejected(self) -> pl.DataFrame:
+        """The rows that are not."""
+        return self.frame.filter(pl.col("status") != "ok")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of rows by status."""
+        table = self.frame.group_by("status").len().sort("status")
+        return dict(zip(table["status"], table["len"], strict=True))
+
+    def duplicates(self) -> int:
+        """How many accepted rows repeat the content and caption of an earlier one."""
+        files = {c for c in self.frame.columns if c.endswith(":digest")}
+        texts = {c for c in self.frame.columns if ":" not in c and f"{c}:digest" not in files}
+        columns = sorted(files | texts - set(BOOKKEEPING))
+        return self.accepted.height - self.accepted.select(columns).unique().height
+
+
+def check_columns(config: TrainingConfig, family: Family) -> tuple[Input, ...]:
+    """The columns that are read, after checking the parameters that name columns.
+
+    Raises:
+        ParameterError: a named column is none that the family reads, or a file column is not named.
+    """
+    known = {i.column: i for i in family.inputs}
+    default = DatasetParameters.model_fields["data_file_keys"].default
+    for parameter in ("data_file_keys", "extra_inputs"):
+        named: tuple[str, ...] = getattr(config, parameter)
+        for column in named if named != default else ():
+            if column not in known or (
+                parameter == "data_file_keys" and known[column].kind == "text"
+            ):
+                hint = nearest(column, known)
+                raise ParameterError(
+                    f"{family.name} reads no {'file' if 'file' in parameter else ''} column "
+                    f"'{column}'".replace("  ", " ")
+                    + (f"; {hint}" if hint else ""),
+                    where=parameter,
+                    do=f"the columns of {family.name} are {', '.join(known)}",
+                )
+    for column, item in known.items():
+        if item.kind != "text" and column not in config.data_file_keys:
+            raise ParameterError(
+                f"{family.name} reads files from the column '{column}'",
+                where="data_file_keys",
+                do=f"name '{column}' there",
+            )
+    return tuple(known.values())
+
+
+def validate(
+    config: TrainingConfig, family: Family, book: FactBook, progress: Progress = lambda n: None
+) -> Validated:
+    """Check every row of the config's table, and every file that it names.
+
+    Raises:
+        MetadataError: the table cannot be read or lacks a column.
+        ParameterError: see `check_columns`, `size_rule` and `clip_rule`.
+    """
+    assert config.dataset_metadata_path is not None
+    source = Path(config.dataset_metadata_path)
+    rules = TrainedShape(
+        size_rule(
+            config.height, config.width, config.max_pixels, family.geometry, config.bucket_step
+        ),
+        clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name),
+    )
+    inputs = check_columns(config, family)
+    wanted, lists = [i.column for i in inputs], [i.column for i in inputs if i.many]
+    with open_table(source, config.metadata_encoding, wanted, lists) as table:
+        require_columns(table, inputs, str(source), family.name)
+        frame = check_structure(table, inputs, str(source))
+    with FileCheck(config, rules, book, progress) as files:
+        for item in family.file_inputs:
+            frame = files.check(frame, item)
+    return Validated(with_shape(frame, family.file_inputs), source)
+
+
+def require_accepted(validated: Validated, max_rejected_fraction: float) -> None:
+    """Refuse a table with more rejected rows than allowed, or with no accepted row.
+
+    Raises:
+        MetadataError: it names the first rejected rows and why.
+    """
+    rejected, total = validated.rejected, validated.frame.height
+    if rejected.height <= max_rejected_fraction * total and rejected.height < total:
+        return
+    shown = [
+        f"row {row}: {message} ({status})"
+        for row, status, message in rejected.select("row", "status", "message").head(5).iter_rows()
+    ]
+    more = f"; and {rejected.height - 5} more" if rejected.height > 5 else ""
+    raise MetadataError(
+        f"{rejected.height} of {total} rows cannot be used: " + "; ".join(shown) + more,
+        where=str(validated.source),
+        do="mend or remove these rows, or allow some to be left out with max_rejected_fraction",
+    )
+
+
+def write_validated(validated: Validated, folder: Path) -> tuple[Path, Path]:
+    """Write `metadata.parquet` (every row) and `rejected.csv` into a run folder.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    rejected = validated.rejected.select("row", "status", "message")
+    return (
+        write_whole(folder / "metadata.parquet", validated.frame.write_parquet),
+        write_whole(folder / "rejected.csv", rejected.write_csv),
+    )
+
+
+__all__ = [
+    "BOOKKEEPING",
+    "REASONS",
+    "Progress",
+    "Validated",
+    "check_columns",
+    "require_accepted",
+    "validate",
+    "write_validated",
+]

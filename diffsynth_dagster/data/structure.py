@@ -1,0 +1,263 @@
+"""Whether every row of a table has the values that a family reads. No file is opened for it.
+
+One vectorised query in batches tells which rows are surely fine; the others get the first check that
+they fail. What this cannot decide (a csv row of uneven length, a json value that is no text) is
+looked at once more, row by row.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from diffsynth_dagster.data.tables import EXTRA, INDEX, Table, as_list
+from diffsynth_dagster.errors import MetadataError, nearest
+from diffsynth_dagster.families.contract import Input
+
+REASONS = {
+    "uneven_row": "the csv row has more or fewer values than there are columns",
+    "missing_value": "the column has no value",
+    "empty_caption": "the caption is empty",
+    "wrong_type": "the value is of another type than the column's",
+    "url": "the value is a URL; files must be local",
+    "bad_path": "the value is no path",
+    "outside_base_path": "the file lies outside dataset_base_path",
+    "file_missing": "the file does not exist",
+    "unreadable": "the file cannot be decoded",
+    "too_large": "the image claims more pixels than is safe to decode",
+    "too_small": "the image is smaller than the family's smallest size",
+    "too_short": "the video has fewer frames than the family's shortest clip",
+    "bad_frame_rate": "the video's frame rate is not above zero",
+}
+STATUS = pl.Enum(["ok", *REASONS])
+_URL = r"^\s*(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)"
+_FINE, _CODE, _NOW, _WHY = "\x00fine", "\x00code", "\x00now", "\x00why"
+_LOOKS_TYPED = r"^(?:[\[{]|true$|false$)"
+_Check = tuple[str, str, pl.Expr]
+"""Column, reason, and where the row fails."""
+
+
+def require_columns(table: Table, inputs: Sequence[Input], source: str, family: str) -> None:
+    """Refuse a table that lacks a column, or has none at all.
+
+    Raises:
+        MetadataError: it names the missing column and the nearest that is there.
+    """
+    if not table.columns:
+        raise _no_rows(source)
+    for item in inputs:
+        if item.column not in table.columns:
+            hint = nearest(item.column, table.columns)
+            raise MetadataError(
+                f"the metadata has no column '{item.column}'" + (f"; {hint}" if hint else ""),
+                where=source,
+                do=f"its columns are {', '.join(table.columns)}; {family} reads "
+                + ", ".join(i.column for i in inputs),
+            )
+
+
+def _no_rows(source: str) -> MetadataError:
+    return MetadataError("the metadata has no rows", where=source, do="add one for each sample")
+
+
+def check_structure(table: Table, inputs: Sequence[Input], source: str) -> pl.DataFrame:
+    """Check the values of every row.
+
+    Returns:
+        `row` (from 1; empty lines of csv do not count), `status` ("ok" or a reason), `message`,
+        and the columns of the inputs: text, or a list of text where the input takes many.
+
+    Raises:
+        MetadataError: the table cannot be read, or has no rows.
+    """
+    lazy = table.rows
+    types = lazy.collect_schema()
+    checks: list[_Check] = []
+    for item in inputs:
+        lazy = lazy.with_columns(_as_declared(item, types[item.column]))
+        checks += _checks(item, types[item.column])
+    fine = pl.all_horizontal(_surely_fine(item, types[item.column]) for item in inputs)
+    frame = table.collect(lazy.with_columns(fine.fill_null(False).alias(_FINE)))
+    if frame.height == 0:
+        raise _no_rows(source)
+    frame = _told(frame, checks)
+    if table.uneven is not None:
+        frame = _look_at_lines(frame, table)
+    if table.values is not None:
+        frame = _look_at_types(frame, table, inputs)
+    if frame.height == 0:
+        raise _no_rows(source)
+    columns = [item.column for item in inputs]
+    return frame.select(
+        pl.int_range(1, pl.len() + 1, dtype=pl.UInt32).alias("row"), "status", "message", *columns
+    )
+
+
+def _told(frame: pl.DataFrame, checks: Sequence[_Check]) -> pl.DataFrame:
+    """Status and message of each row: of the first check that it fails."""
+    doubtful = frame.filter(~pl.col(_FINE))
+    frame = frame.drop(_FINE).with_columns(
+        pl.lit("ok", STATUS).alias("status"), pl.lit("").alias("message")
+    )
+    if doubtful.height == 0:
+        return frame
+    code = pl.lit(0, pl.UInt8)
+    for number, (_, _, bad) in reversed(list(enumerate(checks, 1))):
+        code = pl.when(bad).then(pl.lit(number, pl.UInt8)).otherwise(code)
+    codes = doubtful.select(INDEX, code.alias(_CODE)).filter(pl.col(_CODE) > 0)
+    reasons = pl.Series([reason for _, reason, _ in checks], dtype=STATUS)
+    messages = pl.Series([f"{column}: {REASONS[reason]}" for column, reason, _ in checks])
+    which = codes[_CODE] - 1
+    found = codes.select(
+        INDEX, reasons.gather(which).alias(_NOW), messages.gather(which).alias(_WHY)
+    )
+    return replace_problems(frame, found, INDEX)
+
+
+def _surely_fine(item: Input, dtype: pl.DataType) -> pl.Expr:
+    """A quick test that only fine values pass; most of them do."""
+    if item.many or not _is_plain(dtype):
+        return pl.lit(False)
+    value = pl.col(item.column)
+    return value.str.contains(r"^\S" if item.kind == "text" else r"^[^\s:\x00][^:\x00]*$")
+
+
+def _as_declared(item: Input, dtype: pl.DataType) -> pl.Expr:
+    """The column as text, or as a list of text; null where its type is another."""
+    value = pl.col(item.column)
+    if item.many:
+        if isinstance(dtype, pl.List | pl.Array):
+            if dtype.inner.is_nested():
+                return pl.lit(None, pl.List(pl.String)).alias(item.column)
+            return value.cast(pl.List(pl.String))
+        if not _is_plain(dtype):
+            return pl.lit(None, pl.List(pl.String)).alias(item.column)
+        return value.cast(pl.String).map_batches(
+            _lists, return_dtype=pl.List(pl.String), is_elementwise=True
+        )
+    if not _is_plain(dtype):
+        return pl.lit(None, pl.String).alias(item.column)
+    return (value.fill_nan(None) if dtype.is_float() else value).cast(pl.String)
+
+
+def _is_plain(dtype: pl.DataType) -> bool:
+    return not dtype.is_nested() and not isinstance(dtype, pl.Boolean | pl.Binary | pl.Object)
+
+
+def _lists(values: pl.Series) -> pl.Series:
+    """Cells → lists of text: a JSON list as it says, any other text as the only element."""
+    text = values.str.strip_chars()
+    listed = text.str.starts_with("[").fill_null(False)
+    single = pl.select(
+        pl.when((text == "").fill_null(True)).then(None).otherwise(pl.concat_list(values))
+    ).to_series()
+    if not listed.any():
+        return single.alias(values.name)
+    cells = values.filter(listed)
+    try:
+        parts = cells.str.json_decode(pl.List(pl.String))
+    except pl.exceptions.PolarsError:  # some cell is no list of texts
+        parts = pl.Series([_list(cell) for cell in cells], dtype=pl.List(pl.String))
+    where = listed.cum_sum() - 1
+    return (
+        pl.select(pl.when(listed).then(parts.gather(where.clip(0))).otherwise(single))
+        .to_series()
+        .alias(values.name)
+    )
+
+
+def _list(cell: str) -> list[str | None]:
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        return [cell]  # a name that begins with a bracket
+    return as_list(value) or []
+
+
+def _checks(item: Input, dtype: pl.DataType) -> list[_Check]:
+    name, value = item.column, pl.col(item.column)
+    listed = isinstance(dtype, pl.List | pl.Array) and item.many and not dtype.inner.is_nested()
+    if not _is_plain(dtype) and not listed:
+        return [(name, "wrong_type", pl.lit(True))]
+    if item.kind == "text":
+        return [(name, "empty_caption", value.is_null() | (value.str.strip_chars() == ""))]
+
+    def anywhere(test: pl.Expr) -> pl.Expr:
+        return value.list.eval(test).list.any() if item.many else test
+
+    each = pl.element() if item.many else value
+    blank = anywhere((each.str.strip_chars() == "").fill_null(True))
+    empty = value.is_null() | (value.list.len() == 0) if item.many else value.is_null()
+    return [
+        (name, "missing_value", empty | blank),
+        (name, "url", anywhere(each.str.contains(_URL).fill_null(False))),
+        (name, "bad_path", anywhere(each.str.contains("\x00", literal=True).fill_null(False))),
+    ]
+
+
+def _look_at_lines(frame: pl.DataFrame, table: Table) -> pl.DataFrame:
+    """Reject csv rows of uneven length, with their lines; leave out empty lines."""
+    assert table.uneven is not None
+    if not frame[EXTRA].any():
+        return frame
+    uneven = table.uneven()
+    blank = [index for index, found in uneven.items() if found.values == 0]
+    wrong = {
+        index: f"line {found.line}: {found.values} values for {len(table.columns)} columns"
+        for index, found in uneven.items()
+        if found.values
+    }
+    frame = with_problems(frame, {index: ("uneven_row", why) for index, why in wrong.items()})
+    return frame.filter(~pl.col(INDEX).is_in(pl.Series(blank, dtype=frame[INDEX].dtype).implode()))
+
+
+def _look_at_types(frame: pl.DataFrame, table: Table, inputs: Sequence[Input]) -> pl.DataFrame:
+    """Reject json values that are lists, objects or truth values where text belongs."""
+    assert table.values is not None
+    typed = pl.any_horizontal(
+        pl.col(item.column).is_null()
+        if item.many
+        else pl.col(item.column).str.contains(_LOOKS_TYPED).fill_null(False)
+        for item in inputs
+    )
+    suspects = frame.filter(typed)[INDEX].to_list()
+    if not suspects:
+        return frame
+    found = table.values(suspects)
+    problems: dict[int, tuple[str, str]] = {}
+    for index, row in found.items():
+        column = _first_typed(row, inputs)
+        if column is not None:
+            problems[index] = ("wrong_type", f"{column}: {REASONS['wrong_type']}")
+    return with_problems(frame, problems)
+
+
+def _first_typed(row: Mapping[str, Any], inputs: Sequence[Input]) -> str | None:
+    for item in inputs:
+        wrong = dict | bool if item.many else dict | bool | list
+        if isinstance(row.get(item.column), wrong):
+            return item.column
+    return None
+
+
+def with_problems(frame: pl.DataFrame, problems: Mapping[int, tuple[str, str]]) -> pl.DataFrame:
+    """Give rows (by their `INDEX`) a reason and a message, whatever they had."""
+    found = pl.DataFrame(
+        {
+            INDEX: pl.Series(list(problems), dtype=frame[INDEX].dtype),
+            _NOW: pl.Series([reason for reason, _ in problems.values()], dtype=STATUS),
+            _WHY: pl.Series([why for _, why in problems.values()], dtype=pl.String),
+        }
+    )
+    return replace_problems(frame, found, INDEX)
+
+
+def replace_problems(frame: pl.DataFrame, found: pl.DataFrame, on: str) -> pl.DataFrame:
+    """The frame with the status and message that `found` has for a row, where it has one."""
+    if found.height == 0:
+        return frame
+    joined = frame.join(found, on=on, how="left", maintain_order="left")
+    return joined.with_columns(
+        pl.coalesce(_NOW, "status").alias("status"), pl.coalesce(_WHY, "message").alias("message")
+    ).drop(_NOW, _WHY)

@@ -1,0 +1,138 @@
+"""Videos, from files to tensors.
+
+Animations (GIF, WebP, APNG, AVIF) are read by Pillow, and a still image is a video of one frame;
+everything else is read by decord. Frames are RGB of 8 bits.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from diffsynth_dagster.data.containers import cut_short
+from diffsynth_dagster.data.facts import Facts, digest_file
+from diffsynth_dagster.data.geometry import frame_indices
+from diffsynth_dagster.data.media import (
+    IMAGE_ERRORS,
+    as_rgb,
+    fit,
+    media_problem,
+    open_image,
+    to_tensor,
+)
+from diffsynth_dagster.data.video_pool import VideoPool
+
+_ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+_DEFAULT_DURATION_MS = 100
+"""Of a frame of an animation that gives none, as browsers show it."""
+
+
+def video_facts(path: Path, pool: VideoPool) -> Facts:
+    """What a check of a video finds, every frame decoded.
+
+    Returns:
+        `digest`, `width`, `height`, `frames`, and `rate` in frames per second (None for a still
+        image); or `status` and `message`.
+    """
+    try:
+        found: Facts | None = _animation_facts(path)
+        missing = cut_short(path)
+    except IMAGE_ERRORS as error:
+        return media_problem(error, "video")
+    if missing is None and found is None:
+        found = pool.decode(path)
+        missing = found.get("error")
+    if missing is not None or found is None:
+        why = " ".join(str(missing).split())[:300]
+        return {"status": "unreadable", "message": f"not a readable video: {why}"}
+    if found["frames"] < 1:
+        return {"status": "unreadable", "message": "not a readable video: it has no frames"}
+    rate = found["rate"]
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        return {"status": "bad_frame_rate", "message": f"the frame rate is {rate}"}
+    try:
+        return {"digest": digest_file(path), **found}
+    except OSError as error:
+        return media_problem(error, "video")
+
+
+def _animation_facts(path: Path) -> Facts | None:
+    """Facts about a file that Pillow reads; None for any other. Raises one of `IMAGE_ERRORS`."""
+    try:
+        opened = open_image(path)
+    except UnidentifiedImageError:
+        return None
+    with opened as image:
+        frames = _frame_count(image)
+        duration_ms = 0
+        for index in range(frames):
+            image.seek(index)
+            image.load()
+            shown = image.info.get("duration", 0)
+            duration_ms += shown if shown > 0 else _DEFAULT_DURATION_MS
+        image.seek(0)
+        size = as_rgb(image).size
+    rate = 1000 * frames / duration_ms if frames > 1 else None
+    return {"width": size[0], "height": size[1], "frames": frames, "rate": rate}
+
+
+def _frame_count(image: Image.Image) -> int:
+    """Frames of an animation; 1 for any other image, also one of several pages."""
+    return int(getattr(image, "n_frames", 1)) if image.format in _ANIMATED else 1
+
+
+def read_frames(path: Path, indices: Sequence[int]) -> list[Image.Image]:
+    """Frames of a video in RGB.
+
+    Args:
+        indices: which ones, counted from 0, in rising order.
+
+    Raises:
+        OSError, ValueError, …: see `IMAGE_ERRORS`; the file is damaged or has fewer frames.
+    """
+    try:
+        opened = open_image(path)
+    except UnidentifiedImageError:
+        return [Image.fromarray(frame) for frame in decode_frames(path, indices)]
+    with opened as image:
+        frames: dict[int, Image.Image] = {}
+        for index in dict.fromkeys(indices):
+            if _frame_count(image) > 1:
+                image.seek(index)
+            image.load()
+            frames[index] = as_rgb(image)
+    return [frames[index] for index in indices]
+
+
+def decode_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
+    """Frames of a file that decord reads, (F, H, W, 3) of 8 bits.
+
+    Raises:
+        OSError: it has fewer frames.
+        RuntimeError, decord.DECORDError: it is damaged.
+    """
+    import decord
+
+    reader: Any = decord.VideoReader(str(path), ctx=decord.cpu(0))
+    if indices and indices[-1] >= len(reader):
+        raise OSError(f"{path}: has {len(reader)} frames, not {indices[-1] + 1}")
+    return reader.get_batch(list(indices)).asnumpy()
+
+
+def load_sample_video(
+    path: Path, target: tuple[int, int], frames: int, stride: float
+) -> torch.Tensor:
+    """A video file at its trained size (width, height) and length.
+
+    Args:
+        frames, stride: which frames are taken; see `frame_indices`.
+
+    Returns:
+        float32 (3, F, height, width) in [-1, 1].
+    """
+    images = read_frames(path, frame_indices(frames, stride))
+    return torch.stack([to_tensor(fit(image, target)) for image in images], dim=1)

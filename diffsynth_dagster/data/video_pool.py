@@ -1,0 +1,98 @@
+"""Processes that decode videos to see whether they can be: see `video_worker`."""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+PATIENCE_S = 60
+"""A decoder that gives no sign of life for so long is ended."""
+_WORKER = Path(__file__).with_name("video_worker.py")
+
+
+class VideoPool:
+    """As many decoding processes as asked for, each started when it is first needed.
+
+    `decode` may be called from any number of threads. Use as a context manager.
+    """
+
+    def __init__(self, processes: int | None = None, patience_s: int = PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._idle: queue.LifoQueue[subprocess.Popen[str] | None] = queue.LifoQueue()
+        for _ in range(processes or os.cpu_count() or 1):
+            self._idle.put(None)
+        self._size = self._idle.qsize()
+
+    def decode(self, path: Path) -> dict[str, Any]:
+        """Decode every frame of a video.
+
+        Returns:
+            `width` and `height` in pixels, `frames`, `rate` in frames per second; or `error`.
+        """
+        worker = self._idle.get() or self._start()
+        try:
+            found, worker = self._ask(worker, path)
+        finally:
+            self._idle.put(worker if worker is not None and worker.poll() is None else None)
+        return found
+
+    def _start(self) -> subprocess.Popen[str]:
+        # -P keeps the worker's folder off the path: its neighbours are not its modules.
+        return subprocess.Popen(
+            [sys.executable, "-P", str(_WORKER), str(self._patience_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+        )
+
+    def _ask(
+        self, worker: subprocess.Popen[str], path: Path
+    ) -> tuple[dict[str, Any], subprocess.Popen[str] | None]:
+        """The answer, and the worker if it is still there."""
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        try:
+            worker.stdin.write(json.dumps(str(path)) + "\n")
+            worker.stdin.flush()
+        except OSError:
+            _end(worker)
+            return {"error": "the decoder ended"}, None
+        while True:
+            # The worker ends itself; this is for platforms where it cannot.
+            timer = Timer(self._patience_s + 5, worker.kill)
+            timer.daemon = True
+            timer.start()
+            line = worker.stdout.readline()
+            timer.cancel()
+            if not line.endswith("\n"):
+                code = worker.wait()
+                why = "gave no sign of life" if code in (-14, -9) else "crashed"
+                _end(worker)
+                return {"error": f"the decoder {why}"}, None
+            answer: dict[str, Any] = json.loads(line)
+            if "decoded" not in answer:
+                return answer, worker
+
+    def __enter__(self) -> "VideoPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _place in range(self._size):
+            worker = self._idle.get()
+            if worker is not None:
+                _end(worker)
+
+
+def _end(worker: subprocess.Popen[str]) -> None:
+    worker.kill()
+    worker.wait()
+    for pipe in (worker.stdin, worker.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):  # what was left to write has no reader
+                pipe.close()

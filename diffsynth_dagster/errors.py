@@ -1,0 +1,86 @@
+"""Everything this project raises on purpose.
+
+DiffSynthError
+├── Stopped              the run was asked to stop; nothing is lost
+└── UserError            a mistake that the person who started the run can mend
+    ├── ParameterError   a flag, recipe key or run-config field
+    ├── MetadataError    the metadata table, a row of it, or a file that a row names
+    ├── WeightsError     a model file: missing, damaged, of an unknown kind, incomplete
+    │   └── DownloadError    the hub did not answer or lacks the file; worth another try
+    ├── TargetError      LoRA targets or trainable modules that match nothing
+    ├── StoreError       the cache of encoded samples
+    └── OutputError      a folder or file that cannot be written
+
+A broken invariant of ours is an `assert`, never one of these.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+EXIT_USER_ERROR = 2
+
+
+class DiffSynthError(Exception):
+    """Root of the tree."""
+
+
+class Stopped(DiffSynthError):
+    """The run was asked to stop, between two steps or two batches."""
+
+
+class UserError(DiffSynthError):
+    """A mistake of the person who started the run: what is wrong, where, what to do.
+
+    Args:
+        what: one sentence that says what is wrong.
+        where: the file and row, or the parameter.
+        do: what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, do: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.do = do
+        super().__init__(what, where, do)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.do:
+            lines.append(f"  what to do: {self.do}")
+        return "\n".join(lines)
+
+
+class ParameterError(UserError):
+    """A flag, a recipe key or a run-config field is unknown or has a value it cannot take."""
+
+
+class MetadataError(UserError):
+    """The metadata table, a row of it, or a file that a row names is unusable."""
+
+
+class WeightsError(UserError):
+    """A model file is missing, damaged, incomplete, or of an unknown kind."""
+
+
+class DownloadError(WeightsError):
+    """A model hub did not answer, or lacks what was asked of it."""
+
+
+class TargetError(UserError):
+    """A LoRA target or a trainable module matches nothing."""
+
+
+class StoreError(UserError):
+    """The cache of encoded samples is missing, damaged, or lacks what was asked of it."""
+
+
+class OutputError(UserError):
+    """A folder or file cannot be written."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint naming the entry of `known` nearest to `name`, or listing nothing when none is near."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,191 @@
+"""Split the newest checkpoint into one file for each module, in the layout of diffusers.
+
+exports/diffusers/pytorch_lora_weights.safetensors             a LoRA, for load_lora_weights
+exports/diffusers/<folder>/diffusion_pytorch_model.safetensors a module trained in full
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.facts import digest_file
+from diffsynth_dagster.errors import OutputError, WeightsError
+from diffsynth_dagster.files import write_tensors, write_text
+from diffsynth_dagster.training.checkpoint import PROVENANCE_KEY
+from diffsynth_dagster.training.record import RunRecord
+from diffsynth_dagster.weights.header import read_header, read_metadata
+from diffsynth_dagster.weights.identify import Found, FoundModel
+from diffsynth_dagster.weights.load import build_empty, read_tensors
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER_KEY = "lora_adapter_metadata"
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that another tool loads.
+
+    Attributes:
+        kind: "lora" or "full".
+        digest: BLAKE3 of the file.
+    """
+
+    path: Path
+    format: str
+    component: str
+    kind: str
+    digest: str
+    tensors: int
+    bytes: int
+
+
+def newest_checkpoint(config: TrainingConfig, record: RunRecord) -> Path:
+    """The checkpoint that was written last.
+
+    Raises:
+        OutputError: there is none, or its bytes are not those that the training wrote.
+    """
+    folder = Path(config.output_path)
+    if not record.checkpoints:
+        raise OutputError("the training wrote no checkpoint", where=str(folder), do="train again")
+    name, digest = list(record.checkpoints.items())[-1]
+    path = folder / name
+    if not path.is_file() or digest_file(path) != digest:
+        raise OutputError(
+            "the checkpoint is missing or was changed since the training wrote it",
+            where=str(path),
+            do="train again",
+        )
+    return path
+
+
+def split_modules(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, Tensors]:
+    """Component → its tensors, undoing the prefix that the checkpoint's names lost."""
+    modules: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        whole = name if name.startswith("pipe.") else prefix + name
+        _, component, rest = whole.split(".", 2)
+        modules.setdefault(component, {})[rest] = tensor
+    return modules
+
+
+def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> list[Exported]:
+    """Write the exports of a finished training into `<output_path>/exports/`.
+
+    Equal checkpoints give equal bytes.
+
+    Raises:
+        OutputError: see `newest_checkpoint`; or the folder cannot be written.
+    """
+    checkpoint = newest_checkpoint(config, record)
+    provenance = {**record.provenance, "checkpoint": record.checkpoints[checkpoint.name]}
+    folder = Path(config.output_path) / "exports" / "diffusers"
+    modules = split_modules(read_tensors([checkpoint]), config.remove_prefix_in_ckpt)
+    exported: list[Exported] = []
+    for component, tensors in modules.items():
+        source = found.components[component]
+        if component == config.lora_base_model:
+            exported.append(_export_lora(folder, source, tensors, record, provenance))
+        else:
+            exported.append(_export_full(folder, source, tensors, provenance))
+    return exported
+
+
+def _export_lora(
+    folder: Path, found: Found, tensors: Tensors, record: RunRecord, provenance: dict[str, Any]
+) -> Exported:
+    prefix = found.component.folder
+    assert record.lora is not None
+    targets = sorted({name.rsplit(".lora_", 1)[0] for name in tensors})
+    adapter = {
+        f"{prefix}.r": record.lora["rank"],
+        f"{prefix}.lora_alpha": record.lora["alpha"],
+        f"{prefix}.target_modules": targets,
+    }
+    metadata = {
+        ADAPTER_KEY: json.dumps(adapter, sort_keys=True),
+        PROVENANCE_KEY: json.dumps(provenance, sort_keys=True),
+        "format": "pt",
+    }
+    named = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+    path = write_tensors(folder / LORA_FILE, named, metadata)
+    return _exported(path, found, "lora")
+
+
+def _export_full(
+    folder: Path, found: Found, tensors: Tensors, provenance: dict[str, Any]
+) -> Exported:
+    module = build_empty(found)
+    is_transformers = hasattr(module, "generation_config")
+    name = "model" if is_transformers else "diffusion_pytorch_model"
+    path = folder / found.component.folder / f"{name}.safetensors"
+    metadata = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
+    write_tensors(path, tensors, metadata)
+    beside = found.files[0].parent / "config.json"
+    if beside.is_file():
+        shutil.copyfile(beside, path.parent / "config.json")
+    else:
+        config: Any = module.config
+        text = (
+            config.to_json_string()
+            if hasattr(config, "to_json_string")
+            else json.dumps(dict(config), indent=2)
+        )
+        write_text(path.parent / "config.json", text)
+    return _exported(path, found, "full")
+
+
+def _exported(path: Path, found: Found, kind: str) -> Exported:
+    header = read_header(path)
+    return Exported(
+        path,
+        "diffusers",
+        found.component.name,
+        kind,
+        digest_file(path),
+        len(header),
+        path.stat().st_size,
+    )
+
+
+def verify_export(exported: Exported, found: FoundModel) -> None:
+    """Load an exported file the way its target does, onto a module without memory.
+
+    Raises:
+        WeightsError: the target's loader does not take it, or leaves tensors out.
+    """
+    source = found.components[exported.component]
+    module = build_empty(source)
+    if exported.kind == "full":
+        wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+        have = {name: info.shape for name, info in read_header(exported.path).items()}
+        wrong = sorted(name for name in have if wanted.get(name) != have[name])
+        tied = getattr(module, "all_tied_weights_keys", None) or {}
+        wrong += sorted(name for name in wanted if name not in have and name not in tied)
+        if wrong:
+            raise _unloadable(exported, f"tensors differ from the architecture: {wrong[:3]}")
+        return
+    tensors = read_tensors([exported.path])
+    adapter = json.loads(read_metadata(exported.path)[ADAPTER_KEY])
+    try:
+        found.family.load_lora(module, tensors, adapter)
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise _unloadable(exported, str(error)) from error
+    taken = sum(".lora_" in name for name, _ in module.named_parameters())
+    if taken != len(tensors):
+        raise _unloadable(exported, f"it takes {taken} of {len(tensors)} tensors")
+
+
+def _unloadable(exported: Exported, why: str) -> WeightsError:
+    return WeightsError(
+        f"the exported file does not load in {exported.format}: {why}",
+        where=str(exported.path),
+        do="report this with the recipe; the checkpoint beside it is unharmed",
+    )

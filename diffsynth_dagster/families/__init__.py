@@ -1,0 +1,77 @@
+"""The registry of model families: one explicit line each."""
+
+from importlib import import_module
+
+from diffsynth_dagster.errors import ParameterError, nearest
+from diffsynth_dagster.families.contract import Family
+
+_MODULES: dict[str, str] = {}
+
+NAMES_OF_THE_GUIDE = (
+    "qwen_image",
+    "flux",
+    "flux2",
+    "wanvideo",
+    "z_image",
+    "stable_diffusion",
+    "stable_diffusion_xl",
+    "ltx2",
+    "ace_step",
+    "anima",
+    "boogu_image",
+    "joyai_image",
+    "ernie_image",
+    "ideogram4",
+    "hidream_o1_image",
+    "krea2",
+    "lingbot_video",
+    "minimax_h3",
+    "mova",
+)
+
+
+def register(name: str, module: str) -> None:
+    """Register a family: `module` defines `FAMILY`, and is imported when it is asked for."""
+    if name in _MODULES:
+        raise AssertionError(f"the family '{name}' is registered twice")
+    _MODULES[name] = module
+
+
+register("qwen_image", "diffsynth_dagster.families.qwen_image")
+
+
+def family_names() -> tuple[str, ...]:
+    """The registered families."""
+    return tuple(_MODULES)
+
+
+def find_family(name: str) -> Family:
+    """The family of this name.
+
+    Raises:
+        ParameterError: no family is called so, or it is not supported yet.
+    """
+    if name in _MODULES:
+        family = import_module(_MODULES[name]).FAMILY
+        assert isinstance(family, Family)
+        assert family.name == name
+        return family
+    known = ", ".join(_MODULES)
+    if name in NAMES_OF_THE_GUIDE:
+        raise ParameterError(
+            f"the family '{name}' is not supported yet", where="family", do=f"one of: {known}"
+        )
+    hint = nearest(name, (*_MODULES, *NAMES_OF_THE_GUIDE))
+    raise ParameterError(
+        f"unknown family '{name}'" + (f"; {hint}" if hint else ""),
+        where="family",
+        do=f"one of: {known}",
+    )
+
+
+def each_family() -> list[Family]:
+    """Every registered family, imported."""
+    return [find_family(name) for name in _MODULES]
+
+
+__all__ = ["Family", "each_family", "family_names", "find_family", "register"]

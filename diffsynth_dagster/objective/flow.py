@@ -1,0 +1,76 @@
+"""Flow matching with a sigma schedule.
+
+Notation of the rectified-flow literature (Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024,
+arXiv:2403.03206): x_0 clean latents, epsilon ~ N(0, 1), sigma in [0, 1],
+x_t = (1 - sigma) x_0 + sigma epsilon, and the model predicts the velocity epsilon - x_0.
+The schedules and the weighting are those of DiffSynth-Studio's supervised loss, so that a training
+here and there minimises the same thing.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def exponential_shift(sigmas: torch.Tensor, mu: float) -> torch.Tensor:
+    """sigma -> e^mu / (e^mu + 1 / sigma - 1) (Esser et al. 2024, section 5.3.2, with e^mu = alpha)."""
+    return math.exp(mu) / (math.exp(mu) + 1.0 / sigmas - 1.0)
+
+
+def stretch_to(sigmas: torch.Tensor, terminal: float) -> torch.Tensor:
+    """Scale 1 - sigma so that the last sigma equals `terminal`."""
+    z = 1.0 - sigmas
+    return 1.0 - z * (1.0 - terminal) / z[-1]
+
+
+def bell_weights(timesteps: torch.Tensor) -> torch.Tensor:
+    """Loss weights w_i = (y_i - min y) n / sum(y - min y), y_i = exp(-2 ((t_i - 500) / 1000)^2).
+
+    Args:
+        timesteps: (n,) in [0, 1000].
+
+    Returns:
+        (n,), whose mean is 1.
+    """
+    y = torch.exp(-2.0 * ((timesteps - NUM_TRAIN_TIMESTEPS / 2) / NUM_TRAIN_TIMESTEPS) ** 2)
+    y = y - y.min()
+    return y * (len(timesteps) / y.sum())
+
+
+@dataclass(frozen=True)
+class FlowPath:
+    """A noising path with a discrete schedule. Index 0 has the most noise.
+
+    Attributes:
+        sigmas: (n,) float32, decreasing.
+        timesteps: (n,) float32, 1000 sigma; what the denoiser is told.
+        weights: (n,) float32 loss weights.
+    """
+
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+    weights: torch.Tensor
+    description: str
+
+    def noised(self, x_0: torch.Tensor, epsilon: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """x_t = (1 - sigma) x_0 + sigma epsilon. Shapes: (B, …), (B, …), (B,) → (B, …)."""
+        sigma = sigma.view(-1, *(1,) * (x_0.ndim - 1))
+        return (1.0 - sigma) * x_0 + sigma * epsilon
+
+    def target(self, x_0: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+        """What the model predicts: epsilon - x_0."""
+        return epsilon - x_0
+
+
+def flow_path(sigmas: torch.Tensor, description: str) -> FlowPath:
+    """The path of a schedule given in float64 (n,), decreasing."""
+    timesteps = sigmas * NUM_TRAIN_TIMESTEPS
+    return FlowPath(sigmas.float(), timesteps.float(), bell_weights(timesteps).float(), description)
+
+
+def linear_sigmas() -> torch.Tensor:
+    """1, 1 - 1/n, …, 1/n in float64 for the n = 1000 training timesteps."""
+    return torch.linspace(1.0, 0.0, NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64)[:-1]

@@ -1,0 +1,1 @@
+"""The loop, trainable modules, validation and reporting."""

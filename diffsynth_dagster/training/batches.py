@@ -1,0 +1,133 @@
+"""From the manifest and the store to the micro-batches of an optimizer step."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from diffsynth_dagster.cache.encode import trained_components
+from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.cache.store import Store
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.order import MicroBatch, StepOrder, Visit
+from diffsynth_dagster.data.samples import load
+from diffsynth_dagster.families.contract import Family, Output, Tensors
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch.
+
+    Attributes:
+        samples, visits: identity of each sample, and how often it was seen before.
+        outputs: stacked outputs of the cached stages (B, …), padded and with masks where ragged.
+        inputs: column → value of each sample, for the stages that run in the step.
+        scale: what the sum of the samples' losses is multiplied by, so that the gradients of an
+            optimizer step add up to those of the mean over its samples; 0 for a batch that only
+            keeps the processes in step.
+    """
+
+    samples: list[str]
+    visits: list[int]
+    outputs: Tensors
+    inputs: list[dict[str, Any]]
+    scale: float
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on a device."""
+        move = {name: t.to(device, non_blocking=True) for name, t in self.outputs.items()}
+        return replace(self, outputs=move)
+
+
+def collate(outputs: Sequence[Output], samples: Sequence[Tensors]) -> Tensors:
+    """Stack the outputs of samples: ragged ones are padded with zeros and get a mask (B, L)."""
+    stacked: Tensors = {}
+    for output in outputs:
+        tensors = [sample[output.name] for sample in samples]
+        if not output.ragged:
+            stacked[output.name] = torch.stack(tensors)
+            continue
+        lengths = torch.tensor([len(t) for t in tensors], device=tensors[0].device)
+        stacked[output.name] = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+        positions = torch.arange(int(lengths.max()), device=lengths.device)
+        stacked[f"{output.name}_mask"] = positions < lengths[:, None]
+    return stacked
+
+
+class StepDataset(Dataset[list[Batch]]):
+    """Optimizer step → the micro-batches of one process.
+
+    Every process gets the same number of micro-batches; the last may be one of scale 0.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, family: Family, manifest: Manifest, rank: int, world: int
+    ) -> None:
+        trained = trained_components(config)
+        self._cached = family.cached_stages(trained)
+        self._step_inputs = list(
+            dict.fromkeys(i for s in family.step_stages(trained) for i in s.reads)
+        )
+        self._rows = manifest.frame.to_dicts()
+        self._buckets = _buckets(self._rows)
+        self._store = Store(Path(manifest.store))
+        # Here and not in a worker: Polars does not survive the fork that makes one.
+        self._store.refresh()
+        self._rank = rank
+        self._world = world
+        self.order = StepOrder(
+            [len(bucket) for bucket in self._buckets],
+            config.dataset_repeat,
+            config.batch_size,
+            config.gradient_accumulation_steps * world,
+            config.seed,
+        )
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        """The micro-batches of this process for an optimizer step. Raises `StoreError`."""
+        micros = self.order.step(step)
+        scale = self._world / sum(len(micro) for micro in micros)
+        mine = [self._batch(micro, scale) for micro in micros[self._rank :: self._world]]
+        if len(mine) < -(-len(micros) // self._world):
+            mine.append(self._batch(micros[0], 0.0))
+        return mine
+
+    def _batch(self, micro: MicroBatch, scale: float) -> Batch:
+        rows = [self._row(visit) for visit in micro]
+        outputs = [output for stage in self._cached for output in stage.yields]
+        tensors: list[Tensors] = []
+        for row in rows:
+            sample: Tensors = {}
+            for stage in self._cached:
+                sample |= self._store.read(row[f"key:{stage.name}"])
+            tensors.append(sample)
+        return Batch(
+            [row["sample"] for row in rows],
+            [visit.visit for visit in micro],
+            collate(outputs, tensors),
+            [self._inputs(row) for row in rows],
+            scale,
+        )
+
+    def _row(self, visit: Visit) -> dict[str, Any]:
+        return self._rows[self._buckets[visit.bucket][visit.index]]
+
+    def _inputs(self, row: dict[str, Any]) -> dict[str, Any]:
+        values = {i: row[f"input:{i.column}"] for i in self._step_inputs}
+        return {
+            i.column: value if i.kind == "text" else load(json.loads(value), i)
+            for i, value in values.items()
+        }
+
+
+def _buckets(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Indices of the rows of each trained size, ordered by size."""
+    by_size: dict[tuple[int, int, int, str], list[int]] = {}
+    for index, row in enumerate(rows):
+        size = (row["height"], row["width"], row["frames"], row["shape"])
+        by_size.setdefault(size, []).append(index)
+    return [by_size[size] for size in sorted(by_size)]

@@ -1,0 +1,72 @@
+"""Saved weights: the trained tensors under the names that users expect, with provenance."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsynth_dagster.config.parameters import OutputParameters
+from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.files import write_tensors
+from diffsynth_dagster.training.modules import saved_name
+
+PROVENANCE_KEY = "diffsynth_dagster"
+
+
+def trained_state(
+    parameters: Mapping[str, torch.Tensor], trainable: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    """The trained tensors as `pipe.<component>.<tensor>`, on the CPU.
+
+    Args:
+        parameters: name in `TrainingStep` (`components.<component>.<tensor>`) → tensor.
+        trainable: those of the names that are trained.
+    """
+    return {
+        "pipe." + saved_name(name.removeprefix("components.")): tensor.detach().cpu().contiguous()
+        for name, tensor in parameters.items()
+        if name in trainable
+    }
+
+
+def strip_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Remove a prefix from the names that have it; the others keep theirs."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def check_prefix(prefix: str, trained: frozenset[str]) -> None:
+    """Check before training that the prefix to remove is that of a trained component.
+
+    The default prefix may match nothing: then nothing is removed.
+
+    Args:
+        trained: names of the trained components.
+
+    Raises:
+        ParameterError: no trained tensor starts with it.
+    """
+    default = OutputParameters.model_fields["remove_prefix_in_ckpt"].default
+    starts = sorted(f"pipe.{name}." for name in trained)
+    if not prefix or prefix == default or any(prefix.startswith(start) for start in starts):
+        return
+    raise ParameterError(
+        f"no trained tensor starts with '{prefix}'",
+        where="remove_prefix_in_ckpt",
+        do=f"give the prefix of a trained model: {', '.join(starts)}",
+    )
+
+
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]
+) -> Path:
+    """Write a safetensors file whole, with its provenance as JSON in the header.
+
+    Equal tensors and provenance give equal bytes.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
+    return write_tensors(path, tensors, notes)

@@ -1,0 +1,298 @@
+"""The training loop. Read top to bottom: what is trained, each step, what is written."""
+
+import resource
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from diffsynth_dagster.cache.encode import trained_components
+from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.facts import digest_file
+from diffsynth_dagster.dotted import import_dotted
+from diffsynth_dagster.errors import ParameterError, Stopped
+from diffsynth_dagster.files import write_whole
+from diffsynth_dagster.training.batches import Batch, StepDataset
+from diffsynth_dagster.training.checkpoint import strip_prefix, trained_state, write_checkpoint
+from diffsynth_dagster.training.modules import (
+    add_lora,
+    checkpoint_gradients,
+    fingerprints,
+    train_fully,
+)
+from diffsynth_dagster.training.record import RunRecord
+from diffsynth_dagster.training.reporting import Reporter, StepMetrics
+from diffsynth_dagster.training.step import TrainingStep
+from diffsynth_dagster.training.validation import Sampler, grid
+from diffsynth_dagster.weights.models import Models
+
+
+@dataclass
+class Session:
+    """Everything that a training works with."""
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    models: Models
+    manifest: Manifest
+    record: RunRecord
+    reporter: Reporter
+    stop_asked: Callable[[], bool]
+
+
+def build_step(session: Session) -> TrainingStep:
+    """Load the components of the step and make them trainable.
+
+    Raises:
+        WeightsError, TargetError, ParameterError: see `Models`, `add_lora`, `checkpoint_gradients`.
+    """
+    config, models = session.config, session.models
+    family, trained = models.found.family, trained_components(config)
+    used = {name for stage in family.step_stages(trained) for name in stage.uses}
+    loaded = models.get(dict.fromkeys([family.denoiser, *sorted(used | trained)]))
+    tokenizers = {n: loaded.pop(n) for n in list(loaded) if n in models.found.tokenizers}
+    for name in config.trainable_models:
+        train_fully(loaded[name])
+    if config.lora_base_model is not None:
+        add_lora(config, family, loaded[config.lora_base_model])
+    if config.checkpoints_gradients:
+        for name in trained:
+            checkpoint_gradients(loaded[name])
+    for name in trained:
+        loaded[name].train()
+    interval = (0, len(family.path().sigmas))
+    return TrainingStep(family, loaded, tokenizers, trained, config.seed, interval)
+
+
+def make_optimizer(
+    config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """AdamW, or the class of `customized_optimizer`. Raises `ParameterError`."""
+    kind: Any = torch.optim.AdamW
+    if config.customized_optimizer is not None:
+        kind = import_dotted(config.customized_optimizer, "customized_optimizer")
+    return kind(list(parameters), lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def train(session: Session) -> RunRecord:
+    """Train to the end of the last epoch; returns the finished record.
+
+    Raises:
+        Stopped: the run was asked to stop.
+        UserError: see `build_step`.
+    """
+    config, accelerator, record = session.config, session.accelerator, session.record
+    step_module = build_step(session)
+    trainable = {n: p for n, p in step_module.named_parameters() if p.requires_grad}
+    marks = fingerprints(trainable.items())
+    optimizer = make_optimizer(config, trainable.values())
+    data = StepDataset(
+        config,
+        session.models.found.family,
+        session.manifest,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    epoch_steps = data.order.steps_per_epoch
+    total = epoch_steps * config.num_epochs
+    warms_up = config.lr_scheduler == "constant" and config.lr_warmup_steps
+    schedule = get_scheduler(
+        "constant_with_warmup" if warms_up else config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=total,
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin: Any = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
+    model, optimizer = accelerator.prepare(step_module, optimizer)
+    pictures = Pictures(session, accelerator.unwrap_model(model))
+    pictures.samples(0)
+    pictures.evaluate("before")
+
+    session.reporter.started(total, config)
+    started = time.perf_counter()
+    offload = config.use_gradient_checkpointing_offload
+    loader = DataLoader(
+        data, batch_size=None, sampler=range(total), num_workers=config.dataset_num_workers
+    )
+    for step, batches in enumerate(loader, start=1):
+        if session.stop_asked():
+            raise Stopped
+        began = time.perf_counter()
+        loss = torch.zeros((), device=accelerator.device)
+        for index, batch in enumerate(batches):
+            accelerator.sync_gradients = index == len(batches) - 1
+            with _no_sync(accelerator, model), _saved_tensors(offload, accelerator.device):
+                weighted = _forward(model, batch.to(accelerator.device)).sum() * batch.scale
+                accelerator.backward(weighted)
+            loss += weighted.detach()
+        norm = _clip(accelerator, trainable.values(), config.max_grad_norm)
+        learning_rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:
+            schedule.step()
+        metrics = StepMetrics(
+            step=step,
+            epoch=(step - 1) // epoch_steps,
+            loss=_mean_over_processes(accelerator, loss),
+            learning_rate=learning_rate,
+            grad_norm=norm,
+            seconds=time.perf_counter() - began,
+            samples=_samples(batches),
+        )
+        _note(record, metrics)
+        session.reporter.stepped(metrics)
+        name = _due(config, step, epoch_steps, total)
+        if name is not None:
+            _save(session, model, frozenset(trainable), name, step)
+            pictures.samples(step)
+
+    record.seconds = time.perf_counter() - started
+    record.steps = total
+    record.samples_per_second = data.order.samples_per_epoch * config.num_epochs / record.seconds
+    record.peak_memory_bytes = _peak_memory(accelerator.device)
+    after = fingerprints(trainable.items())
+    record.trained_tensors = len(marks)
+    record.changed_tensors = sum(marks[name] != after[name] for name in marks)
+    pictures.evaluate("after")
+    record.finished = True
+    return record
+
+
+def _forward(model: Any, batch: Batch) -> torch.Tensor:
+    """Losses of a batch (B,); what DDP says about parameters without a gradient, in our words."""
+    try:
+        return model(batch)
+    except RuntimeError as error:
+        if "find_unused_parameters" not in str(error):
+            raise
+        raise ParameterError(
+            "some trained parameters get no gradient, which several processes must be told",
+            where="find_unused_parameters",
+            do="give find_unused_parameters",
+        ) from error
+
+
+def _mean_over_processes(accelerator: Accelerator, value: torch.Tensor) -> float:
+    reduced: Any = accelerator.reduce(value, "mean")
+    return float(reduced)
+
+
+def _samples(batches: list[Batch]) -> int:
+    return sum(len(batch.samples) for batch in batches if batch.scale)
+
+
+def _no_sync(accelerator: Accelerator, model: Any) -> AbstractContextManager[Any]:
+    return nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model)
+
+
+def _saved_tensors(offload: bool, device: torch.device) -> AbstractContextManager[Any]:
+    """Keep what the backward pass needs in CPU memory, if asked."""
+    if not offload:
+        return nullcontext()
+    return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
+
+
+def _clip(
+    accelerator: Accelerator, parameters: Iterable[torch.Tensor], norm: float | None
+) -> float:
+    """Clip the gradients if asked; returns their norm before."""
+    before = accelerator.clip_grad_norm_(parameters, float("inf") if norm is None else norm)
+    return 0.0 if before is None else float(before)
+
+
+def _note(record: RunRecord, metrics: StepMetrics) -> None:
+    finite = metrics.loss - metrics.loss == 0.0
+    record.all_losses_finite &= finite
+    if record.first_loss is None:
+        record.first_loss = metrics.loss
+    record.final_loss = metrics.loss
+
+
+def _due(config: TrainingConfig, step: int, epoch_steps: int, total: int) -> str | None:
+    """Name of the checkpoint that is due after a step. The last step always leaves one."""
+    if config.save_steps is None:
+        return f"epoch-{step // epoch_steps - 1}" if step % epoch_steps == 0 else None
+    return f"step-{step}" if step % config.save_steps == 0 or step == total else None
+
+
+def _save(session: Session, model: Any, trainable: frozenset[str], name: str, step: int) -> None:
+    """Write the trained weights, prefix stripped. Raises `OutputError`."""
+    accelerator, config = session.accelerator, session.config
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if accelerator.distributed_type in sharded:
+        parameters: Any = accelerator.get_state_dict(model)
+    else:
+        parameters = dict(accelerator.unwrap_model(model).named_parameters())
+    if accelerator.is_main_process:
+        tensors = strip_prefix(trained_state(parameters, trainable), config.remove_prefix_in_ckpt)
+        path = Path(config.output_path) / f"{name}.safetensors"
+        provenance = {**session.record.provenance, "step": step}
+        write_checkpoint(path, tensors, provenance)
+        session.record.checkpoints[path.name] = digest_file(path)
+        session.reporter.saved(step, path)
+    accelerator.wait_for_everyone()
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most memory used so far: of the GPU, or of the process on a CPU. Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Pictures:
+    """Sample images and evaluations, made on the main process."""
+
+    def __init__(self, session: Session, step_module: TrainingStep) -> None:
+        self._session = session
+        self._module = step_module
+        self._sampler = Sampler(session.config, session.manifest, session.models)
+        self._folder = Path(session.config.output_path) / "samples"
+
+    def samples(self, step: int) -> None:
+        """One image for each of `sample_prompts`, as one picture."""
+        prompts = self._session.config.sample_prompts
+        if prompts and self._session.accelerator.is_main_process:
+            images = self._generate(prompts, self._session.config.seed)
+            picture = self._write(f"step-{step}", grid(images, columns=min(8, len(images))))
+            self._session.reporter.sampled(step, picture)
+        self._session.accelerator.wait_for_everyone()
+
+    def evaluate(self, when: str) -> None:
+        """Call `customized_evaluation` and keep what it found under `when`."""
+        dotted = self._session.config.customized_evaluation
+        if dotted is not None and self._session.accelerator.is_main_process:
+            found = import_dotted(dotted, "customized_evaluation")(self._generate)
+            record = self._session.record
+            record.evaluation |= {f"{when}/{name}": v for name, v in found.metrics.items()}
+            for name, picture in found.pictures.items():
+                self._write(f"{when}-{name}", picture)
+        self._session.accelerator.wait_for_everyone()
+
+    def _generate(self, prompts: Any, seed: int) -> list[Image.Image]:
+        modes = {module: module.training for module in self._module.modules()}
+        self._module.eval()
+        try:
+            return self._sampler(self._module.loaded, prompts, seed)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _write(self, name: str, picture: Image.Image) -> Path:
+        path = self._folder / f"{name}.png"
+        write_whole(path, lambda staged: picture.save(staged, format="PNG"))
+        self._session.record.pictures[name] = path.name
+        return path

@@ -1,0 +1,156 @@
+"""What is trained: whole components, and LoRA layers inside a component."""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import ParameterError, TargetError, nearest
+from diffsynth_dagster.families.contract import Family
+
+AUTO_MIN_FEATURES = 512
+_ADAPTER = "default"
+_LORA_KEY = re.compile(rf"\.(lora_[A-Za-z_]+)\.{_ADAPTER}(?=\.|$)")
+
+
+def check_trainable(config: TrainingConfig, family: Family) -> None:
+    """Check that what is trained are components of the family.
+
+    Raises:
+        ParameterError: a name is none of them.
+    """
+    known = [component.name for component in family.components]
+    named = [("trainable_models", name) for name in config.trainable_models]
+    if config.lora_base_model is not None:
+        named.append(("lora_base_model", config.lora_base_model))
+    for parameter, name in named:
+        if name not in known:
+            hint = nearest(name, known)
+            raise ParameterError(
+                f"{family.name} has no model '{name}'" + (f"; {hint}" if hint else ""),
+                where=parameter,
+                do=f"its models are {', '.join(known)}",
+            )
+
+
+def lora_targets(config: TrainingConfig, family: Family, module: nn.Module) -> list[str]:
+    """Full names of the layers that get the LoRA, in the order of the module.
+
+    Raises:
+        TargetError: a target matches no layer, or automatic targets find none.
+    """
+    layers = [n for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    base = config.lora_base_model
+    assert base is not None
+    targets = config.lora_target_modules
+    if targets is None:
+        targets = family.lora_targets.get(base)
+        if targets is None:
+            raise TargetError(
+                f"{family.name} has no usual LoRA targets for '{base}'",
+                where="lora_target_modules",
+                do="name the layers, or give an empty list for automatic ones",
+            )
+    if not targets:
+        return _automatic_targets(module)
+    for target in targets:
+        if not any(_matches(name, target) for name in layers):
+            ends = {".".join(n.split(".")[-k:]) for n in layers for k in (1, 2)}
+            hint = nearest(target, ends)
+            raise TargetError(
+                f"the LoRA target '{target}' matches no layer of '{base}'"
+                + (f"; {hint}" if hint else ""),
+                where="lora_target_modules",
+                do="its layers end with " + ", ".join(sorted({n.split(".")[-1] for n in layers})),
+            )
+    return [name for name in layers if any(_matches(name, t) for t in targets)]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _automatic_targets(module: nn.Module) -> list[str]:
+    """Linear layers of at least 512 features both ways inside the repeated blocks."""
+    lists = [n for n, m in module.named_modules() if isinstance(m, nn.ModuleList)]
+    found = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        and min(layer.in_features, layer.out_features) >= AUTO_MIN_FEATURES
+        and any(name.startswith(f"{prefix}.") for prefix in lists)
+    ]
+    if not found:
+        raise TargetError(
+            f"no Linear layer of a repeated block has {AUTO_MIN_FEATURES} features both ways",
+            where="lora_target_modules (empty: automatic)",
+            do="name the layers",
+        )
+    return found
+
+
+def add_lora(config: TrainingConfig, family: Family, module: nn.Module) -> list[str]:
+    """Put LoRA layers (float32) into a module; returns the names of the layers that got one.
+
+    The initial values depend on the seed alone.
+
+    Raises:
+        TargetError: see `lora_targets`.
+    """
+    targets = lora_targets(config, family, module)
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (peft divides by r)
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        inject_adapter_in_model(lora, module, adapter_name=_ADAPTER)
+    for name, parameter in module.named_parameters():
+        is_lora = ".lora_" in name
+        parameter.requires_grad_(is_lora)
+        if is_lora:
+            parameter.data = parameter.data.float()
+    return targets
+
+
+def train_fully(module: nn.Module) -> None:
+    """Make every parameter of a module trainable, in float32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
+def checkpoint_gradients(module: nn.Module) -> None:
+    """Switch gradient checkpointing on, where the architecture has it.
+
+    Raises:
+        ParameterError: it has none.
+    """
+    for name in ("enable_gradient_checkpointing", "gradient_checkpointing_enable"):
+        switch = getattr(module, name, None)
+        if callable(switch) and getattr(module, "_supports_gradient_checkpointing", True):
+            switch()
+            return
+    raise ParameterError(
+        f"{type(module).__name__} has no gradient checkpointing",
+        where="use_gradient_checkpointing",
+        do="leave it out",
+    )
+
+
+def saved_name(name: str) -> str:
+    """Name of a parameter in saved files: without the adapter's own name."""
+    return _LORA_KEY.sub(r".\1", name)
+
+
+def fingerprints(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[float, float]]:
+    """A cheap mark of each tensor's values, to tell afterwards whether they changed."""
+    return {
+        name: (float(p.detach().double().sum()), float(p.detach().double().abs().sum()))
+        for name, p in parameters
+    }

@@ -1,0 +1,140 @@
+"""One forward pass: the stages of the step, the noising path, the denoiser, the losses."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffsynth_dagster.families.contract import Family, Output, Tensors
+from diffsynth_dagster.objective.flow import FlowPath
+from diffsynth_dagster.objective.loss import sample_losses
+from diffsynth_dagster.objective.noise import noise, timestep_index
+from diffsynth_dagster.training.batches import Batch, collate
+
+
+class TrainingStep(nn.Module):
+    """Batch → loss of each sample.
+
+    Args:
+        modules: the components used in the step, trained or not.
+        tokenizers: loaded tokenizers that the step's stages use.
+        trained: names of the trained components.
+        interval: the schedule's indices [low, high) that timesteps are drawn from.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        modules: dict[str, nn.Module],
+        tokenizers: dict[str, Any],
+        trained: frozenset[str],
+        seed: int,
+        interval: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.components = nn.ModuleDict(modules)
+        self._tokenizers = tokenizers
+        self._family = family
+        self._stages = family.step_stages(trained)
+        self._outputs = {o.name: o for stage in family.stages for o in stage.yields}
+        self._path: FlowPath = family.path()
+        self._seed = seed
+        self._interval = interval
+
+    @property
+    def loaded(self) -> dict[str, Any]:
+        """Component name → module or tokenizer."""
+        return {**dict(self.components.items()), **self._tokenizers}
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Losses (B,) float32 of the samples of a batch, each weighted by its timestep."""
+        outputs = self._run_stages(batch)
+        x_0, known, conditions = self._by_role(outputs)
+        device = next(iter(x_0.values())).device
+        dtype = weight_dtype(self.components[self._family.denoiser])
+        index = torch.tensor(
+            [
+                timestep_index(self._seed, sample, visit, *self._interval)
+                for sample, visit in zip(batch.samples, batch.visits, strict=True)
+            ]
+        )
+        sigma = self._path.sigmas[index].to(device)
+        epsilon = {name: self._noise(batch, name, clean) for name, clean in x_0.items()}
+        x_t: Tensors = {}
+        for name, clean in x_0.items():
+            x_t[name] = self._path.noised(clean.float(), epsilon[name], sigma)
+            if name in known:
+                x_t[name] = torch.where(known[name].bool(), clean.float(), x_t[name])
+        prediction = self._family.denoise(
+            self.loaded,
+            {n: t.to(dtype) if t.is_floating_point() else t for n, t in conditions.items()},
+            {name: noisy.to(dtype) for name, noisy in x_t.items()},
+            self._path.timesteps[index].to(device),
+        )
+        weight = self._path.weights[index].to(device)
+        losses = [
+            sample_losses(
+                prediction[name],
+                self._path.target(clean.float(), epsilon[name]),
+                weight,
+                known.get(name),
+            )
+            for name, clean in x_0.items()
+        ]
+        return torch.stack(losses).sum(0)
+
+    def _run_stages(self, batch: Batch) -> Tensors:
+        """The cached outputs and those of the stages that run here, stacked."""
+        outputs = dict(batch.outputs)
+        if not self._stages:
+            return outputs
+        samples = [
+            {**inputs, **_sample(outputs, self._outputs, index)}
+            for index, inputs in enumerate(batch.inputs)
+        ]
+        for stage in self._stages:
+            results = stage.run(self.loaded, samples)
+            outputs |= collate(stage.yields, results)
+            for sample, result in zip(samples, results, strict=True):
+                sample |= result
+        return outputs
+
+    def _by_role(self, outputs: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+        """Targets, known masks by target, and everything else."""
+        targets = {n: t for n, t in outputs.items() if self._role(n) == "target"}
+        known = {
+            of: t
+            for n, t in outputs.items()
+            if n in self._outputs and (of := self._outputs[n].of) is not None
+        }
+        conditions = {n: t for n, t in outputs.items() if n not in targets}
+        return targets, known, conditions
+
+    def _role(self, name: str) -> str:
+        return self._outputs[name].role if name in self._outputs else "condition"
+
+    def _noise(self, batch: Batch, name: str, clean: torch.Tensor) -> torch.Tensor:
+        shape = tuple(clean.shape[1:])
+        drawn = [
+            noise(self._seed, sample, visit, name, shape)
+            for sample, visit in zip(batch.samples, batch.visits, strict=True)
+        ]
+        return torch.stack(drawn).to(clean.device)
+
+
+def _sample(outputs: Tensors, declared: dict[str, Output], index: int) -> Tensors:
+    """One sample's outputs out of a stacked batch, without its padding."""
+    single: Tensors = {}
+    for name, output in declared.items():
+        if name in outputs:
+            tensor = outputs[name][index]
+            single[name] = tensor[outputs[f"{name}_mask"][index]] if output.ragged else tensor
+    return single
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """Element type of a module's own weights (not of LoRA layers in it)."""
+    for name, parameter in module.named_parameters():
+        if ".lora_" not in name and parameter.is_floating_point():
+            return parameter.dtype
+    raise AssertionError("a denoiser has weights")

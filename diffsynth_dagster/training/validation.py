@@ -1,0 +1,118 @@
+"""Images made with the model as it stands, and functions that measure it by them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.cache.store import Store
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.families.contract import SampleRequest, Tensors
+from diffsynth_dagster.objective.noise import generator
+from diffsynth_dagster.training.batches import collate
+from diffsynth_dagster.training.step import weight_dtype
+from diffsynth_dagster.weights.models import Models
+
+DEFAULT_SIDE = 1024
+SAMPLE_BATCH = 50
+
+Generate = Callable[[Sequence[str], int], list[Image.Image]]
+"""(prompts, seed) → one image for each prompt. Equal prompts get different noise."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a function of `customized_evaluation` returns.
+
+    Attributes:
+        metrics: name → number.
+        pictures: name → image to look at.
+    """
+
+    metrics: dict[str, float]
+    pictures: dict[str, Image.Image]
+
+
+class Sampler:
+    """Makes images with the components as they stand.
+
+    Prompts named in the recipe are read from the store; others are encoded when they are asked for.
+    """
+
+    def __init__(self, config: TrainingConfig, manifest: Manifest, models: Models) -> None:
+        self._config = config
+        self._manifest = manifest
+        self._models = models
+        self._store = Store(Path(manifest.store))
+        self._family = models.found.family
+
+    def __call__(
+        self, live: Mapping[str, Any], prompts: Sequence[str], seed: int
+    ) -> list[Image.Image]:
+        """One image for each prompt, with the components in `live` in place of the loaded ones."""
+        images: list[Image.Image] = []
+        negative = self._config.sample_cfg_scale > 1
+        encoded = self._encode(live, [*dict.fromkeys(prompts), *([""] if negative else [])])
+        decoder = self._models.get(self._family.decoder)
+        loaded = {**decoder, **live}
+        dtype = weight_dtype(live[self._family.denoiser])
+        for start in range(0, len(prompts), SAMPLE_BATCH):
+            part = prompts[start : start + SAMPLE_BATCH]
+            request = SampleRequest(
+                conditions=self._stack([encoded[prompt] for prompt in part], dtype),
+                negative=self._stack([encoded[""]] * len(part), dtype) if negative else None,
+                height=self._config.height or DEFAULT_SIDE,
+                width=self._config.width or DEFAULT_SIDE,
+                num_inference_steps=self._config.sample_num_inference_steps,
+                cfg_scale=self._config.sample_cfg_scale,
+                generators=[generator(seed, "image", start + i) for i in range(len(part))],
+            )
+            with torch.no_grad():
+                images += self._family.sample(loaded, request)
+        return images
+
+    def _stack(self, samples: list[Tensors], dtype: torch.dtype) -> Tensors:
+        outputs = [output for stage in self._family.text_stages for output in stage.yields]
+        stacked = collate(outputs, samples)
+        return {
+            name: t.to(self._models.device, dtype if t.is_floating_point() else None)
+            for name, t in stacked.items()
+        }
+
+    def _encode(self, live: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensors]:
+        """Prompt → outputs of the text stages: from the store where it has them."""
+        encoded: dict[str, Tensors] = {prompt: {} for prompt in prompts}
+        for stage in self._family.text_stages:
+            fresh: list[str] = []
+            for prompt in prompts:
+                key = self._manifest.prompts.get(prompt, {}).get(stage.name)
+                if key is None:
+                    fresh.append(prompt)
+                else:
+                    encoded[prompt] |= self._store.read(key)
+            if not fresh:
+                continue
+            needed = [name for name in stage.uses if name not in live]
+            loaded = {**self._models.get(needed), **live}
+            with torch.no_grad():
+                results = stage.run(loaded, [{"prompt": p, **encoded[p]} for p in fresh])
+            for prompt, result in zip(fresh, results, strict=True):
+                encoded[prompt] |= {name: tensor.cpu() for name, tensor in result.items()}
+            self._models.free(needed)
+        return encoded
+
+
+def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    """Images of one size side by side, row by row, on white."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    sheet = Image.new("RGB", size, "white")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+    return sheet

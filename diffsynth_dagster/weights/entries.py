@@ -1,0 +1,95 @@
+"""The entries of a recipe's model list, before any file is there."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import ParameterError
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model: files in a repository of the hub, or local files.
+
+    Attributes:
+        repository: `owner/name` on ModelScope; None for local files.
+        pattern: glob within the repository; a folder when it ends with "/".
+        paths: local files, folders or globs: one model, possibly in shards.
+        parameter: the parameter that named it, for messages.
+    """
+
+    parameter: str
+    repository: str | None = None
+    pattern: str = ""
+    paths: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """As the user wrote it."""
+        return f"{self.repository}:{self.pattern}" if self.repository else ", ".join(self.paths)
+
+    @property
+    def slug(self) -> str:
+        """A name of letters, digits and underscores, the same for every recipe that uses it."""
+        text = self.text if self.repository else _SHARD.sub("", self.paths[0])
+        text = text.rstrip("/*").removesuffix(".safetensors")
+        return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")
+
+    @property
+    def folder_hint(self) -> str:
+        """The folder that the files lie in, as far as the text tells: `transformer`, `vae`, …"""
+        text = self.pattern if self.repository else self.paths[0]
+        return PurePosixPath(text).name if text.endswith("/") else PurePosixPath(text).parent.name
+
+
+def parse_hub_entry(text: str, parameter: str) -> ModelEntry:
+    """`owner/name:pattern` → entry.
+
+    Raises:
+        ParameterError: there is no pattern, or no repository.
+    """
+    repository, colon, pattern = text.partition(":")
+    if not colon or not pattern or repository.count("/") != 1:
+        raise ParameterError(
+            f"'{text}' is not repository:pattern",
+            where=parameter,
+            do="write it like Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors",
+        )
+    if pattern.startswith("/") or ".." in PurePosixPath(pattern).parts:
+        raise ParameterError(
+            f"the pattern '{pattern}' leaves the repository", where=parameter, do="correct it"
+        )
+    return ModelEntry(parameter, repository, pattern)
+
+
+def model_entries(config: TrainingConfig) -> tuple[ModelEntry, ...]:
+    """The models of a config in the order they are named.
+
+    Raises:
+        ParameterError: an entry is malformed, or named twice.
+    """
+    local = [
+        ModelEntry("model_paths", paths=(item,) if isinstance(item, str) else item)
+        for item in config.model_paths
+    ]
+    name = "model_id_with_origin_paths"
+    entries = [*local, *(parse_hub_entry(text, name) for text in config.model_id_with_origin_paths)]
+    for index, entry in enumerate(entries):
+        if not entry.repository and not entry.paths:
+            raise ParameterError("an empty list of shards", where="model_paths", do="remove it")
+        if entry in entries[:index]:
+            raise ParameterError(
+                f"'{entry.text}' is named twice", where=entry.parameter, do="name it once"
+            )
+    return tuple(entries)
+
+
+def folder_entry(text: str, parameter: str) -> ModelEntry:
+    """An entry for a folder such as a tokenizer: a local path, or `repository:folder/`."""
+    if Path(text).exists() or ":" not in text:
+        return ModelEntry(parameter, paths=(text,))
+    entry = parse_hub_entry(text, parameter)
+    return ModelEntry(parameter, entry.repository, entry.pattern.rstrip("/") + "/")

@@ -1,0 +1,118 @@
+"""Where model files lie: local folders, and ModelScope.
+
+`DIFFSYNTH_MODEL_BASE_PATH` is the folder of downloads (`./models` when unset);
+`DIFFSYNTH_SKIP_DOWNLOAD=True` asks the hub nothing; `MODELSCOPE_ENDPOINT` is read by modelscope.
+"""
+
+import glob
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from diffsynth_dagster.errors import DownloadError, WeightsError
+from diffsynth_dagster.weights.entries import ModelEntry
+
+_TRUE = {"1", "true", "yes", "on"}
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class ModelHub:
+    """Finds the files of an entry, downloading what is missing."""
+
+    base_path: Path
+    skip_download: bool
+
+    @classmethod
+    def from_environment(cls) -> "ModelHub":
+        """The hub as the environment variables of the guide set it."""
+        base = Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "./models")
+        skip = os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").strip().lower() in _TRUE
+        return cls(base, skip)
+
+    def files(self, entry: ModelEntry) -> list[Path]:
+        """The weight files of an entry, sorted.
+
+        Raises:
+            WeightsError: no file matches.
+            DownloadError: the hub did not answer, or lacks the repository.
+        """
+        if entry.repository is None:
+            return [file for text in entry.paths for file in _local_files(text, entry.parameter)]
+        self._download(entry)
+        folder = self.base_path / entry.repository
+        found = sorted(p for p in folder.glob(entry.pattern) if p.is_file())
+        if entry.pattern.endswith("/"):
+            found = _weights_in(folder / entry.pattern)
+        if not found:
+            raise WeightsError(
+                f"no file matches '{entry.text}'",
+                where=f"{entry.parameter}; looked in {folder}",
+                do="check the pattern"
+                + (", or unset DIFFSYNTH_SKIP_DOWNLOAD" if self.skip_download else ""),
+            )
+        return found
+
+    def folder(self, entry: ModelEntry) -> Path:
+        """The folder that an entry for a folder names (a tokenizer).
+
+        Raises:
+            WeightsError: it does not exist or is empty.
+        """
+        path = Path(entry.paths[0]) if entry.paths else Path()
+        if entry.repository is not None:
+            self._download(entry)
+            path = self.base_path / entry.repository / entry.pattern
+        if not path.is_dir() or not any(path.iterdir()):
+            raise WeightsError(
+                "the folder does not exist or is empty",
+                where=f"{entry.parameter} = {path}",
+                do="name the folder that holds the tokenizer's files",
+            )
+        return path
+
+    def _download(self, entry: ModelEntry) -> None:
+        if self.skip_download:
+            return
+        from modelscope.hub.snapshot_download import snapshot_download
+        from modelscope_hub.errors import HubError
+        from requests import RequestException
+
+        assert entry.repository is not None
+        folder = PurePosixPath(entry.pattern)
+        parent = "" if str(folder.parent) == "." else f"{folder.parent}/"
+        wanted = [entry.pattern, f"{parent}config.json", f"{parent}*.index.json"]
+        if entry.pattern.endswith("/"):
+            wanted = [f"{entry.pattern}*"]
+        try:
+            snapshot_download(
+                entry.repository,
+                local_dir=str(self.base_path / entry.repository),
+                allow_patterns=wanted,
+            )
+        except (HubError, RequestException, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise DownloadError(
+                f"'{entry.repository}' could not be downloaded: {reason}",
+                where=f"{entry.parameter} = {entry.text}",
+                do="check the repository's name and the network; with all files there, set "
+                "DIFFSYNTH_SKIP_DOWNLOAD=True",
+            ) from error
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*") if p.suffix in _WEIGHTS and p.is_file())
+
+
+def _local_files(text: str, parameter: str) -> list[Path]:
+    path = Path(text)
+    if path.is_file():
+        return [path]
+    found = _weights_in(path) if path.is_dir() else sorted(Path(p) for p in glob.glob(text))
+    if not found:
+        raise WeightsError(
+            "the model file does not exist",
+            where=f"{parameter} = {text}",
+            do="correct the path, or download the model",
+        )
+    return found

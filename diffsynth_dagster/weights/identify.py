@@ -1,0 +1,192 @@
+"""What the model files of a config are: told from tensor names, never from a table of hashes."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import ParameterError, WeightsError
+from diffsynth_dagster.families import each_family, find_family
+from diffsynth_dagster.families.contract import Component, Family, Tokenizer
+from diffsynth_dagster.weights.entries import ModelEntry, folder_entry, model_entries
+from diffsynth_dagster.weights.header import Header, read_headers
+from diffsynth_dagster.weights.hub import ModelHub
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of one component, and the architecture beside them if there is one."""
+
+    component: Component
+    entry: ModelEntry
+    files: tuple[Path, ...]
+    header: Header
+    config: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """Everything that a config's model list names."""
+
+    family: Family
+    components: Mapping[str, Found]
+    tokenizers: Mapping[str, Path]
+
+    def files(self, name: str) -> tuple[Path, ...]:
+        """The files whose content a component or tokenizer depends on, sorted."""
+        if name in self.tokenizers:
+            return tuple(sorted(p for p in self.tokenizers[name].rglob("*") if p.is_file()))
+        found = self.components[name]
+        config = found.files[0].parent / "config.json"
+        return (*found.files, *([config] if found.config is not None else []))
+
+
+def recognise(header: Header, component: Component) -> bool:
+    """Whether the tensors are those of the component (in any layout that it accepts)."""
+    return any(all(mark in header for mark in marks) for marks in component.signatures)
+
+
+def find_model(config: TrainingConfig, hub: ModelHub) -> FoundModel:
+    """Locate every file of the model list and tell what each is.
+
+    Raises:
+        WeightsError: a file is missing, of an unknown kind, or stands for the same component as
+            another one.
+        ParameterError: the family cannot be told.
+    """
+    entries = model_entries(config)
+    files = {entry: tuple(hub.files(entry)) for entry in entries}
+    headers = {entry: read_headers(files[entry]) for entry in entries}
+    family = find_family(config.family) if config.family else _tell_family(headers)
+    found: dict[str, Found] = {}
+    for entry in entries:
+        component = _tell_component(headers[entry], family, entry)
+        if component.name in found:
+            raise WeightsError(
+                f"two entries are the component '{component.name}'",
+                where=f"{found[component.name].entry.text} and {entry.text}",
+                do="name each model once; shards of one model go into one pattern or nested list",
+            )
+        found[component.name] = Found(
+            component, entry, files[entry], headers[entry], _read_config(files[entry][0].parent)
+        )
+    tokenizers = {t.name: _find_tokenizer(t, config, found, hub) for t in family.tokenizers}
+    return FoundModel(family, found, tokenizers)
+
+
+def _tell_component(header: Header, family: Family, entry: ModelEntry) -> Component:
+    for component in family.components:
+        if recognise(header, component):
+            return component
+    names = ", ".join(sorted(header)[:3])
+    known = ", ".join(c.name for c in family.components)
+    raise WeightsError(
+        f"the file is no component of {family.name}: its first tensors are {names}",
+        where=f"{entry.parameter} = {entry.text}",
+        do=f"the components of {family.name} are {known}; give their files, or another family",
+    )
+
+
+def _tell_family(headers: Mapping[ModelEntry, Header]) -> Family:
+    fits = [
+        family
+        for family in each_family()
+        if all(any(recognise(h, c) for c in family.components) for h in headers.values())
+    ]
+    denoisers = [
+        family
+        for family in fits
+        if any(recognise(h, family.component(family.denoiser)) for h in headers.values())
+    ]
+    if len(fits) == 1:
+        return fits[0]
+    if len(denoisers) == 1:
+        return denoisers[0]
+    if fits:
+        raise ParameterError(
+            "the files do not tell the family",
+            where="family",
+            do="give it: one of " + ", ".join(f.name for f in fits),
+        )
+    for entry, header in headers.items():
+        if not any(recognise(header, c) for family in each_family() for c in family.components):
+            names = ", ".join(sorted(header)[:3])
+            raise WeightsError(
+                f"the file is of an unknown kind: its first tensors are {names}",
+                where=f"{entry.parameter} = {entry.text}",
+                do="check that it is a model of a supported family",
+            )
+    raise WeightsError(
+        "the files belong to different families",
+        where=", ".join(entry.text for entry in headers),
+        do="name the files of one family only",
+    )
+
+
+def guess_family(config: TrainingConfig) -> Family:
+    """The family of a config whose files may not be there: by name, files or repository.
+
+    Raises:
+        ParameterError: it cannot be told.
+    """
+    if config.family:
+        return find_family(config.family)
+    entries = model_entries(config)
+    texts = [e.repository or e.paths[0] for e in entries]
+    for family in each_family():
+        if any(text.startswith(r) for text in texts for r in family.repositories):
+            return family
+    hub = ModelHub(Path(), skip_download=True)
+    try:
+        return find_model(config, hub).family
+    except WeightsError as error:
+        raise ParameterError(
+            f"the family cannot be told without the files ({error.what})",
+            where="family",
+            do="give the family",
+        ) from error
+
+
+def guess_component(entry: ModelEntry, family: Family) -> str | None:
+    """The component that an entry stands for as far as its text tells."""
+    for component in family.components:
+        if component.folder == entry.folder_hint:
+            return component.name
+    return None
+
+
+def _read_config(folder: Path) -> Mapping[str, Any] | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"the architecture cannot be read: {error}",
+            where=str(path),
+            do="download it again, or remove it: the architecture is then told from the shapes",
+        ) from error
+    if not isinstance(loaded, dict):
+        raise WeightsError(
+            "the architecture is not a mapping", where=str(path), do="download it again"
+        )
+    return loaded
+
+
+def _find_tokenizer(
+    tokenizer: Tokenizer, config: TrainingConfig, found: Mapping[str, Found], hub: ModelHub
+) -> Path:
+    given = getattr(config, tokenizer.parameter)
+    if given is not None:
+        return hub.folder(folder_entry(given, tokenizer.parameter))
+    for beside in _siblings(found.values()):
+        if (beside / tokenizer.name).is_dir():
+            return beside / tokenizer.name
+    return hub.folder(folder_entry(tokenizer.default, tokenizer.parameter))
+
+
+def _siblings(found: Sequence[Found] | Any) -> list[Path]:
+    return [item.files[0].parent.parent for item in found]

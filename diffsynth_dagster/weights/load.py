@@ -1,0 +1,116 @@
+"""From files to a module: built without memory, then given its tensors."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.weights.identify import Found
+from diffsynth_dagster.weights.torch_file import read_torch_file
+
+
+def read_tensors(paths: Sequence[Path], device: str = "cpu") -> dict[str, torch.Tensor]:
+    """All tensors of the shards of one model.
+
+    Raises:
+        WeightsError: a shard is damaged.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in paths:
+        if path.suffix == ".safetensors":
+            try:
+                tensors |= load_file(path, device=device)
+            except (SafetensorError, OSError) as error:
+                raise WeightsError(
+                    f"the model file cannot be read: {error}",
+                    where=str(path),
+                    do="download or copy it again",
+                ) from error
+        else:
+            tensors |= read_torch_file(path)
+    return tensors
+
+
+def build_empty(found: Found) -> nn.Module:
+    """The module of a component with parameters on the meta device.
+
+    Raises:
+        WeightsError: the architecture cannot be built, or lacks tensors that the files should have.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            module = found.component.build(found.header, found.config)
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise WeightsError(
+            f"the architecture of '{found.component.name}' cannot be built: {error}",
+            where=found.entry.text,
+            do="check the config.json beside the files",
+        ) from error
+    _check_names(found, module)
+    return module
+
+
+def _check_names(found: Found, module: nn.Module) -> None:
+    """Compare names and shapes of the files with the module, from headers alone."""
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    shapes = converted_shapes(found)
+    tied = getattr(module, "all_tied_weights_keys", None) or {}
+    missing = [name for name in expected if name not in shapes and name not in tied]
+    unexpected = [name for name in shapes if name not in expected]
+    wrong = [
+        f"{name} is {shapes[name]}, not {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    problems = [
+        f"{kind}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
+        for kind, names in (("missing", missing), ("unknown", unexpected), ("shapes", wrong))
+        if names
+    ]
+    if problems:
+        raise WeightsError(
+            f"the files are not a whole '{found.component.name}': " + "; ".join(problems),
+            where=found.entry.text,
+            do="name every shard of the model and nothing else",
+        )
+
+
+def converted_shapes(found: Found) -> dict[str, tuple[int, ...]]:
+    """Tensor name of the built module → shape, from the headers of the files alone."""
+    tensors = {name: torch.empty(i.shape, device="meta") for name, i in found.header.items()}
+    return {name: tuple(t.shape) for name, t in found.component.convert(tensors).items()}
+
+
+def load_component(found: Found, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Build a component and give it its weights, frozen and in evaluation mode.
+
+    Args:
+        device: where the weights lie.
+        dtype: of floating-point parameters; modules that the architecture keeps in float32 stay.
+
+    Raises:
+        WeightsError: see `build_empty` and `read_tensors`.
+    """
+    module = build_empty(found)
+    keep: Sequence[str] = getattr(module, "_keep_in_fp32_modules", None) or ()
+    state = found.component.convert(read_tensors(found.files))
+    for name, tensor in state.items():
+        kept = any(part in keep for part in name.split("."))
+        wanted = torch.float32 if kept else dtype
+        state[name] = tensor.to(device, wanted if tensor.is_floating_point() else None)
+    _assign(module, state)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def _assign(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    module.load_state_dict(state, strict=False, assign=True)
+    tie = getattr(module, "tie_weights", None)
+    if callable(tie):
+        tie()
+    left = [name for name, p in module.named_parameters() if p.is_meta]
+    assert not left, f"parameters without weights: {left[:3]}"

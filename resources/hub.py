@@ -1,0 +1,23 @@
+"""The model hub as a Dagster resource."""
+
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+if TYPE_CHECKING:
+    from diffsynth_dagster.weights.hub import ModelHub
+
+
+class Hub(dg.ConfigurableResource):
+    """Finds and downloads model files.
+
+    It has no options of its own: the environment variables `DIFFSYNTH_MODEL_BASE_PATH`,
+    `DIFFSYNTH_SKIP_DOWNLOAD` and `MODELSCOPE_ENDPOINT` are read by the training processes as well,
+    so that both look in the same place.
+    """
+
+    def open(self) -> "ModelHub":
+        """The hub as the environment sets it."""
+        from diffsynth_dagster.weights.hub import ModelHub
+
+        return ModelHub.from_environment()

@@ -1,0 +1,199 @@
+"""The launcher: runs `accelerate launch -m diffsynth_dagster.train` for an asset."""
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import dagster as dg
+from pydantic import Field
+
+import diffsynth_dagster
+from diffsynth_dagster.config import TrainingConfig
+from diffsynth_dagster.config.recipe import RecipeOptions, dump_config
+from diffsynth_dagster.files import require_writable, write_text
+from resources.messages import Message, MessageReader
+
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+POLL_SECONDS = 0.2
+EXIT_STOPPED = 130
+_STOP_MARGIN = 10.0
+_SHOWN_LINES = 30
+_USER_ERROR = re.compile(r"^error: (.*(?:\n {2}\S.*)*)", re.MULTILINE)
+_STOPPED_LINE = "stopped between two steps"
+
+
+class Launcher(dg.ConfigurableResource):
+    """Runs training processes and takes them down with whoever asked for them."""
+
+    num_processes: int | None = Field(
+        default=None, description="Training processes; left out: the recipe's, or one for each GPU."
+    )
+    accelerate_config: str | None = Field(
+        default=None,
+        description="Configuration file of accelerate; left out: the recipe's, if any.",
+    )
+    grace_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        le=20,
+        description="Seconds that a training has to stop by itself when the run is cancelled.",
+    )
+
+    def run(
+        self,
+        context: dg.AssetExecutionContext,
+        config: TrainingConfig,
+        options: RecipeOptions,
+        task: Literal["sft:data_process", "sft:train"],
+    ) -> Iterator[Message]:
+        """Run a task to its end, yielding what it says while it works.
+
+        However the iteration ends (done, failed, cancelled, dropped), no process of it is left.
+
+        Raises:
+            dagster.Failure: the processes failed or were stopped.
+            OutputError: the run folder cannot be written.
+        """
+        output = Path(config.output_path)
+        require_writable(output, "output_path")
+        recipe = write_text(output / "launch.yaml", dump_config(config))
+        command = [
+            *self._launch(config, options),
+            "-m",
+            "diffsynth_dagster.train",
+            "--recipe",
+            str(recipe.absolute()),
+            "--task",
+            task,
+        ]
+        context.log.info(f"running {' '.join(command)}")
+        with tempfile.TemporaryDirectory(prefix="diffsynth-launch-") as scratch:
+            tail = Path(scratch) / "stderr"
+            reader = MessageReader()
+            with dg.open_pipes_session(
+                context, dg.PipesTempFileContextInjector(), reader
+            ) as session:
+                variables = session.get_bootstrap_env_vars()
+                processes = Processes(command, _environment(variables), tail, self.grace_seconds)
+                try:
+                    while processes.code() is None:
+                        yield from reader.new()
+                        _require_parent()
+                        time.sleep(POLL_SECONDS)
+                finally:
+                    processes.stop()
+            yield from reader.new()
+            _require_success(processes.code(), tail, task)
+
+    def _launch(self, config: TrainingConfig, options: RecipeOptions) -> list[str]:
+        """`accelerate launch` with every option that it would warn about when left out."""
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+        file = self.accelerate_config or options.accelerate_config
+        count = self.num_processes or options.num_processes
+        if file is not None:
+            command += ["--config_file", file]
+            return command + (["--num_processes", str(count)] if count else [])
+
+        import torch
+
+        gpus = torch.cuda.device_count()
+        count = count or max(1, gpus)
+        # accelerate gives each process one thread unless told otherwise, which is right beside a
+        # GPU and wastes the machine without one.
+        threads = 1 if gpus else max(1, torch.get_num_threads() // count)
+        return [
+            *command,
+            *("--num_processes", str(count)),
+            *("--num_machines", "1"),
+            *("--mixed_precision", config.mixed_precision or "no"),
+            *("--dynamo_backend", "no"),
+            *("--num_cpu_threads_per_process", str(threads)),
+            *(["--multi_gpu"] if count > 1 and gpus > 1 else []),
+        ]
+
+
+class Processes:
+    """A command under the supervisor, alive only as long as this process is.
+
+    Args:
+        tail: file that gets the last of the command's standard error.
+    """
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], tail: Path, grace: float
+    ) -> None:
+        self._grace = grace
+        watch, self._hold = os.pipe()
+        supervise = [sys.executable, str(SUPERVISOR), "--watch", str(watch)]
+        supervise += ["--tail", str(tail), "--grace", str(grace), "--", *command]
+        try:
+            # A session of its own: a Ctrl-C in the terminal reaches only Dagster, which then
+            # stops the processes in order.
+            self._process = subprocess.Popen(
+                supervise, env=dict(env), pass_fds=[watch], start_new_session=True
+            )
+        except BaseException:
+            os.close(self._hold)
+            raise
+        finally:
+            os.close(watch)
+
+    def code(self) -> int | None:
+        """The exit code; None while the processes run."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """Let go: the supervisor stops what still runs, and this waits for it."""
+        if self._hold >= 0:
+            os.close(self._hold)
+            self._hold = -1
+        try:
+            self._process.wait(timeout=2 * self._grace + _STOP_MARGIN)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _environment(variables: Mapping[str, str]) -> dict[str, str]:
+    root = str(Path(diffsynth_dagster.__file__).parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        # Progress bars go into log files here.
+        "TQDM_MININTERVAL": "10",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        **variables,
+    }
+
+
+def _require_parent() -> None:
+    """Under the multiprocess executor this is a child of the run's process, and would go on as an
+    orphan that no one can cancel when that one is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise dg.Failure("the process of the run is gone", allow_retries=False)
+
+
+def _require_success(code: int | None, tail: Path, task: str) -> None:
+    """Raise a `dagster.Failure` that says what the processes said, unless they succeeded."""
+    if code == 0:
+        return
+    text = tail.read_text(errors="replace").replace("\r", "\n") if tail.is_file() else ""
+    messages = _USER_ERROR.findall(text)
+    if messages:
+        # accelerate replaces the exit code 2 of a user's mistake by 1: the message tells it.
+        raise dg.Failure(messages[-1], allow_retries=False)
+    if code == EXIT_STOPPED or _STOPPED_LINE in text:
+        raise dg.Failure(f"{task} was stopped by a signal", allow_retries=False)
+    shown = "\n".join(line for line in text.splitlines() if line.strip())
+    shown = "\n".join(shown.splitlines()[-_SHOWN_LINES:])
+    raise dg.Failure(
+        f"{task} failed with exit code {code}; its last words:\n{shown}", allow_retries=False
+    )

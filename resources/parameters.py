@@ -1,0 +1,75 @@
+"""Run config that overrides a recipe's parameters for one run, derived from the parameters."""
+
+from typing import TYPE_CHECKING, Any, get_args, get_origin
+
+import dagster as dg
+from pydantic import Field, create_model
+from pydantic.fields import FieldInfo
+
+from diffsynth_dagster.config import TrainingConfig, read_config
+
+_SET_BY_ASSETS = ("task",)
+"""Parameters that a run cannot choose: each asset has its own."""
+_AS_JSON = ("model_paths",)
+"""Parameters whose nesting run config cannot express: they are written as JSON text."""
+_SCALARS = (bool, int, float, str)
+
+
+def _is_planned(field: FieldInfo) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("planned"))
+
+
+def _run_config_type(annotation: Any) -> Any:
+    """The type that Dagster has for a parameter's: scalars, and lists of text for tuples."""
+    if annotation in _SCALARS:
+        return annotation
+    if get_origin(annotation) is tuple:
+        return list[str]
+    inner = [a for a in get_args(annotation) if a is not type(None)]
+    # A choice of texts (Literal) has values where others have types.
+    return str if isinstance(inner[0], str) else _run_config_type(inner[0])
+
+
+class ParametersBase(dg.ConfigurableResource):
+    """Parameters that a run sets otherwise than the recipe does. Those left out keep the recipe's.
+
+    Weights assets stay those of the recipe's model list, whatever a run trains with.
+    """
+
+    def apply(self, config: TrainingConfig) -> TrainingConfig:
+        """A recipe's parameters with those that the run config sets in their place.
+
+        Raises:
+            ParameterError: see `read_config`.
+        """
+        given = {name: getattr(self, name) for name in _overridable()}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if not chosen:
+            return config
+        return read_config({**config.model_dump(), **chosen}, where="the run config")
+
+
+def _overridable() -> dict[str, FieldInfo]:
+    return {
+        name: field
+        for name, field in TrainingConfig.model_fields.items()
+        if name not in _SET_BY_ASSETS and not _is_planned(field)
+    }
+
+
+def _fields() -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, field in _overridable().items():
+        kind = str if name in _AS_JSON else _run_config_type(field.annotation)
+        note = " (The recipe's when left out.)"
+        fields[name] = (kind | None, Field(None, description=f"{field.description}{note}"))
+    return fields
+
+
+if TYPE_CHECKING:
+    Parameters = ParametersBase
+else:
+    Parameters = create_model(
+        "Parameters", __base__=ParametersBase, __doc__=ParametersBase.__doc__, **_fields()
+    )

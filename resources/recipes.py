@@ -1,0 +1,109 @@
+"""The recipes that the code location is made of."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+
+import diffsynth_dagster
+from diffsynth_dagster.config import Recipe, read_recipe
+from diffsynth_dagster.errors import ParameterError, UserError
+from diffsynth_dagster.weights.entries import model_entries
+
+VARIABLE = "DIFFSYNTH_DAGSTER_RECIPES"
+
+
+@dataclass(frozen=True)
+class BrokenRecipe:
+    """A recipe that cannot be used, and why. Its assets exist and fail with that reason, so that
+    a mistake in one file is seen where it matters and hides no other recipe."""
+
+    name: str
+    path: Path
+    error: UserError
+
+
+def recipes_folder() -> Path:
+    """The folder of recipes: of the environment variable, or `recipes` in the project's root."""
+    given = os.environ.get(VARIABLE)
+    return Path(given) if given else Path(diffsynth_dagster.__file__).parents[1] / "recipes"
+
+
+def identifier(text: str) -> str:
+    """A text as a name that Dagster accepts."""
+    return re.sub(r"[^A-Za-z0-9_]+", "_", text)
+
+
+def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
+    """The recipes of a folder (not of its subfolders), ordered by name: sound ones, broken ones.
+
+    Raises:
+        ParameterError: the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise ParameterError(
+            "the folder of recipes does not exist",
+            where=str(folder),
+            do=f"make it, or set {VARIABLE} to the folder that holds your recipes",
+        )
+    sound: list[Recipe] = []
+    broken: list[BrokenRecipe] = []
+    for path, name in _named(folder):
+        try:
+            recipe = read_recipe(path)
+            model_entries(recipe.config)
+            _refuse_shared_folder(recipe, sound)
+            _check_schedule(recipe)
+        except UserError as error:
+            broken.append(BrokenRecipe(name, path, _naming(error, path)))
+        else:
+            sound.append(Recipe(name, path, recipe.config, recipe.options))
+    return sound, broken
+
+
+def _naming(error: UserError, path: Path) -> UserError:
+    """The error with the recipe's file in it."""
+    if str(path) in str(error):
+        return error
+    where = f"{path}: {error.where}" if error.where else str(path)
+    return ParameterError(error.what, where=where, do=error.do)
+
+
+def _named(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Each recipe file with the name of its assets and job, unique in the folder."""
+    taken: set[str] = set()
+    for path in sorted(folder.glob("*.yaml")):
+        name = base = identifier(path.stem)
+        number = 2
+        while name in taken:
+            name, number = f"{base}_{number}", number + 1
+        taken.add(name)
+        yield path, name
+
+
+def _refuse_shared_folder(recipe: Recipe, others: list[Recipe]) -> None:
+    """Two recipes that write into one folder would take each other's checkpoints for theirs."""
+    folder = Path(recipe.config.output_path).absolute()
+    for other in others:
+        if Path(other.config.output_path).absolute() == folder:
+            raise ParameterError(
+                f"'output_path' is also that of the recipe '{other.name}'",
+                where=f"{recipe.path}: {recipe.config.output_path}",
+                do="give each recipe a folder of its own",
+            )
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    if recipe.options.schedule is None:
+        return
+    try:
+        dg.ScheduleDefinition(job_name=recipe.name, cron_schedule=recipe.options.schedule)
+    except dg.DagsterInvalidDefinitionError:
+        raise ParameterError(
+            f"'schedule' = '{recipe.options.schedule}' is no cron expression",
+            where=str(recipe.path),
+            do='write it like "0 3 * * *": minute, hour, day of month, month, day of week',
+        ) from None

@@ -1,0 +1,175 @@
+"""Starts a command and makes sure that nothing of it outlives whoever asked for it.
+
+    python supervisor.py --watch FD --tail FILE --grace SECONDS -- command …
+
+The asker holds the writing end of the pipe FD and keeps it open. When it closes it, or dies in
+whatever way, every descendant of this process is stopped: SIGINT, after the grace SIGTERM, after
+half of it again SIGKILL. Training processes run in sessions of their own, so a process group would
+not reach them. The last of the command's standard error goes into FILE. Exits with the command's
+exit code, or with 130 when it was stopped.
+
+Run by path and free of other imports, so that it starts at once and stays small.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+
+EXIT_STOPPED = 130
+TICK = 0.2
+TAIL_BYTES = 32 * 1024
+LEFTOVER_SECONDS = 2.0
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def become_subreaper() -> None:
+    """Adopt orphaned descendants instead of leaving them to init, where the system can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+class Supervisor:
+    """Runs one command.
+
+    Args:
+        watch: descriptor whose end of file means: stop.
+        tail: file that gets the last of the command's standard error.
+        grace: seconds between SIGINT and SIGTERM.
+    """
+
+    def __init__(self, watch: int, tail: str, grace: float) -> None:
+        self._tail_path = tail
+        self._grace = grace
+        self._tail = bytearray()
+        self._code: int | None = None
+        self._stop_since: float | None = None
+        self._was_asked = False
+        self._phase = 0
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(watch, selectors.EVENT_READ, self._read_watch)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # Handlers, not SIG_IGN: the command would inherit that the signals are ignored.
+            signal.signal(number, self._handle)
+
+    def run(self, command: Sequence[str]) -> int:
+        """Run a command to its end, or to the end of stopping it; returns the exit code."""
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        assert child.stderr is not None
+        self._selector.register(child.stderr.fileno(), selectors.EVENT_READ, self._read_stderr)
+        self._watch_over(child.pid)
+        self._drain(child.stderr.fileno())
+        self._write_tail()
+        assert self._code is not None
+        child.returncode = self._code  # it is reaped already: Popen must not wait for it
+        if self._was_asked and self._code != 0:
+            return EXIT_STOPPED
+        return self._code if self._code >= 0 else 128 - self._code
+
+    def _watch_over(self, child: int) -> None:
+        """Return when the child and every descendant of it are gone."""
+        ended: float | None = None
+        while True:
+            for key, _ in self._selector.select(TICK):
+                key.data(key.fd)
+            self._reap(child)
+            if self._code is None and self._stop_since is None:
+                continue
+            alive = psutil.Process().children(recursive=True)
+            if self._code is not None:
+                if not alive:
+                    return
+                ended = ended or time.monotonic()
+                if self._stop_since is None and time.monotonic() - ended > LEFTOVER_SECONDS:
+                    self._stop_since = time.monotonic()
+            self._stop(alive, child)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._ask_to_stop()
+
+    def _ask_to_stop(self) -> None:
+        if not self._was_asked:
+            self._was_asked = True
+            self._stop_since = self._stop_since or time.monotonic()
+
+    def _read_watch(self, descriptor: int) -> None:
+        if not os.read(descriptor, 1024):
+            self._selector.unregister(descriptor)
+            self._ask_to_stop()
+
+    def _read_stderr(self, descriptor: int) -> None:
+        data = os.read(descriptor, 65536)
+        if not data:
+            self._selector.unregister(descriptor)
+            return
+        self._tail += data
+        del self._tail[:-TAIL_BYTES]
+        with contextlib.suppress(OSError):  # whoever read our own may be gone
+            os.write(2, data)
+
+    def _drain(self, descriptor: int) -> None:
+        while descriptor in self._selector.get_map():
+            if not self._selector.select(0):
+                return
+            self._read_stderr(descriptor)
+
+    def _reap(self, pid: int) -> None:
+        """Take in the exit codes of the child and of adopted descendants."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                ended, status = os.waitpid(-1, os.WNOHANG)
+                if ended == 0:
+                    return
+                if ended == pid:
+                    self._code = os.waitstatus_to_exitcode(status)
+
+    def _stop(self, alive: list[psutil.Process], child: int) -> None:
+        if self._stop_since is None:
+            return
+        passed = time.monotonic() - self._stop_since
+        if self._phase == 0:
+            # The direct child only waits for the others: interrupted too, it would end or kill
+            # them before they have written their state.
+            workers = [process for process in alive if process.pid != child]
+            _signal(workers or alive, signal.SIGINT)
+            self._phase = 1
+        elif self._phase == 1 and passed > self._grace:
+            _signal(alive, signal.SIGTERM)
+            self._phase = 2
+        elif passed > 1.5 * self._grace:
+            _signal(alive, signal.SIGKILL)
+
+    def _write_tail(self) -> None:
+        with contextlib.suppress(OSError), open(self._tail_path, "wb") as file:
+            file.write(self._tail)
+
+
+def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; see the module."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--watch", type=int, required=True)
+    parser.add_argument("--tail", required=True)
+    parser.add_argument("--grace", type=float, required=True)
+    parser.add_argument("command", nargs="+")
+    options = parser.parse_args(argv)
+    become_subreaper()
+    return Supervisor(options.watch, options.tail, options.grace).run(options.command)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,155 @@
+"""Real parts at toy size: a Qwen-Image model with random weights, and a folder of digits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from diffsynth_dagster.config import TrainingConfig, read_config
+from diffsynth_dagster.train import main
+
+ROOT = Path(__file__).parents[1]
+LORA = ["to_q", "to_v"]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 256 bytes and the special tokens of Qwen's chat template."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocabulary = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]}
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def write_qwen(folder: Path) -> Path:
+    """A Qwen-Image of random weights in the layout of diffusers, whose shapes alone tell it."""
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    write_tokenizer(folder / "tokenizer")
+    QwenImageTransformer2DModel(
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=64,
+        out_channels=16,
+        joint_attention_dim=64,
+        axes_dims_rope=(4, 14, 14),
+    ).save_pretrained(folder / "transformer")
+    AutoencoderKLQwenImage(base_dim=8).save_pretrained(folder / "vae")
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [4, 6, 6],
+            "rope_theta": 1e6,
+        },
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 32,
+        "out_hidden_size": 64,
+    }
+    Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    ).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def write_images(folder: Path, count: int, sizes: list[tuple[int, int]] | None = None) -> Path:
+    """Images of random colours with captions of different lengths, and their metadata.csv."""
+    folder.mkdir(parents=True)
+    source = torch.Generator().manual_seed(1)
+    lines = ["image,prompt"]
+    for index in range(count):
+        width, height = (sizes or [(32, 32)])[index % len(sizes or [0])]
+        pixels = torch.randint(0, 255, (height, width, 3), generator=source, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+        lines.append(f'{index}.png,"picture number {"x" * (index % 5)} {index}"')
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen(tmp_path_factory.mktemp("models") / "Qwen-Image")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight images of 32x32."""
+    return write_images(tmp_path_factory.mktemp("data") / "pictures", 8)
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that tests share when they do not look into it."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def model_files(model: Path) -> list[str]:
+    """The three model files, as `model_paths` takes them."""
+    return [
+        str(model / "transformer" / "diffusion_pytorch_model.safetensors"),
+        str(model / "text_encoder" / "model.safetensors"),
+        str(model / "vae" / "diffusion_pytorch_model.safetensors"),
+    ]
+
+
+Values = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def values(tiny_qwen: Path, pictures: Path, shared_cache: Path, tmp_path: Path) -> Values:
+    """The parameters of a LoRA training of two steps; keywords override them."""
+
+    def make(**overrides: Any) -> dict[str, Any]:
+        base: dict[str, Any] = {
+            "family": "qwen_image",
+            "dataset_base_path": str(pictures),
+            "dataset_metadata_path": str(pictures / "metadata.csv"),
+            "model_paths": model_files(tiny_qwen),
+            "tokenizer_path": str(tiny_qwen / "tokenizer"),
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "lora_base_model": "dit",
+            "lora_target_modules": LORA,
+            "lora_rank": 4,
+            "output_path": str(tmp_path / "run"),
+            "cache_path": str(shared_cache),
+        }
+        if "trainable_models" in overrides:
+            for name in [key for key in base if key.startswith("lora_")]:
+                del base[name]
+        return {k: v for k, v in {**base, **overrides}.items() if v is not None}
+
+    return make
+
+
+def make_config(values: dict[str, Any]) -> TrainingConfig:
+    return read_config(values, "the test")
+
+
+def train(values: dict[str, Any], folder: Path, *flags: str) -> tuple[int, Path]:
+    """Run the trainer's command line in this process; returns exit code and run folder."""
+    values = {**values, "output_path": str(folder)}
+    recipe = folder.with_suffix(".yaml")
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return main(["--recipe", str(recipe), *flags]), folder

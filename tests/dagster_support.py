@@ -1,0 +1,121 @@
+"""What the tests of the Dagster side share."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import psutil
+import pytest
+import yaml
+from conftest import ROOT
+
+from diffsynth_dagster.definitions import make_definitions
+
+STOPPED_WITHIN = 30.0
+
+
+def write_recipe(folder: Path, name: str, values: Mapping[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(dict(values)), encoding="utf-8")
+    return path
+
+
+def definitions_of(folder: Path) -> dg.Definitions:
+    """The code location as a folder of recipes makes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFSYNTH_DAGSTER_RECIPES", str(folder))
+        return make_definitions()
+
+
+def home(folder: Path) -> Path:
+    """A DAGSTER_HOME of its own with the project's settings."""
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "dagster_home" / "dagster.yaml", folder)
+    return folder
+
+
+def environment(dagster_home: Path, recipes: Path) -> dict[str, str]:
+    names = {"DAGSTER_HOME": str(dagster_home), "DIFFSYNTH_DAGSTER_RECIPES": str(recipes)}
+    return {**os.environ, **names}
+
+
+def start(arguments: list[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """A Python process in a session of its own, writing to a log file."""
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def job(name: str, *source: str) -> list[str]:
+    """Arguments of `dagster job execute`."""
+    source = source or ("-m", "diffsynth_dagster.definitions")
+    return ["-m", "dagster", "job", "execute", *source, "-j", name]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.2)
+    pytest.fail(f"not within {seconds:.0f} s: {what}")
+
+
+def processes_about(marker: str) -> list[psutil.Process]:
+    """Living processes that have a text in their command line."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and marker in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def endless(values: Mapping[str, Any], encoded: Path, run: Path) -> dict[str, Any]:
+    """A recipe that trains from an encoded folder and never ends; it writes only its metrics."""
+    never = 1_000_000
+    given = {key: value for key, value in values.items() if key != "dataset_metadata_path"}
+    return {
+        **given,
+        "dataset_base_path": str(encoded),
+        "task": "sft:train",
+        "num_epochs": never,
+        "save_steps": never,
+        "output_path": str(run),
+    }
+
+
+def wait_until_training(
+    run: Path, starter: subprocess.Popen[bytes], log: Path, seconds: float = 120
+) -> list[psutil.Process]:
+    """Wait for the first step of the training in a run folder; returns its processes."""
+    metrics = run / "metrics.csv"
+
+    def stepped() -> bool:
+        assert starter.poll() is None, log.read_text()
+        return metrics.is_file() and metrics.read_text().count("\n") > 1
+
+    wait_for(stepped, seconds, f"the first step in {run}")
+    return processes_about(str(run / "launch.yaml"))
+
+
+def require_gone(run: Path, seconds: float = STOPPED_WITHIN) -> None:
+    """Fail unless every process of the training in a run folder ends in time."""
+    wait_for(lambda: not processes_about(str(run / "launch.yaml")), seconds, "no process is left")

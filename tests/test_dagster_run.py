@@ -1,0 +1,349 @@
+"""Real runs of a recipe on a tiny model, in this process; the training in its own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+import pytest
+from conftest import model_files, write_images
+from dagster_support import definitions_of, write_recipe
+
+from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.weights.hub import ModelHub
+from resources import Launcher
+
+STEPS = ("metadata", "latents", "checkpoints", "exports")
+MAX_EVENT = 100_000
+
+
+@dataclass
+class Place:
+    """A folder with recipes, data and runs, and the Dagster instance that goes with it."""
+
+    folder: Path
+    values: dict[str, Any]
+    instance: dg.DagsterInstance
+
+    def recipe(self, name: str, **overrides: Any) -> None:
+        values = {**self.values, "output_path": str(self.folder / name), **overrides}
+        given = {key: value for key, value in values.items() if value is not None}
+        write_recipe(self.folder / "recipes", name, given)
+
+    def run(self, name: str, **options: Any) -> dg.ExecuteInProcessResult:
+        definitions = definitions_of(self.folder / "recipes")
+        job = definitions.resolve_job_def(f"train_{name}")
+        return job.execute_in_process(instance=self.instance, raise_on_error=False, **options)
+
+
+@pytest.fixture(scope="module")
+def place(
+    tmp_path_factory: pytest.TempPathFactory, tiny_qwen: Path, pictures: Path
+) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("place")
+    values: dict[str, Any] = {
+        "description": "Two steps on eight pictures.",
+        "dataset_base_path": str(pictures),
+        "dataset_metadata_path": str(pictures / "metadata.csv"),
+        "model_paths": model_files(tiny_qwen),
+        "tokenizer_path": str(tiny_qwen / "tokenizer"),
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "lora_base_model": "dit",
+        "lora_target_modules": ["to_q", "to_v"],
+        "lora_rank": 4,
+        "height": 32,
+        "width": 32,
+        "sample_prompts": ["a picture"],
+        "sample_num_inference_steps": 1,
+        "cache_path": str(folder / "cache"),
+    }
+    with dg.instance_for_test(temp_dir=str(folder)) as instance:
+        yield Place(folder, values, instance)
+
+
+def metadata_of(result: dg.ExecuteInProcessResult, kind: str, name: str) -> dict[str, Any]:
+    (found,) = result.asset_materializations_for_node(f"{kind}__{name}")
+    return dict(found.metadata)
+
+
+def checks_of(result: dg.ExecuteInProcessResult) -> dict[str, bool]:
+    return {e.check_name: e.passed for e in result.get_asset_check_evaluations()}
+
+
+def failure_of(result: dg.ExecuteInProcessResult, node: str) -> str:
+    failure = result.failure_data_for_node(node)
+    assert failure is not None
+    assert failure.user_failure_data is not None, failure.error
+    return failure.user_failure_data.description or ""
+
+
+def version(place: Place, kind: str, name: str) -> str:
+    event = place.instance.get_latest_materialization_event(dg.AssetKey([kind, name]))
+    assert event is not None
+    assert event.asset_materialization is not None
+    return (event.asset_materialization.tags or {})["dagster/data_version"]
+
+
+@pytest.fixture(scope="module")
+def first(place: Place) -> dg.ExecuteInProcessResult:
+    place.recipe("tiny")
+    return place.run("tiny")
+
+
+@pytest.fixture(scope="module")
+def second(place: Place, first: dg.ExecuteInProcessResult) -> dg.ExecuteInProcessResult:
+    assert first.success
+    return place.run("tiny")
+
+
+def test_every_asset_says_what_a_person_wants_to_see(
+    place: Place, first: dg.ExecuteInProcessResult
+) -> None:
+    assert first.success
+    assert checks_of(first) == {
+        "every_row_valid": True,
+        "latents_complete_and_finite": True,
+        "loss_finite_and_parameters_changed": True,
+        "export_loads": True,
+    }
+    weights = [
+        e for e in first.get_asset_materialization_events() if e.asset_key.path[0] == "weights"
+    ]
+    assert len(weights) == 4
+    facts = {str(e.materialization.metadata["component"].value) for e in weights}
+    assert facts == {
+        "dit of qwen_image",
+        "text_encoder of qwen_image",
+        "vae of qwen_image",
+        "tokenizer",
+    }
+    table = metadata_of(first, "metadata", "tiny")
+    assert table["dagster/row_count"].value == 8
+    assert table["status/ok"].value == 8
+    assert table["duplicates"].value == 0
+    assert "picture number" in table["rows"].value
+    latents = metadata_of(first, "latents", "tiny")
+    assert latents["misses/image"].value == 8
+    assert latents["misses/prompt"].value == 9
+    assert latents["hits/image"].value == 0
+    assert latents["store_bytes"].value > 0
+    training = metadata_of(first, "checkpoints", "tiny")
+    assert training["trained_in_this_run"].value is True
+    assert training["steps"].value == 2
+    assert training["trained_samples"].value == 8
+    assert training["devices"].value
+    assert training["samples_per_second"].value > 0
+    exports = metadata_of(first, "exports", "tiny")
+    (file,) = exports["files"].records
+    assert file.data["format"] == "diffusers"
+    assert Path(file.data["file"]).is_file()
+    for facts, names in ((table, ["contact_sheet"]), (training, ["loss_curve", "samples"])):
+        for name in names:
+            assert facts[name].value.startswith("![](data:image/")
+            assert len(facts[name].value) < MAX_EVENT
+
+
+def test_progress_becomes_observations(place: Place, first: dg.ExecuteInProcessResult) -> None:
+    records = place.instance.fetch_observations(dg.AssetKey(["checkpoints", "tiny"]), limit=10)
+    seen = [r.asset_observation.metadata for r in records.records if r.asset_observation]
+    assert seen
+    assert seen[0]["step"].value == 2
+    assert isinstance(seen[0]["loss"].value, float)
+    assert first.success
+
+
+def test_second_run_neither_encodes_nor_trains(
+    place: Place, first: dg.ExecuteInProcessResult, second: dg.ExecuteInProcessResult
+) -> None:
+    assert second.success
+    latents = metadata_of(second, "latents", "tiny")
+    assert latents["misses/image"].value == latents["misses/prompt"].value == 0
+    training = metadata_of(second, "checkpoints", "tiny")
+    assert training["trained_in_this_run"].value is False
+    assert training["steps"].value == 2
+    assert checks_of(second) == checks_of(first)
+    before, after = (
+        {
+            e.asset_key: e.materialization.tags["dagster/data_version"]  # pyright: ignore
+            for e in result.get_asset_materialization_events()
+        }
+        for result in (first, second)
+    )
+    assert before == after
+
+
+def test_run_config_retrains_with_other_parameters(
+    place: Place, second: dg.ExecuteInProcessResult
+) -> None:
+    """Parameters of the run config reach the training; the recipe's own run stays as it was."""
+    folder = str(place.folder / "other")
+    parameters = {"config": {"num_epochs": 2, "output_path": folder, "sample_prompts": []}}
+    result = place.run(
+        "tiny",
+        run_config={
+            "resources": {"parameters": parameters},
+            "ops": {"checkpoints__tiny": {"config": {"retrain": True}}},
+        },
+    )
+    assert result.success
+    assert metadata_of(result, "checkpoints", "tiny")["steps"].value == 4
+    record = read_record(Path(folder))
+    assert record is not None
+    assert record.steps == 4
+    before = read_record(place.folder / "tiny")
+    assert before is not None
+    assert before.steps == 2
+    assert second.success
+
+
+def refuse_to_launch(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError("nothing may be launched")
+
+
+def test_rejected_row_stops_before_the_gpu(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Launcher, "run", refuse_to_launch)
+    data = write_images(tmp_path / "data", 3)
+    (data / "1.png").write_bytes((data / "1.png").read_bytes()[:100])
+    with (data / "metadata.csv").open("a", encoding="utf-8") as file:
+        file.write('none.png,"not | there"\n')
+    place.recipe(
+        "rejected",
+        dataset_base_path=str(data),
+        dataset_metadata_path=str(data / "metadata.csv"),
+    )
+    result = place.run("rejected")
+    assert not result.success
+    assert checks_of(result) == {"every_row_valid": False}
+    facts = metadata_of(result, "metadata", "rejected")
+    counts = {key: facts[f"status/{key}"].value for key in ("ok", "unreadable", "file_missing")}
+    assert counts == {"ok": 2, "unreadable": 1, "file_missing": 1}
+    lines = facts["rows"].value.splitlines()
+    assert "file_missing" in lines[2] + lines[3]
+    assert r"not \| there" in facts["rows"].value
+    (check,) = result.get_asset_check_evaluations()
+    assert "2 of 4 rows cannot be used" in (check.description or "")
+
+
+def test_ten_damaged_files_of_two_hundred(place: Place, tmp_path: Path) -> None:
+    """They stop the run before a model file is read, and are shown; if allowed, 190 are trained."""
+    data = write_images(tmp_path / "data", 200)
+    damaged = range(7, 200, 20)
+    for index in damaged:
+        path = data / f"{index}.png"
+        path.write_bytes(path.read_bytes()[: 100 + index])
+    table = {"dataset_base_path": str(data), "dataset_metadata_path": str(data / "metadata.csv")}
+    place.recipe("damaged", **table)
+    result = place.run("damaged")
+    assert not result.success
+    materialized = [e.asset_key.path[0] for e in result.all_events if e.is_step_materialization]
+    assert materialized[0] == "metadata"
+    assert not {"latents", "checkpoints", "exports"} & set(materialized)
+    facts = metadata_of(result, "metadata", "damaged")
+    assert facts["status/unreadable"].value == 10
+    assert facts["rows"].value.count("not a readable image") == 10
+    assert facts["contact_sheet"].value.startswith("![")
+    rejected = pl.read_csv(place.folder / "damaged" / "rejected.csv")
+    assert rejected["row"].to_list() == [index + 1 for index in damaged]
+
+    place.recipe("spared", **table, max_rejected_fraction=0.1, batch_size=16)
+    result = place.run("spared")
+    assert result.success
+    record = read_record(place.folder / "spared")
+    assert record is not None
+    assert record.samples == 190
+
+
+def test_allowed_rejects_pass_the_check(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Launcher, "run", refuse_to_launch)
+    data = write_images(tmp_path / "data", 3)
+    (data / "1.png").unlink()
+    place.recipe(
+        "allowed",
+        dataset_base_path=str(data),
+        dataset_metadata_path=str(data / "metadata.csv"),
+        max_rejected_fraction=0.5,
+    )
+    result = place.run("allowed", asset_selection=[dg.AssetKey(["metadata", "allowed"])])
+    assert result.success
+    assert checks_of(result) == {"every_row_valid": True}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "node", "words"),
+    [
+        ({"dataset_metadata_path": "none.csv"}, "metadata__bad", "metadata file does not exist"),
+        ({"model_paths": ["none.safetensors"]}, "weights__none", "the model file does not exist"),
+        ({"output_path": "/dev/null/run"}, "metadata__bad", "cannot be written"),
+    ],
+)
+def test_mistake_is_one_message_without_retry(
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: dict[str, Any],
+    node: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(Launcher, "run", refuse_to_launch)
+    place.recipe("bad", **overrides)
+    result = place.run("bad")
+    assert not result.success
+    assert words in failure_of(result, node)
+    assert not [e for e in result.all_events if e.event_type_value == "STEP_UP_FOR_RETRY"]
+
+
+def test_download_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffsynth_dagster.errors import DownloadError
+
+    tries: list[object] = []
+
+    def unreachable(hub: ModelHub, entry: object) -> list[Path]:
+        tries.append(entry)
+        raise DownloadError("the hub did not answer")
+
+    monkeypatch.setattr(ModelHub, "files", unreachable)
+    monkeypatch.setattr("assets.weights._RETRIES", dg.RetryPolicy(max_retries=2))
+    place.recipe("away", model_paths=None, model_id_with_origin_paths=["a/b:c.safetensors"])
+    key = dg.AssetKey(["weights", "a_b_c"])
+    result = place.run("away", asset_selection=[key])
+    assert not result.success
+    assert len(tries) == 3
+    assert failure_of(result, "weights__a_b_c") == "the hub did not answer"
+
+
+def test_failure_of_the_training_is_told_in_its_words(place: Place) -> None:
+    """The trainer refuses a LoRA target that matches nothing; accelerate is in between."""
+    place.recipe("target", lora_target_modules=["to_qq"])
+    key = dg.AssetKey(["checkpoints", "target"])
+    result = place.run("target", asset_selection=[key])
+    assert not result.success
+    message = failure_of(result, "checkpoints__target")
+    assert "the LoRA target 'to_qq' matches no layer of 'dit'" in message
+    assert "what to do: its layers end with" in message
+    assert "Traceback" not in message
+    assert not [e for e in result.all_events if e.event_type_value == "STEP_UP_FOR_RETRY"]
+
+
+def test_manifest_is_checked_against_the_store(place: Place, first: Any) -> None:
+    """A key that is gone from the index, or not finite, fails the blocking check."""
+    from assets.latents import _inspect
+    from diffsynth_dagster.cache.manifest import read_manifest
+    from diffsynth_dagster.config import read_recipe
+
+    config = read_recipe(place.folder / "recipes" / "tiny.yaml").config
+    manifest = read_manifest(place.folder / "tiny")
+    _, check = _inspect(config, manifest)
+    assert check.passed
+    frame = manifest.frame.with_columns(pl.col("key:image") + "x")
+    _, check = _inspect(config, replace(manifest, frame=frame, prompts={}))
+    assert not check.passed
+    assert check.metadata["missing_keys"].value == 8
+    fewer = replace(manifest, frame=manifest.frame.head(3))
+    _, check = _inspect(config, fewer)
+    assert not check.passed

@@ -1,0 +1,159 @@
+"""The UI's way: a webserver with its daemon on loopback, driven through GraphQL."""
+
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import ROOT, model_files, train
+from dagster import DagsterRunStatus
+from dagster_graphql import DagsterGraphQLClient
+from dagster_support import (
+    endless,
+    environment,
+    home,
+    job,
+    require_gone,
+    start,
+    wait_for,
+    wait_until_training,
+    write_recipe,
+)
+
+LOCATION = {
+    "repository_location_name": "diffsynth_dagster",
+    "repository_name": "__repository__",
+}
+LINEAGE = "{ assetNodes { assetKey { path } dependencyKeys { path } } }"
+
+
+@dataclass
+class Server:
+    """A running `dagster dev` and the folders it works in."""
+
+    folder: Path
+    env: dict[str, str]
+    process: subprocess.Popen[bytes]
+    client: DagsterGraphQLClient
+
+    def launch(self, name: str, parameters: dict[str, Any]) -> str:
+        config = {"resources": {"parameters": {"config": parameters}}} if parameters else {}
+        return self.client.submit_job_execution(f"train_{name}", run_config=config, **LOCATION)
+
+    def wait(self, run: str, seconds: float) -> DagsterRunStatus:
+        ended = {
+            DagsterRunStatus.SUCCESS,
+            DagsterRunStatus.FAILURE,
+            DagsterRunStatus.CANCELED,
+        }
+
+        def status() -> DagsterRunStatus | None:
+            now = self.client.get_run_status(run)
+            return now if now in ended else None
+
+        return wait_for(status, seconds, f"the end of run {run}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stop(pid: int) -> None:
+    """End `dagster dev` and whatever it started."""
+    server = psutil.Process(pid)
+    processes = [server, *server.children(recursive=True)]
+    server.send_signal(signal.SIGINT)
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    for process in alive:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, tiny_qwen: Path, pictures: Path
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("ui")
+    values: dict[str, Any] = {
+        "family": "qwen_image",
+        "dataset_base_path": str(pictures),
+        "dataset_metadata_path": str(pictures / "metadata.csv"),
+        "model_paths": model_files(tiny_qwen),
+        "tokenizer_path": str(tiny_qwen / "tokenizer"),
+        "batch_size": 4,
+        "lora_base_model": "dit",
+        "lora_target_modules": ["to_q", "to_v"],
+        "lora_rank": 4,
+        "cache_path": str(folder / "cache"),
+        "output_path": str(folder / "line"),
+    }
+    write_recipe(folder / "recipes", "tiny", values)
+    code, encoded = train(values, folder / "encoded", "--task", "sft:data_process")
+    assert code == 0
+    endless_values = endless(values, encoded, folder / "endless")
+    write_recipe(folder / "recipes", "endless", endless_values)
+    env = environment(home(folder / "home"), folder / "recipes")
+    port = free_port()
+    address = ["-h", "127.0.0.1", "-p", str(port), "-w", str(ROOT / "workspace.yaml")]
+    log = folder / "log"
+    process = start(["-m", "dagster", "dev", *address], env, log)
+
+    def listens() -> bool:
+        assert process.poll() is None, log.read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        wait_for(listens, 90, "dagster dev listens")
+        client = DagsterGraphQLClient("127.0.0.1", port_number=port)
+        yield Server(folder, env, process, client)
+    finally:
+        stop(process.pid)
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """The weights and pictures of a run folder, and the names of its other files."""
+    found = {str(p.relative_to(run)): p for p in run.rglob("*") if p.is_file()}
+    same = (".safetensors", ".png")
+    return {name: p.read_bytes() if p.suffix in same else b"" for name, p in found.items()}
+
+
+@pytest.mark.timeout(400)
+def test_ui_and_command_line_give_the_same_files(server: Server) -> None:
+    run = server.launch("tiny", {"output_path": str(server.folder / "ui")})
+    assert server.wait(run, 180) == DagsterRunStatus.SUCCESS
+    log = server.folder / "line.log"
+    process = start(job("train_tiny"), server.env, log)
+    assert process.wait(180) == 0, log.read_text()
+    ours = files(server.folder / "ui")
+    assert {"epoch-0.safetensors", "run.json", "metrics.csv"} <= ours.keys()
+    assert any(name.startswith("exports/") for name in ours)
+    assert ours == files(server.folder / "line")
+
+
+def test_lineage_runs_from_weights_and_metadata_to_exports(server: Server) -> None:
+    nodes = server.client._execute(LINEAGE)["assetNodes"]
+    parents = {
+        "/".join(node["assetKey"]["path"]): {"/".join(k["path"]) for k in node["dependencyKeys"]}
+        for node in nodes
+    }
+    weights = {name for name in parents if name.startswith("weights/")}
+    assert len(weights) == 4
+    assert parents["exports/tiny"] == {"checkpoints/tiny"}
+    assert parents["checkpoints/tiny"] == {"latents/tiny"} | weights
+    assert parents["latents/tiny"] == {"metadata/tiny"} | weights
+
+
+def test_cancel_stops_the_training(server: Server) -> None:
+    folder = server.folder / "endless"
+    run = server.launch("endless", {})
+    assert len(wait_until_training(folder, server.process, server.folder / "log")) >= 3
+    server.client.terminate_run(run)
+    require_gone(folder)
+    assert server.wait(run, 60) == DagsterRunStatus.CANCELED

@@ -1,0 +1,414 @@
+"""The promises of a training, on a tiny model with random weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from conftest import ROOT, Values, make_config, train, write_images
+from safetensors.torch import load_file
+
+from diffsynth_dagster.cache.encode import trained_components
+from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.export import export_run, verify_export
+from diffsynth_dagster.families import find_family
+from diffsynth_dagster.training.batches import collate
+from diffsynth_dagster.training.modules import add_lora, saved_name
+from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.weights.header import read_metadata
+from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.identify import find_model
+from diffsynth_dagster.weights.load import load_component
+
+
+def relative(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """Largest difference of two state dicts, relative to the norm of each tensor."""
+    assert first.keys() == second.keys()
+    return max(
+        float((first[k] - second[k]).norm() / first[k].norm().clamp(min=1e-12)) for k in first
+    )
+
+
+def test_same_seed_gives_the_same_bytes(values: Values, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert train(values(), tmp_path / name)[0] == 0
+    first = (tmp_path / "a" / "epoch-0.safetensors").read_bytes()
+    assert first == (tmp_path / "b" / "epoch-0.safetensors").read_bytes()
+    assert train(values(seed=1), tmp_path / "c")[0] == 0
+    assert first != (tmp_path / "c" / "epoch-0.safetensors").read_bytes()
+
+
+def test_checkpoint_names_start_at_the_module(values: Values, tmp_path: Path) -> None:
+    _, run = train(values(), tmp_path / "run")
+    tensors = load_file(run / "epoch-0.safetensors")
+    assert "transformer_blocks.0.attn.to_q.lora_A.weight" in tensors
+    assert all(name.startswith("transformer_blocks.") for name in tensors)
+    notes = json.loads(read_metadata(run / "epoch-0.safetensors")["diffsynth_dagster"])
+    record = read_record(run)
+    assert record is not None
+    assert notes["samples_digest"] == read_manifest(run).digest == record.samples_digest
+    assert notes["base"].keys() == {"dit", "text_encoder", "vae", "tokenizer"}
+    assert record.finished
+    assert record.devices == ["cpu"]
+
+
+def one_step(values: Values, folder: Path, **overrides: object) -> dict[str, torch.Tensor]:
+    """The LoRA after one step of plain SGD: since lora_B starts at 0, it is -lr times its gradient."""
+    code, run = train(
+        values(customized_optimizer="torch.optim.SGD", weight_decay=0, **overrides), folder
+    )
+    assert code == 0
+    steps = pl.read_csv(run / "metrics.csv").height
+    assert steps == 1
+    tensors = load_file(run / "epoch-0.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if "lora_B" in name}
+
+
+def test_batching_and_accumulation_give_the_same_gradient(values: Values, tmp_path: Path) -> None:
+    batch = one_step(values, tmp_path / "a", batch_size=8)
+    accumulated = one_step(values, tmp_path / "b", batch_size=1, gradient_accumulation_steps=8)
+    mixed = one_step(values, tmp_path / "c", batch_size=2, gradient_accumulation_steps=4)
+    assert relative(batch, accumulated) < 1e-5
+    assert relative(batch, mixed) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing(values: Values, tmp_path: Path) -> None:
+    plain = one_step(values, tmp_path / "a", batch_size=8)
+    flags = {"use_gradient_checkpointing": True}
+    recomputed = one_step(values, tmp_path / "b", batch_size=8, **flags)
+    flags = {"use_gradient_checkpointing_offload": True}
+    offloaded = one_step(values, tmp_path / "c", batch_size=8, **flags)
+    assert relative(plain, recomputed) < 1e-5
+    assert relative(plain, offloaded) < 1e-5
+
+
+def two_processes(config: dict[str, object], recipe: Path) -> "subprocess.CompletedProcess[str]":
+    """Train with two processes on the CPU."""
+    recipe.write_text(json.dumps(config), encoding="utf-8")
+    command = "torch.distributed.run --standalone --nproc_per_node 2 -m diffsynth_dagster.train"
+    return subprocess.run(
+        [sys.executable, "-m", *command.split(), "--recipe", str(recipe)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        timeout=120,
+        check=False,
+    )
+
+
+def test_parameters_without_gradient_name_the_flag(values: Values, tmp_path: Path) -> None:
+    """The last block's text half gets none: DDP must be told, and says so in one message."""
+    config = values(
+        lora_target_modules=["to_add_out"], batch_size=1, output_path=str(tmp_path / "a")
+    )
+    failed = two_processes(config, tmp_path / "a.yaml")
+    assert failed.returncode != 0
+    assert "give find_unused_parameters" in failed.stderr
+    config |= {"find_unused_parameters": True, "output_path": str(tmp_path / "b")}
+    done = two_processes(config, tmp_path / "b.yaml")
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_give_the_same_gradient(values: Values, tmp_path: Path) -> None:
+    alone = one_step(values, tmp_path / "a", batch_size=4, gradient_accumulation_steps=2)
+    config = values(
+        customized_optimizer="torch.optim.SGD", weight_decay=0, output_path=str(tmp_path / "b")
+    )
+    done = two_processes(config, tmp_path / "b.yaml")
+    assert done.returncode == 0, done.stderr
+    tensors = load_file(tmp_path / "b" / "epoch-0.safetensors")
+    together = {name: tensor for name, tensor in tensors.items() if "lora_B" in name}
+    assert relative(alone, together) < 1e-5
+    record = read_record(tmp_path / "b")
+    assert record is not None
+    assert record.devices == ["cpu", "cpu"]
+
+
+def test_uneven_data_over_two_processes(values: Values, tmp_path: Path) -> None:
+    """Seven samples, two sizes, two processes: every sample counts once."""
+    from diffsynth_dagster.training.batches import StepDataset
+
+    data = write_images(tmp_path / "data", 7, [(32, 32), (48, 32), (32, 32)])
+    config = values(
+        dataset_base_path=str(data), dataset_metadata_path=str(data / "metadata.csv"), batch_size=2
+    )
+    assert train(config, tmp_path / "run")[0] == 0
+    settings, family = make_config(config), find_family("qwen_image")
+    manifest = read_manifest(tmp_path / "run")
+    ranks = [StepDataset(settings, family, manifest, rank, 2) for rank in range(2)]
+    seen: list[str] = []
+    for step in range(ranks[0].order.steps_per_epoch):
+        batches = [rank[step] for rank in ranks]
+        assert len(batches[0]) == len(batches[1])
+        counted = [b for rank in batches for b in rank if b.scale]
+        samples = [sample for batch in counted for sample in batch.samples]
+        # DDP averages over processes: the scales must undo that.
+        assert all(b.scale == pytest.approx(2 / len(samples)) for b in counted)
+        seen += samples
+    assert sorted(seen) == sorted(manifest.frame["sample"])
+
+
+def test_loss_of_a_batch_is_the_mean_of_its_samples(values: Values, tmp_path: Path) -> None:
+    """Prompts of different lengths are padded and masked."""
+    _, run = train(values(), tmp_path / "run")
+    config = make_config(values())
+    found = find_model(config, ModelHub.from_environment())
+    dit = load_component(found.components["dit"], "cpu", torch.float32)
+    from diffsynth_dagster.training.batches import StepDataset
+    from diffsynth_dagster.training.step import TrainingStep
+
+    family = found.family
+    step = TrainingStep(family, {"dit": dit}, {}, trained_components(config), 0, (0, 1000))
+    whole = StepDataset(
+        config.model_copy(update={"batch_size": 8}), family, read_manifest(run), 0, 1
+    )
+    (batch,) = whole[0]
+    lengths = batch.outputs["prompt_embeds_mask"].sum(1)
+    assert len(set(lengths.tolist())) > 1
+    with torch.no_grad():
+        together = step(batch)
+        single = StepDataset(
+            config.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 8}),
+            family,
+            read_manifest(run),
+            0,
+            1,
+        )
+        apart = {b.samples[0]: float(step(b)) for b in single[0]}
+    for sample, loss in zip(batch.samples, together.tolist(), strict=True):
+        assert loss == pytest.approx(apart[sample], rel=1e-5)
+
+
+def test_second_run_encodes_nothing(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = values(cache_path=str(tmp_path / "cache"))
+    train(config, tmp_path / "a")
+    assert "image: 0 in the store, 8 encoded" in capsys.readouterr().out
+    files = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    train(config, tmp_path / "b")
+    assert "image: 8 in the store, 0 encoded" in capsys.readouterr().out
+    assert files == sorted((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_split_training_equals_training_at_once(values: Values, tmp_path: Path) -> None:
+    _, whole = train(values(cache_path=str(tmp_path / "c1")), tmp_path / "whole")
+    config = values(cache_path=str(tmp_path / "c2"))
+    assert train(config, tmp_path / "encoded", "--task", "sft:data_process")[0] == 0
+    assert not (tmp_path / "encoded" / "epoch-0.safetensors").exists()
+    # The second stage needs neither the images, nor the encoders, nor the metadata.
+    second = {
+        **config,
+        "dataset_base_path": str(tmp_path / "encoded"),
+        "model_paths": config["model_paths"][:1],
+    }
+    del second["dataset_metadata_path"]
+    assert train(second, tmp_path / "split", "--task", "sft:train")[0] == 0
+    first = (whole / "epoch-0.safetensors").read_bytes()
+    assert first == (tmp_path / "split" / "epoch-0.safetensors").read_bytes()
+
+
+def test_text_encoder_is_trained_inside_the_step(values: Values, tmp_path: Path) -> None:
+    """Its stage is not cached, the image's is; the prefix keeps the modules apart."""
+    code, run = train(
+        values(trainable_models=["text_encoder"], batch_size=4, learning_rate=1e-4),
+        tmp_path / "run",
+    )
+    assert code == 0
+    columns = read_manifest(run).frame.columns
+    assert "key:image" in columns
+    assert "key:prompt" not in columns
+    tensors = load_file(run / "epoch-0.safetensors")
+    assert all(name.startswith("pipe.text_encoder.model.") for name in tensors if "lm" not in name)
+    record = read_record(run)
+    assert record is not None
+    assert record.changed_tensors > 0
+
+
+def test_several_modules_at_once(values: Values, tmp_path: Path) -> None:
+    config = {**values(), "trainable_models": ["text_encoder"]}
+    code, run = train(config, tmp_path / "run")
+    assert code == 0
+    tensors = load_file(run / "epoch-0.safetensors")
+    kinds = {name.split(".")[0] for name in tensors}
+    assert kinds == {"pipe", "transformer_blocks"}
+    settings = make_config({**config, "output_path": str(run)})
+    found = find_model(settings, ModelHub.from_environment())
+    record = read_record(run)
+    assert record is not None
+    exported = export_run(settings, record, found)
+    assert {e.component for e in exported} == {"dit", "text_encoder"}
+    for item in exported:
+        verify_export(item, found)
+
+
+def test_full_training_exports_a_model_folder(values: Values, tmp_path: Path) -> None:
+    from diffusers import QwenImageTransformer2DModel
+
+    config = values(trainable_models=["dit"], learning_rate=1e-4, save_steps=1)
+    code, run = train(config, tmp_path / "run")
+    assert code == 0
+    assert sorted(p.name for p in run.glob("*.safetensors")) == [
+        "step-1.safetensors",
+        "step-2.safetensors",
+    ]
+    settings = make_config({**config, "output_path": str(run)})
+    found = find_model(settings, ModelHub.from_environment())
+    record = read_record(run)
+    assert record is not None
+    (exported,) = export_run(settings, record, found)
+    verify_export(exported, found)
+    loaded = QwenImageTransformer2DModel.from_pretrained(exported.path.parent)
+    trained = load_file(run / "step-2.safetensors")
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, trained[name])
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_exported_lora_predicts_the_same_in_diffusers(
+    values: Values, tmp_path: Path, tiny_qwen: Path, alpha: float | None
+) -> None:
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+
+    config = values(num_epochs=3, learning_rate=1e-2, lora_alpha=alpha)
+    _, run = train(config, tmp_path / "run")
+    settings = make_config({**config, "output_path": str(run)})
+    found = find_model(settings, ModelHub.from_environment())
+    record = read_record(run)
+    assert record is not None
+    (exported,) = export_run(settings, record, found)
+    verify_export(exported, found)
+
+    ours = load_component(found.components["dit"], "cpu", torch.float32)
+    base = load_component(found.components["dit"], "cpu", torch.float32)
+    add_lora(settings, found.family, ours)
+    trained = load_file(run / "epoch-2.safetensors")
+    parameters = {saved_name(name): p for name, p in ours.named_parameters()}
+    for name, tensor in trained.items():
+        parameters[name].data.copy_(tensor)
+
+    make: object = QwenImagePipeline
+    pipeline = make(  # pyright: ignore
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLQwenImage.from_pretrained(tiny_qwen / "vae"),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=QwenImageTransformer2DModel.from_pretrained(tiny_qwen / "transformer"),
+    )
+    pipeline.load_lora_weights(exported.path.parent)
+    torch.manual_seed(3)
+    inputs = {
+        "x_t": {"image": torch.randn(2, 16, 4, 6)},
+        "conditions": collate(
+            found.family.stage("prompt").yields,
+            [{"prompt_embeds": torch.randn(length, 64)} for length in (5, 9)],
+        ),
+        "t": torch.tensor([900.0, 100.0]),
+    }
+    with torch.no_grad():
+        mine = found.family.denoise({"dit": ours}, **inputs)["image"]
+        theirs = found.family.denoise({"dit": pipeline.transformer}, **inputs)["image"]
+        without = found.family.denoise({"dit": base}, **inputs)["image"]
+    assert float((mine - theirs).abs().max()) <= 1e-5
+    assert float((mine - without).abs().max()) > 1e-3
+
+
+def test_twenty_steps_lower_the_loss(values: Values, tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", 1)
+    config = values(
+        dataset_base_path=str(data),
+        dataset_metadata_path=str(data / "metadata.csv"),
+        trainable_models=["dit"],
+        learning_rate=1e-3,
+        batch_size=8,
+        dataset_repeat=160,
+    )
+    _, run = train(config, tmp_path / "run")
+    loss = pl.read_csv(run / "metrics.csv")["loss"]
+    assert len(loss) == 20
+    assert loss[-5:].mean() < loss[:5].mean()
+
+
+def test_sample_pictures_and_logs(values: Values, tmp_path: Path) -> None:
+    config = values(
+        sample_prompts=["a", "another, longer"],
+        sample_num_inference_steps=2,
+        sample_cfg_scale=2.0,
+        height=32,
+        width=32,
+        enable_csv_log=True,
+        lr_warmup_steps=2,
+        max_grad_norm=0.5,
+    )
+    _, run = train(config, tmp_path / "run")
+    assert {p.name for p in (run / "samples").iterdir()} == {"step-0.png", "step-2.png"}
+    assert pl.read_csv(run / "loss.csv").columns == ["step", "loss"]
+    metrics = pl.read_csv(run / "metrics.csv")
+    assert metrics["step"].to_list() == [1, 2]
+    assert metrics["learning_rate"].to_list() == [0.0, 5e-4]
+
+
+def test_automatic_targets(tmp_path: Path) -> None:
+    from diffusers import QwenImageTransformer2DModel
+
+    from diffsynth_dagster.training.modules import lora_targets
+
+    config = make_config(
+        {
+            "dataset_base_path": "d",
+            "dataset_metadata_path": "m.csv",
+            "model_paths": ["x.safetensors"],
+            "lora_base_model": "dit",
+            "lora_target_modules": "",
+        }
+    )
+    with torch.device("meta"):
+        wide = QwenImageTransformer2DModel(
+            num_layers=1, num_attention_heads=4, attention_head_dim=128, joint_attention_dim=64
+        )
+    targets = lora_targets(config, find_family("qwen_image"), wide)
+    assert "transformer_blocks.0.attn.to_q" in targets
+    assert all(name.startswith("transformer_blocks.") for name in targets)
+    assert "img_in" not in targets
+
+
+def test_worker_processes_read_the_same(values: Values, tmp_path: Path) -> None:
+    _, alone = train(values(), tmp_path / "a")
+    code, workers = train(values(dataset_num_workers=2, seed=0), tmp_path / "b")
+    assert code == 0
+    first = (alone / "epoch-0.safetensors").read_bytes()
+    assert first == (workers / "epoch-0.safetensors").read_bytes()
+
+
+def test_a_seed_may_be_large_and_bf16_samples(values: Values, tmp_path: Path) -> None:
+    config = values(
+        seed=2**63 - 1,
+        mixed_precision="bf16",
+        trainable_models=["dit"],
+        sample_prompts=["a"],
+        sample_num_inference_steps=1,
+        height=32,
+        width=32,
+    )
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({**config, "output_path": str(tmp_path / "run")}))
+    # A process of its own: accelerate's precision is one for each process.
+    done = subprocess.run(
+        [sys.executable, "-m", "diffsynth_dagster.train", "--recipe", str(recipe)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "samples" / "step-2.png").is_file()

@@ -1,0 +1,323 @@
+"""Finding model files, telling what they are, and building them from a config or from shapes."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Values, make_config, model_files, train
+from hub_server import serve_hub
+from safetensors.torch import load_file, save_file
+
+from diffsynth_dagster.config import TrainingConfig
+from diffsynth_dagster.errors import DownloadError, UserError, WeightsError
+from diffsynth_dagster.weights.entries import model_entries
+from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.identify import find_model
+from diffsynth_dagster.weights.load import build_empty, load_component
+
+LOCAL = ModelHub(Path("models"), skip_download=True)
+
+
+def config_for(
+    files: list[str] | list[list[str]], tokenizer: Path, **more: object
+) -> TrainingConfig:
+    base = {
+        "dataset_base_path": "d",
+        "dataset_metadata_path": "m.csv",
+        "model_paths": files,
+        "lora_base_model": "dit",
+        "tokenizer_path": str(tokenizer),
+    }
+    return make_config({**base, **more})
+
+
+@pytest.fixture
+def model(tiny_qwen: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(tiny_qwen, tmp_path / "model"))
+
+
+def test_family_and_components_are_told_from_tensor_names(tiny_qwen: Path) -> None:
+    found = find_model(config_for(model_files(tiny_qwen), tiny_qwen / "tokenizer"), LOCAL)
+    assert found.family.name == "qwen_image"
+    assert set(found.components) == {"dit", "text_encoder", "vae"}
+
+
+def test_names_of_files_do_not_matter(model: Path) -> None:
+    files = []
+    for index, name in enumerate(model_files(model)):
+        folder = model / f"x{index}"
+        folder.mkdir()
+        files.append(str(shutil.move(name, folder / f"{index}.safetensors")))
+        shutil.copy(Path(name).parent / "config.json", folder)
+    found = find_model(config_for(files, model / "tokenizer"), LOCAL)
+    assert {n: f.files[0].name for n, f in found.components.items()} == {
+        "dit": "0.safetensors",
+        "text_encoder": "1.safetensors",
+        "vae": "2.safetensors",
+    }
+
+
+def test_shapes_alone_give_the_same_transformer_and_vae(model: Path) -> None:
+    config = config_for(model_files(model), model / "tokenizer")
+    torch.manual_seed(0)
+    x, text = torch.randn(1, 4, 64), torch.randn(1, 3, 64)
+
+    def predict() -> torch.Tensor:
+        dit = load_component(find_model(config, LOCAL).components["dit"], "cpu", torch.float32)
+        with torch.no_grad():
+            return dit(
+                hidden_states=x,
+                encoder_hidden_states=text,
+                timestep=torch.tensor([0.5]),
+                img_shapes=[[(1, 2, 2)]],
+                return_dict=False,
+            )[0]
+
+    first = predict()
+    vae = build_empty(find_model(config, LOCAL).components["vae"])
+    for folder in ("transformer", "vae"):
+        (model / folder / "config.json").unlink()
+    assert torch.equal(first, predict())
+    again = build_empty(find_model(config, LOCAL).components["vae"])
+    shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (vae, again)]
+    assert shapes[0] == shapes[1]
+
+
+def test_shapes_alone_give_the_text_encoder(tmp_path: Path) -> None:
+    """With the published 128 channels of a head, and the names of the published files."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": 32,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [16, 24, 24],
+            "rope_theta": 1e6,
+        },
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 256}
+    torch.manual_seed(0)
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    ).eval()
+    published = {
+        name.replace("model.visual.", "visual.").replace(
+            "model.language_model.", "model."
+        ): t.clone()
+        for name, t in encoder.state_dict().items()
+    }
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    file.parent.mkdir()
+    save_file(published, file)
+    config = config_for([str(file)], tmp_path / "text_encoder", family="qwen_image")
+    found = find_model(config, LOCAL).components["text_encoder"]
+    loaded = load_component(found, "cpu", torch.float32)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, encoder(ids).logits)
+
+
+def test_shards_are_one_model(model: Path) -> None:
+    path = Path(model_files(model)[0])
+    tensors = load_file(path)
+    names = sorted(tensors)
+    shards = [path.parent / f"part-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for shard, part in zip(shards, (names[::2], names[1::2]), strict=True):
+        save_file({n: tensors[n] for n in part}, shard)
+    path.unlink()
+    files = [[str(s) for s in shards], *model_files(model)[1:]]
+    found = find_model(config_for(files, model / "tokenizer"), LOCAL)
+    dit = load_component(found.components["dit"], "cpu", torch.float32)
+    assert all(torch.equal(t, tensors[n]) for n, t in dit.state_dict().items())
+    globbed = [str(path.parent / "part-*.safetensors"), *model_files(model)[1:]]
+    assert find_model(config_for(globbed, model / "tokenizer"), LOCAL).components["dit"].files == (
+        tuple(shards)
+    )
+
+
+def test_bf16_weights_and_float32_rotary_buffers(tiny_qwen: Path) -> None:
+    found = find_model(config_for(model_files(tiny_qwen), tiny_qwen / "tokenizer"), LOCAL)
+    encoder = load_component(found.components["text_encoder"], "cpu", torch.bfloat16)
+    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
+    assert all(b.dtype == torch.float32 for n, b in encoder.named_buffers() if "inv_freq" in n)
+    assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_pytorch_files_load_and_pickles_do_not(model: Path, tmp_path: Path) -> None:
+    path = Path(model_files(model)[0])
+    torch.save(load_file(path), path.with_suffix(".pth"))
+    path.unlink()
+    files = [str(path.with_suffix(".pth")), *model_files(model)[1:]]
+    found = find_model(config_for(files, model / "tokenizer"), LOCAL)
+    load_component(found.components["dit"], "cpu", torch.float32)
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "touched",)  # type: ignore[return-value]
+
+    evil = path.with_name("evil.pth")
+    evil.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(WeightsError, match="holds more than tensors"):
+        find_model(config_for([str(evil)], model / "tokenizer"), LOCAL)
+    assert not (tmp_path / "touched").exists()
+
+
+def missing_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    tensors.pop("transformer_blocks.1.attn.to_q.weight")
+    save_file(tensors, path)
+
+
+def wrong_shape(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["proj_out.bias"] = torch.zeros(3)
+    save_file(tensors, path)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def no_safetensors(path: Path) -> None:
+    path.write_text("<html>not found</html>")
+
+
+def unknown_kind(path: Path) -> None:
+    save_file({"foo.weight": torch.zeros(2)}, path)
+
+
+def broken_config(path: Path) -> None:
+    (path.parent / "config.json").write_text("{")
+
+
+def other_config(path: Path) -> None:
+    config = json.loads((path.parent / "config.json").read_text())
+    (path.parent / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (missing_tensor, "missing: transformer_blocks.1.attn.to_q.weight"),
+        (wrong_shape, r"shapes: proj_out.bias is \(3,\), not \(64,\)"),
+        (cut_off, "not a whole safetensors file"),
+        (no_safetensors, "not a whole safetensors file"),
+        (unknown_kind, "unknown kind: its first tensors are foo.weight"),
+        (broken_config, "architecture cannot be read"),
+        (other_config, "missing: transformer_blocks.2"),
+        (Path.unlink, "does not exist"),
+    ],
+)
+def test_damaged_files_are_named(model: Path, damage: object, message: str) -> None:
+    path = Path(model_files(model)[0])
+    damage(path)  # type: ignore[operator]
+    config = config_for(model_files(model), model / "tokenizer")
+    with pytest.raises(UserError, match=message) as error:
+        build_empty(find_model(config, LOCAL).components["dit"])
+    assert "transformer" in str(error.value)
+
+
+def test_the_same_component_twice_is_refused(tiny_qwen: Path, model: Path) -> None:
+    files = [*model_files(tiny_qwen), model_files(model)[0]]
+    with pytest.raises(WeightsError, match="two entries are the component 'dit'"):
+        find_model(config_for(files, tiny_qwen / "tokenizer"), LOCAL)
+
+
+def test_missing_component_is_named(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = values()
+    code, _ = train({**config, "model_paths": config["model_paths"][:2]}, tmp_path / "run")
+    assert code == 2
+    assert "lacks the component 'vae'" in capsys.readouterr().err
+
+
+def test_slugs_name_models_and_not_shards() -> None:
+    base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "lora_base_model": "dit"}
+    entries = model_entries(
+        make_config(
+            {
+                **base,
+                "model_paths": '["a/b/model.safetensors", ["t/x-00001-of-00002.safetensors", '
+                '"t/x-00002-of-00002.safetensors"]]',
+                "model_id_with_origin_paths": "Qwen/Qwen-Image:transformer/diff*.safetensors",
+            }
+        )
+    )
+    assert [e.slug for e in entries] == [
+        "a_b_model",
+        "t_x",
+        "Qwen_Qwen_Image_transformer_diff",
+    ]
+
+
+@pytest.fixture
+def hub_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "downloads"))
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "modelscope"))
+    return monkeypatch
+
+
+def test_downloads_with_the_real_client(
+    tiny_qwen: Path, values: Values, tmp_path: Path, hub_environment: pytest.MonkeyPatch
+) -> None:
+    """The whole training from the hub, then again with the hub gone."""
+    shutil.copytree(tiny_qwen, tmp_path / "hub" / "Qwen" / "Qwen-Image")
+    config = values(
+        model_paths=None,
+        tokenizer_path=None,
+        family=None,
+        model_id_with_origin_paths=",".join(
+            f"Qwen/Qwen-Image:{p}"
+            for p in (
+                "transformer/diffusion_pytorch_model*.safetensors",
+                "text_encoder/model*.safetensors",
+                "vae/diffusion_pytorch_model.safetensors",
+            )
+        ),
+    )
+    with serve_hub(tmp_path / "hub") as hub:
+        hub_environment.setenv("MODELSCOPE_ENDPOINT", hub.url)
+        assert train(config, tmp_path / "a")[0] == 0
+        assert "transformer/config.json" in hub.downloads
+        assert any(name.startswith("tokenizer/") for name in hub.downloads)
+        assert "model_index.json" not in hub.downloads
+        count = len(hub.downloads)
+        assert train(config, tmp_path / "b")[0] == 0
+        assert len(hub.downloads) == count
+    hub_environment.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "True")
+    assert train(config, tmp_path / "c")[0] == 0
+    files = [(tmp_path / n / "epoch-0.safetensors").read_bytes() for n in "abc"]
+    assert files[0] == files[1] == files[2]
+
+
+def test_hub_that_lacks_the_model_or_is_gone(
+    tmp_path: Path, hub_environment: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hub" / "Qwen" / "Other").mkdir(parents=True)
+    config = make_config(
+        {
+            "dataset_base_path": "d",
+            "dataset_metadata_path": "m.csv",
+            "model_id_with_origin_paths": "Qwen/Nothing:vae/*.safetensors",
+            "lora_base_model": "dit",
+        }
+    )
+    (entry,) = model_entries(config)
+    with serve_hub(tmp_path / "hub") as hub:
+        hub_environment.setenv("MODELSCOPE_ENDPOINT", hub.url)
+        with pytest.raises(DownloadError, match="Qwen/Nothing"):
+            ModelHub.from_environment().files(entry)
+    hub_environment.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "1")
+    with pytest.raises(WeightsError, match="unset DIFFSYNTH_SKIP_DOWNLOAD"):
+        ModelHub.from_environment().files(entry)
