@@ -26,19 +26,20 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> Path:
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(staged)
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
-        staged.chmod(0o666 & ~_UMASK)
-        staged.replace(path)
+        try:
+            write(staged)
+            with staged.open("rb") as file:
+                os.fsync(file.fileno())
+            staged.chmod(0o666 & ~_UMASK)
+            staged.replace(path)
+        finally:
+            staged.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"the file cannot be written: {error}",
             where=str(path),
             do="check the folder's permissions and the space on the disk",
         ) from error
-    finally:
-        staged.unlink(missing_ok=True)
     return path
 
 

@@ -132,12 +132,14 @@ class FactBook:
         found: dict[Path, Facts],
     ) -> None:
         # What failed is looked at again: a permission or a disk may have been the reason.
+        failed = [(kind, str(path)) for path, facts in found.items() if "status" in facts]
         rows = [
             (kind, str(path), *stat, json.dumps(facts))
             for path, facts in found.items()
             if (stat := stats[path]) is not None and stat == _stat(path) and "status" not in facts
         ]
         with self._lock, self._database:
+            self._database.executemany("DELETE FROM facts WHERE kind = ? AND path = ?", failed)
             self._database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?)", rows)
 
     def digest(self, path: Path) -> str:
