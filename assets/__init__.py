@@ -30,7 +30,7 @@ def make_assets(
         upstream = weights.keys(recipe)
         if recipe.config.dataset_metadata_path is not None:
             assets += [make_metadata(recipe), make_latents(recipe, upstream)]
-        if recipe.config.task != "sft:data_process":
+        if not recipe.config.encodes_only:
             assets += [make_checkpoints(recipe, upstream), make_exports(recipe)]
     for recipe in broken:
         assets += make_broken(recipe)

@@ -75,7 +75,7 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
             trained = record is None
             if record is None:
                 progress = Progress(context)
-                for message in launcher.run(context, settings, recipe.options, "sft:train"):
+                for message in launcher.run(context, settings, recipe.options, "train"):
                     yield from progress.hear(message)
                 yield from progress.last()
                 record = _finished_record(settings)

@@ -60,7 +60,7 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
         report: dict[str, Any] = {}
         with user_errors():
             config = parameters.apply(recipe.config)
-            for message in launcher.run(context, config, recipe.options, "sft:data_process"):
+            for message in launcher.run(context, config, recipe.options, "data_process"):
                 if message["event"] == "encoding":
                     _log_progress(context, message)
                 elif message["event"] == "encoded":

@@ -11,11 +11,11 @@ import dagster as dg
 from assets.common import asset_key, book_path, table, user_errors
 from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
+from diffsynth_dagster.config.parameters import TOKENIZERS
 from diffsynth_dagster.weights.entries import ModelEntry, folder_entry, model_entries
 from resources import Hub
 
 GROUP = "weights"
-_TOKENIZER = "tokenizer_path"
 _RETRIES = dg.RetryPolicy(max_retries=3, delay=5, backoff=dg.Backoff.EXPONENTIAL)
 
 
@@ -48,8 +48,10 @@ class WeightsAssets:
 
 def _entries(config: TrainingConfig) -> list[ModelEntry]:
     entries = list(model_entries(config))
-    if config.tokenizer_path is not None:
-        entries.append(folder_entry(config.tokenizer_path, _TOKENIZER))
+    for parameter in TOKENIZERS:
+        given = getattr(config, parameter)
+        if given is not None:
+            entries.append(folder_entry(given, parameter))
     return entries
 
 
@@ -74,10 +76,10 @@ def _make_weights(name: str, entry: ModelEntry, recipes: list[Recipe]) -> dg.Ass
 
         with user_errors(), closing(FactBook(book_path(config))) as book:
             model_hub = hub.open()
-            if entry.parameter == _TOKENIZER:
+            if entry.parameter in TOKENIZERS:
                 folder = model_hub.folder(entry)
                 files = sorted(path for path in folder.rglob("*") if path.is_file())
-                facts: dict[str, str | int] = {"component": "tokenizer"}
+                facts: dict[str, str | int] = {"component": entry.parameter.removesuffix("_path")}
             else:
                 files = model_hub.files(entry)
                 facts = _describe(entry, files)

@@ -7,6 +7,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.metadata import check_columns
 from diffsynth_dagster.dotted import import_dotted
+from diffsynth_dagster.errors import ParameterError, nearest
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.checkpoint import check_prefix
 from diffsynth_dagster.training.modules import check_trainable
@@ -20,13 +21,51 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
     Raises:
         ParameterError: a parameter does not fit the family.
     """
+    check_particular(config, family)
     check_trainable(config, family)
+    _check_preset_and_samples(config, family)
     if config.customized_optimizer is not None:
         import_dotted(config.customized_optimizer, "customized_optimizer")
-    check_prefix(config.remove_prefix_in_ckpt, trained_components(config))
+    check_prefix(config.remove_prefix_in_ckpt, family, trained_components(config))
     size_rule(config.height, config.width, config.max_pixels, family.geometry, config.bucket_step)
     clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
     check_columns(config, family)
+
+
+def check_particular(config: TrainingConfig, family: Family) -> None:
+    """Check that every parameter for single families is one that this family takes.
+
+    Raises:
+        ParameterError: it takes another, or none.
+    """
+    for name, field in TrainingConfig.model_fields.items():
+        extra = field.json_schema_extra
+        if not (isinstance(extra, dict) and extra.get("particular")):
+            continue
+        if getattr(config, name) != field.default and name not in family.parameters:
+            raise ParameterError(
+                f"{family.name} takes no {name}",
+                where=name,
+                do=f"leave it out; {family.name} takes {', '.join(family.parameters)}",
+            )
+
+
+def _check_preset_and_samples(config: TrainingConfig, family: Family) -> None:
+    name = config.preset_lora_model
+    if name is not None and name not in family.trainable:
+        hint = nearest(name, family.trainable)
+        raise ParameterError(
+            f"{family.name} has no model '{name}'" + (f"; {hint}" if hint else ""),
+            where="preset_lora_model",
+            do=f"its models are {', '.join(family.trainable)}",
+        )
+    if (config.sample_prompts or config.customized_evaluation) and not family.samples_from_text:
+        needed = ", ".join(i.column for i in family.file_inputs[1:]) or "a file of its own"
+        raise ParameterError(
+            f"a prompt alone makes no sample here: the model is also given {needed}",
+            where="sample_prompts",
+            do="leave the samples out",
+        )
 
 
 def make_plan(config: TrainingConfig) -> dict[str, Any]:
@@ -46,6 +85,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
     for tokenizer in family.tokenizers:
         given = getattr(config, tokenizer.parameter)
         sources[tokenizer.name] = given or f"beside the model files, or {tokenizer.default}"
+    stored = [item if isinstance(item, str) else ", ".join(item) for item in config.fp8_models]
     lora = None
     if config.lora_base_model is not None:
         targets = config.lora_target_modules
@@ -70,13 +110,14 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
         "family": family.name,
         "task": config.task,
         "components": sources,
+        "float8": [name for name, text in sources.items() if text in stored],
         "trained": {"full": list(config.trainable_models), "lora": lora},
         "stages": {
             "cached": [stage.name for stage in family.cached_stages(trained)],
             "in_step": [stage.name for stage in family.step_stages(trained)],
         },
         "geometry": size,
-        "objective": family.path().description,
+        "objective": _objective(config, family),
         "batch": {
             "batch_size": config.batch_size,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
@@ -90,3 +131,18 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
         },
         "store": config.cache_path,
     }
+
+
+def _objective(config: TrainingConfig, family: Family) -> str:
+    if config.distills:
+        return "direct distillation: the samples of a few steps against the teacher's"
+    text, low, high = (
+        family.path().description,
+        config.min_timestep_boundary,
+        config.max_timestep_boundary,
+    )
+    if (low, high) == (0.0, 1.0):
+        return text
+    timesteps = family.path().timesteps
+    first, last = int(low * len(timesteps)), int(high * len(timesteps)) - 1
+    return f"{text}; timesteps {float(timesteps[first]):.0f} to {float(timesteps[last]):.0f}"

@@ -85,10 +85,17 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     with accelerator.main_process_first():
         found = find_model(config, ModelHub.from_environment())
     set_seed(config.seed % 2**32)  # numpy takes no more
-    models = Models(found, accelerator.device, _dtype(accelerator), config.initialize_model_on_cpu)
+    bare = {found.family.part(name).of for name in filter(None, [config.lora_base_model])}
+    models = Models(
+        found,
+        accelerator.device,
+        _dtype(accelerator),
+        config.initialize_model_on_cpu,
+        frozenset(bare),
+    )
     with closing(make_reporter(accelerator, config)) as reporter, _store(config).in_use():
         manifest = _encode(config, accelerator, models, validated, book, reporter, stop_asked)
-        if config.task == "sft:data_process":
+        if config.encodes_only:
             return None
         record = start_record(config, found, manifest, book)
         record.devices = _devices(accelerator)
@@ -159,7 +166,7 @@ def _encode(
     else:
         keys = Keys(models.found, book, models.dtype)
         manifest = plan_samples(config, models.found, validated, keys)
-        if config.task != "sft:train":
+        if not config.trains_only:
 
             def progress(stage: str, done: int, total: int) -> None:
                 reporter.encoding(stage, done, total)
@@ -173,7 +180,7 @@ def _encode(
         raise StoreError(
             f"the store lacks {len(missing)} of {len(manifest.keys)} encoded inputs",
             where=manifest.store,
-            do="run the task sft:data_process with the same parameters first",
+            do="run the task with :data_process and the same parameters first",
         )
     if accelerator.is_main_process:
         folder = Path(config.dataset_base_path if validated is None else config.output_path)

@@ -34,7 +34,7 @@ def _make_job(name: str, description: str, last: dg.AssetKey) -> "AssetJob":
 
 
 def _last_asset(recipe: Recipe) -> dg.AssetKey:
-    only_encodes = recipe.config.task == "sft:data_process"
+    only_encodes = recipe.config.encodes_only
     return asset_key("latents" if only_encodes else "exports", recipe.name)
 
 

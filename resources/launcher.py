@@ -51,9 +51,9 @@ class Launcher(dg.ConfigurableResource):
         context: dg.AssetExecutionContext,
         config: TrainingConfig,
         options: RecipeOptions,
-        task: Literal["sft:data_process", "sft:train"],
+        half: Literal["data_process", "train"],
     ) -> Iterator[Message]:
-        """Run a task to its end, yielding what it says while it works.
+        """Run half of the config's task to its end, yielding what it says while it works.
 
         However the iteration ends (done, failed, cancelled, dropped), no process of it is left.
 
@@ -62,6 +62,7 @@ class Launcher(dg.ConfigurableResource):
             OutputError: the run folder cannot be written.
         """
         output = Path(config.output_path)
+        task = f"{config.task.split(':')[0]}:{half}"
         require_writable(output, "output_path")
         recipe = write_text(output / "launch.yaml", dump_config(config))
         command = [

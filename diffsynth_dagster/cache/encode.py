@@ -15,7 +15,7 @@ from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.facts import FactBook, digest_of
 from diffsynth_dagster.data.metadata import Validated
-from diffsynth_dagster.data.samples import content, load, reading, reference
+from diffsynth_dagster.data.samples import content, load, plain, reading, reference
 from diffsynth_dagster.families.contract import Family, Input, Sample, Stage
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import Models, component_digest
@@ -45,6 +45,15 @@ def trained_components(config: TrainingConfig) -> frozenset[str]:
     """The components whose weights change: in full, or through a LoRA."""
     lora = {config.lora_base_model} if config.lora_base_model else set[str]()
     return frozenset({*config.trainable_models, *lora})
+
+
+def step_components(found: FoundModel, trained: frozenset[str]) -> list[str]:
+    """The components and tokenizers that a training step uses: the denoiser first."""
+    family = found.family
+    used = {name for stage in family.step_stages(trained) for name in stage.uses}
+    used |= {family.part(name).of for name in trained}
+    used |= {name for name in family.denoise_uses if name in found.components}
+    return list(dict.fromkeys([family.denoiser, *sorted(used)]))
 
 
 def _all_reads(stage: Stage, family: Family) -> list[Input]:
@@ -87,7 +96,7 @@ class Keys:
                 stage.version,
                 self._dtype,
                 {i.column: content(row, i) for i in reads},
-                {i.column: reading(row, i) for i in reads if i.kind != "text"},
+                {i.column: reading(row, i) for i in reads if i.is_file},
                 self._digests(stage),
             ]
         )
@@ -149,7 +158,7 @@ def _identity(row: Mapping[str, Any], family: Family) -> str:
 
 def _input(row: Mapping[str, Any], item: Input) -> str:
     """What a stage of the training step reads from: a text, or a reference as JSON."""
-    return row[item.column] if item.kind == "text" else json.dumps(reference(row, item))
+    return json.dumps(reference(row, item)) if item.is_file else row[item.column]
 
 
 def _plan_prompts(
@@ -258,10 +267,10 @@ def _read_samples(stage: Stage, rows: Sequence[Mapping[str, Any]], store: Store)
     def read(row: Mapping[str, Any]) -> Sample:
         sample: dict[str, Any] = {}
         for item in stage.reads:
-            if item.kind == "text":
-                sample[item.column] = row[item.column]
-            else:
+            if item.is_file:
                 sample[item.column] = load(reference(row, item), item)
+            else:
+                sample[item.column] = plain(row[item.column], item)
         for key in row["keys"]:
             sample |= store.read(key)
         return sample

@@ -108,22 +108,38 @@ def _check_together(config: TrainingConfig, where: str, naming: Naming) -> None:
             f"{n('lora_base_model')} as well",
             "train a model in full or through a LoRA, not both",
         )
-    encodes_only = config.task == "sft:data_process"
-    if not encodes_only and not config.trainable_models and config.lora_base_model is None:
+    if int(config.min_timestep_boundary * 1000) >= int(config.max_timestep_boundary * 1000):
+        refuse(
+            f"{n('min_timestep_boundary')} = {config.min_timestep_boundary} leaves no timestep "
+            f"below {n('max_timestep_boundary')} = {config.max_timestep_boundary}",
+            "give fractions of the schedule, the smaller one first",
+        )
+    if config.preset_lora_model is not None and config.preset_lora_path is None:
+        refuse(
+            f"{n('preset_lora_model')} is given but no {n('preset_lora_path')}",
+            f"give {n('preset_lora_path')}, or leave {n('preset_lora_model')} out",
+        )
+    if not config.encodes_only and not config.trainable_models and config.lora_base_model is None:
         refuse(
             "nothing is trained",
             f"give {n('trainable_models')} or {n('lora_base_model')}",
         )
-    if config.dataset_metadata_path is None and config.task != "sft:train":
+    if config.dataset_metadata_path is None and not config.trains_only:
         refuse(
             f"{n('dataset_metadata_path')} is missing",
-            "name the metadata table (csv, json, jsonl or parquet); only `sft:train` goes "
-            "without one, with a folder that `sft:data_process` wrote as dataset_base_path",
+            "name the metadata table (csv, json, jsonl or parquet); only `sft:train` and "
+            "`direct_distill:train` go without one, with a folder that the task with "
+            "`:data_process` wrote as dataset_base_path",
         )
     if not config.dataset_base_path:
         refuse(f"{n('dataset_base_path')} is missing", "name the root folder of the data set")
+    if config.align_to_opensource_format and config.lora_base_model is None:
+        refuse(
+            f"{n('align_to_opensource_format')} is given but no {n('lora_base_model')}",
+            f"give {n('lora_base_model')}, or leave it out: it is about LoRA files",
+        )
     if config.lora_base_model is None:
-        for name in ("lora_target_modules", "lora_alpha"):
+        for name in ("lora_target_modules", "lora_alpha", "lora_checkpoint"):
             if getattr(config, name) is not None:
                 refuse(
                     f"{n(name)} is given but no {n('lora_base_model')}",

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-TASKS = ("sft", "sft:data_process", "sft:train")
 LR_SCHEDULERS = (
     "constant",
     "constant_with_warmup",
@@ -41,13 +40,25 @@ def _parse_json(value: Any) -> Any:
         ) from error
 
 
+def _json_or_commas(value: Any) -> Any:
+    """Either form of a model list: a JSON list of paths, or entries separated by commas."""
+    is_json = isinstance(value, str) and value.lstrip().startswith("[")
+    return _parse_json(value) if is_json else _split_commas(value)
+
+
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
+ModelList = Annotated[tuple[str | tuple[str, ...], ...], BeforeValidator(_json_or_commas)]
 PathTree = Annotated[tuple[str | tuple[str, ...], ...], BeforeValidator(_parse_json)]
 
 
 def planned(default: Any, description: str) -> Any:
     """A parameter of the guide whose feature does not exist yet: any other value is refused."""
     return Field(default, description=description, json_schema_extra={"planned": True})
+
+
+def particular(default: Any, description: str) -> Any:
+    """A parameter that only some families take: the others refuse it by name."""
+    return Field(default, description=description, json_schema_extra={"particular": True})
 
 
 class DatasetParameters(BaseModel):
@@ -107,18 +118,32 @@ class ModelParameters(BaseModel):
         (),
         description="Model files on ModelScope as repository:pattern, separated by commas.",
     )
-    tokenizer_path: str | None = Field(
-        None, description="Folder of the tokenizer: a path or repository:pattern."
+    tokenizer_path: str | None = particular(
+        None, "Folder of the tokenizer: a path or repository:pattern."
     )
-    processor_path: str | None = planned(None, "Folder of the processor of image-editing models.")
+    tokenizer_1_path: str | None = particular(
+        None, "Folder of the first tokenizer, of families with two."
+    )
+    tokenizer_2_path: str | None = particular(
+        None, "Folder of the second tokenizer, of families with two."
+    )
+    processor_path: str | None = particular(None, "Folder of the processor of image editing.")
+    audio_processor_path: str | None = planned(None, "Folder of the processor of speech.")
     extra_inputs: CommaList = Field(
         (), description="Further columns that the model takes as inputs, separated by commas."
     )
     initialize_model_on_cpu: bool = Field(
         False, description="Read weights into CPU memory first, then move them to the device."
     )
-    zero_cond_t: bool = planned(False, "Timestep zero for reference latents (Edit-2511).")
-    fp8_models: CommaList = planned((), "Models stored in float8, in the form of the model list.")
+    zero_cond_t: bool = particular(
+        False, "Give the latents of edit images the timestep zero, as Qwen-Image-Edit-2511 does."
+    )
+    fp8_models: ModelList = Field(
+        (),
+        description="Models stored in float8 and computed in the working precision, each written "
+        "as in the model list. Not for models whose own weights are trained.",
+    )
+    framewise_decoding: bool = planned(False, "Encode and decode every frame by itself.")
     offload_models: CommaList = planned((), "Models kept on disk until split training needs them.")
     quant_options: str | None = planned(None, "Quantisation of frozen models.")
     resume_from_checkpoint: str | None = planned(None, "Weights of one model to go on from.")
@@ -132,10 +157,29 @@ class ModelParameters(BaseModel):
 class TrainingParameters(BaseModel):
     """How it is trained."""
 
-    task: Literal["sft", "sft:data_process", "sft:train"] = Field(
+    task: Literal[
         "sft",
-        description="sft encodes what the store lacks and trains; sft:data_process only encodes; "
-        "sft:train only trains from the store.",
+        "sft:data_process",
+        "sft:train",
+        "direct_distill",
+        "direct_distill:data_process",
+        "direct_distill:train",
+    ] = Field(
+        "sft",
+        description="sft: supervised training. direct_distill: the student samples from a "
+        "teacher's noise in a few steps, and the result is compared with the teacher's. Each "
+        "encodes what the store lacks and trains; with :data_process it only encodes, and with "
+        ":train it only trains from the store.",
+    )
+    min_timestep_boundary: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Timesteps are drawn from this fraction of the schedule on; 0 is the most "
+        "noise.",
+    )
+    max_timestep_boundary: float = Field(
+        1.0, gt=0.0, le=1.0, description="Timesteps are drawn up to this fraction of the schedule."
     )
     learning_rate: float = Field(
         1e-4, gt=0.0, description="Learning rate; 1e-4 is usual for LoRA, 1e-5 for full training."
@@ -196,9 +240,20 @@ class LoraParameters(BaseModel):
     lora_dropout: float = Field(
         0.0, ge=0.0, lt=1.0, description="Dropout probability on the input of the LoRA layers."
     )
-    lora_checkpoint: str | None = planned(None, "LoRA file to start from.")
-    preset_lora_path: str | None = planned(None, "LoRA file fused into the base before training.")
-    preset_lora_model: str | None = planned(None, "Model that the preset LoRA is fused into.")
+    lora_checkpoint: str | None = Field(
+        None, description="LoRA file to start from: a checkpoint, or any file that is exported."
+    )
+    preset_lora_path: str | None = Field(
+        None,
+        description="LoRA file that is fused into the base before training, so that what is "
+        "trained is the difference to it.",
+    )
+    preset_lora_model: str | None = Field(
+        None, description="Model that the preset LoRA is fused into; dit when left out."
+    )
+    align_to_opensource_format: bool = particular(
+        False, "Write LoRAs also in the key format that other tools read (kohya)."
+    )
 
 
 class GradientParameters(BaseModel):
@@ -315,6 +370,21 @@ class TrainingConfig(
         return self.use_gradient_checkpointing or self.use_gradient_checkpointing_offload
 
     @property
+    def distills(self) -> bool:
+        """Whether the loss is that of direct distillation."""
+        return self.task.startswith("direct_distill")
+
+    @property
+    def encodes_only(self) -> bool:
+        """Whether nothing is trained: the first half of split training."""
+        return self.task.endswith(":data_process")
+
+    @property
+    def trains_only(self) -> bool:
+        """Whether nothing is encoded: the second half of split training."""
+        return self.task.endswith(":train")
+
+    @property
     def alpha(self) -> float:
         """The LoRA's alpha: the update is scaled by alpha / rank."""
         return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
@@ -331,6 +401,9 @@ GROUPS: tuple[type[BaseModel], ...] = (
     SamplingParameters,
 )
 
+TOKENIZERS = ("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path")
+"""Parameters that name a folder of what turns inputs into tokens."""
+
 WITHOUT_EFFECT = frozenset(
     {
         "cache_path",
@@ -342,12 +415,18 @@ WITHOUT_EFFECT = frozenset(
         "enable_tensorboard_log",
         "enable_wandb_log",
         "family",
+        "fp8_models",
         "initialize_model_on_cpu",
+        "lora_checkpoint",
         "model_id_with_origin_paths",
         "model_paths",
         "output_path",
+        "preset_lora_path",
+        "processor_path",
         "swanlab_project",
         "task",
+        "tokenizer_1_path",
+        "tokenizer_2_path",
         "tokenizer_path",
         "verify_content",
         "wandb_project",

@@ -15,7 +15,7 @@ import polars as pl
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.facts import FactBook, Facts
-from diffsynth_dagster.data.geometry import ClipRule, SizeRule
+from diffsynth_dagster.data.geometry import ClipRule, SizeRule, area_size
 from diffsynth_dagster.data.media import image_facts
 from diffsynth_dagster.data.structure import REASONS, STATUS
 from diffsynth_dagster.data.video import video_facts
@@ -46,17 +46,19 @@ class TrainedShape:
     size: SizeRule
     clip: ClipRule | None
 
-    def of(self, facts: Facts, kind: str) -> Facts:
+    def of(self, facts: Facts, item: Input) -> Facts:
         """Facts about a file with `target` [width, height], `frames` and `stride` beside them, or
         with the `status` and `message` of a file that is too small or too short."""
         if "status" in facts:
             return facts
         width, height = self.size.target(facts["width"], facts["height"])
+        if item.area is not None:
+            width, height = area_size(facts["width"], facts["height"], item.area)
         if not width or not height:
             why = f"{facts['width']}x{facts['height']} pixels are below the family's smallest size"
             return {"status": "too_small", "message": why}
         frames, stride = 1, 1.0
-        if kind == "video":
+        if item.kind == "video":
             assert self.clip is not None, "a family with videos has a frame rule"
             frames, stride = self.clip.clip(facts["frames"], facts["rate"])
             if frames == 0:
@@ -134,13 +136,13 @@ class FileCheck:
         places = {value: self._resolve(value) for value in values}
         paths = [path for path, _ in places.values() if path is not None]
         facts = self._book.look_up(
-            f"{item.kind}:{_CHECK}",
+            f"{'video' if item.kind == 'video' else 'image'}:{_CHECK}",
             paths,
-            self._find_out(item.kind),
+            self._find_out(item),
             again=self._again,
             progress=self._progress,
         )
-        shaped = {path: self._shape.of(found, item.kind) for path, found in facts.items()}
+        shaped = {path: self._shape.of(found, item) for path, found in facts.items()}
         rows = [
             _file_row(value, path, shaped[path] if path is not None else {"status": why}, item)
             for value, (path, why) in places.items()
@@ -148,8 +150,8 @@ class FileCheck:
         schema = {_VALUE: pl.String, _NOW: STATUS, _WHY: pl.String, **_PER_FILE}
         return pl.DataFrame(rows, schema=schema, orient="row")
 
-    def _find_out(self, kind: str) -> Callable[[Path], Facts]:
-        if kind == "image":
+    def _find_out(self, item: Input) -> Callable[[Path], Facts]:
+        if item.kind != "video":
             return image_facts
         if find_spec("decord") is None:
             raise ParameterError(
@@ -190,6 +192,27 @@ def _file_row(value: str, path: Path | None, facts: Mapping[str, Any], item: Inp
     return [value, status, why, *(known.get(name) for name in _PER_FILE)]
 
 
+def with_same_size(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFrame:
+    """The frame with a column's files trained at the size and length of the main column's.
+
+    A clip that is shorter than the main one rejects its row.
+    """
+    assert [main.many, item.many] == [False, False], "one file each"
+    target, length = pl.col(f"{main.column}:target"), pl.col(f"{main.column}:frames")
+    own = pl.col(f"{item.column}:frames")
+    if item.kind == "video":
+        short = (pl.col("status") == "ok") & (own < length)
+        why = pl.format(
+            "{}: {} frames, but the sample is trained at {}", pl.lit(item.column), own, length
+        )
+        frame = frame.with_columns(
+            pl.when(short).then(pl.lit("too_short", STATUS)).otherwise("status").alias("status"),
+            pl.when(short).then(why).otherwise("message").alias("message"),
+            length.alias(f"{item.column}:frames"),
+        )
+    return frame.with_columns(target.alias(f"{item.column}:target"))
+
+
 def with_shape(frame: pl.DataFrame, files: Sequence[Input]) -> pl.DataFrame:
     """The frame with `width`, `height`, `frames` and `shape`: see `Validated`."""
     main = files[0]
@@ -220,4 +243,4 @@ def _shape_of(item: Input) -> pl.Expr:
     else:
         sides = target.cast(pl.List(pl.String)).list.join("x")
         length = frames.cast(pl.String)
-    return sides if item.kind == "image" else pl.concat_str([sides, length], separator="x")
+    return sides if item.kind != "video" else pl.concat_str([sides, length], separator="x")

@@ -105,6 +105,19 @@ def size_rule(
     return SizeRule(height, width, max_pixels, factor, bucket_step)
 
 
+def area_size(width: int, height: int, area: int, factor: int = 32) -> tuple[int, int]:
+    """The size of this area with the aspect of an image, both sides rounded to the factor.
+
+    How the published Qwen-Image-Edit pipelines size the images that they are given.
+
+    Returns:
+        (width, height) in pixels, each at least the factor.
+    """
+    wide = (area * width / height) ** 0.5
+    tall = wide * height / width
+    return max(factor, round(wide / factor) * factor), max(factor, round(tall / factor) * factor)
+
+
 def cover(width: int, height: int, target: tuple[int, int]) -> tuple[int, int]:
     """The size that an image is resized to so that it covers the target, before the centre crop."""
     scale = max(target[0] / width, target[1] / height)

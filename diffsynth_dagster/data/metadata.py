@@ -10,7 +10,13 @@ import polars as pl
 
 from diffsynth_dagster.config.parameters import DatasetParameters, TrainingConfig
 from diffsynth_dagster.data.facts import FactBook
-from diffsynth_dagster.data.filecheck import FileCheck, Progress, TrainedShape, with_shape
+from diffsynth_dagster.data.filecheck import (
+    FileCheck,
+    Progress,
+    TrainedShape,
+    with_same_size,
+    with_shape,
+)
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.structure import REASONS, check_structure, require_columns
 from diffsynth_dagster.data.tables import open_table
@@ -68,23 +74,24 @@ def check_columns(config: TrainingConfig, family: Family) -> tuple[Input, ...]:
         ParameterError: a named column is none that the family reads, or a file column is not named.
     """
     known = {i.column: i for i in family.inputs}
+    extra = [*known, *family.extra_inputs]
     default = DatasetParameters.model_fields["data_file_keys"].default
     for parameter in ("data_file_keys", "extra_inputs"):
         named: tuple[str, ...] = getattr(config, parameter)
         for column in named if named != default else ():
-            if column not in known or (
-                parameter == "data_file_keys" and known[column].kind == "text"
-            ):
-                hint = nearest(column, known)
+            if parameter == "extra_inputs" and column in extra:
+                continue
+            if column not in known or not known[column].is_file:
+                hint = nearest(column, extra)
                 raise ParameterError(
                     f"{family.name} reads no {'file' if 'file' in parameter else ''} column "
                     f"'{column}'".replace("  ", " ")
                     + (f"; {hint}" if hint else ""),
                     where=parameter,
-                    do=f"the columns of {family.name} are {', '.join(known)}",
+                    do=f"{family.name} knows {', '.join(dict.fromkeys(extra))}",
                 )
     for column, item in known.items():
-        if item.kind != "text" and column not in config.data_file_keys:
+        if item.is_file and column not in config.data_file_keys:
             raise ParameterError(
                 f"{family.name} reads files from the column '{column}'",
                 where="data_file_keys",
@@ -118,6 +125,8 @@ def validate(
     with FileCheck(config, rules, book, progress) as files:
         for item in family.file_inputs:
             frame = files.check(frame, item)
+            if item.same_size:
+                frame = with_same_size(frame, family.file_inputs[0], item)
     return Validated(with_shape(frame, family.file_inputs), source)
 
 

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffsynth_dagster.data.facts import digest_text
-from diffsynth_dagster.data.media import load_sample_image
+from diffsynth_dagster.data.media import load_sample_image, read_image
 from diffsynth_dagster.data.video import load_sample_video
 from diffsynth_dagster.families.contract import Input
 
@@ -32,7 +30,7 @@ def reference(row: Mapping[str, Any], item: Input) -> Reference:
 
 def content(row: Mapping[str, Any], item: Input) -> str:
     """What a column's content depends on, whatever size it is read at."""
-    if item.kind == "text":
+    if not item.is_file:
         return digest_text(row[item.column])
     return ",".join(_listed(row, item, "digest"))
 
@@ -40,26 +38,36 @@ def content(row: Mapping[str, Any], item: Input) -> str:
 def reading(row: Mapping[str, Any], item: Input) -> list[Any]:
     """How the files of a column are read: sizes, and for videos the frames that are taken."""
     targets = [list(target) for target in _listed(row, item, "target")]
-    if item.kind == "image":
+    if item.kind != "video":
         return targets
     return [targets, _listed(row, item, "frames"), _listed(row, item, "stride")]
 
 
-def load(files: Reference, item: Input) -> torch.Tensor | list[torch.Tensor]:
+def plain(text: str, item: Input) -> str | int | float:
+    """The value of a column that names no file."""
+    if item.kind == "text":
+        return text
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+def load(files: Reference, item: Input) -> Any:
     """Read the files of a column.
 
     Returns:
-        float32 in [-1, 1]: (3, H, W) for an image and (3, F, H, W) for a video; a list of these
-        where the input takes many.
+        float32 in [-1, 1]: (3, H, W) for an image and (3, F, H, W) for a video; an RGB Pillow
+        image for a picture; a list of these where the input takes many.
 
     Raises:
         OSError, …: see `data.media.IMAGE_ERRORS`; a file is not as it was when it was checked.
     """
-    tensors: list[torch.Tensor] = []
+    tensors: list[Any] = []
     for path, target, frames, stride in zip(*(files[part] for part in _PARTS), strict=True):
         size = (target[0], target[1])
         if item.kind == "image":
             tensors.append(load_sample_image(Path(path), size))
+        elif item.kind == "picture":
+            tensors.append(read_image(Path(path)))
         else:
             tensors.append(load_sample_video(Path(path), size, frames, stride))
     return tensors if item.many else tensors[0]

@@ -19,6 +19,7 @@ REASONS = {
     "uneven_row": "the csv row has more or fewer values than there are columns",
     "missing_value": "the column has no value",
     "empty_caption": "the caption is empty",
+    "not_a_number": "the value is no number",
     "wrong_type": "the value is of another type than the column's",
     "url": "the value is a URL; files must be local",
     "bad_path": "the value is no path",
@@ -33,6 +34,7 @@ REASONS = {
 STATUS = pl.Enum(["ok", *REASONS])
 _URL = r"^\s*(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)"
 _FINE, _CODE, _NOW, _WHY = "\x00fine", "\x00code", "\x00now", "\x00why"
+_NUMBER = r"^\s*-?\d+(?:\.\d*)?\s*$"
 _LOOKS_TYPED = r"^(?:[\[{]|true$|false$)"
 _Check = tuple[str, str, pl.Expr]
 """Column, reason, and where the row fails."""
@@ -120,7 +122,9 @@ def _surely_fine(item: Input, dtype: pl.DataType) -> pl.Expr:
     if item.many or not _is_plain(dtype):
         return pl.lit(False)
     value = pl.col(item.column)
-    return value.str.contains(r"^\S" if item.kind == "text" else r"^[^\s:\x00][^:\x00]*$")
+    if item.kind == "number":
+        return value.str.contains(_NUMBER)
+    return value.str.contains(r"^[^\s:\x00][^:\x00]*$" if item.is_file else r"^\S")
 
 
 def _as_declared(item: Input, dtype: pl.DataType) -> pl.Expr:
@@ -180,6 +184,9 @@ def _checks(item: Input, dtype: pl.DataType) -> list[_Check]:
     listed = isinstance(dtype, pl.List | pl.Array) and item.many and not dtype.inner.is_nested()
     if not _is_plain(dtype) and not listed:
         return [(name, "wrong_type", pl.lit(True))]
+    if item.kind == "number":
+        number = value.str.contains(_NUMBER)
+        return [(name, "missing_value", value.is_null()), (name, "not_a_number", ~number)]
     if item.kind == "text":
         return [(name, "empty_caption", value.is_null() | (value.str.strip_chars() == ""))]
 

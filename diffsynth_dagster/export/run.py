@@ -16,15 +16,15 @@ import torch
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.facts import digest_file
 from diffsynth_dagster.errors import OutputError, WeightsError
+from diffsynth_dagster.families.contract import Part
 from diffsynth_dagster.files import write_tensors, write_text
-from diffsynth_dagster.training.checkpoint import PROVENANCE_KEY
 from diffsynth_dagster.training.record import RunRecord
 from diffsynth_dagster.weights.header import read_header, read_metadata
 from diffsynth_dagster.weights.identify import Found, FoundModel
-from diffsynth_dagster.weights.load import build_empty, read_tensors
+from diffsynth_dagster.weights.load import build_empty, load_component, read_tensors
+from diffsynth_dagster.weights.lora import ADAPTER_KEY, PROVENANCE_KEY
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-ADAPTER_KEY = "lora_adapter_metadata"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -66,13 +66,20 @@ def newest_checkpoint(config: TrainingConfig, record: RunRecord) -> Path:
     return path
 
 
-def split_modules(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, Tensors]:
-    """Component → its tensors, undoing the prefix that the checkpoint's names lost."""
+def split_modules(
+    tensors: Mapping[str, torch.Tensor], removed: str, prefixes: Mapping[str, str]
+) -> dict[str, Tensors]:
+    """Trained component or part → its tensors, undoing the prefix that the names lost.
+
+    Args:
+        removed: the prefix that was removed.
+        prefixes: trained component or part → how its names started.
+    """
     modules: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
-        whole = name if name.startswith("pipe.") else prefix + name
-        _, component, rest = whole.split(".", 2)
-        modules.setdefault(component, {})[rest] = tensor
+        whole = name if name.startswith("pipe.") else removed + name
+        owner = next(n for n, start in prefixes.items() if whole.startswith(start))
+        modules.setdefault(owner, {})[whole.removeprefix(prefixes[owner])] = tensor
     return modules
 
 
@@ -87,15 +94,35 @@ def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> 
     checkpoint = newest_checkpoint(config, record)
     provenance = {**record.provenance, "checkpoint": record.checkpoints[checkpoint.name]}
     folder = Path(config.output_path) / "exports" / "diffusers"
-    modules = split_modules(read_tensors([checkpoint]), config.remove_prefix_in_ckpt)
+    family = found.family
+    prefixes = {name: family.prefix(name) for name in record.trained}
+    modules = split_modules(read_tensors([checkpoint]), config.remove_prefix_in_ckpt, prefixes)
     exported: list[Exported] = []
-    for component, tensors in modules.items():
-        source = found.components[component]
-        if component == config.lora_base_model:
+    for name, tensors in modules.items():
+        part = family.part(name)
+        source = found.components[part.of]
+        if name == config.lora_base_model:
             exported.append(_export_lora(folder, source, tensors, record, provenance))
+            if config.align_to_opensource_format:
+                assert family.open_lora is not None, "checked with the plan"
+                opened = family.open_lora(tensors, config.alpha)
+                path = folder.parent / "kohya" / LORA_FILE
+                notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
+                write_tensors(path, opened, notes)
+                exported.append(_exported(path, source, "lora", "kohya"))
         else:
-            exported.append(_export_full(folder, source, tensors, provenance))
+            whole = _completed(source, part, tensors)
+            exported.append(_export_full(folder, source, whole, provenance))
     return exported
+
+
+def _completed(found: Found, part: Part, tensors: Tensors) -> Tensors:
+    """The tensors of a whole component, those outside of a trained part from its files."""
+    if not (part.without or part.name != part.of):
+        return tensors
+    kind = next(iter(tensors.values())).dtype
+    base = load_component(found, "cpu", kind).state_dict()
+    return {**base, **tensors}
 
 
 def _export_lora(
@@ -142,11 +169,11 @@ def _export_full(
     return _exported(path, found, "full")
 
 
-def _exported(path: Path, found: Found, kind: str) -> Exported:
+def _exported(path: Path, found: Found, kind: str, target: str = "diffusers") -> Exported:
     header = read_header(path)
     return Exported(
         path,
-        "diffusers",
+        target,
         found.component.name,
         kind,
         digest_file(path),
@@ -173,13 +200,13 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
             raise _unloadable(exported, f"tensors differ from the architecture: {wrong[:3]}")
         return
     tensors = read_tensors([exported.path])
-    adapter = json.loads(read_metadata(exported.path)[ADAPTER_KEY])
+    adapter = json.loads(read_metadata(exported.path).get(ADAPTER_KEY, "{}"))
     try:
-        found.family.load_lora(module, tensors, adapter)
+        found.family.load_lora(exported.component, module, tensors, adapter)
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         raise _unloadable(exported, str(error)) from error
     taken = sum(".lora_" in name for name, _ in module.named_parameters())
-    if taken != len(tensors):
+    if exported.format == "diffusers" and taken != len(tensors):
         raise _unloadable(exported, f"it takes {taken} of {len(tensors)} tensors")
 
 

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import nn
 
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import Geometry
 from diffsynth_dagster.objective.flow import FlowPath
-from diffsynth_dagster.weights.header import Header
 
 Tensors = dict[str, torch.Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor name of a built module → shape."""
 Loaded = Mapping[str, Any]
 """Component name → the module or tokenizer that was loaded."""
 
@@ -29,18 +32,45 @@ class Component:
         folder: its folder in the diffusers layout, which is also its prefix in diffusers' LoRAs.
         signatures: one for each accepted layout: tensor names that all stand in its files and in
             no other component's.
-        build: (header, config.json or None) → the module, from the config or else from the shapes.
+        classes: what its config.json calls the architecture. A config.json beside the files that
+            names another one is not this component's: the shapes then tell the architecture.
+        build: (shapes of the converted tensors, config.json or None) → the module, from the config
+            or else from the shapes.
         convert: tensors of any accepted layout → the names (and tensors) of the built module.
-            Works on meta tensors too.
-        optional: whether a training can do without it.
+            Works on meta tensors too, and leaves tensors that have the module's names alone.
+        origin: globs of its files in the repositories of the original layout, to tell the
+            component of a command line before any file is there.
+        prefix: what its tensors are called in checkpoints; `pipe.<name>.` when left out.
     """
 
     name: str
     folder: str
     signatures: tuple[tuple[str, ...], ...]
-    build: Callable[[Header, Mapping[str, Any] | None], nn.Module]
+    classes: tuple[str, ...]
+    build: Callable[[Shapes, Mapping[str, Any] | None], nn.Module]
     convert: Callable[[Tensors], Tensors] = field(default=lambda tensors: tensors)
-    optional: bool = False
+    origin: tuple[str, ...] = ()
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors of a component that are trained under a name of their own (VACE in Wan).
+
+    Attributes:
+        of: the component that holds them.
+        starts: how their names in the module start.
+        without: names that start so are not meant.
+    """
+
+    name: str
+    of: str
+    starts: tuple[str, ...]
+    without: tuple[str, ...] = ()
+
+    def holds(self, tensor: str) -> bool:
+        """Whether a tensor of the component is meant."""
+        return tensor.startswith(self.starts) and not tensor.startswith(self.without)
 
 
 @dataclass(frozen=True)
@@ -66,16 +96,28 @@ class Input:
     """A column of the metadata that a stage reads.
 
     Attributes:
-        kind: "text" is handed over as str; "image" as float32 (3, H, W) in [-1, 1]; "video" as
-            float32 (3, F, H, W) in [-1, 1]. Every file has the trained size of its own; the first
-            file column of a family tells the size of the sample.
-        many: files only: a row may name several. They are handed over as a list of tensors, and a
-            row that names one gives a list of one.
+        kind: "text" is handed over as str; "number" as int or float; "image" as float32 (3, H, W)
+            in [-1, 1]; "video" as float32 (3, F, H, W) in [-1, 1]; "picture" as an RGB Pillow
+            image in its own size, for stages that resize it as a published pipeline does. Every
+            file has the trained size of its own; the first file column of a family tells the size
+            of the sample.
+        many: files only: a row may name several. They are handed over as a list, and a row that
+            names one gives a list of one.
+        same_size: the file is read at the size and length of the sample.
+        area: pictures only: their trained size has this area in pixels and keeps the picture's
+            aspect; see `data.geometry.area_size`.
     """
 
     column: str
-    kind: Literal["text", "image", "video"]
+    kind: Literal["text", "number", "image", "video", "picture"]
     many: bool = False
+    same_size: bool = False
+    area: int | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the column names files."""
+        return self.kind not in ("text", "number")
 
 
 @dataclass(frozen=True)
@@ -86,14 +128,16 @@ class Output:
         name: unique in the family.
         role: "target": clean latents that are noised and predicted; "condition": handed to
             `denoise`; "known": mask of the elements of the target called `of` that are given,
-            not predicted (1 = known): there x_t = x_0 and the loss does not count.
+            not predicted (1 = known): there x_t = x_0 and the loss does not count, and `denoise`
+            is handed the mask as well; "start": the noise that a teacher began the target called
+            `of` with; "steps": how many steps it took.
         ragged: the first dimension differs between samples: a batch is padded with zeros and gets
             a boolean mask (B, L) under the name + "_mask".
         of: the target that a mask belongs to.
     """
 
     name: str
-    role: Literal["target", "condition", "known"]
+    role: Literal["target", "condition", "known", "start", "steps"]
     ragged: bool = False
     of: str | None = None
 
@@ -130,13 +174,15 @@ class SampleRequest:
     """Images to make with the model as it stands, one for each prompt.
 
     `conditions` are the stacked outputs of the stages that read nothing but text, and `negative`
-    the same for the empty prompt when cfg_scale is above 1.
+    the same for the empty prompt when cfg_scale is above 1. `num_frames` is 1 for a family without
+    videos.
     """
 
     conditions: Tensors
     negative: Tensors | None
     height: int
     width: int
+    num_frames: int
     num_inference_steps: int
     cfg_scale: float
     generators: list[torch.Generator]
@@ -151,10 +197,26 @@ class Family:
         denoise: (loaded components, conditions, x_t by target, t (B,) in [0, 1000]) → prediction
             by target.
         path: makes the noising path.
-        sample: (loaded components, request) → images, through the family's own diffusers pipeline.
-        load_lora: (meta module of the denoiser, LoRA tensors, header metadata): loads an exported
+        inference_sigmas: (number of steps, clean latents by target) → sigmas of the published
+            sampler, float32 (steps + 1,) from the most noise down to 0. None: the family cannot be
+            distilled.
+        sample: (loaded components, request) → the frames of each sample (one for an image),
+            through the family's own diffusers pipeline.
+        load_lora: (component, its meta module, LoRA tensors, header metadata): loads an exported
             LoRA the way the family's diffusers pipeline does; raises what that raises.
-        lora_targets: component → the layers that get a LoRA when none are named.
+        lora_targets: component or part → the layers that get a LoRA when none are named.
+        lora_aliases: component or part → name of a layer elsewhere → globs of the full names here.
+        open_lora: (a LoRA's tensors by the denoiser's names, its alpha) → the tensors under the
+            names that `align_to_opensource_format` asks for.
+        close_lora: the way back, for starting from such a file.
+        denoise_uses: components that `denoise` uses beside the denoiser where they are given:
+            conditioners that see x_t and t, such as a ControlNet.
+        parts: tensors of a component that are trained under a name of their own.
+        parameters: the parameters for single families (see `config.parameters`) that it takes.
+        extra_inputs: what may be named in `extra_inputs` beside columns.
+        variant: (config, component → shapes) → the family as this config uses it: its stages and
+            columns, its components' architecture. Shapes are empty for a component that is named
+            but whose files are not there. The columns must depend on the config alone.
         decoder: components that `sample` needs and no stage of the text uses.
         repositories: how the family's repositories are called on the hub, to tell the family of a
             command line before any file is there.
@@ -168,9 +230,20 @@ class Family:
     denoise: Callable[[Loaded, Tensors, Tensors, torch.Tensor], Tensors]
     path: Callable[[], FlowPath]
     geometry: Geometry
-    sample: Callable[[Loaded, SampleRequest], list[Any]]
-    load_lora: Callable[[nn.Module, Tensors, Mapping[str, Any]], None]
+    sample: Callable[[Loaded, SampleRequest], list[list[Image.Image]]]
+    load_lora: Callable[[str, nn.Module, Tensors, Mapping[str, Any]], None]
     lora_targets: Mapping[str, tuple[str, ...]]
+    inference_sigmas: Callable[[int, Tensors], torch.Tensor] | None = None
+    lora_aliases: Mapping[str, Mapping[str, tuple[str, ...]]] = field(
+        default_factory=dict[str, Mapping[str, tuple[str, ...]]]
+    )
+    open_lora: Callable[[Tensors, float], Tensors] | None = None
+    close_lora: Callable[[Tensors], Tensors] | None = None
+    denoise_uses: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+    parameters: tuple[str, ...] = ()
+    extra_inputs: tuple[str, ...] = ()
+    variant: Callable[[TrainingConfig, Mapping[str, Shapes]], "Family"] | None = None
     decoder: tuple[str, ...] = ("vae",)
     repositories: tuple[str, ...] = ()
 
@@ -182,12 +255,31 @@ class Family:
         """The stage of this name (which exists)."""
         return next(s for s in self.stages if s.name == name)
 
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The names of what can be trained: components and parts."""
+        return tuple(c.name for c in self.components) + tuple(p.name for p in self.parts)
+
+    def part(self, name: str) -> Part:
+        """The tensors that a trainable name stands for: a part, or a component but its parts."""
+        for part in self.parts:
+            if part.name == name:
+                return part
+        inside = tuple(start for p in self.parts if p.of == name for start in p.starts)
+        return Part(self.component(name).name, name, ("",), inside)
+
+    def prefix(self, name: str) -> str:
+        """How the checkpoint names of a trainable name start."""
+        own = {c.name: c.prefix for c in self.components}
+        return own.get(name) or f"pipe.{name}."
+
     def cached_stages(self, trained: frozenset[str]) -> tuple[Stage, ...]:
         """The stages that use, themselves and upstream, nothing that is trained."""
+        changed = {self.part(name).of for name in trained}
         cached: list[Stage] = []
         names: set[str] = set()
         for stage in self.stages:
-            if trained.isdisjoint(stage.uses) and names.issuperset(stage.needs):
+            if changed.isdisjoint(stage.uses) and names.issuperset(stage.needs):
                 cached.append(stage)
                 names.add(stage.name)
         return tuple(cached)
@@ -200,7 +292,16 @@ class Family:
     @property
     def text_stages(self) -> tuple[Stage, ...]:
         """The stages that a prompt alone is enough for."""
-        return tuple(s for s in self.stages if all(i.kind == "text" for i in s.reads))
+        return tuple(s for s in self.stages if all(i.kind == "text" for i in s.reads) and s.reads)
+
+    @property
+    def samples_from_text(self) -> bool:
+        """Whether a prompt alone is enough for everything that `denoise` is handed."""
+        text = self.text_stages
+        return all(
+            s in text or not any(o.role in ("condition", "known") for o in s.yields)
+            for s in self.stages
+        )
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -210,4 +311,4 @@ class Family:
     @property
     def file_inputs(self) -> tuple[Input, ...]:
         """Every column that names files, once; the first tells the size of a sample."""
-        return tuple(i for i in self.inputs if i.kind != "text")
+        return tuple(i for i in self.inputs if i.is_file)

@@ -14,6 +14,8 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from PIL import Image
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
@@ -26,6 +28,7 @@ from diffsynth_dagster.families.contract import (
     Output,
     Sample,
     SampleRequest,
+    Shapes,
     Stage,
     Tensors,
     Tokenizer,
@@ -38,7 +41,6 @@ from diffsynth_dagster.objective.flow import (
     linear_sigmas,
     stretch_to,
 )
-from diffsynth_dagster.weights.header import Header
 
 PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
@@ -66,34 +68,34 @@ LORA_TARGETS = (
 )
 
 
-def build_dit(header: Header, config: Mapping[str, Any] | None) -> nn.Module:
+def build_dit(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
     """The transformer. From shapes, the rotary axes take the published shares of a head: 1/8 for
     the frame, 7/16 for each side."""
     if config is not None:
         return from_config(QwenImageTransformer2DModel, config)
-    head = header["transformer_blocks.0.attn.norm_q.weight"].shape[0]
-    inner, in_channels = header["img_in.weight"].shape
+    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    inner, in_channels = shapes["img_in.weight"]
     frame = head // 8
     side = (head - frame) // 2
     return QwenImageTransformer2DModel(
         patch_size=PATCH,
         in_channels=in_channels,
-        out_channels=header["proj_out.weight"].shape[0] // PATCH**2,
-        num_layers=count_blocks(header, "transformer_blocks."),
+        out_channels=shapes["proj_out.weight"][0] // PATCH**2,
+        num_layers=count_blocks(shapes, "transformer_blocks."),
         attention_head_dim=head,
         num_attention_heads=inner // head,
-        joint_attention_dim=header["txt_in.weight"].shape[1],
+        joint_attention_dim=shapes["txt_in.weight"][1],
         axes_dims_rope=(frame, side, side),
     )
 
 
-def build_vae(header: Header, config: Mapping[str, Any] | None) -> nn.Module:
+def build_vae(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
     """The image VAE. From shapes, the mean and deviation of the latents are the published ones."""
     if config is not None:
         return from_config(AutoencoderKLQwenImage, config)
     return AutoencoderKLQwenImage(
-        base_dim=header["encoder.conv_in.weight"].shape[0],
-        z_dim=header["post_quant_conv.weight"].shape[0],
+        base_dim=shapes["encoder.conv_in.weight"][0],
+        z_dim=shapes["post_quant_conv.weight"][0],
     )
 
 
@@ -111,23 +113,21 @@ def convert_text_encoder(tensors: Tensors) -> Tensors:
     return renamed
 
 
-def build_text_encoder(header: Header, config: Mapping[str, Any] | None) -> nn.Module:
+def build_text_encoder(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
     """Qwen2.5-VL. From shapes, a head has the 128 channels of every published size, and the
     rotary sections and the vision tower's constants are the published ones."""
     if config is not None:
         return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(dict(config)))
-    meta = {n: torch.empty(i.shape, device="meta") for n, i in header.items()}
-    shape = {name: tuple(t.shape) for name, t in convert_text_encoder(meta).items()}
     text, vision = "model.language_model.", "model.visual."
-    vocabulary, hidden = shape[text + "embed_tokens.weight"]
-    tied = "lm_head.weight" not in shape
+    vocabulary, hidden = shapes[text + "embed_tokens.weight"]
+    tied = "lm_head.weight" not in shapes
     text_config = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "num_hidden_layers": count_blocks(shape, text + "layers."),
-        "num_attention_heads": shape[text + "layers.0.self_attn.q_proj.weight"][0] // 128,
-        "num_key_value_heads": shape[text + "layers.0.self_attn.k_proj.weight"][0] // 128,
-        "intermediate_size": shape[text + "layers.0.mlp.gate_proj.weight"][0],
+        "num_hidden_layers": count_blocks(shapes, text + "layers."),
+        "num_attention_heads": shapes[text + "layers.0.self_attn.q_proj.weight"][0] // 128,
+        "num_key_value_heads": shapes[text + "layers.0.self_attn.k_proj.weight"][0] // 128,
+        "intermediate_size": shapes[text + "layers.0.mlp.gate_proj.weight"][0],
         "max_position_embeddings": 128000,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {
@@ -137,11 +137,11 @@ def build_text_encoder(header: Header, config: Mapping[str, Any] | None) -> nn.M
         },
     }
     vision_config = {
-        "depth": count_blocks(shape, vision + "blocks."),
-        "hidden_size": shape[vision + "patch_embed.proj.weight"][0],
-        "intermediate_size": shape[vision + "blocks.0.mlp.gate_proj.weight"][0],
+        "depth": count_blocks(shapes, vision + "blocks."),
+        "hidden_size": shapes[vision + "patch_embed.proj.weight"][0],
+        "intermediate_size": shapes[vision + "blocks.0.mlp.gate_proj.weight"][0],
         "num_heads": 16,
-        "out_hidden_size": shape[vision + "merger.mlp.2.weight"][0],
+        "out_hidden_size": shapes[vision + "merger.mlp.2.weight"][0],
         "tokens_per_second": 2,
     }
     return Qwen2_5_VLForConditionalGeneration(
@@ -231,8 +231,8 @@ def path() -> FlowPath:
     return flow_path(sigmas, f"flow matching, exponential shift mu={TRAINING_MU}, terminal 0.02")
 
 
-def sample(loaded: Loaded, request: SampleRequest) -> list[Any]:
-    """Pillow images by diffusers' own pipeline."""
+def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
+    """Images by diffusers' own pipeline."""
     make: Any = QwenImagePipeline  # takes None where the prompts are already encoded
     pipeline = make(
         scheduler=FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER),
@@ -248,7 +248,7 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[Any]:
             "negative_prompt_embeds": request.negative["prompt_embeds"],
             "negative_prompt_embeds_mask": request.negative["prompt_embeds_mask"],
         }
-    return pipeline(
+    images = pipeline(
         prompt_embeds=request.conditions["prompt_embeds"],
         prompt_embeds_mask=request.conditions["prompt_embeds_mask"],
         true_cfg_scale=request.cfg_scale,
@@ -259,10 +259,31 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[Any]:
         max_sequence_length=MAX_PROMPT_TOKENS,
         **negative,
     ).images
+    return [[image] for image in images]
 
 
-def load_lora(module: nn.Module, tensors: Tensors, metadata: Mapping[str, Any]) -> None:
+def inference_sigmas(steps: int, x_0: Tensors) -> torch.Tensor:
+    """The sigmas of the published sampler for the size of `image` (B, C, H, W)."""
+    height, width = x_0["image"].shape[-2:]
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
+    published = scheduler.config
+    mu = calculate_shift(
+        height * width // PATCH**2,
+        published.base_image_seq_len,
+        published.max_image_seq_len,
+        published.base_shift,
+        published.max_shift,
+    )
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+    return scheduler.sigmas
+
+
+def load_lora(
+    component: str, module: nn.Module, tensors: Tensors, metadata: Mapping[str, Any]
+) -> None:
     """Load an exported LoRA the way `QwenImagePipeline.load_lora_weights` does."""
+    if component != "dit":
+        raise ValueError(f"QwenImagePipeline loads no LoRA into its {component}")
     state = QwenImagePipeline.lora_state_dict(dict(tensors))
     QwenImagePipeline.load_lora_into_transformer(
         state, module, metadata=dict(metadata), low_cpu_mem_usage=True
@@ -276,6 +297,7 @@ FAMILY = Family(
             "dit",
             "transformer",
             (("txt_norm.weight", "txt_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"),),
+            ("QwenImageTransformer2DModel",),
             build_dit,
         ),
         Component(
@@ -285,6 +307,7 @@ FAMILY = Family(
                 ("visual.merger.ln_q.weight", "model.embed_tokens.weight"),
                 ("model.visual.merger.ln_q.weight", "model.language_model.embed_tokens.weight"),
             ),
+            ("Qwen2_5_VLForConditionalGeneration",),
             build_text_encoder,
             convert_text_encoder,
         ),
@@ -292,6 +315,7 @@ FAMILY = Family(
             "vae",
             "vae",
             (("encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight"),),
+            ("AutoencoderKLQwenImage",),
             build_vae,
         ),
     ),
@@ -325,6 +349,8 @@ FAMILY = Family(
     geometry=Geometry(side_factor=16),
     sample=sample,
     load_lora=load_lora,
+    inference_sigmas=inference_sigmas,
     lora_targets={"dit": tuple(LORA_TARGETS.split(","))},
+    parameters=("tokenizer_path",),
     repositories=("Qwen/Qwen-Image",),
 )

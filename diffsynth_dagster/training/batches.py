@@ -14,7 +14,7 @@ from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import MicroBatch, StepOrder, Visit
-from diffsynth_dagster.data.samples import load
+from diffsynth_dagster.data.samples import load, plain
 from diffsynth_dagster.families.contract import Family, Output, Tensors
 
 
@@ -119,7 +119,7 @@ class StepDataset(Dataset[list[Batch]]):
     def _inputs(self, row: dict[str, Any]) -> dict[str, Any]:
         values = {i: row[f"input:{i.column}"] for i in self._step_inputs}
         return {
-            i.column: value if i.kind == "text" else load(json.loads(value), i)
+            i.column: load(json.loads(value), i) if i.is_file else plain(value, i)
             for i, value in values.items()
         }
 

@@ -1,7 +1,7 @@
 """Saved weights: the trained tensors under the names that users expect, with provenance."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +9,33 @@ import torch
 
 from diffsynth_dagster.config.parameters import OutputParameters
 from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.files import write_tensors
 from diffsynth_dagster.training.modules import saved_name
-
-PROVENANCE_KEY = "diffsynth_dagster"
+from diffsynth_dagster.weights.lora import PROVENANCE_KEY
 
 
 def trained_state(
-    parameters: Mapping[str, torch.Tensor], trainable: frozenset[str]
+    parameters: Mapping[str, torch.Tensor],
+    trainable: frozenset[str],
+    family: Family,
+    trained: Iterable[str],
 ) -> dict[str, torch.Tensor]:
-    """The trained tensors as `pipe.<component>.<tensor>`, on the CPU.
+    """The trained tensors as `pipe.<component or part>.<tensor>`, on the CPU.
 
     Args:
         parameters: name in `TrainingStep` (`components.<component>.<tensor>`) → tensor.
         trainable: those of the names that are trained.
+        trained: the components and parts that are trained.
     """
-    return {
-        "pipe." + saved_name(name.removeprefix("components.")): tensor.detach().cpu().contiguous()
-        for name, tensor in parameters.items()
-        if name in trainable
-    }
+    parts = [family.part(name) for name in trained]
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in parameters.items():
+        if name in trainable:
+            _, component, rest = name.split(".", 2)
+            part = next(p for p in parts if p.of == component and p.holds(rest))
+            state[family.prefix(part.name) + saved_name(rest)] = tensor.detach().cpu().contiguous()
+    return state
 
 
 def strip_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -36,19 +43,19 @@ def strip_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, 
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def check_prefix(prefix: str, trained: frozenset[str]) -> None:
+def check_prefix(prefix: str, family: Family, trained: frozenset[str]) -> None:
     """Check before training that the prefix to remove is that of a trained component.
 
     The default prefix may match nothing: then nothing is removed.
 
     Args:
-        trained: names of the trained components.
+        trained: names of the trained components and parts.
 
     Raises:
         ParameterError: no trained tensor starts with it.
     """
     default = OutputParameters.model_fields["remove_prefix_in_ckpt"].default
-    starts = sorted(f"pipe.{name}." for name in trained)
+    starts = sorted(family.prefix(name) for name in trained)
     if not prefix or prefix == default or any(prefix.startswith(start) for start in starts):
         return
     raise ParameterError(

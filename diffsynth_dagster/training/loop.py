@@ -15,7 +15,7 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffsynth_dagster.cache.encode import trained_components
+from diffsynth_dagster.cache.encode import step_components, trained_components
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.facts import digest_file
@@ -34,7 +34,7 @@ from diffsynth_dagster.training.record import RunRecord
 from diffsynth_dagster.training.reporting import Reporter, StepMetrics
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.training.validation import Sampler, grid
-from diffsynth_dagster.weights.models import Models
+from diffsynth_dagster.weights.models import Models, store_in_float8
 
 
 @dataclass
@@ -58,20 +58,27 @@ def build_step(session: Session) -> TrainingStep:
     """
     config, models = session.config, session.models
     family, trained = models.found.family, trained_components(config)
-    used = {name for stage in family.step_stages(trained) for name in stage.uses}
-    loaded = models.get(dict.fromkeys([family.denoiser, *sorted(used | trained)]))
+    loaded = models.get(step_components(models.found, trained))
     tokenizers = {n: loaded.pop(n) for n in list(loaded) if n in models.found.tokenizers}
-    for name in config.trainable_models:
-        train_fully(loaded[name])
+    changed = {family.part(name).of for name in trained}
     if config.lora_base_model is not None:
-        add_lora(config, family, loaded[config.lora_base_model])
+        owner = family.part(config.lora_base_model).of
+        add_lora(config, family, loaded[owner])
+        if owner in models.found.float8:
+            store_in_float8(loaded[owner], models.dtype)
+    for name in config.trainable_models:
+        part = family.part(name)
+        train_fully(loaded[part.of], part)
     if config.checkpoints_gradients:
-        for name in trained:
+        for name in changed:
             checkpoint_gradients(loaded[name])
-    for name in trained:
+    for name in changed:
         loaded[name].train()
-    interval = (0, len(family.path().sigmas))
-    return TrainingStep(family, loaded, tokenizers, trained, config.seed, interval)
+    count = len(family.path().sigmas)
+    low, high = config.min_timestep_boundary * count, config.max_timestep_boundary * count
+    return TrainingStep(
+        family, loaded, tokenizers, trained, config.seed, (int(low), int(high)), config.distills
+    )
 
 
 def make_optimizer(
@@ -237,7 +244,9 @@ def _save(session: Session, model: Any, trainable: frozenset[str], name: str, st
     else:
         parameters = dict(accelerator.unwrap_model(model).named_parameters())
     if accelerator.is_main_process:
-        tensors = strip_prefix(trained_state(parameters, trainable), config.remove_prefix_in_ckpt)
+        family = session.models.found.family
+        state = trained_state(parameters, trainable, family, session.record.trained)
+        tensors = strip_prefix(state, config.remove_prefix_in_ckpt)
         path = Path(config.output_path) / f"{name}.safetensors"
         provenance = {**session.record.provenance, "step": step}
         write_checkpoint(path, tensors, provenance)

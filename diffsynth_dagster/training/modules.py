@@ -1,7 +1,9 @@
 """What is trained: whole components, and LoRA layers inside a component."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -9,7 +11,8 @@ from torch import nn
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, TargetError, nearest
-from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.families.contract import Family, Part
+from diffsynth_dagster.weights.lora import read_lora, start_lora
 
 AUTO_MIN_FEATURES = 512
 _ADAPTER = "default"
@@ -22,7 +25,7 @@ def check_trainable(config: TrainingConfig, family: Family) -> None:
     Raises:
         ParameterError: a name is none of them.
     """
-    known = [component.name for component in family.components]
+    known = family.trainable
     named = [("trainable_models", name) for name in config.trainable_models]
     if config.lora_base_model is not None:
         named.append(("lora_base_model", config.lora_base_model))
@@ -42,9 +45,10 @@ def lora_targets(config: TrainingConfig, family: Family, module: nn.Module) -> l
     Raises:
         TargetError: a target matches no layer, or automatic targets find none.
     """
-    layers = [n for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     base = config.lora_base_model
     assert base is not None
+    part, kinds = family.part(base), (nn.Linear, nn.Conv2d)
+    layers = [n for n, m in module.named_modules() if isinstance(m, kinds) and part.holds(n)]
     targets = config.lora_target_modules
     if targets is None:
         targets = family.lora_targets.get(base)
@@ -55,21 +59,25 @@ def lora_targets(config: TrainingConfig, family: Family, module: nn.Module) -> l
                 do="name the layers, or give an empty list for automatic ones",
             )
     if not targets:
-        return _automatic_targets(module)
+        return [name for name in _automatic_targets(module) if part.holds(name)]
+    aliases = family.lora_aliases.get(base, {})
     for target in targets:
-        if not any(_matches(name, target) for name in layers):
+        if not any(_matches(name, target, aliases) for name in layers):
             ends = {".".join(n.split(".")[-k:]) for n in layers for k in (1, 2)}
-            hint = nearest(target, ends)
+            hint = nearest(target, ends | aliases.keys())
             raise TargetError(
                 f"the LoRA target '{target}' matches no layer of '{base}'"
                 + (f"; {hint}" if hint else ""),
                 where="lora_target_modules",
                 do="its layers end with " + ", ".join(sorted({n.split(".")[-1] for n in layers})),
             )
-    return [name for name in layers if any(_matches(name, t) for t in targets)]
+    return [name for name in layers if any(_matches(name, t, aliases) for t in targets)]
 
 
-def _matches(name: str, target: str) -> bool:
+def _matches(name: str, target: str, aliases: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether a layer is meant by a target: by an alias first, else by its name or its end."""
+    if target in aliases:
+        return any(fnmatchcase(name, glob) for glob in aliases[target])
     return name == target or name.endswith(f".{target}")
 
 
@@ -95,10 +103,11 @@ def _automatic_targets(module: nn.Module) -> list[str]:
 def add_lora(config: TrainingConfig, family: Family, module: nn.Module) -> list[str]:
     """Put LoRA layers (float32) into a module; returns the names of the layers that got one.
 
-    The initial values depend on the seed alone.
+    The initial values depend on the seed alone, or are those of `lora_checkpoint`.
 
     Raises:
         TargetError: see `lora_targets`.
+        WeightsError: see `start_lora`.
     """
     targets = lora_targets(config, family, module)
     lora = LoraConfig(
@@ -111,18 +120,21 @@ def add_lora(config: TrainingConfig, family: Family, module: nn.Module) -> list[
         torch.manual_seed(config.seed)
         inject_adapter_in_model(lora, module, adapter_name=_ADAPTER)
     for name, parameter in module.named_parameters():
-        is_lora = ".lora_" in name
-        parameter.requires_grad_(is_lora)
-        if is_lora:
+        if ".lora_" in name:
             parameter.data = parameter.data.float()
+    if config.lora_checkpoint is not None and config.lora_base_model is not None:
+        path, where = Path(config.lora_checkpoint), f"lora_checkpoint = {config.lora_checkpoint}"
+        lora = read_lora(path, family, config.lora_base_model, "lora_checkpoint")
+        start_lora(module, lora, config.alpha / config.lora_rank, where)
     return targets
 
 
-def train_fully(module: nn.Module) -> None:
-    """Make every parameter of a module trainable, in float32."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+def train_fully(module: nn.Module, part: Part) -> None:
+    """Make the parameters of a component, or of a part of it, trainable, in float32."""
+    for name, parameter in module.named_parameters():
+        if part.holds(name) and ".lora_" not in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
 
 
 def checkpoint_gradients(module: nn.Module) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster import __version__
+from diffsynth_dagster.cache.encode import step_components, trained_components
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.parameters import WITHOUT_EFFECT, TrainingConfig
 from diffsynth_dagster.data.facts import FactBook, digest_of
-from diffsynth_dagster.errors import OutputError
+from diffsynth_dagster.errors import OutputError, WeightsError
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
@@ -76,11 +77,15 @@ def config_digest(config: TrainingConfig) -> str:
 def start_record(
     config: TrainingConfig, found: FoundModel, manifest: Manifest, book: FactBook
 ) -> RunRecord:
-    """The record of a training that is about to start."""
-    trained = {*config.trainable_models, *filter(None, [config.lora_base_model])}
-    in_step = {name for s in found.family.step_stages(frozenset(trained)) for name in s.uses}
-    names = {found.family.denoiser, *trained, *in_step}
+    """The record of a training that is about to start.
+
+    Raises:
+        WeightsError: the file of `lora_checkpoint` is missing.
+    """
+    names = step_components(found, trained_components(config))
     base = manifest.weights | {name: component_digest(found, name, book) for name in names}
+    if config.lora_checkpoint is not None:
+        base["lora_checkpoint"] = _digest_of_lora(Path(config.lora_checkpoint), book)
     lora = {"rank": config.lora_rank, "alpha": config.alpha} if config.lora_base_model else None
     settings = config_digest(config)
     return RunRecord(
@@ -93,6 +98,16 @@ def start_record(
         config_digest=settings,
         lora=lora,
     )
+
+
+def _digest_of_lora(path: Path, book: FactBook) -> str:
+    if not path.is_file():
+        raise WeightsError(
+            "the LoRA file does not exist",
+            where=f"lora_checkpoint = {path}",
+            do="correct the path",
+        )
+    return book.digest(path)
 
 
 def read_record(folder: Path) -> RunRecord | None:

@@ -255,7 +255,7 @@ def make_reporter(accelerator: Accelerator, config: TrainingConfig) -> Reporter:
             accelerator.init_trackers("")
         return Reporter()
     reporters: list[Reporter] = [TerminalReporter()]
-    if config.task != "sft:data_process":
+    if not config.encodes_only:
         reporters.append(CsvReporter(config))
     if accelerator.log_with:
         reporters.append(TrackerReporter(accelerator, config))

@@ -1,12 +1,13 @@
 """One forward pass: the stages of the step, the noising path, the denoiser, the losses."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffsynth_dagster.families.contract import Family, Output, Tensors
-from diffsynth_dagster.objective.flow import FlowPath
+from diffsynth_dagster.objective.flow import NUM_TRAIN_TIMESTEPS, FlowPath
 from diffsynth_dagster.objective.loss import sample_losses
 from diffsynth_dagster.objective.noise import noise, timestep_index
 from diffsynth_dagster.training.batches import Batch, collate
@@ -20,6 +21,7 @@ class TrainingStep(nn.Module):
         tokenizers: loaded tokenizers that the step's stages use.
         trained: names of the trained components.
         interval: the schedule's indices [low, high) that timesteps are drawn from.
+        distills: whether the loss is that of direct distillation.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class TrainingStep(nn.Module):
         trained: frozenset[str],
         seed: int,
         interval: tuple[int, int],
+        distills: bool = False,
     ) -> None:
         super().__init__()
         self.components = nn.ModuleDict(modules)
@@ -40,6 +43,7 @@ class TrainingStep(nn.Module):
         self._path: FlowPath = family.path()
         self._seed = seed
         self._interval = interval
+        self._distills = distills
 
     @property
     def loaded(self) -> dict[str, Any]:
@@ -49,9 +53,10 @@ class TrainingStep(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Losses (B,) float32 of the samples of a batch, each weighted by its timestep."""
         outputs = self._run_stages(batch)
+        if self._distills:
+            return self._distilled(outputs)
         x_0, known, conditions = self._by_role(outputs)
         device = next(iter(x_0.values())).device
-        dtype = weight_dtype(self.components[self._family.denoiser])
         index = torch.tensor(
             [
                 timestep_index(self._seed, sample, visit, *self._interval)
@@ -63,14 +68,9 @@ class TrainingStep(nn.Module):
         x_t: Tensors = {}
         for name, clean in x_0.items():
             x_t[name] = self._path.noised(clean.float(), epsilon[name], sigma)
-            if name in known:
-                x_t[name] = torch.where(known[name].bool(), clean.float(), x_t[name])
-        prediction = self._family.denoise(
-            self.loaded,
-            {n: t.to(dtype) if t.is_floating_point() else t for n, t in conditions.items()},
-            {name: noisy.to(dtype) for name, noisy in x_t.items()},
-            self._path.timesteps[index].to(device),
-        )
+        x_t = _with_known(x_t, x_0, known)
+        t = self._path.timesteps[index].to(device)
+        prediction = self._denoise(conditions, x_t, t)
         weight = self._path.weights[index].to(device)
         losses = [
             sample_losses(
@@ -82,6 +82,39 @@ class TrainingStep(nn.Module):
             for name, clean in x_0.items()
         ]
         return torch.stack(losses).sum(0)
+
+    def _denoise(self, conditions: Tensors, x_t: Tensors, t: torch.Tensor) -> Tensors:
+        """The family's prediction, everything but the timesteps in the model's own type."""
+        dtype = weight_dtype(self.components[self._family.denoiser])
+        return self._family.denoise(
+            self.loaded,
+            {n: c.to(dtype) if c.is_floating_point() else c for n, c in conditions.items()},
+            {name: noisy.to(dtype) for name, noisy in x_t.items()},
+            t,
+        )
+
+    def _distilled(self, outputs: Tensors) -> torch.Tensor:
+        """Losses (B,) of direct distillation: the student samples from the teacher's noise, and
+        where it ends is compared with what the teacher made, without a weight."""
+        steps = next(t for n, t in outputs.items() if self._role(n) == "steps")
+        losses = torch.zeros(len(steps), device=steps.device)
+        for count in steps.unique().tolist():
+            members = (steps == count).nonzero()[:, 0]
+            part = {name: tensor[members] for name, tensor in outputs.items()}
+            x_0, known, conditions = self._by_role(part)
+            start = {self._outputs[n].of: t for n, t in part.items() if self._role(n) == "start"}
+            x_t = {name: start[name].float() for name in x_0}
+            assert self._family.inference_sigmas is not None
+            sigmas = self._family.inference_sigmas(count, x_0).to(steps.device)
+            for sigma, after in pairwise(sigmas):
+                x_t = _with_known(x_t, x_0, known)
+                t = (sigma * NUM_TRAIN_TIMESTEPS).expand(len(members))
+                velocity = self._denoise(conditions, x_t, t)
+                x_t = {n: x + (after - sigma) * velocity[n].float() for n, x in x_t.items()}
+            ones = torch.ones(len(members), device=steps.device)
+            found = [sample_losses(x_t[n], x_0[n], ones, known.get(n)) for n in x_0]
+            losses = losses.index_copy(0, members, torch.stack(found).sum(0))
+        return losses
 
     def _run_stages(self, batch: Batch) -> Tensors:
         """The cached outputs and those of the stages that run here, stacked."""
@@ -100,14 +133,15 @@ class TrainingStep(nn.Module):
         return outputs
 
     def _by_role(self, outputs: Tensors) -> tuple[Tensors, Tensors, Tensors]:
-        """Targets, known masks by target, and everything else."""
+        """Targets, known masks by target, and what `denoise` is handed."""
         targets = {n: t for n, t in outputs.items() if self._role(n) == "target"}
         known = {
             of: t
             for n, t in outputs.items()
-            if n in self._outputs and (of := self._outputs[n].of) is not None
+            if self._role(n) == "known" and (of := self._outputs[n].of) is not None
         }
-        conditions = {n: t for n, t in outputs.items() if n not in targets}
+        handed = ("condition", "known")
+        conditions = {n: t for n, t in outputs.items() if self._role(n) in handed}
         return targets, known, conditions
 
     def _role(self, name: str) -> str:
@@ -122,6 +156,14 @@ class TrainingStep(nn.Module):
         return torch.stack(drawn).to(clean.device)
 
 
+def _with_known(x_t: Tensors, x_0: Tensors, known: Tensors) -> Tensors:
+    """Noised latents, but clean where they are given."""
+    return {
+        n: torch.where(known[n].bool(), x_0[n].float(), x) if n in known else x
+        for n, x in x_t.items()
+    }
+
+
 def _sample(outputs: Tensors, declared: dict[str, Output], index: int) -> Tensors:
     """One sample's outputs out of a stacked batch, without its padding."""
     single: Tensors = {}
@@ -133,8 +175,12 @@ def _sample(outputs: Tensors, declared: dict[str, Output], index: int) -> Tensor
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:
-    """Element type of a module's own weights (not of LoRA layers in it)."""
+    """Element type that a module computes in: of its own weights (not of LoRA layers in it).
+
+    Float8 is a type to store weights in, not to compute in.
+    """
     for name, parameter in module.named_parameters():
-        if ".lora_" not in name and parameter.is_floating_point():
+        stored = parameter.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+        if ".lora_" not in name and parameter.is_floating_point() and not stored:
             return parameter.dtype
     raise AssertionError("a denoiser has weights")

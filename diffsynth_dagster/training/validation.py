@@ -11,6 +11,7 @@ from PIL import Image
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.geometry import clip_rule
 from diffsynth_dagster.families.contract import SampleRequest, Tensors
 from diffsynth_dagster.objective.noise import generator
 from diffsynth_dagster.training.batches import collate
@@ -19,6 +20,8 @@ from diffsynth_dagster.weights.models import Models
 
 DEFAULT_SIDE = 1024
 SAMPLE_BATCH = 50
+STRIP_FRAMES = 8
+"""Frames of a sampled video that its picture shows."""
 
 Generate = Callable[[Sequence[str], int], list[Image.Image]]
 """(prompts, seed) → one image for each prompt. Equal prompts get different noise."""
@@ -49,6 +52,9 @@ class Sampler:
         self._models = models
         self._store = Store(Path(manifest.store))
         self._family = models.found.family
+        geometry = self._family.geometry
+        clip = clip_rule(config.num_frames, config.frame_rate, geometry, self._family.name)
+        self._frames = 1 if clip is None else clip.num_frames
 
     def __call__(
         self, live: Mapping[str, Any], prompts: Sequence[str], seed: int
@@ -67,12 +73,13 @@ class Sampler:
                 negative=self._stack([encoded[""]] * len(part), dtype) if negative else None,
                 height=self._config.height or DEFAULT_SIDE,
                 width=self._config.width or DEFAULT_SIDE,
+                num_frames=self._frames,
                 num_inference_steps=self._config.sample_num_inference_steps,
                 cfg_scale=self._config.sample_cfg_scale,
                 generators=[generator(seed, "image", start + i) for i in range(len(part))],
             )
             with torch.no_grad():
-                images += self._family.sample(loaded, request)
+                images += [strip(frames) for frames in self._family.sample(loaded, request)]
         return images
 
     def _stack(self, samples: list[Tensors], dtype: torch.dtype) -> Tensors:
@@ -104,6 +111,13 @@ class Sampler:
                 encoded[prompt] |= {name: tensor.cpu() for name, tensor in result.items()}
             self._models.free(needed)
         return encoded
+
+
+def strip(frames: Sequence[Image.Image], most: int = STRIP_FRAMES) -> Image.Image:
+    """Frames of a video side by side: the first, the last, and evenly between."""
+    count = min(len(frames), most)
+    places = [round(i * (len(frames) - 1) / max(1, count - 1)) for i in range(count)]
+    return grid([frames[place] for place in places], columns=count, gap=0)
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:

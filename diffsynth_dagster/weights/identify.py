@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import ParameterError, WeightsError
+from diffsynth_dagster.errors import ParameterError, WeightsError, nearest
 from diffsynth_dagster.families import each_family, find_family
-from diffsynth_dagster.families.contract import Component, Family, Tokenizer
+from diffsynth_dagster.families.contract import Component, Family, Shapes, Tokenizer
+from diffsynth_dagster.families.teacher import with_teacher
 from diffsynth_dagster.weights.entries import ModelEntry, folder_entry, model_entries
 from diffsynth_dagster.weights.header import Header, read_headers
 from diffsynth_dagster.weights.hub import ModelHub
@@ -25,14 +29,27 @@ class Found:
     header: Header
     config: Mapping[str, Any] | None
 
+    @property
+    def shapes(self) -> Shapes:
+        """Tensor name of the built module → shape. Raises `WeightsError`."""
+        return converted_shapes(self.header, self.component, self.entry.text)
+
 
 @dataclass(frozen=True)
 class FoundModel:
-    """Everything that a config's model list names."""
+    """Everything that a config's model list names.
+
+    Attributes:
+        family: as the config uses it.
+        float8: the components that are stored in float8.
+        presets: component → the LoRA file that is fused into it.
+    """
 
     family: Family
     components: Mapping[str, Found]
     tokenizers: Mapping[str, Path]
+    float8: frozenset[str] = frozenset()
+    presets: Mapping[str, Path] = field(default_factory=dict[str, Path])
 
     def files(self, name: str) -> tuple[Path, ...]:
         """The files whose content a component or tokenizer depends on, sorted."""
@@ -40,7 +57,28 @@ class FoundModel:
             return tuple(sorted(p for p in self.tokenizers[name].rglob("*") if p.is_file()))
         found = self.components[name]
         config = found.files[0].parent / "config.json"
-        return (*found.files, *([config] if found.config is not None else []))
+        preset = [self.presets[name]] if name in self.presets else []
+        return (*found.files, *([config] if found.config is not None else []), *preset)
+
+
+def converted_shapes(header: Header, component: Component, where: str) -> Shapes:
+    """Tensor name of the built module → shape, from the headers of the files alone.
+
+    Args:
+        where: the entry, for messages.
+
+    Raises:
+        WeightsError: the converter misses a tensor.
+    """
+    tensors = {name: torch.empty(i.shape, device="meta") for name, i in header.items()}
+    try:
+        return {name: tuple(t.shape) for name, t in component.convert(tensors).items()}
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise WeightsError(
+            f"the files are not a whole '{component.name}': missing: {error.args[0]}",
+            where=where,
+            do="name every shard of the model and nothing else",
+        ) from error
 
 
 def recognise(header: Header, component: Component) -> bool:
@@ -70,10 +108,77 @@ def find_model(config: TrainingConfig, hub: ModelHub) -> FoundModel:
                 do="name each model once; shards of one model go into one pattern or nested list",
             )
         found[component.name] = Found(
-            component, entry, files[entry], headers[entry], _read_config(files[entry][0].parent)
+            component,
+            entry,
+            files[entry],
+            headers[entry],
+            _read_config(files[entry][0].parent, component),
         )
+    given = {name: f.shapes for name, f in found.items()}
+    family = as_used(family, config, given)
+    # The config may have its say about the architecture.
+    found = {name: replace(f, component=family.component(name)) for name, f in found.items()}
     tokenizers = {t.name: _find_tokenizer(t, config, found, hub) for t in family.tokenizers}
-    return FoundModel(family, found, tokenizers)
+    return FoundModel(
+        family, found, tokenizers, _float8(config, family, found), _presets(config, family, found)
+    )
+
+
+def as_used(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
+    """The family as a config uses it.
+
+    Args:
+        given: component → shapes of its tensors; empty where the files are not there.
+    """
+    if family.variant is not None:
+        family = family.variant(config, given)
+    return with_teacher(family, config) if config.distills else family
+
+
+def _float8(config: TrainingConfig, family: Family, found: Mapping[str, Found]) -> frozenset[str]:
+    """The components that `fp8_models` names, each as an entry of the model list."""
+    texts = {f.entry.text: name for name, f in found.items()}
+    wanted = [item if isinstance(item, str) else ", ".join(item) for item in config.fp8_models]
+    for text in wanted:
+        if text not in texts:
+            hint = nearest(text, texts)
+            raise ParameterError(
+                f"'{text}' is no entry of the model list" + (f"; {hint}" if hint else ""),
+                where="fp8_models",
+                do="write it as in model_paths or model_id_with_origin_paths",
+            )
+    stored = frozenset(texts[text] for text in wanted)
+    changed = {family.part(name).of for name in config.trainable_models}
+    for name in sorted(changed & stored):
+        raise ParameterError(
+            f"'{name}' is trained, and float8 is too coarse for weights that change",
+            where="fp8_models",
+            do="leave it out there, or train it through a LoRA",
+        )
+    return stored
+
+
+def _presets(
+    config: TrainingConfig, family: Family, found: Mapping[str, Found]
+) -> Mapping[str, Path]:
+    """The component that `preset_lora_path` is fused into."""
+    if config.preset_lora_path is None:
+        return {}
+    name = family.part(config.preset_lora_model or family.denoiser).of
+    path = Path(config.preset_lora_path)
+    if name not in found:
+        raise WeightsError(
+            f"the model list lacks the component '{name}'",
+            where="preset_lora_model",
+            do="add its files to the model list",
+        )
+    if not path.is_file():
+        raise WeightsError(
+            "the LoRA file does not exist",
+            where=f"preset_lora_path = {path}",
+            do="correct the path",
+        )
+    return {name: path}
 
 
 def _tell_component(header: Header, family: Family, entry: ModelEntry) -> Component:
@@ -131,13 +236,13 @@ def guess_family(config: TrainingConfig) -> Family:
     Raises:
         ParameterError: it cannot be told.
     """
-    if config.family:
-        return find_family(config.family)
     entries = model_entries(config)
+    if config.family:
+        return _guessed(find_family(config.family), config, entries)
     texts = [e.repository or e.paths[0] for e in entries]
     for family in each_family():
         if any(text.startswith(r) for text in texts for r in family.repositories):
-            return family
+            return _guessed(family, config, entries)
     hub = ModelHub(Path(), skip_download=True)
     try:
         return find_model(config, hub).family
@@ -149,15 +254,25 @@ def guess_family(config: TrainingConfig) -> Family:
         ) from error
 
 
+def _guessed(family: Family, config: TrainingConfig, entries: Sequence[ModelEntry]) -> Family:
+    """The family as a config uses it, as far as the text of its model list tells."""
+    names = [guess_component(entry, family) for entry in entries]
+    return as_used(family, config, {name: {} for name in names if name is not None})
+
+
 def guess_component(entry: ModelEntry, family: Family) -> str | None:
     """The component that an entry stands for as far as its text tells."""
     for component in family.components:
         if component.folder == entry.folder_hint:
             return component.name
+    text = entry.pattern if entry.repository else entry.paths[0]
+    for component in family.components:
+        if any(fnmatch(text, glob) or fnmatch(text, f"*/{glob}") for glob in component.origin):
+            return component.name
     return None
 
 
-def _read_config(folder: Path) -> Mapping[str, Any] | None:
+def _read_config(folder: Path, component: Component) -> Mapping[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -173,7 +288,8 @@ def _read_config(folder: Path) -> Mapping[str, Any] | None:
         raise WeightsError(
             "the architecture is not a mapping", where=str(path), do="download it again"
         )
-    return loaded
+    named = [loaded.get("_class_name"), *(loaded.get("architectures") or [])]
+    return loaded if any(name in component.classes for name in named) else None
 
 
 def _find_tokenizer(

@@ -44,7 +44,7 @@ def build_empty(found: Found) -> nn.Module:
     """
     try:
         with init_empty_weights(include_buffers=False):
-            module = found.component.build(found.header, found.config)
+            module = found.component.build(found.shapes, found.config)
     except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise WeightsError(
             f"the architecture of '{found.component.name}' cannot be built: {error}",
@@ -58,7 +58,7 @@ def build_empty(found: Found) -> nn.Module:
 def _check_names(found: Found, module: nn.Module) -> None:
     """Compare names and shapes of the files with the module, from headers alone."""
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    shapes = converted_shapes(found)
+    shapes = found.shapes
     tied = getattr(module, "all_tied_weights_keys", None) or {}
     missing = [name for name in expected if name not in shapes and name not in tied]
     unexpected = [name for name in shapes if name not in expected]
@@ -78,12 +78,6 @@ def _check_names(found: Found, module: nn.Module) -> None:
             where=found.entry.text,
             do="name every shard of the model and nothing else",
         )
-
-
-def converted_shapes(found: Found) -> dict[str, tuple[int, ...]]:
-    """Tensor name of the built module → shape, from the headers of the files alone."""
-    tensors = {name: torch.empty(i.shape, device="meta") for name, i in found.header.items()}
-    return {name: tuple(t.shape) for name, t in found.component.convert(tensors).items()}
 
 
 def load_component(found: Found, device: torch.device | str, dtype: torch.dtype) -> nn.Module:

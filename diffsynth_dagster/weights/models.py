@@ -5,11 +5,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from diffusers.hooks import apply_layerwise_casting
+from torch import nn
 
 from diffsynth_dagster.data.facts import FactBook, digest_of
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import load_component
+from diffsynth_dagster.weights.lora import fuse_lora, read_lora
+
+_NOT_IN_FLOAT8 = ("pos_embed", "patch_embed", "norm", "embed_tokens", "shared", "lora_")
 
 
 class Models:
@@ -17,16 +22,24 @@ class Models:
 
     Args:
         device, dtype: of the loaded weights.
+        bare: components that are not put into float8 when they are loaded, because a LoRA comes
+            first; see `store_in_float8`.
         on_cpu_first: read weights into CPU memory before they are moved to the device.
     """
 
     def __init__(
-        self, found: FoundModel, device: torch.device, dtype: torch.dtype, on_cpu_first: bool
+        self,
+        found: FoundModel,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_cpu_first: bool,
+        bare: frozenset[str] = frozenset(),
     ) -> None:
         self.found = found
         self.device = device
         self.dtype = dtype
         self._on_cpu_first = on_cpu_first
+        self._bare = bare
         self._loaded: dict[str, Any] = {}
 
     def get(self, names: Iterable[str]) -> dict[str, Any]:
@@ -56,7 +69,18 @@ class Models:
                 ) from error
         require_component(self.found, name)
         where = "cpu" if self._on_cpu_first else self.device
-        return load_component(self.found.components[name], where, self.dtype).to(self.device)
+        module = load_component(self.found.components[name], where, self.dtype)
+        if name in self.found.presets:
+            path, family = self.found.presets[name], self.found.family
+            fuse_lora(
+                module,
+                read_lora(path, family, name, "preset_lora_path"),
+                f"preset_lora_path = {path}",
+            )
+        module.to(self.device)
+        if name in self.found.float8 and name not in self._bare:
+            store_in_float8(module, self.dtype)
+        return module
 
     def free(self, names: Iterable[str]) -> None:
         """Forget components, giving their memory back."""
@@ -65,6 +89,27 @@ class Models:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def store_in_float8(module: nn.Module, compute: torch.dtype) -> None:
+    """Keep the weights of a module in float8 (e4m3) and compute in another type.
+
+    Norms, embeddings of positions and patches, and LoRA layers stay as they are; LoRA layers must
+    be there already.
+    """
+    kept = [*_NOT_IN_FLOAT8, *(getattr(module, "_skip_layerwise_casting_patterns", None) or ())]
+    apply_layerwise_casting(
+        module,
+        storage_dtype=torch.float8_e4m3fn,
+        compute_dtype=compute,
+        skip_modules_pattern=tuple(kept),
+        non_blocking=module_device(module).type == "cuda",
+    )
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Where a module's weights lie."""
+    return next(module.parameters()).device
 
 
 def require_component(found: FoundModel, name: str) -> None:
@@ -82,8 +127,11 @@ def require_component(found: FoundModel, name: str) -> None:
 def component_digest(found: FoundModel, name: str, book: FactBook) -> str:
     """Content of the files of a component or tokenizer: names do not matter, bytes do.
 
+    What is fused into it and how it is stored counts as well.
+
     Raises:
         WeightsError: the model list lacks it.
     """
     require_component(found, name)
-    return digest_of([book.digest(path) for path in found.files(name)])
+    digests = [book.digest(path) for path in found.files(name)]
+    return digest_of([*digests, "float8"] if name in found.float8 else digests)

@@ -1,0 +1,96 @@
+"""What direct distillation needs of a data set: the noise that a teacher began with.
+
+The rows are what the teacher made: each names the seed, the device of the generator and the number
+of steps that the student is to take from the same noise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import MetadataError, ParameterError
+from diffsynth_dagster.families.contract import (
+    Family,
+    Input,
+    Loaded,
+    Output,
+    Sample,
+    Stage,
+    Tensors,
+)
+
+COLUMNS = (
+    Input("seed", "number"),
+    Input("rand_device", "text"),
+    Input("num_inference_steps", "number"),
+    Input("cfg_scale", "number"),
+)
+_ALWAYS = ("seed", "num_inference_steps")
+_START = "{}_start"
+STEPS = "teacher_steps"
+
+
+def with_teacher(family: Family, config: TrainingConfig) -> Family:
+    """The family with a stage that draws the teacher's noise.
+
+    `seed` and `num_inference_steps` are read from every row; `rand_device` (else the CPU) and
+    `cfg_scale` (which must be 1) where `extra_inputs` names them.
+
+    Raises:
+        ParameterError: the family cannot be distilled.
+    """
+    if family.inference_sigmas is None:
+        raise ParameterError(
+            f"{family.name} cannot be distilled",
+            where=f"task = {config.task}",
+            do="train it with the task sft",
+        )
+    makers = [s for s in family.stages if any(o.role == "target" for o in s.yields)]
+    targets = [o.name for s in makers for o in s.yields if o.role == "target"]
+
+    def run(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+        return [_begin(sample, targets) for sample in samples]
+
+    stage = Stage(
+        "teacher",
+        tuple(c for c in COLUMNS if c.column in (*_ALWAYS, *config.extra_inputs)),
+        (),
+        (*(Output(_START.format(t), "start", of=t) for t in targets), Output(STEPS, "steps")),
+        run,
+        needs=tuple(maker.name for maker in makers),
+    )
+    return replace(family, stages=(*family.stages, stage))
+
+
+def _begin(sample: Sample, targets: Sequence[str]) -> Tensors:
+    """Noise for each target in the shape of its latents, and the number of steps."""
+    if sample.get("cfg_scale", 1) != 1:
+        raise MetadataError(
+            f"cfg_scale is {sample['cfg_scale']}, but a student samples without guidance",
+            where="the column cfg_scale",
+            do="set it to 1",
+        )
+    steps = sample["num_inference_steps"]
+    if not isinstance(steps, int) or steps < 1 or not isinstance(sample["seed"], int):
+        raise MetadataError(
+            f"num_inference_steps is {steps} and seed is {sample['seed']}",
+            where="the columns num_inference_steps and seed",
+            do="give whole numbers, and at least one step",
+        )
+    device = sample.get("rand_device", "cpu")
+    try:
+        source = torch.Generator(device)
+    except RuntimeError as error:
+        raise MetadataError(
+            f"no random numbers can be drawn on '{device}' here",
+            where="the column rand_device",
+            do="encode where this device is, or make the data with the noise of cpu",
+        ) from error
+    begun: Tensors = {STEPS: torch.tensor(steps)}
+    for target in targets:
+        source.manual_seed(sample["seed"])
+        shape = (1, *sample[target].shape)
+        begun[_START.format(target)] = torch.randn(shape, generator=source, device=device)[0]
+    return begun

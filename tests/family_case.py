@@ -1,0 +1,78 @@
+"""A row of the table of families: a tiny model of random weights in both layouts, and its data."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffsynth_dagster.families.contract import Tensors
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant of a family.
+
+    Attributes:
+        write: makes the tiny model under a folder, with float32 weights: `diffusers/` in the layout
+            of the published pipeline, and `original/` in the single files of the authors (where
+            there are any). Called once for all cases with the same `write`.
+        layouts: layout → what names its files: `model_paths` relative to the model's folder, and
+            the tokenizers' parameters, relative too. The layout "original" has no config.json.
+        rows: writes four rows of data and their metadata into a folder, captions of different
+            lengths, all of one size; returns the metadata file.
+        parameters: of a training, beside models, data and LoRA: sizes, columns, flags.
+        targets: LoRA targets by diffusers' names, for the training of the table.
+        aliases: the same layers by the names that users of other tools know.
+        published: (model's folder, the row's columns with paths made whole, x_t of one sample by
+            target, LoRA file or None) → what diffusers' own pipeline, loaded from `diffusers/`,
+            predicts from x_t for this row, by target and without a batch dimension, and the
+            timestep in [0, 1000] at which it did.
+        base: what the LoRA is put into.
+    """
+
+    name: str
+    family: str
+    write: Callable[[Path], None]
+    layouts: Mapping[str, Mapping[str, Any]]
+    rows: Callable[[Path], Path]
+    parameters: Mapping[str, Any]
+    targets: tuple[str, ...]
+    aliases: tuple[str, ...]
+    published: Callable[[Path, Mapping[str, Any], Tensors, Path | None], tuple[Tensors, float]]
+    base: str = "dit"
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def models(self, folder: Path, layout: str) -> dict[str, Any]:
+        """The parameters that name the model's files."""
+        named: dict[str, Any] = {}
+        for name, value in self.layouts[layout].items():
+            if isinstance(value, str):
+                named[name] = str(folder / value)
+            else:
+                named[name] = [
+                    str(folder / item)
+                    if isinstance(item, str)
+                    else [str(folder / part) for part in item]
+                    for item in value
+                ]
+        return named
+
+
+@contextmanager
+def first_call(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """What a module is called with first, and what it returns: `args`, `kwargs`, `output`."""
+    seen: dict[str, Any] = {}
+
+    def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not seen:
+            tensor = output[0] if isinstance(output, tuple) else output.sample
+            seen.update(args=args, kwargs=kwargs, output=tensor.detach().clone())
+
+    hook = module.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()

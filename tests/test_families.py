@@ -1,0 +1,324 @@
+"""One table: every family and variant keeps the same promises. A new one joins with a row."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from cases_qwen import CASES as QWEN
+from conftest import make_config, train
+from family_case import Case
+from safetensors.torch import load_file, save_file
+
+from diffsynth_dagster.cache.encode import trained_components
+from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.config import TrainingConfig
+from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.export import export_run, verify_export
+from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.training.batches import Batch, StepDataset
+from diffsynth_dagster.training.modules import lora_targets
+from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.training.step import TrainingStep
+from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.load import build_empty, load_component
+from diffsynth_dagster.weights.lora import fuse_lora, read_lora
+
+TABLE = (*QWEN,)
+LAYOUTS = [
+    pytest.param(case, layout, id=f"{case.name}-{layout}")
+    for case in TABLE
+    for layout in case.layouts
+]
+HUB = ModelHub(Path(), skip_download=True)
+TOLERANCE = 1e-5
+
+
+@dataclass
+class Place:
+    """A case with its model and data on disk, and what has been made of them."""
+
+    case: Case
+    model: Path
+    data: Path
+    folder: Path
+
+    def values(self, layout: str = "diffusers", **overrides: Any) -> dict[str, Any]:
+        case = self.case
+        values = {
+            "family": case.family,
+            "dataset_base_path": str(self.data.parent),
+            "dataset_metadata_path": str(self.data),
+            "lora_base_model": case.base,
+            "lora_target_modules": list(case.targets),
+            "lora_rank": 4,
+            "remove_prefix_in_ckpt": f"pipe.{case.base}.",
+            "learning_rate": 1e-3,
+            "cache_path": str(self.folder / "cache"),
+            "output_path": str(self.folder / "run"),
+            **case.models(self.model, layout),
+            **case.parameters,
+        }
+        return values | overrides
+
+    def config(self, layout: str = "diffusers", **overrides: Any) -> TrainingConfig:
+        return make_config(self.values(layout, **overrides))
+
+    def found(self, layout: str = "diffusers") -> FoundModel:
+        return find_model(self.config(layout), HUB)
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        read = pl.read_csv if self.data.suffix == ".csv" else pl.read_json
+        return read(self.data).to_dicts()
+
+    @cached_property
+    def run(self) -> Path:
+        """A LoRA trained for twenty steps on the first row."""
+        first = self.folder / f"first{self.data.suffix}"
+        if self.data.suffix == ".csv":
+            first.write_text("".join(self.data.read_text().splitlines(keepends=True)[:2]))
+        else:
+            first.write_text(json.dumps(json.loads(self.data.read_text())[:1]))
+        values = self.values(dataset_metadata_path=str(first), num_epochs=20, save_steps=20)
+        code, run = train(values, self.folder / "twenty")
+        assert code == 0
+        return run
+
+    def encoded(self, **overrides: Any) -> tuple[TrainingConfig, FoundModel, StepDataset]:
+        """The rows as micro-batches, from the store."""
+        folder = self.folder / "encoded"
+        values = self.values(task="sft:data_process", **overrides)
+        assert train(values, folder)[0] == 0
+        config = make_config({**values, "output_path": str(folder)})
+        found = find_model(config, HUB)
+        return config, found, StepDataset(config, found.family, read_manifest(folder), 0, 1)
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Place]:
+    return {}
+
+
+@pytest.fixture
+def place(
+    request: pytest.FixtureRequest,
+    places: dict[str, Place],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Place:
+    case: Case = request.param
+    if case.name not in places:
+        made = next((p for p in places.values() if p.case.write == case.write), None)
+        folder = tmp_path_factory.mktemp(case.name)
+        model = folder / "model" if made is None else made.model
+        if made is None:
+            case.write(model)
+        places[case.name] = Place(case, model, case.rows(folder / "data"), folder)
+    return places[case.name]
+
+
+def every_case(function: Any) -> Any:
+    ids = [case.name for case in TABLE]
+    return pytest.mark.parametrize("place", TABLE, ids=ids, indirect=True)(function)
+
+
+def load_all(found: FoundModel) -> dict[str, torch.nn.Module]:
+    return {n: load_component(f, "cpu", torch.float32) for n, f in found.components.items()}
+
+
+def step_of(config: TrainingConfig, found: FoundModel) -> TrainingStep:
+    """The training step with nothing trained."""
+    modules = {n: m for n, m in load_all(found).items() if n == found.family.denoiser}
+    for name in found.family.denoise_uses:
+        if name in found.components:
+            modules[name] = load_component(found.components[name], "cpu", torch.float32)
+    count = len(found.family.path().sigmas)
+    return TrainingStep(
+        found.family, modules, {}, trained_components(config), config.seed, (0, count)
+    )
+
+
+@every_case
+def test_every_layout_gives_equal_tensors(place: Place, tmp_path: Path) -> None:
+    """And so do the shapes alone, without config.json."""
+    found = place.found()
+    wanted = {name: module.state_dict() for name, module in load_all(found).items()}
+    bare = tmp_path / "model"
+    shutil.copytree(place.model, bare)
+    for path in bare.rglob("config.json"):
+        path.unlink()
+    for layout in place.case.layouts:
+        config = make_config(place.values(layout) | place.case.models(bare, layout))
+        again = find_model(config, HUB)
+        assert all(f.config is None for f in again.components.values())
+        assert again.components.keys() == wanted.keys()
+        for name, module in load_all(again).items():
+            state = module.state_dict()
+            assert state.keys() == wanted[name].keys()
+            assert all(torch.equal(state[key], wanted[name][key]) for key in state)
+
+
+@pytest.mark.parametrize(("place", "layout"), LAYOUTS, indirect=["place"])
+def test_an_incomplete_file_names_what_is_missing(
+    place: Place, layout: str, tmp_path: Path
+) -> None:
+    found = place.found(layout)
+    broken = tmp_path / "model"
+    shutil.copytree(place.model, broken)
+    source = found.components[found.family.denoiser].files[0]
+    target = broken / source.relative_to(place.model)
+    marks = {n for marks in found.family.component(found.family.denoiser).signatures for n in marks}
+    if source.suffix == ".safetensors":
+        tensors = load_file(source)
+    else:
+        tensors = torch.load(source, weights_only=True)
+    lost = max(name for name in tensors if name not in marks)
+    del tensors[lost]
+    if source.suffix == ".safetensors":
+        save_file(tensors, target)
+    else:
+        torch.save(tensors, target)
+    config = make_config(place.values(layout) | place.case.models(broken, layout))
+    with pytest.raises(WeightsError, match="not a whole 'dit': missing: ") as error:
+        build_empty(find_model(config, HUB).components[found.family.denoiser])
+    assert str(target) in str(error.value)
+
+
+def first_batch(place: Place) -> tuple[TrainingConfig, FoundModel, Batch]:
+    config, found, data = place.encoded()
+    return config, found, data._batch([v for micro in data.order.step(0) for v in micro], 1.0)
+
+
+def predict(step: TrainingStep, found: FoundModel, batch: Batch, x_t: Tensors, t: float) -> Tensors:
+    """Our prediction for a batch of one sample."""
+    *_, conditions = step._by_role(step._run_stages(batch))
+    noisy = {name: tensor[None] for name, tensor in x_t.items()}
+    with torch.no_grad():
+        predicted = found.family.denoise(step.loaded, conditions, noisy, torch.tensor([t]))
+    return {name: tensor[0] for name, tensor in predicted.items()}
+
+
+def some_x_t(step: TrainingStep, batch: Batch) -> Tensors:
+    """Noise in the shape of the sample, with what is known of it in place."""
+    x_0, known, _ = step._by_role(step._run_stages(batch))
+    source = torch.Generator().manual_seed(0)
+    x_t = {n: torch.randn(t.shape, generator=source) for n, t in x_0.items()}
+    for name, mask in known.items():
+        x_t[name] = torch.where(mask.bool(), x_0[name], x_t[name])
+    return {name: tensor[0] for name, tensor in x_t.items()}
+
+
+def row_of(place: Place, batch: Batch, found: FoundModel, run: Path) -> dict[str, Any]:
+    """The columns of the batch's only sample, paths made whole."""
+    manifest = read_manifest(run).frame
+    index = manifest.filter(pl.col("sample") == batch.samples[0])["row"][0] - 1
+    row = dict(place.rows[index])
+    for item in found.family.file_inputs:
+        value = row[item.column]
+        listed = value if isinstance(value, list) else [value]
+        paths = [str(place.data.parent / v) for v in listed]
+        row[item.column] = paths if item.many else paths[0]
+    return row
+
+
+@every_case
+def test_prediction_is_that_of_the_published_pipeline(place: Place) -> None:
+    config, found, batch = first_batch(place)
+    step = step_of(config, found)
+    x_t = some_x_t(step, batch)
+    row = row_of(place, batch, found, place.folder / "encoded")
+    theirs, t = place.case.published(place.model, row, x_t, None)
+    ours = predict(step, found, batch, x_t, t)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].shape == theirs[name].shape
+        # Where the sample is given nothing is predicted.
+        assert float((ours[name] - theirs[name]).abs().max()) <= TOLERANCE * max(
+            1.0, float(theirs[name].abs().max())
+        )
+
+
+@every_case
+def test_a_batch_equals_its_samples(place: Place) -> None:
+    config, found, data = place.encoded(batch_size=4)
+    step = step_of(config, found)
+    visits = [v for micro in data.order.step(0) for v in micro]
+    assert len(visits) == 4
+    with torch.no_grad():
+        together = step(data._batch(visits, 1.0))
+        alone = torch.cat([step(data._batch([visit], 1.0)) for visit in visits])
+    assert len({round(float(loss), 9) for loss in alone}) == 4
+    assert float(((together - alone) / alone).abs().max()) <= TOLERANCE
+
+
+@every_case
+def test_cached_equals_online(place: Place, tmp_path: Path) -> None:
+    values = place.values(batch_size=2, cache_path=str(tmp_path / "a"))
+    assert train(values, tmp_path / "online")[0] == 0
+    values["cache_path"] = str(tmp_path / "b")
+    assert train(values | {"task": "sft:data_process"}, tmp_path / "split")[0] == 0
+    assert train(values | {"task": "sft:train"}, tmp_path / "split")[0] == 0
+    online = (tmp_path / "online" / "epoch-0.safetensors").read_bytes()
+    assert online == (tmp_path / "split" / "epoch-0.safetensors").read_bytes()
+
+
+@every_case
+def test_twenty_steps_lower_the_loss(place: Place) -> None:
+    """Of the one sample, at noise and timesteps that the training never drew."""
+    config = place.config(output_path=str(place.run), num_epochs=20, save_steps=20)
+    found = find_model(config, HUB)
+    data = StepDataset(config, found.family, read_manifest(place.run), 0, 1)
+    step = step_of(config, found)
+    losses: list[float] = []
+    for lora in (None, place.run / "step-20.safetensors"):
+        if lora is not None:
+            owner = found.family.part(place.case.base).of
+            read = read_lora(lora, found.family, place.case.base, "the test")
+            fuse_lora(step.loaded[owner], read, "the test")
+        with torch.no_grad():
+            batch = data[0][0]
+            drawn = [Batch(batch.samples, [v], batch.outputs, batch.inputs, 1.0) for v in range(20)]
+            losses.append(float(torch.cat([step(b) for b in drawn]).mean()))
+    assert losses[1] < losses[0]
+
+
+@every_case
+def test_aliases_reach_the_same_layers(place: Place) -> None:
+    found = place.found()
+    module = build_empty(found.components[found.family.part(place.case.base).of])
+    ours = lora_targets(place.config(), found.family, module)
+    named = place.config(lora_target_modules=list(place.case.aliases))
+    assert lora_targets(named, found.family, module) == ours
+    assert ours
+
+
+@every_case
+def test_the_exported_lora_predicts_the_same_in_the_pipeline(place: Place) -> None:
+    config = place.config(output_path=str(place.run), num_epochs=20, save_steps=20)
+    found = find_model(config, HUB)
+    record = read_record(place.run)
+    assert record is not None
+    for exported in export_run(config, record, found):
+        verify_export(exported, found)
+        assert exported.kind == "lora"
+        data = StepDataset(config, found.family, read_manifest(place.run), 0, 1)
+        batch = data[0][0]
+        step = step_of(config, found)
+        x_t = some_x_t(step, batch)
+        row = row_of(place, batch, found, place.run)
+        theirs, t = place.case.published(place.model, row, x_t, exported.path)
+        without = predict(step, found, batch, x_t, t)
+        owner = found.family.part(place.case.base).of
+        read = read_lora(place.run / "step-20.safetensors", found.family, place.case.base, "test")
+        fuse_lora(step.loaded[owner], read, "test")
+        ours = predict(step, found, batch, x_t, t)
+        for name in ours:
+            scale = max(1.0, float(theirs[name].abs().max()))
+            assert float((ours[name] - theirs[name]).abs().max()) <= TOLERANCE * scale
+            assert float((ours[name] - without[name]).abs().max()) > 10 * TOLERANCE * scale
