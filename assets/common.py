@@ -10,7 +10,7 @@ import dagster as dg
 
 from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
-from diffsynth_dagster.config.parameters import WITHOUT_EFFECT
+from diffsynth_dagster.config.parameters import effect, named_values
 from diffsynth_dagster.errors import DownloadError, UserError
 
 GPU_POOL = "gpu"
@@ -38,9 +38,9 @@ def code_version(config: TrainingConfig, parameters: Iterable[str] | None = None
     Args:
         parameters: those that the asset depends on; all that affect a training when left out.
     """
-    values = config.model_dump(mode="json")
-    names = set(values) - WITHOUT_EFFECT if parameters is None else set(parameters)
-    text = json.dumps([__version__, {n: values[n] for n in names}], sort_keys=True)
+    values = named_values(config)
+    chosen = effect(config) if parameters is None else {n: values[n] for n in parameters}
+    text = json.dumps([__version__, chosen], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -16,15 +16,20 @@ if TYPE_CHECKING:
 CHECK = "latents_complete_and_finite"
 _DEPENDS_ON = (
     "bucket_step",
+    "extra_inputs",
     "family",
+    "fp8_models",
     "frame_rate",
     "height",
     "lora_base_model",
     "max_pixels",
     "mixed_precision",
     "num_frames",
+    "preset_lora_model",
+    "preset_lora_path",
     "sample_cfg_scale",
     "sample_prompts",
+    "task",
     "trainable_models",
     "width",
 )

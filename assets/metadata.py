@@ -2,12 +2,12 @@
 
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from assets.common import asset_key, book_path, code_version, description, user_errors
-from assets.pictures import contact_sheet, inline
+from assets.pictures import Shown, contact_sheet, inline
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from resources import Parameters
 
@@ -30,10 +30,13 @@ _DEPENDS_ON = (
     "max_rejected_fraction",
     "metadata_encoding",
     "num_frames",
+    "task",
     "width",
 )
 _SHOWN_ROWS = 20
 _SHOWN_PICTURES = 48
+_STRIP = 4
+"""Frames of a clip on the contact sheet."""
 _SHOWN_CHARACTERS = 80
 
 
@@ -117,17 +120,35 @@ def _describe(config: TrainingConfig, validated: "Validated") -> dict[str, dg.Me
     return found
 
 
-def _files(validated: "Validated") -> list[tuple[Path, bool]]:
-    """Image files to show, those of rejected rows first."""
-    files: list[tuple[Path, bool]] = []
-    columns = [c for c in validated.frame.columns if c.endswith(":path")]
+def _files(validated: "Validated") -> list[Shown]:
+    """Files to show, those of rejected rows first: images, and a strip of frames of each clip.
+
+    A clip whose row is rejected may not be safe to decode and is left out.
+    """
+    files: list[Shown] = []
+    columns = [c.removesuffix(":path") for c in validated.frame.columns if c.endswith(":path")]
     for rows, accepted in ((validated.rejected, False), (validated.accepted, True)):
-        for row in rows.select(columns).head(_SHOWN_PICTURES).iter_rows():
-            named = [
-                name for value in row for name in (value if isinstance(value, list) else [value])
-            ]
-            files += [(Path(name), accepted) for name in named if name is not None]
+        for row in rows.head(_SHOWN_PICTURES).iter_rows(named=True):
+            for column in columns:
+                parts = [_listed(row[f"{column}:{part}"]) for part in ("path", "frames", "stride")]
+                for path, frames, stride in zip(*parts, strict=True):
+                    is_clip = (frames or 1) > 1
+                    if path is not None and (accepted or not is_clip):
+                        shown = _frames(frames, stride) if is_clip else None
+                        files.append(Shown(Path(path), accepted, shown))
     return files[:_SHOWN_PICTURES]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _frames(count: int, stride: float) -> tuple[int, ...]:
+    """The frames of a strip: the first, the last, and evenly between."""
+    from diffsynth_dagster.data.geometry import frame_indices
+
+    taken, shown = frame_indices(count, stride), min(count, _STRIP)
+    return tuple(taken[round(i * (count - 1) / (shown - 1))] for i in range(shown))
 
 
 def _markdown(validated: "Validated") -> str:

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,31 +40,41 @@ def _encoded(image: "Image", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def contact_sheet(
-    files: Sequence[tuple[Path, bool]], side: int = 96, columns: int = 8
-) -> "Image | None":
-    """Thumbnails of image files, row by row; None when no file can be opened.
+@dataclass(frozen=True)
+class Shown:
+    """A file on a contact sheet.
+
+    Attributes:
+        accepted: whether its row is: a rejected one gets a red frame.
+        frames: which frames of a video are shown, side by side; None for an image.
+    """
+
+    path: Path
+    accepted: bool
+    frames: tuple[int, ...] | None = None
+
+
+def contact_sheet(files: Sequence[Shown], side: int = 96, columns: int = 8) -> "Image | None":
+    """Thumbnails of files, row by row; None when no file can be opened.
 
     Args:
-        files: path, and whether its row is accepted: those rejected get a red frame.
         side: of a thumbnail in pixels.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image
 
     from diffsynth_dagster.data.media import IMAGE_ERRORS, read_image
+    from diffsynth_dagster.data.video import read_frames
 
     thumbnails: list[Image.Image] = []
-    for path, accepted in files:
+    for file in files:
         try:
-            image = read_image(path)
+            if file.frames is None:
+                images = [read_image(file.path)]
+            else:
+                images = read_frames(file.path, file.frames)
         except (*IMAGE_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning):
             continue  # its row says why it cannot be opened
-        image.thumbnail((side, side))
-        cell = Image.new("RGB", (side, side), "white")
-        cell.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        if not accepted:
-            ImageDraw.Draw(cell).rectangle((0, 0, side - 1, side - 1), outline=_RED, width=_BORDER)
-        thumbnails.append(cell)
+        thumbnails += [_thumbnail(image, side, file.accepted) for image in images]
     if not thumbnails:
         return None
     rows = -(-len(thumbnails) // columns)
@@ -71,6 +82,17 @@ def contact_sheet(
     for index, cell in enumerate(thumbnails):
         sheet.paste(cell, (index % columns * side, index // columns * side))
     return sheet
+
+
+def _thumbnail(image: "Image", side: int, accepted: bool) -> "Image":
+    from PIL import Image, ImageDraw
+
+    image.thumbnail((side, side))
+    cell = Image.new("RGB", (side, side), "white")
+    cell.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    if not accepted:
+        ImageDraw.Draw(cell).rectangle((0, 0, side - 1, side - 1), outline=_RED, width=_BORDER)
+    return cell
 
 
 def stacked(titled: Sequence[tuple[str, Path]]) -> "Image | None":

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from dagster_support import definitions_of, write_recipe
 
-from assets.common import WITHOUT_EFFECT, code_version
+from assets.common import code_version
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.errors import ParameterError
 from resources import Parameters, load_recipes, recipes_folder
@@ -171,19 +171,24 @@ def test_code_version_is_that_of_what_matters() -> None:
     from diffsynth_dagster.training.record import config_digest
 
     plain = config()
-    for name, value in {
-        "learning_rate": 0.5,
-        "cache_path": "elsewhere",
-        "wandb_project": "x",
-        "num_epochs": 3,
-        "output_path": "elsewhere",
-        "dataset_num_workers": 2,
-        "task": "sft:train",
-        "model_paths": ["a.safetensors"],
-    }.items():
+    for name, value, same in (
+        ("learning_rate", 0.5, False),
+        ("cache_path", "elsewhere", True),
+        ("wandb_project", "x", True),
+        ("num_epochs", 3, False),
+        ("output_path", "elsewhere", True),
+        ("dataset_num_workers", 2, True),
+        ("task", "sft:train", True),
+        ("task", "direct_distill", False),
+        ("model_paths", ["a.safetensors"], True),
+    ):
         other = config(**{name: value})
-        assert (code_version(other) == code_version(plain)) == (name in WITHOUT_EFFECT)
-        assert (config_digest(other) == config_digest(plain)) == (name in WITHOUT_EFFECT), name
+        assert (code_version(other) == code_version(plain)) == same, name
+        assert (config_digest(other) == config_digest(plain)) == same, name
+    # Another name of the same LoRA: a reason to look, not to train again.
+    other = config(lora_checkpoint="a.safetensors")
+    assert code_version(other) != code_version(plain)
+    assert config_digest(other) == config_digest(plain)
 
 
 def test_run_config_overrides_a_recipe() -> None:

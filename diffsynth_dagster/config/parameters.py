@@ -415,16 +415,12 @@ WITHOUT_EFFECT = frozenset(
         "enable_tensorboard_log",
         "enable_wandb_log",
         "family",
-        "fp8_models",
         "initialize_model_on_cpu",
-        "lora_checkpoint",
         "model_id_with_origin_paths",
         "model_paths",
         "output_path",
-        "preset_lora_path",
         "processor_path",
         "swanlab_project",
-        "task",
         "tokenizer_1_path",
         "tokenizer_2_path",
         "tokenizer_path",
@@ -434,3 +430,16 @@ WITHOUT_EFFECT = frozenset(
 )
 """Parameters that say where things lie or how they are watched, and change nothing that is trained:
 files count by their content."""
+
+BY_CONTENT = frozenset({"fp8_models", "lora_checkpoint", "preset_lora_path"})
+"""Parameters that name files whose content is part of the identity of a training."""
+
+
+def named_values(config: TrainingConfig) -> dict[str, Any]:
+    """Every parameter as a JSON value; the task without its half, which has no effect."""
+    return config.model_dump(mode="json") | {"task": config.task.split(":")[0]}
+
+
+def effect(config: TrainingConfig) -> dict[str, Any]:
+    """The parameters that have an effect on what is trained, as JSON values."""
+    return {n: v for n, v in named_values(config).items() if n not in WITHOUT_EFFECT}

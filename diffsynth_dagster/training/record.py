@@ -8,7 +8,7 @@ from typing import Any
 from diffsynth_dagster import __version__
 from diffsynth_dagster.cache.encode import step_components, trained_components
 from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.config.parameters import WITHOUT_EFFECT, TrainingConfig
+from diffsynth_dagster.config.parameters import BY_CONTENT, TrainingConfig, effect
 from diffsynth_dagster.data.facts import FactBook, digest_of
 from diffsynth_dagster.errors import OutputError, WeightsError
 from diffsynth_dagster.files import write_text
@@ -70,8 +70,7 @@ class RunRecord:
 
 def config_digest(config: TrainingConfig) -> str:
     """Digest of the parameters that have an effect on what is trained."""
-    values = config.model_dump(mode="json")
-    return digest_of({k: v for k, v in values.items() if k not in WITHOUT_EFFECT})
+    return digest_of({k: v for k, v in effect(config).items() if k not in BY_CONTENT})
 
 
 def start_record(
