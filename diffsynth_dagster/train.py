@@ -66,6 +66,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     from diffsynth_dagster.files import require_writable, write_text
     from diffsynth_dagster.plan import check_plan
     from diffsynth_dagster.training.loop import Session, train
+    from diffsynth_dagster.training.modules import check_model
     from diffsynth_dagster.training.record import start_record
     from diffsynth_dagster.training.reporting import make_reporter
     from diffsynth_dagster.weights.hub import ModelHub
@@ -84,6 +85,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
             validated = _prepare(config, book, accelerator.is_main_process)
     with accelerator.main_process_first():
         found = find_model(config, ModelHub.from_environment())
+        check_model(config, found)
     set_seed(config.seed % 2**32)  # numpy takes no more
     bare = {found.family.part(name).of for name in filter(None, [config.lora_base_model])}
     models = Models(

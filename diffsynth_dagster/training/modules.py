@@ -9,10 +9,14 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from diffsynth_dagster.cache.encode import step_components, trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, TargetError, nearest
 from diffsynth_dagster.families.contract import Family, Part
+from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.load import build_empty
 from diffsynth_dagster.weights.lora import read_lora, start_lora
+from diffsynth_dagster.weights.models import require_component
 
 AUTO_MIN_FEATURES = 512
 _ADAPTER = "default"
@@ -37,6 +41,23 @@ def check_trainable(config: TrainingConfig, family: Family) -> None:
                 where=parameter,
                 do=f"its models are {', '.join(known)}",
             )
+
+
+def check_model(config: TrainingConfig, found: FoundModel) -> None:
+    """Check before anything is encoded that the files are whole and the LoRA targets match.
+
+    Raises:
+        WeightsError: a component is missing, or its files are not whole.
+        TargetError: see `lora_targets`.
+    """
+    if not config.encodes_only:
+        for name in step_components(found, trained_components(config)):
+            require_component(found, name)
+    lora_base = config.lora_base_model and found.family.part(config.lora_base_model).of
+    for name, item in found.components.items():
+        module = build_empty(item)
+        if name == lora_base:
+            lora_targets(config, found.family, module)
 
 
 def lora_targets(config: TrainingConfig, family: Family, module: nn.Module) -> list[str]:
