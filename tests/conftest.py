@@ -112,6 +112,23 @@ def model_files(model: Path) -> list[str]:
     ]
 
 
+def lora_values(model: Path, pictures: Path, cache: Path) -> dict[str, Any]:
+    """The parameters of a LoRA training of two steps on eight pictures; where it ends is left out."""
+    return {
+        "family": "qwen_image",
+        "dataset_base_path": str(pictures),
+        "dataset_metadata_path": str(pictures / "metadata.csv"),
+        "model_paths": model_files(model),
+        "tokenizer_path": str(model / "tokenizer"),
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "lora_base_model": "dit",
+        "lora_target_modules": LORA,
+        "lora_rank": 4,
+        "cache_path": str(cache),
+    }
+
+
 Values = Callable[..., dict[str, Any]]
 
 
@@ -120,20 +137,8 @@ def values(tiny_qwen: Path, pictures: Path, shared_cache: Path, tmp_path: Path) 
     """The parameters of a LoRA training of two steps; keywords override them."""
 
     def make(**overrides: Any) -> dict[str, Any]:
-        base: dict[str, Any] = {
-            "family": "qwen_image",
-            "dataset_base_path": str(pictures),
-            "dataset_metadata_path": str(pictures / "metadata.csv"),
-            "model_paths": model_files(tiny_qwen),
-            "tokenizer_path": str(tiny_qwen / "tokenizer"),
-            "batch_size": 4,
-            "learning_rate": 1e-3,
-            "lora_base_model": "dit",
-            "lora_target_modules": LORA,
-            "lora_rank": 4,
-            "output_path": str(tmp_path / "run"),
-            "cache_path": str(shared_cache),
-        }
+        base = lora_values(tiny_qwen, pictures, shared_cache)
+        base["output_path"] = str(tmp_path / "run")
         if "trainable_models" in overrides:
             for name in [key for key in base if key.startswith("lora_")]:
                 del base[name]

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
-from conftest import model_files, write_images
+from conftest import lora_values, write_images
 from dagster_support import definitions_of, write_recipe
 
 from diffsynth_dagster.training.record import read_record
@@ -44,21 +44,13 @@ def place(
 ) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("place")
     values: dict[str, Any] = {
+        **lora_values(tiny_qwen, pictures, folder / "cache"),
         "description": "Two steps on eight pictures.",
-        "dataset_base_path": str(pictures),
-        "dataset_metadata_path": str(pictures / "metadata.csv"),
-        "model_paths": model_files(tiny_qwen),
-        "tokenizer_path": str(tiny_qwen / "tokenizer"),
-        "batch_size": 4,
-        "learning_rate": 1e-3,
-        "lora_base_model": "dit",
-        "lora_target_modules": ["to_q", "to_v"],
-        "lora_rank": 4,
+        "family": None,  # told from the files
         "height": 32,
         "width": 32,
         "sample_prompts": ["a picture"],
         "sample_num_inference_steps": 1,
-        "cache_path": str(folder / "cache"),
     }
     with dg.instance_for_test(temp_dir=str(folder)) as instance:
         yield Place(folder, values, instance)

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, model_files, train
+from conftest import ROOT, lora_values, train
 from dagster import DagsterRunStatus
 from dagster_graphql import DagsterGraphQLClient
 from dagster_support import (
@@ -80,19 +80,8 @@ def server(
     tmp_path_factory: pytest.TempPathFactory, tiny_qwen: Path, pictures: Path
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("ui")
-    values: dict[str, Any] = {
-        "family": "qwen_image",
-        "dataset_base_path": str(pictures),
-        "dataset_metadata_path": str(pictures / "metadata.csv"),
-        "model_paths": model_files(tiny_qwen),
-        "tokenizer_path": str(tiny_qwen / "tokenizer"),
-        "batch_size": 4,
-        "lora_base_model": "dit",
-        "lora_target_modules": ["to_q", "to_v"],
-        "lora_rank": 4,
-        "cache_path": str(folder / "cache"),
-        "output_path": str(folder / "line"),
-    }
+    values = lora_values(tiny_qwen, pictures, folder / "cache")
+    values["output_path"] = str(folder / "line")
     write_recipe(folder / "recipes", "tiny", values)
     code, encoded = train(values, folder / "encoded", "--task", "sft:data_process")
     assert code == 0

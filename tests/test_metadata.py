@@ -2,8 +2,6 @@
 
 import json
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import polars as pl
@@ -11,6 +9,7 @@ import pytest
 from conftest import Values, make_config, train, write_images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from media_support import png_of
 from PIL import Image
 
 from diffsynth_dagster.data.facts import FactBook
@@ -58,20 +57,6 @@ def test_formats(data: Path, suffix: str) -> None:
     assert validated.counts == {"ok": 3}
     assert validated.frame["prompt"].to_list() == [row["prompt"] for row in rows]
     assert validated.frame["width"].to_list() == [32, 32, 32]
-
-
-def png_of(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds a few bytes of pixels."""
-    chunks = [
-        b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
-        b"IDAT" + zlib.compress(bytes(100)),
-        b"IEND",
-    ]
-    framed = [
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        for chunk in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 def test_every_row_keeps_its_reason(data: Path, tmp_path: Path) -> None:
