@@ -1,0 +1,351 @@
+"""Wan 2.1 and 2.2, video from text, from its first (and last) frame, and VACE (arXiv:2503.20314,
+arXiv:2503.07598).
+
+Which of them a config trains is told from the tensors of its transformer and from `extra_inputs`:
+
+- in_channels = out_channels = 16: video from text. With VACE's blocks, controlled by `vace_video`
+  and `vace_reference_image`.
+- in_channels = 36: `input_image`, and `end_image` where it is given. The frames of the video that
+  are given, the others grey, are encoded and stand beside x_t, with a mask of 4 channels. Wan2.1
+  is told CLIP's features of these frames as well.
+- in_channels = out_channels = 48 (TI2V-5B): the first latent frame of the video is given and not
+  predicted; its tokens are told the timestep 0.
+
+The two experts of Wan2.2 A14B are trained alone: the model list names one of them, and
+`min_timestep_boundary` and `max_timestep_boundary` its share of the schedule. All frames that are
+given are those of `video`, so that they are no columns.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from PIL import Image
+from torch import nn
+from transformers import AutoTokenizer
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.geometry import FrameRule, Geometry
+from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.families import wan_models, wan_stages
+from diffsynth_dagster.families.contract import (
+    Component,
+    Family,
+    Input,
+    Loaded,
+    Output,
+    Part,
+    SampleRequest,
+    Shapes,
+    Stage,
+    Tensors,
+    Tokenizer,
+)
+from diffsynth_dagster.families.wan_models import PATCH, WIDE_LATENTS
+from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift, linear_sigmas
+from diffsynth_dagster.weights.entries import model_entries
+
+SHIFT = 5.0
+WIDE_FACTOR = 32
+LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+
+VIDEO = Input("video", "video")
+VACE_VIDEO = Input("vace_video", "video", same_size=True)
+VACE_REFERENCE = Input("vace_reference_image", "image", same_size=True)
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a folder, by the class that its files name."""
+    make: Any = AutoTokenizer
+    return make.from_pretrained(folder, trust_remote_code=False)
+
+
+def path() -> FlowPath:
+    """Shift 5."""
+    return flow_path(linear_shift(linear_sigmas(), SHIFT), f"flow matching, shift {SHIFT:g}")
+
+
+def inference_sigmas(steps: int, x_0: Tensors) -> torch.Tensor:
+    """The sigmas of the published sampler, whatever the size of `x_0`."""
+    return linear_shift(torch.linspace(1.0, 0.0, steps + 1), SHIFT)
+
+
+def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
+    """Videos from text by diffusers' own pipeline."""
+    make: Any = WanPipeline  # takes None where the prompts are already encoded
+    pipeline = make(
+        tokenizer=None,
+        text_encoder=None,
+        vae=loaded["vae"],
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        transformer=loaded["dit"],
+        expand_timesteps=loaded["dit"].config.in_channels == WIDE_LATENTS,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    negative = request.negative
+    return pipeline(
+        prompt_embeds=wan_stages.full_length(request.conditions["prompt_embeds"]),
+        negative_prompt_embeds=negative and wan_stages.full_length(negative["prompt_embeds"]),
+        guidance_scale=request.cfg_scale,
+        height=request.height,
+        width=request.width,
+        num_frames=request.num_frames,
+        num_inference_steps=request.num_inference_steps,
+        generator=request.generators,
+        output_type="pil",
+    ).frames
+
+
+def load_lora(
+    component: str, module: nn.Module, tensors: Tensors, metadata: Mapping[str, Any]
+) -> None:
+    """Load an exported LoRA the way `WanPipeline.load_lora_weights` does."""
+    if component != "dit":
+        raise ValueError(f"WanPipeline loads no LoRA into its {component}")
+    state = WanPipeline.lora_state_dict(dict(tensors))
+    WanPipeline.load_lora_into_transformer(
+        state, module, metadata=dict(metadata), low_cpu_mem_usage=True
+    )
+
+
+def _refuse(what: str, do: str, where: str = "extra_inputs") -> ParameterError:
+    return ParameterError(what, where=where, do=do)
+
+
+def _check_frames(given: frozenset[str], dit: Shapes) -> None:
+    """Compare the frames that `extra_inputs` names with what the transformer takes."""
+    channels, predicted = dit["patch_embedding.weight"][1], dit["proj_out.weight"][0] // PATCH**2
+    if "input_image" in given and channels == predicted != WIDE_LATENTS:
+        raise _refuse(
+            "input_image is named, but this transformer is given no frame",
+            "leave it out, or name the files of an I2V model",
+        )
+    if "end_image" in given and channels == WIDE_LATENTS:
+        raise _refuse(
+            "end_image is named, but this transformer is given the first frame only", "leave it out"
+        )
+    if "input_image" not in given and channels > predicted:
+        raise _refuse(
+            "the transformer is given the first frame of each video, which is not named",
+            "name input_image, and end_image for a model that is given the last frame too",
+        )
+
+
+def _check_vace(given: frozenset[str], dit: Shapes) -> None:
+    """Compare VACE's inputs that `extra_inputs` names with the transformer."""
+    wanted = sorted(name for name in given if name.startswith("vace_"))
+    has_blocks = any(name.startswith("vace_blocks.") for name in dit)
+    if wanted and not has_blocks:
+        raise _refuse(
+            f"{' and '.join(wanted)} is named, but the transformer has no VACE blocks",
+            "leave it out, or name the files of a VACE model",
+        )
+    if has_blocks and not wanted:
+        raise _refuse(
+            "the transformer has VACE blocks, and nothing for them is named",
+            "name vace_video or vace_reference_image, or both",
+        )
+
+
+def _geometry(config: TrainingConfig, vae: Shapes) -> Geometry:
+    """Sides are multiples of 16, and of 32 with the VAE of 16x16.
+
+    Sizes are checked before files are there, so that this VAE is told from its name; where it is
+    called otherwise the size must be given.
+    """
+    named = any(
+        mark in entry.text for entry in model_entries(config) for mark in ("Wan2.2_VAE", "TI2V-5B")
+    )
+    wide = vae.get("post_quant_conv.weight", (0,))[0] == WIDE_LATENTS
+    sides = (config.height, config.width)
+    if wide and not named and any(side is None or side % WIDE_FACTOR for side in sides):
+        raise _refuse(
+            f"the sides of a video are multiples of {WIDE_FACTOR} with this VAE",
+            f"give height and width, both multiples of {WIDE_FACTOR}",
+            where="height, width",
+        )
+    return replace(FAMILY.geometry, side_factor=WIDE_FACTOR) if wide or named else FAMILY.geometry
+
+
+def variant(config: TrainingConfig, shapes: Mapping[str, Shapes]) -> Family:
+    """Wan with the stages that a config needs.
+
+    Raises:
+        ParameterError: `extra_inputs` does not fit the transformer, a component is missing, or
+            the size does not fit the VAE.
+    """
+    given = frozenset(config.extra_inputs) & frozenset(FAMILY.extra_inputs)
+    dit, vae = shapes.get("dit", {}), shapes.get("vae", {})
+    first, last = "input_image" in given, "end_image" in given
+    if last and not first:
+        raise _refuse("end_image is named without input_image", "name both")
+    embedder = "condition_embedder.image_embedder."
+    features = "image_encoder" in shapes
+    if dit:
+        _check_frames(given, dit)
+        _check_vace(given, dit)
+        features = any(name.startswith(embedder) for name in dit)
+    if features and first and "image_encoder" not in shapes:
+        raise _refuse(
+            "the transformer is told CLIP's features of the first frame, and CLIP is not named",
+            "add models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, or the folder "
+            "image_encoder, to the model list",
+            where="model_paths, model_id_with_origin_paths",
+        )
+    reference = (VACE_REFERENCE,) if "vace_reference_image" in given else ()
+    video = replace(FAMILY.stage("video"), reads=(VIDEO, *reference))
+    stages = [FAMILY.stage("prompt"), video]
+    if first:
+        in_place = bool(dit) and dit["patch_embedding.weight"][1] == WIDE_LATENTS
+        stages.append(_frames_stage(last, in_place))
+    if first and features:
+        # Models without an embedding of two positions are told the first frame alone.
+        both = last and (not dit or f"{embedder}pos_embed" in dit)
+        stages.append(_features_stage(both))
+    if reference or "vace_video" in given:
+        shown = VACE_VIDEO if "vace_video" in given else VIDEO
+        yields = (Output("vace", "condition"),)
+        stages.append(
+            Stage("vace", (shown, *reference), ("vae",), yields, wan_stages.encode_control)
+        )
+    return replace(FAMILY, stages=tuple(stages), geometry=_geometry(config, vae))
+
+
+def _frames_stage(last: bool, in_place: bool) -> Stage:
+    """The stage of the frames that are given.
+
+    Args:
+        in_place: they are given in the video itself, not beside it.
+    """
+    name = "first_and_last_frame" if last else "first_frame"
+    if in_place:
+        known = Output("first_frame", "known", of="video")
+        return Stage(name, (VIDEO,), ("vae",), (known,), wan_stages.know_first_frame)
+    yields = (Output("given_frames", "condition"),)
+    return Stage(
+        name, (VIDEO,), ("vae",), yields, partial(wan_stages.encode_given_frames, last=last)
+    )
+
+
+def _features_stage(both: bool) -> Stage:
+    name = "first_and_last_features" if both else "first_features"
+    yields = (Output("features", "condition"),)
+    return Stage(
+        name, (VIDEO,), ("image_encoder",), yields, partial(wan_stages.encode_features, last=both)
+    )
+
+
+def _aliases(blocks: str) -> Mapping[str, tuple[str, ...]]:
+    """The authors' names of the layers in `blocks` → globs of diffusers' names."""
+    attention = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+    layers = {
+        name: tuple(f"{blocks}.*.{attn}.{layer}" for attn in ("attn1", "attn2"))
+        for name, layer in attention.items()
+    }
+    feed = {"ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+    return layers | {name: (f"{blocks}.*.{layer}",) for name, layer in feed.items()}
+
+
+FAMILY = Family(
+    name="wanvideo",
+    components=(
+        Component(
+            "dit",
+            "transformer",
+            (
+                (
+                    "condition_embedder.time_embedder.linear_1.weight",
+                    "patch_embedding.weight",
+                    "proj_out.weight",
+                    "scale_shift_table",
+                ),
+                (
+                    "time_embedding.0.weight",
+                    "patch_embedding.weight",
+                    "head.head.weight",
+                    "head.modulation",
+                ),
+            ),
+            ("WanTransformer3DModel", "WanVACETransformer3DModel"),
+            wan_models.build_dit,
+            wan_models.convert_dit,
+            ("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
+        ),
+        Component(
+            "text_encoder",
+            "text_encoder",
+            (
+                (
+                    "shared.weight",
+                    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                    "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",
+                ),
+                ("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),
+            ),
+            ("UMT5EncoderModel",),
+            wan_models.build_text_encoder,
+            wan_models.convert_text_encoder,
+            ("models_t5_*",),
+        ),
+        Component(
+            "vae",
+            "vae",
+            (
+                ("encoder.mid_block.attentions.0.to_qkv.weight", "post_quant_conv.weight"),
+                ("encoder.middle.1.to_qkv.weight", "encoder.conv1.weight", "conv2.weight"),
+            ),
+            ("AutoencoderKLWan",),
+            wan_models.build_vae,
+            wan_models.convert_vae,
+            ("Wan2.?_VAE.pth",),
+        ),
+        Component(
+            "image_encoder",
+            "image_encoder",
+            (
+                ("vision_model.embeddings.class_embedding", "vision_model.pre_layrnorm.weight"),
+                ("embeddings.class_embedding", "pre_layrnorm.weight"),
+                ("visual.cls_embedding", "visual.pre_norm.weight"),
+            ),
+            ("CLIPVisionModel",),
+            wan_models.build_image_encoder,
+            wan_models.convert_image_encoder,
+            ("models_clip_*",),
+        ),
+    ),
+    tokenizers=(
+        Tokenizer(
+            "tokenizer",
+            "tokenizer_path",
+            "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/",
+            load_tokenizer,
+        ),
+    ),
+    stages=(
+        Stage(
+            "prompt",
+            (Input("prompt", "text"),),
+            ("tokenizer", "text_encoder"),
+            (Output("prompt_embeds", "condition", ragged=True),),
+            wan_stages.encode_prompt,
+        ),
+        Stage("video", (VIDEO,), ("vae",), (Output("video", "target"),), wan_stages.encode_video),
+    ),
+    denoiser="dit",
+    denoise=wan_stages.denoise,
+    path=path,
+    geometry=Geometry(side_factor=16, frames=FrameRule(wan_stages.FRAMES_PER_LATENT, 1)),
+    sample=sample,
+    load_lora=load_lora,
+    inference_sigmas=inference_sigmas,
+    lora_targets={"dit": LORA_TARGETS, "vace": LORA_TARGETS},
+    lora_aliases={"dit": _aliases("blocks"), "vace": _aliases("vace_blocks")},
+    parts=(Part("vace", of="dit", starts=("vace_blocks.", "vace_patch_embedding.")),),
+    parameters=("tokenizer_path",),
+    extra_inputs=("input_image", "end_image", "vace_video", "vace_reference_image"),
+    variant=variant,
+    repositories=("Wan-AI/Wan2", "PAI/Wan2"),
+)

@@ -1,0 +1,296 @@
+"""What is peculiar to Wan: its experts, VACE as a part, the files of the authors, refusals."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from cases_wan import CASES, FRAMES, MODELS, rows, write
+from conftest import ROOT, make_config, train
+from diffusers import FlowMatchEulerDiscreteScheduler
+from family_case import Case
+from safetensors.torch import load_file
+
+from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.config.recipe import read_recipe
+from diffsynth_dagster.data.facts import FactBook
+from diffsynth_dagster.data.metadata import validate
+from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.export import export_run, verify_export
+from diffsynth_dagster.families import wan_models, wan_stages, wanvideo
+from diffsynth_dagster.families.contract import Loaded, SampleRequest, Tensors
+from diffsynth_dagster.plan import make_plan
+from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.identify import find_model, guess_family
+from diffsynth_dagster.weights.load import build_empty, load_component
+
+HUB = ModelHub(Path(), skip_download=True)
+WAN = {case.name: case for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wan") / "model"
+    write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rows(tmp_path_factory.mktemp("clips") / "data", vace=True)
+
+
+def values(
+    case: Case, model: Path, clips: Path, folder: Path, layout: str = "diffusers", **overrides: Any
+) -> dict[str, Any]:
+    """A LoRA training of a case; None takes a parameter out."""
+    given = {
+        "family": "wanvideo",
+        "dataset_base_path": str(clips.parent),
+        "dataset_metadata_path": str(clips),
+        "lora_base_model": case.base,
+        "lora_rank": 4,
+        "remove_prefix_in_ckpt": f"pipe.{case.base}.",
+        "cache_path": str(folder / "cache"),
+        "output_path": str(folder / "run"),
+        **case.models(model, layout),
+        **case.parameters,
+        **overrides,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def stored(folder: Path) -> set[tuple[str, int]]:
+    """Every file of a store, and when it was written."""
+    files = [path for path in (folder / "cache").rglob("*") if path.is_file()]
+    return {(str(path), path.stat().st_mtime_ns) for path in files}
+
+
+def test_both_experts_share_one_store(model: Path, clips: Path, tmp_path: Path) -> None:
+    high = values(WAN["wan_t2v"], model, clips, tmp_path, max_timestep_boundary=0.417)
+    low = values(WAN["wan22_t2v_high"], model, clips, tmp_path)
+    low |= {"min_timestep_boundary": 0.417, "max_timestep_boundary": 1.0}
+    assert high["model_paths"] != low["model_paths"]
+    assert train(high, tmp_path / "high")[0] == 0
+    before = stored(tmp_path)
+    assert any(name.endswith(".safetensors") for name, _ in before)
+    assert train(low, tmp_path / "low")[0] == 0
+    assert {file for file in stored(tmp_path) if file[0].endswith(".safetensors")} == {
+        file for file in before if file[0].endswith(".safetensors")
+    }
+    assert read_manifest(tmp_path / "high").keys == read_manifest(tmp_path / "low").keys
+
+
+def test_frames_that_are_given_have_keys_of_their_own(
+    model: Path, clips: Path, tmp_path: Path
+) -> None:
+    """One store serves models that are given one frame and models that are given two."""
+    keys: list[set[str]] = []
+    for name in ("wan_i2v", "wan_flf2v"):
+        given = values(WAN[name], model, clips, tmp_path, task="sft:data_process")
+        assert train(given, tmp_path / name)[0] == 0
+        keys.append(set(read_manifest(tmp_path / name).keys))
+    # Prompts and videos are the same, what is made of the frames is not.
+    assert len(keys[0] & keys[1]) == 2 * 4
+    assert len(keys[0] | keys[1]) == 6 * 4
+
+
+@pytest.mark.parametrize(
+    ("bounds", "timesteps"), [((0.0, 0.417), (875, 1000)), ((0.417, 1.0), (0, 875))]
+)
+def test_timesteps_are_drawn_inside_the_boundaries(
+    model: Path,
+    clips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bounds: tuple[float, float],
+    timesteps: tuple[float, float],
+) -> None:
+    seen: list[float] = []
+
+    def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) -> Tensors:
+        seen.extend(t.tolist())
+        return wan_stages.denoise(loaded, conditions, x_t, t)
+
+    monkeypatch.setattr(wanvideo, "FAMILY", replace(wanvideo.FAMILY, denoise=denoise))
+    low, high = bounds
+    given = values(WAN["wan_t2v"], model, clips, tmp_path, num_epochs=8)
+    given |= {"min_timestep_boundary": low, "max_timestep_boundary": high}
+    assert train(given, tmp_path / "run")[0] == 0
+    assert len(set(seen)) > 20
+    assert all(timesteps[0] <= t <= timesteps[1] for t in seen)
+
+
+def test_the_schedule_is_the_published_one() -> None:
+    path = wanvideo.path()
+    assert float(path.timesteps[0]) == 1000
+    assert float(path.timesteps[417]) == pytest.approx(875, abs=0.5)
+    assert float(path.timesteps[358]) == pytest.approx(900, abs=0.5)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    assert torch.allclose(path.sigmas, scheduler.sigmas[:1000], atol=1e-6)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0, 5)[:-1].tolist())
+    assert torch.allclose(wanvideo.inference_sigmas(4, {}), scheduler.sigmas, atol=1e-6)
+
+
+def test_vace_is_trained_alone_and_exported_whole(model: Path, clips: Path, tmp_path: Path) -> None:
+    given = values(
+        WAN["wan_vace"],
+        model,
+        clips,
+        tmp_path,
+        lora_base_model=None,
+        lora_rank=None,
+        trainable_models="vace",
+        use_gradient_checkpointing=True,
+    )
+    assert train(given, tmp_path / "run")[0] == 0
+    names = load_file(tmp_path / "run" / "epoch-0.safetensors").keys()
+    starts = {name.split(".")[0] for name in names}
+    assert starts == {"vace_blocks", "vace_patch_embedding"}
+    config = make_config(given)
+    found, record = find_model(config, HUB), read_record(tmp_path / "run")
+    assert record is not None
+    (exported,) = export_run(config, record, found)
+    verify_export(exported, found)
+    before = load_component(found.components["dit"], "cpu", torch.float32).state_dict()
+    after = load_file(exported.path)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert changed <= names
+
+
+def test_the_authors_config_is_not_taken_for_that_of_diffusers(
+    model: Path, clips: Path, tmp_path: Path
+) -> None:
+    """The repositories Wan-AI/Wan2.1-… hold one of their own beside the transformer."""
+    own = tmp_path / "model"
+    shutil.copytree(model / "original", own / "original")
+    theirs = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": 1536, "in_dim": 16}
+    config = own / "original" / "transformer" / "config.json"
+    config.write_text(json.dumps(theirs), encoding="utf-8")
+    given = make_config(values(WAN["wan_t2v"], own, clips, tmp_path, "original"))
+    found = find_model(given, HUB).components["dit"]
+    assert found.config is None
+    assert build_empty(found).config["num_layers"] == 2
+
+
+EXTRA = "extra_inputs"
+REFUSED = [
+    ("wan_t2v", {EXTRA: ["input_image"]}, "this transformer is given no frame"),
+    ("wan_t2v", {EXTRA: ["end_image"]}, "end_image is named without input_image"),
+    ("wan_t2v", {EXTRA: ["vace_video"]}, "vace_video is named, but the transformer has no VACE"),
+    ("wan_i2v", {EXTRA: None}, "given the first frame of each video, which is not named"),
+    ("wan22_ti2v_5b", {EXTRA: ["input_image", "end_image"]}, "given the first frame only"),
+    ("wan22_ti2v_5b", {"height": 48}, "height = 48 is not a multiple of 32"),
+    ("wan_vace", {EXTRA: None}, "nothing for them is named"),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "message"), REFUSED)
+def test_inputs_that_do_not_fit_the_model_are_refused(
+    model: Path, clips: Path, tmp_path: Path, name: str, overrides: dict[str, Any], message: str
+) -> None:
+    layout = "original"  # whose VAE is called by its name
+    config = make_config(values(WAN[name], model, clips, tmp_path, layout, **overrides))
+    with pytest.raises(ParameterError, match=message):
+        validate(config, find_model(config, HUB).family, FactBook(tmp_path / "facts"))
+
+
+def test_clip_is_asked_for(model: Path, clips: Path, tmp_path: Path) -> None:
+    given = values(WAN["wan_i2v"], model, clips, tmp_path)
+    given["model_paths"] = given["model_paths"][:-1]
+    with pytest.raises(ParameterError, match="CLIP is not named"):
+        find_model(make_config(given), HUB)
+
+
+def test_the_size_of_an_unnamed_wide_vae_must_be_given(
+    model: Path, clips: Path, tmp_path: Path
+) -> None:
+    given = values(WAN["wan22_ti2v_5b"], model, clips, tmp_path)
+    assert find_model(make_config(given), HUB).family.geometry.side_factor == 32
+    free = {name: value for name, value in given.items() if name not in ("height", "width")}
+    for config in (make_config(given | {"height": 48}), make_config(free)):
+        with pytest.raises(ParameterError, match="multiples of 32"):
+            find_model(config, HUB)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_plan_needs_no_files(case: Case, model: Path, clips: Path, tmp_path: Path) -> None:
+    """What is guessed from names has the stages that the files tell."""
+    config = make_config(values(case, model, clips, tmp_path, "original"))
+    guessed, found = guess_family(config), find_model(config, HUB).family
+    assert [stage.name for stage in guessed.stages] == [stage.name for stage in found.stages]
+    assert [stage.uses for stage in guessed.stages] == [stage.uses for stage in found.stages]
+    assert guessed.inputs == found.inputs
+    assert guessed.geometry == found.geometry
+
+
+TEMPLATES = sorted((ROOT / "recipes" / "examples").glob("wan2*.yaml"))
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_every_template_gives_a_plan(path: Path) -> None:
+    plan = make_plan(read_recipe(path).config)
+    assert {"dit", "text_encoder", "vae"} <= plan["components"].keys()
+    assert ("image_encoder" in plan["components"]) == (
+        "21_i2v" in path.stem or "flf2v" in path.stem
+    )
+    assert not plan["stages"]["in_step"]
+    without_family = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del without_family["family"], without_family["description"]
+    assert make_plan(make_config(without_family))["family"] == "wanvideo"
+
+
+@pytest.mark.parametrize(
+    ("name", "transformer"), [("wan_t2v", "transformer"), ("wan22_ti2v_5b", "transformer_ti2v")]
+)
+def test_samples_are_videos(
+    model: Path, clips: Path, tmp_path: Path, name: str, transformer: str
+) -> None:
+    overrides = {EXTRA: None, "height": 64, "width": 64}
+    found = find_model(make_config(values(WAN[name], model, clips, tmp_path, **overrides)), HUB)
+    assert found.family.samples_from_text
+    loaded = {
+        name: load_component(found.components[name], "cpu", torch.float32)
+        for name in ("dit", "vae")
+    }
+    assert isinstance(loaded["dit"], MODELS[transformer][0])
+    source = torch.Generator().manual_seed(0)
+    request = SampleRequest(
+        conditions={"prompt_embeds": torch.randn(2, 7, 64, generator=source)},
+        negative={"prompt_embeds": torch.randn(2, 3, 64, generator=source)},
+        height=64,
+        width=64,
+        num_frames=FRAMES,
+        num_inference_steps=2,
+        cfg_scale=2.0,
+        generators=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
+    )
+    with torch.no_grad():
+        videos = found.family.sample(loaded, request)
+    assert [len(frames) for frames in videos] == [FRAMES, FRAMES]
+    assert videos[0][0].size == (64, 64)
+    assert videos[0][0].tobytes() != videos[1][0].tobytes()
+
+
+def test_the_published_sizes_are_told_from_shapes() -> None:
+    """Wan2.1's VACE 1.3B and 14B, and the VAE of Wan2.2, by their published configurations."""
+    for layers, vace in ((30, list(range(0, 30, 2))), (40, list(range(0, 40, 5)))):
+        options = {"num_attention_heads": 2, "ffn_dim": 8, "text_dim": 8, "num_layers": layers}
+        with torch.device("meta"):
+            module = MODELS["transformer_vace"][0](vace_layers=vace, **options)
+            shapes = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+            built = wan_models.build_dit(shapes, None)
+        assert built.config["vace_layers"] == vace
+        assert {n: tuple(t.shape) for n, t in built.state_dict().items()} == shapes
+    with pytest.raises(ValueError, match="latents of 4 channels"):
+        wan_models.build_vae(
+            {"encoder.conv_in.weight": (8, 3, 3, 3, 3), "post_quant_conv.weight": (4, 4, 1, 1, 1)},
+            None,
+        )
