@@ -27,6 +27,7 @@ _DEPENDS_ON = (
     "sample_prompts",
     "trainable_models",
     "width",
+    "zero_cond_t",
 )
 _PROGRESS_PARTS = 10
 

@@ -10,8 +10,8 @@ the release, so each row is encoded in the way that it calls for:
     several pictures   that of the later releases (the "Plus" pipeline): each is called
                        "Picture 1", "Picture 2", … and has at most 384 x 384 pixels
 
-With `zero_cond_t`, which only a later release (-2511) is trained with, a single picture is shown in
-the later way too.
+With the parameter `zero_cond_t`, which only a later release (-2511) has, a single picture is shown
+in the later way too.
 """
 
 from collections.abc import Sequence
