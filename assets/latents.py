@@ -32,6 +32,7 @@ _DEPENDS_ON = (
     "task",
     "trainable_models",
     "width",
+    "zero_cond_t",
 )
 _PROGRESS_PARTS = 10
 

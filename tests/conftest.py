@@ -17,58 +17,71 @@ LORA = ["to_q", "to_v"]
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of 256 bytes and the special tokens of Qwen's chat template."""
+    """A byte-level BPE of 256 bytes and the special tokens of Qwen's templates."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
     vocabulary = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]}
-    )
+    names = ["im_start", "im_end", "endoftext", "vision_start", "vision_end", "image_pad"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{n}|>" for n in names]})
     tokenizer.save_pretrained(folder)
 
 
 def write_qwen(folder: Path) -> Path:
-    """A Qwen-Image of random weights in the layout of diffusers, whose shapes alone tell it."""
+    """A Qwen-Image of random weights in the layout of diffusers, whose shapes alone tell it.
+
+    Its text encoder has the 128 channels of a head and the 16 vision heads of every published one.
+    """
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLImageProcessorPil,
+    )
 
     torch.manual_seed(0)
     write_tokenizer(folder / "tokenizer")
+    Qwen2VLImageProcessorPil().save_pretrained(folder / "processor")
     QwenImageTransformer2DModel(
         num_layers=2,
         num_attention_heads=2,
         attention_head_dim=32,
         in_channels=64,
         out_channels=16,
-        joint_attention_dim=64,
+        joint_attention_dim=256,
         axes_dims_rope=(4, 14, 14),
     ).save_pretrained(folder / "transformer")
     AutoencoderKLQwenImage(base_dim=8).save_pretrained(folder / "vae")
     text = {
         "vocab_size": 300,
-        "hidden_size": 64,
+        "hidden_size": 256,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "intermediate_size": 64,
+        "rms_norm_eps": 1e-6,
         "rope_parameters": {
             "rope_type": "default",
-            "mrope_section": [4, 6, 6],
+            "mrope_section": [16, 24, 24],
             "rope_theta": 1e6,
         },
     }
     vision = {
         "depth": 1,
-        "hidden_size": 32,
-        "num_heads": 2,
+        "hidden_size": 64,
+        "num_heads": 16,
         "intermediate_size": 32,
-        "out_hidden_size": 64,
+        "out_hidden_size": 256,
     }
-    Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
-    ).save_pretrained(folder / "text_encoder")
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        vision_start_token_id=259,
+        image_token_id=261,
+        tie_word_embeddings=False,
+    )
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder / "text_encoder")
     return folder
 
 

@@ -311,7 +311,7 @@ def test_exported_lora_predicts_the_same_in_diffusers(
         "x_t": {"image": torch.randn(2, 16, 4, 6)},
         "conditions": collate(
             found.family.stage("prompt").yields,
-            [{"prompt_embeds": torch.randn(length, 64)} for length in (5, 9)],
+            [{"prompt_embeds": torch.randn(length, 256)} for length in (5, 9)],
         ),
         "t": torch.tensor([900.0, 100.0]),
     }

@@ -64,7 +64,7 @@ def test_names_of_files_do_not_matter(model: Path) -> None:
 def test_shapes_alone_give_the_same_transformer_and_vae(model: Path) -> None:
     config = config_for(model_files(model), model / "tokenizer")
     torch.manual_seed(0)
-    x, text = torch.randn(1, 4, 64), torch.randn(1, 3, 64)
+    x, text = torch.randn(1, 4, 64), torch.randn(1, 3, 256)
 
     def predict() -> torch.Tensor:
         dit = load_component(find_model(config, LOCAL).components["dit"], "cpu", torch.float32)

@@ -1,27 +1,22 @@
-"""Qwen-Image, text to image (Wu et al. 2025, arXiv:2508.02324).
+"""Qwen-Image (Wu et al. 2025, arXiv:2508.02324): text to image, and with `edit_image` editing.
 
-Modules come from diffusers and transformers; files are those of the repositories Qwen/Qwen-Image
-and Qwen/Qwen-Image-2512, whose single files already carry diffusers' tensor names.
+Files are those of the repositories Qwen/Qwen-Image, -2512, and -Edit, -Edit-2509, -Edit-2511.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from PIL import Image
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import Qwen2Tokenizer
 
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import Geometry
+from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import (
-    Component,
     Family,
     Input,
     Loaded,
@@ -33,7 +28,14 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
-from diffsynth_dagster.families.support import count_blocks, from_config
+from diffsynth_dagster.families.qwen_image_edit import COLUMN, edited
+from diffsynth_dagster.families.qwen_image_models import (
+    COMPONENTS,
+    PATCH,
+    encode_pixels,
+    pack,
+    unpack,
+)
 from diffsynth_dagster.objective.flow import (
     FlowPath,
     exponential_shift,
@@ -48,7 +50,6 @@ PROMPT_TEMPLATE = (
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 MAX_PROMPT_TOKENS = 1024
-PATCH = 2
 SCHEDULER = {
     "base_image_seq_len": 256,
     "base_shift": 0.5,
@@ -66,89 +67,6 @@ LORA_TARGETS = (
     "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"
     "img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
 )
-
-
-def build_dit(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
-    """The transformer. From shapes, the rotary axes take the published shares of a head: 1/8 for
-    the frame, 7/16 for each side."""
-    if config is not None:
-        return from_config(QwenImageTransformer2DModel, config)
-    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
-    inner, in_channels = shapes["img_in.weight"]
-    frame = head // 8
-    side = (head - frame) // 2
-    return QwenImageTransformer2DModel(
-        patch_size=PATCH,
-        in_channels=in_channels,
-        out_channels=shapes["proj_out.weight"][0] // PATCH**2,
-        num_layers=count_blocks(shapes, "transformer_blocks."),
-        attention_head_dim=head,
-        num_attention_heads=inner // head,
-        joint_attention_dim=shapes["txt_in.weight"][1],
-        axes_dims_rope=(frame, side, side),
-    )
-
-
-def build_vae(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
-    """The image VAE. From shapes, the mean and deviation of the latents are the published ones."""
-    if config is not None:
-        return from_config(AutoencoderKLQwenImage, config)
-    return AutoencoderKLQwenImage(
-        base_dim=shapes["encoder.conv_in.weight"][0],
-        z_dim=shapes["post_quant_conv.weight"][0],
-    )
-
-
-def convert_text_encoder(tensors: Tensors) -> Tensors:
-    """The names of the published files (`visual.…`, `model.layers.…`) → those of transformers."""
-    renamed: Tensors = {}
-    for name, tensor in tensors.items():
-        if name.startswith("visual."):
-            name = f"model.{name}"
-        elif name.startswith("model.") and not name.startswith(
-            ("model.visual.", "model.language_model.")
-        ):
-            name = name.replace("model.", "model.language_model.", 1)
-        renamed[name] = tensor
-    return renamed
-
-
-def build_text_encoder(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
-    """Qwen2.5-VL. From shapes, a head has the 128 channels of every published size, and the
-    rotary sections and the vision tower's constants are the published ones."""
-    if config is not None:
-        return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(dict(config)))
-    text, vision = "model.language_model.", "model.visual."
-    vocabulary, hidden = shapes[text + "embed_tokens.weight"]
-    tied = "lm_head.weight" not in shapes
-    text_config = {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "num_hidden_layers": count_blocks(shapes, text + "layers."),
-        "num_attention_heads": shapes[text + "layers.0.self_attn.q_proj.weight"][0] // 128,
-        "num_key_value_heads": shapes[text + "layers.0.self_attn.k_proj.weight"][0] // 128,
-        "intermediate_size": shapes[text + "layers.0.mlp.gate_proj.weight"][0],
-        "max_position_embeddings": 128000,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {
-            "rope_type": "default",
-            "mrope_section": [16, 24, 24],
-            "rope_theta": 1000000.0,
-        },
-    }
-    vision_config = {
-        "depth": count_blocks(shapes, vision + "blocks."),
-        "hidden_size": shapes[vision + "patch_embed.proj.weight"][0],
-        "intermediate_size": shapes[vision + "blocks.0.mlp.gate_proj.weight"][0],
-        "num_heads": 16,
-        "out_hidden_size": shapes[vision + "merger.mlp.2.weight"][0],
-        "tokens_per_second": 2,
-    }
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=text_config, vision_config=vision_config, tie_word_embeddings=tied
-        )
-    )
 
 
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
@@ -177,52 +95,35 @@ def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     return [results[index] for index in range(len(samples))]
 
 
-def _latent_moments(vae: AutoencoderKLQwenImage) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of the latents, each (1, C, 1, 1, 1) float32."""
-    config: Any = vae.config
-    mean = torch.tensor(config.latents_mean, device=vae.device).view(1, -1, 1, 1, 1)
-    std = torch.tensor(config.latents_std, device=vae.device).view(1, -1, 1, 1, 1)
-    return mean, std
-
-
 def encode_image(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Image (3, H, W) → `image` (C, H/8, W/8): the mode of the VAE's posterior, normalised."""
-    vae = loaded["vae"]
-    pixels = torch.stack([sample["image"] for sample in samples]).to(vae.device, vae.dtype)
-    latents = vae.encode(pixels.unsqueeze(2)).latent_dist.mode()
-    mean, std = _latent_moments(vae)
-    normalised = (latents.float() - mean) / std
-    return [{"image": latent} for latent in normalised.squeeze(2)]
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, H, W) → tokens of 2x2 patches (B, H W / 4, 4 C)."""
-    b, c, h, w = latents.shape
-    patches = latents.view(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // PATCH**2, c * PATCH**2)
-
-
-def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Tokens (B, H W / 4, 4 C) → latents (B, C, H, W), where H, W are `height`, `width`."""
-    b, _, c = tokens.shape
-    patches = tokens.view(b, height // PATCH, width // PATCH, c // PATCH**2, PATCH, PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c // PATCH**2, height, width)
+    """Image (3, H, W) → `image` (C, H/8, W/8): its latents."""
+    pixels = torch.stack([sample["image"] for sample in samples])
+    return [{"image": latent} for latent in encode_pixels(loaded["vae"], pixels)]
 
 
 def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) -> Tensors:
-    """The transformer's velocity for `image` (B, C, H, W) at timesteps t (B,) in [0, 1000]."""
+    """The transformer's velocity for `image` (B, C, H, W) at timesteps t (B,) in [0, 1000].
+
+    The tokens of edit images stand behind those of the image.
+    """
     latents = x_t["image"]
     height, width = latents.shape[-2:]
-    dit = loaded["dit"]
-    tokens = dit(
-        hidden_states=pack(latents),
+    tokens = pack(latents)
+    count = tokens.shape[1]
+    grids = [(1, height // PATCH, width // PATCH)]
+    if "edit_tokens" in conditions:
+        tokens = torch.cat([tokens, conditions["edit_tokens"]], dim=1)
+        # Samples of a batch are of equal shape: the grids of one are those of all.
+        grids += [(1, rows, columns) for rows, columns in conditions["edit_grids"][0].tolist()]
+    predicted = loaded["dit"](
+        hidden_states=tokens,
         encoder_hidden_states=conditions["prompt_embeds"],
         encoder_hidden_states_mask=conditions["prompt_embeds_mask"],
         timestep=t / 1000,
-        img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(latents),
+        img_shapes=[grids] * len(latents),
         return_dict=False,
     )[0]
-    return {"image": unpack(tokens, height, width)}
+    return {"image": unpack(predicted[:, :count], height, width)}
 
 
 def path() -> FlowPath:
@@ -290,35 +191,31 @@ def load_lora(
     )
 
 
+def variant(config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
+    """Qwen-Image, or its editing releases where `extra_inputs` names the edit image.
+
+    Raises:
+        ParameterError: a parameter is about edit images, but `extra_inputs` does not name them.
+    """
+    if COLUMN in config.extra_inputs:
+        return edited(FAMILY, config)
+    without = {
+        "data_file_keys": COLUMN in config.data_file_keys,
+        "processor_path": config.processor_path is not None,
+        "zero_cond_t": config.zero_cond_t,
+    }
+    for name in (name for name, given in without.items() if given):
+        raise ParameterError(
+            f"{name} is about edit images, which are not trained on",
+            where=name,
+            do=f"name '{COLUMN}' in extra_inputs and data_file_keys, or in neither",
+        )
+    return FAMILY
+
+
 FAMILY = Family(
     name="qwen_image",
-    components=(
-        Component(
-            "dit",
-            "transformer",
-            (("txt_norm.weight", "txt_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"),),
-            ("QwenImageTransformer2DModel",),
-            build_dit,
-        ),
-        Component(
-            "text_encoder",
-            "text_encoder",
-            (
-                ("visual.merger.ln_q.weight", "model.embed_tokens.weight"),
-                ("model.visual.merger.ln_q.weight", "model.language_model.embed_tokens.weight"),
-            ),
-            ("Qwen2_5_VLForConditionalGeneration",),
-            build_text_encoder,
-            convert_text_encoder,
-        ),
-        Component(
-            "vae",
-            "vae",
-            (("encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight"),),
-            ("AutoencoderKLQwenImage",),
-            build_vae,
-        ),
-    ),
+    components=COMPONENTS,
     tokenizers=(
         Tokenizer(
             "tokenizer",
@@ -351,6 +248,8 @@ FAMILY = Family(
     load_lora=load_lora,
     inference_sigmas=inference_sigmas,
     lora_targets={"dit": tuple(LORA_TARGETS.split(","))},
-    parameters=("tokenizer_path",),
+    parameters=("tokenizer_path", "processor_path", "zero_cond_t"),
+    extra_inputs=(COLUMN,),
+    variant=variant,
     repositories=("Qwen/Qwen-Image",),
 )

@@ -1,0 +1,172 @@
+"""Qwen-Image-Edit, -2509 and -2511: Qwen-Image with pictures beside the prompt.
+
+The column `edit_image` names one picture or several. The text encoder looks at them with the
+prompt, and their latents stand behind the noisy ones in the transformer's sequence.
+
+The releases show their pictures to the text encoder in two ways, and neither files nor flags name
+the release, so each row is encoded in the way that it calls for:
+
+    one picture        that of Qwen-Image-Edit: the picture as the VAE gets it, without a name
+    several pictures   that of the later releases (the "Plus" pipeline): each is called
+                       "Picture 1", "Picture 2", … and has at most 384 x 384 pixels
+
+With the parameter `zero_cond_t`, which only a later release (-2511) has, a single picture is shown
+in the later way too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import Qwen2VLImageProcessorPil
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.geometry import area_size
+from diffsynth_dagster.data.media import to_tensor
+from diffsynth_dagster.families.contract import (
+    Family,
+    Input,
+    Loaded,
+    Output,
+    Sample,
+    Stage,
+    Tensors,
+    Tokenizer,
+)
+from diffsynth_dagster.families.qwen_image_models import PATCH, build_dit, encode_pixels, pack
+
+COLUMN = "edit_image"
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, "
+    "texture, objects, background), then explain how the user's text instruction should alter or "
+    "modify the image. Generate a new image that meets the user's requirements while maintaining "
+    "consistency with the original input where appropriate.<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+IMAGE_PAD = "<|image_pad|>"
+AREA = 1024 * 1024
+"""Pixels of a picture for the VAE."""
+SHOWN_AREA = 384 * 384
+"""Pixels of a picture for the text encoder, in the later way."""
+
+PROCESSOR = Tokenizer(
+    "processor",
+    "processor_path",
+    "Qwen/Qwen-Image-Edit:processor/",
+    Qwen2VLImageProcessorPil.from_pretrained,
+)
+
+
+def resized(picture: Image.Image, area: int) -> Image.Image:
+    """A picture at this area in pixels, with its aspect as nearly as multiples of 32 allow."""
+    size = area_size(picture.width, picture.height, area)
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def shown(pictures: Sequence[Image.Image], area: int, later: bool) -> tuple[str, list[Image.Image]]:
+    """How the text encoder is shown a row's pictures.
+
+    Args:
+        area: of a picture for the VAE, in pixels.
+        later: whether a single picture is shown in the way of the later releases.
+
+    Returns:
+        What stands before the prompt, with one `IMAGE_PAD` for each picture, and the pictures.
+    """
+    block = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
+    if len(pictures) == 1 and not later:
+        return block, [resized(pictures[0], area)]
+    named = [f"Picture {number}: {block}" for number in range(1, len(pictures) + 1)]
+    return "".join(named), [resized(picture, min(area, SHOWN_AREA)) for picture in pictures]
+
+
+def encode_prompt(
+    loaded: Loaded, samples: Sequence[Sample], area: int, later: bool
+) -> list[Tensors]:
+    """Prompt and pictures → `prompt_embeds` (L, hidden): the last hidden states after the
+    template's prefix. See `shown` for the arguments.
+
+    Each sample has a forward pass of its own: the sequences are long and differ in length.
+    """
+    return [_encode_prompt(loaded, sample, area, later) for sample in samples]
+
+
+def _encode_prompt(loaded: Loaded, sample: Sample, area: int, later: bool) -> Tensors:
+    tokenizer, encoder = loaded["tokenizer"], loaded["text_encoder"]
+    processor: Any = loaded["processor"]
+    before, pictures = shown(sample[COLUMN], area, later)
+    seen = processor(images=pictures, return_tensors="pt").to(encoder.device)
+    counts = seen["image_grid_thw"].prod(-1) // processor.merge_size**2
+    # Each picture has a token for every patch that the vision tower makes of it.
+    first, *parts = before.split(IMAGE_PAD)
+    padded = [IMAGE_PAD * count + part for count, part in zip(counts.tolist(), parts, strict=True)]
+    text = TEMPLATE.format("".join([first, *padded, sample["prompt"]]))
+    ids = tokenizer(text, return_tensors="pt").input_ids.to(encoder.device)
+    hidden = encoder.model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=seen["pixel_values"],
+        image_grid_thw=seen["image_grid_thw"],
+        # Without this the tokens of a picture lose their rows and columns.
+        mm_token_type_ids=(ids == encoder.config.image_token_id).int(),
+        use_cache=False,
+    )
+    drop = len(tokenizer(TEMPLATE.split("{}")[0]).input_ids)
+    return {"prompt_embeds": hidden.last_hidden_state[0, drop:]}
+
+
+def encode_pictures(loaded: Loaded, samples: Sequence[Sample], area: int) -> list[Tensors]:
+    """Pictures → `edit_tokens` (L, 4 C): the latents of all, packed one after the other; and
+    `edit_grids` (N, 2): rows and columns of tokens of each of the N.
+
+    Args:
+        area: of each picture, in pixels.
+    """
+    tokens: list[torch.Tensor] = []
+    grids: list[tuple[int, int]] = []
+    # The n-th pictures of samples of equal shape are of equal size.
+    for pictures in zip(*(sample[COLUMN] for sample in samples), strict=True):
+        pixels = torch.stack([to_tensor(resized(picture, area)) for picture in pictures])
+        latents = encode_pixels(loaded["vae"], pixels)
+        grids.append((latents.shape[-2] // PATCH, latents.shape[-1] // PATCH))
+        tokens.append(pack(latents))
+    together = torch.cat(tokens, dim=1)
+    sizes = torch.tensor(grids, device=together.device)
+    return [{"edit_tokens": own, "edit_grids": sizes} for own in together]
+
+
+def edited(family: Family, config: TrainingConfig) -> Family:
+    """Qwen-Image with the stages of its editing releases."""
+    area = min(AREA, config.max_pixels)
+    pictures = Input(COLUMN, "picture", many=True, area=area)
+    later = config.zero_cond_t
+    # The ways of a single picture differ: their outputs have keys of their own.
+    prompt = Stage(
+        "edit_prompt_later" if later else "edit_prompt",
+        (Input("prompt", "text"), pictures),
+        ("tokenizer", "processor", "text_encoder"),
+        family.stage("prompt").yields,
+        partial(encode_prompt, area=area, later=later),
+    )
+    latents = Stage(
+        "edit_image",
+        (pictures,),
+        ("vae",),
+        (Output("edit_tokens", "condition"), Output("edit_grids", "condition")),
+        partial(encode_pictures, area=area),
+    )
+    components = family.components
+    if config.zero_cond_t:
+        build = partial(build_dit, zero_cond_t=True)
+        components = tuple(
+            replace(c, build=build) if c.name == family.denoiser else c for c in components
+        )
+    return replace(
+        family,
+        components=components,
+        tokenizers=(*family.tokenizers, PROCESSOR),
+        stages=(family.stage("image"), latents, prompt),
+    )

@@ -1,0 +1,120 @@
+"""What the table of families does not show of Qwen-Image-Edit: full sizes, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_config
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from PIL import Image
+
+from diffsynth_dagster.data.geometry import area_size
+from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.families.qwen_image import FAMILY
+from diffsynth_dagster.families.qwen_image_edit import (
+    AREA,
+    IMAGE_PAD,
+    PROCESSOR,
+    SHOWN_AREA,
+    resized,
+    shown,
+)
+from diffsynth_dagster.weights.identify import as_used
+
+SIZES = [(512, 512), (1920, 1080), (1080, 1920), (333, 777), (4000, 300), (1365, 1024), (97, 61)]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_sizes_at_the_published_area(width: int, height: int) -> None:
+    plain, plus = pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+    assert AREA == plus.VAE_IMAGE_SIZE
+    assert SHOWN_AREA == plus.CONDITION_IMAGE_SIZE
+    for area in (AREA, SHOWN_AREA):
+        ours = area_size(width, height, area)
+        assert ours == plain.calculate_dimensions(area, width / height)[:2]
+        assert ours == plus.calculate_dimensions(area, width / height)
+
+
+def test_pictures_are_resized_as_the_pipelines_do() -> None:
+    source = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (300, 450, 3), generator=source, dtype=torch.uint8)
+    picture = Image.fromarray(pixels.numpy())
+    width, height = area_size(450, 300, SHOWN_AREA)
+    theirs = VaeImageProcessor(vae_scale_factor=16).resize(picture, height, width)
+    assert resized(picture, SHOWN_AREA).tobytes() == theirs.tobytes()
+
+
+def test_a_row_is_shown_as_its_release_does() -> None:
+    """One picture at the VAE's size and without a name; several smaller, and called by number."""
+    picture = Image.new("RGB", (512, 512))
+    block = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
+    text, pictures = shown([picture], AREA, later=False)
+    assert (text, [p.size for p in pictures]) == (block, [(1024, 1024)])
+    text, pictures = shown([picture], AREA, later=True)
+    assert (text, [p.size for p in pictures]) == (f"Picture 1: {block}", [(384, 384)])
+    text, pictures = shown([picture] * 2, AREA, later=False)
+    assert text == f"Picture 1: {block}Picture 2: {block}"
+    assert [p.size for p in pictures] == [(384, 384)] * 2
+
+
+def test_the_published_processor_is_read(tmp_path: Path) -> None:
+    """Its class there is another one, which needs torchvision; its numbers are what counts."""
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,'
+        ' "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],'
+        ' "image_std": [0.26862954, 0.26130258, 0.27577711],'
+        ' "image_processor_type": "Qwen2VLImageProcessorFast",'
+        ' "processor_class": "Qwen2_5_VLProcessor"}',
+        encoding="utf-8",
+    )
+    read = PROCESSOR.load(str(tmp_path))
+    assert type(read).__name__ == "Qwen2VLImageProcessorPil"
+    assert (read.size["shortest_edge"], read.size["longest_edge"]) == (3136, 12845056)
+    (grid,) = read(images=[Image.new("RGB", (384, 384))], return_tensors="pt")["image_grid_thw"]
+    assert grid.tolist() == [1, 28, 28]
+
+
+def used(**values: Any) -> Any:
+    base = {
+        "family": "qwen_image",
+        "dataset_base_path": "data",
+        "dataset_metadata_path": "data/metadata.csv",
+        "model_paths": ["dit.safetensors"],
+        "trainable_models": "dit",
+    }
+    return as_used(FAMILY, make_config({**base, **values}), {})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"processor_path": "a"}, {"zero_cond_t": True}, {"data_file_keys": "image,edit_image"}],
+    ids=lambda values: next(iter(values)),
+)
+def test_what_is_about_edit_images_is_refused_without_them(values: dict[str, Any]) -> None:
+    (name,) = values
+    with pytest.raises(ParameterError, match=f"{name} is about edit images") as error:
+        used(**values)
+    assert "name 'edit_image' in extra_inputs and data_file_keys" in str(error.value)
+
+
+def test_each_use_has_its_own_keys_of_the_store() -> None:
+    """The prompt of a single picture is encoded in two ways, by the flag."""
+    edit = {"extra_inputs": "edit_image", "data_file_keys": "image,edit_image"}
+    names = [
+        {stage.name for stage in used(**values).stages}
+        for values in ({}, edit, {**edit, "zero_cond_t": True})
+    ]
+    assert names == [
+        {"prompt", "image"},
+        {"edit_prompt", "image", "edit_image"},
+        {"edit_prompt_later", "image", "edit_image"},
+    ]
+
+
+def test_the_first_file_column_is_the_image() -> None:
+    """It tells the size of a sample."""
+    family = used(extra_inputs="edit_image", data_file_keys="image,edit_image")
+    assert [item.column for item in family.file_inputs] == ["image", "edit_image"]
+    assert not family.samples_from_text
