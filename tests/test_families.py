@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from cases_flux import CASES as FLUX
 from cases_qwen import CASES as QWEN
 from conftest import make_config, train
 from family_case import Case
@@ -30,7 +31,7 @@ from diffsynth_dagster.weights.identify import FoundModel, find_model
 from diffsynth_dagster.weights.load import build_empty, load_component
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
 
-TABLE = (*QWEN,)
+TABLE = (*QWEN, *FLUX)
 LAYOUTS = [
     pytest.param(case, layout, id=f"{case.name}-{layout}")
     for case in TABLE

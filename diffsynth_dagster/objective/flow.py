@@ -20,6 +20,11 @@ def exponential_shift(sigmas: torch.Tensor, mu: float) -> torch.Tensor:
     return math.exp(mu) / (math.exp(mu) + 1.0 / sigmas - 1.0)
 
 
+def linear_shift(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
+    """sigma -> shift sigma / (1 + (shift - 1) sigma)"""
+    return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
+
+
 def stretch_to(sigmas: torch.Tensor, terminal: float) -> torch.Tensor:
     """Scale 1 - sigma so that the last sigma equals `terminal`."""
     z = 1.0 - sigmas
