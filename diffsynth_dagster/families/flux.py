@@ -203,26 +203,27 @@ def convert_vae(tensors: Tensors) -> Tensors:
     return convert_ldm_vae_checkpoint(tensors, blocks)
 
 
-def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Prompt → `prompt_embeds` (512, hidden) of T5 and `pooled_prompt_embeds` (hidden,) of CLIP.
-
-    Both are padded to their full length, and the transformer attends to the padding.
-    """
+def _tokens(tokenizer: Any, samples: Sequence[Sample], length: int) -> torch.Tensor:
+    """Prompts → tokens (B, length). The transformer attends to the padding."""
     prompts = [sample["prompt"] for sample in samples]
+    return tokenizer(
+        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
 
-    def tokens(tokenizer: Any, length: int, encoder: Any) -> torch.Tensor:
-        padded = tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return padded.input_ids.to(encoder.device)
 
-    clip, t5 = loaded["text_encoder"], loaded["text_encoder_2"]
-    positions = clip.config.max_position_embeddings
-    pooled = clip(tokens(loaded["tokenizer"], positions, clip)).pooler_output
-    embeds = t5(tokens(loaded["tokenizer_2"], MAX_T5_TOKENS, t5)).last_hidden_state
-    return [
-        {"prompt_embeds": e, "pooled_prompt_embeds": p} for e, p in zip(embeds, pooled, strict=True)
-    ]
+def encode_pooled(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Prompt → `pooled_prompt_embeds` (hidden,) of CLIP."""
+    clip = loaded["text_encoder"]
+    tokens = _tokens(loaded["tokenizer"], samples, clip.config.max_position_embeddings)
+    pooled = clip(tokens.to(clip.device)).pooler_output
+    return [{"pooled_prompt_embeds": embeds} for embeds in pooled]
+
+
+def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Prompt → `prompt_embeds` (512, hidden) of T5."""
+    t5 = loaded["text_encoder_2"]
+    tokens = _tokens(loaded["tokenizer_2"], samples, MAX_T5_TOKENS)
+    return [{"prompt_embeds": e} for e in t5(tokens.to(t5.device)).last_hidden_state]
 
 
 def _latents(vae: AutoencoderKL, images: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -552,10 +553,17 @@ FAMILY = Family(
     ),
     stages=(
         Stage(
+            "pooled_prompt",
+            (Input("prompt", "text"),),
+            ("tokenizer", "text_encoder"),
+            (Output("pooled_prompt_embeds", "condition"),),
+            encode_pooled,
+        ),
+        Stage(
             "prompt",
             (Input("prompt", "text"),),
-            ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
-            (Output("prompt_embeds", "condition"), Output("pooled_prompt_embeds", "condition")),
+            ("tokenizer_2", "text_encoder_2"),
+            (Output("prompt_embeds", "condition"),),
             encode_prompt,
         ),
         Stage(
