@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from cases_flux import CASES as FLUX
 from cases_qwen import CASES as QWEN
 from cases_wan import CASES as WAN
 from conftest import make_config, train
@@ -31,7 +32,7 @@ from diffsynth_dagster.weights.identify import FoundModel, find_model
 from diffsynth_dagster.weights.load import build_empty, load_component
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
 
-TABLE = (*QWEN, *WAN)
+TABLE = (*QWEN, *FLUX, *WAN)
 LAYOUTS = [
     pytest.param(case, layout, id=f"{case.name}-{layout}")
     for case in TABLE

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.facts import digest_file
@@ -150,8 +151,7 @@ def _export_full(
     folder: Path, found: Found, tensors: Tensors, provenance: dict[str, Any]
 ) -> Exported:
     module = build_empty(found)
-    is_transformers = hasattr(module, "generation_config")
-    name = "model" if is_transformers else "diffusion_pytorch_model"
+    name = "model" if isinstance(module, PreTrainedModel) else "diffusion_pytorch_model"
     path = folder / found.component.folder / f"{name}.safetensors"
     metadata = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
     write_tensors(path, tensors, metadata)

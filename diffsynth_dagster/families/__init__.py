@@ -38,6 +38,7 @@ def register(name: str, module: str) -> None:
 
 
 register("qwen_image", "diffsynth_dagster.families.qwen_image")
+register("flux", "diffsynth_dagster.families.flux")
 register("wanvideo", "diffsynth_dagster.families.wanvideo")
 
 

@@ -3,7 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+
+PATCH = 2
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
@@ -17,3 +20,17 @@ def from_config(kind: Any, config: Mapping[str, Any]) -> nn.Module:
     module = kind.from_config({k: v for k, v in config.items() if not k.startswith("_")})
     assert isinstance(module, nn.Module)
     return module
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, H, W) → tokens of 2x2 patches (B, H W / 4, 4 C)."""
+    b, c, h, w = latents.shape
+    patches = latents.view(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // PATCH**2, c * PATCH**2)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Tokens (B, H W / 4, 4 C) → latents (B, C, H, W), where H, W are `height`, `width`."""
+    b, _, c = tokens.shape
+    patches = tokens.view(b, height // PATCH, width // PATCH, c // PATCH**2, PATCH, PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c // PATCH**2, height, width)

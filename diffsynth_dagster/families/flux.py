@@ -1,0 +1,596 @@
+"""FLUX.1, text to image, with reference images (Kontext) or a ControlNet (Black Forest Labs 2024;
+Batifol et al. 2025, arXiv:2506.15742).
+
+Modules come from diffusers and transformers. Files are those of FLUX.1-dev, FLUX.1-Krea-dev and
+FLUX.1-Kontext-dev: the folders of diffusers, or `flux1-*.safetensors` and `ae.safetensors`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  (an alias made when imported)
+)
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.geometry import Geometry
+from diffsynth_dagster.errors import MetadataError, ParameterError
+from diffsynth_dagster.families.contract import (
+    Component,
+    Family,
+    Input,
+    Loaded,
+    Output,
+    Sample,
+    SampleRequest,
+    Shapes,
+    Stage,
+    Tensors,
+    Tokenizer,
+)
+from diffsynth_dagster.families.flux_names import PREFIX, close_lora, open_lora, to_diffusers
+from diffsynth_dagster.families.support import PATCH, count_blocks, from_config, pack, unpack
+from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift
+
+MAX_T5_TOKENS = 512
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+TRAINING_SHIFT = 3.0
+LAST_SIGMA = 0.003 / 1.002
+TRAINING_GUIDANCE = 1.0
+SAMPLING_GUIDANCE = 3.5
+
+KONTEXT, CONTROL, MODE = "kontext_images", "controlnet_image", "controlnet_processor_id"
+MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")
+"""What a union ControlNet is given, in the order of its modes."""
+
+_DOUBLE, _SINGLE = "transformer_blocks.*.", "single_transformer_blocks.*."
+LORA_ALIASES = {
+    "a_to_qkv": tuple(f"{_DOUBLE}attn.to_{x}" for x in "qkv"),
+    "b_to_qkv": tuple(f"{_DOUBLE}attn.add_{x}_proj" for x in "qkv"),
+    "ff_a.0": (f"{_DOUBLE}ff.net.0.proj",),
+    "ff_a.2": (f"{_DOUBLE}ff.net.2",),
+    "ff_b.0": (f"{_DOUBLE}ff_context.net.0.proj",),
+    "ff_b.2": (f"{_DOUBLE}ff_context.net.2",),
+    "a_to_out": (f"{_DOUBLE}attn.to_out.0",),
+    "b_to_out": (f"{_DOUBLE}attn.to_add_out",),
+    "proj_out": (f"{_SINGLE}proj_out",),
+    "norm.linear": (f"{_SINGLE}norm.linear",),
+    "norm1_a.linear": (f"{_DOUBLE}norm1.linear",),
+    "norm1_b.linear": (f"{_DOUBLE}norm1_context.linear",),
+    "to_qkv_mlp": (*(f"{_SINGLE}attn.to_{x}" for x in "qkv"), f"{_SINGLE}proj_mlp"),
+}
+
+
+def _architecture(shapes: Shapes) -> dict[str, Any]:
+    """What a transformer and a ControlNet have in common. The rotary axes take the published
+    shares of a head: 1/8 for the first, 7/16 for each side."""
+    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    inner, in_channels = shapes["x_embedder.weight"]
+    side = (head - head // 8) // 2
+    return {
+        "in_channels": in_channels,
+        "num_layers": count_blocks(shapes, "transformer_blocks."),
+        "num_single_layers": count_blocks(shapes, "single_transformer_blocks."),
+        "attention_head_dim": head,
+        "num_attention_heads": inner // head,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        "axes_dims_rope": (head // 8, side, side),
+    }
+
+
+def build_dit(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
+    """The transformer."""
+    if config is not None:
+        return from_config(FluxTransformer2DModel, config)
+    out_channels = shapes["proj_out.weight"][0]
+    return FluxTransformer2DModel(**_architecture(shapes), out_channels=out_channels)
+
+
+def build_controlnet(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
+    """A ControlNet; with modes when it is a union of several."""
+    if config is not None:
+        return from_config(FluxControlNetModel, config)
+    modes: Any = shapes.get("controlnet_mode_embedder.weight", (None,))[0]
+    return FluxControlNetModel(**_architecture(shapes), num_mode=modes)
+
+
+def build_text_encoder(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
+    """CLIP's text tower. From shapes, a head has the 64 channels of every published size."""
+    if config is not None:
+        return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+    vocabulary, hidden = shapes["embeddings.token_embedding.weight"]
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
+            num_hidden_layers=count_blocks(shapes, "encoder.layers."),
+            num_attention_heads=hidden // 64,
+            max_position_embeddings=shapes["embeddings.position_embedding.weight"][0],
+            bos_token_id=0,
+            eos_token_id=2,  # as published: pools at the highest token
+        )
+    )
+
+
+def convert_text_encoder(tensors: Tensors) -> Tensors:
+    """The names of the published file (`text_model.…`) → those of transformers."""
+    return {
+        name.removeprefix("text_model."): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith("embeddings.position_ids")
+    }
+
+
+def build_text_encoder_2(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
+    """T5's encoder, version 1.1."""
+    if config is not None:
+        return T5EncoderModel(T5Config.from_dict(dict(config)))
+    attention = "encoder.block.0.layer.0.SelfAttention."
+    vocabulary, hidden = shapes["shared.weight"]
+    buckets, heads = shapes[f"{attention}relative_attention_bias.weight"]
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=hidden,
+            d_kv=shapes[f"{attention}q.weight"][0] // heads,
+            d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+            num_layers=count_blocks(shapes, "encoder.block."),
+            num_heads=heads,
+            relative_attention_num_buckets=buckets,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def build_vae(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
+    """The image VAE. From shapes, the scale and shift of the latents are the published ones."""
+    if config is not None:
+        return from_config(AutoencoderKL, config)
+    levels = count_blocks(shapes, "encoder.down_blocks.")
+    make: Any = AutoencoderKL  # annotates tuples of one level
+    return make(
+        in_channels=shapes["encoder.conv_in.weight"][1],
+        out_channels=shapes["decoder.conv_out.weight"][0],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(
+            shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)
+        ),
+        layers_per_block=count_blocks(shapes, "encoder.down_blocks.0.resnets."),
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv="quant_conv.weight" in shapes,
+        use_post_quant_conv="post_quant_conv.weight" in shapes,
+    )
+
+
+def convert_vae(tensors: Tensors) -> Tensors:
+    """The names of `ae.safetensors` → diffusers' names."""
+    if "encoder.down.0.block.0.conv1.weight" not in tensors:
+        return tensors
+    levels = count_blocks(tensors, "encoder.down.")
+    blocks = {"down_block_types": range(levels), "up_block_types": range(levels)}
+    return convert_ldm_vae_checkpoint(tensors, blocks)
+
+
+def _tokens(tokenizer: Any, samples: Sequence[Sample], length: int) -> torch.Tensor:
+    """Prompts → tokens (B, length). The transformer attends to the padding."""
+    prompts = [sample["prompt"] for sample in samples]
+    return tokenizer(
+        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def encode_pooled(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Prompt → `pooled_prompt_embeds` (hidden,) of CLIP."""
+    clip = loaded["text_encoder"]
+    tokens = _tokens(loaded["tokenizer"], samples, clip.config.max_position_embeddings)
+    pooled = clip(tokens.to(clip.device)).pooler_output
+    return [{"pooled_prompt_embeds": embeds} for embeds in pooled]
+
+
+def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Prompt → `prompt_embeds` (512, hidden) of T5."""
+    t5 = loaded["text_encoder_2"]
+    tokens = _tokens(loaded["tokenizer_2"], samples, MAX_T5_TOKENS)
+    return [{"prompt_embeds": e} for e in t5(tokens.to(t5.device)).last_hidden_state]
+
+
+def _latents(vae: AutoencoderKL, images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Images (3, H, W) → (B, C, H/8, W/8): the mode of the VAE's posterior, normalised."""
+    config: Any = vae.config
+    pixels = torch.stack(list(images)).to(vae.device, vae.dtype)
+    posterior: Any = vae.encode(pixels)
+    latents = posterior.latent_dist.mode().float()
+    return (latents - config.shift_factor) * config.scaling_factor
+
+
+def encode_image(
+    loaded: Loaded, samples: Sequence[Sample], column: str = "image", name: str = "image"
+) -> list[Tensors]:
+    """Image (3, H, W) of a column → latents (C, H/8, W/8) called `name`."""
+    images = [sample[column] for sample in samples]
+    return [{name: latents} for latents in _latents(loaded["vae"], images)]
+
+
+def encode_control(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """`controlnet_image` → `control` (C, H/8, W/8); its mode's name → `control_mode` ()."""
+    encoded = encode_image(loaded, samples, CONTROL, "control")
+    for sample, tensors in zip(samples, encoded, strict=True):
+        if MODE not in sample:
+            continue
+        if sample[MODE] not in MODES:
+            raise MetadataError(
+                f"'{sample[MODE]}' is no mode of a union ControlNet",
+                where=f"the column {MODE}",
+                do=f"one of {', '.join(MODES)}",
+            )
+        tensors["control_mode"] = torch.tensor(MODES.index(sample[MODE]))
+    return encoded
+
+
+def encode_kontext(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Reference images → `kontext` (L, 4 C), the tokens of all one after another, and their
+    `kontext_ids` (L, 3), whose first axis counts the images from 1."""
+    tokens: list[torch.Tensor] = []
+    ids: list[torch.Tensor] = []
+    for number, images in enumerate(zip(*(s[KONTEXT] for s in samples), strict=True), 1):
+        latents = _latents(loaded["vae"], images)
+        tokens.append(pack(latents))
+        ids.append(position_ids(latents, number))
+    together = torch.cat(ids)
+    return [{"kontext": t, "kontext_ids": together} for t in torch.cat(tokens, 1)]
+
+
+def position_ids(latents: torch.Tensor, number: int = 0) -> torch.Tensor:
+    """Rotary positions of the tokens of latents (B, C, H, W): `number`, row, column (L, 3)."""
+    height, width = (side // PATCH for side in latents.shape[-2:])
+    axes = [torch.arange(n, device=latents.device) for n in (height, width)]
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([torch.full_like(rows, number), rows, columns], -1).view(-1, 3)
+
+
+def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) -> Tensors:
+    """The transformer's velocity for `image` (B, C, H, W) at timesteps t (B,) in [0, 1000]."""
+    latents, dit = x_t["image"], loaded["dit"]
+    height, width = latents.shape[-2:]
+    tokens, ids = pack(latents), position_ids(latents)
+    embeds = conditions["prompt_embeds"]
+    guidance = torch.full_like(t, TRAINING_GUIDANCE)
+    more: dict[str, Any] = {
+        "timestep": t / 1000,
+        "encoder_hidden_states": embeds,
+        "pooled_projections": conditions["pooled_prompt_embeds"],
+        "txt_ids": ids.new_zeros(embeds.shape[1], 3),
+        "return_dict": False,
+    }
+    double = single = None
+    if "control" in conditions:
+        controlnet = loaded["controlnet"]
+        mode = conditions.get("control_mode")
+        double, single = controlnet(
+            hidden_states=tokens,
+            controlnet_cond=pack(conditions["control"]),
+            controlnet_mode=None if mode is None else mode[:, None],
+            img_ids=ids,
+            guidance=guidance if controlnet.config.guidance_embeds else None,
+            **more,
+        )
+    count = tokens.shape[1]
+    if "kontext" in conditions:
+        # Samples of a batch have reference images of equal sizes.
+        tokens = torch.cat([tokens, conditions["kontext"]], 1)
+        ids = torch.cat([ids, conditions["kontext_ids"][0]])
+    velocity = dit(
+        hidden_states=tokens,
+        img_ids=ids,
+        guidance=guidance if dit.config.guidance_embeds else None,
+        controlnet_block_samples=double,
+        controlnet_single_block_samples=single,
+        **more,
+    )[0]
+    return {"image": unpack(velocity[:, :count], height, width)}
+
+
+def path() -> FlowPath:
+    """Shift 3, over sigmas from 1 to 0.003 / 1.002."""
+    sigmas = torch.linspace(1.0, LAST_SIGMA, 1000, dtype=torch.float64)
+    return flow_path(
+        linear_shift(sigmas, TRAINING_SHIFT), f"flow matching, shift {TRAINING_SHIFT:g}"
+    )
+
+
+def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
+    """Images by diffusers' own pipeline."""
+    make: Any = FluxPipeline  # takes None where the prompts are already encoded
+    pipeline = make(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER),
+        vae=loaded["vae"],
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=loaded["dit"],
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    negative = {f"negative_{n}": t for n, t in (request.negative or {}).items()}
+    images = pipeline(
+        **request.conditions,
+        **negative,
+        true_cfg_scale=request.cfg_scale,
+        guidance_scale=SAMPLING_GUIDANCE,
+        height=request.height,
+        width=request.width,
+        num_inference_steps=request.num_inference_steps,
+        generator=request.generators,
+    ).images
+    return [[image] for image in images]
+
+
+def inference_sigmas(steps: int, x_0: Tensors) -> torch.Tensor:
+    """The sigmas of the published sampler for the size of `image` (B, C, H, W)."""
+    height, width = x_0["image"].shape[-2:]
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
+    # diffusers' defaults are the published ones.
+    mu = calculate_shift(height * width // PATCH**2)
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+    return scheduler.sigmas
+
+
+def load_lora(
+    component: str, module: nn.Module, tensors: Tensors, metadata: Mapping[str, Any]
+) -> None:
+    """Load an exported LoRA the way `FluxPipeline.load_lora_weights` does.
+
+    Raises:
+        ValueError: the pipeline would leave layers out.
+    """
+    state = FluxPipeline.lora_state_dict(dict(tensors))
+    left_out = [n for n in state if not n.startswith(("transformer.", "text_encoder."))]
+    if left_out:
+        raise ValueError(f"FluxPipeline leaves {', '.join(left_out[:3])} out")
+    more: dict[str, Any] = {"metadata": dict(metadata) or None, "low_cpu_mem_usage": True}
+    if component == "dit":
+        FluxPipeline.load_lora_into_transformer(state, None, module, **more)
+    elif component == "text_encoder":
+        FluxPipeline.load_lora_into_text_encoder(state, None, module, "text_encoder", **more)
+    else:
+        raise ValueError(f"FluxPipeline loads no LoRA into its {component}")
+
+
+def _kontext_stage() -> Stage:
+    return Stage(
+        "kontext",
+        (Input(KONTEXT, "image", many=True),),
+        ("vae",),
+        (Output("kontext", "condition"), Output("kontext_ids", "condition")),
+        encode_kontext,
+    )
+
+
+def _control_stage(is_union: bool) -> Stage:
+    modes = (Output("control_mode", "condition"),) if is_union else ()
+    return Stage(
+        "control",
+        (
+            Input(CONTROL, "image", same_size=True),
+            *((Input(MODE, "text"),) if is_union else ()),
+        ),
+        ("vae",),
+        (Output("control", "condition"), *modes),
+        encode_control,
+    )
+
+
+def variant(config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
+    """FLUX.1 with the columns that `extra_inputs` names.
+
+    Raises:
+        ParameterError: the columns do not fit each other, or the ControlNet.
+    """
+    extra = config.extra_inputs
+    _check_control(config, given)
+    stages = list(FAMILY.stages)
+    if KONTEXT in extra:
+        stages.append(_kontext_stage())
+    if CONTROL in extra:
+        stages.append(_control_stage(MODE in extra))
+    if config.align_to_opensource_format and config.lora_base_model not in (None, "dit"):
+        raise ParameterError(
+            f"the open format has no names for a LoRA of '{config.lora_base_model}' here",
+            where="align_to_opensource_format",
+            do="leave it out: the export for diffusers is written anyway",
+        )
+    return replace(FAMILY, stages=tuple(stages))
+
+
+def _check_control(config: TrainingConfig, given: Mapping[str, Shapes]) -> None:
+    """Check that a ControlNet and its columns go together, as far as the models are known."""
+    extra = config.extra_inputs
+    all_told = len(given) == len(config.model_paths) + len(config.model_id_with_origin_paths)
+    shapes = given.get("controlnet")
+    is_union = "controlnet_mode_embedder.weight" in (shapes or ())
+
+    def refuse(what: str, do: str) -> None:
+        raise ParameterError(what, where="extra_inputs", do=do)
+
+    if CONTROL in extra and shapes is None and all_told and not config.encodes_only:
+        refuse(f"{CONTROL} is given but no ControlNet", "add its files to the model list")
+    if CONTROL not in extra and shapes is not None:
+        refuse(f"the model list has a ControlNet, but {CONTROL} is not given", f"name {CONTROL}")
+    if CONTROL not in extra and MODE in extra:
+        refuse(f"{MODE} is given but not {CONTROL}", f"name {CONTROL} as well")
+    if CONTROL in extra and KONTEXT in extra:
+        refuse(f"{KONTEXT} and {CONTROL} do not go together", "name one of them")
+    if shapes and any(name.startswith("input_hint_block.") for name in shapes):
+        refuse(
+            "the ControlNet reads its image with layers of its own, which is not supported",
+            "give one that reads latents, such as those of InstantX, Shakker Labs or Jasper",
+        )
+    if shapes and is_union and MODE not in extra:
+        refuse(f"the ControlNet is a union of several, and {MODE} is not given", f"name {MODE}")
+    if shapes and not is_union and MODE in extra:
+        refuse(f"{MODE} is given, but the ControlNet has no modes", "leave it out")
+
+
+_BLOCK_0 = ("double_blocks.0.img_mod.lin.weight", "img_in.weight", "vector_in.in_layer.weight")
+
+FAMILY = Family(
+    name="flux",
+    components=(
+        Component(
+            "dit",
+            "transformer",
+            (
+                (
+                    "x_embedder.weight",
+                    "context_embedder.weight",
+                    "norm_out.linear.weight",
+                    "transformer_blocks.0.norm1_context.linear.weight",
+                ),
+                _BLOCK_0,
+                tuple(PREFIX + name for name in _BLOCK_0),
+            ),
+            ("FluxTransformer2DModel",),
+            build_dit,
+            to_diffusers,
+            ("flux1-*.safetensors",),
+        ),
+        Component(
+            "text_encoder",
+            "text_encoder",
+            tuple(
+                (
+                    f"{start}embeddings.token_embedding.weight",
+                    f"{start}encoder.layers.0.self_attn.q_proj.weight",
+                    f"{start}final_layer_norm.weight",
+                )
+                for start in ("text_model.", "")
+            ),
+            ("CLIPTextModel",),
+            build_text_encoder,
+            convert_text_encoder,
+        ),
+        Component(
+            "text_encoder_2",
+            "text_encoder_2",
+            (
+                (
+                    "shared.weight",
+                    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                    "encoder.final_layer_norm.weight",
+                ),
+            ),
+            ("T5EncoderModel",),
+            build_text_encoder_2,
+        ),
+        Component(
+            "vae",
+            "vae",
+            (
+                ("encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.conv_norm_out.weight"),
+                ("encoder.down.0.block.0.conv1.weight", "decoder.norm_out.weight"),
+            ),
+            ("AutoencoderKL",),
+            build_vae,
+            convert_vae,
+            ("ae.safetensors",),
+        ),
+        Component(
+            "controlnet",
+            "controlnet",
+            (("controlnet_x_embedder.weight", "controlnet_blocks.0.weight"),),
+            ("FluxControlNetModel",),
+            build_controlnet,
+            # In repositories of their own, beside nothing else.
+            origin=("diffusion_pytorch_model*.safetensors",),
+            prefix="pipe.controlnet.models.0.",
+        ),
+    ),
+    tokenizers=(
+        Tokenizer(
+            "tokenizer",
+            "tokenizer_1_path",
+            "black-forest-labs/FLUX.1-dev:tokenizer/",
+            CLIPTokenizer.from_pretrained,
+        ),
+        Tokenizer(
+            "tokenizer_2",
+            "tokenizer_2_path",
+            "black-forest-labs/FLUX.1-dev:tokenizer_2/",
+            T5TokenizerFast.from_pretrained,
+        ),
+    ),
+    stages=(
+        Stage(
+            "pooled_prompt",
+            (Input("prompt", "text"),),
+            ("tokenizer", "text_encoder"),
+            (Output("pooled_prompt_embeds", "condition"),),
+            encode_pooled,
+        ),
+        Stage(
+            "prompt",
+            (Input("prompt", "text"),),
+            ("tokenizer_2", "text_encoder_2"),
+            (Output("prompt_embeds", "condition"),),
+            encode_prompt,
+        ),
+        Stage(
+            "image",
+            (Input("image", "image"),),
+            ("vae",),
+            (Output("image", "target"),),
+            encode_image,
+        ),
+    ),
+    denoiser="dit",
+    denoise=denoise,
+    path=path,
+    geometry=Geometry(side_factor=16),
+    sample=sample,
+    load_lora=load_lora,
+    inference_sigmas=inference_sigmas,
+    lora_targets={
+        "dit": tuple(LORA_ALIASES),
+        "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    },
+    lora_aliases={"dit": LORA_ALIASES},
+    open_lora=open_lora,
+    close_lora=close_lora,
+    denoise_uses=("controlnet",),
+    parameters=("tokenizer_1_path", "tokenizer_2_path", "align_to_opensource_format"),
+    extra_inputs=(KONTEXT, CONTROL, MODE),
+    variant=variant,
+    repositories=("black-forest-labs/FLUX.1",),
+)

@@ -1,0 +1,388 @@
+"""FLUX.1 with reference images and ControlNets, tiny."""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import write_images
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from family_case import Case, first_call
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.families.flux import MODES, SCHEDULER
+from diffsynth_dagster.families.support import pack, unpack
+
+ARCHITECTURE = {
+    "in_channels": 16,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 14, 14),
+}
+
+
+def write_tokenizers(folder: Path) -> None:
+    """Bytes for CLIP, letters for T5."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    letters = sorted(ByteLevel.alphabet())
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *special]
+    CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77
+    ).save_pretrained(folder / "tokenizer")
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz0123456789"]
+    T5TokenizerFast(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0).save_pretrained(
+        folder / "tokenizer_2"
+    )
+
+
+def randomised(module: Any) -> Any:
+    """With random values where a ControlNet begins with zeros."""
+    for parameter in module.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return module
+
+
+def write(folder: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    own = folder / "diffusers"
+    write_tokenizers(own)
+    dit = FluxTransformer2DModel(**ARCHITECTURE, num_layers=2, num_single_layers=2)
+    dit.save_pretrained(own / "transformer")
+    for name, modes in (("controlnet", None), ("union", 10)):
+        net = FluxControlNetModel(**ARCHITECTURE, num_layers=1, num_single_layers=1, num_mode=modes)
+        randomised(net).save_pretrained(folder / name / "controlnet")
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=514,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            bos_token_id=0,
+            eos_token_id=2,
+        )
+    )
+    clip.save_pretrained(own / "text_encoder")
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=40,
+            d_model=64,
+            d_kv=16,
+            d_ff=96,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    t5.save_pretrained(own / "text_encoder_2", max_shard_size="100KB")
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    # The published pipelines draw a ControlNet's latents from the posterior: here it has no spread.
+    torch.nn.init.zeros_(vae.encoder.conv_out.weight.data[4:])
+    torch.nn.init.constant_(vae.encoder.conv_out.bias.data[4:], -30.0)
+    vae.save_pretrained(own / "vae")
+    original = folder / "original"
+    (original / "text_encoder").mkdir(parents=True)
+    save_file(original_dit(dit.state_dict()), original / "flux1-dev.safetensors")
+    save_file(original_vae(vae.state_dict()), original / "ae.safetensors")
+    save_file(
+        {f"text_model.{name}": tensor for name, tensor in clip.state_dict().items()},
+        original / "text_encoder" / "model.safetensors",
+    )
+
+
+def original_dit(state: Tensors) -> Tensors:
+    """The authors' names, written from their published model."""
+    table = {
+        r"transformer_blocks\.(\d+)\.norm1\.linear": r"double_blocks.\1.img_mod.lin",
+        r"transformer_blocks\.(\d+)\.norm1_context\.linear": r"double_blocks.\1.txt_mod.lin",
+        r"transformer_blocks\.(\d+)\.attn\.to_out\.0": r"double_blocks.\1.img_attn.proj",
+        r"transformer_blocks\.(\d+)\.attn\.to_add_out": r"double_blocks.\1.txt_attn.proj",
+        r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj": r"double_blocks.\1.img_mlp.0",
+        r"transformer_blocks\.(\d+)\.ff\.net\.2": r"double_blocks.\1.img_mlp.2",
+        r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj": r"double_blocks.\1.txt_mlp.0",
+        r"transformer_blocks\.(\d+)\.ff_context\.net\.2": r"double_blocks.\1.txt_mlp.2",
+        r"single_transformer_blocks\.(\d+)\.norm\.linear": r"single_blocks.\1.modulation.lin",
+        r"single_transformer_blocks\.(\d+)\.proj_out": r"single_blocks.\1.linear2",
+        r"x_embedder": "img_in",
+        r"context_embedder": "txt_in",
+        r"time_text_embed\.timestep_embedder\.linear_1": "time_in.in_layer",
+        r"time_text_embed\.timestep_embedder\.linear_2": "time_in.out_layer",
+        r"time_text_embed\.text_embedder\.linear_1": "vector_in.in_layer",
+        r"time_text_embed\.text_embedder\.linear_2": "vector_in.out_layer",
+        r"time_text_embed\.guidance_embedder\.linear_1": "guidance_in.in_layer",
+        r"time_text_embed\.guidance_embedder\.linear_2": "guidance_in.out_layer",
+        r"proj_out": "final_layer.linear",
+        r"norm_out\.linear": "final_layer.adaLN_modulation.1",
+    }
+    norms = {
+        r"transformer_blocks\.(\d+)\.attn\.norm_q": r"double_blocks.\1.img_attn.norm.query_norm",
+        r"transformer_blocks\.(\d+)\.attn\.norm_k": r"double_blocks.\1.img_attn.norm.key_norm",
+        r"transformer_blocks\.(\d+)\.attn\.norm_added_q": r"double_blocks.\1.txt_attn.norm.query_norm",
+        r"transformer_blocks\.(\d+)\.attn\.norm_added_k": r"double_blocks.\1.txt_attn.norm.key_norm",
+        r"single_transformer_blocks\.(\d+)\.attn\.norm_q": r"single_blocks.\1.norm.query_norm",
+        r"single_transformer_blocks\.(\d+)\.attn\.norm_k": r"single_blocks.\1.norm.key_norm",
+    }
+    named: Tensors = {}
+    for name, tensor in state.items():
+        layer, _, kind = name.rpartition(".")
+        for here, there in table.items():
+            if re.fullmatch(here, layer):
+                if layer == "norm_out.linear":
+                    scale, shift = tensor.chunk(2)
+                    tensor = torch.cat([shift, scale])
+                named[f"{re.sub(here, there, layer)}.{kind}"] = tensor
+        for here, there in norms.items():
+            if re.fullmatch(here, layer):
+                named[f"{re.sub(here, there, layer)}.scale"] = tensor
+    for kind in ("weight", "bias"):
+        for i in range(2):
+            block = f"transformer_blocks.{i}.attn"
+            for side, parts in (
+                ("img", ("to_q", "to_k", "to_v")),
+                ("txt", ("add_q_proj", "add_k_proj", "add_v_proj")),
+            ):
+                named[f"double_blocks.{i}.{side}_attn.qkv.{kind}"] = torch.cat(
+                    [state[f"{block}.{part}.{kind}"] for part in parts]
+                )
+            block = f"single_transformer_blocks.{i}"
+            named[f"single_blocks.{i}.linear1.{kind}"] = torch.cat(
+                [
+                    state[f"{block}.{part}.{kind}"]
+                    for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+                ]
+            )
+    return {name: tensor.contiguous() for name, tensor in named.items()}
+
+
+def original_vae(state: Tensors) -> Tensors:
+    """The names of the autoencoder's authors."""
+    named: Tensors = {}
+    for name, tensor in state.items():
+        name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
+        name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
+        up = re.search(r"up_blocks\.(\d)", name)
+        if up is not None:
+            name = name.replace(up[0], f"up.{3 - int(up[1])}")
+            name = name.replace(".resnets.", ".block.").replace("upsamplers.0", "upsample")
+        name = re.sub(
+            r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name
+        ).replace("conv_shortcut", "nin_shortcut")
+        if "mid_block.attentions.0" in name:
+            name = name.replace("mid_block.attentions.0", "mid.attn_1")
+            name = name.replace("to_out.0", "proj_out").replace("group_norm", "norm")
+            name = re.sub(r"to_([qkv])", r"\1", name)
+            if tensor.ndim == 2:
+                tensor = tensor[:, :, None, None]
+        named[name.replace("conv_norm_out", "norm_out")] = tensor.contiguous()
+    return named
+
+
+T5_SHARDS = "diffusers/text_encoder_2/model-*.safetensors"
+TOKENIZERS = {
+    "tokenizer_1_path": "diffusers/tokenizer",
+    "tokenizer_2_path": "diffusers/tokenizer_2",
+}
+DIFFUSERS = [
+    "diffusers/transformer/diffusion_pytorch_model.safetensors",
+    "diffusers/text_encoder/model.safetensors",
+    T5_SHARDS,
+    "diffusers/vae/diffusion_pytorch_model.safetensors",
+]
+ORIGINAL = [
+    "original/flux1-dev.safetensors",
+    "original/text_encoder/model.safetensors",
+    T5_SHARDS,
+    "original/ae.safetensors",
+]
+
+
+def layouts(*more: str) -> dict[str, dict[str, Any]]:
+    return {
+        "diffusers": {"model_paths": [*DIFFUSERS, *more], **TOKENIZERS},
+        "original": {"model_paths": [*ORIGINAL, *more], **TOKENIZERS},
+    }
+
+
+def rows(
+    folder: Path, column: str | None = None, size: tuple[int, int] = (32, 32), mode: bool = False
+) -> Path:
+    """Four images with captions, and an image of `size` for each in another column."""
+    table = write_images(folder, 4) / "metadata.csv"
+    if column is None:
+        return table
+    write_images(folder / "more", 4, [size])
+    lines = table.read_text().splitlines()
+    lines[0] += f",{column}" + (",controlnet_processor_id" if mode else "")
+    for index in range(4):
+        lines[index + 1] += f",more/{3 - index}.png" + (f",{MODES[index + 1]}" if mode else "")
+    table.write_text("\n".join(lines) + "\n")
+    return table
+
+
+def parts_of(own: Path) -> dict[str, Any]:
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER),
+        "vae": AutoencoderKL.from_pretrained(own / "vae"),
+        "text_encoder": CLIPTextModel.from_pretrained(own / "text_encoder"),
+        "tokenizer": CLIPTokenizer.from_pretrained(own / "tokenizer"),
+        "text_encoder_2": T5EncoderModel.from_pretrained(own / "text_encoder_2"),
+        "tokenizer_2": T5TokenizerFast.from_pretrained(own / "tokenizer_2"),
+        "transformer": FluxTransformer2DModel.from_pretrained(own / "transformer"),
+    }
+
+
+def called(
+    make: Callable[..., Any],
+    row: Mapping[str, Any],
+    x_t: Tensors,
+    lora: Path | None,
+    **more: Any,
+) -> tuple[Tensors, float]:
+    """What the transformer of a pipeline predicts in its first step."""
+    pipeline = make()
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    latents = x_t["image"]
+    height, width = latents.shape[-2:]
+    pipeline.set_progress_bar_config(disable=True)
+    with first_call(pipeline.transformer) as seen, torch.no_grad():
+        pipeline(
+            prompt=row["prompt"],
+            latents=pack(latents[None]),
+            height=height * 8,
+            width=width * 8,
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            output_type="latent",
+            **more,
+        )
+    timestep = float(seen["kwargs"]["timestep"][0]) * 1000
+    return {"image": unpack(seen["output"][:, : height * width // 4], height, width)[0]}, timestep
+
+
+def published(
+    folder: Path, row: Mapping[str, Any], x_t: Tensors, lora: Path | None
+) -> tuple[Tensors, float]:
+    return called(lambda: FluxPipeline(**parts_of(folder / "diffusers")), row, x_t, lora)
+
+
+def published_kontext(
+    folder: Path, row: Mapping[str, Any], x_t: Tensors, lora: Path | None
+) -> tuple[Tensors, float]:
+    height, width = (side * 8 for side in x_t["image"].shape[-2:])
+    return called(
+        lambda: FluxKontextPipeline(**parts_of(folder / "diffusers")),
+        row,
+        x_t,
+        lora,
+        image=Image.open(row["kontext_images"][0]),
+        max_area=height * width,
+        _auto_resize=False,
+    )
+
+
+def published_control(
+    folder: Path, row: Mapping[str, Any], x_t: Tensors, lora: Path | None, net: str
+) -> tuple[Tensors, float]:
+    controlnet = FluxControlNetModel.from_pretrained(folder / net / "controlnet")
+    mode = row.get("controlnet_processor_id")
+    return called(
+        lambda: FluxControlNetPipeline(**parts_of(folder / "diffusers"), controlnet=controlnet),
+        row,
+        x_t,
+        lora,
+        control_image=Image.open(row["controlnet_image"]),
+        control_mode=None if mode is None else MODES.index(mode),
+    )
+
+
+COMMON: dict[str, Any] = {
+    "family": "flux",
+    "write": write,
+    "targets": (
+        *(f"transformer_blocks.{i}.attn.to_{x}" for i in range(2) for x in "qkv"),
+        "to_add_out",
+        "ff.net.2",
+        "norm.linear",
+    ),
+    "aliases": ("a_to_qkv", "b_to_out", "ff_a.2", "norm.linear"),
+}
+OPEN = {"align_to_opensource_format": True}
+CONTROL = {"data_file_keys": ["image", "controlnet_image"]}
+CONTROLNET = "controlnet/diffusion_pytorch_model.safetensors"
+
+CASES = (
+    Case(
+        name="flux",
+        layouts=layouts(),
+        rows=rows,
+        parameters={"height": 32, "width": 32, **OPEN},
+        published=published,
+        **COMMON,
+    ),
+    Case(
+        name="flux_kontext",
+        layouts=layouts(),
+        rows=partial(rows, column="kontext_images", size=(32, 48)),
+        parameters={
+            "data_file_keys": ["image", "kontext_images"],
+            "extra_inputs": ["kontext_images"],
+            **OPEN,
+        },
+        published=published_kontext,
+        **COMMON,
+    ),
+    Case(
+        name="flux_controlnet",
+        layouts=layouts(f"controlnet/{CONTROLNET}"),
+        rows=partial(rows, column="controlnet_image", size=(32, 32)),
+        parameters={"extra_inputs": ["controlnet_image"], **CONTROL, **OPEN},
+        published=partial(published_control, net="controlnet"),
+        **COMMON,
+    ),
+    Case(
+        name="flux_controlnet_union",
+        layouts=layouts(f"union/{CONTROLNET}"),
+        rows=partial(rows, column="controlnet_image", size=(32, 32), mode=True),
+        parameters={
+            "extra_inputs": ["controlnet_image", "controlnet_processor_id"],
+            **CONTROL,
+            **OPEN,
+        },
+        published=partial(published_control, net="union"),
+        **COMMON,
+    ),
+)

@@ -1,0 +1,500 @@
+"""FLUX.1: names of other tools, LoRAs as a start, several modules at once, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from cases_flux import ARCHITECTURE, CASES, CONTROLNET, rows, write
+from conftest import make_config, train
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from safetensors.torch import load_file, save_file
+
+from diffsynth_dagster.cache.encode import trained_components
+from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.store import Store
+from diffsynth_dagster.errors import MetadataError, ParameterError, UserError
+from diffsynth_dagster.export import export_run, verify_export
+from diffsynth_dagster.export.run import Exported
+from diffsynth_dagster.families import find_family
+from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.families.flux import (
+    LORA_ALIASES,
+    SCHEDULER,
+    encode_control,
+    inference_sigmas,
+    path,
+)
+from diffsynth_dagster.families.flux_names import PREFIX, close_lora, open_lora, to_diffusers
+from diffsynth_dagster.plan import check_plan
+from diffsynth_dagster.training.batches import StepDataset
+from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.training.step import TrainingStep
+from diffsynth_dagster.weights.header import read_metadata
+from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.identify import find_model, guess_family
+from diffsynth_dagster.weights.lora import fuse_lora, read_lora
+
+HUB = ModelHub(Path(), skip_download=True)
+FLUX = CASES[0]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("flux")
+    write(folder)
+    return folder
+
+
+Values = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def values(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Values:
+    """The parameters of a LoRA training of one step; a value of None leaves one out."""
+    folder = tmp_path_factory.mktemp("data")
+    tables = {
+        "plain": rows(folder / "plain"),
+        "control": rows(folder / "control", "controlnet_image", (32, 32), mode=True),
+    }
+    cache = tmp_path_factory.mktemp("cache")
+
+    def make(data: str = "plain", layout: str = "diffusers", **overrides: Any) -> dict[str, Any]:
+        base: dict[str, Any] = {
+            "family": "flux",
+            "dataset_base_path": str(tables[data].parent),
+            "dataset_metadata_path": str(tables[data]),
+            **FLUX.models(model, layout),
+            "height": 32,
+            "width": 32,
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "lora_base_model": "dit",
+            "lora_rank": 4,
+            "cache_path": str(cache),
+            "output_path": "unused",
+        }
+        return {k: v for k, v in {**base, **overrides}.items() if v is not None}
+
+    return make
+
+
+def exports(values: dict[str, Any], run: Path) -> list[Exported]:
+    config = make_config({**values, "output_path": str(run)})
+    record = read_record(run)
+    assert record is not None
+    return export_run(config, record, find_model(config, HUB))
+
+
+def first_loss(values: dict[str, Any], folder: Path) -> float:
+    code, run = train(values, folder)
+    assert code == 0
+    return float(pl.read_csv(run / "metrics.csv")["loss"][0])
+
+
+def test_schedule_is_the_shifted_one() -> None:
+    sigmas = torch.linspace(1.0, 0.003 / 1.002, 1000, dtype=torch.float64)
+    flow = path()
+    torch.testing.assert_close(flow.sigmas, (3 * sigmas / (1 + 2 * sigmas)).float())
+    torch.testing.assert_close(flow.timesteps, flow.sigmas * 1000)
+
+
+def test_inference_sigmas_are_those_of_the_pipeline(model: Path) -> None:
+    pipeline: Any = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER),
+        None,
+        None,
+        None,
+        None,
+        None,
+        FluxTransformer2DModel.from_pretrained(model / "diffusers" / "transformer"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(
+        prompt_embeds=torch.zeros(1, 2, 64),
+        pooled_prompt_embeds=torch.zeros(1, 64),
+        height=64,
+        width=96,
+        num_inference_steps=3,
+        output_type="latent",
+    )
+    ours = inference_sigmas(3, {"image": torch.zeros(1, 4, 8, 12)})
+    torch.testing.assert_close(ours, pipeline.scheduler.sigmas)
+
+
+def published_names(double: int = 2, single: int = 2) -> Tensors:
+    """The authors' transformer at its published heights, one number wide."""
+    source = torch.Generator().manual_seed(0)
+    heights = {
+        "img_in": 3072,
+        "txt_in": 3072,
+        "final_layer.linear": 64,
+        "final_layer.adaLN_modulation.1": 6144,
+        **{
+            f"{n}_in.{m}_layer": 3072 for n in ("time", "vector", "guidance") for m in ("in", "out")
+        },
+    }
+    for i in range(double):
+        for side in ("img", "txt"):
+            block = f"double_blocks.{i}.{side}"
+            heights |= {f"{block}_mod.lin": 18432, f"{block}_mlp.0": 12288, f"{block}_mlp.2": 3072}
+            heights |= {f"{block}_attn.qkv": 9216, f"{block}_attn.proj": 3072}
+    for i in range(single):
+        block = f"single_blocks.{i}"
+        heights |= {f"{block}.linear1": 21504, f"{block}.linear2": 3072}
+        heights |= {f"{block}.modulation.lin": 9216}
+    tensors = {
+        f"{name}.{kind}": torch.randn(rows, *more, generator=source)
+        for name, rows in heights.items()
+        for kind, more in (("weight", (1,)), ("bias", ()))
+    }
+    norms = [f"double_blocks.{i}.{s}_attn.norm" for i in range(double) for s in ("img", "txt")]
+    for norm in (*norms, *(f"single_blocks.{i}.norm" for i in range(single))):
+        for kind in ("query", "key"):
+            tensors[f"{norm}.{kind}_norm.scale"] = torch.randn(128, generator=source)
+    return tensors
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_names_are_those_of_the_published_converter(prefix: str) -> None:
+    given = {prefix + name: tensor for name, tensor in published_names().items()}
+    ours = to_diffusers(given)
+    theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(given))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    again = to_diffusers(ours)
+    assert all(again[name] is ours[name] for name in ours)
+    assert len(again) == len(ours)
+
+
+def random_lora(rank: int) -> Tensors:
+    """A LoRA of every layer inside the blocks, at the published heights."""
+    source = torch.Generator().manual_seed(1)
+    tensors: Tensors = {}
+    for name, weight in to_diffusers(published_names()).items():
+        layer = name.removesuffix(".weight")
+        if layer == name or ".norm_" in name or weight.ndim == 1:
+            continue
+        tensors[f"{layer}.lora_A.weight"] = torch.randn(rank, 3, generator=source)
+        tensors[f"{layer}.lora_B.weight"] = torch.randn(len(weight), rank, generator=source)
+    return tensors
+
+
+def updates(tensors: Tensors, scale: float = 1.0) -> Tensors:
+    ends = (".lora_A.weight", ".lora_B.weight")
+    layers = [name.removesuffix(ends[0]) for name in tensors if name.endswith(ends[0])]
+    return {layer: tensors[layer + ends[1]] @ tensors[layer + ends[0]] * scale for layer in layers}
+
+
+@pytest.mark.parametrize("left", ["", "to_k", "to_q,to_k,to_v", "proj_mlp,add_q_proj"])
+def test_an_opened_lora_is_the_same_in_the_pipeline(left: str) -> None:
+    """Also where only some of the layers that are one there have a LoRA."""
+    tensors = random_lora(rank=4)
+    for part in filter(None, left.split(",")):
+        tensors = {n: t for n, t in tensors.items() if f".{part}." not in n}
+    inside = {n: t for n, t in tensors.items() if "transformer_blocks." in n}
+    opened = open_lora(inside, alpha=2.0)
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    if "to_q" not in left:
+        assert opened[f"{key}.lora_down.weight"].shape == (12, 3)
+        assert opened[f"{key}.lora_up.weight"].shape == (9216, 12)
+        assert float(opened[f"{key}.alpha"]) == 6.0
+    theirs = updates(FluxPipeline.lora_state_dict(dict(opened)))
+    for layer, update in updates(inside, 2.0 / 4).items():
+        other = theirs.pop(f"transformer.{layer}")
+        assert float((other - update).abs().max()) <= 1e-5
+    assert not any(update.any() for update in theirs.values())
+    everything = open_lora(tensors, alpha=2.0)
+    closed = close_lora(everything)
+    assert {n for n in closed if ".lora_" in n} == tensors.keys()
+    assert all(torch.equal(closed[name], tensor) for name, tensor in tensors.items())
+    assert {float(t) for n, t in closed.items() if n.endswith(".alpha")} == {2.0}
+
+
+def test_a_foreign_fused_lora_shares_its_a() -> None:
+    """Tools that train the fused layer have one A for all of its parts."""
+    source = torch.Generator().manual_seed(2)
+    key = "lora_unet_single_blocks_1_linear1"
+    foreign = {
+        f"{key}.lora_down.weight": torch.randn(8, 3, generator=source),
+        f"{key}.lora_up.weight": torch.randn(21504, 8, generator=source),
+        f"{key}.alpha": torch.tensor(4.0),
+    }
+    closed = close_lora(foreign)
+    theirs = updates(FluxPipeline.lora_state_dict(dict(foreign)))
+    assert len(theirs) == 4
+    for layer, update in updates(closed, 4.0 / 8).items():
+        assert float((theirs[f"transformer.{layer}"] - update).abs().max()) <= 1e-5
+
+
+@pytest.fixture(scope="session")
+def lora(values: Values, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """A run that trained a LoRA of all usual layers, and its files by format."""
+    given = values(align_to_opensource_format=True, num_epochs=5, lora_alpha=2.0)
+    code, run = train(given, tmp_path_factory.mktemp("lora") / "run")
+    assert code == 0
+    files = {item.format: item.path for item in exports(given, run)}
+    return run, {"checkpoint": run / "epoch-4.safetensors", **files}
+
+
+def loss_in_the_pipeline(values: dict[str, Any], run: Path, lora: Path, model: Path) -> float:
+    """The first step's loss with the LoRA loaded by diffusers."""
+    config = make_config({**values, "output_path": str(run)})
+    found = find_model(config, HUB)
+    dit: Any = FluxTransformer2DModel.from_pretrained(model / "diffusers" / "transformer")
+    make: Any = FluxPipeline
+    pipeline = make(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, dit)
+    pipeline.load_lora_weights(lora)
+    count = len(found.family.path().sigmas)
+    trained = trained_components(config)
+    step = TrainingStep(found.family, {"dit": dit}, {}, trained, config.seed, (0, count))
+    (batch,) = StepDataset(config, found.family, read_manifest(run), 0, 1)[0]
+    with torch.no_grad():
+        return float(step(batch).mean())
+
+
+def test_every_exported_format_is_a_start(
+    values: Values, lora: tuple[Path, dict[str, Path]], model: Path, tmp_path: Path
+) -> None:
+    """At step 0 the loss is that of the trained model; and the same when it is fused."""
+    run, files = lora
+    assert files.keys() == {"checkpoint", "diffusers", "kohya"}
+    wanted = loss_in_the_pipeline(values(), run, files["diffusers"], model)
+    for name, file in files.items():
+        start = values(lora_checkpoint=str(file), lora_alpha=2.0)
+        assert first_loss(start, tmp_path / name) == pytest.approx(wanted, rel=1e-5)
+        fused = values(preset_lora_path=str(file), preset_lora_model="dit")
+        assert first_loss(fused, tmp_path / f"{name}-fused") == pytest.approx(wanted, rel=1e-5)
+    assert first_loss(values(), tmp_path / "none") != pytest.approx(wanted, rel=1e-5)
+    # Another alpha scales the start.
+    other = values(lora_checkpoint=str(files["kohya"]), lora_alpha=8.0)
+    assert first_loss(other, tmp_path / "alpha") == pytest.approx(wanted, rel=1e-5)
+
+
+def refusal(values: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    code, _ = train(values, folder)
+    assert code == 2
+    return capsys.readouterr().err
+
+
+def test_a_lora_that_does_not_fit_is_refused(
+    values: Values,
+    lora: tuple[Path, dict[str, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = str(lora[1]["kohya"])
+    said = refusal(values(lora_checkpoint=file, lora_rank=8), tmp_path / "a", capsys)
+    assert "(4, 64) in the file, not (8, 64)" in said
+    assert "lora_rank" in said
+    fewer = values(lora_checkpoint=file, lora_target_modules=["a_to_qkv"])
+    said = refusal(fewer, tmp_path / "b", capsys)
+    assert "the LoRA file has besides" in said
+    assert "lora_target_modules" in said
+    said = refusal(values(remove_prefix_in_ckpt="pipe.vae."), tmp_path / "c", capsys)
+    assert "no trained tensor starts with 'pipe.vae.'" in said
+    assert "pipe.dit." in said
+    foreign = tmp_path / "foreign.safetensors"
+    tensors = {f"lora_te1_x.lora_{n}.weight": torch.ones(4, 4) for n in ("down", "up")}
+    save_file({**load_file(file), **tensors}, foreign)
+    said = refusal(values(preset_lora_path=str(foreign)), tmp_path / "d", capsys)
+    assert "layers that the model lacks: lora_te1_x" in said
+    wrong = values(lora_base_model="text_encoder", align_to_opensource_format=True)
+    assert "no names for a LoRA of 'text_encoder'" in refusal(wrong, tmp_path / "e", capsys)
+
+
+def test_three_modules_at_once(values: Values, model: Path, tmp_path: Path) -> None:
+    """CLIP and a ControlNet in full, the transformer through a LoRA: a file for each."""
+    from diffusers import FluxControlNetModel
+    from transformers import CLIPTextModel
+
+    given = values(
+        "control",
+        trainable_models=["text_encoder", "controlnet"],
+        model_paths=[*values()["model_paths"], str(model / "union" / CONTROLNET)],
+        data_file_keys=["image", "controlnet_image"],
+        extra_inputs=["controlnet_image", "controlnet_processor_id"],
+        learning_rate=1e-4,
+    )
+    code, run = train(given, tmp_path / "run")
+    assert code == 0
+    columns = read_manifest(run).frame.columns
+    assert {"key:prompt", "key:image", "key:control"} <= set(columns)
+    assert "key:pooled_prompt" not in columns
+    made = {item.component: item for item in exports(given, run)}
+    assert made.keys() == {"dit", "text_encoder", "controlnet"}
+    found = find_model(make_config({**given, "output_path": str(run)}), HUB)
+    for item in made.values():
+        verify_export(item, found)
+    tensors = load_file(run / "epoch-0.safetensors")
+    clip: Any = CLIPTextModel.from_pretrained(made["text_encoder"].path.parent)
+    net: Any = FluxControlNetModel.from_pretrained(made["controlnet"].path.parent)
+    for prefix, module, folder in (
+        ("pipe.text_encoder.", clip, model / "diffusers" / "text_encoder"),
+        ("pipe.controlnet.models.0.", net, model / "union" / "controlnet"),
+    ):
+        (before,) = (load_file(file) for file in folder.glob("*.safetensors"))
+        state = module.state_dict()
+        assert all(torch.equal(state[name], tensors[prefix + name]) for name in state)
+        assert any(not torch.equal(state[name], before[name]) for name in state)
+
+
+def test_a_controlnet_is_saved_with_bare_names(values: Values, model: Path, tmp_path: Path) -> None:
+    given = values(
+        "control",
+        lora_base_model=None,
+        lora_rank=None,
+        trainable_models=["controlnet"],
+        model_paths=[*values()["model_paths"], str(model / "controlnet" / CONTROLNET)],
+        data_file_keys=["image", "controlnet_image"],
+        extra_inputs=["controlnet_image"],
+        remove_prefix_in_ckpt="pipe.controlnet.models.0.",
+    )
+    code, run = train(given, tmp_path / "run")
+    assert code == 0
+    names = load_file(run / "epoch-0.safetensors").keys()
+    assert names == load_file(model / "controlnet" / CONTROLNET).keys()
+    (exported,) = exports(given, run)
+    verify_export(exported, find_model(make_config({**given, "output_path": str(run)}), HUB))
+
+
+def test_a_lora_of_clip_loads_in_the_pipeline(values: Values, tmp_path: Path) -> None:
+    given = values(lora_base_model="text_encoder", remove_prefix_in_ckpt="pipe.text_encoder.")
+    code, run = train(given, tmp_path / "run")
+    assert code == 0
+    (exported,) = exports(given, run)
+    verify_export(exported, find_model(make_config({**given, "output_path": str(run)}), HUB))
+    assert exported.tensors == 2 * 4 * 2
+
+
+def test_float8_for_what_is_not_trained(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dit = values()["model_paths"][0]
+    loss = first_loss(values(fp8_models=[dit]), tmp_path / "lora")
+    exact = first_loss(values(), tmp_path / "exact")
+    assert loss != exact
+    assert loss == pytest.approx(exact, rel=0.1)
+    full = values(fp8_models=[dit], lora_base_model=None, lora_rank=None, trainable_models=["dit"])
+    assert "'dit' is trained, and float8 is too coarse" in refusal(full, tmp_path / "b", capsys)
+
+
+def test_shapes_alone_give_the_same_encodings(values: Values, model: Path, tmp_path: Path) -> None:
+    """The single files have no config.json: what is not told by a shape is as published."""
+    bare = tmp_path / "t5"
+    bare.mkdir()
+    for file in (model / "diffusers" / "text_encoder_2").glob("*.safetensors"):
+        (bare / file.name).symlink_to(file)
+    given = values(layout="original", cache_path=str(tmp_path / "cache"))
+    given["model_paths"][2] = str(bare / "*.safetensors")
+    outputs: list[Tensors] = []
+    for index, config in enumerate((values(), given)):
+        code, run = train({**config, "task": "sft:data_process"}, tmp_path / str(index))
+        assert code == 0
+        manifest = read_manifest(run)
+        store = Store(Path(manifest.store))
+        store.refresh()
+        row = manifest.frame.sort("row").row(0, named=True)
+        outputs.append({})
+        for column in (c for c in row if c.startswith("key:")):
+            outputs[-1] |= store.read(row[column])
+    assert outputs[0].keys() == {"image", "prompt_embeds", "pooled_prompt_embeds"}
+    assert outputs[0]["prompt_embeds"].shape == (512, 64)
+    for name, tensor in outputs[0].items():
+        torch.testing.assert_close(outputs[1][name], tensor, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("net", "extra", "message"),
+    [
+        ("controlnet", "", "has a ControlNet, but controlnet_image is not given"),
+        (None, "controlnet_image", "controlnet_image is given but no ControlNet"),
+        (None, "controlnet_processor_id", "given but not controlnet_image"),
+        ("union", "controlnet_image", "a union of several"),
+        ("controlnet", "controlnet_image,controlnet_processor_id", "has no modes"),
+        ("controlnet", "controlnet_image,kontext_images", "do not go together"),
+        ("controlnet", "controlnet_image,controlnet_inpaint_mask", "controlnet_inpaint_mask"),
+    ],
+)
+def test_columns_and_controlnets_go_together(
+    values: Values, model: Path, net: str | None, extra: str, message: str
+) -> None:
+    files = [str(model / net / CONTROLNET)] if net else []
+    keys = ["image", *(c for c in extra.split(",") if "image" in c)]
+    config = make_config(
+        values(
+            "control",
+            model_paths=[*values()["model_paths"], *files],
+            extra_inputs=extra,
+            data_file_keys=keys,
+        )
+    )
+    with pytest.raises(ParameterError, match=message):
+        check_plan(config, find_model(config, HUB).family)
+
+
+def test_an_unknown_mode_is_told() -> None:
+    def image(mode: str) -> dict[str, Any]:
+        return {"controlnet_image": torch.zeros(3, 32, 32), "controlnet_processor_id": mode}
+
+    class Vae:
+        config = type("Config", (), {"shift_factor": 0.0, "scaling_factor": 1.0})
+        device, dtype = "cpu", torch.float32
+
+        def encode(self, pixels: torch.Tensor) -> Any:
+            mode = lambda: pixels  # noqa: E731
+            return type("Out", (), {"latent_dist": type("Dist", (), {"mode": staticmethod(mode)})})
+
+    (encoded,) = encode_control({"vae": Vae()}, [image("depth")])
+    assert int(encoded["control_mode"]) == 2
+    with pytest.raises(MetadataError, match="'sketch' is no mode"):
+        encode_control({"vae": Vae()}, [image("sketch")])
+
+
+def test_the_family_is_told_by_files_and_by_repository(values: Values) -> None:
+    for layout in ("diffusers", "original"):
+        assert (
+            find_model(make_config(values(layout=layout, family=None)), HUB).family.name == "flux"
+        )
+    named = values(family=None, model_paths=None)
+    named["model_id_with_origin_paths"] = [
+        "black-forest-labs/FLUX.1-Krea-dev:flux1-krea-dev.safetensors",
+        "black-forest-labs/FLUX.1-dev:text_encoder_2/*.safetensors",
+    ]
+    assert guess_family(make_config(named)).name == "flux"
+    named["model_id_with_origin_paths"] = ["black-forest-labs/FLUX.2-dev:transformer/*.safetensors"]
+    with pytest.raises(UserError):
+        guess_family(make_config(named))
+
+
+def test_every_alias_reaches_layers_of_its_own() -> None:
+    """And together they reach all that lie in the blocks."""
+    from diffsynth_dagster.training.modules import lora_targets
+
+    with torch.device("meta"):
+        dit = FluxTransformer2DModel(**ARCHITECTURE, num_layers=2, num_single_layers=2)
+    family = find_family("flux")
+    reached: list[str] = []
+    base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "model_paths": ["x"]}
+    for alias in LORA_ALIASES:
+        config = make_config({**base, "lora_base_model": "dit", "lora_target_modules": [alias]})
+        reached += lora_targets(config, family, dit)
+    inside = [
+        name
+        for name, module in dit.named_modules()
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name
+    ]
+    assert sorted(reached) == sorted(inside)
+
+
+def test_the_kohya_file_tells_where_it_comes_from(lora: tuple[Path, dict[str, Path]]) -> None:
+    assert "samples_digest" in read_metadata(lora[1]["kohya"])["diffsynth_dagster"]
+    found = read_lora(lora[1]["kohya"], find_family("flux"), "dit", "the test")
+    assert {round(scale, 6) for scale in found.scale.values()} == {0.5}
+    with torch.device("meta"):
+        dit = FluxTransformer2DModel(**ARCHITECTURE, num_layers=1, num_single_layers=1)
+    with pytest.raises(UserError, match="layers that the model lacks"):
+        fuse_lora(dit, found, "the test")
