@@ -33,6 +33,9 @@ FLUX_REST = ",".join(
     f"black-forest-labs/FLUX.1-dev:{file}"
     for file in ("text_encoder/model.safetensors", "text_encoder_2/*.safetensors", "ae.safetensors")
 )
+CHECKPOINTING = {"--use_gradient_checkpointing": ""}
+EDIT = ("edit_prompt", "image", "edit_image")
+EDIT_PLUS = ("edit_prompt_later", "image", "edit_image")
 FULL_LORA = {"--lora_rank": "32", "--learning_rate": "1e-4", "--num_epochs": "5"}
 FULL = {"--learning_rate": "1e-5", "--num_epochs": "2"}
 
@@ -63,7 +66,8 @@ class Variant:
 
 
 def qwen(template: str, dit: str, edits: bool = False, **more: Any) -> Variant:
-    flags = {"--max_pixels": "1048576", "--dataset_repeat": "50", "--find_unused_parameters": ""}
+    flags = {"--max_pixels": "1048576", "--dataset_repeat": "50", **CHECKPOINTING}
+    flags |= {"--find_unused_parameters": ""}
     if edits:
         flags |= {"--data_file_keys": "image,edit_image", "--extra_inputs": "edit_image"}
     flags |= more.pop("flags", {})
@@ -72,7 +76,7 @@ def qwen(template: str, dit: str, edits: bool = False, **more: Any) -> Variant:
         "qwen_image",
         f"{dit}:transformer/diffusion_pytorch_model*.safetensors,{QWEN_REST}",
         ("dit", "text_encoder", "vae"),
-        ("prompt", "image", "edit_image") if edits else ("prompt", "image"),
+        more.pop("cached", ("prompt", "image")),
         flags,
         **more,
     )
@@ -80,6 +84,7 @@ def qwen(template: str, dit: str, edits: bool = False, **more: Any) -> Variant:
 
 def flux(template: str, dit: str, column: str = "", **more: Any) -> Variant:
     flags = {"--max_pixels": "1048576", "--dataset_repeat": "400" if column else "50"}
+    flags |= CHECKPOINTING
     if column:
         flags |= {"--data_file_keys": f"image,{column}", "--extra_inputs": column}
     flags |= more.pop("flags", {})
@@ -90,7 +95,7 @@ def flux(template: str, dit: str, column: str = "", **more: Any) -> Variant:
         "flux",
         models + (f",{extra}" if extra else ""),
         ("dit", "text_encoder", "text_encoder_2", "vae", *(["controlnet"] if extra else [])),
-        ("prompt", "image", *([column] if column else [])),
+        ("pooled_prompt", "prompt", "image", *more.pop("cached", ())),
         flags,
         {"--align_to_opensource_format": ""},
         targets=FT,
@@ -111,7 +116,10 @@ def wan(template: str, dit: str, frames: str | None, *extra: str, **more: Any) -
         )
         components.append("image_encoder")
     flags = {"--height": size[0], "--width": size[1], "--dataset_repeat": "100"}
-    flags |= {"--use_gradient_checkpointing": ""}
+    # The guide's trainer forces this on for the family.
+    flags |= (
+        {} if "--use_gradient_checkpointing_offload" in more.get("flags", {}) else CHECKPOINTING
+    )
     if frames is not None:
         flags["--num_frames"] = frames
     if extra:
@@ -130,8 +138,10 @@ def wan(template: str, dit: str, frames: str | None, *extra: str, **more: Any) -
 
 
 I2V = ("prompt", "video", "first_frame")
-CLIP = (*I2V, "image_features")
+CLIP = (*I2V, "first_features")
+FLF = ("prompt", "video", "first_and_last_frame", "first_and_last_features")
 VACE = {"--data_file_keys": "video,vace_video,vace_reference_image"}
+VACE |= {"--use_gradient_checkpointing_offload": ""}
 HIGH_T2V = {"--max_timestep_boundary": "0.417", "--min_timestep_boundary": "0"}
 LOW_T2V = {"--max_timestep_boundary": "1", "--min_timestep_boundary": "0.417"}
 HIGH_I2V = {"--max_timestep_boundary": "0.358", "--min_timestep_boundary": "0"}
@@ -148,7 +158,7 @@ def vace(template: str, size: str, lora_frames: str, full_frames: str) -> Varian
         "vace_video",
         "vace_reference_image",
         cached=("prompt", "video", "vace"),
-        flags={**VACE, "--use_gradient_checkpointing_offload": ""},
+        flags=VACE,
         lora={"--num_frames": lora_frames},
         full={"--num_frames": full_frames, "--learning_rate": "5e-5"},
         base="vace",
@@ -160,21 +170,28 @@ def vace(template: str, size: str, lora_frames: str, full_frames: str) -> Varian
 VARIANTS = (
     qwen("qwen_image", "Qwen/Qwen-Image"),
     qwen("qwen_image_2512", "Qwen/Qwen-Image-2512"),
-    qwen("qwen_image_edit", "Qwen/Qwen-Image-Edit", edits=True),
-    qwen("qwen_image_edit_2509", "Qwen/Qwen-Image-Edit-2509", edits=True),
+    qwen("qwen_image_edit", "Qwen/Qwen-Image-Edit", edits=True, cached=EDIT),
+    qwen("qwen_image_edit_2509", "Qwen/Qwen-Image-Edit-2509", edits=True, cached=EDIT_PLUS),
     qwen(
         "qwen_image_edit_2511",
         "Qwen/Qwen-Image-Edit-2511",
         edits=True,
+        cached=EDIT_PLUS,
         flags={"--zero_cond_t": ""},
     ),
     flux("flux_dev", "FLUX.1-dev:flux1-dev.safetensors"),
     flux("flux_krea_dev", "FLUX.1-Krea-dev:flux1-krea-dev.safetensors"),
-    flux("flux_kontext", "FLUX.1-Kontext-dev:flux1-kontext-dev.safetensors", "kontext_images"),
+    flux(
+        "flux_kontext",
+        "FLUX.1-Kontext-dev:flux1-kontext-dev.safetensors",
+        "kontext_images",
+        cached=("kontext",),
+    ),
     flux(
         "flux_controlnet_upscaler",
         "FLUX.1-dev:flux1-dev.safetensors",
         "controlnet_image",
+        cached=("control",),
         controlnet="jasperai/Flux.1-dev-Controlnet-Upscaler:diffusion_pytorch_model.safetensors",
         full={"--num_epochs": "1"},
         trained="controlnet",
@@ -183,6 +200,7 @@ VARIANTS = (
         "flux_controlnet_union",
         "FLUX.1-dev:flux1-dev.safetensors",
         "controlnet_image",
+        cached=("control",),
         controlnet="InstantX/FLUX.1-dev-Controlnet-Union-alpha:diffusion_pytorch_model.safetensors",
         flags={"--extra_inputs": "controlnet_image,controlnet_processor_id"},
         full={"--num_epochs": "1"},
@@ -215,7 +233,7 @@ VARIANTS = (
         "input_image",
         "end_image",
         clip=True,
-        cached=CLIP,
+        cached=FLF,
     ),
     wan("wan22_t2v_a14b_high", f"{W22}-T2V-A14B:high_noise_model/{DIT}", "49", flags=HIGH_T2V),
     wan("wan22_t2v_a14b_low", f"{W22}-T2V-A14B:low_noise_model/{DIT}", "49", flags=LOW_T2V),
@@ -247,7 +265,6 @@ def command(variant: Variant, kind: str) -> list[str]:
         "--dataset_metadata_path": "data/example/metadata.csv",
         "--model_id_with_origin_paths": variant.models,
         "--output_path": "./models/train/example",
-        "--use_gradient_checkpointing": "",
         **variant.flags,
     }
     if kind == "lora":
