@@ -9,11 +9,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cases_wan import CASES, FRAMES, MODELS, rows, write
+from cases_wan import CASES, FRAMES, MODELS, WIDE_VAE, rows, write
 from conftest import ROOT, make_config, train
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanTransformer3DModel,
+    WanVACETransformer3DModel,
+)
 from family_case import Case
 from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.config.recipe import read_recipe
@@ -279,18 +285,112 @@ def test_samples_are_videos(
     assert videos[0][0].tobytes() != videos[1][0].tobytes()
 
 
-def test_the_published_sizes_are_told_from_shapes() -> None:
-    """Wan2.1's VACE 1.3B and 14B, and the VAE of Wan2.2, by their published configurations."""
-    for layers, vace in ((30, list(range(0, 30, 2))), (40, list(range(0, 40, 5)))):
-        options = {"num_attention_heads": 2, "ffn_dim": 8, "text_dim": 8, "num_layers": layers}
-        with torch.device("meta"):
-            module = MODELS["transformer_vace"][0](vace_layers=vace, **options)
-            shapes = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-            built = wan_models.build_dit(shapes, None)
-        assert built.config["vace_layers"] == vace
-        assert {n: tuple(t.shape) for n, t in built.state_dict().items()} == shapes
+def test_every_model_can_be_stored_in_float8(model: Path, clips: Path, tmp_path: Path) -> None:
+    """Though UMT5 hands one of its layers what it reads in the type of that layer's weight."""
+    given = values(WAN["wan_i2v"], model, clips, tmp_path)
+    assert train(given | {"fp8_models": given["model_paths"]}, tmp_path / "run")[0] == 0
+
+
+def clip(**options: Any) -> torch.nn.Module:
+    return CLIPVisionModel(CLIPVisionConfig(**options))
+
+
+def umt5(**options: Any) -> torch.nn.Module:
+    return UMT5EncoderModel(UMT5Config(**options))
+
+
+WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+PUBLISHED = {
+    "t2v_14b": (wan_models.build_dit, WanTransformer3DModel, WAN_14B),
+    "t2v_1.3b": (wan_models.build_dit, WanTransformer3DModel, WAN_1_3B),
+    "i2v_14b": (
+        wan_models.build_dit,
+        WanTransformer3DModel,
+        WAN_14B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    ),
+    "flf2v_14b": (
+        wan_models.build_dit,
+        WanTransformer3DModel,
+        WAN_14B
+        | {
+            "in_channels": 36,
+            "image_dim": 1280,
+            "added_kv_proj_dim": 5120,
+            "pos_embed_seq_len": 514,
+        },
+    ),
+    "ti2v_5b": (
+        wan_models.build_dit,
+        WanTransformer3DModel,
+        {
+            "num_attention_heads": 24,
+            "ffn_dim": 14336,
+            "num_layers": 30,
+            "in_channels": 48,
+            "out_channels": 48,
+        },
+    ),
+    "vace_1.3b": (
+        wan_models.build_dit,
+        WanVACETransformer3DModel,
+        WAN_1_3B | {"vace_layers": list(range(0, 30, 2))},
+    ),
+    "vace_14b": (
+        wan_models.build_dit,
+        WanVACETransformer3DModel,
+        WAN_14B | {"vace_layers": list(range(0, 40, 5))},
+    ),
+    "vae": (wan_models.build_vae, AutoencoderKLWan, {"decoder_base_dim": 96}),
+    "vae_wide": (
+        wan_models.build_vae,
+        AutoencoderKLWan,
+        WIDE_VAE | {"base_dim": 160, "decoder_base_dim": 256},
+    ),
+    "clip": (
+        wan_models.build_image_encoder,
+        clip,
+        {
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+            "hidden_act": "gelu",
+        },
+    ),
+    "umt5": (
+        wan_models.build_text_encoder,
+        umt5,
+        {
+            "vocab_size": 256384,
+            "d_model": 4096,
+            "d_kv": 64,
+            "d_ff": 10240,
+            "num_layers": 24,
+            "num_heads": 64,
+        },
+    ),
+}
+"""The published configurations, as far as they differ from the defaults of the libraries."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_architectures_are_told_from_shapes(name: str) -> None:
+    build, make, options = PUBLISHED[name]
+    with torch.device("meta"):
+        module: Any = make(**options)
+        shapes = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+        built: Any = build(shapes, None)
+    wanted, got = (
+        m.config.to_dict() if name in ("clip", "umt5") else dict(m.config) for m in (module, built)
+    )
+    # Diffusers' notes, which start with an underscore, tell what was left to the defaults.
+    assert {k: v for k, v in got.items() if k[0] != "_" and wanted.get(k) != v} == {}
+    assert {n: tuple(t.shape) for n, t in built.state_dict().items()} == shapes
+
+
+def test_latents_of_unknown_scale_are_refused() -> None:
+    shapes = {"encoder.conv_in.weight": (8, 3, 3, 3, 3), "post_quant_conv.weight": (4, 4, 1, 1, 1)}
     with pytest.raises(ValueError, match="latents of 4 channels"):
-        wan_models.build_vae(
-            {"encoder.conv_in.weight": (8, 3, 3, 3, 3), "post_quant_conv.weight": (4, 4, 1, 1, 1)},
-            None,
-        )
+        wan_models.build_vae(shapes, None)

@@ -1,6 +1,7 @@
 """The loaded components of a model, loaded when first asked for and freed when told."""
 
 import gc
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -94,10 +95,12 @@ class Models:
 def store_in_float8(module: nn.Module, compute: torch.dtype) -> None:
     """Keep the weights of a module in float8 (e4m3) and compute in another type.
 
-    Norms, embeddings of positions and patches, and LoRA layers stay as they are; LoRA layers must
-    be there already.
+    Norms, embeddings of positions and patches, LoRA layers, and what the architecture keeps in
+    float32 stay as they are; LoRA layers must be there already.
     """
     kept = [*_NOT_IN_FLOAT8, *(getattr(module, "_skip_layerwise_casting_patterns", None) or ())]
+    for name in getattr(module, "_keep_in_fp32_modules", None) or ():
+        kept.append(rf"(^|\.){re.escape(name)}(\.|$)")
     apply_layerwise_casting(
         module,
         storage_dtype=torch.float8_e4m3fn,
