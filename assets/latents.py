@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 CHECK = "latents_complete_and_finite"
 _DEPENDS_ON = (
     "bucket_step",
+    "edit_plus",
     "extra_inputs",
     "family",
     "fp8_models",

@@ -138,6 +138,11 @@ class ModelParameters(BaseModel):
     zero_cond_t: bool = particular(
         False, "Give the latents of edit images the timestep zero, as Qwen-Image-Edit-2511 does."
     )
+    edit_plus: bool = particular(
+        False,
+        "Show also a single edit image to the text encoder as Qwen-Image-Edit-2509 and later do. "
+        "On by itself with zero_cond_t, and for a transformer from a repository of these.",
+    )
     fp8_models: ModelList = Field(
         (),
         description="Models stored in float8 and computed in the working precision, each written "

@@ -203,6 +203,7 @@ def variant(config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
         "data_file_keys": COLUMN in config.data_file_keys,
         "processor_path": config.processor_path is not None,
         "zero_cond_t": config.zero_cond_t,
+        "edit_plus": config.edit_plus,
     }
     for name in (name for name, given in without.items() if given):
         raise ParameterError(
@@ -248,7 +249,7 @@ FAMILY = Family(
     load_lora=load_lora,
     inference_sigmas=inference_sigmas,
     lora_targets={"dit": tuple(LORA_TARGETS.split(","))},
-    parameters=("tokenizer_path", "processor_path", "zero_cond_t"),
+    parameters=("tokenizer_path", "processor_path", "zero_cond_t", "edit_plus"),
     extra_inputs=(COLUMN,),
     variant=variant,
     repositories=("Qwen/Qwen-Image",),

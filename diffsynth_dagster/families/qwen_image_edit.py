@@ -3,17 +3,18 @@
 The column `edit_image` names one picture or several. The text encoder looks at them with the
 prompt, and their latents stand behind the noisy ones in the transformer's sequence.
 
-The releases show their pictures to the text encoder in two ways, and neither files nor flags name
-the release, so each row is encoded in the way that it calls for:
+The releases show their pictures to the text encoder in two ways:
 
-    one picture        that of Qwen-Image-Edit: the picture as the VAE gets it, without a name
-    several pictures   that of the later releases (the "Plus" pipeline): each is called
-                       "Picture 1", "Picture 2", … and has at most 384 x 384 pixels
+    Qwen-Image-Edit    one picture, as the VAE gets it, without a name
+    later (the "Plus"  each picture is called "Picture 1", "Picture 2", … and has at most
+    pipeline)          384 x 384 pixels
 
-With the parameter `zero_cond_t`, which only a later release (-2511) has, a single picture is shown
-in the later way too.
+Several pictures are always shown in the later way. A single one is with the parameter `edit_plus`,
+with `zero_cond_t`, which only a later release (-2511) has, and where the model list names a
+repository of a later release.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,7 @@ from diffsynth_dagster.families.contract import (
     Tokenizer,
 )
 from diffsynth_dagster.families.qwen_image_models import PATCH, build_dit, encode_pixels, pack
+from diffsynth_dagster.weights.entries import model_entries
 
 COLUMN = "edit_image"
 TEMPLATE = (
@@ -47,6 +49,7 @@ TEMPLATE = (
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 IMAGE_PAD = "<|image_pad|>"
+LATER = re.compile(r"Qwen-Image-Edit-\d{4}$")
 AREA = 1024 * 1024
 """Pixels of a picture for the VAE."""
 SHOWN_AREA = 384 * 384
@@ -138,11 +141,17 @@ def encode_pictures(loaded: Loaded, samples: Sequence[Sample], area: int) -> lis
     return [{"edit_tokens": own, "edit_grids": sizes} for own in together]
 
 
+def _names_later(config: TrainingConfig) -> bool:
+    """Whether the model list names a repository of a later release."""
+    repositories = [entry.repository or "" for entry in model_entries(config)]
+    return any(LATER.search(repository) for repository in repositories)
+
+
 def edited(family: Family, config: TrainingConfig) -> Family:
     """Qwen-Image with the stages of its editing releases."""
     area = min(AREA, config.max_pixels)
     pictures = Input(COLUMN, "picture", many=True, area=area)
-    later = config.zero_cond_t
+    later = config.zero_cond_t or config.edit_plus or _names_later(config)
     # The ways of a single picture differ: their outputs have keys of their own.
     prompt = Stage(
         "edit_prompt_later" if later else "edit_prompt",
