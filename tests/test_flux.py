@@ -1,5 +1,6 @@
 """FLUX.1: names of other tools, LoRAs as a start, several modules at once, and what is refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,15 @@ import polars as pl
 import pytest
 import torch
 from cases_flux import ARCHITECTURE, CASES, CONTROLNET, rows, write
-from conftest import make_config, train
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from conftest import ROOT, make_config, train
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.cache.encode import trained_components
@@ -25,11 +32,13 @@ from diffsynth_dagster.families.flux import (
     LORA_ALIASES,
     SCHEDULER,
     encode_control,
+    encode_kontext,
     inference_sigmas,
     path,
 )
 from diffsynth_dagster.families.flux_names import PREFIX, close_lora, open_lora, to_diffusers
 from diffsynth_dagster.plan import check_plan
+from diffsynth_dagster.train import main
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.training.step import TrainingStep
@@ -436,22 +445,88 @@ def test_columns_and_controlnets_go_together(
         check_plan(config, find_model(config, HUB).family)
 
 
-def test_an_unknown_mode_is_told() -> None:
-    def image(mode: str) -> dict[str, Any]:
-        return {"controlnet_image": torch.zeros(3, 32, 32), "controlnet_processor_id": mode}
+def test_a_mode_is_told_by_its_name(model: Path) -> None:
+    loaded = {"vae": AutoencoderKL.from_pretrained(model / "diffusers" / "vae")}
+    image = {"controlnet_image": torch.zeros(3, 32, 32)}
+    with torch.no_grad():
+        (encoded,) = encode_control(loaded, [{**image, "controlnet_processor_id": "depth"}])
+        assert int(encoded["control_mode"]) == 2
+        with pytest.raises(MetadataError, match="'sketch' is no mode of a union ControlNet"):
+            encode_control(loaded, [{**image, "controlnet_processor_id": "sketch"}])
 
-    class Vae:
-        config = type("Config", (), {"shift_factor": 0.0, "scaling_factor": 1.0})
-        device, dtype = "cpu", torch.float32
 
-        def encode(self, pixels: torch.Tensor) -> Any:
-            mode = lambda: pixels  # noqa: E731
-            return type("Out", (), {"latent_dist": type("Dist", (), {"mode": staticmethod(mode)})})
+def test_several_reference_images_are_counted(model: Path) -> None:
+    """Each sees the model as another: their order matters."""
+    loaded = {"vae": AutoencoderKL.from_pretrained(model / "diffusers" / "vae")}
+    dit: Any = FluxTransformer2DModel.from_pretrained(model / "diffusers" / "transformer")
+    source = torch.Generator().manual_seed(3)
+    first, second = (torch.randn(3, *size, generator=source) for size in ((32, 48), (16, 32)))
+    family = find_family("flux")
+    predictions: list[torch.Tensor] = []
+    with torch.no_grad():
+        for images in ([first, second], [second, first]):
+            (encoded,) = encode_kontext(loaded, [{"kontext_images": images}])
+            assert encoded["kontext"].shape == (6 + 2, 16)
+            counts = [6, 2] if images[0] is first else [2, 6]
+            assert encoded["kontext_ids"][:, 0].tolist() == [1] * counts[0] + [2] * counts[1]
+            conditions = {
+                "prompt_embeds": torch.zeros(1, 4, 64),
+                "pooled_prompt_embeds": torch.zeros(1, 64),
+                **{name: tensor[None] for name, tensor in encoded.items()},
+            }
+            x_t = {"image": torch.ones(1, 4, 4, 6)}
+            t = torch.tensor([500.0])
+            predictions.append(family.denoise({"dit": dit}, conditions, x_t, t)["image"])
+    assert predictions[0].shape == (1, 4, 4, 6)
+    assert float((predictions[0] - predictions[1]).abs().max()) > 1e-5
 
-    (encoded,) = encode_control({"vae": Vae()}, [image("depth")])
-    assert int(encoded["control_mode"]) == 2
-    with pytest.raises(MetadataError, match="'sketch' is no mode"):
-        encode_control({"vae": Vae()}, [image("sketch")])
+
+def test_images_are_sampled_on_the_way(values: Values, tmp_path: Path) -> None:
+    given = values(
+        sample_prompts=["a cat"], sample_num_inference_steps=2, sample_cfg_scale=2, save_steps=1
+    )
+    code, run = train(given, tmp_path / "run")
+    assert code == 0
+    pictures = sorted((run / "samples").rglob("*.png"))
+    assert pictures
+    with Image.open(pictures[0]) as picture:
+        assert picture.size >= (32, 32)
+
+
+def test_a_teacher_is_distilled(values: Values, tmp_path: Path) -> None:
+    table = rows(tmp_path / "data")
+    lines = table.read_text().splitlines()
+    table.write_text(
+        "\n".join([f"{lines[0]},seed,num_inference_steps", *(f"{x},1,2" for x in lines[1:])])
+    )
+    given = values(
+        task="direct_distill",
+        dataset_base_path=str(table.parent),
+        dataset_metadata_path=str(table),
+        extra_inputs="seed,num_inference_steps",
+    )
+    assert 0 < first_loss(given, tmp_path / "run") < 100
+
+
+def test_layers_that_the_pipeline_leaves_out_are_told() -> None:
+    """diffusers reads none of the layers outside the blocks from this format."""
+    tensors = {f"x_embedder.lora_{n}.weight": torch.ones(4, 4) for n in "AB"}
+    opened = open_lora(tensors, 4.0)
+    assert "lora_unet_img_in.lora_down.weight" in opened
+    with pytest.raises(ValueError, match=r"leaves x_embedder\.lora_"):
+        find_family("flux").load_lora("dit", torch.nn.Module(), opened, {})
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "recipes" / "examples").glob("flux_*.yaml")), ids=lambda p: p.stem
+)
+def test_the_templates_have_a_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", str(recipe), "--dry_run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    is_full = recipe.stem.endswith("_full")
+    name = "controlnet" if is_full and "controlnet" in recipe.stem else "dit"
+    assert name in (plan["trained"]["full"] if is_full else plan["trained"]["lora"]["base_model"])
+    assert {"dit", "text_encoder", "text_encoder_2", "vae"} <= plan["components"].keys()
 
 
 def test_the_family_is_told_by_files_and_by_repository(values: Values) -> None:
