@@ -10,11 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from torch import nn
@@ -265,14 +261,13 @@ def load_lora(
         raise ValueError(f"FluxPipeline loads no LoRA into its {component}")
 
 
-def _kontext_stage() -> Stage:
-    return Stage(
-        "kontext",
-        (Input(KONTEXT, "image", many=True),),
-        ("vae",),
-        (Output("kontext", "condition"), Output("kontext_ids", "condition")),
-        encode_kontext,
-    )
+_KONTEXT_STAGE = Stage(
+    "kontext",
+    (Input(KONTEXT, "image", many=True),),
+    ("vae",),
+    (Output("kontext", "condition"), Output("kontext_ids", "condition")),
+    encode_kontext,
+)
 
 
 def _control_stage(is_union: bool) -> Stage:
@@ -299,7 +294,7 @@ def variant(config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
     _check_control(config, given)
     stages = list(FAMILY.stages)
     if KONTEXT in extra:
-        stages.append(_kontext_stage())
+        stages.append(_KONTEXT_STAGE)
     if CONTROL in extra:
         stages.append(_control_stage(MODE in extra))
     if config.align_to_opensource_format and config.lora_base_model not in (None, "dit"):
