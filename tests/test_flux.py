@@ -373,6 +373,28 @@ def test_several_reference_images_are_counted(model: Path) -> None:
     assert float((predictions[0] - predictions[1]).abs().max()) > 1e-5
 
 
+def test_rows_of_one_and_of_several_reference_images(values: Values, tmp_path: Path) -> None:
+    """Each has its own sizes; a batch has samples of one kind. The first row is no list."""
+    table = rows(tmp_path / "data", "kontext_images", (48, 32))
+    lines = table.read_text().splitlines()
+    for row in (2, 4):
+        lines[row] = lines[row].replace(",more/", ',"[""0.png"",""more/') + '""]"'
+    table.write_text("\n".join(lines))
+    given = values(
+        dataset_base_path=str(table.parent),
+        dataset_metadata_path=str(table),
+        data_file_keys=["image", "kontext_images"],
+        extra_inputs=["kontext_images"],
+        height=None,
+        width=None,
+    )
+    code, run = train(given, tmp_path / "run")
+    assert code == 0
+    shapes = read_manifest(run).frame["shape"].value_counts().rows()
+    assert sorted(shapes) == [("32x32 32x32,48x32", 2), ("32x32 48x32", 2)]
+    assert pl.read_csv(run / "metrics.csv").height == 2
+
+
 def test_images_are_sampled_on_the_way(values: Values, tmp_path: Path) -> None:
     given = values(
         sample_prompts=["a cat"], sample_num_inference_steps=2, sample_cfg_scale=2, save_steps=1
