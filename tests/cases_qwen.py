@@ -10,7 +10,7 @@ from diffusers import QwenImagePipeline
 from family_case import Case, first_call
 
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.qwen_image import pack, unpack
+from diffsynth_dagster.families.support import pack, unpack
 
 
 def write(folder: Path) -> None:

@@ -33,7 +33,7 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
-from diffsynth_dagster.families.support import count_blocks, from_config
+from diffsynth_dagster.families.support import PATCH, count_blocks, from_config, pack, unpack
 from diffsynth_dagster.objective.flow import (
     FlowPath,
     exponential_shift,
@@ -48,7 +48,6 @@ PROMPT_TEMPLATE = (
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 MAX_PROMPT_TOKENS = 1024
-PATCH = 2
 SCHEDULER = {
     "base_image_seq_len": 256,
     "base_shift": 0.5,
@@ -193,20 +192,6 @@ def encode_image(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     mean, std = _latent_moments(vae)
     normalised = (latents.float() - mean) / std
     return [{"image": latent} for latent in normalised.squeeze(2)]
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, H, W) → tokens of 2x2 patches (B, H W / 4, 4 C)."""
-    b, c, h, w = latents.shape
-    patches = latents.view(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // PATCH**2, c * PATCH**2)
-
-
-def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Tokens (B, H W / 4, 4 C) → latents (B, C, H, W), where H, W are `height`, `width`."""
-    b, _, c = tokens.shape
-    patches = tokens.view(b, height // PATCH, width // PATCH, c // PATCH**2, PATCH, PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c // PATCH**2, height, width)
 
 
 def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) -> Tensors:
