@@ -269,7 +269,7 @@ def test_the_stage_rule_decides_what_is_cached(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--family", "flux"], "the family 'flux' is not supported yet"),
+        (["--family", "anima"], "the family 'anima' is not supported yet"),
         (["--family", "qwen_imag"], "did you mean 'qwen_image'"),
         (["--trainable_models", "dot"], "qwen_image has no model 'dot'; did you mean 'dit'"),
         (["--height", "100", "--width", "64"], "height = 100 is not a multiple of 16"),

@@ -1,5 +1,6 @@
 """FLUX.1: names of other tools, LoRAs as a start, several modules at once, and what is refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,14 @@ import polars as pl
 import pytest
 import torch
 from cases_flux import ARCHITECTURE, CASES, CONTROLNET, rows, write
-from conftest import make_config, train
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from conftest import ROOT, make_config, train
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.cache.encode import trained_components
@@ -22,14 +28,14 @@ from diffsynth_dagster.export.run import Exported
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.flux import (
-    LORA_ALIASES,
     SCHEDULER,
     encode_control,
+    encode_kontext,
     inference_sigmas,
     path,
 )
-from diffsynth_dagster.families.flux_names import PREFIX, close_lora, open_lora, to_diffusers
 from diffsynth_dagster.plan import check_plan
+from diffsynth_dagster.train import main
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.training.step import TrainingStep
@@ -123,111 +129,6 @@ def test_inference_sigmas_are_those_of_the_pipeline(model: Path) -> None:
     )
     ours = inference_sigmas(3, {"image": torch.zeros(1, 4, 8, 12)})
     torch.testing.assert_close(ours, pipeline.scheduler.sigmas)
-
-
-def published_names(double: int = 2, single: int = 2) -> Tensors:
-    """The authors' transformer at its published heights, one number wide."""
-    source = torch.Generator().manual_seed(0)
-    heights = {
-        "img_in": 3072,
-        "txt_in": 3072,
-        "final_layer.linear": 64,
-        "final_layer.adaLN_modulation.1": 6144,
-        **{
-            f"{n}_in.{m}_layer": 3072 for n in ("time", "vector", "guidance") for m in ("in", "out")
-        },
-    }
-    for i in range(double):
-        for side in ("img", "txt"):
-            block = f"double_blocks.{i}.{side}"
-            heights |= {f"{block}_mod.lin": 18432, f"{block}_mlp.0": 12288, f"{block}_mlp.2": 3072}
-            heights |= {f"{block}_attn.qkv": 9216, f"{block}_attn.proj": 3072}
-    for i in range(single):
-        block = f"single_blocks.{i}"
-        heights |= {f"{block}.linear1": 21504, f"{block}.linear2": 3072}
-        heights |= {f"{block}.modulation.lin": 9216}
-    tensors = {
-        f"{name}.{kind}": torch.randn(rows, *more, generator=source)
-        for name, rows in heights.items()
-        for kind, more in (("weight", (1,)), ("bias", ()))
-    }
-    norms = [f"double_blocks.{i}.{s}_attn.norm" for i in range(double) for s in ("img", "txt")]
-    for norm in (*norms, *(f"single_blocks.{i}.norm" for i in range(single))):
-        for kind in ("query", "key"):
-            tensors[f"{norm}.{kind}_norm.scale"] = torch.randn(128, generator=source)
-    return tensors
-
-
-@pytest.mark.parametrize("prefix", ["", PREFIX])
-def test_names_are_those_of_the_published_converter(prefix: str) -> None:
-    given = {prefix + name: tensor for name, tensor in published_names().items()}
-    ours = to_diffusers(given)
-    theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(given))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    again = to_diffusers(ours)
-    assert all(again[name] is ours[name] for name in ours)
-    assert len(again) == len(ours)
-
-
-def random_lora(rank: int) -> Tensors:
-    """A LoRA of every layer inside the blocks, at the published heights."""
-    source = torch.Generator().manual_seed(1)
-    tensors: Tensors = {}
-    for name, weight in to_diffusers(published_names()).items():
-        layer = name.removesuffix(".weight")
-        if layer == name or ".norm_" in name or weight.ndim == 1:
-            continue
-        tensors[f"{layer}.lora_A.weight"] = torch.randn(rank, 3, generator=source)
-        tensors[f"{layer}.lora_B.weight"] = torch.randn(len(weight), rank, generator=source)
-    return tensors
-
-
-def updates(tensors: Tensors, scale: float = 1.0) -> Tensors:
-    ends = (".lora_A.weight", ".lora_B.weight")
-    layers = [name.removesuffix(ends[0]) for name in tensors if name.endswith(ends[0])]
-    return {layer: tensors[layer + ends[1]] @ tensors[layer + ends[0]] * scale for layer in layers}
-
-
-@pytest.mark.parametrize("left", ["", "to_k", "to_q,to_k,to_v", "proj_mlp,add_q_proj"])
-def test_an_opened_lora_is_the_same_in_the_pipeline(left: str) -> None:
-    """Also where only some of the layers that are one there have a LoRA."""
-    tensors = random_lora(rank=4)
-    for part in filter(None, left.split(",")):
-        tensors = {n: t for n, t in tensors.items() if f".{part}." not in n}
-    inside = {n: t for n, t in tensors.items() if "transformer_blocks." in n}
-    opened = open_lora(inside, alpha=2.0)
-    key = "lora_unet_double_blocks_0_img_attn_qkv"
-    if "to_q" not in left:
-        assert opened[f"{key}.lora_down.weight"].shape == (12, 3)
-        assert opened[f"{key}.lora_up.weight"].shape == (9216, 12)
-        assert float(opened[f"{key}.alpha"]) == 6.0
-    theirs = updates(FluxPipeline.lora_state_dict(dict(opened)))
-    for layer, update in updates(inside, 2.0 / 4).items():
-        other = theirs.pop(f"transformer.{layer}")
-        assert float((other - update).abs().max()) <= 1e-5
-    assert not any(update.any() for update in theirs.values())
-    everything = open_lora(tensors, alpha=2.0)
-    closed = close_lora(everything)
-    assert {n for n in closed if ".lora_" in n} == tensors.keys()
-    assert all(torch.equal(closed[name], tensor) for name, tensor in tensors.items())
-    assert {float(t) for n, t in closed.items() if n.endswith(".alpha")} == {2.0}
-
-
-def test_a_foreign_fused_lora_shares_its_a() -> None:
-    """Tools that train the fused layer have one A for all of its parts."""
-    source = torch.Generator().manual_seed(2)
-    key = "lora_unet_single_blocks_1_linear1"
-    foreign = {
-        f"{key}.lora_down.weight": torch.randn(8, 3, generator=source),
-        f"{key}.lora_up.weight": torch.randn(21504, 8, generator=source),
-        f"{key}.alpha": torch.tensor(4.0),
-    }
-    closed = close_lora(foreign)
-    theirs = updates(FluxPipeline.lora_state_dict(dict(foreign)))
-    assert len(theirs) == 4
-    for layer, update in updates(closed, 4.0 / 8).items():
-        assert float((theirs[f"transformer.{layer}"] - update).abs().max()) <= 1e-5
 
 
 @pytest.fixture(scope="session")
@@ -436,22 +337,101 @@ def test_columns_and_controlnets_go_together(
         check_plan(config, find_model(config, HUB).family)
 
 
-def test_an_unknown_mode_is_told() -> None:
-    def image(mode: str) -> dict[str, Any]:
-        return {"controlnet_image": torch.zeros(3, 32, 32), "controlnet_processor_id": mode}
+def test_a_mode_is_told_by_its_name(model: Path) -> None:
+    loaded = {"vae": AutoencoderKL.from_pretrained(model / "diffusers" / "vae")}
+    image = {"controlnet_image": torch.zeros(3, 32, 32)}
+    with torch.no_grad():
+        (encoded,) = encode_control(loaded, [{**image, "controlnet_processor_id": "depth"}])
+        assert int(encoded["control_mode"]) == 2
+        with pytest.raises(MetadataError, match="'sketch' is no mode of a union ControlNet"):
+            encode_control(loaded, [{**image, "controlnet_processor_id": "sketch"}])
 
-    class Vae:
-        config = type("Config", (), {"shift_factor": 0.0, "scaling_factor": 1.0})
-        device, dtype = "cpu", torch.float32
 
-        def encode(self, pixels: torch.Tensor) -> Any:
-            mode = lambda: pixels  # noqa: E731
-            return type("Out", (), {"latent_dist": type("Dist", (), {"mode": staticmethod(mode)})})
+def test_several_reference_images_are_counted(model: Path) -> None:
+    """Each sees the model as another: their order matters."""
+    loaded = {"vae": AutoencoderKL.from_pretrained(model / "diffusers" / "vae")}
+    dit: Any = FluxTransformer2DModel.from_pretrained(model / "diffusers" / "transformer")
+    source = torch.Generator().manual_seed(3)
+    first, second = (torch.randn(3, *size, generator=source) for size in ((32, 48), (16, 32)))
+    family = find_family("flux")
+    predictions: list[torch.Tensor] = []
+    with torch.no_grad():
+        for images in ([first, second], [second, first]):
+            (encoded,) = encode_kontext(loaded, [{"kontext_images": images}])
+            assert encoded["kontext"].shape == (6 + 2, 16)
+            counts = [6, 2] if images[0] is first else [2, 6]
+            assert encoded["kontext_ids"][:, 0].tolist() == [1] * counts[0] + [2] * counts[1]
+            conditions = {
+                "prompt_embeds": torch.zeros(1, 4, 64),
+                "pooled_prompt_embeds": torch.zeros(1, 64),
+                **{name: tensor[None] for name, tensor in encoded.items()},
+            }
+            x_t = {"image": torch.ones(1, 4, 4, 6)}
+            t = torch.tensor([500.0])
+            predictions.append(family.denoise({"dit": dit}, conditions, x_t, t)["image"])
+    assert predictions[0].shape == (1, 4, 4, 6)
+    assert float((predictions[0] - predictions[1]).abs().max()) > 1e-5
 
-    (encoded,) = encode_control({"vae": Vae()}, [image("depth")])
-    assert int(encoded["control_mode"]) == 2
-    with pytest.raises(MetadataError, match="'sketch' is no mode"):
-        encode_control({"vae": Vae()}, [image("sketch")])
+
+def test_rows_of_one_and_of_several_reference_images(values: Values, tmp_path: Path) -> None:
+    """Each has its own sizes; a batch has samples of one kind. The first row is no list."""
+    table = rows(tmp_path / "data", "kontext_images", (48, 32))
+    lines = table.read_text().splitlines()
+    for row in (2, 4):
+        lines[row] = lines[row].replace(",more/", ',"[""0.png"",""more/') + '""]"'
+    table.write_text("\n".join(lines))
+    given = values(
+        dataset_base_path=str(table.parent),
+        dataset_metadata_path=str(table),
+        data_file_keys=["image", "kontext_images"],
+        extra_inputs=["kontext_images"],
+        height=None,
+        width=None,
+    )
+    code, run = train(given, tmp_path / "run")
+    assert code == 0
+    shapes = read_manifest(run).frame["shape"].value_counts().rows()
+    assert sorted(shapes) == [("32x32 32x32,48x32", 2), ("32x32 48x32", 2)]
+    assert pl.read_csv(run / "metrics.csv").height == 2
+
+
+def test_images_are_sampled_on_the_way(values: Values, tmp_path: Path) -> None:
+    given = values(
+        sample_prompts=["a cat"], sample_num_inference_steps=2, sample_cfg_scale=2, save_steps=1
+    )
+    code, run = train(given, tmp_path / "run")
+    assert code == 0
+    pictures = sorted((run / "samples").rglob("*.png"))
+    assert pictures
+    with Image.open(pictures[0]) as picture:
+        assert picture.size >= (32, 32)
+
+
+def test_a_teacher_is_distilled(values: Values, tmp_path: Path) -> None:
+    table = rows(tmp_path / "data")
+    lines = table.read_text().splitlines()
+    table.write_text(
+        "\n".join([f"{lines[0]},seed,num_inference_steps", *(f"{x},1,2" for x in lines[1:])])
+    )
+    given = values(
+        task="direct_distill",
+        dataset_base_path=str(table.parent),
+        dataset_metadata_path=str(table),
+        extra_inputs="seed,num_inference_steps",
+    )
+    assert 0 < first_loss(given, tmp_path / "run") < 100
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "recipes" / "examples").glob("flux_*.yaml")), ids=lambda p: p.stem
+)
+def test_the_templates_have_a_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", str(recipe), "--dry_run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    is_full = recipe.stem.endswith("_full")
+    name = "controlnet" if is_full and "controlnet" in recipe.stem else "dit"
+    assert name in (plan["trained"]["full"] if is_full else plan["trained"]["lora"]["base_model"])
+    assert {"dit", "text_encoder", "text_encoder_2", "vae"} <= plan["components"].keys()
 
 
 def test_the_family_is_told_by_files_and_by_repository(values: Values) -> None:
@@ -468,26 +448,6 @@ def test_the_family_is_told_by_files_and_by_repository(values: Values) -> None:
     named["model_id_with_origin_paths"] = ["black-forest-labs/FLUX.2-dev:transformer/*.safetensors"]
     with pytest.raises(UserError):
         guess_family(make_config(named))
-
-
-def test_every_alias_reaches_layers_of_its_own() -> None:
-    """And together they reach all that lie in the blocks."""
-    from diffsynth_dagster.training.modules import lora_targets
-
-    with torch.device("meta"):
-        dit = FluxTransformer2DModel(**ARCHITECTURE, num_layers=2, num_single_layers=2)
-    family = find_family("flux")
-    reached: list[str] = []
-    base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "model_paths": ["x"]}
-    for alias in LORA_ALIASES:
-        config = make_config({**base, "lora_base_model": "dit", "lora_target_modules": [alias]})
-        reached += lora_targets(config, family, dit)
-    inside = [
-        name
-        for name, module in dit.named_modules()
-        if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name
-    ]
-    assert sorted(reached) == sorted(inside)
 
 
 def test_the_kohya_file_tells_where_it_comes_from(lora: tuple[Path, dict[str, Path]]) -> None:

@@ -89,7 +89,12 @@ def used(**values: Any) -> Any:
 
 @pytest.mark.parametrize(
     "values",
-    [{"processor_path": "a"}, {"zero_cond_t": True}, {"data_file_keys": "image,edit_image"}],
+    [
+        {"processor_path": "a"},
+        {"zero_cond_t": True},
+        {"edit_plus": True},
+        {"data_file_keys": "image,edit_image"},
+    ],
     ids=lambda values: next(iter(values)),
 )
 def test_what_is_about_edit_images_is_refused_without_them(values: dict[str, Any]) -> None:
@@ -100,17 +105,19 @@ def test_what_is_about_edit_images_is_refused_without_them(values: dict[str, Any
 
 
 def test_each_use_has_its_own_keys_of_the_store() -> None:
-    """The prompt of a single picture is encoded in two ways, by the flag."""
+    """The prompt of a single picture is encoded in two ways, by flag or repository."""
     edit = {"extra_inputs": "edit_image", "data_file_keys": "image,edit_image"}
-    names = [
-        {stage.name for stage in used(**values).stages}
-        for values in ({}, edit, {**edit, "zero_cond_t": True})
-    ]
-    assert names == [
-        {"prompt", "image"},
-        {"edit_prompt", "image", "edit_image"},
-        {"edit_prompt_later", "image", "edit_image"},
-    ]
+    first = {"edit_prompt", "image", "edit_image"}
+    later = {"edit_prompt_later", "image", "edit_image"}
+    for values, stages in (
+        ({}, {"prompt", "image"}),
+        (edit, first),
+        ({**edit, "zero_cond_t": True}, later),
+        ({**edit, "edit_plus": True}, later),
+        ({**edit, "model_id_with_origin_paths": "Qwen/Qwen-Image-Edit:a/*"}, first),
+        ({**edit, "model_id_with_origin_paths": "Qwen/Qwen-Image-Edit-2509:a/*"}, later),
+    ):
+        assert {stage.name for stage in used(**values).stages} == stages
 
 
 def test_the_first_file_column_is_the_image() -> None:

@@ -163,7 +163,7 @@ def _lists(values: pl.Series) -> pl.Series:
         parts = cells.str.json_decode(pl.List(pl.String))
     except pl.exceptions.PolarsError:  # some cell is no list of texts
         parts = pl.Series([_list(cell) for cell in cells], dtype=pl.List(pl.String))
-    where = listed.cum_sum() - 1
+    where = listed.cast(pl.Int64).cum_sum() - 1
     return (
         pl.select(pl.when(listed).then(parts.gather(where.clip(0))).otherwise(single))
         .to_series()

@@ -29,13 +29,8 @@ from diffsynth_dagster.families.contract import (
     Tokenizer,
 )
 from diffsynth_dagster.families.qwen_image_edit import COLUMN, edited
-from diffsynth_dagster.families.qwen_image_models import (
-    COMPONENTS,
-    PATCH,
-    encode_pixels,
-    pack,
-    unpack,
-)
+from diffsynth_dagster.families.qwen_image_models import COMPONENTS, encode_pixels
+from diffsynth_dagster.families.support import PATCH, pack, unpack
 from diffsynth_dagster.objective.flow import (
     FlowPath,
     exponential_shift,

@@ -37,7 +37,8 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
-from diffsynth_dagster.families.qwen_image_models import PATCH, build_dit, encode_pixels, pack
+from diffsynth_dagster.families.qwen_image_models import build_dit, encode_pixels
+from diffsynth_dagster.families.support import PATCH, pack
 from diffsynth_dagster.weights.entries import model_entries
 
 COLUMN = "edit_image"

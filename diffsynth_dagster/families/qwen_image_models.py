@@ -13,9 +13,7 @@ from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from diffsynth_dagster.families.contract import Component, Shapes, Tensors
-from diffsynth_dagster.families.support import count_blocks, from_config
-
-PATCH = 2
+from diffsynth_dagster.families.support import PATCH, count_blocks, from_config
 
 
 def build_dit(
@@ -125,20 +123,6 @@ def encode_pixels(vae: AutoencoderKLQwenImage, pixels: torch.Tensor) -> torch.Te
     posterior: Any = vae.encode(images)
     mean, std = _latent_moments(vae)
     return ((posterior.latent_dist.mode().float() - mean) / std).squeeze(2)
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, H, W) → tokens of 2x2 patches (B, H W / 4, 4 C)."""
-    b, c, h, w = latents.shape
-    patches = latents.view(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // PATCH**2, c * PATCH**2)
-
-
-def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Tokens (B, H W / 4, 4 C) → latents (B, C, H, W), where H, W are `height`, `width`."""
-    b, _, c = tokens.shape
-    patches = tokens.view(b, height // PATCH, width // PATCH, c // PATCH**2, PATCH, PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c // PATCH**2, height, width)
 
 
 COMPONENTS = (
