@@ -329,6 +329,22 @@ def published_control(
     )
 
 
+def sampled(folder: Path, row: Mapping[str, Any]) -> Tensors:
+    """The latents of the image that the pipeline makes of a row for distillation."""
+    pipeline: Any = FluxPipeline(**parts_of(folder / "diffusers"))
+    pipeline.set_progress_bar_config(disable=True)
+    tokens = pipeline(
+        prompt=row["prompt"],
+        generator=torch.Generator(row["rand_device"]).manual_seed(row["seed"]),
+        height=32,
+        width=32,
+        num_inference_steps=row["num_inference_steps"],
+        guidance_scale=1.0,
+        output_type="latent",
+    ).images
+    return {"image": unpack(tokens, 4, 4)[0]}
+
+
 COMMON: dict[str, Any] = {
     "family": "flux",
     "write": write,

@@ -311,6 +311,43 @@ def _picture(frame: torch.Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
+def parts(own: Path, transformer: str, vae: str = "vae") -> dict[str, Any]:
+    """What every pipeline of diffusers is made of."""
+    return {
+        "tokenizer": AutoTokenizer.from_pretrained(own / "tokenizer"),
+        "text_encoder": UMT5EncoderModel.from_pretrained(own / "text_encoder"),
+        "vae": AutoencoderKLWan.from_pretrained(own / vae),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+        "transformer": MODELS[transformer][0].from_pretrained(own / transformer),
+    }
+
+
+def sampled(folder: Path, row: Mapping[str, Any]) -> Tensors:
+    """The latents of the clip that the pipeline makes of a row for distillation.
+
+    diffusers' own choice of sigmas ends a little above that of the authors: theirs are handed over.
+    """
+    pipeline: Any = WanPipeline(**parts(folder / "diffusers", "transformer"))
+    pipeline.set_progress_bar_config(disable=True)
+    choose = pipeline.scheduler.set_timesteps
+
+    def evenly(steps: int, device: Any = None) -> None:
+        choose(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
+
+    pipeline.scheduler.set_timesteps = evenly
+    latents = pipeline(
+        prompt=row["prompt"],
+        generator=torch.Generator(row["rand_device"]).manual_seed(row["seed"]),
+        height=32,
+        width=32,
+        num_frames=FRAMES,
+        num_inference_steps=row["num_inference_steps"],
+        guidance_scale=1.0,
+        output_type="latent",
+    ).frames
+    return {"video": latents[0]}
+
+
 def published(
     folder: Path,
     row: Mapping[str, Any],
@@ -330,14 +367,7 @@ def published(
     if clip:
         encoder = CLIPVisionModel.from_pretrained(own / "image_encoder")
         options |= {"image_encoder": encoder, "image_processor": CLIPImageProcessorPil()}
-    pipeline = make(
-        tokenizer=AutoTokenizer.from_pretrained(own / "tokenizer"),
-        text_encoder=UMT5EncoderModel.from_pretrained(own / "text_encoder"),
-        vae=AutoencoderKLWan.from_pretrained(own / vae),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        transformer=MODELS[transformer][0].from_pretrained(own / transformer),
-        **options,
-    )
+    pipeline = make(**parts(own, transformer, vae), **options)
     if lora is not None:
         pipeline.load_lora_weights(lora)
     pipeline.set_progress_bar_config(disable=True)

@@ -9,8 +9,12 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from cases_flux import CASES as FLUX
+from cases_flux import sampled as flux_sampled
 from cases_qwen import CASES as QWEN
 from cases_qwen import sampled as qwen_sampled
+from cases_wan import CASES as WAN
+from cases_wan import sampled as wan_sampled
 from conftest import train
 from family_case import Case
 from test_families import Place
@@ -34,7 +38,11 @@ class Distilled:
     sampled: Callable[[Path, Mapping[str, Any]], Tensors]
 
 
-TABLE = (Distilled(QWEN[0], qwen_sampled),)
+TABLE = (
+    Distilled(QWEN[0], qwen_sampled),
+    Distilled(FLUX[0], flux_sampled),
+    Distilled(WAN[0], wan_sampled),
+)
 
 
 @pytest.fixture(scope="module", params=TABLE, ids=lambda row: row.case.name)

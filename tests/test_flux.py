@@ -407,21 +407,6 @@ def test_images_are_sampled_on_the_way(values: Values, tmp_path: Path) -> None:
         assert picture.size >= (32, 32)
 
 
-def test_a_teacher_is_distilled(values: Values, tmp_path: Path) -> None:
-    table = rows(tmp_path / "data")
-    lines = table.read_text().splitlines()
-    table.write_text(
-        "\n".join([f"{lines[0]},seed,num_inference_steps", *(f"{x},1,2" for x in lines[1:])])
-    )
-    given = values(
-        task="direct_distill",
-        dataset_base_path=str(table.parent),
-        dataset_metadata_path=str(table),
-        extra_inputs="seed,num_inference_steps",
-    )
-    assert 0 < first_loss(given, tmp_path / "run") < 100
-
-
 @pytest.mark.parametrize(
     "recipe", sorted((ROOT / "recipes" / "examples").glob("flux_*.yaml")), ids=lambda p: p.stem
 )
