@@ -85,6 +85,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
             validated = _prepare(config, book, accelerator.is_main_process)
     with accelerator.main_process_first():
         found = find_model(config, ModelHub.from_environment())
+        check_plan(config, found.family)  # the files may tell more than their names
         check_model(config, found)
     set_seed(config.seed % 2**32)  # numpy takes no more
     bare = {found.family.part(name).of for name in filter(None, [config.lora_base_model])}

@@ -1,6 +1,5 @@
 """FLUX.1: names of other tools, LoRAs as a start, several modules at once, and what is refused."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 from cases_flux import ARCHITECTURE, CASES, CONTROLNET, rows, write
-from conftest import ROOT, make_config, train
+from conftest import make_config, train
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -35,7 +34,6 @@ from diffsynth_dagster.families.flux import (
     path,
 )
 from diffsynth_dagster.plan import check_plan
-from diffsynth_dagster.train import main
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.training.step import TrainingStep
@@ -407,16 +405,16 @@ def test_images_are_sampled_on_the_way(values: Values, tmp_path: Path) -> None:
         assert picture.size >= (32, 32)
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted((ROOT / "recipes" / "examples").glob("flux_*.yaml")), ids=lambda p: p.stem
-)
-def test_the_templates_have_a_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--recipe", str(recipe), "--dry_run"]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    is_full = recipe.stem.endswith("_full")
-    name = "controlnet" if is_full and "controlnet" in recipe.stem else "dit"
-    assert name in (plan["trained"]["full"] if is_full else plan["trained"]["lora"]["base_model"])
-    assert {"dit", "text_encoder", "text_encoder_2", "vae"} <= plan["components"].keys()
+def test_layers_without_an_open_form_are_refused_before_training(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    targets = {
+        "lora_target_modules": ["a_to_qkv", "x_embedder"],
+        "align_to_opensource_format": True,
+    }
+    assert train(values(**targets), tmp_path / "run")[0] == 2
+    assert "has no form in the open key format" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "samples.parquet").exists()
 
 
 def test_the_family_is_told_by_files_and_by_repository(values: Values) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from cases_wan import CASES, FRAMES, MODELS, WIDE_VAE, rows, write
-from conftest import ROOT, make_config, train
+from conftest import make_config, train
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -22,14 +21,13 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from diffsynth_dagster.cache.manifest import read_manifest
-from diffsynth_dagster.config.recipe import read_recipe
 from diffsynth_dagster.data.facts import FactBook
 from diffsynth_dagster.data.metadata import validate
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.families import wan_models, wan_stages, wanvideo
 from diffsynth_dagster.families.contract import Loaded, SampleRequest, Tensors
-from diffsynth_dagster.plan import make_plan
+from diffsynth_dagster.plan import check_plan
 from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model, guess_family
@@ -237,20 +235,15 @@ def test_the_plan_needs_no_files(case: Case, model: Path, clips: Path, tmp_path:
     assert guessed.geometry == found.geometry
 
 
-TEMPLATES = sorted((ROOT / "recipes" / "examples").glob("wan2*.yaml"))
-
-
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
-def test_every_template_gives_a_plan(path: Path) -> None:
-    plan = make_plan(read_recipe(path).config)
-    assert {"dit", "text_encoder", "vae"} <= plan["components"].keys()
-    assert ("image_encoder" in plan["components"]) == (
-        "21_i2v" in path.stem or "flf2v" in path.stem
+def test_a_given_first_frame_is_not_all(model: Path, clips: Path, tmp_path: Path) -> None:
+    """With one frame, which is given, there would be nothing to predict."""
+    config = make_config(values(WAN["wan22_ti2v_5b"], model, clips, tmp_path, num_frames=1))
+    with pytest.raises(ParameterError, match="num_frames = 1 is no length"):
+        check_plan(config, find_model(config, HUB).family)
+    from_text = make_config(
+        values(WAN["wan22_ti2v_5b"], model, clips, tmp_path, num_frames=1, extra_inputs=None)
     )
-    assert not plan["stages"]["in_step"]
-    without_family = yaml.safe_load(path.read_text(encoding="utf-8"))
-    del without_family["family"], without_family["description"]
-    assert make_plan(make_config(without_family))["family"] == "wanvideo"
+    check_plan(from_text, find_model(from_text, HUB).family)
 
 
 @pytest.mark.parametrize(

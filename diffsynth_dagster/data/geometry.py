@@ -7,19 +7,22 @@ from diffsynth_dagster.errors import ParameterError
 
 @dataclass(frozen=True)
 class FrameRule:
-    """The lengths that a family takes: n ≡ `remainder` (mod `step`) frames."""
+    """The lengths that a family takes: n ≡ `remainder` (mod `step`) frames, `least` or more."""
 
     step: int
     remainder: int
+    least: int = 1
 
     @property
     def smallest(self) -> int:
         """The shortest length."""
-        return self.remainder or self.step
+        first = self.remainder or self.step
+        return first + -(-max(0, self.least - first) // self.step) * self.step
 
     def longest(self, frames: int) -> int:
         """The longest length of at most `frames`; 0 when there is none."""
-        return max(0, frames - (frames - self.remainder) % self.step)
+        length = frames - (frames - self.remainder) % self.step
+        return length if length >= self.smallest else 0
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,12 @@ def _geometry(config: TrainingConfig, vae: Shapes) -> Geometry:
             f"give height and width, both multiples of {WIDE_FACTOR}",
             where="height, width",
         )
-    return replace(FAMILY.geometry, side_factor=WIDE_FACTOR) if wide or named else FAMILY.geometry
+    if not (wide or named):
+        return FAMILY.geometry
+    # Beside a first frame that is given there must be one to predict.
+    least = 1 + wan_stages.FRAMES_PER_LATENT if "input_image" in config.extra_inputs else 1
+    frames = FrameRule(wan_stages.FRAMES_PER_LATENT, 1, least)
+    return replace(FAMILY.geometry, side_factor=WIDE_FACTOR, frames=frames)
 
 
 def variant(config: TrainingConfig, shapes: Mapping[str, Shapes]) -> Family:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -12,7 +13,7 @@ from torch import nn
 from diffsynth_dagster.cache.encode import step_components, trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, TargetError, nearest
-from diffsynth_dagster.families.contract import Family, Part
+from diffsynth_dagster.families.contract import Family, Part, Tensors
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import build_empty
 from diffsynth_dagster.weights.lora import read_lora, start_lora
@@ -57,7 +58,33 @@ def check_model(config: TrainingConfig, found: FoundModel) -> None:
     for name, item in found.components.items():
         module = build_empty(item)
         if name == lora_base:
-            lora_targets(config, found.family, module)
+            targets = lora_targets(config, found.family, module)
+            if config.align_to_opensource_format:
+                _check_open_format(found.family, name, module, targets)
+
+
+def _check_open_format(
+    family: Family, component: str, module: nn.Module, targets: Iterable[str]
+) -> None:
+    """Let the target's loader try a LoRA of rank 1 on these layers, in the open key format.
+
+    Raises:
+        TargetError: it would not take all of them.
+    """
+    lora: Tensors = {}
+    for name in targets:
+        weight: Any = module.get_submodule(name).weight
+        lora[f"{name}.lora_A.weight"] = torch.ones(1, *weight.shape[1:])
+        lora[f"{name}.lora_B.weight"] = torch.ones(len(weight), 1)
+    assert family.open_lora is not None, "checked with the plan"
+    try:
+        family.load_lora(component, module, family.open_lora(lora, 1.0), {})
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise TargetError(
+            f"a LoRA on these layers has no form in the open key format: {error}",
+            where="lora_target_modules, align_to_opensource_format",
+            do="leave these layers or align_to_opensource_format out",
+        ) from error
 
 
 def lora_targets(config: TrainingConfig, family: Family, module: nn.Module) -> list[str]:
