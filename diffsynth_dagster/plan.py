@@ -7,10 +7,10 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.metadata import check_columns
 from diffsynth_dagster.dotted import import_dotted
-from diffsynth_dagster.errors import ParameterError, nearest
+from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.checkpoint import check_prefix
-from diffsynth_dagster.training.modules import check_trainable
+from diffsynth_dagster.training.modules import check_trainable, usual_targets
 from diffsynth_dagster.weights.entries import model_entries
 from diffsynth_dagster.weights.identify import guess_component, guess_family
 
@@ -23,7 +23,7 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
     """
     check_particular(config, family)
     check_trainable(config, family)
-    _check_preset_and_samples(config, family)
+    _check_samples(config, family)
     if config.customized_optimizer is not None:
         import_dotted(config.customized_optimizer, "customized_optimizer")
     check_prefix(config.remove_prefix_in_ckpt, family, trained_components(config))
@@ -50,15 +50,7 @@ def check_particular(config: TrainingConfig, family: Family) -> None:
             )
 
 
-def _check_preset_and_samples(config: TrainingConfig, family: Family) -> None:
-    name = config.preset_lora_model
-    if name is not None and name not in family.trainable:
-        hint = nearest(name, family.trainable)
-        raise ParameterError(
-            f"{family.name} has no model '{name}'" + (f"; {hint}" if hint else ""),
-            where="preset_lora_model",
-            do=f"its models are {', '.join(family.trainable)}",
-        )
+def _check_samples(config: TrainingConfig, family: Family) -> None:
     if (config.sample_prompts or config.customized_evaluation) and not family.samples_from_text:
         needed = ", ".join(i.column for i in family.file_inputs[1:]) or "a file of its own"
         raise ParameterError(
@@ -90,7 +82,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
     if config.lora_base_model is not None:
         targets = config.lora_target_modules
         if targets is None:
-            targets = family.lora_targets.get(config.lora_base_model, ())
+            targets = usual_targets(config.lora_base_model, family)
         lora = {
             "base_model": config.lora_base_model,
             "target_modules": list(targets) or "automatic",

@@ -23,7 +23,9 @@ from diffsynth_dagster.errors import EXIT_USER_ERROR, Stopped, UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from diffsynth_dagster.cache.manifest import Manifest
     from diffsynth_dagster.cache.store import Store
+    from diffsynth_dagster.families.contract import Family
     from diffsynth_dagster.training.record import RunRecord
 
 EXIT_STOPPED = 130
@@ -166,6 +168,7 @@ def _encode(
                 where=f"dataset_base_path = {config.dataset_base_path}",
                 do=f"train {manifest.family}, or encode it for {models.found.family.name}",
             )
+        _require_stages(config, models.found.family, manifest)
     else:
         keys = Keys(models.found, book, models.dtype)
         manifest = plan_samples(config, models.found, validated, keys)
@@ -192,6 +195,23 @@ def _encode(
         Store(Path(manifest.store)).add_user(folder)
     accelerator.wait_for_everyone()
     return manifest
+
+
+def _require_stages(config: TrainingConfig, family: "Family", manifest: "Manifest") -> None:
+    """Refuse a data set that was encoded for another variant or task. Raises `ParameterError`."""
+    from diffsynth_dagster.cache.encode import trained_components
+    from diffsynth_dagster.errors import ParameterError
+
+    trained = trained_components(config)
+    wanted = {f"key:{stage.name}" for stage in family.cached_stages(trained)}
+    wanted |= {f"input:{i.column}" for s in family.step_stages(trained) for i in s.reads}
+    lacks = sorted(name.partition(":")[2] for name in wanted - set(manifest.frame.columns))
+    if lacks:
+        raise ParameterError(
+            f"the data set was encoded without what this training reads: {', '.join(lacks)}",
+            where=f"dataset_base_path = {config.dataset_base_path}",
+            do="give both halves of split training the same models, columns and trained modules",
+        )
 
 
 def _accelerator(config: TrainingConfig) -> "Accelerator":

@@ -1,8 +1,12 @@
 """Real parts at toy size: a Qwen-Image model with random weights, and a folder of digits."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Two tests run at once on two cores: threads of torch's own would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -19,7 +19,8 @@ from conftest import train
 from family_case import Case
 from test_families import Place
 
-from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.data.samples import plain
+from diffsynth_dagster.families.contract import Input, Tensors
 
 COLUMNS = ("seed", "rand_device", "num_inference_steps", "cfg_scale")
 
@@ -116,6 +117,30 @@ def test_guidance_is_refused(
     values = values_of(place, dataset_metadata_path=str(table))
     assert train(values, tmp_path / "run")[0] == 2
     error = capsys.readouterr().err
-    assert "cfg_scale is 2, but a student samples without guidance" in error
-    assert "set it to 1" in error
+    assert "row 1: cfg_scale takes 1, since a student samples without guidance" in error
     assert "Traceback" not in error
+
+
+def test_one_step_is_a_number(distilled: Distilled, place: Place) -> None:
+    """diffusers stretches the sigmas of a single step by nought over nought."""
+    family = place.found().family
+    assert family.inference_sigmas is not None
+    sigmas = family.inference_sigmas(1, {"image": torch.zeros(1, 16, 4, 4)})
+    assert sigmas.tolist() == [1.0, 0.0]
+
+
+def test_data_encoded_for_another_task_is_refused(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = values_of(place, task="sft:data_process", extra_inputs=[])
+    _, encoded = train(values, tmp_path / "encoded")
+    values = values_of(place, task="direct_distill:train", dataset_base_path=str(encoded))
+    del values["dataset_metadata_path"]
+    assert train(values, tmp_path / "run")[0] == 2
+    assert "encoded without what this training reads: teacher" in capsys.readouterr().err
+
+
+def test_large_seeds_are_exact() -> None:
+    seed = 2**53 + 1
+    assert plain(str(seed), Input("seed", "number")) == seed
+    assert plain("4.0", Input("seed", "number")) == 4

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import polars as pl
 import pytest
@@ -17,12 +19,14 @@ from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.training.batches import collate
+from diffsynth_dagster.training.loop import build_step
 from diffsynth_dagster.training.modules import add_lora, saved_name
 from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component
+from diffsynth_dagster.weights.models import Models
 
 
 def relative(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -84,6 +88,19 @@ def test_gradient_checkpointing_changes_nothing(values: Values, tmp_path: Path) 
     offloaded = one_step(values, tmp_path / "c", batch_size=8, **flags)
     assert relative(plain, recomputed) < 1e-5
     assert relative(plain, offloaded) < 1e-5
+
+
+def test_gradients_are_checkpointed_all_the_way(values: Values, tmp_path: Path) -> None:
+    """Those of the text encoder go through the whole transformer, which is not trained."""
+    config = make_config(
+        values(trainable_models="text_encoder", use_gradient_checkpointing=True, batch_size=1)
+    )
+    found = find_model(config, ModelHub.from_environment())
+    models = Models(found, torch.device("cpu"), torch.float32, on_cpu_first=False)
+    session: Any = SimpleNamespace(config=config, models=models)
+    step = build_step(session)
+    assert step.loaded["dit"].gradient_checkpointing
+    assert not any(p.requires_grad for p in step.loaded["dit"].parameters())
 
 
 def two_processes(config: dict[str, object], recipe: Path) -> "subprocess.CompletedProcess[str]":

@@ -169,6 +169,50 @@ def test_vace_is_trained_alone_and_exported_whole(model: Path, clips: Path, tmp_
     assert changed <= names
 
 
+def test_parts_of_one_component_make_one_file(model: Path, clips: Path, tmp_path: Path) -> None:
+    """With a config.json that tells the architecture, whatever lies beside the authors' files."""
+    case = WAN["wan_vace"]
+    given = values(case, model, clips, tmp_path, "original", trainable_models="dit,vace")
+    for name in [key for key in given if key.startswith("lora_")]:
+        del given[name]
+    given |= {"remove_prefix_in_ckpt": ""}
+    code, run = train(given, tmp_path / "run")
+    assert code == 0
+    config = make_config({**given, "output_path": str(run)})
+    found = find_model(config, HUB)
+    record = read_record(run)
+    assert record is not None
+    (exported,) = export_run(config, record, found)
+    verify_export(exported, found)
+    checkpoint = load_file(run / "epoch-0.safetensors")
+    whole = load_file(exported.path)
+    assert len(whole) == len(checkpoint)
+    for name, tensor in checkpoint.items():
+        assert torch.equal(whole[name.split(".", 2)[2]], tensor)
+    again = WanVACETransformer3DModel.from_pretrained(exported.path.parent)
+    assert again.state_dict().keys() == whole.keys()
+
+
+def test_a_part_that_the_model_lacks_is_refused(
+    model: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = values(WAN["wan_t2v"], model, clips, tmp_path, trainable_models="vace")
+    for name in [key for key in given if key.startswith("lora_")]:
+        del given[name]
+    assert train(given | {"remove_prefix_in_ckpt": "pipe.vace."}, tmp_path / "run")[0] == 2
+    assert "the model has no 'vace'" in capsys.readouterr().err
+
+
+def test_stages_of_the_step_read_pixels_not_latents(
+    model: Path, clips: Path, tmp_path: Path
+) -> None:
+    """`video` is a column as well as a target: with the VAE trained, frames are frames still."""
+    given = values(WAN["wan_i2v"], model, clips, tmp_path, trainable_models="vae,image_encoder")
+    for name in [key for key in given if key.startswith("lora_")]:
+        del given[name]
+    assert train(given | {"remove_prefix_in_ckpt": ""}, tmp_path / "run")[0] == 0
+
+
 def test_the_authors_config_is_not_taken_for_that_of_diffusers(
     model: Path, clips: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Values, make_config, model_files, train
+from conftest import Values, lora_values, make_config, model_files, train
 from hub_server import serve_hub
 from safetensors.torch import load_file, save_file
 
@@ -321,3 +321,19 @@ def test_hub_that_lacks_the_model_or_is_gone(
     hub_environment.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "1")
     with pytest.raises(WeightsError, match="unset DIFFSYNTH_SKIP_DOWNLOAD"):
         ModelHub.from_environment().files(entry)
+
+
+@pytest.mark.parametrize("name", ["trainable_models", "preset_lora_model"])
+def test_a_model_that_the_family_lacks_is_named(
+    tiny_qwen: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the family is told from the files."""
+    values = lora_values(tiny_qwen, tmp_path, tmp_path / "cache")
+    values = {k: v for k, v in values.items() if k != "family" and not k.startswith("lora_")}
+    (tmp_path / "metadata.csv").write_text("image,prompt\n0.png,a\n")
+    (tmp_path / "lora.safetensors").write_bytes(b"")
+    values |= {"trainable_models": "dit"}
+    if name == "preset_lora_model":
+        values |= {"preset_lora_path": str(tmp_path / "lora.safetensors")}
+    assert train(values | {name: "ditt"}, tmp_path / "run")[0] == 2
+    assert "qwen_image has no model 'ditt'; did you mean 'dit'" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from diffsynth_dagster.families.contract import Family, Input, Sample, Stage
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import Models, component_digest
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 
 class Ranks(Protocol):
@@ -94,6 +94,7 @@ class Keys:
                 family.name,
                 stage.name,
                 stage.version,
+                [[o.name, o.role, o.ragged] for o in stage.yields],
                 self._dtype,
                 {i.column: content(row, i) for i in reads},
                 {i.column: reading(row, i) for i in reads if i.is_file},

@@ -114,6 +114,13 @@ def _check_together(config: TrainingConfig, where: str, naming: Naming) -> None:
             f"below {n('max_timestep_boundary')} = {config.max_timestep_boundary}",
             "give fractions of the schedule, the smaller one first",
         )
+    bounded = (config.min_timestep_boundary, config.max_timestep_boundary) != (0.0, 1.0)
+    if bounded and config.distills:
+        refuse(
+            f"{n('min_timestep_boundary')} and {n('max_timestep_boundary')} have no effect on "
+            "direct distillation, which samples over the whole schedule",
+            "leave them out",
+        )
     if config.preset_lora_model is not None and config.preset_lora_path is None:
         refuse(
             f"{n('preset_lora_model')} is given but no {n('preset_lora_path')}",

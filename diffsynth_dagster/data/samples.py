@@ -47,8 +47,11 @@ def plain(text: str, item: Input) -> str | int | float:
     """The value of a column that names no file."""
     if item.kind == "text":
         return text
-    number = float(text)
-    return int(number) if number.is_integer() else number
+    try:
+        return int(text)  # exactly: a seed may have more digits than a float
+    except ValueError:
+        number = float(text)
+        return int(number) if number.is_integer() else number
 
 
 def load(files: Reference, item: Input) -> Any:

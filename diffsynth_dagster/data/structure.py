@@ -20,6 +20,7 @@ REASONS = {
     "missing_value": "the column has no value",
     "empty_caption": "the caption is empty",
     "not_a_number": "the value is no number",
+    "not_taken": "the value is none that the column takes",
     "wrong_type": "the value is of another type than the column's",
     "url": "the value is a URL; files must be local",
     "bad_path": "the value is no path",
@@ -37,7 +38,7 @@ _FINE, _CODE, _NOW, _WHY = "\x00fine", "\x00code", "\x00now", "\x00why"
 _NUMBER = r"^\s*-?\d+(?:\.\d*)?\s*$"
 _LOOKS_TYPED = r"^(?:[\[{]|true$|false$)"
 _Check = tuple[str, str, pl.Expr]
-"""Column, reason, and where the row fails."""
+"""Column (and what it takes), reason, and where the row fails."""
 
 
 def require_columns(table: Table, inputs: Sequence[Input], source: str, family: str) -> None:
@@ -122,6 +123,8 @@ def _surely_fine(item: Input, dtype: pl.DataType) -> pl.Expr:
     if item.many or not _is_plain(dtype):
         return pl.lit(False)
     value = pl.col(item.column)
+    if item.pattern:
+        return value.str.contains(item.pattern)
     if item.kind == "number":
         return value.str.contains(_NUMBER)
     return value.str.contains(r"^[^\s:\x00][^:\x00]*$" if item.is_file else r"^\S")
@@ -184,11 +187,19 @@ def _checks(item: Input, dtype: pl.DataType) -> list[_Check]:
     listed = isinstance(dtype, pl.List | pl.Array) and item.many and not dtype.inner.is_nested()
     if not _is_plain(dtype) and not listed:
         return [(name, "wrong_type", pl.lit(True))]
+    taken: list[_Check] = []
+    if item.pattern:
+        taken = [(f"{name} takes {item.wants}", "not_taken", ~value.str.contains(item.pattern))]
     if item.kind == "number":
         number = value.str.contains(_NUMBER)
-        return [(name, "missing_value", value.is_null()), (name, "not_a_number", ~number)]
+        return [
+            (name, "missing_value", value.is_null()),
+            (name, "not_a_number", ~number),
+            *taken,
+        ]
     if item.kind == "text":
-        return [(name, "empty_caption", value.is_null() | (value.str.strip_chars() == ""))]
+        empty = value.is_null() | (value.str.strip_chars() == "")
+        return [(name, "empty_caption", empty), *taken]
 
     def anywhere(test: pl.Expr) -> pl.Expr:
         return value.list.eval(test).list.any() if item.many else test

@@ -5,9 +5,8 @@ exports/diffusers/<folder>/diffusion_pytorch_model.safetensors a module trained 
 """
 
 import json
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,16 @@ from transformers import PreTrainedModel
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.facts import digest_file
 from diffsynth_dagster.errors import OutputError, WeightsError
-from diffsynth_dagster.families.contract import Part
+from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.files import write_tensors, write_text
 from diffsynth_dagster.training.record import RunRecord
 from diffsynth_dagster.weights.header import read_header, read_metadata
-from diffsynth_dagster.weights.identify import Found, FoundModel
-from diffsynth_dagster.weights.load import build_empty, load_component, read_tensors
-from diffsynth_dagster.weights.lora import ADAPTER_KEY, PROVENANCE_KEY
+from diffsynth_dagster.weights.identify import Found, FoundModel, read_architecture
+from diffsynth_dagster.weights.load import build_empty, read_tensors
+from diffsynth_dagster.weights.lora import ADAPTER_KEY, PROVENANCE_KEY, for_diffusers
+from diffsynth_dagster.weights.models import Models
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -99,74 +98,68 @@ def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> 
     prefixes = {name: family.prefix(name) for name in record.trained}
     modules = split_modules(read_tensors([checkpoint]), config.remove_prefix_in_ckpt, prefixes)
     exported: list[Exported] = []
+    whole: dict[str, Tensors] = {}
     for name, tensors in modules.items():
-        part = family.part(name)
-        source = found.components[part.of]
-        if name == config.lora_base_model:
-            exported.append(_export_lora(folder, source, tensors, record, provenance))
-            if config.align_to_opensource_format:
-                assert family.open_lora is not None, "checked with the plan"
-                opened = family.open_lora(tensors, config.alpha)
-                path = folder.parent / "kohya" / LORA_FILE
-                notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
-                write_tensors(path, opened, notes)
-                exported.append(_exported(path, source, "lora", "kohya"))
-        else:
-            whole = _completed(source, part, tensors)
-            exported.append(_export_full(folder, source, whole, provenance))
+        source = found.components[family.part(name).of]
+        if name != config.lora_base_model:
+            # Parts of one component make one file.
+            whole.setdefault(source.component.name, {}).update(tensors)
+            continue
+        exported.append(_export_lora(folder, source, tensors, record, provenance))
+        if config.align_to_opensource_format:
+            assert family.open_lora is not None, "checked with the plan"
+            path = folder.parent / "kohya" / LORA_FILE
+            notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
+            write_tensors(path, family.open_lora(tensors, config.alpha), notes)
+            exported.append(_exported(path, source, "lora", "kohya"))
+    for component, tensors in whole.items():
+        exported.append(_export_full(folder, found, component, tensors, provenance))
     return exported
-
-
-def _completed(found: Found, part: Part, tensors: Tensors) -> Tensors:
-    """The tensors of a whole component, those outside of a trained part from its files."""
-    if not (part.without or part.name != part.of):
-        return tensors
-    kind = next(iter(tensors.values())).dtype
-    base = load_component(found, "cpu", kind).state_dict()
-    return {**base, **tensors}
 
 
 def _export_lora(
     folder: Path, found: Found, tensors: Tensors, record: RunRecord, provenance: dict[str, Any]
 ) -> Exported:
-    prefix = found.component.folder
     assert record.lora is not None
-    targets = sorted({name.rsplit(".lora_", 1)[0] for name in tensors})
-    adapter = {
-        f"{prefix}.r": record.lora["rank"],
-        f"{prefix}.lora_alpha": record.lora["alpha"],
-        f"{prefix}.target_modules": targets,
-    }
+    rank, alpha = record.lora["rank"], record.lora["alpha"]
+    named, adapter = for_diffusers(tensors, found.component.folder, rank, alpha)
     metadata = {
         ADAPTER_KEY: json.dumps(adapter, sort_keys=True),
         PROVENANCE_KEY: json.dumps(provenance, sort_keys=True),
         "format": "pt",
     }
-    named = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
     path = write_tensors(folder / LORA_FILE, named, metadata)
     return _exported(path, found, "lora")
 
 
 def _export_full(
-    folder: Path, found: Found, tensors: Tensors, provenance: dict[str, Any]
+    folder: Path, found: FoundModel, name: str, tensors: Tensors, provenance: dict[str, Any]
 ) -> Exported:
-    module = build_empty(found)
-    name = "model" if isinstance(module, PreTrainedModel) else "diffusion_pytorch_model"
-    path = folder / found.component.folder / f"{name}.safetensors"
+    """Write a whole component; what was not trained of it comes from its files."""
+    source = found.components[name]
+    module = build_empty(source)
+    if any(n not in tensors for n, _ in module.named_parameters()):
+        kind = next(iter(tensors.values())).dtype
+        base = Models(found, torch.device("cpu"), kind, on_cpu_first=True).get([name])[name]
+        tensors = {**base.state_dict(), **tensors}
+    is_transformers = isinstance(module, PreTrainedModel)
+    file = "model" if is_transformers else "diffusion_pytorch_model"
+    path = folder / source.component.folder / f"{file}.safetensors"
     metadata = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
     write_tensors(path, tensors, metadata)
-    beside = found.files[0].parent / "config.json"
-    if beside.is_file():
-        shutil.copyfile(beside, path.parent / "config.json")
+    _write_config(path.parent / "config.json", source, module)
+    return _exported(path, source, "full")
+
+
+def _write_config(path: Path, source: Found, module: Any) -> None:
+    """The architecture as it was built, in the words of the library that reads it."""
+    if not isinstance(module, PreTrainedModel):
+        write_text(path, module.to_json_string())
+    elif source.config is not None:
+        write_text(path, json.dumps(source.config, indent=2) + "\n")
     else:
-        config: Any = module.config
-        text = (
-            config.to_json_string()
-            if hasattr(config, "to_json_string")
-            else json.dumps(dict(config), indent=2)
-        )
-        write_text(path.parent / "config.json", text)
-    return _exported(path, found, "full")
+        module.config.architectures = [type(module).__name__]
+        write_text(path, module.config.to_json_string())
 
 
 def _exported(path: Path, found: Found, kind: str, target: str = "diffusers") -> Exported:
@@ -189,8 +182,11 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
         WeightsError: the target's loader does not take it, or leaves tensors out.
     """
     source = found.components[exported.component]
-    module = build_empty(source)
     if exported.kind == "full":
+        config = read_architecture(exported.path.parent, source.component)
+        if config is None:
+            raise _unloadable(exported, "its config.json is missing, or of another architecture")
+        module = build_empty(replace(source, config=config))
         wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
         have = {name: info.shape for name, info in read_header(exported.path).items()}
         wrong = sorted(name for name in have if wanted.get(name) != have[name])
@@ -199,11 +195,12 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
         if wrong:
             raise _unloadable(exported, f"tensors differ from the architecture: {wrong[:3]}")
         return
+    module = build_empty(source)
     tensors = read_tensors([exported.path])
     adapter = json.loads(read_metadata(exported.path).get(ADAPTER_KEY, "{}"))
     try:
         found.family.load_lora(exported.component, module, tensors, adapter)
-    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (ValueError, KeyError, RuntimeError, TypeError, AssertionError) as error:
         raise _unloadable(exported, str(error)) from error
     taken = sum(".lora_" in name for name, _ in module.named_parameters())
     if exported.format == "diffusers" and taken != len(tensors):

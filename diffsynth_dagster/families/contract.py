@@ -104,6 +104,8 @@ class Input:
         many: files only: a row may name several. They are handed over as a list, and a row that
             names one gives a list of one.
         same_size: the file is read at the size and length of the sample.
+        pattern: text and numbers only: a regular expression that a value must match, as it is
+            written; `wants` says it in words.
         area: pictures only: their trained size has this area in pixels and keeps the picture's
             aspect; see `data.geometry.area_size`.
     """
@@ -113,6 +115,8 @@ class Input:
     many: bool = False
     same_size: bool = False
     area: int | None = None
+    pattern: str = ""
+    wants: str = ""
 
     @property
     def is_file(self) -> bool:

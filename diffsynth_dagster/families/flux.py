@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -21,7 +20,7 @@ from transformers import (
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import Geometry
-from diffsynth_dagster.errors import MetadataError, ParameterError
+from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import (
     Family,
     Input,
@@ -36,7 +35,7 @@ from diffsynth_dagster.families.contract import (
 )
 from diffsynth_dagster.families.flux_modules import COMPONENTS
 from diffsynth_dagster.families.flux_names import close_lora, open_lora
-from diffsynth_dagster.families.support import PATCH, pack, unpack
+from diffsynth_dagster.families.support import PATCH, pack, published_sigmas, unpack
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift
 
 MAX_T5_TOKENS = 512
@@ -120,15 +119,8 @@ def encode_control(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     """`controlnet_image` → `control` (C, H/8, W/8); its mode's name → `control_mode` ()."""
     encoded = encode_image(loaded, samples, CONTROL, "control")
     for sample, tensors in zip(samples, encoded, strict=True):
-        if MODE not in sample:
-            continue
-        if sample[MODE] not in MODES:
-            raise MetadataError(
-                f"'{sample[MODE]}' is no mode of a union ControlNet",
-                where=f"the column {MODE}",
-                do=f"one of {', '.join(MODES)}",
-            )
-        tensors["control_mode"] = torch.tensor(MODES.index(sample[MODE]))
+        if MODE in sample:
+            tensors["control_mode"] = torch.tensor(MODES.index(sample[MODE].strip()))
     return encoded
 
 
@@ -233,11 +225,8 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
 def inference_sigmas(steps: int, x_0: Tensors) -> torch.Tensor:
     """The sigmas of the published sampler for the size of `image` (B, C, H, W)."""
     height, width = x_0["image"].shape[-2:]
-    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
-    # diffusers' defaults are the published ones.
-    mu = calculate_shift(height * width // PATCH**2)
-    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
-    return scheduler.sigmas
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
+    return published_sigmas(scheduler, steps, height * width // PATCH**2)
 
 
 def load_lora(
@@ -270,13 +259,18 @@ _KONTEXT_STAGE = Stage(
 )
 
 
+_MODE_INPUT = Input(
+    MODE, "text", pattern=rf"^\s*(?:{'|'.join(MODES)})\s*$", wants=f"one of {', '.join(MODES)}"
+)
+
+
 def _control_stage(is_union: bool) -> Stage:
     modes = (Output("control_mode", "condition"),) if is_union else ()
     return Stage(
         "control",
         (
             Input(CONTROL, "image", same_size=True),
-            *((Input(MODE, "text"),) if is_union else ()),
+            *((_MODE_INPUT,) if is_union else ()),
         ),
         ("vae",),
         (Output("control", "condition"), *modes),
@@ -328,6 +322,19 @@ def _check_control(config: TrainingConfig, given: Mapping[str, Shapes]) -> None:
         refuse(
             "the ControlNet reads its image with layers of its own, which is not supported",
             "give one that reads latents, such as those of InstantX, Shakker Labs or Jasper",
+        )
+    dit = given.get("dit")
+    if dit and dit["x_embedder.weight"][1] != dit["proj_out.weight"][0]:
+        refuse(
+            "the transformer is given an image beside the noise (Fill, Depth, Canny), which is not "
+            "supported",
+            "give FLUX.1-dev, Krea-dev or Kontext-dev",
+        )
+    if shapes and shapes["controlnet_x_embedder.weight"] != shapes["x_embedder.weight"]:
+        refuse(
+            "the ControlNet reads more than an image (an inpainting one, with a mask), which is "
+            "not supported",
+            "give one that reads an image alone",
         )
     if shapes and is_union and MODE not in extra:
         refuse(f"the ControlNet is a union of several, and {MODE} is not given", f"name {MODE}")

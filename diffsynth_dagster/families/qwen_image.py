@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from PIL import Image
 from torch import nn
 from transformers import Qwen2Tokenizer
@@ -30,7 +29,7 @@ from diffsynth_dagster.families.contract import (
 )
 from diffsynth_dagster.families.qwen_image_edit import COLUMN, edited
 from diffsynth_dagster.families.qwen_image_models import COMPONENTS, encode_pixels
-from diffsynth_dagster.families.support import PATCH, pack, unpack
+from diffsynth_dagster.families.support import PATCH, pack, published_sigmas, unpack
 from diffsynth_dagster.objective.flow import (
     FlowPath,
     exponential_shift,
@@ -161,17 +160,8 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
 def inference_sigmas(steps: int, x_0: Tensors) -> torch.Tensor:
     """The sigmas of the published sampler for the size of `image` (B, C, H, W)."""
     height, width = x_0["image"].shape[-2:]
-    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
-    published = scheduler.config
-    mu = calculate_shift(
-        height * width // PATCH**2,
-        published.base_image_seq_len,
-        published.max_image_seq_len,
-        published.base_shift,
-        published.max_shift,
-    )
-    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
-    return scheduler.sigmas
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
+    return published_sigmas(scheduler, steps, height * width // PATCH**2)
 
 
 def load_lora(

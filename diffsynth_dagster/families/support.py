@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 
 PATCH = 2
@@ -20,6 +21,26 @@ def from_config(kind: Any, config: Mapping[str, Any]) -> nn.Module:
     module = kind.from_config({k: v for k, v in config.items() if not k.startswith("_")})
     assert isinstance(module, nn.Module)
     return module
+
+
+def published_sigmas(scheduler: Any, steps: int, tokens: int) -> torch.Tensor:
+    """The sigmas of a published sampler with dynamic shifting, float32 (steps + 1,), 1 to 0.
+
+    Args:
+        scheduler: diffusers' flow-matching Euler scheduler with the published settings.
+        tokens: length of the image's sequence.
+    """
+    published = scheduler.config
+    mu = calculate_shift(
+        tokens,
+        published.base_image_seq_len,
+        published.max_image_seq_len,
+        published.base_shift,
+        published.max_shift,
+    )
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+    # A single step has nothing to stretch to the terminal sigma: diffusers divides by zero.
+    return scheduler.sigmas if steps > 1 else torch.tensor([1.0, 0.0])
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

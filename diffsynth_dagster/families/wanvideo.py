@@ -115,9 +115,25 @@ def _refuse(what: str, do: str, where: str = "extra_inputs") -> ParameterError:
     return ParameterError(what, where=where, do=do)
 
 
+MASK_CHANNELS = 4
+"""Which of the frames are given: one channel for each frame of a latent one."""
+
+
+def _channels(dit: Shapes) -> tuple[int, int]:
+    """Channels that the transformer takes, and those that it predicts."""
+    return dit["patch_embedding.weight"][1], dit["proj_out.weight"][0] // PATCH**2
+
+
 def _check_frames(given: frozenset[str], dit: Shapes) -> None:
     """Compare the frames that `extra_inputs` names with what the transformer takes."""
-    channels, predicted = dit["patch_embedding.weight"][1], dit["proj_out.weight"][0] // PATCH**2
+    channels, predicted = _channels(dit)
+    if channels not in (predicted, 2 * predicted + MASK_CHANNELS):
+        raise _refuse(
+            f"the transformer takes {channels} channels to predict {predicted}: it is given more "
+            "than first and last frames (Fun-Control, S2V, Animate), which is not supported",
+            "give a T2V, I2V, FLF2V, TI2V or VACE model",
+            where="model_paths, model_id_with_origin_paths",
+        )
     if "input_image" in given and channels == predicted != WIDE_LATENTS:
         raise _refuse(
             "input_image is named, but this transformer is given no frame",
@@ -204,7 +220,7 @@ def variant(config: TrainingConfig, shapes: Mapping[str, Shapes]) -> Family:
     video = replace(FAMILY.stage("video"), reads=(VIDEO, *reference))
     stages = [FAMILY.stage("prompt"), video]
     if first:
-        in_place = bool(dit) and dit["patch_embedding.weight"][1] == WIDE_LATENTS
+        in_place = bool(dit) and _channels(dit) == (WIDE_LATENTS, WIDE_LATENTS)
         stages.append(_frames_stage(last, in_place))
     if first and features:
         # Models without an embedding of two positions are told the first frame alone.

@@ -70,7 +70,8 @@ def build_step(session: Session) -> TrainingStep:
         part = family.part(name)
         train_fully(loaded[part.of], part)
     if config.checkpoints_gradients:
-        for name in changed:
+        # Gradients of what conditions the denoiser go through all of it.
+        for name in sorted(changed | {family.denoiser}):
             checkpoint_gradients(loaded[name])
     for name in changed:
         loaded[name].train()

@@ -1,7 +1,7 @@
 """What is trained: whole components, and LoRA layers inside a component."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from diffsynth_dagster.cache.encode import step_components, trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, TargetError, nearest
 from diffsynth_dagster.families.contract import Family, Part, Tensors
-from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.identify import Found, FoundModel, unknown_model
 from diffsynth_dagster.weights.load import build_empty
-from diffsynth_dagster.weights.lora import read_lora, start_lora
+from diffsynth_dagster.weights.lora import for_diffusers, read_lora, start_lora
 from diffsynth_dagster.weights.models import require_component
 
 AUTO_MIN_FEATURES = 512
@@ -30,18 +30,12 @@ def check_trainable(config: TrainingConfig, family: Family) -> None:
     Raises:
         ParameterError: a name is none of them.
     """
-    known = family.trainable
     named = [("trainable_models", name) for name in config.trainable_models]
-    if config.lora_base_model is not None:
-        named.append(("lora_base_model", config.lora_base_model))
+    named.append(("lora_base_model", config.lora_base_model or family.denoiser))
+    named.append(("preset_lora_model", config.preset_lora_model or family.denoiser))
     for parameter, name in named:
-        if name not in known:
-            hint = nearest(name, known)
-            raise ParameterError(
-                f"{family.name} has no model '{name}'" + (f"; {hint}" if hint else ""),
-                where=parameter,
-                do=f"its models are {', '.join(known)}",
-            )
+        if name not in family.trainable:
+            raise unknown_model(name, family, parameter)
 
 
 def check_model(config: TrainingConfig, found: FoundModel) -> None:
@@ -57,34 +51,58 @@ def check_model(config: TrainingConfig, found: FoundModel) -> None:
     lora_base = config.lora_base_model and found.family.part(config.lora_base_model).of
     for name, item in found.components.items():
         module = build_empty(item)
+        for part in (found.family.part(n) for n in config.trainable_models):
+            if part.of == name and not any(part.holds(n) for n, _ in module.named_parameters()):
+                raise ParameterError(
+                    f"the model has no '{part.name}'",
+                    where=f"trainable_models; {item.entry.text}",
+                    do="leave it out there, or give the files of a model that has it",
+                )
         if name == lora_base:
             targets = lora_targets(config, found.family, module)
-            if config.align_to_opensource_format:
-                _check_open_format(found.family, name, module, targets)
+            _check_export(config, found.family, item, targets)
 
 
-def _check_open_format(
-    family: Family, component: str, module: nn.Module, targets: Iterable[str]
+def _check_export(
+    config: TrainingConfig, family: Family, found: Found, targets: Sequence[str]
 ) -> None:
-    """Let the target's loader try a LoRA of rank 1 on these layers, in the open key format.
+    """Let the target's loader try a LoRA of rank 1 on these layers, in each format that is written.
 
     Raises:
-        TargetError: it would not take all of them.
+        TargetError: it would not take it.
     """
-    lora: Tensors = {}
+    module, lora = build_empty(found), Tensors()
     for name in targets:
         weight: Any = module.get_submodule(name).weight
         lora[f"{name}.lora_A.weight"] = torch.ones(1, *weight.shape[1:])
-        lora[f"{name}.lora_B.weight"] = torch.ones(len(weight), 1)
-    assert family.open_lora is not None, "checked with the plan"
-    try:
-        family.load_lora(component, module, family.open_lora(lora, 1.0), {})
-    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        lora[f"{name}.lora_B.weight"] = torch.ones(len(weight), 1, *(1,) * (weight.ndim - 2))
+    formats: dict[str, tuple[Tensors, dict[str, Any]]] = {
+        "diffusers": for_diffusers(lora, found.component.folder, 1, 1.0)
+    }
+    if config.align_to_opensource_format:
+        assert family.open_lora is not None, "checked with the plan"
+        formats["the open key format"] = family.open_lora(lora, 1.0), {}
+    for name, (tensors, settings) in formats.items():
+        try:
+            family.load_lora(found.component.name, build_empty(found), tensors, settings)
+        except (ValueError, KeyError, RuntimeError, TypeError, AssertionError) as error:
+            raise TargetError(
+                f"a LoRA on these layers could not be loaded in {name}: {error}",
+                where="lora_base_model, lora_target_modules",
+                do="choose other layers or another model",
+            ) from error
+
+
+def usual_targets(base: str, family: Family) -> tuple[str, ...]:
+    """The layers that get a LoRA when none are named. Raises `TargetError` if there are none."""
+    targets = family.lora_targets.get(base)
+    if targets is None:
         raise TargetError(
-            f"a LoRA on these layers has no form in the open key format: {error}",
-            where="lora_target_modules, align_to_opensource_format",
-            do="leave these layers or align_to_opensource_format out",
-        ) from error
+            f"{family.name} has no usual LoRA targets for '{base}'",
+            where="lora_target_modules",
+            do="name the layers, or give an empty list for automatic ones",
+        )
+    return targets
 
 
 def lora_targets(config: TrainingConfig, family: Family, module: nn.Module) -> list[str]:
@@ -99,13 +117,7 @@ def lora_targets(config: TrainingConfig, family: Family, module: nn.Module) -> l
     layers = [n for n, m in module.named_modules() if isinstance(m, kinds) and part.holds(n)]
     targets = config.lora_target_modules
     if targets is None:
-        targets = family.lora_targets.get(base)
-        if targets is None:
-            raise TargetError(
-                f"{family.name} has no usual LoRA targets for '{base}'",
-                where="lora_target_modules",
-                do="name the layers, or give an empty list for automatic ones",
-            )
+        targets = usual_targets(base, family)
     if not targets:
         return [name for name in _automatic_targets(module) if part.holds(name)]
     aliases = family.lora_aliases.get(base, {})

@@ -87,8 +87,9 @@ def start_record(
         base["lora_checkpoint"] = _digest_of_lora(Path(config.lora_checkpoint), book)
     lora = {"rank": config.lora_rank, "alpha": config.alpha} if config.lora_base_model else None
     settings = config_digest(config)
+    stages = [stage.name for stage in found.family.stages]
     return RunRecord(
-        identity=digest_of([__version__, settings, manifest.digest, base]),
+        identity=digest_of([__version__, settings, manifest.digest, base, stages]),
         family=found.family.name,
         trained=[*config.trainable_models, *filter(None, [config.lora_base_model])],
         base=dict(sorted(base.items())),

@@ -121,15 +121,14 @@ class TrainingStep(nn.Module):
         outputs = dict(batch.outputs)
         if not self._stages:
             return outputs
-        samples = [
-            {**inputs, **_sample(outputs, self._outputs, index)}
-            for index, inputs in enumerate(batch.inputs)
-        ]
         for stage in self._stages:
-            results = stage.run(self.loaded, samples)
-            outputs |= collate(stage.yields, results)
-            for sample, result in zip(samples, results, strict=True):
-                sample |= result
+            # Its own columns, and the outputs it needs: a column may be called like an output.
+            needed = {o.name: o for n in stage.needs for o in self._family.stage(n).yields}
+            samples = [
+                {i.column: inputs[i.column] for i in stage.reads} | _sample(outputs, needed, index)
+                for index, inputs in enumerate(batch.inputs)
+            ]
+            outputs |= collate(stage.yields, stage.run(self.loaded, samples))
         return outputs
 
     def _by_role(self, outputs: Tensors) -> tuple[Tensors, Tensors, Tensors]:

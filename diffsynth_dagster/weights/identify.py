@@ -36,20 +36,28 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Preset:
+    """A LoRA file and the component or part that it is for."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
 class FoundModel:
     """Everything that a config's model list names.
 
     Attributes:
         family: as the config uses it.
         float8: the components that are stored in float8.
-        presets: component → the LoRA file that is fused into it.
+        presets: component → the LoRA that is fused into it.
     """
 
     family: Family
     components: Mapping[str, Found]
     tokenizers: Mapping[str, Path]
     float8: frozenset[str] = frozenset()
-    presets: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    presets: Mapping[str, Preset] = field(default_factory=dict[str, Preset])
 
     def files(self, name: str) -> tuple[Path, ...]:
         """The files whose content a component or tokenizer depends on, sorted."""
@@ -57,7 +65,7 @@ class FoundModel:
             return tuple(sorted(p for p in self.tokenizers[name].rglob("*") if p.is_file()))
         found = self.components[name]
         config = found.files[0].parent / "config.json"
-        preset = [self.presets[name]] if name in self.presets else []
+        preset = [self.presets[name].path] if name in self.presets else []
         return (*found.files, *([config] if found.config is not None else []), *preset)
 
 
@@ -112,7 +120,7 @@ def find_model(config: TrainingConfig, hub: ModelHub) -> FoundModel:
             entry,
             files[entry],
             headers[entry],
-            _read_config(files[entry][0].parent, component),
+            read_architecture(files[entry][0].parent, component),
         )
     given = {name: f.shapes for name, f in found.items()}
     family = as_used(family, config, given)
@@ -148,7 +156,7 @@ def _float8(config: TrainingConfig, family: Family, found: Mapping[str, Found]) 
                 do="write it as in model_paths or model_id_with_origin_paths",
             )
     stored = frozenset(texts[text] for text in wanted)
-    changed = {family.part(name).of for name in config.trainable_models}
+    changed = {family.part(n).of for n in config.trainable_models if n in family.trainable}
     for name in sorted(changed & stored):
         raise ParameterError(
             f"'{name}' is trained, and float8 is too coarse for weights that change",
@@ -158,13 +166,26 @@ def _float8(config: TrainingConfig, family: Family, found: Mapping[str, Found]) 
     return stored
 
 
+def unknown_model(name: str, family: Family, parameter: str) -> ParameterError:
+    """The error for a name that is none of what a family can train."""
+    hint = nearest(name, family.trainable)
+    return ParameterError(
+        f"{family.name} has no model '{name}'" + (f"; {hint}" if hint else ""),
+        where=parameter,
+        do=f"its models are {', '.join(family.trainable)}",
+    )
+
+
 def _presets(
     config: TrainingConfig, family: Family, found: Mapping[str, Found]
-) -> Mapping[str, Path]:
+) -> Mapping[str, Preset]:
     """The component that `preset_lora_path` is fused into."""
     if config.preset_lora_path is None:
         return {}
-    name = family.part(config.preset_lora_model or family.denoiser).of
+    trained = config.preset_lora_model or family.denoiser
+    if trained not in family.trainable:
+        raise unknown_model(trained, family, "preset_lora_model")
+    name = family.part(trained).of
     path = Path(config.preset_lora_path)
     if name not in found:
         raise WeightsError(
@@ -178,7 +199,7 @@ def _presets(
             where=f"preset_lora_path = {path}",
             do="correct the path",
         )
-    return {name: path}
+    return {name: Preset(trained, path)}
 
 
 def _tell_component(header: Header, family: Family, entry: ModelEntry) -> Component:
@@ -272,7 +293,12 @@ def guess_component(entry: ModelEntry, family: Family) -> str | None:
     return None
 
 
-def _read_config(folder: Path, component: Component) -> Mapping[str, Any] | None:
+def read_architecture(folder: Path, component: Component) -> Mapping[str, Any] | None:
+    """The config.json of a component in a folder; None where there is none of its architecture.
+
+    Raises:
+        WeightsError: it is damaged.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return None

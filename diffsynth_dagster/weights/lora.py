@@ -58,25 +58,41 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
     starts = (family.prefix(name), f"{family.component(family.part(name).of).folder}.", "pipe.")
     down: Tensors = {}
     up: Tensors = {}
+    alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
         match = _ENDING.search(key)
         if match is None:
             continue
-        layer = key[: match.start()]
-        start = next((s for s in starts if layer.startswith(s)), "")
-        (down if match[1] == "A" else up)[layer.removeprefix(start)] = tensor
+        whole = key[: match.start()]
+        layer = whole.removeprefix(next((s for s in starts if whole.startswith(s)), ""))
+        (down if match[1] == "A" else up)[layer] = tensor
+        if f"{whole}.alpha" in tensors:
+            alphas[layer] = float(tensors[f"{whole}.alpha"])
     if not down or down.keys() != up.keys():
         raise WeightsError(
             "the file holds no LoRA, or half of one",
             where=where,
             do="give a checkpoint of a LoRA training, or its export",
         )
-    alpha = _alpha(path)
-    scale: dict[str, float] = {}
-    for layer, a in down.items():
-        own = tensors.get(f"{layer}.alpha")
-        scale[layer] = (float(own) if own is not None else alpha or len(a)) / len(a)
+    common = _alpha(path)
+    scale = {n: (alphas.get(n) or common or float(len(a))) / len(a) for n, a in down.items()}
     return LoraFile(down, up, scale)
+
+
+def for_diffusers(
+    tensors: Tensors, folder: str, rank: int, alpha: float
+) -> tuple[Tensors, dict[str, Any]]:
+    """A LoRA by the names of its module → as diffusers' pipelines load it, and its settings.
+
+    Args:
+        folder: of the component in the layout of diffusers.
+    """
+    settings = {
+        f"{folder}.r": rank,
+        f"{folder}.lora_alpha": alpha,
+        f"{folder}.target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in tensors}),
+    }
+    return {f"{folder}.{name}": tensor for name, tensor in tensors.items()}, settings
 
 
 def _alpha(path: Path) -> float | None:

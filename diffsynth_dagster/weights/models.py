@@ -72,12 +72,9 @@ class Models:
         where = "cpu" if self._on_cpu_first else self.device
         module = load_component(self.found.components[name], where, self.dtype)
         if name in self.found.presets:
-            path, family = self.found.presets[name], self.found.family
-            fuse_lora(
-                module,
-                read_lora(path, family, name, "preset_lora_path"),
-                f"preset_lora_path = {path}",
-            )
+            preset = self.found.presets[name]
+            lora = read_lora(preset.path, self.found.family, preset.name, "preset_lora_path")
+            fuse_lora(module, lora, f"preset_lora_path = {preset.path}")
         module.to(self.device)
         if name in self.found.float8 and name not in self._bare:
             store_in_float8(module, self.dtype)
