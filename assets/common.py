@@ -10,7 +10,7 @@ import dagster as dg
 
 from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
-from diffsynth_dagster.config.parameters import effect, named_values
+from diffsynth_dagster.config.effect import effect, named_values
 from diffsynth_dagster.errors import DownloadError, UserError
 
 GPU_POOL = "gpu"

@@ -22,7 +22,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux import MODES, SCHEDULER
+from diffsynth_dagster.families.flux import SCHEDULER
+from diffsynth_dagster.families.flux_stages import MODES
 from diffsynth_dagster.families.support import pack, unpack
 
 ARCHITECTURE = {

@@ -29,13 +29,8 @@ from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.export.run import Exported
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux import (
-    SCHEDULER,
-    encode_control,
-    encode_kontext,
-    inference_sigmas,
-    path,
-)
+from diffsynth_dagster.families.flux import SCHEDULER, inference_sigmas, path
+from diffsynth_dagster.families.flux_stages import encode_control, encode_kontext
 from diffsynth_dagster.plan import check_plan
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.record import read_record

@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffsynth_dagster.families.contract import Component, Shapes, Tensors
 from diffsynth_dagster.families.flux_names import PREFIX, to_diffusers
-from diffsynth_dagster.families.support import count_blocks, from_config
+from diffsynth_dagster.families.support import count_blocks, from_config, t5_settings
 
 
 def _architecture(shapes: Shapes) -> dict[str, Any]:
@@ -80,21 +80,7 @@ def build_text_encoder_2(shapes: Shapes, config: Mapping[str, Any] | None) -> nn
     """T5's encoder, version 1.1."""
     if config is not None:
         return T5EncoderModel(T5Config.from_dict(dict(config)))
-    attention = "encoder.block.0.layer.0.SelfAttention."
-    vocabulary, hidden = shapes["shared.weight"]
-    buckets, heads = shapes[f"{attention}relative_attention_bias.weight"]
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=vocabulary,
-            d_model=hidden,
-            d_kv=shapes[f"{attention}q.weight"][0] // heads,
-            d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-            num_layers=count_blocks(shapes, "encoder.block."),
-            num_heads=heads,
-            relative_attention_num_buckets=buckets,
-            feed_forward_proj="gated-gelu",
-        )
-    )
+    return T5EncoderModel(T5Config(**t5_settings(shapes), feed_forward_proj="gated-gelu"))
 
 
 def build_vae(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:

@@ -4,12 +4,12 @@ Files are those of the repositories Qwen/Qwen-Image, -2512, and -Edit, -Edit-250
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from PIL import Image
-from torch import nn
 from transformers import Qwen2Tokenizer
 
 from diffsynth_dagster.config.parameters import TrainingConfig
@@ -29,7 +29,13 @@ from diffsynth_dagster.families.contract import (
 )
 from diffsynth_dagster.families.qwen_image_edit import COLUMN, edited
 from diffsynth_dagster.families.qwen_image_models import COMPONENTS, encode_pixels
-from diffsynth_dagster.families.support import PATCH, pack, published_sigmas, unpack
+from diffsynth_dagster.families.support import (
+    PATCH,
+    load_into_transformer,
+    pack,
+    published_sigmas,
+    unpack,
+)
 from diffsynth_dagster.objective.flow import (
     FlowPath,
     exponential_shift,
@@ -164,18 +170,6 @@ def inference_sigmas(steps: int, x_0: Tensors) -> torch.Tensor:
     return published_sigmas(scheduler, steps, height * width // PATCH**2)
 
 
-def load_lora(
-    component: str, module: nn.Module, tensors: Tensors, metadata: Mapping[str, Any]
-) -> None:
-    """Load an exported LoRA the way `QwenImagePipeline.load_lora_weights` does."""
-    if component != "dit":
-        raise ValueError(f"QwenImagePipeline loads no LoRA into its {component}")
-    state = QwenImagePipeline.lora_state_dict(dict(tensors))
-    QwenImagePipeline.load_lora_into_transformer(
-        state, module, metadata=dict(metadata), low_cpu_mem_usage=True
-    )
-
-
 def variant(config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
     """Qwen-Image, or its editing releases where `extra_inputs` names the edit image.
 
@@ -231,7 +225,7 @@ FAMILY = Family(
     path=path,
     geometry=Geometry(side_factor=16),
     sample=sample,
-    load_lora=load_lora,
+    load_lora=partial(load_into_transformer, QwenImagePipeline),
     inference_sigmas=inference_sigmas,
     lora_targets={"dit": tuple(LORA_TARGETS.split(","))},
     parameters=("tokenizer_path", "processor_path", "zero_cond_t", "edit_plus"),

@@ -7,6 +7,8 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 
+from diffsynth_dagster.families.contract import Shapes, Tensors
+
 PATCH = 2
 
 
@@ -21,6 +23,44 @@ def from_config(kind: Any, config: Mapping[str, Any]) -> nn.Module:
     module = kind.from_config({k: v for k, v in config.items() if not k.startswith("_")})
     assert isinstance(module, nn.Module)
     return module
+
+
+def t5_settings(shapes: Shapes) -> dict[str, Any]:
+    """What the shapes of an encoder of the T5 kind tell of its architecture."""
+    attention = "encoder.block.0.layer.0.SelfAttention."
+    vocabulary, hidden = shapes["shared.weight"]
+    buckets, heads = shapes[f"{attention}relative_attention_bias.weight"]
+    return {
+        "vocab_size": vocabulary,
+        "d_model": hidden,
+        "d_kv": shapes[f"{attention}q.weight"][0] // heads,
+        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        "num_layers": count_blocks(shapes, "encoder.block."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }
+
+
+def load_into_transformer(
+    pipeline: Any,
+    component: str,
+    module: nn.Module,
+    tensors: Tensors,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Load an exported LoRA the way a pipeline of diffusers with one transformer does.
+
+    Raises:
+        ValueError: the pipeline loads none into this component.
+    """
+    if component != "dit":
+        raise ValueError(f"{pipeline.__name__} loads no LoRA into its {component}")
+    pipeline.load_lora_into_transformer(
+        pipeline.lora_state_dict(dict(tensors)),
+        module,
+        metadata=dict(metadata),
+        low_cpu_mem_usage=True,
+    )
 
 
 def published_sigmas(scheduler: Any, steps: int, tokens: int) -> torch.Tensor:

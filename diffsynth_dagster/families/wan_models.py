@@ -14,11 +14,10 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from diffsynth_dagster.families.contract import Shapes, Tensors
-from diffsynth_dagster.families.support import count_blocks, from_config
+from diffsynth_dagster.families.support import count_blocks, from_config, t5_settings
 
 PATCH = 2
 HEAD = 128
-TEXT_HEAD = 64
 VISION_HEAD = 80
 WIDE_LATENTS = 48
 """Latent channels of Wan2.2's VAE of 16x16x4, which first folds patches of 2x2 pixels."""
@@ -181,23 +180,10 @@ def convert_text_encoder(tensors: Tensors) -> Tensors:
 
 
 def build_text_encoder(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
-    """UMT5's encoder. From shapes, a head has the 64 channels of every published size."""
+    """UMT5's encoder."""
     if config is not None:
         return UMT5EncoderModel(UMT5Config.from_dict(dict(config)))
-    vocabulary, hidden = shapes["shared.weight"]
-    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    buckets, heads = shapes[bias]
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=vocabulary,
-            d_model=hidden,
-            d_kv=TEXT_HEAD,
-            d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-            num_layers=count_blocks(shapes, "encoder.block."),
-            num_heads=heads,
-            relative_attention_num_buckets=buckets,
-        )
-    )
+    return UMT5EncoderModel(UMT5Config(**t5_settings(shapes)))
 
 
 def convert_image_encoder(tensors: Tensors) -> Tensors:

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
-from torch import nn
 from transformers import AutoTokenizer
 
 from diffsynth_dagster.config.parameters import TrainingConfig
@@ -44,6 +43,7 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
+from diffsynth_dagster.families.support import load_into_transformer
 from diffsynth_dagster.families.wan_models import PATCH, WIDE_LATENTS
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift, linear_sigmas
 from diffsynth_dagster.weights.entries import model_entries
@@ -97,18 +97,6 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
         generator=request.generators,
         output_type="pil",
     ).frames
-
-
-def load_lora(
-    component: str, module: nn.Module, tensors: Tensors, metadata: Mapping[str, Any]
-) -> None:
-    """Load an exported LoRA the way `WanPipeline.load_lora_weights` does."""
-    if component != "dit":
-        raise ValueError(f"WanPipeline loads no LoRA into its {component}")
-    state = WanPipeline.lora_state_dict(dict(tensors))
-    WanPipeline.load_lora_into_transformer(
-        state, module, metadata=dict(metadata), low_cpu_mem_usage=True
-    )
 
 
 def _refuse(what: str, do: str, where: str = "extra_inputs") -> ParameterError:
@@ -360,7 +348,7 @@ FAMILY = Family(
     path=path,
     geometry=Geometry(side_factor=16, frames=FrameRule(wan_stages.FRAMES_PER_LATENT, 1)),
     sample=sample,
-    load_lora=load_lora,
+    load_lora=partial(load_into_transformer, WanPipeline),
     inference_sigmas=inference_sigmas,
     lora_targets={"dit": LORA_TARGETS, "vace": LORA_TARGETS},
     lora_aliases={"dit": _aliases("blocks"), "vace": _aliases("vace_blocks")},

@@ -8,7 +8,8 @@ from typing import Any
 from diffsynth_dagster import __version__
 from diffsynth_dagster.cache.encode import step_components, trained_components
 from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.config.parameters import BY_CONTENT, TrainingConfig, effect
+from diffsynth_dagster.config.effect import BY_CONTENT, effect
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.facts import FactBook, digest_of
 from diffsynth_dagster.errors import OutputError, WeightsError
 from diffsynth_dagster.files import write_text
