@@ -1,7 +1,7 @@
 """What is trained: whole components, and LoRA layers inside a component."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -60,20 +60,21 @@ def check_model(config: TrainingConfig, found: FoundModel) -> None:
                 )
         if name == lora_base:
             targets = lora_targets(config, found.family, module)
-            _check_export(config, found.family, item, targets)
+            layers = {name: module.get_submodule(name) for name in targets}
+            _check_export(config, found.family, item, layers)
 
 
 def _check_export(
-    config: TrainingConfig, family: Family, found: Found, targets: Sequence[str]
+    config: TrainingConfig, family: Family, found: Found, layers: Mapping[str, nn.Module]
 ) -> None:
     """Let the target's loader try a LoRA of rank 1 on these layers, in each format that is written.
 
     Raises:
         TargetError: it would not take it.
     """
-    module, lora = build_empty(found), Tensors()
-    for name in targets:
-        weight: Any = module.get_submodule(name).weight
+    lora = Tensors()
+    for name, layer in layers.items():
+        weight: Any = layer.weight
         lora[f"{name}.lora_A.weight"] = torch.ones(1, *weight.shape[1:])
         lora[f"{name}.lora_B.weight"] = torch.ones(len(weight), 1, *(1,) * (weight.ndim - 2))
     formats: dict[str, tuple[Tensors, dict[str, Any]]] = {
