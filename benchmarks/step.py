@@ -35,7 +35,8 @@ from diffsynth_dagster.config import TrainingConfig, read_recipe
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.training.batches import Batch, collate
-from diffsynth_dagster.training.loop import Session, build_step, make_optimizer
+from diffsynth_dagster.training.loop import Session, build_step
+from diffsynth_dagster.training.optimizer import make_optimizer
 from diffsynth_dagster.weights.entries import ModelEntry
 from diffsynth_dagster.weights.header import TensorInfo
 from diffsynth_dagster.weights.identify import Found, FoundModel, as_used

@@ -6,11 +6,11 @@ from diffsynth_dagster.cache.encode import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.metadata import check_columns
-from diffsynth_dagster.dotted import import_dotted
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.checkpoint import check_prefix
 from diffsynth_dagster.training.modules import check_trainable, usual_targets
+from diffsynth_dagster.training.optimizer import check_optimizer
 from diffsynth_dagster.weights.entries import model_entries
 from diffsynth_dagster.weights.identify import guess_component, guess_family
 
@@ -24,12 +24,24 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
     check_particular(config, family)
     check_trainable(config, family)
     _check_samples(config, family)
-    if config.customized_optimizer is not None:
-        import_dotted(config.customized_optimizer, "customized_optimizer")
+    check_optimizer(config)
     check_prefix(config.remove_prefix_in_ckpt, family, trained_components(config))
+    _check_size(config, family)
     size_rule(config.height, config.width, config.max_pixels, family.geometry, config.bucket_step)
     clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
     check_columns(config, family)
+
+
+def _check_size(config: TrainingConfig, family: Family) -> None:
+    """With both sides given, only pictures that keep their aspect have an area of their own."""
+    default = TrainingConfig.model_fields["max_pixels"].default
+    pictures = any(i.area is not None for i in family.inputs)
+    if config.height is not None and config.max_pixels != default and not pictures:
+        raise ParameterError(
+            "max_pixels has no effect when height and width are given",
+            where=f"max_pixels = {config.max_pixels}",
+            do="leave max_pixels out, or both sides",
+        )
 
 
 def check_particular(config: TrainingConfig, family: Family) -> None:
@@ -78,6 +90,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
         given = getattr(config, tokenizer.parameter)
         sources[tokenizer.name] = given or f"beside the model files, or {tokenizer.default}"
     stored = [item if isinstance(item, str) else ", ".join(item) for item in config.fp8_models]
+    asked = config.checkpoints_gradients
     lora = None
     if config.lora_base_model is not None:
         targets = config.lora_target_modules
@@ -114,6 +127,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
             "batch_size": config.batch_size,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
         },
+        "gradient_checkpointing": family.checkpoints_gradients if asked is None else asked,
         "optimizer": config.customized_optimizer or "torch.optim.AdamW",
         "outputs": {
             "folder": config.output_path,

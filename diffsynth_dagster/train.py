@@ -6,6 +6,7 @@ Flags → `TrainingConfig` → checks → store → loop. Exit codes: 0 done, 2 
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,9 +24,7 @@ from diffsynth_dagster.errors import EXIT_USER_ERROR, Stopped, UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from diffsynth_dagster.cache.manifest import Manifest
     from diffsynth_dagster.cache.store import Store
-    from diffsynth_dagster.families.contract import Family
     from diffsynth_dagster.training.record import RunRecord
 
 EXIT_STOPPED = 130
@@ -64,6 +63,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     """
     from accelerate.utils import set_seed
 
+    from diffsynth_dagster.cache.split import as_encoded
     from diffsynth_dagster.data.facts import FactBook
     from diffsynth_dagster.files import require_writable, write_text
     from diffsynth_dagster.plan import check_plan
@@ -75,6 +75,8 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     from diffsynth_dagster.weights.identify import find_model, guess_family
     from diffsynth_dagster.weights.models import Models
 
+    if config.reads_encoded:
+        config = as_encoded(config)
     check_plan(config, guess_family(config))
     accelerator = _accelerator(config)
     output = Path(config.output_path)
@@ -157,18 +159,13 @@ def _encode(
     """The manifest of the data set, with every key of it in the store."""
     from diffsynth_dagster.cache.encode import Keys, encode_missing, plan_samples
     from diffsynth_dagster.cache.manifest import read_manifest
+    from diffsynth_dagster.cache.split import require_encoded_for
     from diffsynth_dagster.cache.store import Store
-    from diffsynth_dagster.errors import ParameterError, StoreError
+    from diffsynth_dagster.errors import StoreError
 
     if validated is None:
         manifest = read_manifest(Path(config.dataset_base_path))
-        if manifest.family != models.found.family.name:
-            raise ParameterError(
-                f"the data set was encoded for {manifest.family}",
-                where=f"dataset_base_path = {config.dataset_base_path}",
-                do=f"train {manifest.family}, or encode it for {models.found.family.name}",
-            )
-        _require_stages(config, models.found.family, manifest)
+        require_encoded_for(config, models.found, manifest, book)
     else:
         keys = Keys(models.found, book, models.dtype)
         manifest = plan_samples(config, models.found, validated, keys)
@@ -197,23 +194,6 @@ def _encode(
     return manifest
 
 
-def _require_stages(config: TrainingConfig, family: "Family", manifest: "Manifest") -> None:
-    """Refuse a data set that was encoded for another variant or task. Raises `ParameterError`."""
-    from diffsynth_dagster.cache.encode import trained_components
-    from diffsynth_dagster.errors import ParameterError
-
-    trained = trained_components(config)
-    wanted = {f"key:{stage.name}" for stage in family.cached_stages(trained)}
-    wanted |= {f"input:{i.column}" for s in family.step_stages(trained) for i in s.reads}
-    lacks = sorted(name.partition(":")[2] for name in wanted - set(manifest.frame.columns))
-    if lacks:
-        raise ParameterError(
-            f"the data set was encoded without what this training reads: {', '.join(lacks)}",
-            where=f"dataset_base_path = {config.dataset_base_path}",
-            do="give both halves of split training the same models, columns and trained modules",
-        )
-
-
 def _accelerator(config: TrainingConfig) -> "Accelerator":
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -225,11 +205,27 @@ def _accelerator(config: TrainingConfig) -> "Accelerator":
     # The others wait while the main process downloads, checks files or makes sample images.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
     return Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision=precision(config.mixed_precision, _gpu_has_bf16()),
         log_with=[*tracker_names(config)] or None,
         project_dir=config.output_path,
         kwargs_handlers=[unused, patient],
     )
+
+
+def precision(asked: str | None, gpu_has_bf16: bool) -> str | None:
+    """What to compute in: what a config asks for; else what accelerate says (None), or bf16 on a
+    GPU if that is float32, in which the published models do not fit."""
+    if asked is None and gpu_has_bf16:
+        given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        return "bf16" if given == "no" else None
+    return asked
+
+
+def _gpu_has_bf16() -> bool:
+    import torch
+    from accelerate.utils import is_bf16_available
+
+    return torch.accelerator.is_available() and is_bf16_available()
 
 
 def _dtype(accelerator: "Accelerator") -> Any:

@@ -15,7 +15,7 @@ from diffsynth_dagster.config import TrainingConfig, find_recipes, read_config, 
 from diffsynth_dagster.config.flags import parser, read_arguments
 from diffsynth_dagster.config.recipe import dump_config
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.train import main
+from diffsynth_dagster.train import main, precision
 
 BASE: dict[str, Any] = {
     "dataset_base_path": "data",
@@ -96,7 +96,8 @@ DEFAULTS = {
 def as_argv(values: dict[str, Any]) -> list[str]:
     argv: list[str] = []
     for name, value in values.items():
-        argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        switch = {True: [f"--{name}"], False: [f"--no-{name}"]}
+        argv += switch[value] if isinstance(value, bool) else [f"--{name}", str(value)]
     return argv
 
 
@@ -181,6 +182,10 @@ def test_a_written_config_reads_back(values: dict[str, Any]) -> None:
         ({"trainable_models": "dit"}, "is in --trainable_models and is --lora_base_model as well"),
         ({"seed": -1}, "--seed"),
         ({"lora_dropout": 1.0}, "--lora_dropout"),
+        (
+            {"use_gradient_checkpointing": False, "use_gradient_checkpointing_offload": True},
+            "--use_gradient_checkpointing switches off",
+        ),
         ({"max_rejected_fraction": 1.1}, "--max_rejected_fraction"),
     ],
 )
@@ -259,6 +264,52 @@ def test_the_guides_command_prints_a_plan(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], True),
+        (["--no-use_gradient_checkpointing"], False),
+        (["--use_gradient_checkpointing_offload"], True),
+    ],
+)
+def test_videos_are_trained_with_gradient_checkpointing(
+    flags: list[str], expected: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the guide's commands for Wan expect, which do not ask for it."""
+    command = [word for word in GUIDE_COMMAND if word != "--use_gradient_checkpointing"]
+    models = "Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*.safetensors"
+    wan = [*command, "--model_id_with_origin_paths", models]
+    assert main([*wan, *flags, "--dry_run"]) == 0
+    assert json.loads(capsys.readouterr().out)["gradient_checkpointing"] is expected
+    assert main([*command, "--dry_run"]) == 0
+    assert json.loads(capsys.readouterr().out)["gradient_checkpointing"] is False
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "launcher", "expected"),
+    [
+        (None, True, None, "bf16"),
+        (None, True, "no", "bf16"),
+        (None, True, "fp16", None),
+        (None, False, "no", None),
+        ("no", True, "bf16", "no"),
+        ("fp16", False, "no", "fp16"),
+    ],
+)
+def test_a_gpu_computes_in_bf16_unless_told_otherwise(
+    asked: str | None,
+    gpu: bool,
+    launcher: str | None,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None leaves it to accelerate."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launcher is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    assert precision(asked, gpu) == expected
+
+
 def test_the_stage_rule_decides_what_is_cached(capsys: pytest.CaptureFixture[str]) -> None:
     argv = [*GUIDE_COMMAND, "--trainable_models", "text_encoder", "--dry_run"]
     assert main(argv) == 0
@@ -281,6 +332,19 @@ def test_the_stage_rule_decides_what_is_cached(capsys: pytest.CaptureFixture[str
         (["--data_file_keys", "video"], "reads no file column 'video'"),
         (["--remove_prefix_in_ckpt", "pipe.vae."], "no trained tensor starts with 'pipe.vae.'"),
         (["--max_pixels", "100"], "less than the smallest image of 16x16"),
+        (
+            ["--max_pixels", "65536", "--height", "64", "--width", "64"],
+            "max_pixels has no effect when height and width are given",
+        ),
+        (["--lora_rank", "64"], "--lora_rank is given but no --lora_base_model"),
+        (["--lora_dropout", "0.3"], "--lora_dropout is given but no --lora_base_model"),
+        (["--customized_optimizer", "os.path.join"], "this is no optimizer class of torch"),
+        (["--customized_optimizer", "torch.optim.LBFGS"], "evaluates the model several times"),
+        (["--customized_optimizer", "torch.optim.SparseAdam"], "the optimizer cannot be made"),
+        (
+            ["--lr_scheduler", "polynomial", "--learning_rate", "1e-8"],
+            "the learning rate cannot take this course",
+        ),
     ],
 )
 def test_what_does_not_fit_the_family_is_refused(

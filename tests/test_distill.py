@@ -137,6 +137,11 @@ def test_data_encoded_for_another_task_is_refused(
     values = values_of(place, task="direct_distill:train", dataset_base_path=str(encoded))
     del values["dataset_metadata_path"]
     assert train(values, tmp_path / "run")[0] == 2
+    assert "encoded with extra_inputs = []" in capsys.readouterr().err
+    # The teacher's noise was not drawn, whatever is asked for.
+    values = values_of(place, task="direct_distill:train", dataset_base_path=str(encoded))
+    del values["dataset_metadata_path"], values["extra_inputs"]
+    assert train(values, tmp_path / "run")[0] == 2
     assert "encoded without what this training reads: teacher" in capsys.readouterr().err
 
 

@@ -1,6 +1,9 @@
 """FLUX.1: names of other tools, LoRAs as a start, several modules at once, and what is refused."""
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 from cases_flux import ARCHITECTURE, CASES, CONTROLNET, rows, write
-from conftest import make_config, train
+from conftest import ROOT, make_config, train
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -411,12 +414,25 @@ def test_rows_of_one_and_of_several_reference_images(values: Values, tmp_path: P
     assert pl.read_csv(run / "metrics.csv").height == 2
 
 
-def test_images_are_sampled_on_the_way(values: Values, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lora", "lora in bf16 on float8", "full in bf16"])
+def test_images_are_sampled_on_the_way(values: Values, kind: str, tmp_path: Path) -> None:
     given = values(
         sample_prompts=["a cat"], sample_num_inference_steps=2, sample_cfg_scale=2, save_steps=1
     )
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
+    if "bf16" in kind:
+        given["mixed_precision"] = "bf16"
+    if "float8" in kind:
+        given["fp8_models"] = given["model_paths"][:1]
+    if "full" in kind:
+        del given["lora_base_model"], given["lora_rank"]
+        given["trainable_models"] = ["dit"]
+    run = tmp_path / "run"
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({**given, "output_path": str(run)}))
+    # A process of its own: accelerate's precision is one for each process.
+    command = [sys.executable, "-m", "diffsynth_dagster.train", "--recipe", str(recipe)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     pictures = sorted((run / "samples").rglob("*.png"))
     assert pictures
     with Image.open(pictures[0]) as picture:

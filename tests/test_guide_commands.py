@@ -138,6 +138,7 @@ def wan(template: str, dit: str, frames: str | None, *extra: str, **more: Any) -
 
 
 I2V = ("prompt", "video", "first_frame")
+TI2V = ("prompt", "video", "known_frame")
 CLIP = (*I2V, "first_features")
 FLF = ("prompt", "video", "first_and_last_frame", "first_and_last_features")
 VACE = {"--data_file_keys": "video,vace_video,vace_reference_image"}
@@ -255,7 +256,7 @@ VARIANTS = (
         flags=LOW_I2V,
         cached=I2V,
     ),
-    wan("wan22_ti2v_5b", f"{W22}-TI2V-5B:{DIT}", "49", "input_image", cached=I2V),
+    wan("wan22_ti2v_5b", f"{W22}-TI2V-5B:{DIT}", "49", "input_image", cached=TI2V),
     vace("wan21_vace_1.3b", "1.3B", "81", "49"),
     vace("wan21_vace_14b", "14B", "17", "17"),
 )

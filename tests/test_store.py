@@ -183,7 +183,7 @@ def test_gc_writes_a_shard_anew_when_little_of_it_is_used(tmp_path: Path) -> Non
     store = Store(tmp_path / "store")
     fill(store, [str(i) for i in range(10)])
     frame = pl.DataFrame({"sample": ["s"], "row": [1], "width": [1], "height": [1], "key:a": ["7"]})
-    Manifest(frame, str(tmp_path / "store"), "f", {}, {}).write(tmp_path / "run")
+    Manifest(frame, str(tmp_path / "store"), "f", {}, {}, {}).write(tmp_path / "run")
     store.add_user(tmp_path / "run")
     assert collect(store).removed_keys == 9
     fresh = Store(tmp_path / "store")

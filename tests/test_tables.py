@@ -290,7 +290,7 @@ def test_a_column_that_begins_late(tmp_path: Path) -> None:
 
 cells = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\r\x00"), max_size=6
-) | st.sampled_from(['"', ",", "\n", '"a,b"', "a", " ", "[", "true"])
+) | st.sampled_from(['"', ",", "\n", '"a,b"', "a", " ", "\x1f", "[", "true"])
 
 
 @ANY

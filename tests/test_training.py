@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, Values, make_config, train, write_images
 from safetensors.torch import load_file
 
@@ -98,6 +99,7 @@ def test_gradients_are_checkpointed_all_the_way(values: Values, tmp_path: Path) 
     found = find_model(config, ModelHub.from_environment())
     models = Models(found, torch.device("cpu"), torch.float32, on_cpu_first=False)
     session: Any = SimpleNamespace(config=config, models=models)
+    session.accelerator = Accelerator(cpu=True)
     step = build_step(session)
     assert step.loaded["dit"].gradient_checkpointing
     assert not any(p.requires_grad for p in step.loaded["dit"].parameters())

@@ -12,7 +12,8 @@ import torch
 
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
-from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.config.effect import named_values
+from diffsynth_dagster.config.parameters import ENCODING, TrainingConfig
 from diffsynth_dagster.data.facts import FactBook, digest_of
 from diffsynth_dagster.data.metadata import Validated
 from diffsynth_dagster.data.samples import content, load, plain, reading, reference
@@ -147,6 +148,7 @@ def plan_samples(
         family.name,
         _plan_prompts(config, family, keys, trained),
         keys.weights(cached),
+        {name: value for name, value in named_values(config).items() if name in ENCODING},
     )
 
 
@@ -217,6 +219,7 @@ def encode_missing(
                         writer.add(key, outputs)
                     done += len(batch)
                     progress(stage.name, done, len(share))
+            del loaded  # or it would keep what is freed
             later = {name for s in cached[cached.index(stage) + 1 :] for name in s.uses}
             models.free(name for name in stage.uses if name not in later)
         ranks.wait_for_everyone()

@@ -31,6 +31,7 @@ class Manifest:
         family: name of the model family.
         prompts: sample prompt → stage → key, for the images made during training.
         weights: component → digest of the files that it was encoded with.
+        parameters: the values of `config.parameters.ENCODING`, as JSON values.
     """
 
     frame: pl.DataFrame
@@ -38,6 +39,7 @@ class Manifest:
     family: str
     prompts: dict[str, dict[str, str]]
     weights: dict[str, str]
+    parameters: dict[str, Any]
 
     @property
     def digest(self) -> str:
@@ -62,6 +64,7 @@ class Manifest:
             "family": self.family,
             "prompts": self.prompts,
             "weights": self.weights,
+            "parameters": self.parameters,
         }
         return write_whole(
             folder / FILE_NAME,
@@ -79,11 +82,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         frame = pl.read_parquet(path)
         notes: dict[str, Any] = json.loads(pl.read_parquet_metadata(path)[_NOTES])
-    except (OSError, pl.exceptions.PolarsError, KeyError, ValueError) as error:
+        return Manifest(frame, **notes)
+    except (OSError, pl.exceptions.PolarsError, KeyError, ValueError, TypeError) as error:
         raise StoreError(
             "the folder holds no encoded data set",
             where=str(path),
             do="run the task sft:data_process with this folder as output_path first, or give "
             "dataset_metadata_path",
         ) from error
-    return Manifest(frame, notes["store"], notes["family"], notes["prompts"], notes["weights"])

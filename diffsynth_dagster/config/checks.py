@@ -10,6 +10,8 @@ from diffsynth_dagster.errors import ParameterError, nearest
 
 Naming = Callable[[str], str]
 
+_OF_A_LORA = ("lora_target_modules", "lora_rank", "lora_alpha", "lora_dropout", "lora_checkpoint")
+
 
 def as_flag(name: str) -> str:
     """How a parameter is written on the command line."""
@@ -146,9 +148,15 @@ def _check_together(config: TrainingConfig, where: str, naming: Naming) -> None:
             f"give {n('lora_base_model')}, or leave it out: it is about LoRA files",
         )
     if config.lora_base_model is None:
-        for name in ("lora_target_modules", "lora_alpha", "lora_checkpoint"):
-            if getattr(config, name) is not None:
+        for name in _OF_A_LORA:
+            if getattr(config, name) != TrainingConfig.model_fields[name].default:
                 refuse(
                     f"{n(name)} is given but no {n('lora_base_model')}",
                     f"give {n('lora_base_model')}, or leave {n(name)} out",
                 )
+    if config.use_gradient_checkpointing_offload and config.use_gradient_checkpointing is False:
+        refuse(
+            f"{n('use_gradient_checkpointing_offload')} is gradient checkpointing, which "
+            f"{n('use_gradient_checkpointing')} switches off",
+            "leave one of them out",
+        )

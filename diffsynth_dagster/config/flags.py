@@ -69,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
         name = group.__name__.removesuffix("Parameters").lower()
         section = result.add_argument_group(name, (group.__doc__ or "").strip())
         for key, field in group.model_fields.items():
-            if field.annotation is bool:
+            kind: Any = field.annotation
+            if kind in (bool, bool | None):
                 section.add_argument(
                     as_flag(key), action=argparse.BooleanOptionalAction, help=_help(field)
                 )

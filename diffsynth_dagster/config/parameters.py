@@ -225,7 +225,9 @@ class TrainingParameters(BaseModel):
         None, gt=0.0, description="Norm to which gradients are clipped; no clipping if left out."
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
-        None, description="Precision of the computation; that of accelerate when left out."
+        None,
+        description="Precision of the computation. Left out: that of accelerate, or bf16 on a GPU "
+        "where accelerate's is no.",
     )
 
 
@@ -264,8 +266,10 @@ class LoraParameters(BaseModel):
 class GradientParameters(BaseModel):
     """Memory against time."""
 
-    use_gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass instead of keeping them."
+    use_gradient_checkpointing: bool | None = Field(
+        None,
+        description="Recompute activations in the backward pass instead of keeping them. Left out: "
+        "what the family does, which is yes for videos.",
     )
     use_gradient_checkpointing_offload: bool = Field(
         False,
@@ -370,9 +374,9 @@ class TrainingConfig(
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @property
-    def checkpoints_gradients(self) -> bool:
-        """Whether activations are recomputed, wherever the kept ones lie."""
-        return self.use_gradient_checkpointing or self.use_gradient_checkpointing_offload
+    def checkpoints_gradients(self) -> bool | None:
+        """Whether activations are recomputed, wherever the kept ones lie; None: as usual."""
+        return self.use_gradient_checkpointing_offload or self.use_gradient_checkpointing
 
     @property
     def distills(self) -> bool:
@@ -390,6 +394,11 @@ class TrainingConfig(
         return self.task.endswith(":train")
 
     @property
+    def reads_encoded(self) -> bool:
+        """Whether the data set is a folder that the first half wrote, and no metadata is read."""
+        return self.trains_only and self.dataset_metadata_path is None
+
+    @property
     def alpha(self) -> float:
         """The LoRA's alpha: the update is scaled by alpha / rank."""
         return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
@@ -405,6 +414,20 @@ GROUPS: tuple[type[BaseModel], ...] = (
     OutputParameters,
     SamplingParameters,
 )
+
+ENCODING = (
+    "data_file_keys",
+    "extra_inputs",
+    "edit_plus",
+    "height",
+    "width",
+    "max_pixels",
+    "bucket_step",
+    "num_frames",
+    "frame_rate",
+)
+"""Parameters that say what is encoded of a row: the second half of split training takes them over
+from the first."""
 
 TOKENIZERS = ("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path")
 """Parameters that name a folder of what turns inputs into tokens."""

@@ -35,6 +35,8 @@ REASONS = {
 STATUS = pl.Enum(["ok", *REASONS])
 _URL = r"^\s*(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)"
 _FINE, _CODE, _NOW, _WHY = "\x00fine", "\x00code", "\x00now", "\x00why"
+_SPACE = r"\s\x1c-\x1f"
+"""What `str.isspace` calls space, inside the brackets of a regular expression."""
 _NUMBER = r"^\s*-?\d+(?:\.\d*)?\s*$"
 _LOOKS_TYPED = r"^(?:[\[{]|true$|false$)"
 _Check = tuple[str, str, pl.Expr]
@@ -127,7 +129,7 @@ def _surely_fine(item: Input, dtype: pl.DataType) -> pl.Expr:
         return value.str.contains(item.pattern)
     if item.kind == "number":
         return value.str.contains(_NUMBER)
-    return value.str.contains(r"^[^\s:\x00][^:\x00]*$" if item.is_file else r"^\S")
+    return value.str.contains(rf"^[^{_SPACE}:\x00][^:\x00]*$" if item.is_file else f"^[^{_SPACE}]")
 
 
 def _as_declared(item: Input, dtype: pl.DataType) -> pl.Expr:
@@ -182,6 +184,11 @@ def _list(cell: str) -> list[str | None]:
     return as_list(value) or []
 
 
+def _is_blank(text: pl.Expr) -> pl.Expr:
+    """Whether a text is empty or nothing but space."""
+    return ~text.str.contains(f"[^{_SPACE}]")
+
+
 def _checks(item: Input, dtype: pl.DataType) -> list[_Check]:
     name, value = item.column, pl.col(item.column)
     listed = isinstance(dtype, pl.List | pl.Array) and item.many and not dtype.inner.is_nested()
@@ -198,14 +205,14 @@ def _checks(item: Input, dtype: pl.DataType) -> list[_Check]:
             *taken,
         ]
     if item.kind == "text":
-        empty = value.is_null() | (value.str.strip_chars() == "")
+        empty = value.is_null() | _is_blank(value)
         return [(name, "empty_caption", empty), *taken]
 
     def anywhere(test: pl.Expr) -> pl.Expr:
         return value.list.eval(test).list.any() if item.many else test
 
     each = pl.element() if item.many else value
-    blank = anywhere((each.str.strip_chars() == "").fill_null(True))
+    blank = anywhere(_is_blank(each).fill_null(True))
     empty = value.is_null() | (value.list.len() == 0) if item.many else value.is_null()
     return [
         (name, "missing_value", empty | blank),

@@ -221,6 +221,7 @@ class Family:
         variant: (config, component → shapes) → the family as this config uses it: its stages and
             columns, its components' architecture. Shapes are empty for a component that is named
             but whose files are not there. The columns must depend on the config alone.
+        checkpoints_gradients: whether activations are recomputed where the config leaves it open.
         decoder: components that `sample` needs and no stage of the text uses.
         repositories: how the family's repositories are called on the hub, to tell the family of a
             command line before any file is there.
@@ -248,6 +249,7 @@ class Family:
     parameters: tuple[str, ...] = ()
     extra_inputs: tuple[str, ...] = ()
     variant: Callable[[TrainingConfig, Mapping[str, Shapes]], "Family"] | None = None
+    checkpoints_gradients: bool = False
     decoder: tuple[str, ...] = ("vae",)
     repositories: tuple[str, ...] = ()
 

@@ -115,10 +115,12 @@ def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) 
         tokens = torch.cat([tokens, conditions["edit_tokens"]], dim=1)
         # Samples of a batch are of equal shape: the grids of one are those of all.
         grids += [(1, rows, columns) for rows, columns in conditions["edit_grids"][0].tolist()]
+    mask = conditions["prompt_embeds_mask"]
     predicted = loaded["dit"](
         hidden_states=tokens,
         encoder_hidden_states=conditions["prompt_embeds"],
-        encoder_hidden_states_mask=conditions["prompt_embeds_mask"],
+        # As in the published pipeline: without padding, attention is faster without a mask.
+        encoder_hidden_states_mask=None if mask.all() else mask,
         timestep=t / 1000,
         img_shapes=[grids] * len(latents),
         return_dict=False,
@@ -135,8 +137,10 @@ def path() -> FlowPath:
 def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
     """Images by diffusers' own pipeline."""
     make: Any = QwenImagePipeline  # takes None where the prompts are already encoded
+    # A single step has nothing to stretch to the terminal sigma: diffusers divides by zero.
+    alone = {"shift_terminal": None} if request.num_inference_steps == 1 else {}
     pipeline = make(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config({**SCHEDULER, **alone}),
         vae=loaded["vae"],
         text_encoder=None,
         tokenizer=None,

@@ -154,16 +154,24 @@ def _check_vace(given: frozenset[str], dit: Shapes) -> None:
         )
 
 
+def _names_wide_vae(config: TrainingConfig) -> bool:
+    """Whether the model list names the VAE of 16x16, as far as its text tells."""
+    texts = [entry.text for entry in model_entries(config)]
+    return any(mark in text for text in texts for mark in ("Wan2.2_VAE", "TI2V-5B"))
+
+
+def _is_wide(vae: Shapes) -> bool:
+    """Whether the files of a VAE are those of the one of 16x16."""
+    return vae.get("post_quant_conv.weight", (0,))[0] == WIDE_LATENTS
+
+
 def _geometry(config: TrainingConfig, vae: Shapes) -> Geometry:
     """Sides are multiples of 16, and of 32 with the VAE of 16x16.
 
     Sizes are checked before files are there, so that this VAE is told from its name; where it is
     called otherwise the size must be given.
     """
-    named = any(
-        mark in entry.text for entry in model_entries(config) for mark in ("Wan2.2_VAE", "TI2V-5B")
-    )
-    wide = vae.get("post_quant_conv.weight", (0,))[0] == WIDE_LATENTS
+    named, wide = _names_wide_vae(config), _is_wide(vae)
     sides = (config.height, config.width)
     if wide and not named and any(side is None or side % WIDE_FACTOR for side in sides):
         raise _refuse(
@@ -197,7 +205,8 @@ def variant(config: TrainingConfig, shapes: Mapping[str, Shapes]) -> Family:
         _check_frames(given, dit)
         _check_vace(given, dit)
         features = any(name.startswith(embedder) for name in dit)
-    if features and first and "image_encoder" not in shapes:
+    encodes = not config.reads_encoded
+    if features and first and encodes and "image_encoder" not in shapes:
         raise _refuse(
             "the transformer is told CLIP's features of the first frame, and CLIP is not named",
             "add models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, or the folder "
@@ -208,7 +217,8 @@ def variant(config: TrainingConfig, shapes: Mapping[str, Shapes]) -> Family:
     video = replace(FAMILY.stage("video"), reads=(VIDEO, *reference))
     stages = [FAMILY.stage("prompt"), video]
     if first:
-        in_place = bool(dit) and _channels(dit) == (WIDE_LATENTS, WIDE_LATENTS)
+        wide = _names_wide_vae(config) or _is_wide(vae)
+        in_place = _channels(dit) == (WIDE_LATENTS, WIDE_LATENTS) if dit else wide
         stages.append(_frames_stage(last, in_place))
     if first and features:
         # Models without an embedding of two positions are told the first frame alone.
@@ -229,10 +239,10 @@ def _frames_stage(last: bool, in_place: bool) -> Stage:
     Args:
         in_place: they are given in the video itself, not beside it.
     """
-    name = "first_and_last_frame" if last else "first_frame"
     if in_place:
         known = Output("first_frame", "known", of="video")
-        return Stage(name, (VIDEO,), ("vae",), (known,), wan_stages.know_first_frame)
+        return Stage("known_frame", (VIDEO,), ("vae",), (known,), wan_stages.know_first_frame)
+    name = "first_and_last_frame" if last else "first_frame"
     yields = (Output("given_frames", "condition"),)
     return Stage(
         name, (VIDEO,), ("vae",), yields, partial(wan_stages.encode_given_frames, last=last)
@@ -356,5 +366,6 @@ FAMILY = Family(
     parameters=("tokenizer_path",),
     extra_inputs=("input_image", "end_image", "vace_video", "vace_reference_image"),
     variant=variant,
+    checkpoints_gradients=True,
     repositories=("Wan-AI/Wan2", "PAI/Wan2"),
 )

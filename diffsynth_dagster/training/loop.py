@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -30,6 +29,7 @@ from diffsynth_dagster.training.modules import (
     fingerprints,
     train_fully,
 )
+from diffsynth_dagster.training.optimizer import make_optimizer, make_schedule
 from diffsynth_dagster.training.record import RunRecord
 from diffsynth_dagster.training.reporting import Reporter, StepMetrics
 from diffsynth_dagster.training.step import TrainingStep
@@ -65,14 +65,17 @@ def build_step(session: Session) -> TrainingStep:
         owner = family.part(config.lora_base_model).of
         add_lora(config, family, loaded[owner])
         if owner in models.found.float8:
-            store_in_float8(loaded[owner], models.dtype)
+            store_in_float8(loaded[owner], models.dtype, models.device)
+    # DeepSpeed holds float32 copies of what is trained itself, in pieces.
+    partitioned = session.accelerator.distributed_type == DistributedType.DEEPSPEED
     for name in config.trainable_models:
         part = family.part(name)
-        train_fully(loaded[part.of], part)
-    if config.checkpoints_gradients:
+        train_fully(loaded[part.of], part, models.dtype if partitioned else torch.float32)
+    asked = config.checkpoints_gradients
+    if family.checkpoints_gradients if asked is None else asked:
         # Gradients of what conditions the denoiser go through all of it.
         for name in sorted(changed | {family.denoiser}):
-            checkpoint_gradients(loaded[name])
+            checkpoint_gradients(loaded[name], required=asked is not None)
     for name in changed:
         loaded[name].train()
     count = len(family.path().sigmas)
@@ -80,16 +83,6 @@ def build_step(session: Session) -> TrainingStep:
     return TrainingStep(
         family, loaded, tokenizers, trained, config.seed, (int(low), int(high)), config.distills
     )
-
-
-def make_optimizer(
-    config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]
-) -> torch.optim.Optimizer:
-    """AdamW, or the class of `customized_optimizer`. Raises `ParameterError`."""
-    kind: Any = torch.optim.AdamW
-    if config.customized_optimizer is not None:
-        kind = import_dotted(config.customized_optimizer, "customized_optimizer")
-    return kind(list(parameters), lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def train(session: Session) -> RunRecord:
@@ -113,16 +106,9 @@ def train(session: Session) -> RunRecord:
     )
     epoch_steps = data.order.steps_per_epoch
     total = epoch_steps * config.num_epochs
-    warms_up = config.lr_scheduler == "constant" and config.lr_warmup_steps
-    schedule = get_scheduler(
-        "constant_with_warmup" if warms_up else config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=total,
-    )
+    schedule = make_schedule(config, optimizer, total)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        plugin: Any = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
+        _tell_deepspeed(accelerator, config)
     model, optimizer = accelerator.prepare(step_module, optimizer)
     pictures = Pictures(session, accelerator.unwrap_model(model))
     pictures.samples(0)
@@ -177,6 +163,17 @@ def train(session: Session) -> RunRecord:
     pictures.evaluate("after")
     record.finished = True
     return record
+
+
+def _tell_deepspeed(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """What it would ask a data loader for, and the clipping, which it does itself."""
+    plugin: Any = accelerator.state.deepspeed_plugin
+    settings = plugin.deepspeed_config
+    settings["train_micro_batch_size_per_gpu"] = config.batch_size
+    if config.max_grad_norm is not None:
+        settings["gradient_clipping"] = config.max_grad_norm
+    elif settings.get("gradient_clipping", "auto") == "auto":
+        settings["gradient_clipping"] = 0.0  # accelerate would clip at 1
 
 
 def _forward(model: Any, batch: Batch) -> torch.Tensor:
@@ -296,7 +293,9 @@ class Pictures:
         modes = {module: module.training for module in self._module.modules()}
         self._module.eval()
         try:
-            return self._sampler(self._module.loaded, prompts, seed)
+            # As in a training step: trained weights are float32, and the others may not be.
+            with self._session.accelerator.autocast():
+                return self._sampler(self._module.loaded, prompts, seed)
         finally:
             for module, mode in modes.items():
                 module.training = mode

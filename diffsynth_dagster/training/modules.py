@@ -190,25 +190,27 @@ def add_lora(config: TrainingConfig, family: Family, module: nn.Module) -> list[
     return targets
 
 
-def train_fully(module: nn.Module, part: Part) -> None:
-    """Make the parameters of a component, or of a part of it, trainable, in float32."""
+def train_fully(module: nn.Module, part: Part, dtype: torch.dtype = torch.float32) -> None:
+    """Make the parameters of a component, or of a part of it, trainable, in an element type."""
     for name, parameter in module.named_parameters():
         if part.holds(name) and ".lora_" not in name:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(True)
 
 
-def checkpoint_gradients(module: nn.Module) -> None:
+def checkpoint_gradients(module: nn.Module, required: bool = True) -> None:
     """Switch gradient checkpointing on, where the architecture has it.
 
     Raises:
-        ParameterError: it has none.
+        ParameterError: it has none, and it is required.
     """
     for name in ("enable_gradient_checkpointing", "gradient_checkpointing_enable"):
         switch = getattr(module, name, None)
         if callable(switch) and getattr(module, "_supports_gradient_checkpointing", True):
             switch()
             return
+    if not required:
+        return
     raise ParameterError(
         f"{type(module).__name__} has no gradient checkpointing",
         where="use_gradient_checkpointing",

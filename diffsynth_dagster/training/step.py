@@ -119,8 +119,7 @@ class TrainingStep(nn.Module):
     def _run_stages(self, batch: Batch) -> Tensors:
         """The cached outputs and those of the stages that run here, stacked."""
         outputs = dict(batch.outputs)
-        if not self._stages:
-            return outputs
+        device = next(self.parameters()).device
         for stage in self._stages:
             # Its own columns, and the outputs it needs: a column may be called like an output.
             needed = {o.name: o for n in stage.needs for o in self._family.stage(n).yields}
@@ -128,7 +127,8 @@ class TrainingStep(nn.Module):
                 {i.column: inputs[i.column] for i in stage.reads} | _sample(outputs, needed, index)
                 for index, inputs in enumerate(batch.inputs)
             ]
-            outputs |= collate(stage.yields, stage.run(self.loaded, samples))
+            made = collate(stage.yields, stage.run(self.loaded, samples))
+            outputs |= {name: tensor.to(device) for name, tensor in made.items()}
         return outputs
 
     def _by_role(self, outputs: Tensors) -> tuple[Tensors, Tensors, Tensors]:

@@ -23,8 +23,8 @@ class Models:
 
     Args:
         device, dtype: of the loaded weights.
-        bare: components that are not put into float8 when they are loaded, because a LoRA comes
-            first; see `store_in_float8`.
+        bare: components that are not put into float8 when they are loaded but stay in CPU memory,
+            because a LoRA comes first; see `store_in_float8`.
         on_cpu_first: read weights into CPU memory before they are moved to the device.
     """
 
@@ -69,15 +69,17 @@ class Models:
                     do="name the folder that holds its files",
                 ) from error
         require_component(self.found, name)
-        where = "cpu" if self._on_cpu_first else self.device
+        stored = name in self.found.float8
+        where = "cpu" if self._on_cpu_first or stored else self.device
         module = load_component(self.found.components[name], where, self.dtype)
         if name in self.found.presets:
             preset = self.found.presets[name]
             lora = read_lora(preset.path, self.found.family, preset.name, "preset_lora_path")
             fuse_lora(module, lora, f"preset_lora_path = {preset.path}")
-        module.to(self.device)
-        if name in self.found.float8 and name not in self._bare:
-            store_in_float8(module, self.dtype)
+        if not stored:
+            return module.to(self.device)
+        if name not in self._bare:
+            store_in_float8(module, self.dtype, self.device)
         return module
 
     def free(self, names: Iterable[str]) -> None:
@@ -89,10 +91,10 @@ class Models:
             torch.cuda.empty_cache()
 
 
-def store_in_float8(module: nn.Module, compute: torch.dtype) -> None:
-    """Keep the weights of a module in float8 (e4m3) and compute in another type.
+def store_in_float8(module: nn.Module, compute: torch.dtype, device: torch.device) -> None:
+    """Keep the weights of a module in float8 (e4m3) on a device, and compute there in another type.
 
-    Norms, embeddings of positions and patches, LoRA layers, and what the architecture keeps in
+    The device never holds the whole module in the other type. Norms, embeddings of positions and patches, LoRA layers, and what the architecture keeps in
     float32 stay as they are; LoRA layers must be there already.
     """
     kept = [*_NOT_IN_FLOAT8, *(getattr(module, "_skip_layerwise_casting_patterns", None) or ())]
@@ -103,13 +105,9 @@ def store_in_float8(module: nn.Module, compute: torch.dtype) -> None:
         storage_dtype=torch.float8_e4m3fn,
         compute_dtype=compute,
         skip_modules_pattern=tuple(kept),
-        non_blocking=module_device(module).type == "cuda",
+        non_blocking=device.type == "cuda",
     )
-
-
-def module_device(module: nn.Module) -> torch.device:
-    """Where a module's weights lie."""
-    return next(module.parameters()).device
+    module.to(device)
 
 
 def require_component(found: FoundModel, name: str) -> None:
