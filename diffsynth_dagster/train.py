@@ -204,12 +204,32 @@ def _accelerator(config: TrainingConfig) -> "Accelerator":
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)
     # The others wait while the main process downloads, checks files or makes sample images.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision(config.mixed_precision, _gpu_has_bf16()),
         log_with=[*tracker_names(config)] or None,
         project_dir=config.output_path,
         kwargs_handlers=[unused, patient],
     )
+    _require_whole_weights(accelerator)
+    return accelerator
+
+
+def _require_whole_weights(accelerator: "Accelerator") -> None:
+    """Refuse what partitions the weights themselves over the processes. Raises `ParameterError`."""
+    from accelerate.utils import DistributedType
+
+    from diffsynth_dagster.errors import ParameterError
+
+    kind = accelerator.distributed_type
+    plugin: Any = accelerator.state.deepspeed_plugin
+    third_stage = kind == DistributedType.DEEPSPEED and plugin.zero_stage == 3
+    if third_stage or kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        named = "ZeRO stage 3" if third_stage else kind.value
+        raise ParameterError(
+            f"{named}, which partitions the weights, is not supported yet",
+            where="the configuration of accelerate",
+            do="use several GPUs without it, or ZeRO stage 2: recipes/accelerate/zero2_offload.yaml",
+        )
 
 
 def precision(asked: str | None, gpu_has_bf16: bool) -> str | None:

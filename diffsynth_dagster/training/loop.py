@@ -236,11 +236,7 @@ def _due(config: TrainingConfig, step: int, epoch_steps: int, total: int) -> str
 def _save(session: Session, model: Any, trainable: frozenset[str], name: str, step: int) -> None:
     """Write the trained weights, prefix stripped. Raises `OutputError`."""
     accelerator, config = session.accelerator, session.config
-    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if accelerator.distributed_type in sharded:
-        parameters: Any = accelerator.get_state_dict(model)
-    else:
-        parameters = dict(accelerator.unwrap_model(model).named_parameters())
+    parameters = dict(accelerator.unwrap_model(model).named_parameters())
     if accelerator.is_main_process:
         family = session.models.found.family
         state = trained_state(parameters, trainable, family, session.record.trained)
