@@ -8,6 +8,7 @@ DiffSynthError
     ├── WeightsError     a model file: missing, damaged, of an unknown kind, incomplete
     │   └── DownloadError    the hub did not answer or lacks the file; worth another try
     ├── TargetError      LoRA targets or trainable modules that match nothing
+    ├── TrainingError    a training that went wrong by its parameters or data
     ├── StoreError       the cache of encoded samples
     └── OutputError      a folder or file that cannot be written
 
@@ -70,6 +71,10 @@ class DownloadError(WeightsError):
 
 class TargetError(UserError):
     """A LoRA target or a trainable module matches nothing."""
+
+
+class TrainingError(UserError):
+    """A training cannot go on: its parameters or its data led it astray."""
 
 
 class StoreError(UserError):

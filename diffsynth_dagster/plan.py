@@ -1,17 +1,21 @@
 """What a training would do, told before a weight is loaded: the answer to `--dry_run`."""
 
+from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster.cache.encode import trained_components
+from diffsynth_dagster.cache.manifest import FILE_NAME
+from diffsynth_dagster.cache.split import as_encoded
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.metadata import check_columns
+from diffsynth_dagster.dotted import import_dotted
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.checkpoint import check_prefix
 from diffsynth_dagster.training.modules import check_trainable, usual_targets
 from diffsynth_dagster.training.optimizer import check_optimizer
-from diffsynth_dagster.weights.entries import model_entries
+from diffsynth_dagster.weights.entries import float8_entries, model_entries
 from diffsynth_dagster.weights.identify import guess_component, guess_family
 
 
@@ -25,6 +29,9 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
     check_trainable(config, family)
     _check_samples(config, family)
     check_optimizer(config)
+    float8_entries(config)
+    if config.customized_evaluation is not None:
+        import_dotted(config.customized_evaluation, "customized_evaluation")
     check_prefix(config.remove_prefix_in_ckpt, family, trained_components(config))
     _check_size(config, family)
     size_rule(config.height, config.width, config.max_pixels, family.geometry, config.bucket_step)
@@ -76,20 +83,25 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
     """The plan of a config as JSON values. Needs no file, loads no weight.
 
     Raises:
+        StoreError: the encoded data set is there and damaged.
         ParameterError: see `check_plan`; or the family cannot be told without the files.
     """
+    if config.reads_encoded and (Path(config.dataset_base_path) / FILE_NAME).is_file():
+        config = as_encoded(config)
     family = guess_family(config)
     check_plan(config, family)
     trained = trained_components(config)
     entries = model_entries(config)
-    sources = {
-        guess_component(entry, family) or f"told when the file is there ({index})": entry.text
-        for index, entry in enumerate(entries)
-    }
+    sources: dict[str, str] = {}
+    for index, entry in enumerate(entries):
+        name = guess_component(entry, family)
+        if name is None or name in sources:
+            name = f"told when the file is there ({index})"
+        sources[name] = entry.text
     for tokenizer in family.tokenizers:
         given = getattr(config, tokenizer.parameter)
         sources[tokenizer.name] = given or f"beside the model files, or {tokenizer.default}"
-    stored = [item if isinstance(item, str) else ", ".join(item) for item in config.fp8_models]
+    stored = [entry.text for entry in float8_entries(config)]
     asked = config.checkpoints_gradients
     lora = None
     if config.lora_base_model is not None:
@@ -117,6 +129,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
         "components": sources,
         "float8": [name for name, text in sources.items() if text in stored],
         "trained": {"full": list(config.trainable_models), "lora": lora},
+        "starts_from": {"fused": config.preset_lora_path, "lora": config.lora_checkpoint},
         "stages": {
             "cached": [stage.name for stage in family.cached_stages(trained)],
             "in_step": [stage.name for stage in family.step_stages(trained)],

@@ -10,6 +10,7 @@ import dagster as dg
 
 import diffsynth_dagster
 from diffsynth_dagster.config import Recipe, read_recipe
+from diffsynth_dagster.config.recipe import recipe_files
 from diffsynth_dagster.errors import ParameterError, UserError
 from diffsynth_dagster.weights.entries import model_entries
 
@@ -55,13 +56,15 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
         try:
             recipe = read_recipe(path)
             model_entries(recipe.config)
-            _refuse_shared_folder(recipe, sound)
             _check_schedule(recipe)
         except UserError as error:
             broken.append(BrokenRecipe(name, path, _naming(error, path)))
         else:
             sound.append(Recipe(name, path, recipe.config, recipe.options))
-    return sound, broken
+    shared = _in_one_folder(sound)
+    broken += shared
+    names = {recipe.name for recipe in shared}
+    return [recipe for recipe in sound if recipe.name not in names], broken
 
 
 def _naming(error: UserError, path: Path) -> UserError:
@@ -75,7 +78,7 @@ def _naming(error: UserError, path: Path) -> UserError:
 def _named(folder: Path) -> Iterator[tuple[Path, str]]:
     """Each recipe file with the name of its assets and job, unique in the folder."""
     taken: set[str] = set()
-    for path in sorted(folder.glob("*.yaml")):
+    for path in recipe_files(folder):
         name = base = identifier(path.stem)
         number = 2
         while name in taken:
@@ -84,16 +87,23 @@ def _named(folder: Path) -> Iterator[tuple[Path, str]]:
         yield path, name
 
 
-def _refuse_shared_folder(recipe: Recipe, others: list[Recipe]) -> None:
-    """Two recipes that write into one folder would take each other's checkpoints for theirs."""
-    folder = Path(recipe.config.output_path).absolute()
-    for other in others:
-        if Path(other.config.output_path).absolute() == folder:
-            raise ParameterError(
-                f"'output_path' is also that of the recipe '{other.name}'",
+def _in_one_folder(recipes: list[Recipe]) -> list[BrokenRecipe]:
+    """Recipes that write into one folder: they would take each other's checkpoints for theirs, and
+    which of them the files there belong to cannot be told."""
+    folders: dict[Path, list[Recipe]] = {}
+    for recipe in recipes:
+        folders.setdefault(Path(recipe.config.output_path).absolute(), []).append(recipe)
+    broken: list[BrokenRecipe] = []
+    for sharing in (group for group in folders.values() if len(group) > 1):
+        for recipe in sharing:
+            others = ", ".join(f"'{other.name}'" for other in sharing if other is not recipe)
+            error = ParameterError(
+                f"'output_path' is also that of the recipe {others}",
                 where=f"{recipe.path}: {recipe.config.output_path}",
                 do="give each recipe a folder of its own",
             )
+            broken.append(BrokenRecipe(recipe.name, recipe.path, error))
+    return broken
 
 
 def _check_schedule(recipe: Recipe) -> None:

@@ -181,6 +181,8 @@ def test_a_written_config_reads_back(values: dict[str, Any]) -> None:
         ({"template_model_id_or_path": "a"}, "--template_model_id_or_path is not supported yet"),
         ({"trainable_models": "dit"}, "is in --trainable_models and is --lora_base_model as well"),
         ({"seed": -1}, "--seed"),
+        ({"learning_rate": "inf"}, "--learning_rate = 'inf'"),
+        ({"output_path": ""}, "--output_path = ''"),
         ({"lora_dropout": 1.0}, "--lora_dropout"),
         (
             {"use_gradient_checkpointing": False, "use_gradient_checkpointing_offload": True},
@@ -206,6 +208,19 @@ def test_wrong_flags_are_refused_with_one_message(change: dict[str, Any], messag
 def test_what_is_missing_is_named(missing: str, message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         read_arguments(as_argv({k: v for k, v in BASE.items() if k != missing}))
+
+
+def test_an_empty_text_leaves_a_parameter_out() -> None:
+    empty = {"lora_checkpoint": "", "preset_lora_path": "", "quant_options": "", "family": ""}
+    assert read_arguments(as_argv({**BASE, **empty})).config == read_config(BASE, "test")
+    with pytest.raises(ParameterError, match="nothing is trained"):
+        read_arguments(as_argv({**BASE, "lora_base_model": ""}))
+
+
+def test_switches_take_no_value() -> None:
+    with pytest.raises(ParameterError, match="'True' belongs to no flag") as error:
+        read_arguments([*as_argv(BASE), "--find_unused_parameters", "True"])
+    assert "take no value" in str(error.value)
 
 
 def test_words_that_belong_to_no_flag_are_refused() -> None:
@@ -338,6 +353,8 @@ def test_the_stage_rule_decides_what_is_cached(capsys: pytest.CaptureFixture[str
         ),
         (["--lora_rank", "64"], "--lora_rank is given but no --lora_base_model"),
         (["--lora_dropout", "0.3"], "--lora_dropout is given but no --lora_base_model"),
+        (["--fp8_models", "foo"], "'foo' is no entry of the model list"),
+        (["--customized_evaluation", "nothing.here"], "nothing.here"),
         (["--customized_optimizer", "os.path.join"], "this is no optimizer class of torch"),
         (["--customized_optimizer", "torch.optim.LBFGS"], "evaluates the model several times"),
         (["--customized_optimizer", "torch.optim.SparseAdam"], "the optimizer cannot be made"),

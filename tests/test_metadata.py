@@ -89,6 +89,8 @@ def test_every_row_keeps_its_reason(data: Path, tmp_path: Path) -> None:
     got = validated.frame["status"].to_list()
     assert got == [want for _, _, want in cases]
     assert all(message for message in validated.rejected["message"])
+    told = dict(zip(validated.rejected["row"], validated.rejected["message"], strict=True))
+    assert told[4] == f"image 'nothing.png': the file does not exist: {data / 'nothing.png'}"
     assert validated.frame["row"].to_list() == list(range(1, len(cases) + 1))
 
 
@@ -167,7 +169,7 @@ def test_rejected_rows_stop_the_run_before_a_model_file_is_read(
     )
     code, run = train(config, tmp_path / "run")
     assert code == 2
-    assert "row 2: image: not a readable image" in capsys.readouterr().err
+    assert "row 2: image '1.png': not a readable image" in capsys.readouterr().err
     assert (run / "rejected.csv").read_text().startswith("row,status,message\n2,unreadable")
 
 

@@ -232,6 +232,21 @@ def test_split_training_equals_training_at_once(values: Values, tmp_path: Path) 
     assert first == (tmp_path / "split" / "epoch-0.safetensors").read_bytes()
 
 
+def test_a_loss_that_is_not_finite_ends_the_training(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = values(learning_rate=1e30, num_epochs=5)
+    code, run = train(given, tmp_path / "run")
+    assert code == 2
+    assert "the loss is nan after step" in capsys.readouterr().err
+    steps = pl.read_csv(run / "metrics.csv")
+    assert steps.height < 10
+    assert not (run / "epoch-4.safetensors").exists()
+    record = read_record(run)
+    assert record is not None
+    assert not record.finished
+
+
 def test_text_encoder_is_trained_inside_the_step(values: Values, tmp_path: Path) -> None:
     """Its stage is not cached, the image's is; the prefix keeps the modules apart."""
     code, run = train(

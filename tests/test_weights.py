@@ -145,6 +145,49 @@ def test_shards_are_one_model(model: Path) -> None:
     )
 
 
+def test_a_missing_last_shard_is_named(model: Path) -> None:
+    """Without a config.json the shapes alone would tell a smaller model."""
+    file = Path(model_files(model)[0])
+    (file.parent / "config.json").unlink()
+    tensors = load_file(file)
+    last = max(int(name.split(".")[1]) for name in tensors if "transformer_blocks" in name)
+    kept = {n: t for n, t in tensors.items() if f"transformer_blocks.{last}." not in n}
+    file.unlink()
+    save_file(kept, file.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
+    files = [str(file.parent / "*.safetensors"), *model_files(model)[1:]]
+    with pytest.raises(WeightsError, match="shard 2 of 2 is missing"):
+        find_model(config_for(files, model / "tokenizer"), LOCAL)
+
+
+@pytest.mark.parametrize("kept", ["tokenizer_config.json", "vocab.json", "the model's folder"])
+def test_a_tokenizer_that_is_not_whole_is_refused(
+    values: Values, model: Path, kept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its captions would be empty, or the template's markers words."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for file in (model / "tokenizer").iterdir():
+        if file.name.startswith(kept) or (kept == "vocab.json" and file.name == "merges.txt"):
+            shutil.copy(file, folder)
+    given = model if kept == "the model's folder" else folder
+    code, _ = train(values(tokenizer_path=str(given)), tmp_path / "run")
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert "tokenizer" in error
+    assert "Traceback" not in error
+
+
+def test_the_family_is_told_without_the_tokenizer(
+    values: Values, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be downloaded later, or lie beside the single files."""
+    given = values(family=None, tokenizer_path=None, model_paths=model_files(model))
+    shutil.move(model / "tokenizer", model / "transformer" / "tokenizer")
+    assert train(given, tmp_path / "run", "--dry_run")[0] == 0
+    assert '"family": "qwen_image"' in capsys.readouterr().out
+    assert train(given, tmp_path / "run")[0] == 0
+
+
 def test_bf16_weights_and_float32_rotary_buffers(tiny_qwen: Path) -> None:
     found = find_model(config_for(model_files(tiny_qwen), tiny_qwen / "tokenizer"), LOCAL)
     encoder = load_component(found.components["text_encoder"], "cpu", torch.bfloat16)

@@ -94,8 +94,13 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
             name = word[2:].split("=")[0]
             refuse_unknown(name, {**TrainingConfig.model_fields, "recipe": None}, where, as_flag)
     if unknown:
+        is_switch = unknown[0].lower() in ("true", "false")
         raise ParameterError(
-            f"'{unknown[0]}' belongs to no flag", where=where, do="quote values that hold spaces"
+            f"'{unknown[0]}' belongs to no flag",
+            where=where,
+            do="leave it out: flags that switch something on take no value, and --no-… switches off"
+            if is_switch
+            else "quote values that hold spaces",
         )
     values = vars(namespace)
     recipe = values.pop("recipe", None)

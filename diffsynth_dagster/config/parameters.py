@@ -5,10 +5,19 @@ fields: name, type, default, range and description are written nowhere else. The
 the DiffSynth-Studio training guide; parameters that the guide lacks carry the field's usual names.
 """
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+from diffsynth_dagster.config.kinds import (
+    CommaList,
+    ModelList,
+    PathTree,
+    Texts,
+    particular,
+    planned,
+)
 
 LR_SCHEDULERS = (
     "constant",
@@ -18,47 +27,6 @@ LR_SCHEDULERS = (
     "cosine_with_restarts",
     "polynomial",
 )
-
-
-def _split_commas(value: Any) -> Any:
-    """`"a, b"` → `("a", "b")`; lists pass; the empty string is the empty tuple."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
-
-
-def _parse_json(value: Any) -> Any:
-    """A JSON text → what it says; anything that is no text passes."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"is not JSON: {error.msg} at character {error.pos}; it takes a list of paths, "
-            'such as ["dit.safetensors", ["vae-1.safetensors", "vae-2.safetensors"]]'
-        ) from error
-
-
-def _json_or_commas(value: Any) -> Any:
-    """Either form of a model list: a JSON list of paths, or entries separated by commas."""
-    is_json = isinstance(value, str) and value.lstrip().startswith("[")
-    return _parse_json(value) if is_json else _split_commas(value)
-
-
-CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
-ModelList = Annotated[tuple[str | tuple[str, ...], ...], BeforeValidator(_json_or_commas)]
-PathTree = Annotated[tuple[str | tuple[str, ...], ...], BeforeValidator(_parse_json)]
-
-
-def planned(default: Any, description: str) -> Any:
-    """A parameter of the guide whose feature does not exist yet: any other value is refused."""
-    return Field(default, description=description, json_schema_extra={"planned": True})
-
-
-def particular(default: Any, description: str) -> Any:
-    """A parameter that only some families take: the others refuse it by name."""
-    return Field(default, description=description, json_schema_extra={"particular": True})
 
 
 class DatasetParameters(BaseModel):
@@ -96,7 +64,9 @@ class DatasetParameters(BaseModel):
         description="Largest fraction of rows that may be left out because they are unusable.",
     )
     cache_path: str = Field(
-        "./cache", description="Folder of the store of encoded samples, shared by all trainings."
+        "./cache",
+        min_length=1,
+        description="Folder of the store of encoded samples, shared by all trainings.",
     )
     customized_dataset: str | None = Field(
         None,
@@ -319,7 +289,7 @@ class SizeParameters(BaseModel):
 class OutputParameters(BaseModel):
     """What is written, and where."""
 
-    output_path: str = Field("./models", description="Run folder.")
+    output_path: str = Field("./models", min_length=1, description="Run folder.")
     remove_prefix_in_ckpt: str = Field(
         "pipe.dit.", description="Prefix removed from the tensor names of saved weights."
     )
@@ -342,7 +312,7 @@ class OutputParameters(BaseModel):
 class SamplingParameters(BaseModel):
     """Images made before training, and whenever a checkpoint is written, to look at."""
 
-    sample_prompts: tuple[str, ...] = Field(
+    sample_prompts: Texts = Field(
         (), description="Prompts of the sample images; as a flag, a JSON list or one prompt."
     )
     sample_num_inference_steps: int = Field(
@@ -358,6 +328,11 @@ class SamplingParameters(BaseModel):
     )
 
 
+def _is_text(field: FieldInfo) -> bool:
+    kind: Any = field.annotation
+    return kind == str | None
+
+
 class TrainingConfig(
     DatasetParameters,
     ModelParameters,
@@ -371,7 +346,15 @@ class TrainingConfig(
     """All parameters of one training, flat. Made by `read_config`, which checks what belongs
     together and words the errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_texts(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """An empty text leaves out a parameter that may be left out."""
+        fields = cls.model_fields
+        left_out = {n for n, v in values.items() if v == "" and n in fields and _is_text(fields[n])}
+        return {name: None if name in left_out else value for name, value in values.items()}
 
     @property
     def checkpoints_gradients(self) -> bool | None:

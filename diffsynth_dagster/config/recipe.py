@@ -119,7 +119,12 @@ def find_recipes(folder: Path) -> list[Recipe]:
             where=str(folder),
             do="make it, or set DIFFSYNTH_DAGSTER_RECIPES to the folder that holds your recipes",
         )
-    return [read_recipe(path) for path in sorted(folder.glob("*.yaml"))]
+    return [read_recipe(path) for path in recipe_files(folder)]
+
+
+def recipe_files(folder: Path) -> list[Path]:
+    """The files of recipes in a folder, sorted."""
+    return sorted(p for p in folder.glob("*") if p.suffix in (".yaml", ".yml") and p.is_file())
 
 
 def dump_config(config: TrainingConfig) -> str:

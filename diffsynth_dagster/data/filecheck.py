@@ -144,7 +144,9 @@ class FileCheck:
         )
         shaped = {path: self._shape.of(found, item) for path, found in facts.items()}
         rows = [
-            _file_row(value, path, shaped[path] if path is not None else {"status": why}, item)
+            _file_row(
+                value, path, shaped[path] if path is not None else self._lost(value, why), item
+            )
             for value, (path, why) in places.items()
         ]
         schema = {_VALUE: pl.String, _NOW: STATUS, _WHY: pl.String, **_PER_FILE}
@@ -171,6 +173,13 @@ class FileCheck:
         except (OSError, ValueError, RuntimeError):
             return None, "bad_path"
 
+    def _lost(self, value: str, status: str) -> Facts:
+        """What is said of a value that names no file."""
+        if status != "file_missing":
+            return {"status": status}
+        place = os.path.join(self._root, value)
+        return {"status": status, "message": f"the file does not exist: {place[:300]}"}
+
     def _real_path(self, value: str) -> Path:
         """The file that a value names, links followed; every folder is resolved once."""
         named = os.path.join(self._root, value)
@@ -186,8 +195,7 @@ def _file_row(value: str, path: Path | None, facts: Mapping[str, Any], item: Inp
     status = facts.get("status", "ok")
     why = ""
     if status != "ok":
-        name = f" '{value[:100]}'" if item.many else ""
-        why = f"{item.column}:{name} {facts.get('message') or REASONS[status]}"
+        why = f"{item.column} '{value[:100]}': {facts.get('message') or REASONS[status]}"
     known = {**facts, "path": None if path is None else str(path)}
     return [value, status, why, *(known.get(name) for name in _PER_FILE)]
 

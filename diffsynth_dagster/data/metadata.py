@@ -82,7 +82,7 @@ def check_columns(config: TrainingConfig, family: Family) -> tuple[Input, ...]:
             if parameter == "extra_inputs" and column in extra:
                 continue
             if column not in known or not known[column].is_file:
-                hint = nearest(column, extra)
+                hint = "" if column in extra else nearest(column, extra)
                 raise ParameterError(
                     f"{family.name} reads no {'file' if 'file' in parameter else ''} column "
                     f"'{column}'".replace("  ", " ")

@@ -83,12 +83,15 @@ class Tokenizer:
         default: `repository:folder/` on ModelScope where the parameter is left out and no folder
             of this name lies beside the model files.
         load: folder → tokenizer.
+        markers: texts that are one token each, as the prompts of the family need them: where they
+            are not, files are missing. None for what turns no text into tokens.
     """
 
     name: str
     parameter: str
     default: str
     load: Callable[[str], Any]
+    markers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -217,12 +217,14 @@ FAMILY = Family(
             "tokenizer_1_path",
             "black-forest-labs/FLUX.1-dev:tokenizer/",
             CLIPTokenizer.from_pretrained,
+            ("<|endoftext|>",),
         ),
         Tokenizer(
             "tokenizer_2",
             "tokenizer_2_path",
             "black-forest-labs/FLUX.1-dev:tokenizer_2/",
             T5TokenizerFast.from_pretrained,
+            ("</s>",),
         ),
     ),
     stages=(

@@ -206,6 +206,7 @@ FAMILY = Family(
             "tokenizer_path",
             "Qwen/Qwen-Image:tokenizer/",
             Qwen2Tokenizer.from_pretrained,
+            ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
         ),
     ),
     stages=(

@@ -341,6 +341,7 @@ FAMILY = Family(
             "tokenizer_path",
             "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/",
             load_tokenizer,
+            ("</s>",),
         ),
     ),
     stages=(

@@ -1,5 +1,6 @@
 """The training loop. Read top to bottom: what is trained, each step, what is written."""
 
+import math
 import resource
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.facts import digest_file
 from diffsynth_dagster.dotted import import_dotted
-from diffsynth_dagster.errors import ParameterError, Stopped
+from diffsynth_dagster.errors import ParameterError, Stopped, TrainingError
 from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.training.batches import Batch, StepDataset
 from diffsynth_dagster.training.checkpoint import strip_prefix, trained_state, write_checkpoint
@@ -90,6 +91,7 @@ def train(session: Session) -> RunRecord:
 
     Raises:
         Stopped: the run was asked to stop.
+        TrainingError: the loss is not finite.
         UserError: see `build_step`.
     """
     config, accelerator, record = session.config, session.accelerator, session.record
@@ -146,8 +148,8 @@ def train(session: Session) -> RunRecord:
             seconds=time.perf_counter() - began,
             samples=_samples(batches),
         )
-        _note(record, metrics)
         session.reporter.stepped(metrics)
+        _note(record, metrics)
         name = _due(config, step, epoch_steps, total)
         if name is not None:
             _save(session, model, frozenset(trainable), name, step)
@@ -219,8 +221,13 @@ def _clip(
 
 
 def _note(record: RunRecord, metrics: StepMetrics) -> None:
-    finite = metrics.loss - metrics.loss == 0.0
-    record.all_losses_finite &= finite
+    if not math.isfinite(metrics.loss):
+        record.all_losses_finite = False
+        raise TrainingError(
+            f"the loss is {metrics.loss} after step {metrics.step}: the weights are ruined",
+            where=f"learning_rate = {metrics.learning_rate:g}, gradient norm {metrics.grad_norm:g}",
+            do="give a smaller learning_rate, or max_grad_norm; checkpoints written before are sound",
+        )
     if record.first_loss is None:
         record.first_loss = metrics.loss
     record.final_loss = metrics.loss

@@ -52,16 +52,22 @@ def check_model(config: TrainingConfig, found: FoundModel) -> None:
     for name, item in found.components.items():
         module = build_empty(item)
         for part in (found.family.part(n) for n in config.trainable_models):
-            if part.of == name and not any(part.holds(n) for n, _ in module.named_parameters()):
-                raise ParameterError(
-                    f"the model has no '{part.name}'",
-                    where=f"trainable_models; {item.entry.text}",
-                    do="leave it out there, or give the files of a model that has it",
-                )
+            _require_part(part, name, module, f"trainable_models; {item.entry.text}")
         if name == lora_base:
+            part = found.family.part(str(config.lora_base_model))
+            _require_part(part, name, module, f"lora_base_model; {item.entry.text}")
             targets = lora_targets(config, found.family, module)
             layers = {name: module.get_submodule(name) for name in targets}
             _check_export(config, found.family, item, layers)
+
+
+def _require_part(part: Part, name: str, module: nn.Module, where: str) -> None:
+    if part.of == name and not any(part.holds(n) for n, _ in module.named_parameters()):
+        raise ParameterError(
+            f"the model has no '{part.name}'",
+            where=where,
+            do="leave it out there, or give the files of a model that has it",
+        )
 
 
 def _check_export(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.errors import ParameterError, nearest
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
@@ -85,6 +85,25 @@ def model_entries(config: TrainingConfig) -> tuple[ModelEntry, ...]:
                 f"'{entry.text}' is named twice", where=entry.parameter, do="name it once"
             )
     return tuple(entries)
+
+
+def float8_entries(config: TrainingConfig) -> tuple[ModelEntry, ...]:
+    """The entries that `fp8_models` names, each as the model list writes it.
+
+    Raises:
+        ParameterError: one is no entry of the model list.
+    """
+    entries = {entry.text: entry for entry in model_entries(config)}
+    wanted = [item if isinstance(item, str) else ", ".join(item) for item in config.fp8_models]
+    for text in wanted:
+        if text not in entries:
+            hint = nearest(text, entries)
+            raise ParameterError(
+                f"'{text}' is no entry of the model list" + (f"; {hint}" if hint else ""),
+                where="fp8_models",
+                do="write it as in model_paths or model_id_with_origin_paths",
+            )
+    return tuple(entries[text] for text in wanted)
 
 
 def folder_entry(text: str, parameter: str) -> ModelEntry:

@@ -1,6 +1,7 @@
 """What the model files of a config are: told from tensor names, never from a table of hashes."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -11,12 +12,19 @@ import torch
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, WeightsError, nearest
-from diffsynth_dagster.families import each_family, find_family
+from diffsynth_dagster.families import each_family, family_names, find_family
 from diffsynth_dagster.families.contract import Component, Family, Shapes, Tokenizer
 from diffsynth_dagster.families.teacher import with_teacher
-from diffsynth_dagster.weights.entries import ModelEntry, folder_entry, model_entries
+from diffsynth_dagster.weights.entries import (
+    ModelEntry,
+    float8_entries,
+    folder_entry,
+    model_entries,
+)
 from diffsynth_dagster.weights.header import Header, read_headers
 from diffsynth_dagster.weights.hub import ModelHub
+
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,21 @@ def find_model(config: TrainingConfig, hub: ModelHub) -> FoundModel:
             another one.
         ParameterError: the family cannot be told.
     """
+    family, found = _find_components(config, hub)
+    needed = _needed_tokenizers(config, family)
+    tokenizers = {t.name: _find_tokenizer(t, config, found, hub) for t in needed}
+    return FoundModel(
+        family, found, tokenizers, _float8(config, family, found), _presets(config, family, found)
+    )
+
+
+def _find_components(config: TrainingConfig, hub: ModelHub) -> tuple[Family, dict[str, Found]]:
+    """The family as the config uses it, and what each file of the model list is. See
+    `find_model`."""
     entries = model_entries(config)
     files = {entry: tuple(hub.files(entry)) for entry in entries}
+    for entry in entries:
+        _require_shards(entry, files[entry])
     headers = {entry: read_headers(files[entry]) for entry in entries}
     family = find_family(config.family) if config.family else _tell_family(headers)
     found: dict[str, Found] = {}
@@ -126,10 +147,31 @@ def find_model(config: TrainingConfig, hub: ModelHub) -> FoundModel:
     family = as_used(family, config, given)
     # The config may have its say about the architecture.
     found = {name: replace(f, component=family.component(name)) for name, f in found.items()}
-    tokenizers = {t.name: _find_tokenizer(t, config, found, hub) for t in family.tokenizers}
-    return FoundModel(
-        family, found, tokenizers, _float8(config, family, found), _presets(config, family, found)
-    )
+    return family, found
+
+
+def _require_shards(entry: ModelEntry, files: Sequence[Path]) -> None:
+    """Refuse a part of the shards that their names count. Raises `WeightsError`."""
+    counted: dict[str, set[int]] = {}
+    for match in filter(None, (_SHARD.search(path.name) for path in files)):
+        counted.setdefault(match[2], set()).add(int(match[1]))
+    for total, given in counted.items():
+        lacks = sorted(set(range(1, int(total) + 1)) - given)
+        if lacks:
+            raise WeightsError(
+                f"shard {lacks[0]} of {int(total)} is missing",
+                where=f"{entry.parameter} = {entry.text}; looked in {files[0].parent}",
+                do="name all shards of the model, or download the others",
+            )
+
+
+def _needed_tokenizers(config: TrainingConfig, family: Family) -> list[Tokenizer]:
+    """All; but for captions that are already encoded, those of the training step alone."""
+    if not config.reads_encoded or config.sample_prompts or config.customized_evaluation:
+        return list(family.tokenizers)
+    trained = frozenset({*config.trainable_models, *filter(None, [config.lora_base_model])})
+    used = {name for stage in family.step_stages(trained) for name in stage.uses}
+    return [tokenizer for tokenizer in family.tokenizers if tokenizer.name in used]
 
 
 def as_used(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
@@ -144,18 +186,9 @@ def as_used(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
 
 
 def _float8(config: TrainingConfig, family: Family, found: Mapping[str, Found]) -> frozenset[str]:
-    """The components that `fp8_models` names, each as an entry of the model list."""
-    texts = {f.entry.text: name for name, f in found.items()}
-    wanted = [item if isinstance(item, str) else ", ".join(item) for item in config.fp8_models]
-    for text in wanted:
-        if text not in texts:
-            hint = nearest(text, texts)
-            raise ParameterError(
-                f"'{text}' is no entry of the model list" + (f"; {hint}" if hint else ""),
-                where="fp8_models",
-                do="write it as in model_paths or model_id_with_origin_paths",
-            )
-    stored = frozenset(texts[text] for text in wanted)
+    """The components that `fp8_models` names. Raises `ParameterError`."""
+    wanted = float8_entries(config)
+    stored = frozenset(name for name, f in found.items() if f.entry in wanted)
     changed = {family.part(n).of for n in config.trainable_models if n in family.trainable}
     for name in sorted(changed & stored):
         raise ParameterError(
@@ -266,12 +299,12 @@ def guess_family(config: TrainingConfig) -> Family:
             return _guessed(family, config, entries)
     hub = ModelHub(Path(), skip_download=True)
     try:
-        return find_model(config, hub).family
+        return _find_components(config, hub)[0]
     except WeightsError as error:
         raise ParameterError(
             f"the family cannot be told without the files ({error.what})",
             where="family",
-            do="give the family",
+            do=f"give the family: one of {', '.join(family_names())}",
         ) from error
 
 
@@ -324,11 +357,11 @@ def _find_tokenizer(
     given = getattr(config, tokenizer.parameter)
     if given is not None:
         return hub.folder(folder_entry(given, tokenizer.parameter))
-    for beside in _siblings(found.values()):
-        if (beside / tokenizer.name).is_dir():
-            return beside / tokenizer.name
+    # In diffusers' layout beside the folders of the components, in the authors' beside the files.
+    published = tokenizer.default.partition(":")[2]
+    for files in (item.files for item in found.values()):
+        own = files[0].parent
+        for folder in (own.parent / tokenizer.name, own / tokenizer.name, own / published):
+            if folder.is_dir():
+                return folder
     return hub.folder(folder_entry(tokenizer.default, tokenizer.parameter))
-
-
-def _siblings(found: Sequence[Found] | Any) -> list[Path]:
-    return [item.files[0].parent.parent for item in found]

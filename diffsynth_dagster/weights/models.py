@@ -3,6 +3,7 @@
 import gc
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from diffsynth_dagster.data.facts import FactBook, digest_of
 from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.families.contract import Tokenizer
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import load_component
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
@@ -59,15 +61,17 @@ class Models:
     def _load(self, name: str) -> Any:
         if name in self.found.tokenizers:
             folder = self.found.tokenizers[name]
-            load = next(t.load for t in self.found.family.tokenizers if t.name == name)
+            tokenizer = next(t for t in self.found.family.tokenizers if t.name == name)
             try:
-                return load(str(folder))
+                loaded = tokenizer.load(str(folder))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise WeightsError(
                     f"the {name} cannot be loaded: {error}",
                     where=str(folder),
                     do="name the folder that holds its files",
                 ) from error
+            _require_tokens(tokenizer, loaded, folder)
+            return loaded
         require_component(self.found, name)
         stored = name in self.found.float8
         where = "cpu" if self._on_cpu_first or stored else self.device
@@ -89,6 +93,28 @@ class Models:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _require_tokens(tokenizer: Tokenizer, loaded: Any, folder: Path) -> None:
+    """Refuse a tokenizer that lacks its words or markers: captions would be lost without a word.
+
+    Raises:
+        WeightsError: it does.
+    """
+
+    def ids(text: str) -> list[int]:
+        return loaded(text, add_special_tokens=False).input_ids
+
+    if not tokenizer.markers:
+        return
+    split = [marker for marker in tokenizer.markers if len(ids(marker)) != 1]
+    if split or not set(ids("a photograph")) - {loaded.unk_token_id}:
+        raise WeightsError(
+            f"the {tokenizer.name} is not whole: it knows no "
+            + (f"'{split[0]}'" if split else "word of a caption"),
+            where=str(folder),
+            do="name the folder that holds all of its files, or download them again",
+        )
 
 
 def store_in_float8(module: nn.Module, compute: torch.dtype, device: torch.device) -> None:
