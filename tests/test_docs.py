@@ -1,23 +1,45 @@
-"""The README is true: its commands run, and its tree is the tree."""
+"""The docs are true: their commands run, and what they name is there."""
 
+import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
+from diffsynth_dagster.config import TrainingConfig, read_config
+from diffsynth_dagster.config.flags import parser
+from diffsynth_dagster.config.parameters import ENCODING
+from diffsynth_dagster.data.metadata import check_columns
+from diffsynth_dagster.data.structure import check_structure
+from diffsynth_dagster.data.tables import open_table
+from diffsynth_dagster.families import each_family, find_family
 from diffsynth_dagster.train import main
+from diffsynth_dagster.weights.identify import guess_family
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+USAGE = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in a language."""
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", page, re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[list[str]]:
-    """Every command of the README's bash blocks, as words."""
-    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    """Every command of the bash blocks of the README and the usage page, as words."""
+    found = "\n".join(block for page in (README, USAGE) for block in blocks(page, "bash"))
+    lines = found.replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines if line.strip()]
+
+
+def sections(page: str) -> dict[str, str]:
+    """Title → text of each section of a page."""
+    parts = re.split(r"^## (.*)\n", page, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def tree() -> list[tuple[Path, bool]]:
@@ -50,13 +72,13 @@ def test_the_tree_is_true() -> None:
 
 
 def test_links_of_the_docs_lead_somewhere() -> None:
-    for page in ROOT.glob("*.md"):
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-            assert (ROOT / link).exists(), f"{page.name}: {link}"
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_commands_of_the_readme_run(
+def test_commands_of_the_docs_run(
     command: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -69,7 +91,8 @@ def test_commands_of_the_readme_run(
     elif "diffsynth_dagster.train" in command:
         flags = command[command.index("diffsynth_dagster.train") + 1 :]
         assert main([*flags, "--dry_run"]) == 0
-        assert '"family": "qwen_image"' in capsys.readouterr().out
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["family"] in {family.name for family in each_family()}
     elif "diffsynth_dagster.cache" in command:
         from diffsynth_dagster.cache.__main__ import main as maintain
 
@@ -86,7 +109,74 @@ def test_commands_of_the_readme_run(
         assert command[1:3] == ["job", "execute"]
         from diffsynth_dagster.definitions import definitions
 
-        assert definitions.resolve_job_def(command[-1]) is not None
+        assert definitions.resolve_job_def(command[command.index("-j") + 1]) is not None
+
+
+def test_run_config_of_the_usage_page_is_taken() -> None:
+    import dagster as dg
+
+    from diffsynth_dagster.definitions import definitions
+
+    (run_config,) = (yaml.safe_load(block) for block in blocks(USAGE, "yaml"))
+    assert dg.validate_run_config(definitions.resolve_job_def("train_demo"), run_config)
+
+
+def test_names_of_the_usage_page_are_those_of_the_code() -> None:
+    """Environment variables, flags and lists of parameters."""
+    folders = ("diffsynth_dagster", "assets", "jobs", "resources")
+    code = "\n".join(
+        p.read_text(encoding="utf-8") for f in folders for p in (ROOT / f).rglob("*.py")
+    )
+    for name in set(re.findall(r"DIFFSYNTH_[A-Z_]+", USAGE)):
+        assert re.search(rf"\b{name}\b", code), name
+    flags = {option for action in parser()._actions for option in action.option_strings}
+    named = set(re.findall(r"`(--[\w-]+)[^`]*`", USAGE))
+    assert named
+    assert named <= flags, named - flags
+    (refused,) = re.findall(r"Refused by name: (.*?)\.\n", USAGE, re.DOTALL)
+    planned = {
+        name
+        for name, field in TrainingConfig.model_fields.items()
+        if (field.json_schema_extra or {}).get("planned")  # pyright: ignore
+    }
+    assert set(re.findall(r"`(\w+)`", refused)) == planned
+    (taken_over,) = re.findall(r"Taken over .*?: (.*?)\.\sThe", USAGE, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", taken_over)) == set(ENCODING)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [(kind, text) for kind in ("csv", "json") for text in blocks(USAGE, kind)],
+    ids=lambda text: text.splitlines()[0],
+)
+def test_tables_of_the_usage_page_are_taken(kind: str, text: str, tmp_path: Path) -> None:
+    """Every row passes the checks of the family that reads its columns."""
+    path = tmp_path / f"metadata.{kind}"
+    path.write_text(text, encoding="utf-8")
+    with open_table(path, "utf-8", []) as table:
+        columns = set(table.columns)
+    name = "wanvideo" if "video" in columns else "qwen_image"
+    if columns & {"kontext_images", "controlnet_image"}:
+        name = "flux"
+    extra = columns & {*find_family(name).extra_inputs, "rand_device", "cfg_scale"}
+    files = columns - {"prompt", "seed", "num_inference_steps", "controlnet_processor_id"}
+    values = {
+        "family": name,
+        "task": "direct_distill" if "seed" in columns else "sft",
+        "dataset_base_path": str(tmp_path),
+        "dataset_metadata_path": str(path),
+        "data_file_keys": sorted(files - {"rand_device", "cfg_scale"}),
+        "extra_inputs": sorted(extra),
+        "model_id_with_origin_paths": "a/b:c",
+        "lora_base_model": "dit",
+    }
+    config = read_config(values, "the test")
+    inputs = check_columns(config, guess_family(config))
+    assert columns == {item.column for item in inputs}
+    lists = [item.column for item in inputs if item.many]
+    with open_table(path, "utf-8", sorted(columns), lists) as table:
+        frame = check_structure(table, inputs, str(path))
+    assert frame["status"].to_list() == ["ok"], frame["message"]
 
 
 def test_every_dependency_has_its_reason() -> None:
