@@ -90,9 +90,9 @@ def _named(folder: Path) -> Iterator[tuple[Path, str]]:
 def _in_one_folder(recipes: list[Recipe]) -> list[BrokenRecipe]:
     """Recipes that write into one folder: they would take each other's checkpoints for theirs, and
     which of them the files there belong to cannot be told."""
-    folders: dict[Path, list[Recipe]] = {}
+    folders: dict[str, list[Recipe]] = {}
     for recipe in recipes:
-        folders.setdefault(Path(recipe.config.output_path).absolute(), []).append(recipe)
+        folders.setdefault(os.path.abspath(recipe.config.output_path), []).append(recipe)
     broken: list[BrokenRecipe] = []
     for sharing in (group for group in folders.values() if len(group) > 1):
         for recipe in sharing:

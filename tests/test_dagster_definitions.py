@@ -142,6 +142,19 @@ def test_broken_recipe_fails_by_itself(
     assert not done.get_step_success_events()
 
 
+def test_two_recipes_with_one_folder_are_both_refused(tmp_path: Path) -> None:
+    """Whose the files in it are cannot be told: a copy must not train over the original's."""
+    write_recipe(tmp_path, "original", recipe(output_path="models/a"))
+    write_recipe(tmp_path, "copy", recipe(output_path="models/../models/a"))
+    write_recipe(tmp_path, "other", recipe(output_path="models/b")).rename(tmp_path / "other.yml")
+    sound, broken = load_recipes(tmp_path)
+    assert [r.name for r in sound] == ["other"]
+    assert {b.name: b.error.what for b in broken} == {
+        "original": "'output_path' is also that of the recipe 'copy'",
+        "copy": "'output_path' is also that of the recipe 'original'",
+    }
+
+
 def test_folder_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIFFSYNTH_DAGSTER_RECIPES", raising=False)
     assert recipes_folder() == ROOT / "recipes"
