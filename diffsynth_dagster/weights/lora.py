@@ -1,4 +1,4 @@
-"""LoRA files: read in any key format that is exported, put into a LoRA, or fused into a module.
+"""LoRA files: read in the key formats of this and other tools, put into a LoRA, or fused.
 
 A LoRA replaces W by W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685); A is `lora_A`,
 (rank, in features), and B is `lora_B`, (out features, rank).
@@ -6,6 +6,7 @@ A LoRA replaces W by W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685); 
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ from diffsynth_dagster.weights.load import read_tensors
 
 PROVENANCE_KEY = "diffsynth_dagster"
 ADAPTER_KEY = "lora_adapter_metadata"
-_ENDING = re.compile(r"\.lora_([AB])(?:\.default)?\.weight$")
+FOREIGN_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "pipe.")
+"""How other tools begin the names of layers, beside the component's own prefix and folder."""
+
+_HALF = re.compile(r"(?P<layer>.+)\.lora_(?P<half>A|B|down|up)(?:\.default)?\.weight")
+_AS_HERE = {"down": "A", "up": "B"}
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,17 @@ class LoraFile:
         down: layer → A (rank, …).
         up: layer → B (…, rank).
         scale: layer → alpha / rank.
+        other_family: the family that the header names, where that is another one.
     """
 
     down: Tensors
     up: Tensors
     scale: dict[str, float]
+    other_family: str | None = None
 
 
 def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile:
-    """Read a LoRA: a checkpoint of this trainer, an export for diffusers, or the family's open
-    format.
+    """Read a LoRA: a checkpoint of this trainer, an export, or a file of another tool.
 
     Args:
         name: the component or part that the LoRA is for.
@@ -52,31 +58,65 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
     where = f"{parameter} = {path}"
     if not path.is_file():
         raise WeightsError("the LoRA file does not exist", where=where, do="correct the path")
-    tensors = read_tensors([path])
-    if family.close_lora is not None and any(n.startswith("lora_unet_") for n in tensors):
-        tensors = family.close_lora(tensors)
-    starts = (family.prefix(name), f"{family.component(family.part(name).of).folder}.", "pipe.")
-    down: Tensors = {}
-    up: Tensors = {}
-    alphas: dict[str, float] = {}
-    for key, tensor in tensors.items():
-        match = _ENDING.search(key)
-        if match is None:
-            continue
-        whole = key[: match.start()]
-        layer = whole.removeprefix(next((s for s in starts if whole.startswith(s)), ""))
-        (down if match[1] == "A" else up)[layer] = tensor
-        if f"{whole}.alpha" in tensors:
-            alphas[layer] = float(tensors[f"{whole}.alpha"])
-    if not down or down.keys() != up.keys():
+    owner = family.part(name).of
+    folder = family.component(owner).folder
+    starts = (family.prefix(name), family.prefix(owner), f"{folder}.", *FOREIGN_PREFIXES)
+    tensors = usual_spelling(read_tensors([path]), starts)
+    down, up = _half(tensors, "A"), _half(tensors, "B")
+    if not down or not _are_halves(down, up):
         raise WeightsError(
             "the file holds no LoRA, or half of one",
             where=where,
             do="give a checkpoint of a LoRA training, or its export",
         )
-    common = _alpha(path)
-    scale = {n: (alphas.get(n) or common or float(len(a))) / len(a) for n, a in down.items()}
-    return LoraFile(down, up, scale)
+    common, made_for = _read_notes(path)
+    for layer, a in down.items():
+        own = tensors.get(f"{layer}.alpha")
+        # As kohya's scripts have it, an alpha of 0 is none.
+        alpha = (own is not None and float(own)) or common or float(len(a))
+        tensors[f"{layer}.alpha"] = torch.tensor(alpha, dtype=torch.float64)
+    if family.close_lora is not None and owner == family.denoiser:
+        try:
+            tensors = family.close_lora(tensors)
+        except RuntimeError as error:
+            raise WeightsError(
+                f"the LoRA has layers of other sizes than {family.name}: {error}",
+                where=where,
+                do="give a LoRA of this model",
+            ) from error
+    down = _half(tensors, "A")
+    return LoraFile(
+        down,
+        _half(tensors, "B"),
+        {layer: float(tensors[f"{layer}.alpha"]) / len(a) for layer, a in down.items()},
+        made_for if made_for != family.name else None,
+    )
+
+
+def usual_spelling(tensors: Tensors, starts: Sequence[str] = ()) -> Tensors:
+    """The tensors of a LoRA in any tool's spelling → `<layer>.lora_A.weight`, `.lora_B.weight`, and
+    `.alpha` where it is given. Tensors that are not of a LoRA are left out.
+
+    Args:
+        starts: prefixes of the layers; the first that a name has is removed.
+    """
+    spelled: Tensors = {}
+    for name, tensor in tensors.items():
+        match = _HALF.fullmatch(name)
+        if match is None:
+            continue
+        layer = match["layer"]
+        short = layer.removeprefix(next((s for s in starts if layer.startswith(s)), ""))
+        spelled[f"{short}.lora_{_AS_HERE.get(match['half'], match['half'])}.weight"] = tensor
+        if f"{layer}.alpha" in tensors:
+            spelled[f"{short}.alpha"] = tensors[f"{layer}.alpha"]
+    return spelled
+
+
+def _half(tensors: Tensors, half: str) -> Tensors:
+    """Layer → A or B, from tensors in the usual spelling."""
+    end = f".lora_{half}.weight"
+    return {n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)}
 
 
 def for_diffusers(
@@ -95,17 +135,25 @@ def for_diffusers(
     return {f"{folder}.{name}": tensor for name, tensor in tensors.items()}, settings
 
 
-def _alpha(path: Path) -> float | None:
-    """The alpha of all layers that the header tells."""
+def _are_halves(down: Tensors, up: Tensors) -> bool:
+    """Whether each layer has an A (rank, …) and a B (…, rank) of one rank."""
+    return down.keys() == up.keys() and all(
+        min(a.ndim, up[n].ndim) > 1 and len(a) == up[n].shape[1] for n, a in down.items()
+    )
+
+
+def _read_notes(path: Path) -> tuple[float | None, str | None]:
+    """The alpha of all layers and the family, as far as the header tells them."""
     if path.suffix != ".safetensors":
-        return None
+        return None, None
     notes = read_metadata(path)
     provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
+    family = provenance.get("family")
     if provenance.get("lora"):
-        return float(provenance["lora"]["alpha"])
+        return float(provenance["lora"]["alpha"]), family
     adapter: dict[str, Any] = json.loads(notes.get(ADAPTER_KEY, "{}"))
     alphas = [value for key, value in adapter.items() if key.endswith("lora_alpha")]
-    return float(alphas[0]) if alphas else None
+    return float(alphas[0]) if alphas else None, family
 
 
 def fuse_lora(module: nn.Module, lora: LoraFile, where: str) -> None:
