@@ -1,5 +1,6 @@
 """LoRA files as users have them: the spellings of other tools, and files that do not fit."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -169,3 +170,84 @@ def test_flux_is_told_by_the_authors_dotted_names(tmp_path: Path) -> None:
     assert_equal(read_lora(file, flux, "dit", "the test"), ours)
     save_file(usual_spelling(dotted, ("diffusion_model.",)), file)
     assert_equal(read_lora(file, flux, "dit", "the test"), ours)
+
+
+def unfit(kind: str, checkpoint: Path, folder: Path) -> Path:
+    """A file that does not fit the training which made `checkpoint`."""
+    file = folder / f"{kind}.safetensors"
+    tensors = load_file(checkpoint)
+    notes: dict[str, str] = {}
+    match kind:
+        case "no file":
+            return file
+        case "no lora":
+            tensors = {"blocks.0.attn1.to_q.weight": torch.ones(4, 4)}
+        case "halves":
+            tensors = {n: t for n, t in tensors.items() if "to_q.lora_B" not in n}
+        case "torn":
+            tensors["blocks.0.attn1.to_q.lora_A.weight"] = torch.ones(3, 128)
+        case "fewer layers":
+            tensors = {n: t for n, t in tensors.items() if ".to_q." not in n}
+        case "other sizes":
+            tensors = {n: t.repeat(1, 2) if "_A." in n else t for n, t in tensors.items()}
+        case "other model" | "other family":
+            tensors = {
+                f"transformer_blocks.{i}.attn.to_q.lora_{n}.weight": torch.ones(4, 4)
+                for i in range(4)
+                for n in "AB"
+            }
+            if kind == "other family":
+                notes = {"diffsynth_dagster": json.dumps({"family": "qwen_image"})}
+    save_file(tensors, file, notes)
+    return file
+
+
+LACKS = "layers that the model lacks: " + ", ".join(
+    f"transformer_blocks.{i}.attn.to_q" for i in range(3)
+)
+UNFIT = [
+    ("no file", "the LoRA file does not exist"),
+    ("no lora", "the file holds no LoRA, or half of one"),
+    ("halves", "the file holds no LoRA, or half of one"),
+    ("torn", "the file holds no LoRA, or half of one"),
+    ("other sizes", "is for (128, 256), not for (128, 128)"),
+    ("other model", f"{LACKS} and 1 more\n"),
+    ("other family", f"{LACKS} and 1 more; its header says that it is a LoRA of the family "),
+]
+UNFIT_START = [
+    ("fewer layers", {}, "the LoRA file lacks blocks.0.attn1.to_q, blocks.0.attn2.to_q"),
+    ("fits", {"lora_target_modules": ["q"]}, "the LoRA file has besides blocks.0.attn1.to_k"),
+    ("fits", {"lora_rank": 8}, "lora_A.weight is (4, 128) in the file, not (8, 128)"),
+]
+
+
+@pytest.mark.parametrize("task", ["sft", "sft:data_process"])
+@pytest.mark.parametrize(
+    ("parameter", "kind", "overrides", "message"),
+    [(p, kind, {}, m) for p in ("lora_checkpoint", "preset_lora_path") for kind, m in UNFIT]
+    + [("lora_checkpoint", *row) for row in UNFIT_START],
+)
+def test_a_lora_that_does_not_fit_is_refused_before_anything_is_encoded(
+    values: Values,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    task: str,
+    parameter: str,
+    kind: str,
+    overrides: dict[str, Any],
+    message: str,
+) -> None:
+    file = checkpoint if kind == "fits" else unfit(kind, checkpoint, tmp_path)
+    cache = tmp_path / "cache"
+    given = values(cache_path=str(cache), task=task, **{parameter: str(file)}, **overrides)
+    assert train(given, tmp_path / "run")[0] == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert f"where: {parameter} = {file}" in said
+    assert said.count("error: ") == 1
+    assert not list(cache.rglob("*.safetensors"))
+    # The same store is filled where the LoRA fits.
+    if kind == "no file" and task == "sft":
+        assert train(given | {parameter: str(checkpoint)}, tmp_path / "run")[0] == 0
+        assert list(cache.rglob("*.safetensors"))

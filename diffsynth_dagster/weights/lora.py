@@ -6,7 +6,7 @@ A LoRA replaces W by W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685); 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,8 @@ def _read_notes(path: Path) -> tuple[float | None, str | None]:
     return float(alphas[0]) if alphas else None, family
 
 
-def fuse_lora(module: nn.Module, lora: LoraFile, where: str) -> None:
-    """Add a LoRA to the weights of a module.
+def require_fit(module: nn.Module, lora: LoraFile, where: str) -> None:
+    """Compare layers and sizes of a LoRA with a module, which may be on the meta device.
 
     Raises:
         WeightsError: it is for layers that the module lacks, or for layers of other sizes.
@@ -165,59 +165,93 @@ def fuse_lora(module: nn.Module, lora: LoraFile, where: str) -> None:
     layers = dict(module.named_modules())
     strange = sorted(name for name in lora.down if not hasattr(layers.get(name), "weight"))
     if strange:
-        raise WeightsError(
-            f"the LoRA is for layers that the model lacks: {', '.join(strange[:3])}",
-            where=where,
-            do="give a LoRA of this model",
+        raise _unfit(
+            lora, f"the LoRA is for layers that the model lacks: {_some(strange)}", where=where
         )
+    for name, a in lora.down.items():
+        weight: Any = layers[name].weight
+        size = (len(lora.up[name]), a[0].numel())
+        if size != (len(weight), weight[0].numel()):
+            what = f"the LoRA of '{name}' is for {size}, not for {tuple(weight.shape)}"
+            raise _unfit(lora, what, where=where)
+
+
+def require_start(
+    module: nn.Module, lora: LoraFile, targets: Iterable[str], rank: int, where: str
+) -> None:
+    """Compare a LoRA with the one that a training gives a module: see `require_fit`, and
+
+    Args:
+        targets: the layers that get a LoRA.
+
+    Raises:
+        WeightsError: it has no LoRA for one of the targets, or for other layers too, or its rank
+            is another.
+    """
+    require_fit(module, lora, where)
+    wanted = set(targets)
+    for what, names in (
+        ("lacks", sorted(wanted - lora.down.keys())),
+        ("has besides", sorted(lora.down.keys() - wanted)),
+    ):
+        if names:
+            do = "give lora_target_modules as in the training that made it"
+            raise _unfit(lora, f"the LoRA file {what} {_some(names)}", where, do)
+    for name, a in lora.down.items():
+        if len(a) != rank:
+            size = tuple(a.shape)
+            raise _unfit(
+                lora,
+                f"{name}.lora_A.weight is {size} in the file, not {(rank, *size[1:])}",
+                where,
+                "give lora_rank as in the training that made it",
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
+def _unfit(
+    lora: LoraFile, what: str, where: str, do: str = "give a LoRA of this model"
+) -> WeightsError:
+    """The error for a LoRA that does not fit, with the family that it says it is of."""
+    if lora.other_family is None:
+        return WeightsError(what, where=where, do=do)
+    return WeightsError(
+        f"{what}; its header says that it is a LoRA of the family '{lora.other_family}'",
+        where=where,
+        do="give a LoRA of this model",
+    )
+
+
+def fuse_lora(module: nn.Module, lora: LoraFile, where: str) -> None:
+    """Add a LoRA to the weights of a module.
+
+    Raises:
+        WeightsError: see `require_fit`.
+    """
+    require_fit(module, lora, where)
+    layers = dict(module.named_modules())
     with torch.no_grad():
         for name, a in lora.down.items():
             weight: Any = layers[name].weight
             b = lora.up[name]
             update = b.flatten(1).float() @ a.flatten(1).float() * lora.scale[name]
-            if update.numel() != weight.numel() or len(update) != len(weight):
-                raise WeightsError(
-                    f"the LoRA of '{name}' is for {tuple(update.shape)}, not for "
-                    f"{tuple(weight.shape)}",
-                    where=where,
-                    do="give a LoRA of this model",
-                )
             fused = weight.float() + update.view(weight.shape).to(weight.device)
             weight.copy_(fused.to(weight.dtype))
 
 
-def start_lora(module: nn.Module, lora: LoraFile, scale: float, where: str) -> None:
-    """Give the LoRA layers of a module the values of a file.
+def start_lora(module: nn.Module, lora: LoraFile, scale: float) -> None:
+    """Give the LoRA layers of a module the values of a file, which `require_start` let pass.
 
     Args:
         scale: alpha / rank of the module's LoRA; values of another scale are brought to it.
-
-    Raises:
-        WeightsError: its layers or rank are not those of the module's LoRA.
     """
-    parameters = {
-        name.replace(".default.weight", ".weight"): p
-        for name, p in module.named_parameters()
-        if ".lora_" in name
-    }
     given = {f"{n}.lora_A.weight": t for n, t in lora.down.items()}
     given |= {f"{n}.lora_B.weight": t * (lora.scale[n] / scale) for n, t in lora.up.items()}
-    for what, names in (
-        ("lacks", sorted(parameters.keys() - given.keys())),
-        ("has besides", sorted(given.keys() - parameters.keys())),
-    ):
-        if names:
-            raise WeightsError(
-                f"the LoRA file {what} {', '.join(names[:3])}"
-                + (f" and {len(names) - 3} more" if names[3:] else ""),
-                where=where,
-                do="give lora_target_modules as in the training that made it",
-            )
-    for name, parameter in parameters.items():
-        if parameter.shape != given[name].shape:
-            raise WeightsError(
-                f"{name} is {tuple(given[name].shape)} in the file, not {tuple(parameter.shape)}",
-                where=where,
-                do="give lora_rank as in the training that made it",
-            )
-        parameter.data.copy_(given[name])
+    for name, parameter in module.named_parameters():
+        if ".lora_" in name:
+            values = given[name.replace(".default.weight", ".weight")]
+            parameter.data.copy_(values.view(parameter.shape))
