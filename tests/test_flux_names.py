@@ -12,6 +12,7 @@ from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.flux import LORA_ALIASES
 from diffsynth_dagster.families.flux_names import PREFIX, close_lora, open_lora, to_diffusers
 from diffsynth_dagster.training.modules import lora_targets
+from diffsynth_dagster.weights.lora import usual_spelling
 
 
 def published_names(double: int = 2, single: int = 2) -> Tensors:
@@ -97,7 +98,7 @@ def test_an_opened_lora_is_the_same_in_the_pipeline(left: str) -> None:
         assert float((other - update).abs().max()) <= 1e-5
     assert not any(update.any() for update in theirs.values())
     everything = open_lora(tensors, alpha=2.0)
-    closed = close_lora(everything)
+    closed = close_lora(usual_spelling(everything))
     assert {n for n in closed if ".lora_" in n} == tensors.keys()
     assert all(torch.equal(closed[name], tensor) for name, tensor in tensors.items())
     assert {float(t) for n, t in closed.items() if n.endswith(".alpha")} == {2.0}
@@ -112,7 +113,7 @@ def test_a_foreign_fused_lora_shares_its_a() -> None:
         f"{key}.lora_up.weight": torch.randn(21504, 8, generator=source),
         f"{key}.alpha": torch.tensor(4.0),
     }
-    closed = close_lora(foreign)
+    closed = close_lora(usual_spelling(foreign))
     theirs = updates(FluxPipeline.lora_state_dict(dict(foreign)))
     assert len(theirs) == 4
     for layer, update in updates(closed, 4.0 / 8).items():

@@ -218,7 +218,9 @@ class LoraParameters(BaseModel):
         0.0, ge=0.0, lt=1.0, description="Dropout probability on the input of the LoRA layers."
     )
     lora_checkpoint: str | None = Field(
-        None, description="LoRA file to start from: a checkpoint, or any file that is exported."
+        None,
+        description="LoRA file to start from: a checkpoint, any file that is exported, or a LoRA "
+        "that another tool wrote.",
     )
     preset_lora_path: str | None = Field(
         None,

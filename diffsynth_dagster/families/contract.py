@@ -215,7 +215,9 @@ class Family:
         lora_aliases: component or part → name of a layer elsewhere → globs of the full names here.
         open_lora: (a LoRA's tensors by the denoiser's names, its alpha) → the tensors under the
             names that `align_to_opensource_format` asks for.
-        close_lora: the way back, for starting from such a file.
+        close_lora: a LoRA of the denoiser as `weights.lora.usual_spelling` gives it, with an alpha
+            for each layer, by the names that other tools give the layers → by the denoiser's
+            names; names that it does not know stay. RuntimeError: the sizes are not possible.
         denoise_uses: components that `denoise` uses beside the denoiser where they are given:
             conditioners that see x_t and t, such as a ControlNet.
         parts: tensors of a component that are trained under a name of their own.

@@ -169,26 +169,29 @@ def open_lora(tensors: Tensors, alpha: float) -> Tensors:
 
 
 def close_lora(tensors: Tensors) -> Tensors:
-    """The way back from `open_lora`, also for files of other tools.
+    """A LoRA by the authors' names, dotted or as kohya writes them → by diffusers' names.
 
-    A fused layer whose B is not block-diagonal gives each of its layers the whole A. Keys that are
-    no layer of the transformer keep their name, so that what loads the LoRA can tell them.
+    A fused layer whose B is not block-diagonal gives each of its layers the whole A. Layers that
+    are none of the authors' keep their name, so that what loads the LoRA can tell them.
+
+    Args:
+        tensors: `<layer>.lora_A.weight` (rank, in), `.lora_B.weight` (out, rank), `.alpha` ().
+
+    Raises:
+        RuntimeError: the heights are not those of the fused layers.
     """
     closed: Tensors = {}
-    for key in dict.fromkeys(name.partition(".")[0] for name in tensors):
-        down, up = tensors.get(f"{key}.lora_down.weight"), tensors.get(f"{key}.lora_up.weight")
-        if down is None or up is None:
-            continue
-        original = _from_kohya(key.removeprefix(_KOHYA))
-        layers = _layers(original) or (key,)
+    for layer in (n.removesuffix(".lora_A.weight") for n in tensors if ".lora_A." in n):
+        down, up = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
+        original = _from_kohya(layer.removeprefix(_KOHYA))
+        layers = _layers(original) or (layer,)
         up = _swap(up) if original == _SHIFT_FIRST else up
-        alpha = float(tensors.get(f"{key}.alpha", torch.tensor(float(len(down)))))
-        for layer, (a, b) in zip(layers, _separate(down, up, layers), strict=True):
+        for part, (a, b) in zip(layers, _separate(down, up, layers), strict=True):
             if len(layers) > 1 and not a.any():
                 continue
-            closed[f"{layer}.lora_A.weight"] = a
-            closed[f"{layer}.lora_B.weight"] = b
-            closed[f"{layer}.alpha"] = torch.tensor(alpha * len(a) / len(down))
+            closed[f"{part}.lora_A.weight"] = a
+            closed[f"{part}.lora_B.weight"] = b
+            closed[f"{part}.alpha"] = tensors[f"{layer}.alpha"] * len(a) / len(down)
     return closed
 
 

@@ -72,8 +72,19 @@ def _restart(name: str, starts: Mapping[str, str]) -> str:
 
 def convert_dit(tensors: Tensors) -> Tensors:
     """The names of `diffusion_pytorch_model*.safetensors` of the authors → those of diffusers."""
-    if not any(".self_attn." in name for name in tensors):
-        return tensors
+    return _from_authors(tensors) if any(".self_attn." in name for name in tensors) else tensors
+
+
+def close_lora(tensors: Tensors) -> Tensors:
+    """A LoRA by the authors' names → by those of diffusers.
+
+    The only names that both have for different layers are those of norms, which no LoRA is of, so
+    that a LoRA by diffusers' names stays as it is.
+    """
+    return _from_authors(tensors)
+
+
+def _from_authors(tensors: Tensors) -> Tensors:
     convert: Any = single_file_utils.convert_wan_transformer_to_diffusers
     return {
         name.replace("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"): tensor

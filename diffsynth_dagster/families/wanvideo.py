@@ -363,6 +363,7 @@ FAMILY = Family(
     inference_sigmas=inference_sigmas,
     lora_targets={"dit": LORA_TARGETS, "vace": LORA_TARGETS},
     lora_aliases={"dit": _aliases("blocks"), "vace": _aliases("vace_blocks")},
+    close_lora=wan_models.close_lora,
     parts=(Part("vace", of="dit", starts=("vace_blocks.", "vace_patch_embedding.")),),
     parameters=("tokenizer_path",),
     extra_inputs=("input_image", "end_image", "vace_video", "vace_reference_image"),

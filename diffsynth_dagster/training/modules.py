@@ -1,7 +1,7 @@
 """What is trained: whole components, and LoRA layers inside a component."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,14 @@ from diffsynth_dagster.errors import ParameterError, TargetError, nearest
 from diffsynth_dagster.families.contract import Family, Part, Tensors
 from diffsynth_dagster.weights.identify import Found, FoundModel, unknown_model
 from diffsynth_dagster.weights.load import build_empty
-from diffsynth_dagster.weights.lora import for_diffusers, read_lora, start_lora
+from diffsynth_dagster.weights.lora import (
+    LoraFile,
+    for_diffusers,
+    read_lora,
+    require_fit,
+    require_start,
+    start_lora,
+)
 from diffsynth_dagster.weights.models import require_component
 
 AUTO_MIN_FEATURES = 512
@@ -39,10 +46,12 @@ def check_trainable(config: TrainingConfig, family: Family) -> None:
 
 
 def check_model(config: TrainingConfig, found: FoundModel) -> None:
-    """Check before anything is encoded that the files are whole and the LoRA targets match.
+    """Check before anything is encoded that the files are whole, that the LoRA targets match, and
+    that the LoRAs that are given fit.
 
     Raises:
-        WeightsError: a component is missing, or its files are not whole.
+        WeightsError: a component is missing, its files are not whole, or a LoRA does not fit: see
+            `require_fit` and `require_start`.
         TargetError: see `lora_targets`.
     """
     if not config.encodes_only:
@@ -53,10 +62,15 @@ def check_model(config: TrainingConfig, found: FoundModel) -> None:
         module = build_empty(item)
         for part in (found.family.part(n) for n in config.trainable_models):
             _require_part(part, name, module, f"trainable_models; {item.entry.text}")
+        if name in found.presets:
+            preset = found.presets[name]
+            lora = read_lora(preset.path, found.family, preset.name, "preset_lora_path")
+            require_fit(module, lora, f"preset_lora_path = {preset.path}")
         if name == lora_base:
             part = found.family.part(str(config.lora_base_model))
             _require_part(part, name, module, f"lora_base_model; {item.entry.text}")
             targets = lora_targets(config, found.family, module)
+            _read_start(config, found.family, module, targets)
             layers = {name: module.get_submodule(name) for name in targets}
             _check_export(config, found.family, item, layers)
 
@@ -174,9 +188,10 @@ def add_lora(config: TrainingConfig, family: Family, module: nn.Module) -> list[
 
     Raises:
         TargetError: see `lora_targets`.
-        WeightsError: see `start_lora`.
+        WeightsError: see `require_start`.
     """
     targets = lora_targets(config, family, module)
+    start = _read_start(config, family, module, targets)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (peft divides by r)
@@ -189,11 +204,22 @@ def add_lora(config: TrainingConfig, family: Family, module: nn.Module) -> list[
     for name, parameter in module.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
-    if config.lora_checkpoint is not None and config.lora_base_model is not None:
-        path, where = Path(config.lora_checkpoint), f"lora_checkpoint = {config.lora_checkpoint}"
-        lora = read_lora(path, family, config.lora_base_model, "lora_checkpoint")
-        start_lora(module, lora, config.alpha / config.lora_rank, where)
+    if start is not None:
+        start_lora(module, start, config.alpha / config.lora_rank)
     return targets
+
+
+def _read_start(
+    config: TrainingConfig, family: Family, module: nn.Module, targets: Sequence[str]
+) -> LoraFile | None:
+    """The LoRA of `lora_checkpoint`, where one is given. Raises `WeightsError` if it is not one of
+    these targets and of `lora_rank`."""
+    if config.lora_checkpoint is None or config.lora_base_model is None:
+        return None
+    path, where = Path(config.lora_checkpoint), f"lora_checkpoint = {config.lora_checkpoint}"
+    lora = read_lora(path, family, config.lora_base_model, "lora_checkpoint")
+    require_start(module, lora, targets, config.lora_rank, where)
+    return lora
 
 
 def train_fully(module: nn.Module, part: Part, dtype: torch.dtype = torch.float32) -> None:

@@ -1,4 +1,4 @@
-"""LoRA files: read in any key format that is exported, put into a LoRA, or fused into a module.
+"""LoRA files: read in the key formats of this and other tools, put into a LoRA, or fused.
 
 A LoRA replaces W by W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685); A is `lora_A`,
 (rank, in features), and B is `lora_B`, (out features, rank).
@@ -6,6 +6,7 @@ A LoRA replaces W by W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685); 
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,14 @@ from diffsynth_dagster.weights.load import read_tensors
 
 PROVENANCE_KEY = "diffsynth_dagster"
 ADAPTER_KEY = "lora_adapter_metadata"
-_ENDING = re.compile(r"\.lora_([AB])(?:\.default)?\.weight$")
+FOREIGN_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "pipe.")
+"""How other tools begin the names of layers, beside the component's own prefix and folder."""
+
+_HALF = re.compile(r"(?P<layer>.+)\.lora_(?P<half>A|B|down|up)(?:\.default)?\.weight")
+_BEYOND_LORA = re.compile(
+    r"\.(?:diff|diff_b|dora_scale|lora_magnitude_vector.*|hada_\w+|lokr_\w+|lora_mid.*)$"
+)
+_AS_HERE = {"down": "A", "up": "B"}
 
 
 @dataclass(frozen=True)
@@ -31,16 +39,17 @@ class LoraFile:
         down: layer → A (rank, …).
         up: layer → B (…, rank).
         scale: layer → alpha / rank.
+        other_family: the family that the header names, where that is another one.
     """
 
     down: Tensors
     up: Tensors
     scale: dict[str, float]
+    other_family: str | None = None
 
 
 def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile:
-    """Read a LoRA: a checkpoint of this trainer, an export for diffusers, or the family's open
-    format.
+    """Read a LoRA: a checkpoint of this trainer, an export, or a file of another tool.
 
     Args:
         name: the component or part that the LoRA is for.
@@ -52,31 +61,73 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
     where = f"{parameter} = {path}"
     if not path.is_file():
         raise WeightsError("the LoRA file does not exist", where=where, do="correct the path")
+    owner = family.part(name).of
+    folder = family.component(owner).folder
+    starts = (family.prefix(name), family.prefix(owner), f"{folder}.", *FOREIGN_PREFIXES)
     tensors = read_tensors([path])
-    if family.close_lora is not None and any(n.startswith("lora_unet_") for n in tensors):
-        tensors = family.close_lora(tensors)
-    starts = (family.prefix(name), f"{family.component(family.part(name).of).folder}.", "pipe.")
-    down: Tensors = {}
-    up: Tensors = {}
-    alphas: dict[str, float] = {}
-    for key, tensor in tensors.items():
-        match = _ENDING.search(key)
-        if match is None:
-            continue
-        whole = key[: match.start()]
-        layer = whole.removeprefix(next((s for s in starts if whole.startswith(s)), ""))
-        (down if match[1] == "A" else up)[layer] = tensor
-        if f"{whole}.alpha" in tensors:
-            alphas[layer] = float(tensors[f"{whole}.alpha"])
-    if not down or down.keys() != up.keys():
+    beyond = next(filter(_BEYOND_LORA.search, tensors), None)
+    if beyond is not None:
+        raise WeightsError(
+            f"the file changes weights in another way than by a plain LoRA: {beyond}",
+            where=where,
+            do="give a plain LoRA (no DoRA, LoHa, LoKr or added weights), or convert it to one",
+        )
+    tensors = usual_spelling(tensors, starts)
+    down, up = _half(tensors, "A"), _half(tensors, "B")
+    if not down or not _are_halves(down, up):
         raise WeightsError(
             "the file holds no LoRA, or half of one",
             where=where,
             do="give a checkpoint of a LoRA training, or its export",
         )
-    common = _alpha(path)
-    scale = {n: (alphas.get(n) or common or float(len(a))) / len(a) for n, a in down.items()}
-    return LoraFile(down, up, scale)
+    common, made_for = _read_notes(path)
+    for layer, a in down.items():
+        own = tensors.get(f"{layer}.alpha")
+        # As kohya's scripts have it, an alpha of 0 is none.
+        alpha = (own is not None and float(own)) or common or float(len(a))
+        tensors[f"{layer}.alpha"] = torch.tensor(alpha, dtype=torch.float64)
+    if family.close_lora is not None and owner == family.denoiser:
+        try:
+            tensors = family.close_lora(tensors)
+        except RuntimeError as error:
+            raise WeightsError(
+                f"the LoRA has layers of other sizes than {family.name}: {error}",
+                where=where,
+                do="give a LoRA of this model",
+            ) from error
+    down = _half(tensors, "A")
+    return LoraFile(
+        down,
+        _half(tensors, "B"),
+        {layer: float(tensors[f"{layer}.alpha"]) / len(a) for layer, a in down.items()},
+        made_for if made_for != family.name else None,
+    )
+
+
+def usual_spelling(tensors: Tensors, starts: Sequence[str] = ()) -> Tensors:
+    """The tensors of a LoRA in any tool's spelling → `<layer>.lora_A.weight`, `.lora_B.weight`, and
+    `.alpha` where it is given. Tensors that are not of a LoRA are left out.
+
+    Args:
+        starts: prefixes of the layers; the first that a name has is removed.
+    """
+    spelled: Tensors = {}
+    for name, tensor in tensors.items():
+        match = _HALF.fullmatch(name)
+        if match is None:
+            continue
+        layer = match["layer"]
+        short = layer.removeprefix(next((s for s in starts if layer.startswith(s)), ""))
+        spelled[f"{short}.lora_{_AS_HERE.get(match['half'], match['half'])}.weight"] = tensor
+        if f"{layer}.alpha" in tensors:
+            spelled[f"{short}.alpha"] = tensors[f"{layer}.alpha"]
+    return spelled
+
+
+def _half(tensors: Tensors, half: str) -> Tensors:
+    """Layer → A or B, from tensors in the usual spelling."""
+    end = f".lora_{half}.weight"
+    return {n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)}
 
 
 def for_diffusers(
@@ -95,21 +146,29 @@ def for_diffusers(
     return {f"{folder}.{name}": tensor for name, tensor in tensors.items()}, settings
 
 
-def _alpha(path: Path) -> float | None:
-    """The alpha of all layers that the header tells."""
+def _are_halves(down: Tensors, up: Tensors) -> bool:
+    """Whether each layer has an A (rank, …) and a B (…, rank) of one rank."""
+    return down.keys() == up.keys() and all(
+        min(a.ndim, up[n].ndim) > 1 and len(a) == up[n].shape[1] for n, a in down.items()
+    )
+
+
+def _read_notes(path: Path) -> tuple[float | None, str | None]:
+    """The alpha of all layers and the family, as far as the header tells them."""
     if path.suffix != ".safetensors":
-        return None
+        return None, None
     notes = read_metadata(path)
     provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
+    family = provenance.get("family")
     if provenance.get("lora"):
-        return float(provenance["lora"]["alpha"])
+        return float(provenance["lora"]["alpha"]), family
     adapter: dict[str, Any] = json.loads(notes.get(ADAPTER_KEY, "{}"))
     alphas = [value for key, value in adapter.items() if key.endswith("lora_alpha")]
-    return float(alphas[0]) if alphas else None
+    return float(alphas[0]) if alphas else None, family
 
 
-def fuse_lora(module: nn.Module, lora: LoraFile, where: str) -> None:
-    """Add a LoRA to the weights of a module.
+def require_fit(module: nn.Module, lora: LoraFile, where: str) -> None:
+    """Compare layers and sizes of a LoRA with a module, which may be on the meta device.
 
     Raises:
         WeightsError: it is for layers that the module lacks, or for layers of other sizes.
@@ -117,59 +176,93 @@ def fuse_lora(module: nn.Module, lora: LoraFile, where: str) -> None:
     layers = dict(module.named_modules())
     strange = sorted(name for name in lora.down if not hasattr(layers.get(name), "weight"))
     if strange:
-        raise WeightsError(
-            f"the LoRA is for layers that the model lacks: {', '.join(strange[:3])}",
-            where=where,
-            do="give a LoRA of this model",
+        raise _unfit(
+            lora, f"the LoRA is for layers that the model lacks: {_some(strange)}", where=where
         )
+    for name, a in lora.down.items():
+        weight: Any = layers[name].weight
+        size = (len(lora.up[name]), a[0].numel())
+        if size != (len(weight), weight[0].numel()):
+            what = f"the LoRA of '{name}' is for {size}, not for {tuple(weight.shape)}"
+            raise _unfit(lora, what, where=where)
+
+
+def require_start(
+    module: nn.Module, lora: LoraFile, targets: Iterable[str], rank: int, where: str
+) -> None:
+    """Compare a LoRA with the one that a training gives a module: see `require_fit`, and
+
+    Args:
+        targets: the layers that get a LoRA.
+
+    Raises:
+        WeightsError: it has no LoRA for one of the targets, or for other layers too, or its rank
+            is another.
+    """
+    require_fit(module, lora, where)
+    wanted = set(targets)
+    for what, names in (
+        ("lacks", sorted(wanted - lora.down.keys())),
+        ("has besides", sorted(lora.down.keys() - wanted)),
+    ):
+        if names:
+            do = "give lora_target_modules as in the training that made it"
+            raise _unfit(lora, f"the LoRA file {what} {_some(names)}", where, do)
+    for name, a in lora.down.items():
+        if len(a) != rank:
+            size = tuple(a.shape)
+            raise _unfit(
+                lora,
+                f"{name}.lora_A.weight is {size} in the file, not {(rank, *size[1:])}",
+                where,
+                "give lora_rank as in the training that made it",
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
+def _unfit(
+    lora: LoraFile, what: str, where: str, do: str = "give a LoRA of this model"
+) -> WeightsError:
+    """The error for a LoRA that does not fit, with the family that it says it is of."""
+    if lora.other_family is None:
+        return WeightsError(what, where=where, do=do)
+    return WeightsError(
+        f"{what}; its header says that it is a LoRA of the family '{lora.other_family}'",
+        where=where,
+        do="give a LoRA of this model",
+    )
+
+
+def fuse_lora(module: nn.Module, lora: LoraFile, where: str) -> None:
+    """Add a LoRA to the weights of a module.
+
+    Raises:
+        WeightsError: see `require_fit`.
+    """
+    require_fit(module, lora, where)
+    layers = dict(module.named_modules())
     with torch.no_grad():
         for name, a in lora.down.items():
             weight: Any = layers[name].weight
             b = lora.up[name]
             update = b.flatten(1).float() @ a.flatten(1).float() * lora.scale[name]
-            if update.numel() != weight.numel() or len(update) != len(weight):
-                raise WeightsError(
-                    f"the LoRA of '{name}' is for {tuple(update.shape)}, not for "
-                    f"{tuple(weight.shape)}",
-                    where=where,
-                    do="give a LoRA of this model",
-                )
             fused = weight.float() + update.view(weight.shape).to(weight.device)
             weight.copy_(fused.to(weight.dtype))
 
 
-def start_lora(module: nn.Module, lora: LoraFile, scale: float, where: str) -> None:
-    """Give the LoRA layers of a module the values of a file.
+def start_lora(module: nn.Module, lora: LoraFile, scale: float) -> None:
+    """Give the LoRA layers of a module the values of a file, which `require_start` let pass.
 
     Args:
         scale: alpha / rank of the module's LoRA; values of another scale are brought to it.
-
-    Raises:
-        WeightsError: its layers or rank are not those of the module's LoRA.
     """
-    parameters = {
-        name.replace(".default.weight", ".weight"): p
-        for name, p in module.named_parameters()
-        if ".lora_" in name
-    }
     given = {f"{n}.lora_A.weight": t for n, t in lora.down.items()}
     given |= {f"{n}.lora_B.weight": t * (lora.scale[n] / scale) for n, t in lora.up.items()}
-    for what, names in (
-        ("lacks", sorted(parameters.keys() - given.keys())),
-        ("has besides", sorted(given.keys() - parameters.keys())),
-    ):
-        if names:
-            raise WeightsError(
-                f"the LoRA file {what} {', '.join(names[:3])}"
-                + (f" and {len(names) - 3} more" if names[3:] else ""),
-                where=where,
-                do="give lora_target_modules as in the training that made it",
-            )
-    for name, parameter in parameters.items():
-        if parameter.shape != given[name].shape:
-            raise WeightsError(
-                f"{name} is {tuple(given[name].shape)} in the file, not {tuple(parameter.shape)}",
-                where=where,
-                do="give lora_rank as in the training that made it",
-            )
-        parameter.data.copy_(given[name])
+    for name, parameter in module.named_parameters():
+        if ".lora_" in name:
+            values = given[name.replace(".default.weight", ".weight")]
+            parameter.data.copy_(values.view(parameter.shape))
