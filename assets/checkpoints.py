@@ -141,6 +141,7 @@ def _unchanged(config: TrainingConfig, hub: Hub, processes: int | None) -> "RunR
         UserError: a model file or the encoded data set is missing or damaged.
     """
     from diffsynth_dagster.cache.manifest import read_manifest
+    from diffsynth_dagster.cache.split import as_encoded
     from diffsynth_dagster.data.facts import FactBook, digest_file
     from diffsynth_dagster.training.record import read_record, start_record
     from diffsynth_dagster.weights.identify import find_model
@@ -151,6 +152,7 @@ def _unchanged(config: TrainingConfig, hub: Hub, processes: int | None) -> "RunR
         return None
     if processes is not None and processes != len(record.devices):
         return None
+    config = as_encoded(config)
     source = folder if config.dataset_metadata_path else Path(config.dataset_base_path)
     with closing(FactBook(book_path(config))) as book:
         found = find_model(config, hub.open())

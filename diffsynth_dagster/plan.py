@@ -86,7 +86,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
         StoreError: the encoded data set is there and damaged.
         ParameterError: see `check_plan`; or the family cannot be told without the files.
     """
-    if config.reads_encoded and (Path(config.dataset_base_path) / FILE_NAME).is_file():
+    if (Path(config.dataset_base_path) / FILE_NAME).is_file():
         config = as_encoded(config)
     family = guess_family(config)
     check_plan(config, family)

@@ -75,8 +75,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     from diffsynth_dagster.weights.identify import find_model, guess_family
     from diffsynth_dagster.weights.models import Models
 
-    if config.reads_encoded:
-        config = as_encoded(config)
+    config = as_encoded(config)
     check_plan(config, guess_family(config))
     accelerator = _accelerator(config)
     output = Path(config.output_path)
@@ -245,6 +244,8 @@ def _gpu_has_bf16() -> bool:
     import torch
     from accelerate.utils import is_bf16_available
 
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.accelerator.is_available() and is_bf16_available()
 
 

@@ -192,6 +192,22 @@ def test_run_config_retrains_with_other_parameters(
     assert second.success
 
 
+def test_a_recipe_for_each_half(place: Place) -> None:
+    """The second takes the size over from the first, also where the assets ask what has changed."""
+    plain = {"sample_prompts": None, "sample_num_inference_steps": None}
+    first = {"task": "sft:data_process", "height": 16, "width": 16}
+    place.recipe("first_half", **plain, **first)
+    second = {"task": "sft:train", "height": None, "width": None, "dataset_metadata_path": None}
+    encoded = str(place.folder / "first_half")
+    place.recipe("second_half", **plain, **second, dataset_base_path=encoded)
+    assert place.run("first_half").success
+    for trains in (True, False):
+        result = place.run("second_half")
+        assert result.success
+        metadata = metadata_of(result, "checkpoints", "second_half")
+        assert metadata["trained_in_this_run"].value is trains
+
+
 def refuse_to_launch(*arguments: Any, **options: Any) -> Any:
     raise AssertionError("nothing may be launched")
 

@@ -96,6 +96,26 @@ def test_every_spelling_is_read_alike(
     assert set(read.scale.values()) == {1.0}
 
 
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"transformer.lora_alpha": 8}, 2.0),
+        ({"text_encoder.lora_alpha": 64, "transformer.lora_alpha": 8}, 2.0),
+        ({"transformer.lora_alpha": 4, "transformer.use_rslora": True}, 2.0),
+        ({"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"attn1.to_q": 16}}, 4.0),
+        ({"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"to_k": 16}}, 1.0),
+        ({"text_encoder.lora_alpha": 64}, 1.0),
+    ],
+)
+def test_the_alpha_of_peft_is_read(tmp_path: Path, settings: dict[str, Any], scale: float) -> None:
+    layer = "transformer.blocks.0.attn1.to_q"
+    tensors = {f"{layer}.lora_{half}.weight": torch.ones(4, 4) for half in "AB"}
+    notes = {"lora_adapter_metadata": json.dumps(settings)}
+    save_file(tensors, tmp_path / "lora.safetensors", metadata=notes)
+    read = read_lora(tmp_path / "lora.safetensors", find_family("wanvideo"), "dit", "the test")
+    assert read.scale == {"blocks.0.attn1.to_q": scale}
+
+
 @pytest.mark.parametrize("extra", ["diff_b", "dora_scale", "lora_magnitude_vector", "hada_w1_a"])
 def test_what_is_more_than_a_lora_is_refused(checkpoint: Path, tmp_path: Path, extra: str) -> None:
     """Reading the LoRA in it alone would give another model than the file's."""

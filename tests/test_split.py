@@ -1,8 +1,10 @@
 """Split training: what the second half takes over from the first, and what it refuses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import yaml
 from cases_wan import CASES, write
@@ -47,6 +49,18 @@ def test_the_size_of_the_first_half_counts(
         other = second_half(config, folder, **{name: value})
         assert train(other, tmp_path / "other")[0] == 2
         assert f"encoded with {name} = " in capsys.readouterr().err
+
+
+def test_a_folder_of_before_sizes_were_noted_is_read(
+    encoded: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    config, folder = encoded
+    path = folder / "samples.parquet"
+    notes = json.loads(pl.read_parquet_metadata(path)["diffsynth_dagster"])
+    del notes["parameters"]
+    frame = pl.read_parquet(path)
+    frame.write_parquet(path, metadata={"diffsynth_dagster": json.dumps(notes)})
+    assert train(second_half(config, folder), tmp_path / "run")[0] == 0
 
 
 def test_weights_that_did_not_encode_the_data_are_refused(

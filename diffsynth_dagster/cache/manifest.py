@@ -81,7 +81,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / FILE_NAME
     try:
         frame = pl.read_parquet(path)
-        notes: dict[str, Any] = json.loads(pl.read_parquet_metadata(path)[_NOTES])
+        notes: dict[str, Any] = {"parameters": {}}
+        notes |= json.loads(pl.read_parquet_metadata(path)[_NOTES])
         return Manifest(frame, **notes)
     except (OSError, pl.exceptions.PolarsError, KeyError, ValueError, TypeError) as error:
         raise StoreError(

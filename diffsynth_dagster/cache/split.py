@@ -13,12 +13,15 @@ from diffsynth_dagster.weights.models import component_digest
 
 
 def as_encoded(config: TrainingConfig) -> TrainingConfig:
-    """The config with what the first half has settled: see `config.parameters.ENCODING`.
+    """The config, and for the second half what the first has settled: see
+    `config.parameters.ENCODING`.
 
     Raises:
         StoreError: there is no encoded data set.
         ParameterError: the config asks for something else.
     """
+    if not config.reads_encoded:
+        return config
     settled = read_manifest(Path(config.dataset_base_path)).parameters
     default = named_values(TrainingConfig.model_validate({}))
     for name, value in named_values(config).items():

@@ -149,7 +149,7 @@ def train(session: Session) -> RunRecord:
             samples=_samples(batches),
         )
         session.reporter.stepped(metrics)
-        _note(record, metrics)
+        _note(record, metrics, accelerator.optimizer_step_was_skipped)
         name = _due(config, step, epoch_steps, total)
         if name is not None:
             _save(session, model, frozenset(trainable), name, step)
@@ -172,6 +172,9 @@ def _tell_deepspeed(accelerator: Accelerator, config: TrainingConfig) -> None:
     plugin: Any = accelerator.state.deepspeed_plugin
     settings = plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = config.batch_size
+    if config.customized_optimizer is not None:
+        # Or it would be replaced by DeepSpeed's own where its state lies in CPU memory.
+        settings["zero_force_ds_cpu_optimizer"] = False
     if config.max_grad_norm is not None:
         settings["gradient_clipping"] = config.max_grad_norm
     elif settings.get("gradient_clipping", "auto") == "auto":
@@ -220,12 +223,21 @@ def _clip(
     return 0.0 if before is None else float(before)
 
 
-def _note(record: RunRecord, metrics: StepMetrics) -> None:
-    if not math.isfinite(metrics.loss):
+def _note(record: RunRecord, metrics: StepMetrics, skipped: bool) -> None:
+    """Take a step into the record.
+
+    Args:
+        skipped: the weights did not change, because float16 was too small for the gradients.
+
+    Raises:
+        TrainingError: the loss is not finite, or the gradients that changed the weights were not.
+    """
+    if not math.isfinite(metrics.loss) or not (skipped or math.isfinite(metrics.grad_norm)):
         record.all_losses_finite = False
         raise TrainingError(
-            f"the loss is {metrics.loss} after step {metrics.step}: the weights are ruined",
-            where=f"learning_rate = {metrics.learning_rate:g}, gradient norm {metrics.grad_norm:g}",
+            f"the training went astray in step {metrics.step}: the loss is {metrics.loss:g}, and "
+            f"the norm of its gradient {metrics.grad_norm:g}",
+            where=f"learning_rate = {metrics.learning_rate:g}",
             do="give a smaller learning_rate, or max_grad_norm; checkpoints written before are sound",
         )
     if record.first_loss is None:
@@ -269,7 +281,12 @@ class Pictures:
     def __init__(self, session: Session, step_module: TrainingStep) -> None:
         self._session = session
         self._module = step_module
-        self._sampler = Sampler(session.config, session.manifest, session.models)
+        self._sampler = Sampler(
+            session.config,
+            session.manifest,
+            session.models,
+            lambda: session.accelerator.autocast(),
+        )
         self._folder = Path(session.config.output_path) / "samples"
 
     def samples(self, step: int) -> None:
@@ -296,9 +313,7 @@ class Pictures:
         modes = {module: module.training for module in self._module.modules()}
         self._module.eval()
         try:
-            # As in a training step: trained weights are float32, and the others may not be.
-            with self._session.accelerator.autocast():
-                return self._sampler(self._module.loaded, prompts, seed)
+            return self._sampler(self._module.loaded, prompts, seed)
         finally:
             for module, mode in modes.items():
                 module.training = mode

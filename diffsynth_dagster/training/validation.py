@@ -1,6 +1,7 @@
 """Images made with the model as it stands, and functions that measure it by them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,20 @@ class Sampler:
     """Makes images with the components as they stand.
 
     Prompts named in the recipe are read from the store; others are encoded when they are asked for.
+
+    Args:
+        autocast: entered around what uses trained modules, as in a training step: their weights are
+            float32, and the others may not be.
     """
 
-    def __init__(self, config: TrainingConfig, manifest: Manifest, models: Models) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        manifest: Manifest,
+        models: Models,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._autocast = autocast
         self._config = config
         self._manifest = manifest
         self._models = models
@@ -78,7 +90,7 @@ class Sampler:
                 cfg_scale=self._config.sample_cfg_scale,
                 generators=[generator(seed, "image", start + i) for i in range(len(part))],
             )
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast():
                 images += [strip(frames) for frames in self._family.sample(loaded, request)]
         return images
 
@@ -105,7 +117,8 @@ class Sampler:
                 continue
             needed = [name for name in stage.uses if name not in live]
             loaded = {**self._models.get(needed), **live}
-            with torch.no_grad():
+            is_live = len(needed) < len(stage.uses)
+            with torch.no_grad(), self._autocast() if is_live else nullcontext():
                 results = stage.run(loaded, [{"prompt": p, **encoded[p]} for p in fresh])
             for prompt, result in zip(fresh, results, strict=True):
                 encoded[prompt] |= {name: tensor.cpu() for name, tensor in result.items()}

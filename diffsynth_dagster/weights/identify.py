@@ -358,9 +358,10 @@ def _find_tokenizer(
     if given is not None:
         return hub.folder(folder_entry(given, tokenizer.parameter))
     # In diffusers' layout beside the folders of the components, in the authors' beside the files.
+    # What is downloaded is asked for again: it may not have been downloaded to its end.
     published = tokenizer.default.partition(":")[2]
-    for files in (item.files for item in found.values()):
-        own = files[0].parent
+    lie_here = [f for f in found.values() if f.entry.repository is None or hub.skip_download]
+    for own in (item.files[0].parent for item in lie_here):
         for folder in (own.parent / tokenizer.name, own / tokenizer.name, own / published):
             if folder.is_dir():
                 return folder

@@ -6,7 +6,7 @@ A LoRA replaces W by W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685); 
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ FOREIGN_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "pipe.")
 
 _HALF = re.compile(r"(?P<layer>.+)\.lora_(?P<half>A|B|down|up)(?:\.default)?\.weight")
 _BEYOND_LORA = re.compile(
-    r"\.(?:diff|diff_b|dora_scale|lora_magnitude_vector.*|hada_\w+|lokr_\w+|lora_mid.*)$"
+    r"\.(?:diff|diff_b|dora_scale|lora_magnitude_vector.*|hada_\w+|lokr_\w+|lora_mid.*"
+    r"|lora_[AB](?:\.default)?\.bias)$"
 )
 _AS_HERE = {"down": "A", "up": "B"}
 
@@ -80,11 +81,15 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
             where=where,
             do="give a checkpoint of a LoRA training, or its export",
         )
-    common, made_for = _read_notes(path)
+    notes = read_metadata(path) if path.suffix == ".safetensors" else {}
+    provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
+    made_for = provenance.get("family", family.name)
     for layer, a in down.items():
         own = tensors.get(f"{layer}.alpha")
+        told = provenance["lora"]["alpha"] if provenance.get("lora") else None
+        told = told or _adapter_alpha(notes, folder, layer, len(a))
         # As kohya's scripts have it, an alpha of 0 is none.
-        alpha = (own is not None and float(own)) or common or float(len(a))
+        alpha = (own is not None and float(own)) or told or float(len(a))
         tensors[f"{layer}.alpha"] = torch.tensor(alpha, dtype=torch.float64)
     if family.close_lora is not None and owner == family.denoiser:
         try:
@@ -153,18 +158,22 @@ def _are_halves(down: Tensors, up: Tensors) -> bool:
     )
 
 
-def _read_notes(path: Path) -> tuple[float | None, str | None]:
-    """The alpha of all layers and the family, as far as the header tells them."""
-    if path.suffix != ".safetensors":
-        return None, None
-    notes = read_metadata(path)
-    provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
-    family = provenance.get("family")
-    if provenance.get("lora"):
-        return float(provenance["lora"]["alpha"]), family
-    adapter: dict[str, Any] = json.loads(notes.get(ADAPTER_KEY, "{}"))
-    alphas = [value for key, value in adapter.items() if key.endswith("lora_alpha")]
-    return float(alphas[0]) if alphas else None, family
+def _adapter_alpha(notes: Mapping[str, str], folder: str, layer: str, rank: int) -> float | None:
+    """The alpha of a layer as peft's settings in the header of an export tell it, for a scale of
+    alpha / rank."""
+    settings: dict[str, Any] = json.loads(notes.get(ADAPTER_KEY, "{}"))
+    own = {
+        k.removeprefix(f"{folder}."): v for k, v in settings.items() if k.startswith(f"{folder}.")
+    }
+    alpha = own.get("lora_alpha")
+    for name, value in (own.get("alpha_pattern") or {}).items():
+        # Peft takes the keys for patterns of the end of a name.
+        if re.fullmatch(rf"(?:.*\.)?(?:{name})", layer):
+            alpha = value
+            break
+    if alpha is None:
+        return None
+    return float(alpha) * (rank**0.5 if own.get("use_rslora") else 1.0)
 
 
 def require_fit(module: nn.Module, lora: LoraFile, where: str) -> None:
