@@ -238,7 +238,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(
     given = values(learning_rate=1e30, num_epochs=5)
     code, run = train(given, tmp_path / "run")
     assert code == 2
-    assert "the loss is nan after step" in capsys.readouterr().err
+    assert "the training went astray in step 2: the loss is nan" in capsys.readouterr().err
     steps = pl.read_csv(run / "metrics.csv")
     assert steps.height < 10
     assert not (run / "epoch-4.safetensors").exists()
