@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from diffsynth_dagster.cache.encode import trained_components
 from diffsynth_dagster.cache.manifest import FILE_NAME
 from diffsynth_dagster.cache.split import as_encoded
+from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.metadata import check_columns

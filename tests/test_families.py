@@ -17,9 +17,9 @@ from conftest import make_config, train
 from family_case import Case
 from safetensors.torch import load_file, save_file
 
-from diffsynth_dagster.cache.encode import trained_components
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.config import TrainingConfig
+from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.families.contract import Tensors

@@ -22,9 +22,9 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffsynth_dagster.cache.encode import trained_components
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.store import Store
+from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.data.facts import FactBook
 from diffsynth_dagster.data.metadata import validate
 from diffsynth_dagster.errors import ParameterError, UserError

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from conftest import ROOT, Values, make_config, train, write_images
 from safetensors.torch import load_file
 
-from diffsynth_dagster.cache.encode import trained_components
 from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.training.batches import collate

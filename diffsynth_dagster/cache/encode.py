@@ -12,7 +12,7 @@ import torch
 
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
-from diffsynth_dagster.config.effect import named_values
+from diffsynth_dagster.config.effect import named_values, trained_components
 from diffsynth_dagster.config.parameters import ENCODING, TrainingConfig
 from diffsynth_dagster.data.facts import FactBook, digest_of
 from diffsynth_dagster.data.metadata import Validated
@@ -40,12 +40,6 @@ class EncodeReport:
 
     hits: dict[str, int] = field(default_factory=dict)
     misses: dict[str, int] = field(default_factory=dict)
-
-
-def trained_components(config: TrainingConfig) -> frozenset[str]:
-    """The components whose weights change: in full, or through a LoRA."""
-    lora = {config.lora_base_model} if config.lora_base_model else set[str]()
-    return frozenset({*config.trainable_models, *lora})
 
 
 def step_components(found: FoundModel, trained: frozenset[str]) -> list[str]:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from diffsynth_dagster.cache.encode import trained_components
 from diffsynth_dagster.cache.manifest import Manifest, read_manifest
-from diffsynth_dagster.config.effect import named_values
+from diffsynth_dagster.config.effect import named_values, trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.facts import FactBook
 from diffsynth_dagster.errors import ParameterError

@@ -43,3 +43,9 @@ def named_values(config: TrainingConfig) -> dict[str, Any]:
 def effect(config: TrainingConfig) -> dict[str, Any]:
     """The parameters that have an effect on what is trained, as JSON values."""
     return {n: v for n, v in named_values(config).items() if n not in WITHOUT_EFFECT}
+
+
+def trained_components(config: TrainingConfig) -> frozenset[str]:
+    """The components whose weights change: in full, or through a LoRA."""
+    lora = {config.lora_base_model} if config.lora_base_model else set[str]()
+    return frozenset({*config.trainable_models, *lora})

@@ -178,7 +178,7 @@ class FileCheck:
         if status != "file_missing":
             return {"status": status}
         place = os.path.join(self._root, value)
-        return {"status": status, "message": f"the file does not exist: {place[:300]}"}
+        return {"status": status, "message": f"{REASONS[status]}: {place[:300]}"}
 
     def _real_path(self, value: str) -> Path:
         """The file that a value names, links followed; every folder is resolved once."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from diffsynth_dagster.cache.encode import trained_components
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
+from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import MicroBatch, StepOrder, Visit
 from diffsynth_dagster.data.samples import load, plain

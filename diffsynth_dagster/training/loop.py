@@ -15,8 +15,9 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffsynth_dagster.cache.encode import step_components, trained_components
+from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.facts import digest_file
 from diffsynth_dagster.dotted import import_dotted

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from diffsynth_dagster.cache.encode import step_components, trained_components
+from diffsynth_dagster.cache.encode import step_components
+from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, TargetError, nearest
 from diffsynth_dagster.families.contract import Family, Part, Tensors

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster import __version__
-from diffsynth_dagster.cache.encode import step_components, trained_components
+from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.config.effect import BY_CONTENT, effect
+from diffsynth_dagster.config.effect import BY_CONTENT, effect, trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.facts import FactBook, digest_of
 from diffsynth_dagster.errors import OutputError, WeightsError

@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, nearest
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
+"""Number of a shard and of all, in the name of its file."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ModelEntry:
     @property
     def slug(self) -> str:
         """A name of letters, digits and underscores, the same for every recipe that uses it."""
-        text = self.text if self.repository else _SHARD.sub("", self.paths[0])
+        text = self.text if self.repository else SHARD.sub("", self.paths[0])
         text = text.rstrip("/*").removesuffix(".safetensors")
         return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")
 

@@ -1,7 +1,6 @@
 """What the model files of a config are: told from tensor names, never from a table of hashes."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -10,12 +9,14 @@ from typing import Any
 
 import torch
 
+from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, WeightsError, nearest
 from diffsynth_dagster.families import each_family, family_names, find_family
 from diffsynth_dagster.families.contract import Component, Family, Shapes, Tokenizer
 from diffsynth_dagster.families.teacher import with_teacher
 from diffsynth_dagster.weights.entries import (
+    SHARD,
     ModelEntry,
     float8_entries,
     folder_entry,
@@ -23,8 +24,6 @@ from diffsynth_dagster.weights.entries import (
 )
 from diffsynth_dagster.weights.header import Header, read_headers
 from diffsynth_dagster.weights.hub import ModelHub
-
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _find_components(config: TrainingConfig, hub: ModelHub) -> tuple[Family, dic
 def _require_shards(entry: ModelEntry, files: Sequence[Path]) -> None:
     """Refuse a part of the shards that their names count. Raises `WeightsError`."""
     counted: dict[str, set[int]] = {}
-    for match in filter(None, (_SHARD.search(path.name) for path in files)):
+    for match in filter(None, (SHARD.search(path.name) for path in files)):
         counted.setdefault(match[2], set()).add(int(match[1]))
     for total, given in counted.items():
         lacks = sorted(set(range(1, int(total) + 1)) - given)
@@ -169,8 +168,8 @@ def _needed_tokenizers(config: TrainingConfig, family: Family) -> list[Tokenizer
     """All; but for captions that are already encoded, those of the training step alone."""
     if not config.reads_encoded or config.sample_prompts or config.customized_evaluation:
         return list(family.tokenizers)
-    trained = frozenset({*config.trainable_models, *filter(None, [config.lora_base_model])})
-    used = {name for stage in family.step_stages(trained) for name in stage.uses}
+    stages = family.step_stages(trained_components(config))
+    used = {name for stage in stages for name in stage.uses}
     return [tokenizer for tokenizer in family.tokenizers if tokenizer.name in used]
 
 

@@ -120,8 +120,9 @@ def _require_tokens(tokenizer: Tokenizer, loaded: Any, folder: Path) -> None:
 def store_in_float8(module: nn.Module, compute: torch.dtype, device: torch.device) -> None:
     """Keep the weights of a module in float8 (e4m3) on a device, and compute there in another type.
 
-    The device never holds the whole module in the other type. Norms, embeddings of positions and patches, LoRA layers, and what the architecture keeps in
-    float32 stay as they are; LoRA layers must be there already.
+    The device never holds the whole module in the other type. Norms, embeddings of positions and
+    patches, LoRA layers, and what the architecture keeps in float32 stay as they are; LoRA layers
+    must be there already.
     """
     kept = [*_NOT_IN_FLOAT8, *(getattr(module, "_skip_layerwise_casting_patterns", None) or ())]
     for name in getattr(module, "_keep_in_fp32_modules", None) or ():
