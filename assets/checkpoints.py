@@ -142,7 +142,7 @@ def _unchanged(config: TrainingConfig, hub: Hub, processes: int | None) -> "RunR
     """
     from diffsynth_dagster.cache.manifest import read_manifest
     from diffsynth_dagster.cache.split import as_encoded
-    from diffsynth_dagster.data.facts import FactBook, digest_file
+    from diffsynth_dagster.facts import FactBook, digest_file
     from diffsynth_dagster.training.record import read_record, start_record
     from diffsynth_dagster.weights.identify import find_model
 

@@ -35,9 +35,9 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
     )
     def exports(parameters: Parameters, hub: Hub) -> dg.MaterializeResult:
         from diffsynth_dagster.cache.split import as_encoded
-        from diffsynth_dagster.data.facts import digest_of
         from diffsynth_dagster.errors import OutputError
         from diffsynth_dagster.export import export_run
+        from diffsynth_dagster.facts import digest_of
         from diffsynth_dagster.training.record import read_record
         from diffsynth_dagster.weights.identify import find_model
 

@@ -12,7 +12,7 @@ from diffsynth_dagster.config import Recipe, TrainingConfig
 from resources import Parameters
 
 if TYPE_CHECKING:
-    from diffsynth_dagster.data.metadata import Validated
+    from diffsynth_dagster.data.table.check import Validated
 
 CHECK = "every_row_valid"
 _DEPENDS_ON = (
@@ -62,15 +62,15 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
         ],
     )
     def metadata(context: dg.AssetExecutionContext, parameters: Parameters) -> dg.MaterializeResult:
-        from diffsynth_dagster.data.facts import FactBook, digest_of
         from diffsynth_dagster.data.prepare import prepare_data
+        from diffsynth_dagster.facts import FactBook, digest_of
         from diffsynth_dagster.weights.identify import guess_family
 
         with user_errors():
             config = parameters.apply(recipe.config)
-            family = guess_family(config)
+            columns = guess_family(config).columns
             with closing(FactBook(book_path(config))) as book:
-                validated = prepare_data(config, family, book)
+                validated = prepare_data(config, columns, book)
         columns = [c for c in validated.frame.columns if not c.endswith(":path")]
         content = digest_of([columns, validated.frame.select(columns).rows()])
         context.log.info(f"rows by status: {validated.counts}")
@@ -84,7 +84,7 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
 
 
 def _check(key: dg.AssetKey, config: TrainingConfig, validated: "Validated") -> dg.AssetCheckResult:
-    from diffsynth_dagster.data.metadata import require_accepted
+    from diffsynth_dagster.data.table.check import require_accepted
     from diffsynth_dagster.errors import MetadataError
 
     reason = "every row is usable, or few enough are not"

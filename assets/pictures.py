@@ -62,8 +62,8 @@ def contact_sheet(files: Sequence[Shown], side: int = 96, columns: int = 8) -> "
     """
     from PIL import Image
 
-    from diffsynth_dagster.data.media import IMAGE_ERRORS, read_image
-    from diffsynth_dagster.data.video import read_frames
+    from diffsynth_dagster.data.media.image import IMAGE_ERRORS, read_image
+    from diffsynth_dagster.data.media.video import read_frames
 
     thumbnails: list[Image.Image] = []
     for file in files:

@@ -11,8 +11,8 @@ import dagster as dg
 from assets.common import asset_key, book_path, table, user_errors
 from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
+from diffsynth_dagster.config.entries import ModelEntry, folder_entry, model_entries
 from diffsynth_dagster.config.parameters import TOKENIZERS
-from diffsynth_dagster.weights.entries import ModelEntry, folder_entry, model_entries
 from resources import Hub
 
 GROUP = "weights"
@@ -72,7 +72,7 @@ def _make_weights(name: str, entry: ModelEntry, recipes: list[Recipe]) -> dg.Ass
         retry_policy=_RETRIES,
     )
     def weights(hub: Hub) -> dg.MaterializeResult:
-        from diffsynth_dagster.data.facts import FactBook, digest_of
+        from diffsynth_dagster.facts import FactBook, digest_of
 
         with user_errors(), closing(FactBook(book_path(config))) as book:
             model_hub = hub.open()

@@ -42,9 +42,9 @@ def write_table(path: Path, rows: int) -> None:
 
 def check(path: Path) -> dict[str, Any]:
     """Our structure check: status and message of every row."""
-    from diffsynth_dagster.data.structure import check_structure
-    from diffsynth_dagster.data.tables import open_table
-    from diffsynth_dagster.families.contract import Input
+    from diffsynth_dagster.data.columns import Input
+    from diffsynth_dagster.data.table.read import open_table
+    from diffsynth_dagster.data.table.values import check_structure
 
     inputs = (Input("prompt", "text"), Input("image", "image"))
     start = time.perf_counter()

@@ -32,12 +32,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffsynth_dagster.config import TrainingConfig, read_recipe
+from diffsynth_dagster.config.entries import ModelEntry
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.training.batches import Batch, collate
 from diffsynth_dagster.training.loop import Session, build_step
 from diffsynth_dagster.training.optimizer import make_optimizer
-from diffsynth_dagster.weights.entries import ModelEntry
 from diffsynth_dagster.weights.header import TensorInfo
 from diffsynth_dagster.weights.identify import Found, FoundModel, as_used
 from diffsynth_dagster.weights.load import build_empty
@@ -206,7 +206,7 @@ def measure(name: str, scale: str) -> None:
     name = next(known for known in SUBJECTS if known.startswith(name))
     subject = SUBJECTS[name]
     shape = subject.shapes[scale]
-    config = read_recipe(EXAMPLES / f"{subject.recipe}.yaml").config
+    config = read_recipe(next(EXAMPLES.rglob(f"{subject.recipe}.yaml"))).config
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision=config.mixed_precision if on_gpu else "no")
     device = accelerator.device

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffsynth_dagster.data.video import decode_frames
+from diffsynth_dagster.data.media.video import decode_frames
 
 RESULTS = Path(__file__).parent / "results"
 CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")

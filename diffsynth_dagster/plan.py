@@ -6,16 +6,16 @@ from typing import Any
 from diffsynth_dagster.cache.manifest import FILE_NAME
 from diffsynth_dagster.cache.split import as_encoded
 from diffsynth_dagster.config.effect import trained_components
+from diffsynth_dagster.config.entries import float8_entries, model_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
-from diffsynth_dagster.data.metadata import check_columns
+from diffsynth_dagster.data.table.check import check_columns
 from diffsynth_dagster.dotted import import_dotted
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.checkpoint import check_prefix
 from diffsynth_dagster.training.modules import check_trainable, usual_targets
 from diffsynth_dagster.training.optimizer import check_optimizer
-from diffsynth_dagster.weights.entries import float8_entries, model_entries
 from diffsynth_dagster.weights.identify import guess_component, guess_family
 
 
@@ -36,7 +36,7 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
     _check_size(config, family)
     size_rule(config.height, config.width, config.max_pixels, family.geometry, config.bucket_step)
     clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
-    check_columns(config, family)
+    check_columns(config, family.columns)
 
 
 def _check_size(config: TrainingConfig, family: Family) -> None:

@@ -64,7 +64,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     from accelerate.utils import set_seed
 
     from diffsynth_dagster.cache.split import as_encoded
-    from diffsynth_dagster.data.facts import FactBook
+    from diffsynth_dagster.facts import FactBook
     from diffsynth_dagster.files import require_writable, write_text
     from diffsynth_dagster.plan import check_plan
     from diffsynth_dagster.training.loop import Session, train
@@ -133,15 +133,15 @@ def _prepare(config: TrainingConfig, book: Any, main: bool) -> Any:
     """
     from tqdm import tqdm
 
-    from diffsynth_dagster.data.metadata import require_accepted, validate
     from diffsynth_dagster.data.prepare import prepare_data
+    from diffsynth_dagster.data.table.check import require_accepted, validate
     from diffsynth_dagster.weights.identify import guess_family
 
     if not main:
         looked_up = config.model_copy(update={"verify_content": False})
-        return validate(looked_up, guess_family(config), book)
+        return validate(looked_up, guess_family(config).columns, book)
     with tqdm(desc="check files", unit="file", delay=2) as bar:
-        validated = prepare_data(config, guess_family(config), book, bar.update)
+        validated = prepare_data(config, guess_family(config).columns, book, bar.update)
     require_accepted(validated, config.max_rejected_fraction)
     return validated
 

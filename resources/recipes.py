@@ -10,9 +10,9 @@ import dagster as dg
 
 import diffsynth_dagster
 from diffsynth_dagster.config import Recipe, read_recipe
+from diffsynth_dagster.config.entries import model_entries
 from diffsynth_dagster.config.recipe import recipe_files
 from diffsynth_dagster.errors import ParameterError, UserError
-from diffsynth_dagster.weights.entries import model_entries
 
 VARIABLE = "DIFFSYNTH_DAGSTER_RECIPES"
 

@@ -249,7 +249,7 @@ def test_wrong_recipes_are_refused(tmp_path: Path, text: str, message: str) -> N
 
 def test_recipes_of_the_project_are_valid() -> None:
     assert {recipe.name for recipe in find_recipes(ROOT / "recipes")} >= {"demo", "demo_base"}
-    for path in (ROOT / "recipes" / "examples").glob("*.yaml"):
+    for path in (ROOT / "recipes" / "examples").rglob("*.yaml"):
         read_recipe(path)
 
 

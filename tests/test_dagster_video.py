@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import dagster as dg
-from cases_wan import CASES
 from dagster_support import environment, home, job, start, write_recipe
+from families.wanvideo.cases import CASES
 from media_support import real_clip
 from PIL import Image
 

@@ -9,18 +9,19 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from cases_flux import CASES as FLUX
-from cases_flux import sampled as flux_sampled
-from cases_qwen import CASES as QWEN
-from cases_qwen import sampled as qwen_sampled
-from cases_wan import CASES as WAN
-from cases_wan import sampled as wan_sampled
 from conftest import train
+from families.flux.cases import CASES as FLUX
+from families.flux.cases import sampled as flux_sampled
+from families.qwen_image.cases import CASES as QWEN
+from families.qwen_image.cases import sampled as qwen_sampled
+from families.wanvideo.cases import CASES as WAN
+from families.wanvideo.cases import sampled as wan_sampled
 from family_case import Case
 from test_families import Place
 
+from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.samples import plain
-from diffsynth_dagster.families.contract import Input, Tensors
+from diffsynth_dagster.families.contract import Tensors
 
 COLUMNS = ("seed", "rand_device", "num_inference_steps", "cfg_scale")
 

@@ -13,9 +13,9 @@ from conftest import ROOT
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.config.flags import parser
 from diffsynth_dagster.config.parameters import ENCODING
-from diffsynth_dagster.data.metadata import check_columns
-from diffsynth_dagster.data.structure import check_structure
-from diffsynth_dagster.data.tables import open_table
+from diffsynth_dagster.data.table.check import check_columns
+from diffsynth_dagster.data.table.read import open_table
+from diffsynth_dagster.data.table.values import check_structure
 from diffsynth_dagster.families import each_family, find_family
 from diffsynth_dagster.train import main
 from diffsynth_dagster.weights.identify import guess_family
@@ -171,7 +171,7 @@ def test_tables_of_the_usage_page_are_taken(kind: str, text: str, tmp_path: Path
         "lora_base_model": "dit",
     }
     config = read_config(values, "the test")
-    inputs = check_columns(config, guess_family(config))
+    inputs = check_columns(config, guess_family(config).columns)
     assert columns == {item.column for item in inputs}
     lists = [item.column for item in inputs if item.many]
     with open_table(path, "utf-8", sorted(columns), lists) as table:

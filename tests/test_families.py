@@ -10,10 +10,10 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from cases_flux import CASES as FLUX
-from cases_qwen import CASES as QWEN
-from cases_wan import CASES as WAN
 from conftest import make_config, train
+from families.flux.cases import CASES as FLUX
+from families.qwen_image.cases import CASES as QWEN
+from families.wanvideo.cases import CASES as WAN
 from family_case import Case
 from safetensors.torch import load_file, save_file
 

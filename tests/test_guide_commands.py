@@ -321,7 +321,8 @@ def test_the_command_prints_a_plan(
 
 @pytest.mark.parametrize(("variant", "kind"), COMMANDS)
 def test_the_template_asks_for_the_same(variant: Variant, kind: str) -> None:
-    recipe = read_recipe(ROOT / "recipes" / "examples" / f"{variant.template}_{kind}.yaml")
+    (path,) = (ROOT / "recipes" / "examples").rglob(f"{variant.template}_{kind}.yaml")
+    recipe = read_recipe(path)
     theirs = read_arguments(command(variant, kind)).config
     own, flags = recipe.config.model_dump(), theirs.model_dump()
     # Where the data and the results lie, and what is told from the files or by accelerate.

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases_wan import CASES, DIT_NAMES, renamed, rows, write
 from conftest import train
+from families.wanvideo.cases import CASES, DIT_NAMES, renamed, rows, write
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux_names import open_lora
+from diffsynth_dagster.families.flux.names import open_lora
 from diffsynth_dagster.weights.lora import LoraFile, read_lora, usual_spelling
 
 WAN = CASES[0]

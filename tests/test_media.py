@@ -20,11 +20,11 @@ from media_support import (
 )
 from PIL import Image
 
-from diffsynth_dagster.data import video_pool
-from diffsynth_dagster.data.containers import cut_short
-from diffsynth_dagster.data.media import image_facts, load_sample_image
-from diffsynth_dagster.data.video import load_sample_video, read_frames, video_facts
-from diffsynth_dagster.data.video_pool import VideoPool
+from diffsynth_dagster.data.media import decoder_pool
+from diffsynth_dagster.data.media.containers import cut_short
+from diffsynth_dagster.data.media.decoder_pool import VideoPool
+from diffsynth_dagster.data.media.image import image_facts, load_sample_image
+from diffsynth_dagster.data.media.video import load_sample_video, read_frames, video_facts
 
 IMAGES = {
     "x.png": image_bytes("PNG"),
@@ -199,7 +199,7 @@ def test_workers_end_with_their_pool() -> None:
         assert worker is not None
         pool._idle.put(worker)  # pyright: ignore[reportPrivateUsage]
     assert worker.poll() is not None
-    assert video_pool.PATIENCE_S > 10
+    assert decoder_pool.PATIENCE_S > 10
 
 
 def test_frames_are_those_of_the_file(videos: dict[str, Path]) -> None:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from media_support import png_of
 from PIL import Image
 
-from diffsynth_dagster.data.facts import FactBook
 from diffsynth_dagster.data.geometry import Geometry, SizeRule, cover, size_rule
-from diffsynth_dagster.data.media import fit, read_image, to_tensor
-from diffsynth_dagster.data.metadata import REASONS, Validated, validate
+from diffsynth_dagster.data.media.image import fit, read_image, to_tensor
+from diffsynth_dagster.data.table.check import REASONS, Validated, validate
 from diffsynth_dagster.errors import MetadataError, ParameterError
+from diffsynth_dagster.facts import FactBook
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.train import main
 
@@ -32,7 +32,7 @@ def check(folder: Path, table: str, book: FactBook | None = None, **more: object
         }
     )
     own = book or FactBook(folder.parent / "facts.sqlite")
-    return validate(config, find_family("qwen_image"), own)
+    return validate(config, find_family("qwen_image").columns, own)
 
 
 @pytest.fixture

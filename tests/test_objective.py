@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffsynth_dagster.families.qwen_image import SCHEDULER, TRAINING_MU, path
+from diffsynth_dagster.families.qwen_image.family import SCHEDULER, TRAINING_MU, path
 from diffsynth_dagster.objective.loss import sample_losses
 from diffsynth_dagster.objective.noise import noise, timestep_index
 

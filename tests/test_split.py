@@ -7,8 +7,8 @@ from typing import Any
 import polars as pl
 import pytest
 import yaml
-from cases_wan import CASES, write
 from conftest import Values, train
+from families.wanvideo.cases import CASES, write
 from family_case import Case
 from safetensors.torch import load_file, save_file
 

@@ -15,9 +15,9 @@ import torch
 from conftest import ROOT, Values, train, write_images
 
 from diffsynth_dagster.cache.__main__ import main as maintain
-from diffsynth_dagster.cache.maintenance import collect, statistics, verify
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store, tensor_digest
+from diffsynth_dagster.cache.upkeep import collect, statistics, verify
 from diffsynth_dagster.errors import StoreError
 from diffsynth_dagster.files import write_tensors, write_text
 

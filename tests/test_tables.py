@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from diffsynth_dagster.data.json_array import json_array_to_lines
-from diffsynth_dagster.data.structure import REASONS, check_structure, require_columns
-from diffsynth_dagster.data.tables import open_table
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.table.json_array import json_array_to_lines
+from diffsynth_dagster.data.table.read import open_table
+from diffsynth_dagster.data.table.values import REASONS, check_structure, require_columns
 from diffsynth_dagster.errors import MetadataError, ParameterError
-from diffsynth_dagster.families.contract import Input
 
 IMAGE = Input("image", "image")
 MANY = Input("edits", "image", many=True)
@@ -391,7 +391,7 @@ def test_any_array_becomes_lines(tmp_path: Path, values: list[Any], indent: int 
 def test_arrays_longer_than_what_is_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffsynth_dagster.data.json_array._CHUNK", 7)
+    monkeypatch.setattr("diffsynth_dagster.data.table.json_array._CHUNK", 7)
     values = [{"a": 123456, "b": "x" * i, "c": [True, None, -1.5e10]} for i in range(40)]
     source = write(tmp_path, "t.json", json.dumps(values))
     assert json_array_to_lines(source, tmp_path / "lines") == 40

@@ -20,7 +20,6 @@ from video_family import EDITS, FIRST, VIDEO, video_family
 from diffsynth_dagster.cache.encode import Keys, encode_missing, plan_samples
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.data.facts import FactBook
 from diffsynth_dagster.data.geometry import (
     ClipRule,
     FrameRule,
@@ -28,10 +27,11 @@ from diffsynth_dagster.data.geometry import (
     clip_rule,
     frame_indices,
 )
-from diffsynth_dagster.data.metadata import Validated, validate
 from diffsynth_dagster.data.samples import load, reading, reference
-from diffsynth_dagster.data.structure import REASONS
+from diffsynth_dagster.data.table.check import Validated, validate
+from diffsynth_dagster.data.table.values import REASONS
 from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.facts import FactBook
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.batches import StepDataset
 
@@ -58,7 +58,7 @@ def check(
 ) -> Validated:
     (folder / "t.json").write_text(json.dumps(rows))
     config = config_of(folder, family, **more)
-    return validate(config, family, book or FactBook(folder.parent / "facts.sqlite"))
+    return validate(config, family.columns, book or FactBook(folder.parent / "facts.sqlite"))
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from hub_server import serve_hub
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.config import TrainingConfig
+from diffsynth_dagster.config.entries import model_entries
 from diffsynth_dagster.errors import DownloadError, UserError, WeightsError
-from diffsynth_dagster.weights.entries import model_entries
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import build_empty, load_component

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import torch
 
+from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import FrameRule, Geometry
 from diffsynth_dagster.families import find_family
-from diffsynth_dagster.families.contract import Family, Input, Output, Stage
+from diffsynth_dagster.families.contract import Family, Output, Stage
 
 VIDEO = Input("video", "video")
 FIRST = Input("first", "image")

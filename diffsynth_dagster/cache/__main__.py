@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffsynth_dagster.cache.maintenance import collect, statistics, verify
 from diffsynth_dagster.cache.store import Store
+from diffsynth_dagster.cache.upkeep import collect, statistics, verify
 from diffsynth_dagster.config.parameters import DatasetParameters
 from diffsynth_dagster.errors import EXIT_USER_ERROR, StoreError, UserError
 

@@ -14,10 +14,11 @@ from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.effect import named_values, trained_components
 from diffsynth_dagster.config.parameters import ENCODING, TrainingConfig
-from diffsynth_dagster.data.facts import FactBook, digest_of
-from diffsynth_dagster.data.metadata import Validated
+from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.samples import content, load, plain, reading, reference
-from diffsynth_dagster.families.contract import Family, Input, Sample, Stage
+from diffsynth_dagster.data.table.check import Validated
+from diffsynth_dagster.facts import FactBook, digest_of
+from diffsynth_dagster.families.contract import Family, Sample, Stage
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import Models, component_digest
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import polars as pl
 
-from diffsynth_dagster.data.facts import digest_of
 from diffsynth_dagster.errors import StoreError
+from diffsynth_dagster.facts import digest_of
 from diffsynth_dagster.files import write_whole
 
 FILE_NAME = "samples.parquet"

@@ -5,8 +5,8 @@ from pathlib import Path
 from diffsynth_dagster.cache.manifest import Manifest, read_manifest
 from diffsynth_dagster.config.effect import named_values, trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.facts import FactBook
 from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.facts import FactBook
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 

@@ -26,8 +26,8 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from diffsynth_dagster.data.facts import digest_text
 from diffsynth_dagster.errors import OutputError, StoreError
+from diffsynth_dagster.facts import digest_text
 from diffsynth_dagster.files import write_text, write_whole
 
 SHARD_BYTES = 256 * 1024 * 1024

@@ -5,7 +5,7 @@ A balanced Feistel network over the smallest even number of bits that holds n, w
 finaliser of SplitMix64 (Steele et al. 2014).
 """
 
-from diffsynth_dagster.data.facts import digest_text
+from diffsynth_dagster.facts import digest_text
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 6

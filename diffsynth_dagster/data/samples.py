@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffsynth_dagster.data.facts import digest_text
-from diffsynth_dagster.data.media import load_sample_image, read_image
-from diffsynth_dagster.data.video import load_sample_video
-from diffsynth_dagster.families.contract import Input
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.media.image import load_sample_image, read_image
+from diffsynth_dagster.data.media.video import load_sample_video
+from diffsynth_dagster.facts import digest_text
 
 Reference = dict[str, list[Any]]
 _PARTS = {"paths": "path", "targets": "target", "frames": "frames", "strides": "stride"}

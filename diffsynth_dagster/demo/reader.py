@@ -23,7 +23,7 @@ from diffsynth_dagster.demo.digits import (
     prompt_of,
     scan_of,
 )
-from diffsynth_dagster.training.validation import Evaluation
+from diffsynth_dagster.training.sampling import Evaluation
 
 SAMPLES_PER_DIGIT = 20
 EVALUATION_SEED = 0

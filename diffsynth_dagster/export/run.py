@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.facts import digest_file
 from diffsynth_dagster.errors import OutputError, WeightsError
+from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.files import write_tensors, write_text
 from diffsynth_dagster.training.record import RunRecord

@@ -37,9 +37,9 @@ def register(name: str, module: str) -> None:
     _MODULES[name] = module
 
 
-register("qwen_image", "diffsynth_dagster.families.qwen_image")
-register("flux", "diffsynth_dagster.families.flux")
-register("wanvideo", "diffsynth_dagster.families.wanvideo")
+register("qwen_image", "diffsynth_dagster.families.qwen_image.family")
+register("flux", "diffsynth_dagster.families.flux.family")
+register("wanvideo", "diffsynth_dagster.families.wanvideo.family")
 
 
 def family_names() -> tuple[str, ...]:

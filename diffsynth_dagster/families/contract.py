@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import Geometry
 from diffsynth_dagster.objective.flow import FlowPath
 
@@ -92,39 +93,6 @@ class Tokenizer:
     default: str
     load: Callable[[str], Any]
     markers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Input:
-    """A column of the metadata that a stage reads.
-
-    Attributes:
-        kind: "text" is handed over as str; "number" as int or float; "image" as float32 (3, H, W)
-            in [-1, 1]; "video" as float32 (3, F, H, W) in [-1, 1]; "picture" as an RGB Pillow
-            image in its own size, for stages that resize it as a published pipeline does. Every
-            file has the trained size of its own; the first file column of a family tells the size
-            of the sample.
-        many: files only: a row may name several. They are handed over as a list, and a row that
-            names one gives a list of one.
-        same_size: the file is read at the size and length of the sample.
-        pattern: text and numbers only: a regular expression that a value must match, as it is
-            written; `wants` says it in words.
-        area: pictures only: their trained size has this area in pixels and keeps the picture's
-            aspect; see `data.geometry.area_size`.
-    """
-
-    column: str
-    kind: Literal["text", "number", "image", "video", "picture"]
-    many: bool = False
-    same_size: bool = False
-    area: int | None = None
-    pattern: str = ""
-    wants: str = ""
-
-    @property
-    def is_file(self) -> bool:
-        """Whether the column names files."""
-        return self.kind not in ("text", "number")
 
 
 @dataclass(frozen=True)
@@ -323,3 +291,8 @@ class Family:
     def file_inputs(self) -> tuple[Input, ...]:
         """Every column that names files, once; the first tells the size of a sample."""
         return tuple(i for i in self.inputs if i.is_file)
+
+    @property
+    def columns(self) -> Columns:
+        """What is read of a row, and at which sizes."""
+        return Columns(self.name, self.inputs, self.extra_inputs, self.geometry)

@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.errors import MetadataError, ParameterError
 from diffsynth_dagster.families.contract import (
     Family,
-    Input,
     Loaded,
     Output,
     Sample,

@@ -19,9 +19,9 @@ from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.facts import digest_file
 from diffsynth_dagster.dotted import import_dotted
 from diffsynth_dagster.errors import ParameterError, Stopped, TrainingError
+from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.training.batches import Batch, StepDataset
 from diffsynth_dagster.training.checkpoint import strip_prefix, trained_state, write_checkpoint
@@ -34,8 +34,8 @@ from diffsynth_dagster.training.modules import (
 from diffsynth_dagster.training.optimizer import make_optimizer, make_schedule
 from diffsynth_dagster.training.record import RunRecord
 from diffsynth_dagster.training.reporting import Reporter, StepMetrics
+from diffsynth_dagster.training.sampling import Sampler, grid
 from diffsynth_dagster.training.step import TrainingStep
-from diffsynth_dagster.training.validation import Sampler, grid
 from diffsynth_dagster.weights.models import Models, store_in_float8
 
 

@@ -10,8 +10,8 @@ from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.effect import BY_CONTENT, effect, trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.facts import FactBook, digest_of
 from diffsynth_dagster.errors import OutputError, WeightsError
+from diffsynth_dagster.facts import FactBook, digest_of
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest

@@ -9,8 +9,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from diffsynth_dagster.config.entries import ModelEntry
 from diffsynth_dagster.errors import DownloadError, WeightsError
-from diffsynth_dagster.weights.entries import ModelEntry
 
 _TRUE = {"1", "true", "yes", "on"}
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from diffsynth_dagster.config.effect import trained_components
-from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import ParameterError, WeightsError, nearest
-from diffsynth_dagster.families import each_family, family_names, find_family
-from diffsynth_dagster.families.contract import Component, Family, Shapes, Tokenizer
-from diffsynth_dagster.families.teacher import with_teacher
-from diffsynth_dagster.weights.entries import (
+from diffsynth_dagster.config.entries import (
     SHARD,
     ModelEntry,
     float8_entries,
     folder_entry,
     model_entries,
 )
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import ParameterError, WeightsError, nearest
+from diffsynth_dagster.families import each_family, family_names, find_family
+from diffsynth_dagster.families.contract import Component, Family, Shapes, Tokenizer
+from diffsynth_dagster.families.teacher import with_teacher
 from diffsynth_dagster.weights.header import Header, read_headers
 from diffsynth_dagster.weights.hub import ModelHub
 

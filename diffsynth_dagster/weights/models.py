@@ -10,8 +10,8 @@ import torch
 from diffusers.hooks import apply_layerwise_casting
 from torch import nn
 
-from diffsynth_dagster.data.facts import FactBook, digest_of
 from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.facts import FactBook, digest_of
 from diffsynth_dagster.families.contract import Tokenizer
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import load_component

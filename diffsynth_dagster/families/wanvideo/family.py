@@ -26,14 +26,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
 from transformers import AutoTokenizer
 
+from diffsynth_dagster.config.entries import model_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import FrameRule, Geometry
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families import wan_models, wan_stages
 from diffsynth_dagster.families.contract import (
     Component,
     Family,
-    Input,
     Loaded,
     Output,
     Part,
@@ -43,10 +43,10 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
-from diffsynth_dagster.families.support import load_into_transformer
-from diffsynth_dagster.families.wan_models import PATCH, WIDE_LATENTS
+from diffsynth_dagster.families.shared.support import load_into_transformer
+from diffsynth_dagster.families.wanvideo import modules, stages
+from diffsynth_dagster.families.wanvideo.modules import PATCH, WIDE_LATENTS
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift, linear_sigmas
-from diffsynth_dagster.weights.entries import model_entries
 
 SHIFT = 5.0
 WIDE_FACTOR = 32
@@ -87,8 +87,8 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
     pipeline.set_progress_bar_config(disable=True)
     negative = request.negative
     return pipeline(
-        prompt_embeds=wan_stages.full_length(request.conditions["prompt_embeds"]),
-        negative_prompt_embeds=negative and wan_stages.full_length(negative["prompt_embeds"]),
+        prompt_embeds=stages.full_length(request.conditions["prompt_embeds"]),
+        negative_prompt_embeds=negative and stages.full_length(negative["prompt_embeds"]),
         guidance_scale=request.cfg_scale,
         height=request.height,
         width=request.width,
@@ -182,8 +182,8 @@ def _geometry(config: TrainingConfig, vae: Shapes) -> Geometry:
     if not (wide or named):
         return FAMILY.geometry
     # Beside a first frame that is given there must be one to predict.
-    least = 1 + wan_stages.FRAMES_PER_LATENT if "input_image" in config.extra_inputs else 1
-    frames = FrameRule(wan_stages.FRAMES_PER_LATENT, 1, least)
+    least = 1 + stages.FRAMES_PER_LATENT if "input_image" in config.extra_inputs else 1
+    frames = FrameRule(stages.FRAMES_PER_LATENT, 1, least)
     return replace(FAMILY.geometry, side_factor=WIDE_FACTOR, frames=frames)
 
 
@@ -215,22 +215,20 @@ def variant(config: TrainingConfig, shapes: Mapping[str, Shapes]) -> Family:
         )
     reference = (VACE_REFERENCE,) if "vace_reference_image" in given else ()
     video = replace(FAMILY.stage("video"), reads=(VIDEO, *reference))
-    stages = [FAMILY.stage("prompt"), video]
+    wanted = [FAMILY.stage("prompt"), video]
     if first:
         wide = _names_wide_vae(config) or _is_wide(vae)
         in_place = _channels(dit) == (WIDE_LATENTS, WIDE_LATENTS) if dit else wide
-        stages.append(_frames_stage(last, in_place))
+        wanted.append(_frames_stage(last, in_place))
     if first and features:
         # Models without an embedding of two positions are told the first frame alone.
         both = last and (not dit or f"{embedder}pos_embed" in dit)
-        stages.append(_features_stage(both))
+        wanted.append(_features_stage(both))
     if reference or "vace_video" in given:
         shown = VACE_VIDEO if "vace_video" in given else VIDEO
         yields = (Output("vace", "condition"),)
-        stages.append(
-            Stage("vace", (shown, *reference), ("vae",), yields, wan_stages.encode_control)
-        )
-    return replace(FAMILY, stages=tuple(stages), geometry=_geometry(config, vae))
+        wanted.append(Stage("vace", (shown, *reference), ("vae",), yields, stages.encode_control))
+    return replace(FAMILY, stages=tuple(wanted), geometry=_geometry(config, vae))
 
 
 def _frames_stage(last: bool, in_place: bool) -> Stage:
@@ -241,19 +239,17 @@ def _frames_stage(last: bool, in_place: bool) -> Stage:
     """
     if in_place:
         known = Output("first_frame", "known", of="video")
-        return Stage("known_frame", (VIDEO,), ("vae",), (known,), wan_stages.know_first_frame)
+        return Stage("known_frame", (VIDEO,), ("vae",), (known,), stages.know_first_frame)
     name = "first_and_last_frame" if last else "first_frame"
     yields = (Output("given_frames", "condition"),)
-    return Stage(
-        name, (VIDEO,), ("vae",), yields, partial(wan_stages.encode_given_frames, last=last)
-    )
+    return Stage(name, (VIDEO,), ("vae",), yields, partial(stages.encode_given_frames, last=last))
 
 
 def _features_stage(both: bool) -> Stage:
     name = "first_and_last_features" if both else "first_features"
     yields = (Output("features", "condition"),)
     return Stage(
-        name, (VIDEO,), ("image_encoder",), yields, partial(wan_stages.encode_features, last=both)
+        name, (VIDEO,), ("image_encoder",), yields, partial(stages.encode_features, last=both)
     )
 
 
@@ -289,8 +285,8 @@ FAMILY = Family(
                 ),
             ),
             ("WanTransformer3DModel", "WanVACETransformer3DModel"),
-            wan_models.build_dit,
-            wan_models.convert_dit,
+            modules.build_dit,
+            modules.convert_dit,
             ("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
         ),
         Component(
@@ -305,8 +301,8 @@ FAMILY = Family(
                 ("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),
             ),
             ("UMT5EncoderModel",),
-            wan_models.build_text_encoder,
-            wan_models.convert_text_encoder,
+            modules.build_text_encoder,
+            modules.convert_text_encoder,
             ("models_t5_*",),
         ),
         Component(
@@ -317,8 +313,8 @@ FAMILY = Family(
                 ("encoder.middle.1.to_qkv.weight", "encoder.conv1.weight", "conv2.weight"),
             ),
             ("AutoencoderKLWan",),
-            wan_models.build_vae,
-            wan_models.convert_vae,
+            modules.build_vae,
+            modules.convert_vae,
             ("Wan2.?_VAE.pth",),
         ),
         Component(
@@ -330,8 +326,8 @@ FAMILY = Family(
                 ("visual.cls_embedding", "visual.pre_norm.weight"),
             ),
             ("CLIPVisionModel",),
-            wan_models.build_image_encoder,
-            wan_models.convert_image_encoder,
+            modules.build_image_encoder,
+            modules.convert_image_encoder,
             ("models_clip_*",),
         ),
     ),
@@ -350,20 +346,20 @@ FAMILY = Family(
             (Input("prompt", "text"),),
             ("tokenizer", "text_encoder"),
             (Output("prompt_embeds", "condition", ragged=True),),
-            wan_stages.encode_prompt,
+            stages.encode_prompt,
         ),
-        Stage("video", (VIDEO,), ("vae",), (Output("video", "target"),), wan_stages.encode_video),
+        Stage("video", (VIDEO,), ("vae",), (Output("video", "target"),), stages.encode_video),
     ),
     denoiser="dit",
-    denoise=wan_stages.denoise,
+    denoise=stages.denoise,
     path=path,
-    geometry=Geometry(side_factor=16, frames=FrameRule(wan_stages.FRAMES_PER_LATENT, 1)),
+    geometry=Geometry(side_factor=16, frames=FrameRule(stages.FRAMES_PER_LATENT, 1)),
     sample=sample,
     load_lora=partial(load_into_transformer, WanPipeline),
     inference_sigmas=inference_sigmas,
     lora_targets={"dit": LORA_TARGETS, "vace": LORA_TARGETS},
     lora_aliases={"dit": _aliases("blocks"), "vace": _aliases("vace_blocks")},
-    close_lora=wan_models.close_lora,
+    close_lora=modules.close_lora,
     parts=(Part("vace", of="dit", starts=("vace_blocks.", "vace_patch_embedding.")),),
     parameters=("tokenizer_path",),
     extra_inputs=("input_image", "end_image", "vace_video", "vace_reference_image"),

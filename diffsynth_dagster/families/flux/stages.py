@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import (
-    Input,
     Loaded,
     Output,
     Sample,
@@ -17,7 +17,7 @@ from diffsynth_dagster.families.contract import (
     Stage,
     Tensors,
 )
-from diffsynth_dagster.families.support import PATCH, pack
+from diffsynth_dagster.families.shared.support import PATCH, pack
 
 MAX_T5_TOKENS = 512
 KONTEXT, CONTROL, MODE = "kontext_images", "controlnet_image", "controlnet_processor_id"

@@ -11,7 +11,6 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from cases_flux import ARCHITECTURE, CASES, CONTROLNET, rows, write
 from conftest import ROOT, make_config, train
 from diffusers import (
     AutoencoderKL,
@@ -19,21 +18,22 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from families.flux.cases import ARCHITECTURE, CASES, CONTROLNET, rows, write
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.effect import trained_components
-from diffsynth_dagster.data.facts import FactBook
-from diffsynth_dagster.data.metadata import validate
+from diffsynth_dagster.data.table.check import validate
 from diffsynth_dagster.errors import ParameterError, UserError
 from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.export.run import Exported
+from diffsynth_dagster.facts import FactBook
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux import SCHEDULER, inference_sigmas, path
-from diffsynth_dagster.families.flux_stages import encode_control, encode_kontext
+from diffsynth_dagster.families.flux.family import SCHEDULER, inference_sigmas, path
+from diffsynth_dagster.families.flux.stages import encode_control, encode_kontext
 from diffsynth_dagster.plan import check_plan
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.record import read_record
@@ -360,7 +360,7 @@ def test_a_row_of_an_unknown_mode_is_rejected(values: Values, tmp_path: Path) ->
     given |= {"dataset_metadata_path": str(other), "data_file_keys": "image,controlnet_image"}
     config = make_config(given)
     book = FactBook(tmp_path / "facts.sqlite")
-    checked = validate(config, guess_family(config), book)
+    checked = validate(config, guess_family(config).columns, book)
     assert checked.counts["not_taken"] == 1
     (why,) = checked.rejected["message"]
     assert "controlnet_processor_id takes one of canny, tile" in why

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import CLIPImageProcessorPil
 
 from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
-from diffsynth_dagster.families.wan_models import PATCH
+from diffsynth_dagster.families.wanvideo.modules import PATCH
 
 PROMPT_TOKENS = 512
 FRAMES_PER_LATENT = 4

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from diffsynth_dagster.data.containers import cut_short
-from diffsynth_dagster.data.facts import Facts, digest_file
 from diffsynth_dagster.data.geometry import frame_indices
-from diffsynth_dagster.data.media import (
+from diffsynth_dagster.data.media.containers import cut_short
+from diffsynth_dagster.data.media.decoder_pool import VideoPool
+from diffsynth_dagster.data.media.image import (
     IMAGE_ERRORS,
     as_rgb,
     fit,
@@ -24,7 +24,7 @@ from diffsynth_dagster.data.media import (
     open_image,
     to_tensor,
 )
-from diffsynth_dagster.data.video_pool import VideoPool
+from diffsynth_dagster.facts import Facts, digest_file
 
 _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 _DEFAULT_DURATION_MS = 100

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffsynth_dagster.families.contract import Component, Shapes, Tensors
-from diffsynth_dagster.families.flux_names import PREFIX, to_diffusers
-from diffsynth_dagster.families.support import count_blocks, from_config, t5_settings
+from diffsynth_dagster.families.flux.names import PREFIX, to_diffusers
+from diffsynth_dagster.families.shared.support import count_blocks, from_config, t5_settings
 
 
 def _architecture(shapes: Shapes) -> dict[str, Any]:

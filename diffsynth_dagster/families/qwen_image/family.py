@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import Qwen2Tokenizer
 
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import Geometry
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import (
     Family,
-    Input,
     Loaded,
     Output,
     Sample,
@@ -27,9 +27,9 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
-from diffsynth_dagster.families.qwen_image_edit import COLUMN, edited
-from diffsynth_dagster.families.qwen_image_models import COMPONENTS, encode_pixels
-from diffsynth_dagster.families.support import (
+from diffsynth_dagster.families.qwen_image.edit import COLUMN, edited
+from diffsynth_dagster.families.qwen_image.modules import COMPONENTS, encode_pixels
+from diffsynth_dagster.families.shared.support import (
     PATCH,
     load_into_transformer,
     pack,

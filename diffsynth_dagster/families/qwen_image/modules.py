@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from diffsynth_dagster.families.contract import Component, Shapes, Tensors
-from diffsynth_dagster.families.support import PATCH, count_blocks, from_config
+from diffsynth_dagster.families.shared.support import PATCH, count_blocks, from_config
 
 
 def build_dit(

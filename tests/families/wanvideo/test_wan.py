@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases_wan import CASES, FRAMES, MODELS, WIDE_VAE, rows, write
 from conftest import make_config, train
 from diffusers import (
     AutoencoderKLWan,
@@ -16,17 +15,19 @@ from diffusers import (
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
+from families.wanvideo.cases import CASES, FRAMES, MODELS, WIDE_VAE, rows, write
 from family_case import Case
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from diffsynth_dagster.cache.manifest import read_manifest
-from diffsynth_dagster.data.facts import FactBook
-from diffsynth_dagster.data.metadata import validate
+from diffsynth_dagster.data.table.check import validate
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.export import export_run, verify_export
-from diffsynth_dagster.families import wan_models, wan_stages, wanvideo
+from diffsynth_dagster.facts import FactBook
 from diffsynth_dagster.families.contract import Loaded, SampleRequest, Tensors
+from diffsynth_dagster.families.wanvideo import family as wanvideo
+from diffsynth_dagster.families.wanvideo import modules, stages
 from diffsynth_dagster.plan import check_plan
 from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
@@ -119,7 +120,7 @@ def test_timesteps_are_drawn_inside_the_boundaries(
 
     def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) -> Tensors:
         seen.extend(t.tolist())
-        return wan_stages.denoise(loaded, conditions, x_t, t)
+        return stages.denoise(loaded, conditions, x_t, t)
 
     monkeypatch.setattr(wanvideo, "FAMILY", replace(wanvideo.FAMILY, denoise=denoise))
     low, high = bounds
@@ -247,7 +248,7 @@ def test_inputs_that_do_not_fit_the_model_are_refused(
     layout = "original"  # whose VAE is called by its name
     config = make_config(values(WAN[name], model, clips, tmp_path, layout, **overrides))
     with pytest.raises(ParameterError, match=message):
-        validate(config, find_model(config, HUB).family, FactBook(tmp_path / "facts"))
+        validate(config, find_model(config, HUB).family.columns, FactBook(tmp_path / "facts"))
 
 
 def test_clip_is_asked_for(model: Path, clips: Path, tmp_path: Path) -> None:
@@ -339,15 +340,15 @@ def umt5(**options: Any) -> torch.nn.Module:
 WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 PUBLISHED = {
-    "t2v_14b": (wan_models.build_dit, WanTransformer3DModel, WAN_14B),
-    "t2v_1.3b": (wan_models.build_dit, WanTransformer3DModel, WAN_1_3B),
+    "t2v_14b": (modules.build_dit, WanTransformer3DModel, WAN_14B),
+    "t2v_1.3b": (modules.build_dit, WanTransformer3DModel, WAN_1_3B),
     "i2v_14b": (
-        wan_models.build_dit,
+        modules.build_dit,
         WanTransformer3DModel,
         WAN_14B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
     ),
     "flf2v_14b": (
-        wan_models.build_dit,
+        modules.build_dit,
         WanTransformer3DModel,
         WAN_14B
         | {
@@ -358,7 +359,7 @@ PUBLISHED = {
         },
     ),
     "ti2v_5b": (
-        wan_models.build_dit,
+        modules.build_dit,
         WanTransformer3DModel,
         {
             "num_attention_heads": 24,
@@ -369,23 +370,23 @@ PUBLISHED = {
         },
     ),
     "vace_1.3b": (
-        wan_models.build_dit,
+        modules.build_dit,
         WanVACETransformer3DModel,
         WAN_1_3B | {"vace_layers": list(range(0, 30, 2))},
     ),
     "vace_14b": (
-        wan_models.build_dit,
+        modules.build_dit,
         WanVACETransformer3DModel,
         WAN_14B | {"vace_layers": list(range(0, 40, 5))},
     ),
-    "vae": (wan_models.build_vae, AutoencoderKLWan, {"decoder_base_dim": 96}),
+    "vae": (modules.build_vae, AutoencoderKLWan, {"decoder_base_dim": 96}),
     "vae_wide": (
-        wan_models.build_vae,
+        modules.build_vae,
         AutoencoderKLWan,
         WIDE_VAE | {"base_dim": 160, "decoder_base_dim": 256},
     ),
     "clip": (
-        wan_models.build_image_encoder,
+        modules.build_image_encoder,
         clip,
         {
             "hidden_size": 1280,
@@ -397,7 +398,7 @@ PUBLISHED = {
         },
     ),
     "umt5": (
-        wan_models.build_text_encoder,
+        modules.build_text_encoder,
         umt5,
         {
             "vocab_size": 256384,
@@ -430,4 +431,4 @@ def test_the_published_architectures_are_told_from_shapes(name: str) -> None:
 def test_latents_of_unknown_scale_are_refused() -> None:
     shapes = {"encoder.conv_in.weight": (8, 3, 3, 3, 3), "post_quant_conv.weight": (4, 4, 1, 1, 1)}
     with pytest.raises(ValueError, match="latents of 4 channels"):
-        wan_models.build_vae(shapes, None)
+        modules.build_vae(shapes, None)

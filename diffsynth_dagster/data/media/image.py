@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from diffsynth_dagster.data.containers import cut_short
-from diffsynth_dagster.data.facts import Facts, digest_file
 from diffsynth_dagster.data.geometry import cover
+from diffsynth_dagster.data.media.containers import cut_short
+from diffsynth_dagster.facts import Facts, digest_file
 
 IMAGE_ERRORS = (
     OSError,

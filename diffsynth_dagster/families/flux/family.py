@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import Geometry
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import (
     Family,
-    Input,
     Loaded,
     Output,
     SampleRequest,
@@ -32,9 +32,9 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
-from diffsynth_dagster.families.flux_modules import COMPONENTS
-from diffsynth_dagster.families.flux_names import close_lora, open_lora
-from diffsynth_dagster.families.flux_stages import (
+from diffsynth_dagster.families.flux.modules import COMPONENTS
+from diffsynth_dagster.families.flux.names import close_lora, open_lora
+from diffsynth_dagster.families.flux.stages import (
     CONTROL,
     KONTEXT,
     KONTEXT_STAGE,
@@ -46,7 +46,7 @@ from diffsynth_dagster.families.flux_stages import (
     encode_prompt,
     position_ids,
 )
-from diffsynth_dagster.families.support import PATCH, pack, published_sigmas, unpack
+from diffsynth_dagster.families.shared.support import PATCH, pack, published_sigmas, unpack
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift
 
 SCHEDULER = {

@@ -12,8 +12,7 @@ from PIL import Image
 
 from diffsynth_dagster.data.geometry import area_size
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families.qwen_image import FAMILY
-from diffsynth_dagster.families.qwen_image_edit import (
+from diffsynth_dagster.families.qwen_image.edit import (
     AREA,
     IMAGE_PAD,
     PROCESSOR,
@@ -21,6 +20,7 @@ from diffsynth_dagster.families.qwen_image_edit import (
     resized,
     shown,
 )
+from diffsynth_dagster.families.qwen_image.family import FAMILY
 from diffsynth_dagster.weights.identify import as_used
 
 SIZES = [(512, 512), (1920, 1080), (1080, 1920), (333, 777), (4000, 300), (1365, 1024), (97, 61)]

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import polars as pl
 
-from diffsynth_dagster.data.json_array import json_array_to_lines
+from diffsynth_dagster.data.table.json_array import json_array_to_lines
 from diffsynth_dagster.errors import MetadataError, ParameterError
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from diffsynth_dagster.families.contract import Shapes, Tensors
-from diffsynth_dagster.families.support import count_blocks, from_config, t5_settings
+from diffsynth_dagster.families.shared.support import count_blocks, from_config, t5_settings
 
 PATCH = 2
 HEAD = 128

@@ -11,9 +11,9 @@ from typing import Any
 
 import polars as pl
 
-from diffsynth_dagster.data.tables import EXTRA, INDEX, Table, as_list
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.table.read import EXTRA, INDEX, Table, as_list
 from diffsynth_dagster.errors import MetadataError, nearest
-from diffsynth_dagster.families.contract import Input
 
 REASONS = {
     "uneven_row": "the csv row has more or fewer values than there are columns",

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from cases_flux import ARCHITECTURE
 from conftest import make_config
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from families.flux.cases import ARCHITECTURE
 
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux import LORA_ALIASES
-from diffsynth_dagster.families.flux_names import PREFIX, close_lora, open_lora, to_diffusers
+from diffsynth_dagster.families.flux.family import LORA_ALIASES
+from diffsynth_dagster.families.flux.names import PREFIX, close_lora, open_lora, to_diffusers
 from diffsynth_dagster.training.modules import lora_targets
 from diffsynth_dagster.weights.lora import usual_spelling
 

@@ -1,4 +1,4 @@
-"""Processes that decode videos to see whether they can be: see `video_worker`."""
+"""Processes that decode videos to see whether they can be: see `decoder`."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 PATIENCE_S = 60
 """A decoder that gives no sign of life for so long is ended."""
-_WORKER = Path(__file__).with_name("video_worker.py")
+_WORKER = Path(__file__).with_name("decoder.py")
 
 
 class VideoPool:

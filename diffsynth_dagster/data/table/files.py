@@ -14,14 +14,14 @@ from typing import Any
 import polars as pl
 
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.facts import FactBook, Facts
+from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import ClipRule, SizeRule, area_size
-from diffsynth_dagster.data.media import image_facts
-from diffsynth_dagster.data.structure import REASONS, STATUS
-from diffsynth_dagster.data.video import video_facts
-from diffsynth_dagster.data.video_pool import VideoPool
+from diffsynth_dagster.data.media.decoder_pool import VideoPool
+from diffsynth_dagster.data.media.image import image_facts
+from diffsynth_dagster.data.media.video import video_facts
+from diffsynth_dagster.data.table.values import REASONS, STATUS
 from diffsynth_dagster.errors import MetadataError, ParameterError
-from diffsynth_dagster.families.contract import Input
+from diffsynth_dagster.facts import FactBook, Facts
 
 Progress = Callable[[int], object]
 """Called with the number of files done since the last call."""

@@ -9,19 +9,19 @@ from pathlib import Path
 import polars as pl
 
 from diffsynth_dagster.config.parameters import DatasetParameters, TrainingConfig
-from diffsynth_dagster.data.facts import FactBook
-from diffsynth_dagster.data.filecheck import (
+from diffsynth_dagster.data.columns import Columns, Input
+from diffsynth_dagster.data.geometry import clip_rule, size_rule
+from diffsynth_dagster.data.table.files import (
     FileCheck,
     Progress,
     TrainedShape,
     with_same_size,
     with_shape,
 )
-from diffsynth_dagster.data.geometry import clip_rule, size_rule
-from diffsynth_dagster.data.structure import REASONS, check_structure, require_columns
-from diffsynth_dagster.data.tables import open_table
+from diffsynth_dagster.data.table.read import open_table
+from diffsynth_dagster.data.table.values import REASONS, check_structure, require_columns
 from diffsynth_dagster.errors import MetadataError, ParameterError, nearest
-from diffsynth_dagster.families.contract import Family, Input
+from diffsynth_dagster.facts import FactBook
 from diffsynth_dagster.files import write_whole
 
 BOOKKEEPING = ("row", "status", "message", "width", "height", "frames", "shape")
@@ -67,14 +67,14 @@ class Validated:
         return self.accepted.height - self.accepted.select(columns).unique().height
 
 
-def check_columns(config: TrainingConfig, family: Family) -> tuple[Input, ...]:
+def check_columns(config: TrainingConfig, columns: Columns) -> tuple[Input, ...]:
     """The columns that are read, after checking the parameters that name columns.
 
     Raises:
         ParameterError: a named column is none that the family reads, or a file column is not named.
     """
-    known = {i.column: i for i in family.inputs}
-    extra = [*known, *family.extra_inputs]
+    known = {i.column: i for i in columns.inputs}
+    extra = [*known, *columns.optional]
     default = DatasetParameters.model_fields["data_file_keys"].default
     for parameter in ("data_file_keys", "extra_inputs"):
         named: tuple[str, ...] = getattr(config, parameter)
@@ -84,16 +84,16 @@ def check_columns(config: TrainingConfig, family: Family) -> tuple[Input, ...]:
             if column not in known or not known[column].is_file:
                 hint = "" if column in extra else nearest(column, extra)
                 raise ParameterError(
-                    f"{family.name} reads no {'file' if 'file' in parameter else ''} column "
+                    f"{columns.reader} reads no {'file' if 'file' in parameter else ''} column "
                     f"'{column}'".replace("  ", " ")
                     + (f"; {hint}" if hint else ""),
                     where=parameter,
-                    do=f"{family.name} knows {', '.join(dict.fromkeys(extra))}",
+                    do=f"{columns.reader} knows {', '.join(dict.fromkeys(extra))}",
                 )
     for column, item in known.items():
         if item.is_file and column not in config.data_file_keys:
             raise ParameterError(
-                f"{family.name} reads files from the column '{column}'",
+                f"{columns.reader} reads files from the column '{column}'",
                 where="data_file_keys",
                 do=f"name '{column}' there",
             )
@@ -101,7 +101,7 @@ def check_columns(config: TrainingConfig, family: Family) -> tuple[Input, ...]:
 
 
 def validate(
-    config: TrainingConfig, family: Family, book: FactBook, progress: Progress = lambda n: None
+    config: TrainingConfig, columns: Columns, book: FactBook, progress: Progress = lambda n: None
 ) -> Validated:
     """Check every row of the config's table, and every file that it names.
 
@@ -111,23 +111,22 @@ def validate(
     """
     assert config.dataset_metadata_path is not None
     source = Path(config.dataset_metadata_path)
+    geometry, reader = columns.geometry, columns.reader
     rules = TrainedShape(
-        size_rule(
-            config.height, config.width, config.max_pixels, family.geometry, config.bucket_step
-        ),
-        clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name),
+        size_rule(config.height, config.width, config.max_pixels, geometry, config.bucket_step),
+        clip_rule(config.num_frames, config.frame_rate, geometry, reader),
     )
-    inputs = check_columns(config, family)
+    inputs = check_columns(config, columns)
     wanted, lists = [i.column for i in inputs], [i.column for i in inputs if i.many]
     with open_table(source, config.metadata_encoding, wanted, lists) as table:
-        require_columns(table, inputs, str(source), family.name)
+        require_columns(table, inputs, str(source), reader)
         frame = check_structure(table, inputs, str(source))
     with FileCheck(config, rules, book, progress) as files:
-        for item in family.file_inputs:
+        for item in columns.files:
             frame = files.check(frame, item)
             if item.same_size:
-                frame = with_same_size(frame, family.file_inputs[0], item)
-    return Validated(with_shape(frame, family.file_inputs), source)
+                frame = with_same_size(frame, columns.files[0], item)
+    return Validated(with_shape(frame, columns.files), source)
 
 
 def require_accepted(validated: Validated, max_rejected_fraction: float) -> None:

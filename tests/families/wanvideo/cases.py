@@ -33,10 +33,10 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from diffsynth_dagster.data.media import load_sample_image
-from diffsynth_dagster.data.video import load_sample_video
+from diffsynth_dagster.data.media.image import load_sample_image
+from diffsynth_dagster.data.media.video import load_sample_video
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.wan_models import _WIDE_MEAN, _WIDE_STD
+from diffsynth_dagster.families.wanvideo.modules import _WIDE_MEAN, _WIDE_STD
 
 FRAMES = 5
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")

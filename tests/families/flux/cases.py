@@ -22,9 +22,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux import SCHEDULER
-from diffsynth_dagster.families.flux_stages import MODES
-from diffsynth_dagster.families.support import pack, unpack
+from diffsynth_dagster.families.flux.family import SCHEDULER
+from diffsynth_dagster.families.flux.stages import MODES
+from diffsynth_dagster.families.shared.support import pack, unpack
 
 ARCHITECTURE = {
     "in_channels": 16,

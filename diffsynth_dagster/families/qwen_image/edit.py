@@ -24,12 +24,13 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
+from diffsynth_dagster.config.entries import model_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import area_size
-from diffsynth_dagster.data.media import to_tensor
+from diffsynth_dagster.data.media.image import to_tensor
 from diffsynth_dagster.families.contract import (
     Family,
-    Input,
     Loaded,
     Output,
     Sample,
@@ -37,9 +38,8 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
-from diffsynth_dagster.families.qwen_image_models import build_dit, encode_pixels
-from diffsynth_dagster.families.support import PATCH, pack
-from diffsynth_dagster.weights.entries import model_entries
+from diffsynth_dagster.families.qwen_image.modules import build_dit, encode_pixels
+from diffsynth_dagster.families.shared.support import PATCH, pack
 
 COLUMN = "edit_image"
 TEMPLATE = (

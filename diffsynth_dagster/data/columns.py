@@ -1,0 +1,61 @@
+"""The columns of a metadata table that a model reads."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from diffsynth_dagster.data.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Input:
+    """A column of the metadata that a stage reads.
+
+    Attributes:
+        kind: "text" is handed over as str; "number" as int or float; "image" as float32 (3, H, W)
+            in [-1, 1]; "video" as float32 (3, F, H, W) in [-1, 1]; "picture" as an RGB Pillow
+            image in its own size, for stages that resize it as a published pipeline does. Every
+            file has the trained size of its own; the first file column of a family tells the size
+            of the sample.
+        many: files only: a row may name several. They are handed over as a list, and a row that
+            names one gives a list of one.
+        same_size: the file is read at the size and length of the sample.
+        pattern: text and numbers only: a regular expression that a value must match, as it is
+            written; `wants` says it in words.
+        area: pictures only: their trained size has this area in pixels and keeps the picture's
+            aspect; see `data.geometry.area_size`.
+    """
+
+    column: str
+    kind: Literal["text", "number", "image", "video", "picture"]
+    many: bool = False
+    same_size: bool = False
+    area: int | None = None
+    pattern: str = ""
+    wants: str = ""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the column names files."""
+        return self.kind not in ("text", "number")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is read of every row of a data set.
+
+    Attributes:
+        reader: name of the model family that reads it, for messages.
+        inputs: every column that is read, once.
+        optional: what may be named in `extra_inputs` beside these.
+        geometry: the sizes and lengths that the reader takes.
+    """
+
+    reader: str
+    inputs: tuple[Input, ...]
+    optional: tuple[str, ...]
+    geometry: Geometry
+
+    @property
+    def files(self) -> tuple[Input, ...]:
+        """The columns that name files; the first tells the size of a sample."""
+        return tuple(i for i in self.inputs if i.is_file)

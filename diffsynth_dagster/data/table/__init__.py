@@ -1,0 +1,1 @@
+"""Metadata tables: read, and checked row by row and file by file."""

@@ -1,0 +1,1 @@
+"""FLUX.1, with reference images or a ControlNet."""
