@@ -68,14 +68,16 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
         hub: Hub,
         launcher: Launcher,
     ) -> Iterator[dg.AssetObservation | dg.MaterializeResult]:
+        from diffsynth_dagster.cache.split import second_half
+
         with user_errors():
-            settings = parameters.apply(recipe.config)
+            settings = second_half(parameters.apply(recipe.config))
             processes = launcher.num_processes or recipe.options.num_processes
             record = None if config.retrain else _unchanged(settings, hub, processes)
             trained = record is None
             if record is None:
                 progress = Progress(context)
-                for message in launcher.run(context, settings, recipe.options, "train"):
+                for message in launcher.run(context, settings, recipe.options):
                     yield from progress.hear(message)
                 yield from progress.last()
                 record = _finished_record(settings)
@@ -141,7 +143,7 @@ def _unchanged(config: TrainingConfig, hub: Hub, processes: int | None) -> "RunR
         UserError: a model file or the encoded data set is missing or damaged.
     """
     from diffsynth_dagster.cache.manifest import read_manifest
-    from diffsynth_dagster.cache.split import as_encoded
+    from diffsynth_dagster.cache.split import with_settled
     from diffsynth_dagster.facts import FactBook, digest_file
     from diffsynth_dagster.training.record import read_record, start_record
     from diffsynth_dagster.weights.identify import find_model
@@ -152,11 +154,12 @@ def _unchanged(config: TrainingConfig, hub: Hub, processes: int | None) -> "RunR
         return None
     if processes is not None and processes != len(record.devices):
         return None
-    config = as_encoded(config)
-    source = folder if config.dataset_metadata_path else Path(config.dataset_base_path)
+    config = with_settled(config)
     with closing(FactBook(book_path(config))) as book:
         found = find_model(config, hub.open())
-        identity = start_record(config, found, read_manifest(source), book).identity
+        identity = start_record(
+            config, found, read_manifest(Path(config.dataset_base_path)), book
+        ).identity
     for name, digest in record.checkpoints.items():
         if not (folder / name).is_file() or digest_file(folder / name) != digest:
             return None

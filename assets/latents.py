@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from assets.common import GPU_POOL, asset_key, code_version, description, table, user_errors
-from diffsynth_dagster.config import Recipe, TrainingConfig
+from diffsynth_dagster.config import Recipe
 from resources import Launcher, Parameters
 
 if TYPE_CHECKING:
+    from diffsynth_dagster.cache.contents import Contents
     from diffsynth_dagster.cache.manifest import Manifest
 
 CHECK = "latents_complete_and_finite"
@@ -62,18 +63,22 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
     def latents(
         context: dg.AssetExecutionContext, parameters: Parameters, launcher: Launcher
     ) -> Iterator[dg.MaterializeResult]:
+        from diffsynth_dagster.cache.contents import look_into
         from diffsynth_dagster.cache.manifest import read_manifest
+        from diffsynth_dagster.cache.split import first_half
+        from diffsynth_dagster.data.table.checked import read_checked
 
         report: dict[str, Any] = {}
         with user_errors():
-            config = parameters.apply(recipe.config)
-            for message in launcher.run(context, config, recipe.options, "data_process"):
+            config = first_half(parameters.apply(recipe.config))
+            checked = read_checked(Path(config.output_path))
+            for message in launcher.run(context, config, recipe.options):
                 if message["event"] == "encoding":
                     _log_progress(context, message)
                 elif message["event"] == "encoded":
                     report = message
             manifest = read_manifest(Path(config.output_path))
-            facts, check = _inspect(config, manifest)
+            facts, check = _describe(manifest, look_into(manifest, checked))
         for kind in ("hits", "misses"):
             counts: dict[str, int] = report.get(kind, {})
             facts |= {f"{kind}/{stage}": count for stage, count in counts.items()}
@@ -95,39 +100,28 @@ def _log_progress(context: dg.AssetExecutionContext, message: dict[str, Any]) ->
         context.log.info(f"{message['stage']}: {done} of {total} encoded")
 
 
-def _inspect(
-    config: TrainingConfig, manifest: "Manifest"
+def _describe(
+    manifest: "Manifest", contents: "Contents"
 ) -> tuple[dict[str, Any], dg.AssetCheckResult]:
     """What the store holds for a manifest, and whether that is all and sound."""
-    import polars as pl
-
-    from diffsynth_dagster.cache.store import Store
-
-    index = Store(Path(manifest.store)).index()
-    held = index.filter(pl.col("key").is_in(manifest.keys)).unique(["key", "output"])
-    keys = set(held["key"])
-    missing = [key for key in manifest.keys if key not in keys]
-    broken = held.filter(~pl.col("finite"))["key"].unique().to_list()
-    checked = pl.read_parquet(Path(config.output_path) / "metadata.parquet", columns=["status"])
-    accepted = checked.filter(pl.col("status") == "ok").height
-    rows = manifest.frame.height
-    buckets = manifest.frame.group_by("width", "height").len("samples").sort("width", "height")
     facts: dict[str, Any] = {
-        "dagster/row_count": rows,
-        "store_bytes": int(held["bytes"].sum()),
+        "dagster/row_count": contents.samples,
+        "store_bytes": contents.bytes,
         "store": dg.MetadataValue.path(manifest.store),
-        "buckets": table(buckets.iter_rows(named=True)),
-    }
-    counts = {
-        "missing_keys": len(missing),
-        "keys_not_finite": len(broken),
-        "samples": rows,
-        "accepted_rows": accepted,
+        "buckets": table(
+            {"width": width, "height": height, "samples": count}
+            for width, height, count in contents.buckets
+        ),
     }
     return facts, dg.AssetCheckResult(
         check_name=CHECK,
-        passed=not missing and not broken and rows == accepted,
-        description=f"{len(missing)} keys are missing, {len(broken)} hold NaN or infinity; "
-        f"{rows} samples for {accepted} accepted rows",
-        metadata=counts,
+        passed=contents.sound,
+        description=f"{contents.missing} keys are missing, {contents.not_finite} hold NaN or "
+        f"infinity; {contents.samples} samples for {contents.accepted} accepted rows",
+        metadata={
+            "missing_keys": contents.missing,
+            "keys_not_finite": contents.not_finite,
+            "samples": contents.samples,
+            "accepted_rows": contents.accepted,
+        },
     )

@@ -12,7 +12,7 @@ from diffsynth_dagster.config import Recipe, TrainingConfig
 from resources import Parameters
 
 if TYPE_CHECKING:
-    from diffsynth_dagster.data.table.check import Validated
+    from diffsynth_dagster.data.table.check import CheckedTable
 
 CHECK = "every_row_valid"
 _DEPENDS_ON = (
@@ -62,73 +62,82 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
         ],
     )
     def metadata(context: dg.AssetExecutionContext, parameters: Parameters) -> dg.MaterializeResult:
+        from diffsynth_dagster.data.digests import digest_rows
         from diffsynth_dagster.data.prepare import prepare_data
-        from diffsynth_dagster.facts import FactBook, digest_of
+        from diffsynth_dagster.facts import FactBook
         from diffsynth_dagster.weights.identify import guess_family
 
         with user_errors():
             config = parameters.apply(recipe.config)
             columns = guess_family(config).columns
             with closing(FactBook(book_path(config))) as book:
-                validated = prepare_data(config, columns, book)
-        columns = [c for c in validated.frame.columns if not c.endswith(":path")]
-        content = digest_of([columns, validated.frame.select(columns).rows()])
-        context.log.info(f"rows by status: {validated.counts}")
+                checked = prepare_data(config, columns, book)
+        counts = checked.counts
+        context.log.info(f"rows by status: {counts}")
         return dg.MaterializeResult(
-            metadata=_describe(config, validated),
-            data_version=dg.DataVersion(content),
-            check_results=[_check(key, config, validated)],
+            metadata=_describe(config, checked, counts),
+            data_version=dg.DataVersion(digest_rows(checked.rows.select(_content(checked)))),
+            check_results=[_check(key, config, checked, counts)],
         )
 
     return metadata
 
 
-def _check(key: dg.AssetKey, config: TrainingConfig, validated: "Validated") -> dg.AssetCheckResult:
-    from diffsynth_dagster.data.table.check import require_accepted
+def _content(checked: "CheckedTable") -> list[str]:
+    """The columns that say what the rows are, wherever and since when their files lie."""
+    places = (":path", ":size", ":modified")
+    return [c for c in checked.rows.collect_schema().names() if not c.endswith(places)]
+
+
+def _check(
+    key: dg.AssetKey, config: TrainingConfig, checked: "CheckedTable", counts: dict[str, int]
+) -> dg.AssetCheckResult:
     from diffsynth_dagster.errors import MetadataError
 
     reason = "every row is usable, or few enough are not"
     try:
-        require_accepted(validated, config.max_rejected_fraction)
+        checked.require_accepted(config.max_rejected_fraction)
         passed = True
     except MetadataError as error:
         passed, reason = False, str(error)
-    rejected = validated.rejected.height
+    rows = sum(counts.values())
     return dg.AssetCheckResult(
         asset_key=key,
         check_name=CHECK,
         passed=passed,
         description=reason,
-        metadata={"rejected_rows": rejected, "rows": validated.frame.height},
+        metadata={"rejected_rows": rows - counts.get("ok", 0), "rows": rows},
     )
 
 
-def _describe(config: TrainingConfig, validated: "Validated") -> dict[str, dg.MetadataValue | int]:
-    frame = validated.frame
+def _describe(
+    config: TrainingConfig, checked: "CheckedTable", counts: dict[str, int]
+) -> dict[str, dg.MetadataValue | int]:
     found: dict[str, dg.MetadataValue | int] = {
-        "dagster/row_count": frame.height,
-        "duplicates": validated.duplicates(),
-        "rows": dg.MetadataValue.md(_markdown(validated)),
+        "dagster/row_count": sum(counts.values()),
+        "duplicates": checked.duplicates(),
+        "rows": dg.MetadataValue.md(_markdown(checked, counts)),
         "table": dg.MetadataValue.path(
             str(Path(config.output_path).absolute() / "metadata.parquet")
         ),
-        **{f"status/{status}": count for status, count in validated.counts.items()},
+        **{f"status/{status}": count for status, count in counts.items()},
     }
-    sheet = contact_sheet(_files(validated))
+    sheet = contact_sheet(_files(checked))
     if sheet is not None:
         found["contact_sheet"] = inline(sheet)
     return found
 
 
-def _files(validated: "Validated") -> list[Shown]:
+def _files(checked: "CheckedTable") -> list[Shown]:
     """Files to show, those of rejected rows first: images, and a strip of frames of each clip.
 
     A clip whose row is rejected may not be safe to decode and is left out.
     """
     files: list[Shown] = []
-    columns = [c.removesuffix(":path") for c in validated.frame.columns if c.endswith(":path")]
-    for rows, accepted in ((validated.rejected, False), (validated.accepted, True)):
-        for row in rows.head(_SHOWN_PICTURES).iter_rows(named=True):
+    names = checked.rows.collect_schema().names()
+    columns = [c.removesuffix(":path") for c in names if c.endswith(":path")]
+    for rows, accepted in ((checked.rejected, False), (checked.accepted, True)):
+        for row in rows.head(_SHOWN_PICTURES).collect().iter_rows(named=True):
             for column in columns:
                 parts = [_listed(row[f"{column}:{part}"]) for part in ("path", "frames", "stride")]
                 for path, frames, stride in zip(*parts, strict=True):
@@ -151,16 +160,20 @@ def _frames(count: int, stride: float) -> tuple[int, ...]:
     return tuple(taken[round(i * (count - 1) / (shown - 1))] for i in range(shown))
 
 
-def _markdown(validated: "Validated") -> str:
+def _markdown(checked: "CheckedTable", counts: dict[str, int]) -> str:
     """The first rows as a table, rejected ones first."""
     import polars as pl
 
     hidden = ("width", "height", "frames", "shape")
-    columns = [c for c in validated.frame.columns if ":" not in c and c not in hidden]
-    rows = pl.concat([validated.rejected, validated.accepted]).select(columns).head(_SHOWN_ROWS)
+    names = checked.rows.collect_schema().names()
+    columns = [c for c in names if ":" not in c and c not in hidden]
+    parts = [
+        part.select(columns).head(_SHOWN_ROWS) for part in (checked.rejected, checked.accepted)
+    ]
+    rows = pl.concat(parts).head(_SHOWN_ROWS).collect()
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows.iter_rows()]
-    more = validated.frame.height - rows.height
+    more = sum(counts.values()) - rows.height
     return "\n".join(lines) + (f"\n\nand {more} more" if more > 0 else "")
 
 

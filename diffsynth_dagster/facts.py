@@ -77,6 +77,9 @@ class FactBook:
     ) -> dict[Path, Facts]:
         """Facts about each file, found out (in threads) only where the file changed.
 
+        Each file's facts also say which state of the file they are about: `size` in bytes and
+        `modified`, the time of its last modification in nanoseconds (missing for no file).
+
         Args:
             kind: what the facts are about; each kind is remembered by itself.
             find_out: file → facts, values of JSON; must not raise for a bad file.
@@ -100,7 +103,7 @@ class FactBook:
                         known |= found
                         found, written = {}, time.monotonic()
         self._remember(kind, stats, found)
-        return known | found
+        return {path: {**facts, **_state(stats[path])} for path, facts in (known | found).items()}
 
     def _remembered(
         self, kind: str, stats: dict[Path, tuple[int, int] | None]
@@ -150,6 +153,10 @@ class FactBook:
     def close(self) -> None:
         """Close the database."""
         self._database.close()
+
+
+def _state(stat: tuple[int, int] | None) -> Facts:
+    return {} if stat is None else {"size": stat[0], "modified": stat[1]}
 
 
 def _stat(path: Path) -> tuple[int, int] | None:

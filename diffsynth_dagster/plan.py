@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster.cache.manifest import FILE_NAME
-from diffsynth_dagster.cache.split import as_encoded
+from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.entries import float8_entries, model_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
@@ -86,8 +86,8 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
         StoreError: the encoded data set is there and damaged.
         ParameterError: see `check_plan`; or the family cannot be told without the files.
     """
-    if (Path(config.dataset_base_path) / FILE_NAME).is_file():
-        config = as_encoded(config)
+    if not config.reads_encoded or (Path(config.dataset_base_path) / FILE_NAME).is_file():
+        config = with_settled(config)
     family = guess_family(config)
     check_plan(config, family)
     trained = trained_components(config)

@@ -63,10 +63,16 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     """
     from accelerate.utils import set_seed
 
-    from diffsynth_dagster.cache.split import as_encoded
+    from diffsynth_dagster.cache.split import with_settled
     from diffsynth_dagster.facts import FactBook
     from diffsynth_dagster.files import require_writable, write_text
     from diffsynth_dagster.plan import check_plan
+    from diffsynth_dagster.training.dataset import (
+        checked_table,
+        encoded_manifest,
+        given_manifest,
+        resolved_samples,
+    )
     from diffsynth_dagster.training.loop import Session, train
     from diffsynth_dagster.training.modules import check_model
     from diffsynth_dagster.training.record import start_record
@@ -75,17 +81,17 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     from diffsynth_dagster.weights.identify import find_model, guess_family
     from diffsynth_dagster.weights.models import Models
 
-    config = as_encoded(config)
+    config = with_settled(config)
     check_plan(config, guess_family(config))
     accelerator = _accelerator(config)
     output = Path(config.output_path)
     require_writable(output, "output_path")
     require_writable(Path(config.cache_path), "cache_path")
     book = FactBook(Path(config.cache_path) / "facts.sqlite")
-    validated = None
+    table = None
     if config.dataset_metadata_path is not None:
         with accelerator.main_process_first():
-            validated = _prepare(config, book, accelerator.is_main_process)
+            table = checked_table(config, book, accelerator.is_main_process)
     with accelerator.main_process_first():
         found = find_model(config, ModelHub.from_environment())
         check_plan(config, found.family)  # the files may tell more than their names
@@ -100,7 +106,17 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
         frozenset(bare),
     )
     with closing(make_reporter(accelerator, config)) as reporter, _store(config).in_use():
-        manifest = _encode(config, accelerator, models, validated, book, reporter, stop_asked)
+
+        def progress(stage: str, done: int, total: int) -> None:
+            reporter.encoding(stage, done, total)
+            if stop_asked():
+                raise Stopped
+
+        if table is None:
+            manifest = given_manifest(config, models, book, accelerator)
+        else:
+            manifest, report = encoded_manifest(config, models, table, book, accelerator, progress)
+            reporter.encoded(report)
         if config.encodes_only:
             return None
         record = start_record(config, found, manifest, book)
@@ -109,7 +125,8 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
         if accelerator.is_main_process:
             write_text(output / "config.yaml", dump_config(config))
             record.write(output)  # not finished: an older one is true no more
-        train(Session(config, accelerator, models, manifest, record, reporter, stop_asked))
+        samples = resolved_samples(config, manifest, accelerator)
+        train(Session(config, accelerator, models, manifest, samples, record, reporter, stop_asked))
         if accelerator.is_main_process:
             record.write(output)
         reporter.finished(record)
@@ -124,73 +141,6 @@ def _store(config: TrainingConfig) -> "Store":
     if config.dataset_metadata_path is not None:
         return Store(Path(config.cache_path))
     return Store(Path(read_manifest(Path(config.dataset_base_path)).store))
-
-
-def _prepare(config: TrainingConfig, book: Any, main: bool) -> Any:
-    """The checked rows of the data set. Raises `MetadataError` when too many are rejected.
-
-    The main process makes, checks and writes; the others then read what it found out.
-    """
-    from tqdm import tqdm
-
-    from diffsynth_dagster.data.prepare import prepare_data
-    from diffsynth_dagster.data.table.check import require_accepted, validate
-    from diffsynth_dagster.weights.identify import guess_family
-
-    if not main:
-        looked_up = config.model_copy(update={"verify_content": False})
-        return validate(looked_up, guess_family(config).columns, book)
-    with tqdm(desc="check files", unit="file", delay=2) as bar:
-        validated = prepare_data(config, guess_family(config).columns, book, bar.update)
-    require_accepted(validated, config.max_rejected_fraction)
-    return validated
-
-
-def _encode(
-    config: TrainingConfig,
-    accelerator: "Accelerator",
-    models: Any,
-    validated: Any,
-    book: Any,
-    reporter: Any,
-    stop_asked: StopSignal,
-) -> Any:
-    """The manifest of the data set, with every key of it in the store."""
-    from diffsynth_dagster.cache.encode import Keys, encode_missing, plan_samples
-    from diffsynth_dagster.cache.manifest import read_manifest
-    from diffsynth_dagster.cache.split import require_encoded_for
-    from diffsynth_dagster.cache.store import Store
-    from diffsynth_dagster.errors import StoreError
-
-    if validated is None:
-        manifest = read_manifest(Path(config.dataset_base_path))
-        require_encoded_for(config, models.found, manifest, book)
-    else:
-        keys = Keys(models.found, book, models.dtype)
-        manifest = plan_samples(config, models.found, validated, keys)
-        if not config.trains_only:
-
-            def progress(stage: str, done: int, total: int) -> None:
-                reporter.encoding(stage, done, total)
-                if stop_asked():
-                    raise Stopped
-
-            report = encode_missing(config, models, manifest, validated, accelerator, progress)
-            reporter.encoded(report)
-    missing = Store(Path(manifest.store)).missing(manifest.keys)
-    if missing:
-        raise StoreError(
-            f"the store lacks {len(missing)} of {len(manifest.keys)} encoded inputs",
-            where=manifest.store,
-            do="run the task with :data_process and the same parameters first",
-        )
-    if accelerator.is_main_process:
-        folder = Path(config.dataset_base_path if validated is None else config.output_path)
-        if validated is not None:
-            manifest.write(folder)
-        Store(Path(manifest.store)).add_user(folder)
-    accelerator.wait_for_everyone()
-    return manifest
 
 
 def _accelerator(config: TrainingConfig) -> "Accelerator":

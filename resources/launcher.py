@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import dagster as dg
 from pydantic import Field
@@ -51,9 +50,8 @@ class Launcher(dg.ConfigurableResource):
         context: dg.AssetExecutionContext,
         config: TrainingConfig,
         options: RecipeOptions,
-        half: Literal["data_process", "train"],
     ) -> Iterator[Message]:
-        """Run half of the config's task to its end, yielding what it says while it works.
+        """Run the config's task to its end, yielding what it says while it works.
 
         However the iteration ends (done, failed, cancelled, dropped), no process of it is left.
 
@@ -62,7 +60,6 @@ class Launcher(dg.ConfigurableResource):
             OutputError: the run folder cannot be written.
         """
         output = Path(config.output_path)
-        task = f"{config.task.split(':')[0]}:{half}"
         require_writable(output, "output_path")
         recipe = write_text(output / "launch.yaml", dump_config(config))
         command = [
@@ -71,8 +68,6 @@ class Launcher(dg.ConfigurableResource):
             "diffsynth_dagster.train",
             "--recipe",
             str(recipe.absolute()),
-            "--task",
-            task,
         ]
         context.log.info(f"running {' '.join(command)}")
         with tempfile.TemporaryDirectory(prefix="diffsynth-launch-") as scratch:
@@ -91,7 +86,7 @@ class Launcher(dg.ConfigurableResource):
                 finally:
                     processes.stop()
             yield from reader.new()
-            _require_success(processes.code(), tail, task)
+            _require_success(processes.code(), tail, config.task)
 
     def _launch(self, config: TrainingConfig, options: RecipeOptions) -> list[str]:
         """`accelerate launch` with every option that it would warn about when left out."""

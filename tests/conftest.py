@@ -13,6 +13,8 @@ import torch
 import yaml
 from PIL import Image
 
+from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.resolve import Samples, resolve
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.train import main
 
@@ -175,3 +177,13 @@ def train(values: dict[str, Any], folder: Path, *flags: str) -> tuple[int, Path]
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
     return main(["--recipe", str(recipe), *flags]), folder
+
+
+def samples_of(run: Path) -> Samples:
+    """The samples of a run folder, as its training reads them."""
+    return resolve(read_manifest(run), run)
+
+
+def keys_of(run: Path) -> set[str]:
+    """Every key of the store that a run folder names."""
+    return set(read_manifest(run).keys.collect()["key"])

@@ -341,18 +341,21 @@ def test_failure_of_the_training_is_told_in_its_words(place: Place) -> None:
 
 def test_manifest_is_checked_against_the_store(place: Place, first: Any) -> None:
     """A key that is gone from the index, or not finite, fails the blocking check."""
-    from assets.latents import _inspect
-    from diffsynth_dagster.cache.manifest import read_manifest
-    from diffsynth_dagster.config import read_recipe
+    from assets.latents import _describe
+    from diffsynth_dagster.cache.contents import look_into
+    from diffsynth_dagster.cache.manifest import Manifest, read_manifest
+    from diffsynth_dagster.data.table.checked import read_checked
 
-    config = read_recipe(place.folder / "recipes" / "tiny.yaml").config
-    manifest = read_manifest(place.folder / "tiny")
-    _, check = _inspect(config, manifest)
-    assert check.passed
-    frame = manifest.frame.with_columns(pl.col("key:image") + "x")
-    _, check = _inspect(config, replace(manifest, frame=frame, prompts={}))
+    manifest, table = (read(place.folder / "tiny") for read in (read_manifest, read_checked))
+
+    def check_of(frame: pl.DataFrame, **notes: Any) -> dg.AssetCheckResult:
+        path = place.folder / "other.parquet"
+        frame.write_parquet(path)
+        other: Manifest = replace(manifest, path=path, **notes)
+        return _describe(other, look_into(other, table))[1]
+
+    assert check_of(manifest.frame).passed
+    check = check_of(manifest.frame.with_columns(pl.col("key:image") + "x"), prompts={})
     assert not check.passed
     assert check.metadata["missing_keys"].value == 8
-    fewer = replace(manifest, frame=manifest.frame.head(3))
-    _, check = _inspect(config, fewer)
-    assert not check.passed
+    assert not check_of(manifest.frame.head(3)).passed

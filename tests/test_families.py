@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from conftest import make_config, train
+from conftest import make_config, samples_of, train
 from families.flux.cases import CASES as FLUX
 from families.qwen_image.cases import CASES as QWEN
 from families.wanvideo.cases import CASES as WAN
@@ -100,7 +100,7 @@ class Place:
         assert train(values, folder)[0] == 0
         config = make_config({**values, "output_path": str(folder)})
         found = find_model(config, HUB)
-        return config, found, StepDataset(config, found.family, read_manifest(folder), 0, 1)
+        return config, found, StepDataset(config, found.family, samples_of(folder), 0, 1)
 
 
 @pytest.fixture(scope="session")
@@ -275,7 +275,7 @@ def test_twenty_steps_lower_the_loss(place: Place) -> None:
     """Of the one sample, at noise and timesteps that the training never drew."""
     config = place.config(output_path=str(place.run), num_epochs=20, save_steps=20)
     found = find_model(config, HUB)
-    data = StepDataset(config, found.family, read_manifest(place.run), 0, 1)
+    data = StepDataset(config, found.family, samples_of(place.run), 0, 1)
     step = step_of(config, found)
     losses: list[float] = []
     for lora in (None, place.run / "step-20.safetensors"):
@@ -309,7 +309,7 @@ def test_the_exported_lora_predicts_the_same_in_the_pipeline(place: Place) -> No
     for exported in export_run(config, record, found):
         verify_export(exported, found)
         assert exported.kind == "lora"
-        data = StepDataset(config, found.family, read_manifest(place.run), 0, 1)
+        data = StepDataset(config, found.family, samples_of(place.run), 0, 1)
         batch = data[0][0]
         step = step_of(config, found)
         x_t = some_x_t(step, batch)

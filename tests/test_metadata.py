@@ -14,14 +14,14 @@ from PIL import Image
 
 from diffsynth_dagster.data.geometry import Geometry, SizeRule, cover, size_rule
 from diffsynth_dagster.data.media.image import fit, read_image, to_tensor
-from diffsynth_dagster.data.table.check import REASONS, Validated, validate
+from diffsynth_dagster.data.table.check import REASONS, CheckedTable, validate
 from diffsynth_dagster.errors import MetadataError, ParameterError
 from diffsynth_dagster.facts import FactBook
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.train import main
 
 
-def check(folder: Path, table: str, book: FactBook | None = None, **more: object) -> Validated:
+def check(folder: Path, table: str, book: FactBook | None = None, **more: object) -> CheckedTable:
     config = make_config(
         {
             "dataset_base_path": str(folder),
@@ -88,8 +88,8 @@ def test_every_row_keeps_its_reason(data: Path, tmp_path: Path) -> None:
     validated = check(data, "t.csv")
     got = validated.frame["status"].to_list()
     assert got == [want for _, _, want in cases]
-    assert all(message for message in validated.rejected["message"])
-    told = dict(zip(validated.rejected["row"], validated.rejected["message"], strict=True))
+    assert all(message for message in validated.rejected.collect()["message"])
+    told = dict(zip(validated.rejected.collect()["row"], validated.rejected.collect()["message"], strict=True))
     assert told[4] == f"image 'nothing.png': the file does not exist: {data / 'nothing.png'}"
     assert validated.frame["row"].to_list() == list(range(1, len(cases) + 1))
 

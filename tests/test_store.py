@@ -15,7 +15,8 @@ import torch
 from conftest import ROOT, Values, train, write_images
 
 from diffsynth_dagster.cache.__main__ import main as maintain
-from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.cache.keys import LAYOUT_VERSION
+from diffsynth_dagster.cache.manifest import Notes, write_manifest
 from diffsynth_dagster.cache.store import Store, tensor_digest
 from diffsynth_dagster.cache.upkeep import collect, statistics, verify
 from diffsynth_dagster.errors import StoreError
@@ -31,7 +32,7 @@ def fill(store: Store, keys: list[str]) -> None:
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     store = Store(tmp_path)
     fill(store, ["1", "2"])
-    assert store.missing(["1", "3", "2", "3"]) == ["3"]
+    assert store.missing(["1", "3", "2", "3"]).to_list() == ["3"]
     outputs = Store(tmp_path).read("2")
     assert outputs.keys() == {"image", "other"}
     assert torch.equal(outputs["image"], torch.full((2, 3), 2.0))
@@ -51,7 +52,7 @@ def test_a_shard_without_its_index_is_not_read(tmp_path: Path) -> None:
     fill(store, ["1"])
     (index,) = (tmp_path / "index").glob("*.parquet")
     index.unlink()
-    assert Store(tmp_path).missing(["1"]) == ["1"]
+    assert Store(tmp_path).missing(["1"]).to_list() == ["1"]
 
 
 def test_an_error_while_encoding_keeps_what_was_encoded(tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_an_error_while_encoding_keeps_what_was_encoded(tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         encode()
-    assert Store(tmp_path).missing(["1", "2"]) == ["2"]
+    assert Store(tmp_path).missing(["1", "2"]).to_list() == ["2"]
     assert len(list((tmp_path / "shards").iterdir())) == 1
     assert all(not path.name.startswith(".") for path in tmp_path.rglob("*"))
 
@@ -83,7 +84,7 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     store = Store(tmp_path)
-    assert store.missing(map(str, range(40))) == []
+    assert store.missing(map(str, range(40))).to_list() == []
     assert all(float(store.read(str(i))["image"].mean()) == i for i in range(40))
 
 
@@ -183,12 +184,13 @@ def test_gc_writes_a_shard_anew_when_little_of_it_is_used(tmp_path: Path) -> Non
     store = Store(tmp_path / "store")
     fill(store, [str(i) for i in range(10)])
     frame = pl.DataFrame({"sample": ["s"], "row": [1], "width": [1], "height": [1], "key:a": ["7"]})
-    Manifest(frame, str(tmp_path / "store"), "f", {}, {}, {}).write(tmp_path / "run")
+    notes = Notes(str(tmp_path / "store"), "f", "digest", 1, layout=LAYOUT_VERSION)
+    write_manifest(frame.lazy(), notes, tmp_path / "run" / "samples.parquet")
     store.add_user(tmp_path / "run")
     assert collect(store).removed_keys == 9
     fresh = Store(tmp_path / "store")
     assert float(fresh.read("7")["image"].mean()) == 7.0
-    assert fresh.missing(["7", "8"]) == ["8"]
+    assert fresh.missing(["7", "8"]).to_list() == ["8"]
     assert not verify(fresh).damaged
 
 

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, Values, make_config, train, write_images
+from conftest import ROOT, Values, make_config, samples_of, train, write_images
 from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
@@ -158,8 +158,9 @@ def test_uneven_data_over_two_processes(values: Values, tmp_path: Path) -> None:
     )
     assert train(config, tmp_path / "run")[0] == 0
     settings, family = make_config(config), find_family("qwen_image")
-    manifest = read_manifest(tmp_path / "run")
-    ranks = [StepDataset(settings, family, manifest, rank, 2) for rank in range(2)]
+    run = tmp_path / "run"
+    manifest = read_manifest(run)
+    ranks = [StepDataset(settings, family, samples_of(run), rank, 2) for rank in range(2)]
     seen: list[str] = []
     for step in range(ranks[0].order.steps_per_epoch):
         batches = [rank[step] for rank in ranks]
@@ -183,9 +184,7 @@ def test_loss_of_a_batch_is_the_mean_of_its_samples(values: Values, tmp_path: Pa
 
     family = found.family
     step = TrainingStep(family, {"dit": dit}, {}, trained_components(config), 0, (0, 1000))
-    whole = StepDataset(
-        config.model_copy(update={"batch_size": 8}), family, read_manifest(run), 0, 1
-    )
+    whole = StepDataset(config.model_copy(update={"batch_size": 8}), family, samples_of(run), 0, 1)
     (batch,) = whole[0]
     lengths = batch.outputs["prompt_embeds_mask"].sum(1)
     assert len(set(lengths.tolist())) > 1
@@ -194,7 +193,7 @@ def test_loss_of_a_batch_is_the_mean_of_its_samples(values: Values, tmp_path: Pa
         single = StepDataset(
             config.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 8}),
             family,
-            read_manifest(run),
+            samples_of(run),
             0,
             1,
         )

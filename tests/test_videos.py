@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from media_support import animation_bytes, convert, picture, real_clip
 from video_family import EDITS, FIRST, VIDEO, video_family
 
-from diffsynth_dagster.cache.encode import Keys, encode_missing, plan_samples
-from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.encode import encode_missing
+from diffsynth_dagster.cache.keys import Keys
+from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.cache.resolve import resolve
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.data.geometry import (
     ClipRule,
@@ -28,7 +30,7 @@ from diffsynth_dagster.data.geometry import (
     frame_indices,
 )
 from diffsynth_dagster.data.samples import load, reading, reference
-from diffsynth_dagster.data.table.check import Validated, validate
+from diffsynth_dagster.data.table.check import CheckedTable, validate
 from diffsynth_dagster.data.table.values import REASONS
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactBook
@@ -55,7 +57,7 @@ def check(
     family: Family,
     book: FactBook | None = None,
     **more: object,
-) -> Validated:
+) -> CheckedTable:
     (folder / "t.json").write_text(json.dumps(rows))
     config = config_of(folder, family, **more)
     return validate(config, family.columns, book or FactBook(folder.parent / "facts.sqlite"))
@@ -150,15 +152,15 @@ def test_several_images_and_their_sizes(data: Path) -> None:
     assert frame["shape"][1] == "176x144x5 64x48 96x32"
     assert validated.duplicates() == 1
     row = frame.row(0, named=True)
-    assert reading(row, VIDEO) == [[[176, 144]], [5], [1.0]]
+    assert reading(reference(row, VIDEO), VIDEO) == [[[176, 144]], [5], [1.0]]
     files = json.loads(json.dumps(reference(row, EDITS)))
-    images = load(files, EDITS)
+    images = load(files, EDITS, 1)
     assert isinstance(images, list)
     assert [tuple(image.shape) for image in images] == [(3, 32, 96), (3, 32, 32)]
-    single = load(reference(frame.row(1, named=True), EDITS), EDITS)
+    single = load(reference(frame.row(1, named=True), EDITS), EDITS, 2)
     assert isinstance(single, list)
     assert torch.equal(single[0], images[0])
-    clip = load(reference(row, VIDEO), VIDEO)
+    clip = load(reference(row, VIDEO), VIDEO, 1)
     assert isinstance(clip, torch.Tensor)
     assert clip.shape == (3, 5, 144, 176)
 
@@ -306,6 +308,7 @@ def test_videos_reach_the_store_and_the_step(data: Path, tmp_path: Path) -> None
     stored: dict[int, set[str]] = {}
     for count in (5, 9, 5):
         more = {"num_frames": count, "batch_size": 2, "cache_path": str(tmp_path / "cache")}
+        more["output_path"] = str(tmp_path / "run")
         validated = check(data, rows, family, **more)
         config = config_of(data, family, **more)
         models: Any = _Models(family)
@@ -314,8 +317,7 @@ def test_videos_reach_the_store_and_the_step(data: Path, tmp_path: Path) -> None
         encode_missing(config, models, manifest, validated, _ALONE)
         again = stored.setdefault(count, set(manifest.frame["key:video"]))
         assert again == set(manifest.frame["key:video"])
-        manifest.write(tmp_path / "run")
-        batch = StepDataset(config, family, read_manifest(tmp_path / "run"), 0, 1)[0][0]
+        batch = StepDataset(config, family, resolve(manifest, tmp_path / "run"), 0, 1)[0][0]
         assert batch.outputs["video"].shape == (2, 3, count)
         assert [[tuple(x.shape) for x in row["edits"]] for row in batch.inputs] == [
             [(3, 48, 64)] * 2

@@ -1,93 +1,127 @@
 """Which samples a training sees, and under which keys the store holds them.
 
-`samples.parquet` in a run folder: a row for each sample with `sample` (its identity), `row`,
-`width`, `height`, `frames` and `shape` as the checked table has them, `key:<stage>` for each cached
-stage, and `input:<column>` for what the stages of the training step read: a text, or a reference to
-files as JSON (see `data.samples`).
+`samples.parquet` in a run folder has a row for each sample: `sample` (its identity), `row`,
+`width`, `height`, `frames` and `shape` as the checked table has them, `tokens` (patches of its
+latents), `key:<stage>` for each cached stage, and `input:<column>` for what the stages of the
+training step read: a text, or a reference to files as JSON (see `data.samples`). It is read in
+parts, where it is needed: a manifest may be larger than memory.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from diffsynth_dagster.cache.keys import LAYOUT_VERSION
 from diffsynth_dagster.errors import StoreError
-from diffsynth_dagster.facts import digest_of
 from diffsynth_dagster.files import write_whole
 
 FILE_NAME = "samples.parquet"
+PLANNED = ".samples.planned.parquet"
+"""The manifest of samples of which the store may still lack some."""
 _NOTES = "diffsynth_dagster"
+_DO = "run the task sft:data_process with this folder as output_path first, or give \
+dataset_metadata_path"
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Notes:
+    """What a manifest says about all of its samples.
+
+    Attributes:
+        store: folder of the store.
+        family: name of the model family.
+        digest: identity of what is trained on: the samples, their keys and order.
+        samples: how many there are.
+        prompts: sample prompt → stage → key, for the images made during training.
+        weights: component → digest of the files that it was encoded with.
+        parameters: what encoding has settled: see `config.effect.settled_by_encoding`.
+        layout: `LAYOUT_VERSION` of the keys.
+    """
+
+    store: str
+    family: str
+    digest: str
+    samples: int
+    prompts: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+    weights: dict[str, str] = field(default_factory=dict[str, str])
+    parameters: dict[str, Any] = field(default_factory=dict[str, Any])
+    layout: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest(Notes):
     """The samples of a training.
 
     Attributes:
-        frame: see the module.
-        store: folder of the store.
-        family: name of the model family.
-        prompts: sample prompt → stage → key, for the images made during training.
-        weights: component → digest of the files that it was encoded with.
-        parameters: the values of `config.parameters.ENCODING`, as JSON values.
+        path: the file that holds the rows; see the module.
     """
 
-    frame: pl.DataFrame
-    store: str
-    family: str
-    prompts: dict[str, dict[str, str]]
-    weights: dict[str, str]
-    parameters: dict[str, Any]
+    path: Path = Path(FILE_NAME)
 
     @property
-    def digest(self) -> str:
-        """Identity of what is trained on: the samples, their keys and order."""
-        columns = sorted(c for c in self.frame.columns if not c.startswith("input:"))
-        rows = self.frame.select(columns).rows()
-        return digest_of([self.family, columns, rows, self.prompts])
+    def rows(self) -> pl.LazyFrame:
+        """A row for each sample."""
+        return pl.scan_parquet(self.path)
 
     @property
-    def keys(self) -> list[str]:
-        """Every key of the store that the training reads."""
-        columns = [c for c in self.frame.columns if c.startswith("key:")]
-        keys = [key for column in columns for key in self.frame[column]]
-        return list(
-            dict.fromkeys(keys + [k for stages in self.prompts.values() for k in stages.values()])
-        )
+    def frame(self) -> pl.DataFrame:
+        """The same in memory."""
+        return self.rows.collect()
 
-    def write(self, folder: Path) -> Path:
-        """Write `samples.parquet` into a run folder. Raises `OutputError`."""
-        notes = {
-            "store": self.store,
-            "family": self.family,
-            "prompts": self.prompts,
-            "weights": self.weights,
-            "parameters": self.parameters,
-        }
-        return write_whole(
-            folder / FILE_NAME,
-            lambda staged: self.frame.write_parquet(staged, metadata={_NOTES: json.dumps(notes)}),
-        )
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.path.parent
+
+    @property
+    def keys(self) -> pl.LazyFrame:
+        """Every key of the store that the training reads, each once: a column `key`."""
+        columns = [c for c in self.rows.collect_schema().names() if c.startswith("key:")]
+        prompts = [key for stages in self.prompts.values() for key in stages.values()]
+        parts = [self.rows.select(pl.col(c).alias("key")) for c in columns]
+        parts.append(pl.LazyFrame({"key": prompts}, schema={"key": pl.String}))
+        return pl.concat(parts).unique()
+
+    def publish(self) -> "Manifest":
+        """Put the planned manifest in the place of the run folder's: its samples are encoded."""
+        path = self.path.replace(self.folder / FILE_NAME)
+        return replace(self, path=path)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def write_manifest(rows: pl.LazyFrame, notes: Notes, path: Path) -> Manifest:
+    """Write a manifest whole, its rows in batches. Raises `OutputError`."""
+    values: dict[str, Any] = asdict(notes)
+    text = {_NOTES: json.dumps(values)}
+    write_whole(path, lambda staged: rows.sink_parquet(staged, metadata=text))
+    return Manifest(**values, path=path)
+
+
+def read_manifest(folder: Path, name: str = FILE_NAME, any_layout: bool = False) -> Manifest:
     """Read the `samples.parquet` of a run folder.
 
+    Args:
+        any_layout: read one of another version too. Its keys are named; its samples may be wrong.
+
     Raises:
-        StoreError: it is missing or damaged.
+        StoreError: it is missing or damaged, or older than files are compared with what was
+            checked when they are read.
     """
-    path = folder / FILE_NAME
+    path = folder / name
     try:
-        frame = pl.read_parquet(path)
-        notes: dict[str, Any] = {"parameters": {}}
-        notes |= json.loads(pl.read_parquet_metadata(path)[_NOTES])
-        return Manifest(frame, **notes)
+        given: dict[str, Any] = json.loads(pl.read_parquet_metadata(path)[_NOTES])
+        notes: dict[str, Any] = {"digest": "", "samples": 0, **given}
+        manifest = Manifest(**notes, path=path)
     except (OSError, pl.exceptions.PolarsError, KeyError, ValueError, TypeError) as error:
+        raise StoreError("the folder holds no encoded data set", where=str(path), do=_DO) from error
+    if manifest.layout != LAYOUT_VERSION and not any_layout:
         raise StoreError(
-            "the folder holds no encoded data set",
+            f"the data set was encoded by another version (layout {manifest.layout}, not "
+            f"{LAYOUT_VERSION}), "
+            "whose samples may not be those that were checked",
             where=str(path),
-            do="run the task sft:data_process with this folder as output_path first, or give "
-            "dataset_metadata_path",
-        ) from error
+            do="encode it again",
+        )
+    return manifest

@@ -1,36 +1,57 @@
-"""The second half of split training: what it takes over from the first, and what must agree."""
+"""Split training: the config of each half, what the second takes over from the first, and what must
+agree."""
 
 from pathlib import Path
 
 from diffsynth_dagster.cache.manifest import Manifest, read_manifest
-from diffsynth_dagster.config.effect import named_values, trained_components
+from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.config.settled import take_over
+from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED_TABLE
+from diffsynth_dagster.data.table.checked import find_checked
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactBook
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
 
-def as_encoded(config: TrainingConfig) -> TrainingConfig:
-    """The config, and for the second half what the first has settled: see
-    `config.parameters.ENCODING`.
+def with_settled(config: TrainingConfig) -> TrainingConfig:
+    """The config, with what earlier steps have settled in place of what it leaves out.
+
+    The second half of split training takes over what the first encoded; a config that names a
+    checked table takes over what that was checked with.
 
     Raises:
         StoreError: there is no encoded data set.
         ParameterError: the config asks for something else.
     """
-    if not config.reads_encoded:
+    if config.reads_encoded:
+        where = f"dataset_base_path = {config.dataset_base_path}"
+        settled = read_manifest(Path(config.dataset_base_path)).parameters
+        return take_over(config, settled, "the data set was encoded", where)
+    if config.dataset_metadata_path is None:
         return config
-    settled = read_manifest(Path(config.dataset_base_path)).parameters
-    default = named_values(TrainingConfig.model_validate({}))
-    for name, value in named_values(config).items():
-        if name in settled and value not in (settled[name], default[name]):
-            raise _refuse(
-                config,
-                f"the data set was encoded with {name} = {settled[name]}, not {value}",
-                "leave it out, or encode the data set with it",
-            )
-    return TrainingConfig.model_validate({**config.model_dump(), **settled})
+    checked = find_checked(Path(config.dataset_metadata_path))
+    if checked is None:
+        return config
+    where = f"dataset_metadata_path = {config.dataset_metadata_path}"
+    return take_over(config, checked.parameters, "the table was checked", where)
+
+
+def first_half(config: TrainingConfig) -> TrainingConfig:
+    """The config of encoding the checked table of its run folder."""
+    table = Path(config.output_path) / CHECKED_TABLE
+    task = config.task.split(":")[0] + ":data_process"
+    return config.model_copy(update={"dataset_metadata_path": str(table), "task": task})
+
+
+def second_half(config: TrainingConfig) -> TrainingConfig:
+    """The config of training on what lies encoded in its run folder, or where it says."""
+    task = config.task.split(":")[0] + ":train"
+    if config.dataset_metadata_path is None:
+        return config.model_copy(update={"task": task})
+    encoded = {"dataset_metadata_path": None, "dataset_base_path": config.output_path}
+    return config.model_copy(update={"task": task, **encoded})
 
 
 def require_encoded_for(
@@ -51,7 +72,9 @@ def require_encoded_for(
     trained = trained_components(config)
     wanted = {f"key:{stage.name}" for stage in family.cached_stages(trained)}
     wanted |= {f"input:{i.column}" for s in family.step_stages(trained) for i in s.reads}
-    lacks = sorted(name.partition(":")[2] for name in wanted - set(manifest.frame.columns))
+    lacks = sorted(
+        name.partition(":")[2] for name in wanted - set(manifest.rows.collect_schema().names())
+    )
     if lacks:
         raise _refuse(
             config,

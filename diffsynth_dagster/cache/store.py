@@ -52,52 +52,74 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 class Store:
-    """A store, read and written."""
+    """A store, read and written.
+
+    Where a key lies is looked up in the index files for many keys at once; no key is kept in
+    memory.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._places: dict[str, tuple[str, list[str]]] = {}
-        self._indexed: set[Path] = set()
         self._open: OrderedDict[str, Any] = OrderedDict()
 
-    def refresh(self) -> None:
-        """Take in the index files written since the last look."""
-        for file in sorted((self.path / "index").glob("*.parquet")):
-            if file in self._indexed:
-                continue
-            table = pl.read_parquet(file, columns=["key", "shard", "output"])
-            for key, shard, output in table.iter_rows():
-                place = self._places.setdefault(key, (shard, []))
-                if place[0] == shard:
-                    place[1].append(output)
-            self._indexed.add(file)
-
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys that are not in the store, each once, in order."""
-        self.refresh()
-        return [key for key in dict.fromkeys(keys) if key not in self._places]
+    def scan(self) -> pl.LazyFrame:
+        """Every row of every index file, lazily."""
+        files = sorted((self.path / "index").glob("*.parquet"))
+        return pl.scan_parquet(files) if files else pl.LazyFrame(schema=_SCHEMA)
 
     def index(self) -> pl.DataFrame:
         """Every row of every index file."""
-        files = sorted((self.path / "index").glob("*.parquet"))
-        tables = [pl.read_parquet(file) for file in files]
-        return pl.concat(tables) if tables else pl.DataFrame(schema=_SCHEMA)
+        return self.scan().collect()
+
+    def places(self, keys: pl.LazyFrame) -> pl.LazyFrame:
+        """Where keys lie.
+
+        Args:
+            keys: a column `key`, each once.
+
+        Returns:
+            `key` and `shard` of those that the store holds, in no order.
+        """
+        stored = self.scan().select("key", "shard").join(keys, on="key", how="semi")
+        return stored.group_by("key").agg(pl.col("shard").min())
+
+    def missing(self, keys: pl.LazyFrame | Iterable[str]) -> pl.Series:
+        """Those of the keys that are not in the store, each once; in order where a list is given.
+
+        Args:
+            keys: a column `key`, or texts.
+        """
+        if isinstance(keys, pl.LazyFrame):
+            wanted = keys
+        else:
+            listed = list(dict.fromkeys(keys))
+            wanted = pl.LazyFrame({"key": listed}, schema={"key": pl.String})
+        absent = wanted.join(self.scan().select("key"), on="key", how="anti", maintain_order="left")
+        return absent.select("key").collect(engine="streaming").to_series()
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
-        """The outputs stored under a key: views of the memory-mapped shard where alignment allows.
+        """The outputs stored under a key; see `read_from`. Looks through the index for it.
 
         Raises:
             StoreError: the key is not in the store, or its shard is damaged.
         """
-        if key not in self._places:
-            self.refresh()
-        if key not in self._places:
+        rows = self.scan().filter(pl.col("key") == key).select("shard", "output").collect()
+        if rows.height == 0:
             raise StoreError(
                 f"the store lacks the sample {key[:16]}…",
                 where=str(self.path),
                 do="run the task sft:data_process again",
             )
-        shard, outputs = self._places[key]
+        first = str(rows["shard"].min())
+        return self.read_from(first, key, rows.filter(pl.col("shard") == first)["output"])
+
+    def read_from(self, shard: str, key: str, outputs: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Outputs stored under a key in a shard: views of the memory-mapped shard where alignment
+        allows.
+
+        Raises:
+            StoreError: the shard is damaged.
+        """
         try:
             file = self._shard(shard)
             return {output: file.get_tensor(f"{key}.{output}") for output in outputs}

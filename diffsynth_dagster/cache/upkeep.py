@@ -7,7 +7,7 @@ import polars as pl
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.manifest import FILE_NAME, read_manifest
 from diffsynth_dagster.cache.store import Store, tensor_digest
 from diffsynth_dagster.errors import StoreError
 
@@ -91,19 +91,20 @@ class Statistics:
     uses: list[Use]
 
 
-def used_keys(store: Store) -> dict[Path, set[str]]:
-    """Run folder → the keys that its samples need; a folder that is gone uses nothing.
+def used_keys(store: Store) -> dict[Path, pl.LazyFrame]:
+    """Run folder → the keys that its samples need, a column `key`; a folder that is gone uses
+    nothing.
 
     A store that was moved keeps its users: keys are content, so what they name is the same.
 
     Raises:
         StoreError: a `samples.parquet` is damaged: what it uses cannot be told.
     """
-    found: dict[Path, set[str]] = {}
-    for folder in store.users():
-        if (folder / "samples.parquet").is_file():
-            found[folder] = set(read_manifest(folder).keys)
-    return found
+    return {
+        folder: read_manifest(folder, any_layout=True).keys
+        for folder in store.users()
+        if (folder / FILE_NAME).is_file()
+    }
 
 
 def statistics(store: Store) -> Statistics:
@@ -112,31 +113,41 @@ def statistics(store: Store) -> Statistics:
     Raises:
         StoreError: see `used_keys`.
     """
-    index = store.index()
-    sizes = index.unique(["key", "output"]).group_by("key").agg(pl.col("bytes").sum())
-    size: dict[str, int] = dict(sizes.iter_rows())
-    uses = used_keys(store)
-    counts: dict[str, int] = {}
-    for keys in uses.values():
-        for key in keys:
-            counts[key] = counts.get(key, 0) + 1
-    table = [
-        Use(
-            folder,
-            len(keys),
-            sum(size.get(key, 0) for key in keys),
-            sum(size.get(key, 0) for key in keys if counts[key] == 1),
-        )
-        for folder, keys in uses.items()
+    sizes = (
+        store.scan()
+        .unique(["key", "output"])
+        .group_by("key")
+        .agg(pl.col("bytes").sum())
+        .collect(engine="streaming")
+    )
+    users = used_keys(store)
+    named = [
+        keys.with_columns(pl.lit(number, pl.UInt32).alias("user"))
+        for number, keys in enumerate(users.values())
     ]
-    total = sum(size.values())
+    none = pl.LazyFrame(schema={"key": pl.String, "user": pl.UInt32})
+    uses = (
+        pl.concat([none, *named])
+        .join(sizes.lazy(), on="key", how="left")
+        .with_columns(pl.col("bytes").fill_null(0), (pl.len().over("key") == 1).alias("alone"))
+    )
+    own = pl.when("alone").then("bytes").otherwise(0)
+    table = (
+        uses.group_by("user")
+        .agg(pl.len(), pl.col("bytes").sum(), own.sum().alias("own"))
+        .collect(engine="streaming")
+    )
+    found = {user: counts for user, *counts in table.iter_rows()}
+    total = int(sizes["bytes"].sum())
+    used = uses.unique("key").select(pl.col("bytes").sum()).collect().item()
+    stored = store.scan().select(pl.col("bytes").sum()).collect().item()
     return Statistics(
-        keys=len(size),
+        keys=sizes.height,
         bytes=total,
-        used_bytes=sum(size.get(key, 0) for key in counts),
-        duplicate_bytes=int(index["bytes"].sum()) - total,
+        used_bytes=int(used),
+        duplicate_bytes=int(stored) - total,
         stray_files=len(_stray(store)),
-        uses=table,
+        uses=[Use(f, *found.get(number, (0, 0, 0))) for number, f in enumerate(users)],
     )
 
 
@@ -176,24 +187,26 @@ def collect(store: Store) -> Collected:
                 where=str(store.path),
                 do="mount or move them back; if they are gone for good, remove the store's folder",
             )
-        used = {key for keys in users.values() for key in keys}
+        none = pl.LazyFrame(schema={"key": pl.String})
+        used = pl.concat([none, *users.values()]).unique().collect(engine="streaming")
         stray = _stray(store)
         for path in stray:
             path.unlink()
-        removed: set[str] = set()
+        removed: list[pl.Series] = []
         files = len(stray)
         for file in sorted((store.path / "index").glob("*.parquet")):
             rows = pl.read_parquet(file)
-            kept = rows.filter(pl.col("key").is_in(used))
+            kept = rows.join(used, on="key", how="semi", maintain_order="left")
             if (
                 int(rows["bytes"].sum()) * PART_OF_SHARD_KEPT <= int(kept["bytes"].sum())
                 and kept.height
             ):
                 continue
             _rewrite(store, file.stem, kept)
-            removed |= set(rows["key"]) - used
+            removed.append(rows.join(used, on="key", how="anti")["key"].unique())
             files += 2
-        return Collected(len(removed), files, before - _size(store))
+        keys = pl.concat(removed).n_unique() if removed else 0
+        return Collected(keys, files, before - _size(store))
 
 
 def _rewrite(store: Store, shard: str, kept: pl.DataFrame) -> None:

@@ -49,3 +49,28 @@ def trained_components(config: TrainingConfig) -> frozenset[str]:
     """The components whose weights change: in full, or through a LoRA."""
     lora = {config.lora_base_model} if config.lora_base_model else set[str]()
     return frozenset({*config.trainable_models, *lora})
+
+
+_ROWS = (
+    "allow_outside_base_path",
+    "bucket_step",
+    "data_file_keys",
+    "extra_inputs",
+    "frame_rate",
+    "height",
+    "max_pixels",
+    "metadata_encoding",
+    "num_frames",
+    "width",
+)
+
+
+def values_that_affect(config: TrainingConfig, *kinds: str) -> dict[str, Any]:
+    values = named_values(config)
+    return {name: values[name] for name in _ROWS if "rows" in kinds}
+
+
+def settled_by_encoding(config: TrainingConfig) -> dict[str, Any]:
+    from diffsynth_dagster.config.parameters import ENCODING
+
+    return {name: value for name, value in named_values(config).items() if name in ENCODING}

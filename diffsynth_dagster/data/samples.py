@@ -1,46 +1,53 @@
-"""What a sample's file column stands for: files, and the sizes and frames they are read at.
+"""Reading the files of a row, at the sizes and frames they are trained at.
 
-A reference is a JSON value, so that a manifest can hold it:
+What is read must be what was checked: a file whose size or time of modification differ is digested
+again, and refused if its content is another one.
 
-    {"paths": […], "targets": [[width, height], …], "frames": […], "strides": […]}
+A reference says which files a column of a row names. It is a JSON value, so that a manifest can
+hold it: the checked table's facts about the column, each a list where the column takes many files.
+
+    {"path": …, "digest": …, "size": …, "modified": …, "target": [width, height], "frames": …,
+     "stride": …}
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from diffsynth_dagster.data.columns import Input
-from diffsynth_dagster.data.media.image import load_sample_image, read_image
+from diffsynth_dagster.data.media.image import IMAGE_ERRORS, load_sample_image, read_image
 from diffsynth_dagster.data.media.video import load_sample_video
-from diffsynth_dagster.facts import digest_text
+from diffsynth_dagster.errors import MetadataError
+from diffsynth_dagster.facts import digest_file
 
-Reference = dict[str, list[Any]]
-_PARTS = {"paths": "path", "targets": "target", "frames": "frames", "strides": "stride"}
-
-
-def _listed(row: Mapping[str, Any], item: Input, name: str) -> list[Any]:
-    value = row[f"{item.column}:{name}"]
-    return list(value) if item.many else [value]
+Reference = dict[str, Any]
+PARTS: tuple[str, ...] = ("path", "digest", "size", "modified", "target", "frames", "stride")
+_READ_ANEW = "check the data set again: run the training anew, or materialize its metadata"
 
 
 def reference(row: Mapping[str, Any], item: Input) -> Reference:
-    """The files of a checked row's column."""
-    return {part: _listed(row, item, name) for part, name in _PARTS.items()}
+    """The files that a column of a checked row names."""
+    return {part: row[f"{item.column}:{part}"] for part in PARTS}
 
 
-def content(row: Mapping[str, Any], item: Input) -> str:
-    """What a column's content depends on, whatever size it is read at."""
-    if not item.is_file:
-        return digest_text(row[item.column])
-    return ",".join(_listed(row, item, "digest"))
+def reference_text(item: Input) -> pl.Expr:
+    """The same as JSON text, for every row of a checked table."""
+    parts = [pl.col(f"{item.column}:{part}").alias(part) for part in PARTS]
+    return pl.struct(parts).struct.json_encode()
 
 
-def reading(row: Mapping[str, Any], item: Input) -> list[Any]:
-    """How the files of a column are read: sizes, and for videos the frames that are taken."""
-    targets = [list(target) for target in _listed(row, item, "target")]
-    if item.kind != "video":
-        return targets
-    return [targets, _listed(row, item, "frames"), _listed(row, item, "stride")]
+def reading(files: Reference, item: Input) -> list[Any]:
+    """How the files are read: sizes, and for videos the frames that are taken."""
+    listed = {part: _listed(files, item, part) for part in ("target", "frames", "stride")}
+    targets = [list(target) for target in listed["target"]]
+    return targets if item.kind != "video" else [targets, listed["frames"], listed["stride"]]
+
+
+def _listed(files: Reference, item: Input, part: str) -> list[Any]:
+    value = files[part]
+    return list(value) if item.many else [value]
 
 
 def plain(text: str, item: Input) -> str | int | float:
@@ -54,23 +61,59 @@ def plain(text: str, item: Input) -> str | int | float:
         return int(number) if number.is_integer() else number
 
 
-def load(files: Reference, item: Input) -> Any:
+def load(files: Reference, item: Input, row: int) -> Any:
     """Read the files of a column.
+
+    Args:
+        row: number of the row in the metadata, for messages.
 
     Returns:
         float32 in [-1, 1]: (3, H, W) for an image and (3, F, H, W) for a video; an RGB Pillow
         image for a picture; a list of these where the input takes many.
 
     Raises:
-        OSError, …: see `data.media.IMAGE_ERRORS`; a file is not as it was when it was checked.
+        MetadataError: a file is no longer what was checked, or cannot be read.
     """
-    tensors: list[Any] = []
-    for path, target, frames, stride in zip(*(files[part] for part in _PARTS), strict=True):
-        size = (target[0], target[1])
-        if item.kind == "image":
-            tensors.append(load_sample_image(Path(path), size))
-        elif item.kind == "picture":
-            tensors.append(read_image(Path(path)))
-        else:
-            tensors.append(load_sample_video(Path(path), size, frames, stride))
-    return tensors if item.many else tensors[0]
+    loaded: list[Any] = []
+    for values in zip(*(_listed(files, item, part) for part in PARTS), strict=True):
+        one: Reference = dict(zip(PARTS, values, strict=True))
+        where = f"row {row} of the metadata, {item.column}: {one['path']}"
+        try:
+            _require_unchanged(one, item, where)
+            loaded.append(_load_one(one, item))
+            _require_unchanged(one, item, where)  # nor while it was read
+        except IMAGE_ERRORS as error:
+            raise MetadataError(
+                f"the {item.kind} was readable when it was checked, and is not now: {error}",
+                where=where,
+                do=f"put the file back, or {_READ_ANEW}",
+            ) from error
+    return loaded if item.many else loaded[0]
+
+
+def _load_one(one: Reference, item: Input) -> Any:
+    path, size = Path(one["path"]), (one["target"][0], one["target"][1])
+    if item.kind == "image":
+        return load_sample_image(path, size)
+    if item.kind == "picture":
+        return read_image(path)
+    return load_sample_video(path, size, one["frames"], one["stride"])
+
+
+def _require_unchanged(one: Reference, item: Input, where: str) -> None:
+    """Refuse a file that is no longer what was checked; a file that was only touched is.
+
+    Raises:
+        MetadataError: it has another content.
+        OSError: it is not there, or cannot be read.
+    """
+    path = Path(one["path"])
+    stat = path.stat()
+    if (stat.st_size, stat.st_mtime_ns) == (one["size"], one["modified"]):
+        return
+    if stat.st_size != one["size"] or digest_file(path) != one["digest"]:
+        raise MetadataError(
+            f"the {item.kind} is no longer the one that was checked: its content has changed",
+            where=where,
+            do=f"put the file back, or {_READ_ANEW}",
+        )

@@ -3,17 +3,16 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.cache.resolve import Sample, Samples
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.order import MicroBatch, StepOrder, Visit
+from diffsynth_dagster.data.order import MicroBatch, StepOrder
 from diffsynth_dagster.data.samples import load, plain
 from diffsynth_dagster.families.contract import Family, Output, Tensors
 
@@ -65,22 +64,19 @@ class StepDataset(Dataset[list[Batch]]):
     """
 
     def __init__(
-        self, config: TrainingConfig, family: Family, manifest: Manifest, rank: int, world: int
+        self, config: TrainingConfig, family: Family, samples: Samples, rank: int, world: int
     ) -> None:
         trained = trained_components(config)
         self._cached = family.cached_stages(trained)
         self._step_inputs = list(
             dict.fromkeys(i for s in family.step_stages(trained) for i in s.reads)
         )
-        self._rows = manifest.frame.to_dicts()
-        self._buckets = _buckets(self._rows)
-        self._store = Store(Path(manifest.store))
-        # Here and not in a worker: Polars does not survive the fork that makes one.
-        self._store.refresh()
+        self._samples = samples
+        self._store = Store(samples.store)
         self._rank = rank
         self._world = world
         self.order = StepOrder(
-            [len(bucket) for bucket in self._buckets],
+            samples.buckets,
             config.dataset_repeat,
             config.batch_size,
             config.gradient_accumulation_steps * world,
@@ -88,7 +84,12 @@ class StepDataset(Dataset[list[Batch]]):
         )
 
     def __getitem__(self, step: int) -> list[Batch]:
-        """The micro-batches of this process for an optimizer step. Raises `StoreError`."""
+        """The micro-batches of this process for an optimizer step.
+
+        Raises:
+            StoreError: a shard is damaged.
+            MetadataError: a file that the step reads is no longer what was checked.
+        """
         micros = self.order.step(step)
         scale = self._world / sum(len(micro) for micro in micros)
         mine = [self._batch(micro, scale) for micro in micros[self._rank :: self._world]]
@@ -97,37 +98,26 @@ class StepDataset(Dataset[list[Batch]]):
         return mine
 
     def _batch(self, micro: MicroBatch, scale: float) -> Batch:
-        rows = [self._row(visit) for visit in micro]
+        samples = [self._samples.at(visit.bucket, visit.index) for visit in micro]
         outputs = [output for stage in self._cached for output in stage.yields]
         tensors: list[Tensors] = []
-        for row in rows:
-            sample: Tensors = {}
+        for sample in samples:
+            read: Tensors = {}
             for stage in self._cached:
-                sample |= self._store.read(row[f"key:{stage.name}"])
-            tensors.append(sample)
+                shard, key = sample.places[stage.name]
+                read |= self._store.read_from(shard, key, [o.name for o in stage.yields])
+            tensors.append(read)
         return Batch(
-            [row["sample"] for row in rows],
+            [sample.sample for sample in samples],
             [visit.visit for visit in micro],
             collate(outputs, tensors),
-            [self._inputs(row) for row in rows],
+            [self._inputs(sample) for sample in samples],
             scale,
         )
 
-    def _row(self, visit: Visit) -> dict[str, Any]:
-        return self._rows[self._buckets[visit.bucket][visit.index]]
-
-    def _inputs(self, row: dict[str, Any]) -> dict[str, Any]:
-        values = {i: row[f"input:{i.column}"] for i in self._step_inputs}
+    def _inputs(self, sample: Sample) -> dict[str, Any]:
+        values = {i: sample.inputs[i.column] for i in self._step_inputs}
         return {
-            i.column: load(json.loads(value), i) if i.is_file else plain(value, i)
+            i.column: load(json.loads(value), i, sample.row) if i.is_file else plain(value, i)
             for i, value in values.items()
         }
-
-
-def _buckets(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """Indices of the rows of each trained size, ordered by size."""
-    by_size: dict[tuple[int, int, int, str], list[int]] = {}
-    for index, row in enumerate(rows):
-        size = (row["height"], row["width"], row["frames"], row["shape"])
-        by_size.setdefault(size, []).append(index)
-    return [by_size[size] for size in sorted(by_size)]

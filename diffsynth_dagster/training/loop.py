@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.cache.resolve import Samples
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.dotted import import_dotted
@@ -47,6 +48,7 @@ class Session:
     accelerator: Accelerator
     models: Models
     manifest: Manifest
+    samples: Samples
     record: RunRecord
     reporter: Reporter
     stop_asked: Callable[[], bool]
@@ -103,7 +105,7 @@ def train(session: Session) -> RunRecord:
     data = StepDataset(
         config,
         session.models.found.family,
-        session.manifest,
+        session.samples,
         accelerator.process_index,
         accelerator.num_processes,
     )

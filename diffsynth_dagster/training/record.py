@@ -94,7 +94,7 @@ def start_record(
         family=found.family.name,
         trained=[*config.trainable_models, *filter(None, [config.lora_base_model])],
         base=dict(sorted(base.items())),
-        samples=manifest.frame.height,
+        samples=manifest.samples,
         samples_digest=manifest.digest,
         config_digest=settings,
         lora=lora,

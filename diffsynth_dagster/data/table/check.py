@@ -3,11 +3,13 @@
 Every row keeps a `status` ("ok" or one of `REASONS`) and a message.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
+from diffsynth_dagster.config.effect import values_that_affect
 from diffsynth_dagster.config.parameters import DatasetParameters, TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
@@ -22,49 +24,80 @@ from diffsynth_dagster.data.table.read import open_table
 from diffsynth_dagster.data.table.values import REASONS, check_structure, require_columns
 from diffsynth_dagster.errors import MetadataError, ParameterError, nearest
 from diffsynth_dagster.facts import FactBook
-from diffsynth_dagster.files import write_whole
 
 BOOKKEEPING = ("row", "status", "message", "width", "height", "frames", "shape")
 """Columns of a checked table that are not the family's."""
 
 
 @dataclass(frozen=True)
-class Validated:
+class CheckedTable:
     """A checked table.
 
-    `frame` has a row for each row of the table:
-        `row` (from 1), `status` ("ok" or one of `REASONS`), `message`;
-        the columns that the family reads;
-        for each file column what `FileCheck.check` adds to it;
-        `width`, `height` (pixels) and `frames` that the first file is trained at, 0 where the row
-        is rejected; `shape`, which is equal for rows whose files are all trained at equal sizes.
+    Attributes:
+        rows: one for each row of the table:
+            `row` (from 1), `status` ("ok" or one of `REASONS`), `message`;
+            the columns that the family reads;
+            for each file column what `FileCheck.check` adds to it;
+            `width`, `height` (pixels) and `frames` that the first file is trained at, 0 where the
+            row is rejected; `shape`, which is equal for rows whose files are all trained at equal
+            sizes. Read in parts where they are needed: a table may be larger than memory.
+        source: the metadata table that was checked.
+        parameters: the parameters that say what the rows are, as JSON values.
     """
 
-    frame: pl.DataFrame
-    source: Path
+    rows: pl.LazyFrame
+    source: str
+    parameters: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
-    def accepted(self) -> pl.DataFrame:
+    def frame(self) -> pl.DataFrame:
+        """Every row, in memory."""
+        return self.rows.collect()
+
+    @property
+    def accepted(self) -> pl.LazyFrame:
         """The rows that are trained on."""
-        return self.frame.filter(pl.col("status") == "ok")
+        return self.rows.filter(pl.col("status") == "ok")
 
     @property
-    def rejected(self) -> pl.DataFrame:
+    def rejected(self) -> pl.LazyFrame:
         """The rows that are not."""
-        return self.frame.filter(pl.col("status") != "ok")
+        return self.rows.filter(pl.col("status") != "ok")
 
     @property
     def counts(self) -> dict[str, int]:
         """Number of rows by status."""
-        table = self.frame.group_by("status").len().sort("status")
+        table = self.rows.group_by("status").len().sort("status").collect()
         return dict(zip(table["status"], table["len"], strict=True))
 
     def duplicates(self) -> int:
         """How many accepted rows repeat the content and caption of an earlier one."""
-        files = {c for c in self.frame.columns if c.endswith(":digest")}
-        texts = {c for c in self.frame.columns if ":" not in c and f"{c}:digest" not in files}
-        columns = sorted(files | texts - set(BOOKKEEPING))
-        return self.accepted.height - self.accepted.select(columns).unique().height
+        names = self.rows.collect_schema().names()
+        files = {c for c in names if c.endswith(":digest")}
+        texts = {c for c in names if ":" not in c and f"{c}:digest" not in files}
+        content = self.accepted.select(sorted(files | texts - set(BOOKKEEPING)))
+        all_rows, distinct = (rows.select(pl.len()) for rows in (content, content.unique()))
+        counts = pl.concat([all_rows, distinct]).collect().to_series()
+        return int(counts[0] - counts[1])
+
+    def require_accepted(self, max_rejected_fraction: float) -> None:
+        """Refuse a table with more rejected rows than allowed, or with no accepted row.
+
+        Raises:
+            MetadataError: it names the first rejected rows and why.
+        """
+        total = sum(self.counts.values())
+        rejected = total - self.counts.get("ok", 0)
+        if rejected <= max_rejected_fraction * total and rejected < total:
+            return
+        first = self.rejected.select("row", "status", "message").head(5).collect()
+        shown = [f"row {row}: {message} ({status})" for row, status, message in first.iter_rows()]
+        more = f"; and {rejected - 5} more" if rejected > 5 else ""
+        raise MetadataError(
+            f"{rejected} of {total} rows cannot be used: " + "; ".join(shown) + more,
+            where=self.source,
+            do="mend or remove these rows, or allow some to be left out with max_rejected_fraction",
+        )
 
 
 def check_columns(config: TrainingConfig, columns: Columns) -> tuple[Input, ...]:
@@ -102,7 +135,7 @@ def check_columns(config: TrainingConfig, columns: Columns) -> tuple[Input, ...]
 
 def validate(
     config: TrainingConfig, columns: Columns, book: FactBook, progress: Progress = lambda n: None
-) -> Validated:
+) -> CheckedTable:
     """Check every row of the config's table, and every file that it names.
 
     Raises:
@@ -126,50 +159,15 @@ def validate(
             frame = files.check(frame, item)
             if item.same_size:
                 frame = with_same_size(frame, columns.files[0], item)
-    return Validated(with_shape(frame, columns.files), source)
-
-
-def require_accepted(validated: Validated, max_rejected_fraction: float) -> None:
-    """Refuse a table with more rejected rows than allowed, or with no accepted row.
-
-    Raises:
-        MetadataError: it names the first rejected rows and why.
-    """
-    rejected, total = validated.rejected, validated.frame.height
-    if rejected.height <= max_rejected_fraction * total and rejected.height < total:
-        return
-    shown = [
-        f"row {row}: {message} ({status})"
-        for row, status, message in rejected.select("row", "status", "message").head(5).iter_rows()
-    ]
-    more = f"; and {rejected.height - 5} more" if rejected.height > 5 else ""
-    raise MetadataError(
-        f"{rejected.height} of {total} rows cannot be used: " + "; ".join(shown) + more,
-        where=str(validated.source),
-        do="mend or remove these rows, or allow some to be left out with max_rejected_fraction",
-    )
-
-
-def write_validated(validated: Validated, folder: Path) -> tuple[Path, Path]:
-    """Write `metadata.parquet` (every row) and `rejected.csv` into a run folder.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    rejected = validated.rejected.select("row", "status", "message")
-    return (
-        write_whole(folder / "metadata.parquet", validated.frame.write_parquet),
-        write_whole(folder / "rejected.csv", rejected.write_csv),
-    )
+    settled = values_that_affect(config, "rows")
+    return CheckedTable(with_shape(frame, columns.files).lazy(), str(source), settled)
 
 
 __all__ = [
     "BOOKKEEPING",
     "REASONS",
+    "CheckedTable",
     "Progress",
-    "Validated",
     "check_columns",
-    "require_accepted",
     "validate",
-    "write_validated",
 ]

@@ -30,12 +30,16 @@ _CHECK = "2"
 _PER_FILE: dict[str, Any] = {
     "path": pl.String,
     "digest": pl.String,
+    "size": pl.Int64,
+    "modified": pl.Int64,
     "width": pl.Int64,
     "height": pl.Int64,
     "target": pl.List(pl.Int64),
     "frames": pl.Int64,
     "stride": pl.Float64,
 }
+_AT_ONCE = 1 << 16
+"""Files that are looked at together: what is known of them lies in Python objects meanwhile."""
 _ROW, _VALUE, _NOW, _WHY = "\x00row", "\x00value", "\x00now", "\x00why"
 
 
@@ -107,7 +111,8 @@ class FileCheck:
 
         Returns:
             The frame with the status and message of rows whose files fail, and for each file
-            `<column>:path` (resolved), `:digest`, `:width` and `:height` (pixels, upright),
+            `<column>:path` (resolved), `:digest`, `:size` (bytes) and `:modified` (nanoseconds) of
+            the file that was checked, `:width` and `:height` (pixels, upright),
             `:target` ([width, height] it is trained at), `:frames` (trained, 1 for an image) and
             `:stride` (see `frame_indices`). Lists of these where the input takes many.
         """
@@ -115,7 +120,9 @@ class FileCheck:
         value = pl.col(item.column)
         named = wanted.select(_ROW, (value if item.many else pl.concat_list(value)).alias(_VALUE))
         named = named.explode(_VALUE)
-        files = self._files(named[_VALUE].unique(maintain_order=True).to_list(), item)
+        values = named[_VALUE].unique(maintain_order=True)
+        parts = range(0, max(1, len(values)), _AT_ONCE)
+        files = pl.concat([self._files(values.slice(at, _AT_ONCE).to_list(), item) for at in parts])
         found = named.join(files, on=_VALUE, how="left", maintain_order="left")
         rows = found.group_by(_ROW, maintain_order=True).agg(
             *(pl.col(name).alias(f"{item.column}:{name}") for name in _PER_FILE),
@@ -222,7 +229,7 @@ def with_same_size(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFram
 
 
 def with_shape(frame: pl.DataFrame, files: Sequence[Input]) -> pl.DataFrame:
-    """The frame with `width`, `height`, `frames` and `shape`: see `Validated`."""
+    """The frame with `width`, `height`, `frames` and `shape`: see `CheckedTable`."""
     main = files[0]
     ok = pl.col("status") == "ok"
 

@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from conftest import ROOT, make_config, train
+from conftest import ROOT, make_config, samples_of, train
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -156,7 +156,7 @@ def loss_in_the_pipeline(values: dict[str, Any], run: Path, lora: Path, model: P
     count = len(found.family.path().sigmas)
     trained = trained_components(config)
     step = TrainingStep(found.family, {"dit": dit}, {}, trained, config.seed, (0, count))
-    (batch,) = StepDataset(config, found.family, read_manifest(run), 0, 1)[0]
+    (batch,) = StepDataset(config, found.family, samples_of(run), 0, 1)[0]
     with torch.no_grad():
         return float(step(batch).mean())
 
@@ -301,7 +301,6 @@ def test_shapes_alone_give_the_same_encodings(values: Values, model: Path, tmp_p
         assert code == 0
         manifest = read_manifest(run)
         store = Store(Path(manifest.store))
-        store.refresh()
         row = manifest.frame.sort("row").row(0, named=True)
         outputs.append({})
         for column in (c for c in row if c.startswith("key:")):

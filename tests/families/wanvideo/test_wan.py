@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_config, train
+from conftest import keys_of, make_config, train
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -20,7 +20,6 @@ from family_case import Case
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.data.table.check import validate
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.export import export_run, verify_export
@@ -88,7 +87,7 @@ def test_both_experts_share_one_store(model: Path, clips: Path, tmp_path: Path) 
     assert {file for file in stored(tmp_path) if file[0].endswith(".safetensors")} == {
         file for file in before if file[0].endswith(".safetensors")
     }
-    assert read_manifest(tmp_path / "high").keys == read_manifest(tmp_path / "low").keys
+    assert keys_of(tmp_path / "high") == keys_of(tmp_path / "low")
 
 
 def test_frames_that_are_given_have_keys_of_their_own(
@@ -99,7 +98,7 @@ def test_frames_that_are_given_have_keys_of_their_own(
     for name in ("wan_i2v", "wan_flf2v"):
         given = values(WAN[name], model, clips, tmp_path, task="sft:data_process")
         assert train(given, tmp_path / name)[0] == 0
-        keys.append(set(read_manifest(tmp_path / name).keys))
+        keys.append(keys_of(tmp_path / name))
     # Prompts and videos are the same, what is made of the frames is not.
     assert len(keys[0] & keys[1]) == 2 * 4
     assert len(keys[0] | keys[1]) == 6 * 4

@@ -1,0 +1,149 @@
+"""Keys of encoded samples: digests of all that a stage's outputs depend on, made from columns.
+
+A key is BLAKE3 of a text, in 32 hexadecimal digits (128 bits). The text has two parts: what is the
+same for every row (the stage, the weights it uses, the element type), and what the row says: the
+digest of each column's content, and for files the sizes and frames they are read at.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+import torch
+
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.digests import digest_column
+from diffsynth_dagster.data.samples import reading
+from diffsynth_dagster.facts import FactBook, digest_of, digest_text
+from diffsynth_dagster.families.contract import Family, Stage
+from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.models import component_digest
+
+LAYOUT_VERSION = 4
+"""Raised when stored samples may be wrong or are laid out differently: older ones are not read.
+4: files are compared with what was checked when they are read; before, a picture exchanged between
+the check and the encoding was stored under the key of the old one."""
+KEY_DIGITS = 32
+_CONTENT, _READING = "\x00content:", "\x00reading:"
+
+
+def with_contents(rows: pl.DataFrame, inputs: Sequence[Input]) -> pl.DataFrame:
+    """Rows of a checked table with what keys are made of: for each input the digest of its content,
+    and for files how they are read, as JSON text."""
+    contents = [_content(item).alias(_CONTENT + item.column) for item in inputs]
+    readings = [_reading(rows, item) for item in inputs if item.is_file]
+    return rows.with_columns(*contents, *readings)
+
+
+def _content(item: Input) -> pl.Expr:
+    if not item.is_file:
+        return digest_column(pl.col(item.column))
+    digest = pl.col(f"{item.column}:digest")
+    return digest.list.join(",") if item.many else digest
+
+
+def _reading(rows: pl.DataFrame, item: Input) -> pl.Series:
+    """How each row's files are read, as JSON text. Rows have few different values of it."""
+    parts = [pl.col(f"{item.column}:{p}").alias(p) for p in ("target", "frames", "stride")]
+    texts = rows.select(pl.struct(parts).struct.json_encode()).to_series()
+    distinct = texts.unique()
+    worded = [json.dumps(reading(json.loads(t), item), separators=(",", ":")) for t in distinct]
+    return texts.replace_strict(distinct, worded, return_dtype=pl.String).alias(
+        _READING + item.column
+    )
+
+
+def sample_identity(inputs: Sequence[Input]) -> pl.Expr:
+    """What identifies a sample: a digest of what its row says and how its files are read.
+
+    Noise and timesteps are drawn from it, so that it must stay what it is: the digest of the JSON
+    value [{column: content}, {file column: reading}], with sorted keys and without spaces.
+    """
+    parts: list[pl.Expr] = []
+    for start, listed in (("[{", inputs), ("},{", [i for i in inputs if i.is_file])):
+        parts.append(pl.lit(start))
+        for index, item in enumerate(sorted(listed, key=lambda i: i.column)):
+            name = json.dumps(item.column)
+            parts.append(pl.lit(("," if index else "") + name + ":"))
+            content = pl.format('"{}"', pl.col(_CONTENT + item.column))
+            parts.append(content if start == "[{" else pl.col(_READING + item.column))
+    return digest_column(pl.concat_str(*parts, pl.lit("}]"))).str.slice(0, KEY_DIGITS)
+
+
+def all_reads(stage: Stage, family: Family) -> list[Input]:
+    """The inputs that a stage depends on, itself or through its needs."""
+    inputs = list(stage.reads)
+    for name in stage.needs:
+        inputs += all_reads(family.stage(name), family)
+    return list(dict.fromkeys(inputs))
+
+
+def _all_uses(stage: Stage, family: Family) -> set[str]:
+    names = set(stage.uses)
+    for name in stage.needs:
+        names |= _all_uses(family.stage(name), family)
+    return names
+
+
+class Keys:
+    """Makes the keys of the stages of a model.
+
+    Args:
+        dtype: element type that the stages are computed in.
+    """
+
+    def __init__(self, found: FoundModel, book: FactBook, dtype: torch.dtype) -> None:
+        self._found = found
+        self._book = book
+        self._dtype = str(dtype)
+        self._digests: dict[str, str] = {}
+
+    def of_rows(self, stage: Stage) -> pl.Expr:
+        """The key of every row that `with_contents` gave.
+
+        Raises:
+            WeightsError: a component that the stage uses is missing.
+        """
+        parts = [pl.lit(self._context(stage))]
+        for item in all_reads(stage, self._found.family):
+            parts += [pl.lit(f"\n{item.column}="), pl.col(_CONTENT + item.column)]
+            if item.is_file:
+                parts.append(pl.col(_READING + item.column))
+        return digest_column(pl.concat_str(parts)).str.slice(0, KEY_DIGITS)
+
+    def of_prompt(self, stage: Stage, prompt: str) -> str:
+        """The key of a prompt, for a stage that reads nothing but texts. Raises `WeightsError`."""
+        texts = all_reads(stage, self._found.family)
+        said = "".join(f"\n{item.column}={digest_text(prompt)}" for item in texts)
+        return digest_text(self._context(stage) + said)[:KEY_DIGITS]
+
+    def weights(self, stages: Sequence[Stage]) -> dict[str, str]:
+        """Component or tokenizer → digest of its files, for all that the stages use."""
+        return {n: self._digest(n) for n in sorted({n for stage in stages for n in stage.uses})}
+
+    def _context(self, stage: Stage) -> str:
+        """Digest of what a key depends on beside the row."""
+        family = self._found.family
+        value: list[Any] = [
+            LAYOUT_VERSION,
+            family.name,
+            stage.name,
+            stage.version,
+            [[o.name, o.role, o.ragged] for o in stage.yields],
+            self._dtype,
+            [self._digest(name) for name in sorted(_all_uses(stage, family))],
+        ]
+        return digest_of(value)
+
+    def _digest(self, component: str) -> str:
+        if component not in self._digests:
+            self._digests[component] = component_digest(self._found, component, self._book)
+        return self._digests[component]
+
+
+def prompt_keys(
+    prompts: Sequence[str], stages: Sequence[Stage], keys: Keys
+) -> Mapping[str, Mapping[str, str]]:
+    """Prompt → stage → key, for the stages that read nothing but texts."""
+    return {p: {s.name: keys.of_prompt(s, p) for s in stages} for p in dict.fromkeys(prompts)}

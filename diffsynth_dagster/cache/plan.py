@@ -1,0 +1,157 @@
+"""From a checked table to a manifest: which key each sample has, before anything is encoded.
+
+The table is read in batches and the manifest written in batches: ten million rows need no more
+memory than a hundred thousand, but for a number each.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from diffsynth_dagster.cache.keys import (
+    LAYOUT_VERSION,
+    Keys,
+    prompt_keys,
+    sample_identity,
+    with_contents,
+)
+from diffsynth_dagster.cache.manifest import PLANNED, Manifest, Notes, write_manifest
+from diffsynth_dagster.config.effect import settled_by_encoding, trained_components
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Columns, Input
+from diffsynth_dagster.data.digests import digest_rows
+from diffsynth_dagster.data.samples import PARTS, reference_text
+from diffsynth_dagster.data.table.check import CheckedTable
+from diffsynth_dagster.families.contract import Stage
+from diffsynth_dagster.weights.identify import FoundModel
+
+_SIZES = {"row": pl.UInt32, "width": pl.Int64, "height": pl.Int64, "frames": pl.Int64}
+
+
+def plan_samples(
+    config: TrainingConfig, found: FoundModel, table: CheckedTable, keys: Keys
+) -> Manifest:
+    """Write the planned manifest of a checked table into the run folder: nothing is encoded yet.
+
+    Raises:
+        WeightsError: a component that a cached stage uses is missing.
+        OutputError: the run folder cannot be written.
+    """
+    family = found.family
+    trained = trained_components(config)
+    cached, in_step = family.cached_stages(trained), family.step_stages(trained)
+    step_inputs = list(dict.fromkeys(i for stage in in_step for i in stage.reads))
+    output = Path(config.output_path)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".plan-", dir=output) as folder:
+        draft = Path(folder) / "draft.parquet"
+        make_rows = _row_maker(family.columns, cached, step_inputs, keys)
+        table.accepted.select(_read_columns(family.columns)).map_batches(
+            make_rows,
+            schema=_schema(cached, step_inputs),
+            streamable=True,
+            predicate_pushdown=False,
+            projection_pushdown=False,
+        ).sink_parquet(draft, compression="lz4")
+        rows = _with_occurrence(pl.scan_parquet(draft))
+        identity = [*_SIZES, "shape", "sample", *(f"key:{s.name}" for s in cached)]
+        prompts = _prompts(config)
+        text_stages = [s for s in family.text_stages if s in cached]
+        notes = Notes(
+            store=str(Path(config.cache_path).absolute()),
+            family=family.name,
+            digest=digest_rows(rows.select(identity)),
+            samples=int(rows.select(pl.len()).collect().item()),
+            prompts={p: dict(k) for p, k in prompt_keys(prompts, text_stages, keys).items()},
+            weights=keys.weights(cached),
+            parameters=settled_by_encoding(config),
+            layout=LAYOUT_VERSION,
+        )
+        return write_manifest(rows, notes, output / PLANNED)
+
+
+def _read_columns(columns: Columns) -> list[str]:
+    """The columns of a checked table that a manifest is made of."""
+    parts = [f"{item.column}:{part}" for item in columns.files for part in PARTS]
+    return [*_SIZES, "shape", *(item.column for item in columns.inputs), *parts]
+
+
+def _prompts(config: TrainingConfig) -> list[str]:
+    """The prompts of sample images, and the empty one where guidance needs it."""
+    prompts = list(config.sample_prompts)
+    return [*prompts, ""] if prompts and config.sample_cfg_scale > 1 else prompts
+
+
+def _schema(cached: Sequence[Stage], step_inputs: Sequence[Input]) -> dict[str, Any]:
+    texts = [
+        "shape",
+        *(f"key:{s.name}" for s in cached),
+        *(f"input:{i.column}" for i in step_inputs),
+    ]
+    return {"sample": pl.String, **_SIZES, "tokens": pl.Int64, **dict.fromkeys(texts, pl.String)}
+
+
+def _row_maker(
+    columns: Columns, cached: Sequence[Stage], step_inputs: Sequence[Input], keys: Keys
+) -> Any:
+    """Makes rows of a manifest from rows of a checked table."""
+    wanted = [
+        sample_identity(columns.inputs).alias("sample"),
+        *(pl.col(name).cast(kind) for name, kind in _SIZES.items()),
+        tokens(columns).alias("tokens"),
+        pl.col("shape"),
+        *(keys.of_rows(stage).alias(f"key:{stage.name}") for stage in cached),
+        *(
+            (reference_text(i) if i.is_file else pl.col(i.column)).alias(f"input:{i.column}")
+            for i in step_inputs
+        ),
+    ]
+
+    def make(rows: pl.DataFrame) -> pl.DataFrame:
+        return with_contents(rows, columns.inputs).select(wanted)
+
+    return make
+
+
+def tokens(columns: Columns) -> pl.Expr:
+    """How many patches the latents of a row's files have together: what a step costs grows with it.
+
+    A patch covers `side_factor` pixels each way, and of a clip the `step` of its frame rule.
+    """
+    geometry = columns.geometry
+    step = geometry.frames.step if geometry.frames is not None else 1
+
+    def patches(target: pl.Expr, frames: pl.Expr) -> pl.Expr:
+        area = (target.list.get(0) // geometry.side_factor) * (
+            target.list.get(1) // geometry.side_factor
+        )
+        return area * ((frames + step - 1) // step)
+
+    total: pl.Expr = pl.lit(0, pl.Int64)
+    for item in columns.files:
+        target, frames = pl.col(f"{item.column}:target"), pl.col(f"{item.column}:frames")
+        if item.many:
+            # Files of a column that takes many are pictures, of one frame each.
+            total += target.list.eval(patches(pl.element(), pl.lit(1))).list.sum()
+        else:
+            total += patches(target, frames)
+    return total
+
+
+def _with_occurrence(rows: pl.LazyFrame) -> pl.LazyFrame:
+    """The rows with `sample` made unique: `<identity>-<n>` for the n-th row of this identity.
+
+    Rows that may be alike are found by the first 64 bits of their identities.
+    """
+    start = pl.col("sample").str.slice(0, 16).str.to_integer(base=16, dtype=pl.UInt64)
+    suspects = rows.select(start).collect(engine="streaming").to_series().is_duplicated()
+    counted = pl.Series("n", [1], dtype=pl.UInt32).new_from_index(0, len(suspects))
+    if suspects.any():
+        alike = rows.select("sample").collect(engine="streaming").filter(suspects)
+        number = alike.select(pl.int_range(1, pl.len() + 1).over("sample").cast(pl.UInt32))
+        counted = counted.scatter(suspects.arg_true(), number.to_series())
+    together = pl.concat([rows, counted.to_frame().lazy()], how="horizontal")
+    return together.with_columns(pl.format("{}-{}", "sample", "n").alias("sample")).drop("n")

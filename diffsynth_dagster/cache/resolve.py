@@ -1,0 +1,241 @@
+"""The manifest as a training reads it: where each sample lies, in files of fixed-size records.
+
+    .samples.npy      a record for each sample, samples of equal shape next to each other
+    .samples.bin      the texts and file references that the training step reads, one after another
+    .samples.json     buckets, shards, columns
+
+The keys are looked up in the store once, for all samples together. The files are mapped into memory
+by every process and worker of a node: a sample costs none of them a Python object.
+"""
+
+import json
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from diffsynth_dagster.cache.keys import KEY_DIGITS
+from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.cache.store import Store
+from diffsynth_dagster.errors import StoreError
+from diffsynth_dagster.files import write_text, write_whole
+
+RECORDS, TEXTS, FACTS = ".samples.npy", ".samples.bin", ".samples.json"
+_SHAPE = ("height", "width", "frames", "shape")
+_SAMPLE_DIGITS = KEY_DIGITS + 11
+"""Of `<identity>-<n>`, with n below 2 to the 32."""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the records do not say.
+
+    Attributes:
+        store: folder of the store.
+        digest: of the manifest.
+        buckets: number of samples of each shape, in the order of the records.
+        shards: names, by the numbers that the records hold.
+        stages, inputs: the cached stages, and the columns that the step reads.
+    """
+
+    store: str
+    digest: str
+    buckets: list[int]
+    shards: list[str]
+    stages: list[str]
+    inputs: list[str]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where one sample lies.
+
+    Attributes:
+        sample: its identity.
+        row: its number in the metadata, from 1.
+        places: stage → shard and key.
+        inputs: column → text, or reference to files as JSON.
+    """
+
+    sample: str
+    row: int
+    places: Mapping[str, tuple[str, str]]
+    inputs: Mapping[str, str]
+
+
+class Samples:
+    """The resolved samples in a run folder. Copies for worker processes map the files anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._facts = _Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+        self._records: Any = np.load(folder / RECORDS, mmap_mode="r")
+        with (folder / TEXTS).open("rb") as file:
+            empty = file.seek(0, 2) == 0
+            self._texts: Any = b"" if empty else mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        self.store = Path(self._facts.store)
+        self.buckets: Sequence[int] = self._facts.buckets
+        self._starts = np.cumsum([0, *self.buckets])
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def tokens(self) -> NDArray[np.uint32]:
+        """Patches of each sample's latents, in the order of the records."""
+        return cast("NDArray[np.uint32]", self._records["tokens"])
+
+    def at(self, bucket: int, index: int) -> Sample:
+        """A sample by its bucket and its place in it."""
+        record = self._records[int(self._starts[bucket]) + index]
+        inputs: dict[str, str] = {}
+        for number, column in enumerate(self._facts.inputs):
+            start, length = int(record["at"][number]), int(record["length"][number])
+            inputs[column] = self._texts[start : start + length].decode("utf-8")
+        return Sample(
+            record["sample"].decode(),
+            int(record["row"]),
+            {
+                stage: (self._facts.shards[record["shard"][n]], record["key"][n].decode())
+                for n, stage in enumerate(self._facts.stages)
+            },
+            inputs,
+        )
+
+    def __reduce__(self) -> Any:
+        return Samples, (self._folder,)
+
+
+def resolve(manifest: Manifest, folder: Path) -> Samples:
+    """Look up where the samples of a manifest lie, and write it into the folder of a training.
+
+    Raises:
+        StoreError: the store lacks a sample.
+        OutputError: the run folder cannot be written.
+    """
+    names = manifest.rows.collect_schema().names()
+    stages = [n.removeprefix("key:") for n in names if n.startswith("key:")]
+    inputs = [n.removeprefix("input:") for n in names if n.startswith("input:")]
+    store = Store(Path(manifest.store))
+    shards = sorted(p.stem for p in (store.path / "index").glob("*.parquet"))
+    places = [_shard_numbers(manifest, store, stage, shards) for stage in stages]
+    position, buckets = _positions(manifest)
+    kind = _record_type(len(stages), len(inputs))
+
+    def write(staged: Path) -> None:
+        records = np.lib.format.open_memmap(
+            staged, mode="w+", dtype=kind, shape=(manifest.samples,)
+        )
+        write_whole(folder / TEXTS, lambda texts: _fill(records, texts))
+        records.flush()
+
+    def _fill(records: Any, texts: Path) -> None:
+        done = written = 0
+        with texts.open("wb") as file:
+            for batch in manifest.rows.collect_batches(maintain_order=True):
+                part = slice(done, done + batch.height)
+                made, text = _records(batch, kind, stages, inputs, written)
+                for number, shard in enumerate(places):
+                    made["shard"][:, number] = shard[part]
+                records[position[part]] = made
+                file.write(text)
+                done, written = part.stop, written + len(text)
+
+    write_whole(folder / RECORDS, write)
+    facts = _Facts(manifest.store, manifest.digest, buckets, shards, stages, inputs)
+    write_text(folder / FACTS, json.dumps(asdict(facts)))
+    return Samples(folder)
+
+
+def _record_type(stages: int, inputs: int) -> np.dtype[Any]:
+    return np.dtype(
+        [
+            ("sample", f"S{_SAMPLE_DIGITS}"),
+            ("row", "<u4"),
+            ("tokens", "<u4"),
+            ("key", f"S{KEY_DIGITS}", (stages,)),
+            ("shard", "<u4", (stages,)),
+            ("at", "<u8", (inputs,)),
+            ("length", "<u4", (inputs,)),
+        ]
+    )
+
+
+def _records(
+    batch: pl.DataFrame, kind: np.dtype[Any], stages: Sequence[str], inputs: Sequence[str], at: int
+) -> tuple[Any, bytes]:
+    """Records of a batch of the manifest's rows, and their texts.
+
+    Args:
+        at: where the texts begin in their file.
+    """
+    records: Any = np.zeros(batch.height, dtype=kind)
+    records["sample"] = _fixed(batch["sample"], _SAMPLE_DIGITS)
+    records["row"] = batch["row"].to_numpy()
+    records["tokens"] = batch["tokens"].to_numpy()
+    for number, stage in enumerate(stages):
+        records["key"][:, number] = _fixed(batch[f"key:{stage}"], KEY_DIGITS)
+    parts: list[bytes] = []
+    for number, column in enumerate(inputs):
+        texts = batch[f"input:{column}"]
+        lengths = texts.str.len_bytes().to_numpy().astype(np.int64)
+        records["length"][:, number] = lengths
+        records["at"][:, number] = at + np.cumsum(lengths) - lengths
+        parts.append(texts.str.join("").item().encode("utf-8"))
+        at += len(parts[-1])
+    return records, b"".join(parts)
+
+
+def _fixed(texts: pl.Series, size: int) -> Any:
+    """ASCII texts of at most `size` characters as an array of bytes of that size."""
+    padded = texts.str.pad_end(size, "\0").str.join("").item().encode("ascii")
+    return np.frombuffer(padded, dtype=f"S{size}")
+
+
+def _positions(manifest: Manifest) -> tuple[Any, list[int]]:
+    """Where each row of the manifest stands among the records, and the size of each bucket.
+
+    Buckets are ordered by size and shape; the rows of a bucket keep their order.
+    """
+    shapes = manifest.rows.select(pl.struct(_SHAPE).alias("s")).collect(engine="streaming")
+    ordered = shapes["s"].value_counts().unnest("s").sort(_SHAPE)
+    numbered = ordered.select(pl.struct(_SHAPE).alias("s"), pl.int_range(pl.len()).alias("b"))
+    bucket = shapes.join(numbered, on="s", how="left", maintain_order="left")["b"].to_numpy()
+    order = np.argsort(bucket.astype(np.uint32), kind="stable")
+    position = np.empty(len(order), dtype=np.int64)
+    position[order] = np.arange(len(order))
+    return position, ordered["count"].to_list()
+
+
+def _shard_numbers(
+    manifest: Manifest, store: Store, stage: str, shards: Sequence[str]
+) -> NDArray[np.uint32]:
+    """For each row of the manifest the number of the shard that holds its outputs of a stage.
+
+    Raises:
+        StoreError: the store lacks some.
+    """
+    keys = manifest.rows.select(pl.col(f"key:{stage}").alias("key"))
+    numbered = pl.LazyFrame(
+        {"shard": shards, "number": range(len(shards))},
+        schema={"shard": pl.String, "number": pl.UInt32},
+    )
+    places = store.places(keys.unique()).join(numbered, on="shard").select("key", "number")
+    found = keys.join(places, on="key", how="left", maintain_order="left").select("number")
+    numbers = found.collect(engine="streaming").to_series()
+    if numbers.has_nulls():
+        raise lacking(numbers.null_count(), len(numbers), manifest.store)
+    return numbers.to_numpy()
+
+
+def lacking(missing: int, wanted: int, store: str) -> StoreError:
+    """The error for a store that lacks inputs of a training."""
+    return StoreError(
+        f"the store lacks {missing} of {wanted} encoded inputs",
+        where=store,
+        do="run the task with :data_process and the same parameters first",
+    )
