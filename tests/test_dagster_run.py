@@ -329,10 +329,9 @@ def test_download_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) 
 def test_failure_of_the_training_is_told_in_its_words(place: Place) -> None:
     """The trainer refuses a LoRA target that matches nothing; accelerate is in between."""
     place.recipe("target", lora_target_modules=["to_qq"])
-    key = dg.AssetKey(["checkpoints", "target"])
-    result = place.run("target", asset_selection=[key])
+    result = place.run("target")
     assert not result.success
-    message = failure_of(result, "checkpoints__target")
+    message = failure_of(result, "latents__target")
     assert "the LoRA target 'to_qq' matches no layer of 'dit'" in message
     assert "what to do: its layers end with" in message
     assert "Traceback" not in message

@@ -89,7 +89,13 @@ def test_every_row_keeps_its_reason(data: Path, tmp_path: Path) -> None:
     got = validated.frame["status"].to_list()
     assert got == [want for _, _, want in cases]
     assert all(message for message in validated.rejected.collect()["message"])
-    told = dict(zip(validated.rejected.collect()["row"], validated.rejected.collect()["message"], strict=True))
+    told = dict(
+        zip(
+            validated.rejected.collect()["row"],
+            validated.rejected.collect()["message"],
+            strict=True,
+        )
+    )
     assert told[4] == f"image 'nothing.png': the file does not exist: {data / 'nothing.png'}"
     assert validated.frame["row"].to_list() == list(range(1, len(cases) + 1))
 

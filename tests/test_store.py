@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, Values, train, write_images
 
 from diffsynth_dagster.cache.__main__ import main as maintain
-from diffsynth_dagster.cache.keys import LAYOUT_VERSION
+from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.cache.manifest import Notes, write_manifest
 from diffsynth_dagster.cache.store import Store, tensor_digest
 from diffsynth_dagster.cache.upkeep import collect, statistics, verify

@@ -189,7 +189,9 @@ def test_changed_files_are_checked_again(data: Path, tmp_path: Path) -> None:
     assert again["status"].to_list() == ["unreadable"]
     assert check(data, rows, family, book).frame.equals(again)
     path.write_bytes(content)
-    assert check(data, rows, family, book).frame.equals(first)
+    mended = check(data, rows, family, book).frame
+    since = "video:modified"  # the one thing that writing it anew has changed
+    assert mended.drop(since).equals(first.drop(since))
     # What a clip is trained at is not remembered with it.
     assert check(data, rows, family, book, num_frames=9).frame["frames"].to_list() == [9]
 

@@ -31,6 +31,11 @@ def _parser() -> argparse.ArgumentParser:
 def _verify(store: Store, drop: bool) -> int:
     found = verify(store, drop)
     print(f"{found.tensors} tensors in {found.shards} shards: {len(found.damaged)} shards damaged")
+    if found.outdated:
+        print(
+            f"{found.outdated} shards are of an older version, which did not notice files that "
+            "changed while it encoded; nothing reads them: `gc` drops them"
+        )
     for shard, problem in found.damaged.items():
         print(f"  {shard}: {problem}" + ("; dropped" if drop else ""))
     if found.damaged and not drop:

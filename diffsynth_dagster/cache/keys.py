@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 import torch
 
+from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.digests import digest_column
 from diffsynth_dagster.data.samples import reading
@@ -20,10 +21,6 @@ from diffsynth_dagster.families.contract import Family, Stage
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
-LAYOUT_VERSION = 4
-"""Raised when stored samples may be wrong or are laid out differently: older ones are not read.
-4: files are compared with what was checked when they are read; before, a picture exchanged between
-the check and the encoding was stored under the key of the old one."""
 KEY_DIGITS = 32
 _CONTENT, _READING = "\x00content:", "\x00reading:"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from diffsynth_dagster.cache.keys import LAYOUT_VERSION
+from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.errors import StoreError
 from diffsynth_dagster.files import write_whole
 
@@ -22,8 +22,10 @@ FILE_NAME = "samples.parquet"
 PLANNED = ".samples.planned.parquet"
 """The manifest of samples of which the store may still lack some."""
 _NOTES = "diffsynth_dagster"
-_DO = "run the task sft:data_process with this folder as output_path first, or give \
-dataset_metadata_path"
+_DO = (
+    "encode it first: materialize the recipe's latents, or run the task sft:data_process with this "
+    "folder as output_path"
+)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 import polars as pl
 
 from diffsynth_dagster.cache.keys import (
-    LAYOUT_VERSION,
     Keys,
     prompt_keys,
     sample_identity,
     with_contents,
 )
+from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.cache.manifest import PLANNED, Manifest, Notes, write_manifest
 from diffsynth_dagster.config.effect import settled_by_encoding, trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig

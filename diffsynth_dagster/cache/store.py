@@ -26,6 +26,7 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import digest_text
 from diffsynth_dagster.files import write_text, write_whole
@@ -33,7 +34,8 @@ from diffsynth_dagster.files import write_text, write_whole
 SHARD_BYTES = 256 * 1024 * 1024
 SHARD_SECONDS = 60.0
 _OPEN_SHARDS = 64
-_SCHEMA = {
+_LAYOUT = "layout"
+INDEX_SCHEMA = {
     "key": pl.String,
     "output": pl.String,
     "shard": pl.String,
@@ -43,6 +45,11 @@ _SCHEMA = {
     "digest": pl.String,
     "finite": pl.Boolean,
 }
+
+
+def index_layout(file: Path) -> int:
+    """The `LAYOUT_VERSION` that an index file was written with; 0 where it does not say so."""
+    return int(pl.read_parquet_metadata(file).get(_LAYOUT, "0"))
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -65,7 +72,7 @@ class Store:
     def scan(self) -> pl.LazyFrame:
         """Every row of every index file, lazily."""
         files = sorted((self.path / "index").glob("*.parquet"))
-        return pl.scan_parquet(files) if files else pl.LazyFrame(schema=_SCHEMA)
+        return pl.scan_parquet(files) if files else pl.LazyFrame(schema=INDEX_SCHEMA)
 
     def index(self) -> pl.DataFrame:
         """Every row of every index file."""
@@ -234,7 +241,9 @@ class ShardWriter:
         )
         write_whole(
             self._path / "index" / f"{shard}.parquet",
-            lambda staged: pl.DataFrame(rows, schema=_SCHEMA).write_parquet(staged),
+            lambda staged: pl.DataFrame(rows, schema=INDEX_SCHEMA).write_parquet(
+                staged, metadata={_LAYOUT: str(LAYOUT_VERSION)}
+            ),
         )
         self._tensors, self._rows, self._bytes = {}, [], 0
         self._started = time.monotonic()

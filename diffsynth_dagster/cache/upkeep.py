@@ -7,8 +7,9 @@ import polars as pl
 import torch
 from safetensors import SafetensorError, safe_open
 
+from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.cache.manifest import FILE_NAME, read_manifest
-from diffsynth_dagster.cache.store import Store, tensor_digest
+from diffsynth_dagster.cache.store import Store, index_layout, tensor_digest
 from diffsynth_dagster.errors import StoreError
 
 PART_OF_SHARD_KEPT = 0.5
@@ -17,9 +18,16 @@ PART_OF_SHARD_KEPT = 0.5
 
 @dataclass
 class Verified:
-    """What `verify` found: shard → what is wrong with it."""
+    """What `verify` found.
+
+    Attributes:
+        outdated: shards of another layout: their samples may not be those that were checked. Nothing
+            reads them any more.
+        damaged: shard → what is wrong with it.
+    """
 
     shards: int = 0
+    outdated: int = 0
     tensors: int = 0
     damaged: dict[str, str] = field(default_factory=dict)
 
@@ -38,6 +46,7 @@ def verify(store: Store, drop: bool = False) -> Verified:
         found.shards += 1
         try:
             rows = pl.read_parquet(file)
+            found.outdated += index_layout(file) != LAYOUT_VERSION
         except (OSError, pl.exceptions.PolarsError) as error:
             found.damaged[file.stem] = f"the index cannot be read: {error}"
             continue
@@ -100,11 +109,14 @@ def used_keys(store: Store) -> dict[Path, pl.LazyFrame]:
     Raises:
         StoreError: a `samples.parquet` is damaged: what it uses cannot be told.
     """
-    return {
-        folder: read_manifest(folder, any_layout=True).keys
-        for folder in store.users()
-        if (folder / FILE_NAME).is_file()
-    }
+    used: dict[Path, pl.LazyFrame] = {}
+    for folder in store.users():
+        if (folder / FILE_NAME).is_file():
+            manifest = read_manifest(folder, any_layout=True)
+            # No training reads a manifest of another layout.
+            is_read = manifest.layout == LAYOUT_VERSION
+            used[folder] = manifest.keys if is_read else manifest.keys.clear()
+    return used
 
 
 def statistics(store: Store) -> Statistics:

@@ -1,0 +1,295 @@
+"""From a checked table of many rows to batches: seconds and peak memory.
+
+    python benchmarks/scale.py --rows 10000000     table → keys → manifest → first batch, random step
+    python benchmarks/scale.py --images 100000     real small images through the file check, twice
+
+Rows: the facts about files are made up, since ten million pictures do not fit here; everything after
+the file check is the real code, with the demo's real model. Only the shards that the two batches
+read are real, the others stand in the store's index alone. Each part that is measured runs in one
+process, whose peak memory counts; what it needs is made in another. The last line is JSON.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import report
+import torch
+from PIL import Image
+
+from diffsynth_dagster.cache.keys import Keys
+from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.cache.resolve import resolve
+from diffsynth_dagster.cache.store import INDEX_SCHEMA, Store
+from diffsynth_dagster.config import TrainingConfig, read_config
+from diffsynth_dagster.data.digests import digest_column
+from diffsynth_dagster.data.prepare import prepare_data
+from diffsynth_dagster.data.table.checked import FILE_NAME, read_checked
+from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.files import write_tensors
+from diffsynth_dagster.training.batches import StepDataset
+from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.identify import FoundModel, find_model
+
+BASE = Path(__file__).parents[1] / "recipes" / "demo_base"
+CHUNK = 250_000
+KEYS_PER_SHARD = 4_000
+"""As many latents of 64 KiB as a shard of 256 MiB holds."""
+SIZES = ((1024, 1024), (1216, 832), (832, 1216), (1344, 768), (768, 1344))
+_FACTS = {
+    "path": pl.String,
+    "digest": pl.String,
+    "size": pl.Int64,
+    "modified": pl.Int64,
+    "width": pl.Int64,
+    "height": pl.Int64,
+    "target": pl.List(pl.Int64),
+    "frames": pl.Int64,
+    "stride": pl.Float64,
+}
+Seconds = dict[str, float]
+
+
+def config_of(work: Path) -> TrainingConfig:
+    """A LoRA training of the demo's model on the table in a folder."""
+    files = ("transformer/diffusion_pytorch_model", "text_encoder/model")
+    return read_config(
+        {
+            "family": "qwen_image",
+            "dataset_base_path": str(work / "data"),
+            "dataset_metadata_path": str(work / "data" / "metadata.csv"),
+            "model_paths": [str(BASE / f"{name}.safetensors") for name in files]
+            + [str(BASE / "vae" / "diffusion_pytorch_model.safetensors")],
+            "tokenizer_path": str(BASE / "tokenizer"),
+            "lora_base_model": "dit",
+            "lora_target_modules": "to_q",
+            "batch_size": 4,
+            "output_path": str(work / "run"),
+            "cache_path": str(work / "store"),
+        },
+        "the benchmark",
+    )
+
+
+def made_up_rows(start: int, count: int) -> pl.DataFrame:
+    """Rows of a checked table whose files do not exist: five sizes, captions of a sentence."""
+    number = pl.int_range(start, start + count, dtype=pl.Int64, eager=True).alias("n")
+    sides = pl.Series("side", [list(size) for size in SIZES])
+    frame = number.to_frame().with_columns(
+        pl.lit("ok").alias("status"),
+        pl.lit("").alias("message"),
+        pl.format("a street at night seen from the hill above village number {}", "n").alias(
+            "prompt"
+        ),
+        pl.format("images/{}/{}.jpg", pl.col("n") % 1000, "n").alias("image"),
+        sides.gather((number * 7919 % len(SIZES)).to_list()).alias("image:target"),
+    )
+    side = pl.col("image:target")
+    return frame.select(
+        (pl.col("n") + 1).cast(pl.UInt32).alias("row"),
+        "status",
+        "message",
+        "prompt",
+        "image",
+        pl.format("/data/{}", "image").alias("image:path"),
+        digest_column(pl.col("image")).alias("image:digest"),
+        (pl.col("n") % 100_000 + 50_000).alias("image:size"),
+        (pl.col("n") * 1_000_000_007).alias("image:modified"),
+        side.list.get(0).alias("image:width"),
+        side.list.get(1).alias("image:height"),
+        "image:target",
+        pl.lit(1, pl.Int64).alias("image:frames"),
+        pl.lit(1.0).alias("image:stride"),
+        side.list.get(0).alias("width"),
+        side.list.get(1).alias("height"),
+        pl.lit(1, pl.Int64).alias("frames"),
+        pl.format("{}x{}", side.list.get(0), side.list.get(1)).alias("shape"),
+    )
+
+
+def write_table(folder: Path, rows: int) -> None:
+    """A checked table of made-up facts, written in parts and then joined into one file."""
+    parts = folder / "parts"
+    parts.mkdir(parents=True)
+    for start in range(0, rows, CHUNK):
+        part = made_up_rows(start, min(CHUNK, rows - start))
+        part.write_parquet(parts / f"{start:012}.parquet", compression="lz4")
+    notes = json.dumps({"source": "made up", "parameters": {}})
+    pl.scan_parquet(sorted(parts.iterdir())).sink_parquet(
+        folder / FILE_NAME, metadata={"diffsynth_dagster": notes}
+    )
+    shutil.rmtree(parts)
+
+
+@contextmanager
+def part(seconds: Seconds, name: str) -> Iterator[None]:
+    """Note how long a part takes."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def plan(config: TrainingConfig, found: FoundModel) -> Manifest:
+    """The manifest of the table in the run folder."""
+    book = FactBook(Path(config.cache_path) / "facts.sqlite")
+    keys = Keys(found, book, torch.float32)
+    return plan_samples(config, found, read_checked(Path(config.output_path)), keys)
+
+
+def fill_index(manifest: Manifest, found: FoundModel) -> None:
+    """Say in the store's index that it holds every sample."""
+    index = Path(manifest.store) / "index"
+    index.mkdir(parents=True)
+    for stage in found.family.stages:
+        keys = manifest.rows.select(pl.col(f"key:{stage.name}").alias("key"))
+        number = 0
+        for batch in keys.collect_batches(chunk_size=100 * KEYS_PER_SHARD, maintain_order=True):
+            for shard in batch.iter_slices(KEYS_PER_SHARD):
+                name = f"{stage.name}{number:010}"
+                known = {"output": stage.yields[0].name, "shard": name, "finite": True, "bytes": 64}
+                rows = shard.with_columns(pl.lit(v).alias(n) for n, v in known.items())
+                rows = rows.with_columns(
+                    pl.lit("float32").alias("dtype"),
+                    pl.lit([4, 4]).alias("shape"),
+                    digest_column(pl.col("key")).alias("digest"),
+                )
+                rows.select(
+                    pl.col(column).cast(kind) for column, kind in INDEX_SCHEMA.items()
+                ).write_parquet(index / f"{name}.parquet")
+                number += 1
+
+
+def random_step(data: StepDataset) -> int:
+    """The same step for both processes."""
+    return random.Random(0).randrange(data.order.steps_per_epoch)
+
+
+def write_shards(data: StepDataset, config: TrainingConfig, found: FoundModel) -> None:
+    """Write the shards that the measured batches read, with nothing else in them."""
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    samples = resolve_of(config)
+    for step in (0, random_step(data)):
+        for micro in data.order.step(step):
+            for visit in micro:
+                places = samples.at(visit.bucket, visit.index).places
+                for stage in found.family.stages:
+                    shard, key = places[stage.name]
+                    name = f"{key}.{stage.yields[0].name}"
+                    shards.setdefault(shard, {})[name] = torch.zeros(4, 4)
+    for shard, tensors in shards.items():
+        path = Path(config.cache_path) / "shards" / f"{shard}.safetensors"
+        write_tensors(path, tensors, {"format": "pt"})
+
+
+def resolve_of(config: TrainingConfig) -> Any:
+    """The samples that the run folder holds resolved."""
+    from diffsynth_dagster.cache.resolve import Samples
+
+    return Samples(Path(config.output_path))
+
+
+def make(work: Path, rows: int) -> dict[str, Any]:
+    """Make what the measured process needs."""
+    config = config_of(work)
+    write_table(Path(config.output_path), rows)
+    found = find_model(config, ModelHub(Path("models"), skip_download=True))
+    manifest = plan(config, found)
+    fill_index(manifest, found)
+    samples = resolve(manifest, Path(config.output_path))
+    write_shards(StepDataset(config, found.family, samples, 0, 1), config, found)
+    return {}
+
+
+def measure(work: Path) -> dict[str, Any]:
+    """From the checked table to two batches."""
+    config, seconds = config_of(work), Seconds()
+    found = find_model(config, ModelHub(Path("models"), skip_download=True))
+    start = time.perf_counter()
+    with part(seconds, "keys and manifest"):
+        manifest = plan(config, found)
+    with part(seconds, "nothing is missing in the store"):
+        assert len(Store(Path(manifest.store)).missing(manifest.keys)) == 0
+    with part(seconds, "resolve to shards"):
+        samples = resolve(manifest.publish(), Path(config.output_path))
+    with part(seconds, "first batch"):
+        data = StepDataset(config, found.family, samples, 0, 1)
+        assert len(data[0][0].samples) == config.batch_size
+    with part(seconds, "batch at a random step"):
+        assert data[random_step(data)]
+    return {
+        "rows": manifest.samples,
+        "seconds": {**seconds, "together": round(time.perf_counter() - start, 2)},
+        "peak_gib": round(report.peak_memory() / 2**30, 2),
+    }
+
+
+def check_images(work: Path, count: int) -> dict[str, Any]:
+    """Check the files of a folder of pictures, first and again."""
+    config, seconds = config_of(work), Seconds()
+    data = work / "data"
+    source = np.random.default_rng(0)
+    lines = ["image,prompt"]
+    for number in range(count):
+        folder = data / f"{number % 100:02}"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{number % 100:02}/{number}.png"
+        pixels = source.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(data / name, compress_level=1)
+        lines.append(f"{name},picture {number}")
+    (data / "metadata.csv").write_text("\n".join(lines) + "\n")
+    columns = find_model(config, ModelHub(Path("models"), skip_download=True)).family.columns
+    before = report.peak_memory()
+    for name in ("first", "again"):
+        book = FactBook(Path(config.cache_path) / "facts.sqlite")
+        with part(seconds, name):
+            assert prepare_data(config, columns, book).counts == {"ok": count}
+        book.close()
+    peak = report.peak_memory()
+    return {
+        "images": count,
+        "seconds": seconds,
+        "peak_gib": round(peak / 2**30, 2),
+        "of it for the check": round((peak - before) / 2**30, 2),
+    }
+
+
+def main() -> None:
+    """Run what the flags ask for; print the result as JSON in the last line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--part", choices=["make", "measure"], help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        done = make(options.work, options.rows) if options.part == "make" else measure(options.work)
+        print(json.dumps(done))
+        return
+    work = Path(tempfile.mkdtemp(prefix="bench-scale-"))
+    try:
+        if options.images:
+            result = check_images(work, options.images)
+            report.write(f"scale_images_{options.images}", result)
+        else:
+            flags = ["--rows", str(options.rows), "--work", str(work)]
+            report.in_child(__file__, "--part", "make", *flags)
+            result = report.in_child(__file__, "--part", "measure", *flags)
+            report.write(f"scale_{options.rows}", result)
+    finally:
+        shutil.rmtree(work)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
