@@ -25,13 +25,15 @@ import numpy as np
 import polars as pl
 import report
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
+from diffsynth_dagster.cache.encode import encode_missing
 from diffsynth_dagster.cache.keys import Keys
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.plan import plan_samples
 from diffsynth_dagster.cache.resolve import resolve
-from diffsynth_dagster.cache.store import INDEX_SCHEMA, Store
+from diffsynth_dagster.cache.store import INDEX_SCHEMA
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.digests import digest_column
 from diffsynth_dagster.data.prepare import prepare_data
@@ -41,6 +43,7 @@ from diffsynth_dagster.files import write_tensors
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.models import Models
 
 BASE = Path(__file__).parents[1] / "recipes" / "demo_base"
 CHUNK = 250_000
@@ -218,8 +221,11 @@ def measure(work: Path) -> dict[str, Any]:
     start = time.perf_counter()
     with part(seconds, "keys and manifest"):
         manifest = plan(config, found)
-    with part(seconds, "nothing is missing in the store"):
-        assert len(Store(Path(manifest.store)).missing(manifest.keys)) == 0
+    models = Models(found, torch.device("cpu"), torch.float32, on_cpu_first=False)
+    with part(seconds, "nothing is left to encode"):
+        table = read_checked(Path(config.output_path))
+        done = encode_missing(config, models, manifest, table, Accelerator(cpu=True))
+        assert not any(done.misses.values())
     with part(seconds, "resolve to shards"):
         samples = resolve(manifest.publish(), Path(config.output_path))
     with part(seconds, "first batch"):

@@ -20,7 +20,7 @@ from video_family import EDITS, FIRST, VIDEO, video_family
 from diffsynth_dagster.cache.encode import encode_missing
 from diffsynth_dagster.cache.keys import Keys
 from diffsynth_dagster.cache.plan import plan_samples
-from diffsynth_dagster.cache.resolve import resolve
+from diffsynth_dagster.cache.resolve import Samples, resolve
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.data.geometry import (
     ClipRule,
@@ -32,7 +32,7 @@ from diffsynth_dagster.data.geometry import (
 from diffsynth_dagster.data.samples import load, reading, reference
 from diffsynth_dagster.data.table.check import CheckedTable, validate
 from diffsynth_dagster.data.table.values import REASONS
-from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.errors import MetadataError, ParameterError
 from diffsynth_dagster.facts import FactBook
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.batches import StepDataset
@@ -326,6 +326,12 @@ def test_videos_reach_the_store_and_the_step(data: Path, tmp_path: Path) -> None
         ] * 2
     assert stored[5].isdisjoint(stored[9])
     assert seen == [(3, 5, 144, 176), (3, 9, 144, 176)]
+    picture(1, (64, 48)).save(data / "0.png")
+    data_set = StepDataset(config, family, Samples(tmp_path / "run"), 0, 1)
+    with pytest.raises(MetadataError, match="no longer the one that was checked") as refused:
+        _ = data_set[0]
+    assert str(data / "0.png") in str(refused.value)
+    assert "of the metadata, edits:" in str(refused.value)
 
 
 TRICKS = (

@@ -77,7 +77,7 @@ def encode_missing(
     cached = family.cached_stages(trained_components(config))
     for number, stage in enumerate(cached):
         wanted = _wanted(stage, manifest)
-        missing = _missing(wanted, store)
+        missing = _missing(wanted, stage, store)
         report.misses[stage.name] = missing.height
         report.hits[stage.name] = _count(wanted) - missing.height
         ranks.wait_for_everyone()
@@ -102,8 +102,8 @@ def encode_missing(
 
 
 def _wanted(stage: Stage, manifest: Manifest) -> pl.LazyFrame:
-    """What a stage has to yield, each key once: `key`, the `row` that yields it (0 for a prompt of
-    a sample image), its `prompt`, its shape, and `needs:<stage>`, keys of the stages it needs."""
+    """What a stage has to yield: `key`, the `row` that yields it (0 for a prompt of a sample image),
+    its `prompt`, its shape, and `needs:<stage>`, keys of the stages it needs."""
     key = f"key:{stage.name}"
     needs = [pl.col(f"key:{name}").alias(f"needs:{name}") for name in stage.needs]
     rows = manifest.rows.select(
@@ -121,17 +121,20 @@ def _wanted(stage: Stage, manifest: Manifest) -> pl.LazyFrame:
     alone = {"row": 0, "width": 0, "height": 0, "frames": 0, "shape": ""}
     schema = rows.collect_schema()
     more = pl.LazyFrame([{**alone, **p} for p in prompts], schema=schema)
-    return pl.concat([rows, more]).unique("key", keep="first", maintain_order=True)
+    return pl.concat([rows, more])
 
 
-def _count(rows: pl.LazyFrame) -> int:
-    return int(rows.select(pl.len()).collect(engine="streaming").item())
+def _count(wanted: pl.LazyFrame) -> int:
+    """How many different keys there are, told apart by their first 64 bits."""
+    start = pl.col("key").str.slice(0, 16).str.to_integer(base=16, dtype=pl.UInt64)
+    return int(wanted.select(start.n_unique()).collect(engine="streaming").item())
 
 
-def _missing(wanted: pl.LazyFrame, store: Store) -> pl.DataFrame:
-    """What of it the store lacks."""
-    stored = store.scan().select("key")
-    return wanted.join(stored, on="key", how="anti").collect(engine="streaming")
+def _missing(wanted: pl.LazyFrame, stage: Stage, store: Store) -> pl.DataFrame:
+    """What of it the store lacks, each key once."""
+    stored = store.scan().filter(pl.col("output") == stage.yields[0].name).select("key")
+    missing = wanted.join(stored, on="key", how="anti", maintain_order="left")
+    return missing.collect(engine="streaming").unique("key", keep="first", maintain_order=True)
 
 
 def _share(missing: pl.DataFrame, ranks: Ranks) -> pl.DataFrame:

@@ -37,6 +37,7 @@ class Notes:
         family: name of the model family.
         digest: identity of what is trained on: the samples, their keys and order.
         samples: how many there are.
+        outputs: cached stage → name of its first output, by which the store's index is searched.
         prompts: sample prompt → stage → key, for the images made during training.
         weights: component → digest of the files that it was encoded with.
         parameters: what encoding has settled: see `config.effect.settled_by_encoding`.
@@ -47,6 +48,7 @@ class Notes:
     family: str
     digest: str
     samples: int
+    outputs: dict[str, str] = field(default_factory=dict[str, str])
     prompts: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     weights: dict[str, str] = field(default_factory=dict[str, str])
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])

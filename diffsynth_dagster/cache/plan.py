@@ -65,6 +65,7 @@ def plan_samples(
             family=family.name,
             digest=digest_rows(rows.select(identity)),
             samples=int(rows.select(pl.len()).collect().item()),
+            outputs={s.name: s.yields[0].name for s in cached},
             prompts={p: dict(k) for p, k in prompt_keys(prompts, text_stages, keys).items()},
             weights=keys.weights(cached),
             parameters=settled_by_encoding(config),

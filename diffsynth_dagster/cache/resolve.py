@@ -1,6 +1,6 @@
 """The manifest as a training reads it: where each sample lies, in files of fixed-size records.
 
-    .samples.npy      a record for each sample, samples of equal shape next to each other
+    .samples.records  a record for each sample, samples of equal shape next to each other
     .samples.bin      the texts and file references that the training step reads, one after another
     .samples.json     buckets, shards, columns
 
@@ -12,6 +12,7 @@ import json
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.errors import StoreError
 from diffsynth_dagster.files import write_text, write_whole
 
-RECORDS, TEXTS, FACTS = ".samples.npy", ".samples.bin", ".samples.json"
+RECORDS, TEXTS, FACTS = ".samples.records", ".samples.bin", ".samples.json"
 _SHAPE = ("height", "width", "frames", "shape")
 _SAMPLE_DIGITS = KEY_DIGITS + 11
 """Of `<identity>-<n>`, with n below 2 to the 32."""
@@ -74,7 +75,8 @@ class Samples:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._facts = _Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
-        self._records: Any = np.load(folder / RECORDS, mmap_mode="r")
+        kind = _record_type(len(self._facts.stages), len(self._facts.inputs))
+        self._records: Any = np.memmap(folder / RECORDS, kind, mode="r")
         with (folder / TEXTS).open("rb") as file:
             empty = file.seek(0, 2) == 0
             self._texts: Any = b"" if empty else mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -122,33 +124,51 @@ def resolve(manifest: Manifest, folder: Path) -> Samples:
     inputs = [n.removeprefix("input:") for n in names if n.startswith("input:")]
     store = Store(Path(manifest.store))
     shards = sorted(p.stem for p in (store.path / "index").glob("*.parquet"))
-    places = [_shard_numbers(manifest, store, stage, shards) for stage in stages]
-    position, buckets = _positions(manifest)
-    kind = _record_type(len(stages), len(inputs))
+    places = {stage: _shard_numbers(manifest, store, stage, shards) for stage in stages}
+    buckets = _buckets(manifest)
+    sizes: list[int] = buckets["len"].to_list()
 
-    def write(staged: Path) -> None:
-        records = np.lib.format.open_memmap(
-            staged, mode="w+", dtype=kind, shape=(manifest.samples,)
-        )
-        write_whole(folder / TEXTS, lambda texts: _fill(records, texts))
-        records.flush()
-
-    def _fill(records: Any, texts: Path) -> None:
-        done = written = 0
-        with texts.open("wb") as file:
-            for batch in manifest.rows.collect_batches(maintain_order=True):
-                part = slice(done, done + batch.height)
-                made, text = _records(batch, kind, stages, inputs, written)
-                for number, shard in enumerate(places):
-                    made["shard"][:, number] = shard[part]
-                records[position[part]] = made
-                file.write(text)
-                done, written = part.stop, written + len(text)
+    def write(records: Path) -> None:
+        fill = partial(_write_records, manifest, places, buckets, records)
+        write_whole(folder / TEXTS, fill)
 
     write_whole(folder / RECORDS, write)
-    facts = _Facts(manifest.store, manifest.digest, buckets, shards, stages, inputs)
+    facts = _Facts(manifest.store, manifest.digest, sizes, shards, stages, inputs)
     write_text(folder / FACTS, json.dumps(asdict(facts)))
     return Samples(folder)
+
+
+def _write_records(
+    manifest: Manifest,
+    places: Mapping[str, NDArray[np.uint32]],
+    buckets: pl.DataFrame,
+    records: Path,
+    texts: Path,
+) -> None:
+    """Write the records of a manifest bucket after bucket, and their texts in any order.
+
+    The manifest is read once, in batches: what a batch adds to a bucket is written behind what the
+    bucket has already.
+    """
+    names = manifest.rows.collect_schema().names()
+    inputs = [n.removeprefix("input:") for n in names if n.startswith("input:")]
+    kind = _record_type(len(places), len(inputs))
+    ends = np.cumsum([0, *buckets["len"]])[:-1]
+    done = written = 0
+    with records.open("wb") as file, texts.open("wb") as text_file:
+        for batch in manifest.rows.collect_batches(maintain_order=True):
+            made, text = _records(batch, kind, [*places], inputs, written)
+            for number, shard in enumerate(places.values()):
+                made["shard"][:, number] = shard[done : done + batch.height]
+            numbered = batch.join(buckets, on=_SHAPE, how="left", maintain_order="left")
+            bucket = numbered["bucket"].to_numpy()
+            for own in np.unique(bucket):
+                added = made[bucket == own]
+                file.seek(int(ends[own]) * kind.itemsize)
+                file.write(added.tobytes())
+                ends[own] += len(added)
+            text_file.write(text)
+            done, written = done + batch.height, written + len(text)
 
 
 def _record_type(stages: int, inputs: int) -> np.dtype[Any]:
@@ -196,19 +216,10 @@ def _fixed(texts: pl.Series, size: int) -> Any:
     return np.frombuffer(padded, dtype=f"S{size}")
 
 
-def _positions(manifest: Manifest) -> tuple[Any, list[int]]:
-    """Where each row of the manifest stands among the records, and the size of each bucket.
-
-    Buckets are ordered by size and shape; the rows of a bucket keep their order.
-    """
-    shapes = manifest.rows.select(pl.struct(_SHAPE).alias("s")).collect(engine="streaming")
-    ordered = shapes["s"].value_counts().unnest("s").sort(_SHAPE)
-    numbered = ordered.select(pl.struct(_SHAPE).alias("s"), pl.int_range(pl.len()).alias("b"))
-    bucket = shapes.join(numbered, on="s", how="left", maintain_order="left")["b"].to_numpy()
-    order = np.argsort(bucket.astype(np.uint32), kind="stable")
-    position = np.empty(len(order), dtype=np.int64)
-    position[order] = np.arange(len(order))
-    return position, ordered["count"].to_list()
+def _buckets(manifest: Manifest) -> pl.DataFrame:
+    """The shapes of the samples in order of size: `_SHAPE`, `len` and number (`bucket`) of each."""
+    counted = manifest.rows.group_by(_SHAPE).len().collect(engine="streaming").sort(_SHAPE)
+    return counted.with_row_index("bucket")
 
 
 def _shard_numbers(
@@ -219,17 +230,20 @@ def _shard_numbers(
     Raises:
         StoreError: the store lacks some.
     """
-    keys = manifest.rows.select(pl.col(f"key:{stage}").alias("key"))
+    stored = store.scan().filter(pl.col("output") == manifest.outputs[stage])
     numbered = pl.LazyFrame(
         {"shard": shards, "number": range(len(shards))},
         schema={"shard": pl.String, "number": pl.UInt32},
     )
-    places = store.places(keys.unique()).join(numbered, on="shard").select("key", "number")
-    found = keys.join(places, on="key", how="left", maintain_order="left").select("number")
-    numbers = found.collect(engine="streaming").to_series()
-    if numbers.has_nulls():
-        raise lacking(numbers.null_count(), len(numbers), manifest.store)
-    return numbers.to_numpy()
+    places = stored.select("key", "shard").join(numbered, on="shard").select("key", "number")
+    keys = manifest.rows.select(pl.col(f"key:{stage}").alias("key")).with_row_index("index")
+    found = keys.join(places, on="key", how="left", maintain_order="left")
+    numbers = found.select("index", "number").collect(engine="streaming")
+    if numbers.height > manifest.samples:  # keys that two writers wrote: either will do
+        numbers = numbers.unique("index", keep="first", maintain_order=True)
+    if numbers["number"].has_nulls():
+        raise lacking(numbers["number"].null_count(), manifest.samples, manifest.store)
+    return numbers["number"].to_numpy()
 
 
 def lacking(missing: int, wanted: int, store: str) -> StoreError:

@@ -62,10 +62,11 @@ def encoded_manifest(
     ranks.wait_for_everyone()
     manifest = read_manifest(Path(config.output_path), PLANNED)
     report = EncodeReport()
-    if not config.trains_only:
+    if config.trains_only:
+        _require_stored(manifest)
+    else:
         report = encode_missing(config, models, manifest, table, ranks, progress)
     if ranks.process_index == 0:
-        _require_stored(manifest)
         manifest.publish()
         Store(Path(manifest.store)).add_user(manifest.folder)
     ranks.wait_for_everyone()
@@ -83,8 +84,8 @@ def given_manifest(
     """
     manifest = read_manifest(Path(config.dataset_base_path))
     require_encoded_for(config, models.found, manifest, book)
+    _require_stored(manifest)
     if ranks.process_index == 0:
-        _require_stored(manifest)
         Store(Path(manifest.store)).add_user(manifest.folder)
     ranks.wait_for_everyone()
     return manifest
