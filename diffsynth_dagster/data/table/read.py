@@ -203,35 +203,66 @@ def _open_parquet(path: Path, wanted: Sequence[str]) -> Table:
     return Table(rows.select(read).with_row_index(INDEX), columns, fail)
 
 
-def _open_csv(path: Path, text: Path, wanted: Sequence[str]) -> Table:
-    csv.field_size_limit(sys.maxsize)
+@dataclass(frozen=True)
+class _Csv:
+    """A csv file and its text in UTF-8, read once more with Python's reader where Polars does not
+    say enough."""
 
-    def records(strict: bool) -> Iterator[tuple[int, list[str]]]:
+    path: Path
+    text: Path
+
+    def records(self, strict: bool = False) -> Iterator[tuple[int, list[str]]]:
         """(line it begins at, values) of each row, the header first."""
         # Lines end as they do for Polars: a carriage return alone ends none.
-        with text.open(encoding="utf-8", newline="\n") as source:
+        with self.text.open(encoding="utf-8", newline="\n") as source:
             reader = csv.reader(source, strict=strict)
             start = 1
             for record in reader:
                 yield start, record
                 start = reader.line_num + 1
 
-    def fail(error: Exception) -> NoReturn:
-        _refuse_bytes(path, text)
+    def fail(self, error: Exception) -> NoReturn:
+        """Name the line that is no csv."""
+        _refuse_bytes(self.path, self.text)
         line = 1
         try:
-            for start, record in records(strict=True):
+            for start, record in self.records(strict=True):
                 line = start + sum(value.count("\n") for value in record) + 1
         except csv.Error as why:
-            _refuse(path, f"a row is not csv: {why}", f", line {line}")
-        _refuse(path, " ".join(str(error).split())[:300])
+            _refuse(self.path, f"a row is not csv: {why}", f", line {line}")
+        _refuse(self.path, " ".join(str(error).split())[:300])
 
-    try:
-        header = next(records(strict=False), (1, []))[1]
-    except (UnicodeDecodeError, csv.Error) as error:
-        fail(error)
-    if not header:
-        _refuse(path, "its first line names no columns", ", line 1")
+    def header(self) -> list[str]:
+        """The names of the columns."""
+        try:
+            found = next(self.records(), (1, []))[1]
+        except (UnicodeDecodeError, csv.Error) as error:
+            self.fail(error)
+        if not found:
+            _refuse(self.path, "its first line names no columns", ", line 1")
+        return found
+
+    def uneven(self) -> dict[int, Uneven]:
+        """Row index → what is wrong with the number of its values."""
+        columns = len(self.header())
+        found: dict[int, Uneven] = {}
+        line = 1
+        try:
+            for index, (line, record) in enumerate(self.records()):
+                count = len(record)
+                while count > columns and not record[count - 1]:
+                    count -= 1
+                if index and count != columns:
+                    found[index - 1] = Uneven(line, count)
+        except csv.Error as why:
+            _refuse(self.path, f"a row is not csv: {why}", f", after line {line}")
+        return found
+
+
+def _open_csv(path: Path, text: Path, wanted: Sequence[str]) -> Table:
+    csv.field_size_limit(sys.maxsize)
+    file = _Csv(path, text)
+    header = file.header()
     twice = next((name for name in wanted if header.count(name) > 1), None)
     if twice is not None:
         _refuse(path, f"two columns are called '{twice}'", ", line 1")
@@ -252,22 +283,8 @@ def _open_csv(path: Path, text: Path, wanted: Sequence[str]) -> Table:
     last = pl.col(names[-1]).fill_null("") == ""
     more = pl.col(EXTRA).fill_null("") != ""
     read = [column for column in wanted if column in header]
-
-    def uneven() -> dict[int, Uneven]:
-        found: dict[int, Uneven] = {}
-        line = 1
-        try:
-            for index, (line, record) in enumerate(records(strict=False)):
-                count = len(record)
-                while count > len(header) and not record[count - 1]:
-                    count -= 1
-                if index and count != len(header):
-                    found[index - 1] = Uneven(line, count)
-        except csv.Error as why:
-            _refuse(path, f"a row is not csv: {why}", f", after line {line}")
-        return found
-
-    return Table(rows.select(INDEX, *read, (last | more).alias(EXTRA)), tuple(header), fail, uneven)
+    rows = rows.select(INDEX, *read, (last | more).alias(EXTRA))
+    return Table(rows, tuple(header), file.fail, file.uneven)
 
 
 def _lines(text: Path) -> Iterator[tuple[int, bytes]]:
