@@ -14,7 +14,7 @@ from diffsynth_dagster.cache.keys import Keys, sample_identity, with_contents
 from diffsynth_dagster.cache.plan import tokens
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.digests import digest_rows
-from diffsynth_dagster.data.samples import PARTS, reading, reference
+from diffsynth_dagster.data.samples import PARTS, files_of, trained_sizes
 from diffsynth_dagster.facts import FactBook, digest_of, digest_text
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.weights.identify import FoundModel
@@ -77,7 +77,7 @@ def content(row: dict[str, Any], item: Input) -> str:
 def plain_identity(row: dict[str, Any]) -> str:
     """Row by row, as the noise of every training before has drawn it."""
     inputs = {i.column: content(row, i) for i in FAMILY.inputs}
-    read = {i.column: reading(reference(row, i), i) for i in FAMILY.file_inputs}
+    read = {i.column: trained_sizes(files_of(row, i), i) for i in FAMILY.file_inputs}
     return digest_of([inputs, read])[:32]
 
 
@@ -104,7 +104,10 @@ def test_keys_are_equal_where_content_and_reading_are(
         made = frame.select(keys.of_rows(stage)).to_series().to_list()
         said = [
             json.dumps(
-                [[content(r, i), i.is_file and reading(reference(r, i), i)] for i in stage.reads]
+                [
+                    [content(r, i), i.is_file and trained_sizes(files_of(r, i), i)]
+                    for i in stage.reads
+                ]
             )
             for r in rows
         ]

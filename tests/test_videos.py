@@ -29,7 +29,7 @@ from diffsynth_dagster.data.geometry import (
     clip_rule,
     frame_indices,
 )
-from diffsynth_dagster.data.samples import load, reading, reference
+from diffsynth_dagster.data.samples import files_of, load_files, trained_sizes
 from diffsynth_dagster.data.table.check import CheckedTable, validate
 from diffsynth_dagster.data.table.values import REASONS
 from diffsynth_dagster.errors import MetadataError, ParameterError
@@ -152,15 +152,15 @@ def test_several_images_and_their_sizes(data: Path) -> None:
     assert frame["shape"][1] == "176x144x5 64x48 96x32"
     assert validated.duplicates() == 1
     row = frame.row(0, named=True)
-    assert reading(reference(row, VIDEO), VIDEO) == [[[176, 144]], [5], [1.0]]
-    files = json.loads(json.dumps(reference(row, EDITS)))
-    images = load(files, EDITS, 1)
+    assert trained_sizes(files_of(row, VIDEO), VIDEO) == [[[176, 144]], [5], [1.0]]
+    files = json.loads(json.dumps(files_of(row, EDITS)))
+    images = load_files(files, EDITS, 1)
     assert isinstance(images, list)
     assert [tuple(image.shape) for image in images] == [(3, 32, 96), (3, 32, 32)]
-    single = load(reference(frame.row(1, named=True), EDITS), EDITS, 2)
+    single = load_files(files_of(frame.row(1, named=True), EDITS), EDITS, 2)
     assert isinstance(single, list)
     assert torch.equal(single[0], images[0])
-    clip = load(reference(row, VIDEO), VIDEO, 1)
+    clip = load_files(files_of(row, VIDEO), VIDEO, 1)
     assert isinstance(clip, torch.Tensor)
     assert clip.shape == (3, 5, 144, 176)
 

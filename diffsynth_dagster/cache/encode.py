@@ -13,7 +13,7 @@ from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.samples import PARTS, load, plain, reference
+from diffsynth_dagster.data.samples import PARTS, files_of, load_files, parse_value
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.families.contract import Sample, Stage
 from diffsynth_dagster.weights.identify import FoundModel
@@ -198,9 +198,9 @@ def _read_samples(
         sample: dict[str, Any] = {}
         for item in stage.reads:
             if item.is_file:
-                sample[item.column] = load(reference(row, item), item, row["row"])
+                sample[item.column] = load_files(files_of(row, item), item, row["row"])
             else:
-                sample[item.column] = plain(row[item.column], item)
+                sample[item.column] = parse_value(row[item.column], item)
         for name, outputs in needed.items():
             sample |= store.read_from(row[f"shard:{name}"], row[f"needs:{name}"], outputs)
         return sample

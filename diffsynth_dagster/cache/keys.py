@@ -15,22 +15,22 @@ import torch
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.digests import digest_column
-from diffsynth_dagster.data.samples import reading
+from diffsynth_dagster.data.samples import trained_sizes
 from diffsynth_dagster.facts import FactBook, digest_of, digest_text
 from diffsynth_dagster.families.contract import Family, Stage
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
 KEY_DIGITS = 32
-_CONTENT, _READING = "\x00content:", "\x00reading:"
+_CONTENT, _SIZES = "\x00content:", "\x00sizes:"
 
 
 def with_contents(rows: pl.DataFrame, inputs: Sequence[Input]) -> pl.DataFrame:
     """Rows of a checked table with what keys are made of: for each input the digest of its content,
     and for files how they are read, as JSON text."""
     contents = [_content(item).alias(_CONTENT + item.column) for item in inputs]
-    readings = [_reading(rows, item) for item in inputs if item.is_file]
-    return rows.with_columns(*contents, *readings)
+    sizes = [_sizes_read(rows, item) for item in inputs if item.is_file]
+    return rows.with_columns(*contents, *sizes)
 
 
 def _content(item: Input) -> pl.Expr:
@@ -40,14 +40,16 @@ def _content(item: Input) -> pl.Expr:
     return digest.list.join(",") if item.many else digest
 
 
-def _reading(rows: pl.DataFrame, item: Input) -> pl.Series:
+def _sizes_read(rows: pl.DataFrame, item: Input) -> pl.Series:
     """How each row's files are read, as JSON text. Rows have few different values of it."""
     parts = [pl.col(f"{item.column}:{p}").alias(p) for p in ("target", "frames", "stride")]
     texts = rows.select(pl.struct(parts).struct.json_encode()).to_series()
     distinct = texts.unique()
-    worded = [json.dumps(reading(json.loads(t), item), separators=(",", ":")) for t in distinct]
+    worded = [
+        json.dumps(trained_sizes(json.loads(t), item), separators=(",", ":")) for t in distinct
+    ]
     return texts.replace_strict(distinct, worded, return_dtype=pl.String).alias(
-        _READING + item.column
+        _SIZES + item.column
     )
 
 
@@ -55,7 +57,7 @@ def sample_identity(inputs: Sequence[Input]) -> pl.Expr:
     """What identifies a sample: a digest of what its row says and how its files are read.
 
     Noise and timesteps are drawn from it, so that it must stay what it is: the digest of the JSON
-    value [{column: content}, {file column: reading}], with sorted keys and without spaces.
+    value [{column: content}, {file column: sizes and frames}], with sorted keys and without spaces.
     """
     parts: list[pl.Expr] = []
     for start, listed in (("[{", inputs), ("},{", [i for i in inputs if i.is_file])):
@@ -64,7 +66,7 @@ def sample_identity(inputs: Sequence[Input]) -> pl.Expr:
             name = json.dumps(item.column)
             parts.append(pl.lit(("," if index else "") + name + ":"))
             content = pl.format('"{}"', pl.col(_CONTENT + item.column))
-            parts.append(content if start == "[{" else pl.col(_READING + item.column))
+            parts.append(content if start == "[{" else pl.col(_SIZES + item.column))
     return digest_column(pl.concat_str(*parts, pl.lit("}]"))).str.slice(0, KEY_DIGITS)
 
 
@@ -106,7 +108,7 @@ class Keys:
         for item in all_reads(stage, self._found.family):
             parts += [pl.lit(f"\n{item.column}="), pl.col(_CONTENT + item.column)]
             if item.is_file:
-                parts.append(pl.col(_READING + item.column))
+                parts.append(pl.col(_SIZES + item.column))
         return digest_column(pl.concat_str(parts)).str.slice(0, KEY_DIGITS)
 
     def of_prompt(self, stage: Stage, prompt: str) -> str:

@@ -3,7 +3,7 @@
 `samples.parquet` in a run folder has a row for each sample: `sample` (its identity), `row`,
 `width`, `height`, `frames` and `shape` as the checked table has them, `tokens` (patches of its
 latents), `key:<stage>` for each cached stage, and `input:<column>` for what the stages of the
-training step read: a text, or a reference to files as JSON (see `data.samples`). It is read in
+training step read: a text, or files as JSON (see `data.samples`). It is read in
 parts, where it is needed: a manifest may be larger than memory.
 """
 

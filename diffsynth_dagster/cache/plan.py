@@ -23,7 +23,7 @@ from diffsynth_dagster.config.effect import settled_by_encoding, trained_compone
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.digests import digest_rows
-from diffsynth_dagster.data.samples import PARTS, reference_text
+from diffsynth_dagster.data.samples import PARTS, files_as_json
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.families.contract import Stage
 from diffsynth_dagster.weights.identify import FoundModel
@@ -106,7 +106,7 @@ def _row_maker(
         pl.col("shape"),
         *(keys.of_rows(stage).alias(f"key:{stage.name}") for stage in cached),
         *(
-            (reference_text(i) if i.is_file else pl.col(i.column)).alias(f"input:{i.column}")
+            (files_as_json(i) if i.is_file else pl.col(i.column)).alias(f"input:{i.column}")
             for i in step_inputs
         ),
     ]

@@ -1,7 +1,7 @@
 """The manifest as a training reads it: where each sample lies, in files of fixed-size records.
 
     .samples.records  a record for each sample, samples of equal shape next to each other
-    .samples.bin      the texts and file references that the training step reads, one after another
+    .samples.bin      the texts and lists of files that the training step reads, one after another
     .samples.json     buckets, shards, columns
 
 The keys are looked up in the store once, for all samples together. The files are mapped into memory
@@ -60,7 +60,7 @@ class Sample:
         sample: its identity.
         row: its number in the metadata, from 1.
         places: stage → shard and key.
-        inputs: column → text, or reference to files as JSON.
+        inputs: column → text, or files as JSON.
     """
 
     sample: str

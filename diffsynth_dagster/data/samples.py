@@ -3,8 +3,8 @@
 What is read must be what was checked: a file whose size or time of modification differ is digested
 again, and refused if its content is another one.
 
-A reference says which files a column of a row names. It is a JSON value, so that a manifest can
-hold it: the checked table's facts about the column, each a list where the column takes many files.
+Which files a column of a row names is passed on as a JSON value, so that a manifest can hold it:
+the checked table's facts about the column, each a list where the column takes many files.
 
     {"path": …, "digest": …, "size": …, "modified": …, "target": [width, height], "frames": …,
      "stride": …}
@@ -22,35 +22,35 @@ from diffsynth_dagster.data.media.video import load_sample_video
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import digest_file
 
-Reference = dict[str, Any]
+Files = dict[str, Any]
 PARTS: tuple[str, ...] = ("path", "digest", "size", "modified", "target", "frames", "stride")
 _READ_ANEW = "check the data set again: run the training anew, or materialize its metadata"
 
 
-def reference(row: Mapping[str, Any], item: Input) -> Reference:
+def files_of(row: Mapping[str, Any], item: Input) -> Files:
     """The files that a column of a checked row names."""
     return {part: row[f"{item.column}:{part}"] for part in PARTS}
 
 
-def reference_text(item: Input) -> pl.Expr:
+def files_as_json(item: Input) -> pl.Expr:
     """The same as JSON text, for every row of a checked table."""
     parts = [pl.col(f"{item.column}:{part}").alias(part) for part in PARTS]
     return pl.struct(parts).struct.json_encode()
 
 
-def reading(files: Reference, item: Input) -> list[Any]:
+def trained_sizes(files: Files, item: Input) -> list[Any]:
     """How the files are read: sizes, and for videos the frames that are taken."""
     listed = {part: _listed(files, item, part) for part in ("target", "frames", "stride")}
     targets = [list(target) for target in listed["target"]]
     return targets if item.kind != "video" else [targets, listed["frames"], listed["stride"]]
 
 
-def _listed(files: Reference, item: Input, part: str) -> list[Any]:
+def _listed(files: Files, item: Input, part: str) -> list[Any]:
     value = files[part]
     return list(value) if item.many else [value]
 
 
-def plain(text: str, item: Input) -> str | int | float:
+def parse_value(text: str, item: Input) -> str | int | float:
     """The value of a column that names no file."""
     if item.kind == "text":
         return text
@@ -61,7 +61,7 @@ def plain(text: str, item: Input) -> str | int | float:
         return int(number) if number.is_integer() else number
 
 
-def load(files: Reference, item: Input, row: int) -> Any:
+def load_files(files: Files, item: Input, row: int) -> Any:
     """Read the files of a column.
 
     Args:
@@ -76,7 +76,7 @@ def load(files: Reference, item: Input, row: int) -> Any:
     """
     loaded: list[Any] = []
     for values in zip(*(_listed(files, item, part) for part in PARTS), strict=True):
-        one: Reference = dict(zip(PARTS, values, strict=True))
+        one: Files = dict(zip(PARTS, values, strict=True))
         where = f"row {row} of the metadata, {item.column}: {one['path']}"
         try:
             _require_unchanged(one, item, where)
@@ -91,7 +91,7 @@ def load(files: Reference, item: Input, row: int) -> Any:
     return loaded if item.many else loaded[0]
 
 
-def _load_one(one: Reference, item: Input) -> Any:
+def _load_one(one: Files, item: Input) -> Any:
     path, size = Path(one["path"]), (one["target"][0], one["target"][1])
     if item.kind == "image":
         return load_sample_image(path, size)
@@ -100,7 +100,7 @@ def _load_one(one: Reference, item: Input) -> Any:
     return load_sample_video(path, size, one["frames"], one["stride"])
 
 
-def _require_unchanged(one: Reference, item: Input, where: str) -> None:
+def _require_unchanged(one: Files, item: Input, where: str) -> None:
     """Refuse a file that is no longer what was checked; a file that was only touched is.
 
     Raises:

@@ -13,7 +13,7 @@ from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import MicroBatch, StepOrder
-from diffsynth_dagster.data.samples import load, plain
+from diffsynth_dagster.data.samples import load_files, parse_value
 from diffsynth_dagster.families.contract import Family, Output, Tensors
 
 
@@ -118,6 +118,8 @@ class StepDataset(Dataset[list[Batch]]):
     def _inputs(self, sample: Sample) -> dict[str, Any]:
         values = {i: sample.inputs[i.column] for i in self._step_inputs}
         return {
-            i.column: load(json.loads(value), i, sample.row) if i.is_file else plain(value, i)
+            i.column: load_files(json.loads(value), i, sample.row)
+            if i.is_file
+            else parse_value(value, i)
             for i, value in values.items()
         }
