@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.flux.family import SCHEDULER
 from diffsynth_dagster.families.flux.stages import MODES
-from diffsynth_dagster.families.shared.support import pack, unpack
+from diffsynth_dagster.families.shared.packing import pack, unpack
 
 ARCHITECTURE = {
     "in_channels": 16,

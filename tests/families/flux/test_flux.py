@@ -32,7 +32,7 @@ from diffsynth_dagster.export.run import Exported
 from diffsynth_dagster.facts import FactBook
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux.family import SCHEDULER, inference_sigmas, path
+from diffsynth_dagster.families.flux.family import FAMILY, SCHEDULER, path
 from diffsynth_dagster.families.flux.stages import encode_control, encode_kontext
 from diffsynth_dagster.plan import check_plan
 from diffsynth_dagster.training.batches import StepDataset
@@ -126,7 +126,8 @@ def test_inference_sigmas_are_those_of_the_pipeline(model: Path) -> None:
         num_inference_steps=3,
         output_type="latent",
     )
-    ours = inference_sigmas(3, {"image": torch.zeros(1, 4, 8, 12)})
+    assert FAMILY.inference_sigmas is not None
+    ours = FAMILY.inference_sigmas(3, {"image": torch.zeros(1, 4, 8, 12)})
     torch.testing.assert_close(ours, pipeline.scheduler.sigmas)
 
 

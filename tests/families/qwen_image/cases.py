@@ -32,7 +32,7 @@ from transformers import (
 
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.qwen_image.family import SCHEDULER
-from diffsynth_dagster.families.shared.support import pack, unpack
+from diffsynth_dagster.families.shared.packing import pack, unpack
 
 AREA = 64 * 64
 """Of edit images here, in pixels."""

@@ -26,8 +26,9 @@ from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.facts import FactBook
 from diffsynth_dagster.families.contract import Loaded, SampleRequest, Tensors
+from diffsynth_dagster.families.shared.architecture import build
 from diffsynth_dagster.families.wanvideo import family as wanvideo
-from diffsynth_dagster.families.wanvideo import modules, stages
+from diffsynth_dagster.families.wanvideo import stages
 from diffsynth_dagster.plan import check_plan
 from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
@@ -340,15 +341,15 @@ def umt5(**options: Any) -> torch.nn.Module:
 WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 PUBLISHED = {
-    "t2v_14b": (modules.build_dit, WanTransformer3DModel, WAN_14B),
-    "t2v_1.3b": (modules.build_dit, WanTransformer3DModel, WAN_1_3B),
+    "t2v_14b": ("dit", WanTransformer3DModel, WAN_14B),
+    "t2v_1.3b": ("dit", WanTransformer3DModel, WAN_1_3B),
     "i2v_14b": (
-        modules.build_dit,
+        "dit",
         WanTransformer3DModel,
         WAN_14B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
     ),
     "flf2v_14b": (
-        modules.build_dit,
+        "dit",
         WanTransformer3DModel,
         WAN_14B
         | {
@@ -359,7 +360,7 @@ PUBLISHED = {
         },
     ),
     "ti2v_5b": (
-        modules.build_dit,
+        "dit",
         WanTransformer3DModel,
         {
             "num_attention_heads": 24,
@@ -370,23 +371,23 @@ PUBLISHED = {
         },
     ),
     "vace_1.3b": (
-        modules.build_dit,
+        "dit",
         WanVACETransformer3DModel,
         WAN_1_3B | {"vace_layers": list(range(0, 30, 2))},
     ),
     "vace_14b": (
-        modules.build_dit,
+        "dit",
         WanVACETransformer3DModel,
         WAN_14B | {"vace_layers": list(range(0, 40, 5))},
     ),
-    "vae": (modules.build_vae, AutoencoderKLWan, {"decoder_base_dim": 96}),
+    "vae": ("vae", AutoencoderKLWan, {"decoder_base_dim": 96}),
     "vae_wide": (
-        modules.build_vae,
+        "vae",
         AutoencoderKLWan,
         WIDE_VAE | {"base_dim": 160, "decoder_base_dim": 256},
     ),
     "clip": (
-        modules.build_image_encoder,
+        "image_encoder",
         clip,
         {
             "hidden_size": 1280,
@@ -398,7 +399,7 @@ PUBLISHED = {
         },
     ),
     "umt5": (
-        modules.build_text_encoder,
+        "text_encoder",
         umt5,
         {
             "vocab_size": 256384,
@@ -415,11 +416,11 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_architectures_are_told_from_shapes(name: str) -> None:
-    build, make, options = PUBLISHED[name]
+    component, make, options = PUBLISHED[name]
     with torch.device("meta"):
         module: Any = make(**options)
         shapes = {n: tuple(t.shape) for n, t in module.state_dict().items()}
-        built: Any = build(shapes, None)
+        built: Any = build(wanvideo.FAMILY.component(component), shapes, None)
     wanted, got = (
         m.config.to_dict() if name in ("clip", "umt5") else dict(m.config) for m in (module, built)
     )
@@ -431,4 +432,4 @@ def test_the_published_architectures_are_told_from_shapes(name: str) -> None:
 def test_latents_of_unknown_scale_are_refused() -> None:
     shapes = {"encoder.conv_in.weight": (8, 3, 3, 3, 3), "post_quant_conv.weight": (4, 4, 1, 1, 1)}
     with pytest.raises(ValueError, match="latents of 4 channels"):
-        modules.build_vae(shapes, None)
+        build(wanvideo.FAMILY.component("vae"), shapes, None)
