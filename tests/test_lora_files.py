@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import train
-from families.wanvideo.cases import CASES, DIT_NAMES, renamed, rows, write
+from families.wanvideo.cases import CASES, rows, write
+from families.wanvideo.original import DIT_NAMES, renamed
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.errors import WeightsError

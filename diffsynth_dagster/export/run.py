@@ -8,9 +8,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from diffusers import ConfigMixin
+from torch import nn
 from transformers import PreTrainedModel
 
 from diffsynth_dagster.config.parameters import TrainingConfig
@@ -119,7 +120,11 @@ def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> 
 
 
 def _export_lora(
-    folder: Path, found: Found, tensors: Tensors, record: RunRecord, provenance: dict[str, Any]
+    folder: Path,
+    found: Found,
+    tensors: Tensors,
+    record: RunRecord,
+    provenance: Mapping[str, object],
 ) -> Exported:
     assert record.lora is not None
     rank, alpha = record.lora["rank"], record.lora["alpha"]
@@ -134,7 +139,7 @@ def _export_lora(
 
 
 def _export_full(
-    folder: Path, found: FoundModel, name: str, tensors: Tensors, provenance: dict[str, Any]
+    folder: Path, found: FoundModel, name: str, tensors: Tensors, provenance: Mapping[str, object]
 ) -> Exported:
     """Write a whole component; tensors that were not trained come from the model files."""
     source = found.components[name]
@@ -152,13 +157,14 @@ def _export_full(
     return _exported(path, source, "full")
 
 
-def _write_config(path: Path, source: Found, module: Any) -> None:
+def _write_config(path: Path, source: Found, module: nn.Module) -> None:
     """The settings of the module, as the config.json of the library that reads it."""
-    if not isinstance(module, PreTrainedModel):
+    if isinstance(module, ConfigMixin):
         write_text(path, module.to_json_string())
     elif source.config is not None:
         write_text(path, json.dumps(source.config, indent=2) + "\n")
     else:
+        assert isinstance(module, PreTrainedModel)
         module.config.architectures = [type(module).__name__]
         write_text(path, module.config.to_json_string())
 

@@ -43,8 +43,8 @@ class Component:
         origin: globs of its files in the repositories of the original layout. They show which
             component an entry of the model list is before any file is there.
         prefix: how the names of its tensors start in checkpoints; `pipe.<name>.` when left out.
-        other_kinds: tensor name → the class of modules that have this tensor, where that is not
-            `kind`.
+        other_kinds: start of tensor names → the class of modules that have such tensors, where
+            that is not `kind`.
         fixed: settings that hold whatever the config.json or the shapes say.
     """
 
@@ -61,7 +61,10 @@ class Component:
 
     def kind_of(self, shapes: Shapes) -> type[nn.Module]:
         """The class of the module with these tensors."""
-        return next((kind for name, kind in self.other_kinds.items() if name in shapes), self.kind)
+        for start, kind in self.other_kinds.items():
+            if any(name.startswith(start) for name in shapes):
+                return kind
+        return self.kind
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -163,7 +166,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Images to make with the model as it stands, one for each prompt.
+    """Images to make with the model in its present state, one for each prompt.
 
     `conditions` are the stacked outputs of the stages that read nothing but text, and `negative`
     the same for the empty prompt when cfg_scale is above 1. `num_frames` is 1 for a family without
@@ -261,7 +264,7 @@ class Family:
         return tuple(c.name for c in self.components) + tuple(p.name for p in self.parts)
 
     def part(self, name: str) -> Part:
-        """The tensors that a trainable name stands for: a part, or a component but its parts."""
+        """The tensors of a trainable name: a part, or a component without its parts."""
         for part in self.parts:
             if part.name == name:
                 return part

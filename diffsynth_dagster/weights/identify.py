@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.entries import (
@@ -43,7 +42,7 @@ class Found:
     entry: ModelEntry
     files: tuple[Path, ...]
     header: Header
-    config: Mapping[str, Any] | None
+    config: Mapping[str, object] | None
 
     @property
     def shapes(self) -> Shapes:

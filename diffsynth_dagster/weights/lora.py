@@ -137,13 +137,13 @@ def _half(tensors: Tensors, half: str) -> Tensors:
 
 def for_diffusers(
     tensors: Tensors, folder: str, rank: int, alpha: float
-) -> tuple[Tensors, dict[str, Any]]:
+) -> tuple[Tensors, dict[str, object]]:
     """A LoRA by the names of its module → as diffusers' pipelines load it, and its settings.
 
     Args:
         folder: of the component in the layout of diffusers.
     """
-    settings = {
+    settings: dict[str, object] = {
         f"{folder}.r": rank,
         f"{folder}.lora_alpha": alpha,
         f"{folder}.target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in tensors}),

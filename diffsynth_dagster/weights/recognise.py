@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -108,7 +107,7 @@ def guess_component(entry: ModelEntry, family: Family) -> str | None:
     return None
 
 
-def read_architecture(folder: Path, component: Component) -> Mapping[str, Any] | None:
+def read_architecture(folder: Path, component: Component) -> Mapping[str, object] | None:
     """The config.json of a component in a folder; None where there is none, or only that of another
     architecture.
 

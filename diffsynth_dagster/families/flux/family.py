@@ -104,15 +104,8 @@ FAMILY = Family(
         ),
     ),
     stages=(
-        prompt_stage(
-            "pooled_prompt",
-            ("tokenizer", "text_encoder"),
-            "pooled_prompt_embeds",
-            stages.encode_pooled,
-        ),
-        prompt_stage(
-            "prompt", ("tokenizer_2", "text_encoder_2"), "prompt_embeds", stages.encode_prompt
-        ),
+        prompt_stage(stages.encode_pooled, "pooled_prompt", output="pooled_prompt_embeds"),
+        prompt_stage(stages.encode_prompt, uses=("tokenizer_2", "text_encoder_2")),
         image_stage(encode_scaled),
     ),
     denoiser="dit",

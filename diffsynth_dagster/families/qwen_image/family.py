@@ -79,13 +79,7 @@ FAMILY = Family(
         ),
     ),
     stages=(
-        prompt_stage(
-            "prompt",
-            ("tokenizer", "text_encoder"),
-            "prompt_embeds",
-            stages.encode_prompt,
-            ragged=True,
-        ),
+        prompt_stage(stages.encode_prompt, ragged=True),
         image_stage(stages.encode_pixels),
     ),
     denoiser="dit",

@@ -17,15 +17,16 @@ Encode = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 def prompt_stage(
-    name: str,
-    uses: tuple[str, ...],
-    output: str,
     run: Callable[[Loaded, Sequence[Sample]], list[Tensors]],
+    name: str = "prompt",
+    uses: tuple[str, ...] = ("tokenizer", "text_encoder"),
+    output: str = "prompt_embeds",
     ragged: bool = False,
 ) -> Stage:
     """The stage of a text encoder: `prompt` → one condition.
 
     Args:
+        run: see `Stage`.
         uses: the tokenizer and the encoder.
         ragged: whether the length of the output differs between prompts.
     """

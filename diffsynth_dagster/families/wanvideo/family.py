@@ -96,13 +96,7 @@ FAMILY = Family(
         ),
     ),
     stages=(
-        prompt_stage(
-            "prompt",
-            ("tokenizer", "text_encoder"),
-            "prompt_embeds",
-            stages.encode_prompt,
-            ragged=True,
-        ),
+        prompt_stage(stages.encode_prompt, ragged=True),
         Stage(
             "video", (variant.VIDEO,), ("vae",), (Output("video", "target"),), stages.encode_video
         ),

@@ -126,7 +126,7 @@ COMPONENTS = (
         dit_settings,
         convert_dit,
         ("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
-        other_kinds={"vace_patch_embedding.weight": WanVACETransformer3DModel},
+        other_kinds={"vace_blocks.": WanVACETransformer3DModel},
     ),
     Component(
         "text_encoder",

@@ -7,7 +7,6 @@ and Wan-AI/Wan2.2-…. A converter leaves the names of diffusers and transformer
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from diffusers.loaders import single_file_utils
 
@@ -61,10 +60,11 @@ def from_authors(tensors: Tensors) -> Tensors:
 
 
 def _renamed(tensors: Tensors) -> Tensors:
-    convert: Any = single_file_utils.convert_wan_transformer_to_diffusers
     return {
         name.replace("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"): tensor
-        for name, tensor in convert(dict(tensors)).items()
+        for name, tensor in single_file_utils.convert_wan_transformer_to_diffusers(
+            dict(tensors)
+        ).items()
     }
 
 
@@ -88,8 +88,8 @@ def _residual_name(name: str) -> str:
 
 def convert_vae(tensors: Tensors) -> Tensors:
     """The names of `Wan2.1_VAE.pth` and `Wan2.2_VAE.pth` → those of diffusers."""
-    convert: Any = single_file_utils.convert_wan_vae_to_diffusers
-    return convert({_residual_name(name): tensor for name, tensor in tensors.items()})
+    residual = {_residual_name(name): tensor for name, tensor in tensors.items()}
+    return single_file_utils.convert_wan_vae_to_diffusers(residual)
 
 
 def convert_text_encoder(tensors: Tensors) -> Tensors:

@@ -21,9 +21,10 @@ FRAMES_PER_LATENT = 4
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     """Prompt → `prompt_embeds` (L, hidden), L at most 512."""
     tokenizer, encoder = loaded["tokenizer"], loaded["text_encoder"]
-    clean: Any = prompt_clean
     rows = [
-        tokenizer(clean(sample["prompt"]), truncation=True, max_length=PROMPT_TOKENS).input_ids
+        tokenizer(
+            prompt_clean(sample["prompt"]), truncation=True, max_length=PROMPT_TOKENS
+        ).input_ids
         for sample in samples
     ]
 
