@@ -200,7 +200,8 @@ class Family:
         load_lora: (component, its meta module, LoRA tensors, header metadata): loads an exported
             LoRA the way the family's diffusers pipeline does; raises what that raises.
         lora_targets: component or part → the layers that get a LoRA when none are named.
-        lora_aliases: component or part → name of a layer elsewhere → globs of the full names here.
+        lora_aliases: component or part → name of a layer in other tools → globs of the full names
+            of layers here.
         to_kohya: (a LoRA of the denoiser by the module's names, its alpha) → the tensors under the
             names of kohya's scripts, which `align_to_opensource_format` asks for.
         from_authors: a LoRA of the denoiser in the form of `weights.lora.usual_spelling`, with an
