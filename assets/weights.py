@@ -107,7 +107,7 @@ def _describe(entry: ModelEntry, files: list[Path]) -> dict[str, str | int]:
     from diffsynth_dagster.errors import WeightsError
     from diffsynth_dagster.families import each_family
     from diffsynth_dagster.weights.header import read_headers
-    from diffsynth_dagster.weights.identify import recognise
+    from diffsynth_dagster.weights.recognise import recognise
 
     header = read_headers(files)
     fits = {

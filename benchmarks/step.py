@@ -35,11 +35,12 @@ from diffsynth_dagster.config import TrainingConfig, read_recipe
 from diffsynth_dagster.config.entries import ModelEntry
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.families.usage import as_used
 from diffsynth_dagster.training.batches import Batch, collate
 from diffsynth_dagster.training.loop import Session, build_step
 from diffsynth_dagster.training.optimizer import make_optimizer
 from diffsynth_dagster.weights.header import TensorInfo
-from diffsynth_dagster.weights.identify import Found, FoundModel, as_used
+from diffsynth_dagster.weights.identify import Found, FoundModel
 from diffsynth_dagster.weights.load import build_empty
 from diffsynth_dagster.weights.models import Models
 

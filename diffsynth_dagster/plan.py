@@ -16,7 +16,8 @@ from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.checkpoint import check_prefix
 from diffsynth_dagster.training.modules import check_trainable, usual_targets
 from diffsynth_dagster.training.optimizer import check_optimizer
-from diffsynth_dagster.weights.identify import guess_component, guess_family
+from diffsynth_dagster.weights.identify import guess_family
+from diffsynth_dagster.weights.recognise import guess_component
 
 
 def check_plan(config: TrainingConfig, family: Family) -> None:

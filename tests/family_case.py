@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.families.shared.packing import pack, unpack
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,29 @@ def first_call(module: nn.Module) -> Iterator[dict[str, Any]]:
         yield seen
     finally:
         hook.remove()
+
+
+def first_prediction(
+    pipeline: Any, x_t: Tensors, lora: Path | None, **arguments: Any
+) -> tuple[Tensors, float]:
+    """What the transformer of a pipeline of images predicts in its first step, and the timestep.
+
+    Args:
+        arguments: further ones of the pipeline's call.
+    """
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = x_t["image"]
+    height, width = latents.shape[-2:]
+    with first_call(pipeline.transformer) as seen, torch.no_grad():
+        pipeline(
+            latents=pack(latents[None]),
+            height=height * 8,
+            width=width * 8,
+            num_inference_steps=2,
+            output_type="latent",
+            **arguments,
+        )
+    timestep = float(seen["kwargs"]["timestep"][0]) * 1000
+    return {"image": unpack(seen["output"][:, : height * width // 4], height, width)[0]}, timestep

@@ -1,4 +1,4 @@
-"""From a checkpoint to the files that other tools load."""
+"""Turn a checkpoint into the files that other tools load."""
 
 from diffsynth_dagster.export.run import Exported, export_run, newest_checkpoint, verify_export
 

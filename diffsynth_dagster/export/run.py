@@ -8,9 +8,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from diffusers import ConfigMixin
+from torch import nn
 from transformers import PreTrainedModel
 
 from diffsynth_dagster.config.parameters import TrainingConfig
@@ -20,10 +21,11 @@ from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.files import write_tensors, write_text
 from diffsynth_dagster.training.record import RunRecord
 from diffsynth_dagster.weights.header import read_header, read_metadata
-from diffsynth_dagster.weights.identify import Found, FoundModel, read_architecture
+from diffsynth_dagster.weights.identify import Found, FoundModel
 from diffsynth_dagster.weights.load import build_empty, read_tensors
 from diffsynth_dagster.weights.lora import ADAPTER_KEY, PROVENANCE_KEY, for_diffusers
 from diffsynth_dagster.weights.models import Models
+from diffsynth_dagster.weights.recognise import read_architecture
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -69,11 +71,11 @@ def newest_checkpoint(config: TrainingConfig, record: RunRecord) -> Path:
 def split_modules(
     tensors: Mapping[str, torch.Tensor], removed: str, prefixes: Mapping[str, str]
 ) -> dict[str, Tensors]:
-    """Trained component or part → its tensors, undoing the prefix that the names lost.
+    """Split a checkpoint: trained component or part → its tensors by the names of the module.
 
     Args:
-        removed: the prefix that was removed.
-        prefixes: trained component or part → how its names started.
+        removed: the prefix that `remove_prefix_in_ckpt` removed from the names.
+        prefixes: trained component or part → how its names started before.
     """
     modules: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
@@ -107,10 +109,10 @@ def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> 
             continue
         exported.append(_export_lora(folder, source, tensors, record, provenance))
         if config.align_to_opensource_format:
-            assert family.open_lora is not None, "checked with the plan"
+            assert family.to_kohya is not None, "checked with the plan"
             path = folder.parent / "kohya" / LORA_FILE
             notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
-            write_tensors(path, family.open_lora(tensors, config.alpha), notes)
+            write_tensors(path, family.to_kohya(tensors, config.alpha), notes)
             exported.append(_exported(path, source, "lora", "kohya"))
     for component, tensors in whole.items():
         exported.append(_export_full(folder, found, component, tensors, provenance))
@@ -118,7 +120,11 @@ def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> 
 
 
 def _export_lora(
-    folder: Path, found: Found, tensors: Tensors, record: RunRecord, provenance: dict[str, Any]
+    folder: Path,
+    found: Found,
+    tensors: Tensors,
+    record: RunRecord,
+    provenance: Mapping[str, object],
 ) -> Exported:
     assert record.lora is not None
     rank, alpha = record.lora["rank"], record.lora["alpha"]
@@ -133,9 +139,9 @@ def _export_lora(
 
 
 def _export_full(
-    folder: Path, found: FoundModel, name: str, tensors: Tensors, provenance: dict[str, Any]
+    folder: Path, found: FoundModel, name: str, tensors: Tensors, provenance: Mapping[str, object]
 ) -> Exported:
-    """Write a whole component; what was not trained of it comes from its files."""
+    """Write a whole component; tensors that were not trained come from the model files."""
     source = found.components[name]
     module = build_empty(source)
     if any(n not in tensors for n, _ in module.named_parameters()):
@@ -151,13 +157,14 @@ def _export_full(
     return _exported(path, source, "full")
 
 
-def _write_config(path: Path, source: Found, module: Any) -> None:
-    """The architecture as it was built, in the words of the library that reads it."""
-    if not isinstance(module, PreTrainedModel):
+def _write_config(path: Path, source: Found, module: nn.Module) -> None:
+    """The settings of the module, as the config.json of the library that reads it."""
+    if isinstance(module, ConfigMixin):
         write_text(path, module.to_json_string())
     elif source.config is not None:
         write_text(path, json.dumps(source.config, indent=2) + "\n")
     else:
+        assert isinstance(module, PreTrainedModel)
         module.config.architectures = [type(module).__name__]
         write_text(path, module.config.to_json_string())
 
@@ -176,10 +183,10 @@ def _exported(path: Path, found: Found, kind: str, target: str = "diffusers") ->
 
 
 def verify_export(exported: Exported, found: FoundModel) -> None:
-    """Load an exported file the way its target does, onto a module without memory.
+    """Load an exported file the way the tool it is for does, into a module on the meta device.
 
     Raises:
-        WeightsError: the target's loader does not take it, or leaves tensors out.
+        WeightsError: that tool's loader refuses it, or leaves tensors out.
     """
     source = found.components[exported.component]
     if exported.kind == "full":

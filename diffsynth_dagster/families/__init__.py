@@ -1,4 +1,4 @@
-"""The registry of model families: one explicit line each."""
+"""The registry of model families: one line for each."""
 
 from importlib import import_module
 
@@ -31,7 +31,7 @@ NAMES_OF_THE_GUIDE = (
 
 
 def register(name: str, module: str) -> None:
-    """Register a family: `module` defines `FAMILY`, and is imported when it is asked for."""
+    """Register a family: `module` defines `FAMILY`, and is imported at its first use."""
     if name in _MODULES:
         raise AssertionError(f"the family '{name}' is registered twice")
     _MODULES[name] = module
@@ -51,7 +51,7 @@ def find_family(name: str) -> Family:
     """The family of this name.
 
     Raises:
-        ParameterError: no family is called so, or it is not supported yet.
+        ParameterError: there is no family of this name, or it is not supported yet.
     """
     if name in _MODULES:
         family = import_module(_MODULES[name]).FAMILY

@@ -1,7 +1,8 @@
-"""What a model family declares. Everything else is shared and never asks which family it serves.
+"""What a model family declares. All other code is shared and never asks which family it serves.
 
-A family is data and a few pure functions: how its files are recognised and built, the stages that
-turn a row of the data set into tensors, the noising path, and one call of its denoiser.
+A family is data and a few pure functions: how its files are recognised and its modules are built,
+the stages that turn a row of the data set into tensors, the noising path, and one call of its
+denoiser.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +16,12 @@ from torch import nn
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import Geometry
+from diffsynth_dagster.families.requirements import Refusal, Shapes
 from diffsynth_dagster.objective.flow import FlowPath
 
 Tensors = dict[str, torch.Tensor]
-Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor name of a built module → shape."""
+Settings = dict[str, object]
+"""Keyword arguments of a class of diffusers, or of the config of a class of transformers."""
 Loaded = Mapping[str, Any]
 """Component name → the module or tokenizer that was loaded."""
 
@@ -31,27 +33,44 @@ class Component:
     Attributes:
         name: what `trainable_models` and `lora_base_model` call it (`dit`, `vae`, …).
         folder: its folder in the diffusers layout, which is also its prefix in diffusers' LoRAs.
-        signatures: one for each accepted layout: tensor names that all stand in its files and in
-            no other component's.
-        classes: what its config.json calls the architecture. A config.json beside the files that
-            names another one is not this component's: the shapes then tell the architecture.
-        build: (shapes of the converted tensors, config.json or None) → the module, from the config
-            or else from the shapes.
+        signatures: for each accepted layout a few tensor names. Files that hold all names of one
+            signature are this component; no other component's files hold them.
+        kind: its class in diffusers or transformers.
+        settings: shapes of the converted tensors → settings of the class, for files without a
+            config.json.
         convert: tensors of any accepted layout → the names (and tensors) of the built module.
             Works on meta tensors too, and leaves tensors that have the module's names alone.
-        origin: globs of its files in the repositories of the original layout, to tell the
-            component of a command line before any file is there.
-        prefix: what its tensors are called in checkpoints; `pipe.<name>.` when left out.
+        origin: globs of its files in the repositories of the original layout. They show which
+            component an entry of the model list is before any file is there.
+        prefix: how the names of its tensors start in checkpoints; `pipe.<name>.` when left out.
+        other_kinds: start of tensor names → the class of modules that have such tensors, where
+            that is not `kind`.
+        fixed: settings that hold whatever the config.json or the shapes say.
     """
 
     name: str
     folder: str
     signatures: tuple[tuple[str, ...], ...]
-    classes: tuple[str, ...]
-    build: Callable[[Shapes, Mapping[str, Any] | None], nn.Module]
+    kind: type[nn.Module]
+    settings: Callable[[Shapes], Settings]
     convert: Callable[[Tensors], Tensors] = field(default=lambda tensors: tensors)
     origin: tuple[str, ...] = ()
     prefix: str = ""
+    other_kinds: Mapping[str, type[nn.Module]] = field(default_factory=dict[str, type[nn.Module]])
+    fixed: Mapping[str, object] = field(default_factory=dict[str, object])
+
+    def kind_of(self, shapes: Shapes) -> type[nn.Module]:
+        """The class of the module with these tensors."""
+        for start, kind in self.other_kinds.items():
+            if any(name.startswith(start) for name in shapes):
+                return kind
+        return self.kind
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What its config.json may call the architecture. A config.json beside the files that
+        names another one is not this component's, and the settings come from the shapes."""
+        return tuple(kind.__name__ for kind in (self.kind, *self.other_kinds.values()))
 
 
 @dataclass(frozen=True)
@@ -61,7 +80,7 @@ class Part:
     Attributes:
         of: the component that holds them.
         starts: how their names in the module start.
-        without: names that start so are not meant.
+        without: starts of names that do not belong to the part.
     """
 
     name: str
@@ -70,7 +89,7 @@ class Part:
     without: tuple[str, ...] = ()
 
     def holds(self, tensor: str) -> bool:
-        """Whether a tensor of the component is meant."""
+        """Whether a tensor of the component belongs to the part."""
         return tensor.startswith(self.starts) and not tensor.startswith(self.without)
 
 
@@ -84,8 +103,9 @@ class Tokenizer:
         default: `repository:folder/` on ModelScope where the parameter is left out and no folder
             of this name lies beside the model files.
         load: folder → tokenizer.
-        markers: texts that are one token each, as the prompts of the family need them: where they
-            are not, files are missing. None for what turns no text into tokens.
+        markers: special tokens that the family's prompts contain, such as `<|im_start|>`. The
+            tokenizer must turn each into exactly one token; one that splits a marker was loaded
+            from an incomplete folder, and is refused. Empty for an image processor.
     """
 
     name: str
@@ -101,11 +121,11 @@ class Output:
 
     Attributes:
         name: unique in the family.
-        role: "target": clean latents that are noised and predicted; "condition": handed to
+        role: "target": clean latents that are noised and predicted; "condition": passed to
             `denoise`; "known": mask of the elements of the target called `of` that are given,
-            not predicted (1 = known): there x_t = x_0 and the loss does not count, and `denoise`
-            is handed the mask as well; "start": the noise that a teacher began the target called
-            `of` with; "steps": how many steps it took.
+            not predicted (1 = known): there x_t = x_0 and the loss does not count, and the mask
+            is passed to `denoise` as well; "start": the noise from which a teacher made the target
+            called `of`; "steps": how many steps the teacher took.
         ragged: the first dimension differs between samples: a batch is padded with zeros and gets
             a boolean mask (B, L) under the name + "_mask".
         of: the target that a mask belongs to.
@@ -146,7 +166,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Images to make with the model as it stands, one for each prompt.
+    """Images to make with the model in its present state, one for each prompt.
 
     `conditions` are the stacked outputs of the stages that read nothing but text, and `negative`
     the same for the empty prompt when cfg_scale is above 1. `num_frames` is 1 for a family without
@@ -165,7 +185,7 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family. See `families/qwen_image.py` for the example to copy.
+    """A model family. See `families/qwen_image/` for the example to copy.
 
     Attributes:
         denoiser: the component whose prediction is trained.
@@ -180,24 +200,28 @@ class Family:
         load_lora: (component, its meta module, LoRA tensors, header metadata): loads an exported
             LoRA the way the family's diffusers pipeline does; raises what that raises.
         lora_targets: component or part → the layers that get a LoRA when none are named.
-        lora_aliases: component or part → name of a layer elsewhere → globs of the full names here.
-        open_lora: (a LoRA's tensors by the denoiser's names, its alpha) → the tensors under the
-            names that `align_to_opensource_format` asks for.
-        close_lora: a LoRA of the denoiser as `weights.lora.usual_spelling` gives it, with an alpha
-            for each layer, by the names that other tools give the layers → by the denoiser's
-            names; names that it does not know stay. RuntimeError: the sizes are not possible.
+        lora_aliases: component or part → name of a layer in other tools → globs of the full names
+            of layers here.
+        to_kohya: (a LoRA of the denoiser by the module's names, its alpha) → the tensors under the
+            names of kohya's scripts, which `align_to_opensource_format` asks for.
+        from_authors: a LoRA of the denoiser in the form of `weights.lora.usual_spelling`, with an
+            alpha for each layer, by the names that the model's authors and other tools give the
+            layers → by the module's names; unknown names stay. RuntimeError: tensors have sizes
+            that such layers cannot have.
         denoise_uses: components that `denoise` uses beside the denoiser where they are given:
             conditioners that see x_t and t, such as a ControlNet.
         parts: tensors of a component that are trained under a name of their own.
         parameters: the parameters for single families (see `config.parameters`) that it takes.
         extra_inputs: what may be named in `extra_inputs` beside columns.
-        variant: (config, component → shapes) → the family as this config uses it: its stages and
-            columns, its components' architecture. Shapes are empty for a component that is named
-            but whose files are not there. The columns must depend on the config alone.
+        refusals: combinations of inputs, parameters and models that are not trained.
+        variant: (the family, config, component → shapes) → the family as this config uses it: its
+            stages and columns, its components' architecture. Shapes are empty for a component that
+            is named but whose files are not there. The columns must depend on the config alone.
+            Called after `refusals` were checked.
         checkpoints_gradients: whether activations are recomputed where the config leaves it open.
         decoder: components that `sample` needs and no stage of the text uses.
-        repositories: how the family's repositories are called on the hub, to tell the family of a
-            command line before any file is there.
+        repositories: how the names of the family's repositories on the hub start. They show the
+            family of a model list before any file is there.
     """
 
     name: str
@@ -209,19 +233,20 @@ class Family:
     path: Callable[[], FlowPath]
     geometry: Geometry
     sample: Callable[[Loaded, SampleRequest], list[list[Image.Image]]]
-    load_lora: Callable[[str, nn.Module, Tensors, Mapping[str, Any]], None]
+    load_lora: Callable[[str, nn.Module, Tensors, Mapping[str, object]], None]
     lora_targets: Mapping[str, tuple[str, ...]]
     inference_sigmas: Callable[[int, Tensors], torch.Tensor] | None = None
     lora_aliases: Mapping[str, Mapping[str, tuple[str, ...]]] = field(
         default_factory=dict[str, Mapping[str, tuple[str, ...]]]
     )
-    open_lora: Callable[[Tensors, float], Tensors] | None = None
-    close_lora: Callable[[Tensors], Tensors] | None = None
+    to_kohya: Callable[[Tensors, float], Tensors] | None = None
+    from_authors: Callable[[Tensors], Tensors] | None = None
     denoise_uses: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
     parameters: tuple[str, ...] = ()
     extra_inputs: tuple[str, ...] = ()
-    variant: Callable[[TrainingConfig, Mapping[str, Shapes]], "Family"] | None = None
+    refusals: tuple[Refusal, ...] = ()
+    variant: Callable[["Family", TrainingConfig, Mapping[str, Shapes]], "Family"] | None = None
     checkpoints_gradients: bool = False
     decoder: tuple[str, ...] = ("vae",)
     repositories: tuple[str, ...] = ()
@@ -240,7 +265,7 @@ class Family:
         return tuple(c.name for c in self.components) + tuple(p.name for p in self.parts)
 
     def part(self, name: str) -> Part:
-        """The tensors that a trainable name stands for: a part, or a component but its parts."""
+        """The tensors of a trainable name: a part, or a component without its parts."""
         for part in self.parts:
             if part.name == name:
                 return part
@@ -270,12 +295,12 @@ class Family:
 
     @property
     def text_stages(self) -> tuple[Stage, ...]:
-        """The stages that a prompt alone is enough for."""
+        """The stages that read nothing but text."""
         return tuple(s for s in self.stages if all(i.kind == "text" for i in s.reads) and s.reads)
 
     @property
     def samples_from_text(self) -> bool:
-        """Whether a prompt alone is enough for everything that `denoise` is handed."""
+        """Whether everything that `denoise` needs can be made from a prompt alone."""
         text = self.text_stages
         return all(
             s in text or not any(o.role in ("condition", "known") for o in s.yields)
@@ -289,7 +314,7 @@ class Family:
 
     @property
     def file_inputs(self) -> tuple[Input, ...]:
-        """Every column that names files, once; the first tells the size of a sample."""
+        """Every column that names files, once; the size of a sample is that of the first."""
         return tuple(i for i in self.inputs if i.is_file)
 
     @property

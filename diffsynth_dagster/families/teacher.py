@@ -1,7 +1,7 @@
-"""What direct distillation needs of a data set: the noise that a teacher began with.
+"""Direct distillation: the stage that draws the noise from which the teacher made each row.
 
-The rows are what the teacher made: each names the seed, the device of the generator and the number
-of steps that the student is to take from the same noise.
+The rows are samples of the teacher. Each names the seed, the device of the random generator and the
+number of steps in which the student is to make the same sample from the same noise.
 """
 
 from collections.abc import Sequence
@@ -85,9 +85,9 @@ def _begin(sample: Sample, targets: Sequence[str]) -> Tensors:
             where="the column rand_device",
             do="encode where this device is, or make the data with the noise of cpu",
         ) from error
-    begun: Tensors = {STEPS: torch.tensor(sample["num_inference_steps"])}
+    drawn: Tensors = {STEPS: torch.tensor(sample["num_inference_steps"])}
     for target in targets:
         source.manual_seed(sample["seed"])
         shape = (1, *sample[target].shape)
-        begun[_START.format(target)] = torch.randn(shape, generator=source, device=device)[0]
-    return begun
+        drawn[_START.format(target)] = torch.randn(shape, generator=source, device=device)[0]
+    return drawn

@@ -51,7 +51,7 @@ class FlowPath:
 
     Attributes:
         sigmas: (n,) float32, decreasing.
-        timesteps: (n,) float32, 1000 sigma; what the denoiser is told.
+        timesteps: (n,) float32, 1000 sigma; passed to the denoiser.
         weights: (n,) float32 loss weights.
     """
 

@@ -102,8 +102,8 @@ def _check_export(
         "diffusers": for_diffusers(lora, found.component.folder, 1, 1.0)
     }
     if config.align_to_opensource_format:
-        assert family.open_lora is not None, "checked with the plan"
-        formats["the open key format"] = family.open_lora(lora, 1.0), {}
+        assert family.to_kohya is not None, "checked with the plan"
+        formats["the open key format"] = family.to_kohya(lora, 1.0), {}
     for name, (tensors, settings) in formats.items():
         try:
             family.load_lora(found.component.name, build_empty(found), tensors, settings)

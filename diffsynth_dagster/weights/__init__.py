@@ -1,1 +1,1 @@
-"""Model files: find them, tell what they are, build and load the modules."""
+"""Model files: find them, recognise them, build and load the modules; LoRA files."""

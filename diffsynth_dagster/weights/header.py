@@ -1,4 +1,4 @@
-"""What tensors a file holds, without reading them."""
+"""Names, types and shapes of the tensors in a model file, without reading the tensors."""
 
 import json
 import struct
@@ -95,7 +95,7 @@ def read_headers(paths: Iterable[Path]) -> Header:
     """The headers of the shards of one model, merged.
 
     Raises:
-        WeightsError: see `read_header`; or a tensor stands in two shards.
+        WeightsError: see `read_header`; or two shards hold the same tensor.
     """
     merged: Header = {}
     for path in paths:

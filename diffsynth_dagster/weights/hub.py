@@ -1,7 +1,8 @@
-"""Where model files lie: local folders, and ModelScope.
+"""Find model files in local folders and on ModelScope.
 
 `DIFFSYNTH_MODEL_BASE_PATH` is the folder of downloads (`./models` when unset);
-`DIFFSYNTH_SKIP_DOWNLOAD=True` asks the hub nothing; `MODELSCOPE_ENDPOINT` is read by modelscope.
+with `DIFFSYNTH_SKIP_DOWNLOAD=True` the hub is not contacted; `MODELSCOPE_ENDPOINT` is read by the
+modelscope package.
 """
 
 import glob

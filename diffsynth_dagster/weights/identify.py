@@ -1,13 +1,8 @@
-"""What the model files of a config are: told from tensor names, never from a table of hashes."""
+"""The model of a config: its files, its family as the config uses it, tokenizers and LoRAs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.entries import (
@@ -21,20 +16,33 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, WeightsError, nearest
 from diffsynth_dagster.families import each_family, family_names, find_family
 from diffsynth_dagster.families.contract import Component, Family, Shapes, Tokenizer
-from diffsynth_dagster.families.teacher import with_teacher
+from diffsynth_dagster.families.usage import as_used
 from diffsynth_dagster.weights.header import Header, read_headers
 from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.recognise import (
+    converted_shapes,
+    guess_component,
+    read_architecture,
+    recognise_component,
+    recognise_family,
+)
 
 
 @dataclass(frozen=True)
 class Found:
-    """The files of one component, and the architecture beside them if there is one."""
+    """The files of one component.
+
+    Attributes:
+        entry: the entry of the model list that names them.
+        header: names, types and shapes of their tensors.
+        config: the config.json beside them, if it is of this component.
+    """
 
     component: Component
     entry: ModelEntry
     files: tuple[Path, ...]
     header: Header
-    config: Mapping[str, Any] | None
+    config: Mapping[str, object] | None
 
     @property
     def shapes(self) -> Shapes:
@@ -52,10 +60,12 @@ class Preset:
 
 @dataclass(frozen=True)
 class FoundModel:
-    """Everything that a config's model list names.
+    """The model of a config.
 
     Attributes:
-        family: as the config uses it.
+        family: as the config uses it; see `families.usage`.
+        components: component → its files.
+        tokenizers: tokenizer → its folder.
         float8: the components that are stored in float8.
         presets: component → the LoRA that is fused into it.
     """
@@ -76,38 +86,13 @@ class FoundModel:
         return (*found.files, *([config] if found.config is not None else []), *preset)
 
 
-def converted_shapes(header: Header, component: Component, where: str) -> Shapes:
-    """Tensor name of the built module → shape, from the headers of the files alone.
-
-    Args:
-        where: the entry, for messages.
-
-    Raises:
-        WeightsError: the converter misses a tensor.
-    """
-    tensors = {name: torch.empty(i.shape, device="meta") for name, i in header.items()}
-    try:
-        return {name: tuple(t.shape) for name, t in component.convert(tensors).items()}
-    except (KeyError, IndexError, RuntimeError) as error:
-        raise WeightsError(
-            f"the files are not a whole '{component.name}': missing: {error.args[0]}",
-            where=where,
-            do="name every shard of the model and nothing else",
-        ) from error
-
-
-def recognise(header: Header, component: Component) -> bool:
-    """Whether the tensors are those of the component (in any layout that it accepts)."""
-    return any(all(mark in header for mark in marks) for marks in component.signatures)
-
-
 def find_model(config: TrainingConfig, hub: ModelHub) -> FoundModel:
-    """Locate every file of the model list and tell what each is.
+    """Locate every file of the model list and recognise which component each is.
 
     Raises:
-        WeightsError: a file is missing, of an unknown kind, or stands for the same component as
-            another one.
-        ParameterError: the family cannot be told.
+        WeightsError: a file is missing or of an unknown kind, or two entries are the same
+            component.
+        ParameterError: the files fit several families, or the family refuses the config.
     """
     family, found = _find_components(config, hub)
     needed = _needed_tokenizers(config, family)
@@ -125,10 +110,10 @@ def _find_components(config: TrainingConfig, hub: ModelHub) -> tuple[Family, dic
     for entry in entries:
         _require_shards(entry, files[entry])
     headers = {entry: read_headers(files[entry]) for entry in entries}
-    family = find_family(config.family) if config.family else _tell_family(headers)
+    family = find_family(config.family) if config.family else recognise_family(headers)
     found: dict[str, Found] = {}
     for entry in entries:
-        component = _tell_component(headers[entry], family, entry)
+        component = recognise_component(headers[entry], family, entry)
         if component.name in found:
             raise WeightsError(
                 f"two entries are the component '{component.name}'",
@@ -144,13 +129,14 @@ def _find_components(config: TrainingConfig, hub: ModelHub) -> tuple[Family, dic
         )
     given = {name: f.shapes for name, f in found.items()}
     family = as_used(family, config, given)
-    # The config may have its say about the architecture.
+    # The config may change the architecture of a component.
     found = {name: replace(f, component=family.component(name)) for name, f in found.items()}
     return family, found
 
 
 def _require_shards(entry: ModelEntry, files: Sequence[Path]) -> None:
-    """Refuse a part of the shards that their names count. Raises `WeightsError`."""
+    """Check that every shard is there that the names count, as `-00001-of-00002` does. Raises
+    `WeightsError`."""
     counted: dict[str, set[int]] = {}
     for match in filter(None, (SHARD.search(path.name) for path in files)):
         counted.setdefault(match[2], set()).add(int(match[1]))
@@ -165,23 +151,12 @@ def _require_shards(entry: ModelEntry, files: Sequence[Path]) -> None:
 
 
 def _needed_tokenizers(config: TrainingConfig, family: Family) -> list[Tokenizer]:
-    """All; but for captions that are already encoded, those of the training step alone."""
+    """All of them; those that the training step uses when the captions are already encoded."""
     if not config.reads_encoded or config.sample_prompts or config.customized_evaluation:
         return list(family.tokenizers)
     stages = family.step_stages(trained_components(config))
     used = {name for stage in stages for name in stage.uses}
     return [tokenizer for tokenizer in family.tokenizers if tokenizer.name in used]
-
-
-def as_used(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
-    """The family as a config uses it.
-
-    Args:
-        given: component → shapes of its tensors; empty where the files are not there.
-    """
-    if family.variant is not None:
-        family = family.variant(config, given)
-    return with_teacher(family, config) if config.distills else family
 
 
 def _float8(config: TrainingConfig, family: Family, found: Mapping[str, Found]) -> frozenset[str]:
@@ -234,60 +209,11 @@ def _presets(
     return {name: Preset(trained, path)}
 
 
-def _tell_component(header: Header, family: Family, entry: ModelEntry) -> Component:
-    for component in family.components:
-        if recognise(header, component):
-            return component
-    names = ", ".join(sorted(header)[:3])
-    known = ", ".join(c.name for c in family.components)
-    raise WeightsError(
-        f"the file is no component of {family.name}: its first tensors are {names}",
-        where=f"{entry.parameter} = {entry.text}",
-        do=f"the components of {family.name} are {known}; give their files, or another family",
-    )
-
-
-def _tell_family(headers: Mapping[ModelEntry, Header]) -> Family:
-    fits = [
-        family
-        for family in each_family()
-        if all(any(recognise(h, c) for c in family.components) for h in headers.values())
-    ]
-    denoisers = [
-        family
-        for family in fits
-        if any(recognise(h, family.component(family.denoiser)) for h in headers.values())
-    ]
-    if len(fits) == 1:
-        return fits[0]
-    if len(denoisers) == 1:
-        return denoisers[0]
-    if fits:
-        raise ParameterError(
-            "the files do not tell the family",
-            where="family",
-            do="give it: one of " + ", ".join(f.name for f in fits),
-        )
-    for entry, header in headers.items():
-        if not any(recognise(header, c) for family in each_family() for c in family.components):
-            names = ", ".join(sorted(header)[:3])
-            raise WeightsError(
-                f"the file is of an unknown kind: its first tensors are {names}",
-                where=f"{entry.parameter} = {entry.text}",
-                do="check that it is a model of a supported family",
-            )
-    raise WeightsError(
-        "the files belong to different families",
-        where=", ".join(entry.text for entry in headers),
-        do="name the files of one family only",
-    )
-
-
 def guess_family(config: TrainingConfig) -> Family:
     """The family of a config whose files may not be there: by name, files or repository.
 
     Raises:
-        ParameterError: it cannot be told.
+        ParameterError: it is not clear, or it refuses the config.
     """
     entries = model_entries(config)
     if config.family:
@@ -301,53 +227,16 @@ def guess_family(config: TrainingConfig) -> Family:
         return _find_components(config, hub)[0]
     except WeightsError as error:
         raise ParameterError(
-            f"the family cannot be told without the files ({error.what})",
+            f"the family is not clear without the files ({error.what})",
             where="family",
             do=f"give the family: one of {', '.join(family_names())}",
         ) from error
 
 
 def _guessed(family: Family, config: TrainingConfig, entries: Sequence[ModelEntry]) -> Family:
-    """The family as a config uses it, as far as the text of its model list tells."""
+    """The family as a config uses it, with the components that the text of its model list names."""
     names = [guess_component(entry, family) for entry in entries]
     return as_used(family, config, {name: {} for name in names if name is not None})
-
-
-def guess_component(entry: ModelEntry, family: Family) -> str | None:
-    """The component that an entry stands for as far as its text tells."""
-    for component in family.components:
-        if component.folder == entry.folder_hint:
-            return component.name
-    text = entry.pattern if entry.repository else entry.paths[0]
-    for component in family.components:
-        if any(fnmatch(text, glob) or fnmatch(text, f"*/{glob}") for glob in component.origin):
-            return component.name
-    return None
-
-
-def read_architecture(folder: Path, component: Component) -> Mapping[str, Any] | None:
-    """The config.json of a component in a folder; None where there is none of its architecture.
-
-    Raises:
-        WeightsError: it is damaged.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"the architecture cannot be read: {error}",
-            where=str(path),
-            do="download it again, or remove it: the architecture is then told from the shapes",
-        ) from error
-    if not isinstance(loaded, dict):
-        raise WeightsError(
-            "the architecture is not a mapping", where=str(path), do="download it again"
-        )
-    named = [loaded.get("_class_name"), *(loaded.get("architectures") or [])]
-    return loaded if any(name in component.classes for name in named) else None
 
 
 def _find_tokenizer(

@@ -1,4 +1,4 @@
-"""From files to a module: built without memory, then given its tensors."""
+"""From files to a module: built on the meta device, then given its tensors."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.families.shared.architecture import build
 from diffsynth_dagster.weights.identify import Found
 from diffsynth_dagster.weights.torch_file import read_torch_file
 
@@ -37,14 +38,14 @@ def read_tensors(paths: Sequence[Path], device: str = "cpu") -> dict[str, torch.
 
 
 def build_empty(found: Found) -> nn.Module:
-    """The module of a component with parameters on the meta device.
+    """The module of a component with its parameters on the meta device, where they take no memory.
 
     Raises:
         WeightsError: the architecture cannot be built, or lacks tensors that the files should have.
     """
     try:
         with init_empty_weights(include_buffers=False):
-            module = found.component.build(found.shapes, found.config)
+            module = build(found.component, found.shapes, found.config)
     except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise WeightsError(
             f"the architecture of '{found.component.name}' cannot be built: {error}",

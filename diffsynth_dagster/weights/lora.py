@@ -22,7 +22,7 @@ from diffsynth_dagster.weights.load import read_tensors
 PROVENANCE_KEY = "diffsynth_dagster"
 ADAPTER_KEY = "lora_adapter_metadata"
 FOREIGN_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "pipe.")
-"""How other tools begin the names of layers, beside the component's own prefix and folder."""
+"""How names of layers start in files of other tools, beside the component's prefix and folder."""
 
 _HALF = re.compile(r"(?P<layer>.+)\.lora_(?P<half>A|B|down|up)(?:\.default)?\.weight")
 _BEYOND_LORA = re.compile(
@@ -40,7 +40,7 @@ class LoraFile:
         down: layer → A (rank, …).
         up: layer → B (…, rank).
         scale: layer → alpha / rank.
-        other_family: the family that the header names, where that is another one.
+        other_family: the family that the header names, where it is not the one that reads it.
     """
 
     down: Tensors
@@ -86,14 +86,14 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
     made_for = provenance.get("family", family.name)
     for layer, a in down.items():
         own = tensors.get(f"{layer}.alpha")
-        told = provenance["lora"]["alpha"] if provenance.get("lora") else None
-        told = told or _adapter_alpha(notes, folder, layer, len(a))
-        # As kohya's scripts have it, an alpha of 0 is none.
-        alpha = (own is not None and float(own)) or told or float(len(a))
+        noted = provenance["lora"]["alpha"] if provenance.get("lora") else None
+        noted = noted or _adapter_alpha(notes, folder, layer, len(a))
+        # As in kohya's scripts, an alpha of 0 counts as none.
+        alpha = (own is not None and float(own)) or noted or float(len(a))
         tensors[f"{layer}.alpha"] = torch.tensor(alpha, dtype=torch.float64)
-    if family.close_lora is not None and owner == family.denoiser:
+    if family.from_authors is not None and owner == family.denoiser:
         try:
-            tensors = family.close_lora(tensors)
+            tensors = family.from_authors(tensors)
         except RuntimeError as error:
             raise WeightsError(
                 f"the LoRA has layers of other sizes than {family.name}: {error}",
@@ -137,13 +137,13 @@ def _half(tensors: Tensors, half: str) -> Tensors:
 
 def for_diffusers(
     tensors: Tensors, folder: str, rank: int, alpha: float
-) -> tuple[Tensors, dict[str, Any]]:
+) -> tuple[Tensors, dict[str, object]]:
     """A LoRA by the names of its module → as diffusers' pipelines load it, and its settings.
 
     Args:
         folder: of the component in the layout of diffusers.
     """
-    settings = {
+    settings: dict[str, object] = {
         f"{folder}.r": rank,
         f"{folder}.lora_alpha": alpha,
         f"{folder}.target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in tensors}),
@@ -159,15 +159,15 @@ def _are_halves(down: Tensors, up: Tensors) -> bool:
 
 
 def _adapter_alpha(notes: Mapping[str, str], folder: str, layer: str, rank: int) -> float | None:
-    """The alpha of a layer as peft's settings in the header of an export tell it, for a scale of
-    alpha / rank."""
+    """The alpha of a layer by peft's settings in the header of an export, for a scale of
+    alpha / rank; None where there are none."""
     settings: dict[str, Any] = json.loads(notes.get(ADAPTER_KEY, "{}"))
     own = {
         k.removeprefix(f"{folder}."): v for k, v in settings.items() if k.startswith(f"{folder}.")
     }
     alpha = own.get("lora_alpha")
     for name, value in (own.get("alpha_pattern") or {}).items():
-        # Peft takes the keys for patterns of the end of a name.
+        # To peft the keys are patterns that match the end of a name.
         if re.fullmatch(rf"(?:.*\.)?(?:{name})", layer):
             alpha = value
             break
@@ -177,7 +177,7 @@ def _adapter_alpha(notes: Mapping[str, str], folder: str, layer: str, rank: int)
 
 
 def require_fit(module: nn.Module, lora: LoraFile, where: str) -> None:
-    """Compare layers and sizes of a LoRA with a module, which may be on the meta device.
+    """Check that a module (which may be on the meta device) has the layers of a LoRA.
 
     Raises:
         WeightsError: it is for layers that the module lacks, or for layers of other sizes.
@@ -199,14 +199,14 @@ def require_fit(module: nn.Module, lora: LoraFile, where: str) -> None:
 def require_start(
     module: nn.Module, lora: LoraFile, targets: Iterable[str], rank: int, where: str
 ) -> None:
-    """Compare a LoRA with the one that a training gives a module: see `require_fit`, and
+    """Check that a LoRA can start a training, whose LoRA has these layers and this rank.
 
     Args:
         targets: the layers that get a LoRA.
 
     Raises:
-        WeightsError: it has no LoRA for one of the targets, or for other layers too, or its rank
-            is another.
+        WeightsError: see `require_fit`; or it lacks one of the targets, has other layers too, or
+            is of another rank.
     """
     require_fit(module, lora, where)
     wanted = set(targets)
@@ -236,7 +236,7 @@ def _some(names: Sequence[str]) -> str:
 def _unfit(
     lora: LoraFile, what: str, where: str, do: str = "give a LoRA of this model"
 ) -> WeightsError:
-    """The error for a LoRA that does not fit, with the family that it says it is of."""
+    """The error for a LoRA that does not fit, with the family that its header names, if another."""
     if lora.other_family is None:
         return WeightsError(what, where=where, do=do)
     return WeightsError(
@@ -264,7 +264,7 @@ def fuse_lora(module: nn.Module, lora: LoraFile, where: str) -> None:
 
 
 def start_lora(module: nn.Module, lora: LoraFile, scale: float) -> None:
-    """Give the LoRA layers of a module the values of a file, which `require_start` let pass.
+    """Give the LoRA layers of a module the values of a file that `require_start` has checked.
 
     Args:
         scale: alpha / rank of the module's LoRA; values of another scale are brought to it.

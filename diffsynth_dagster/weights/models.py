@@ -1,4 +1,4 @@
-"""The loaded components of a model, loaded when first asked for and freed when told."""
+"""The components of a model: loaded at their first use, kept, and freed on request."""
 
 import gc
 import re
@@ -25,8 +25,9 @@ class Models:
 
     Args:
         device, dtype: of the loaded weights.
-        bare: components that are not put into float8 when they are loaded but stay in CPU memory,
-            because a LoRA comes first; see `store_in_float8`.
+        float8_later: components of the model list's float8 ones that are loaded into CPU memory in
+            `dtype`: LoRA layers are added to them first, and the caller then stores them in float8;
+            see `store_in_float8`.
         on_cpu_first: read weights into CPU memory before they are moved to the device.
     """
 
@@ -36,13 +37,13 @@ class Models:
         device: torch.device,
         dtype: torch.dtype,
         on_cpu_first: bool,
-        bare: frozenset[str] = frozenset(),
+        float8_later: frozenset[str] = frozenset(),
     ) -> None:
         self.found = found
         self.device = device
         self.dtype = dtype
         self._on_cpu_first = on_cpu_first
-        self._bare = bare
+        self._float8_later = float8_later
         self._loaded: dict[str, Any] = {}
 
     def get(self, names: Iterable[str]) -> dict[str, Any]:
@@ -82,12 +83,12 @@ class Models:
             fuse_lora(module, lora, f"preset_lora_path = {preset.path}")
         if not stored:
             return module.to(self.device)
-        if name not in self._bare:
+        if name not in self._float8_later:
             store_in_float8(module, self.dtype, self.device)
         return module
 
     def free(self, names: Iterable[str]) -> None:
-        """Forget components, giving their memory back."""
+        """Drop components, so that their memory is free again."""
         for name in names:
             self._loaded.pop(name, None)
         gc.collect()
@@ -96,10 +97,11 @@ class Models:
 
 
 def _require_tokens(tokenizer: Tokenizer, loaded: Any, folder: Path) -> None:
-    """Refuse a tokenizer that lacks its words or markers: captions would be lost without a word.
+    """Check that a tokenizer knows its markers and common words. One that was loaded from an
+    incomplete folder does not, and would encode every caption as unknown tokens.
 
     Raises:
-        WeightsError: it does.
+        WeightsError: it lacks some.
     """
 
     def ids(text: str) -> list[int]:
@@ -150,9 +152,8 @@ def require_component(found: FoundModel, name: str) -> None:
 
 
 def component_digest(found: FoundModel, name: str, book: FactBook) -> str:
-    """Content of the files of a component or tokenizer: names do not matter, bytes do.
-
-    What is fused into it and how it is stored counts as well.
+    """Digest of what a component or tokenizer computes with: the bytes of its files (whatever their
+    names), of a LoRA that is fused into it, and whether it is stored in float8.
 
     Raises:
         WeightsError: the model list lacks it.

@@ -1,4 +1,4 @@
-"""PyTorch state dicts: nothing but tensors is unpickled."""
+"""PyTorch state dicts, read without running code that a file may hold."""
 
 import pickle
 import zipfile

@@ -1,8 +1,8 @@
-"""Whether a file ends where its own headers say that it does.
+"""Find files that are cut short, by the lengths in their own headers.
 
-Decoders make do with what is there, so the end of a cut file may go unnoticed: a PNG without its
-last checksum, a Matroska video without its second half. The headers of these formats tell how long
-the file must be. Formats that are not known here pass.
+Decoders read as far as they can, so the end of a cut file may be missing unnoticed: a PNG without
+its last checksum, a Matroska video without its second half. The headers of the formats below contain
+the length that the file must have. Files of other formats are not checked.
 """
 
 import os
@@ -17,7 +17,7 @@ _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp"
 
 
 def cut_short(path: Path) -> str | None:
-    """What is missing at the end of a file, in words; None where nothing is.
+    """Why a file is damaged, if its end is missing; else None.
 
     Raises:
         OSError: the file cannot be read.
@@ -78,7 +78,7 @@ def _gif(file: BinaryIO, size: int) -> bool:
                 return True
             file.seek(_colours(description[8]) + 1, os.SEEK_CUR)
         elif mark != b"\x00" or file.tell() > size:
-            return not mark  # what is no block is for the decoder to judge
+            return not mark  # an unknown block: whether it is valid shows when it is decoded
         if mark in b"!," and not _gif_blocks(file):
             return True
 
@@ -89,7 +89,7 @@ def _colours(flags: int) -> int:
 
 
 def _gif_blocks(file: BinaryIO) -> bool:
-    """Skip a run of data blocks; whether its end is there."""
+    """Skip a run of data blocks. Returns whether its end is there."""
     while True:
         length = file.read(1)
         if not length:
@@ -152,5 +152,6 @@ def _number(file: BinaryIO, keep_mark: bool) -> tuple[int | None, bool]:
     if len(rest) < width - 1:
         return None, False
     value = int.from_bytes(first + rest)
-    bare = value & ~(1 << (7 * width))
-    return (value if keep_mark else bare), bare == (1 << (7 * width)) - 1
+    without_mark = value & ~(1 << (7 * width))
+    unknown = without_mark == (1 << (7 * width)) - 1
+    return (value if keep_mark else without_mark), unknown

@@ -1,9 +1,9 @@
-"""Decodes whole videos in a process of its own, so that a damaged one can do no harm.
+"""Decode whole videos in a process of its own, so that a damaged one can crash nothing else.
 
-Run by its path, without the rest of the project: paths come in on standard input, a JSON text for
-each line, and JSON objects go out: `{"decoded": n}` now and then as a sign of life, and at the end
-`{"width", "height", "frames", "rate"}` or `{"error"}`. The decoder may crash or hang; whoever
-started this process sees the former and ends the latter.
+This file is run as a script, without the rest of the project. It reads paths from standard input,
+one JSON string a line. For each it writes JSON objects to standard output, one a line:
+`{"decoded": n}` about once a second while it decodes, and at the end `{"width", "height", "frames",
+"rate"}` or `{"error"}`. A decoder that hangs is ended by an alarm; see `_end_in`.
 """
 
 import json
@@ -12,13 +12,13 @@ import signal
 import sys
 import time
 
-_SIGN_OF_LIFE_S = 1.0
+_PROGRESS_S = 1.0
 
 
-def _stay_alive(patience_s: int) -> None:
-    """End this process after so many seconds, also inside the decoder, unless called again.
+def _end_in(patience_s: int) -> None:
+    """End this process in so many seconds, even inside the decoder, unless this is called again.
 
-    Zero seconds: however long it takes. Does nothing where there are no alarms.
+    Zero seconds: never. Does nothing on platforms without alarms.
     """
     if hasattr(signal, "alarm"):
         signal.alarm(patience_s)
@@ -28,11 +28,11 @@ def main(patience_s: int) -> None:
     """Serve until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)  # decoders write to these
+    os.dup2(nothing, 1)  # decoders print to these
     os.dup2(nothing, 2)
 
     def answer(value: dict[str, object]) -> None:
-        _stay_alive(patience_s)
+        _end_in(patience_s)
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
@@ -40,24 +40,24 @@ def main(patience_s: int) -> None:
 
     def decode(path: str) -> dict[str, object]:
         reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
-        frames, shape, told = len(reader), (0, 0), time.monotonic()
+        frames, shape, reported = len(reader), (0, 0), time.monotonic()
         for index in range(frames):
             shape = reader.next().shape
-            if time.monotonic() - told > _SIGN_OF_LIFE_S:
-                told = time.monotonic()
+            if time.monotonic() - reported > _PROGRESS_S:
+                reported = time.monotonic()
                 answer({"decoded": index + 1})
         rate = float(reader.get_avg_fps())
         return {"width": shape[1], "height": shape[0], "frames": frames, "rate": rate}
 
     for line in sys.stdin:
         found: dict[str, object]
-        _stay_alive(patience_s)
+        _end_in(patience_s)
         try:
             found = decode(json.loads(line))
         except Exception as error:  # noqa: BLE001 - the decoder raises anything
             found = {"error": str(error)}
         answer(found)
-        _stay_alive(0)
+        _end_in(0)
 
 
 if __name__ == "__main__":

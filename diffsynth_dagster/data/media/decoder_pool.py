@@ -1,4 +1,4 @@
-"""Processes that decode videos to see whether they can be: see `decoder`."""
+"""Processes that check videos by decoding them: see `decoder`."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from threading import Timer
 from typing import Any
 
 PATIENCE_S = 60
-"""A decoder that gives no sign of life for so long is ended."""
+"""A decoder that reports no progress for so long is ended."""
 _WORKER = Path(__file__).with_name("decoder.py")
 
 
@@ -54,7 +54,7 @@ class VideoPool:
     def _ask(
         self, worker: subprocess.Popen[str], path: Path
     ) -> tuple[dict[str, Any], subprocess.Popen[str] | None]:
-        """The answer, and the worker if it is still there."""
+        """The worker's answer, and the worker; None if it has ended."""
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:

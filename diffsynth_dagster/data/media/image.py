@@ -2,7 +2,7 @@
 
 Every image becomes RGB of 8 bits: its EXIF orientation is applied, palettes are resolved, grey and
 CMYK are converted, 16 bits are scaled to 8, and alpha is dropped (the colour beneath it stays). Of
-an animation the first frame is taken; as a video it is read by `data.video`.
+an animation the first frame is taken; `video` reads all of them.
 """
 
 import struct
@@ -42,7 +42,7 @@ _WANTED = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM PSD QOI SGI SUN TG
 Image.init()
 IMAGE_FORMATS = tuple(name for name in _WANTED.split() if name in Image.OPEN)
 """Formats that Pillow reads by itself: no outside program is ever started for a file."""
-# `open_image` refuses such images itself, in any thread; the warning would only be noise.
+# `open_image` refuses such images itself; the warning would appear besides.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 

@@ -55,6 +55,24 @@ _LISTS = {
 _SHIFT_FIRST = "final_layer.adaLN_modulation.1"
 """The one layer whose halves (shift, scale) diffusers has the other way round."""
 
+_IN_DOUBLE, _IN_SINGLE = "transformer_blocks.*.", "single_transformer_blocks.*."
+LORA_ALIASES = {
+    "a_to_qkv": tuple(f"{_IN_DOUBLE}attn.to_{x}" for x in "qkv"),
+    "b_to_qkv": tuple(f"{_IN_DOUBLE}attn.add_{x}_proj" for x in "qkv"),
+    "ff_a.0": (f"{_IN_DOUBLE}ff.net.0.proj",),
+    "ff_a.2": (f"{_IN_DOUBLE}ff.net.2",),
+    "ff_b.0": (f"{_IN_DOUBLE}ff_context.net.0.proj",),
+    "ff_b.2": (f"{_IN_DOUBLE}ff_context.net.2",),
+    "a_to_out": (f"{_IN_DOUBLE}attn.to_out.0",),
+    "b_to_out": (f"{_IN_DOUBLE}attn.to_add_out",),
+    "proj_out": (f"{_IN_SINGLE}proj_out",),
+    "norm.linear": (f"{_IN_SINGLE}norm.linear",),
+    "norm1_a.linear": (f"{_IN_DOUBLE}norm1.linear",),
+    "norm1_b.linear": (f"{_IN_DOUBLE}norm1_context.linear",),
+    "to_qkv_mlp": (*(f"{_IN_SINGLE}attn.to_{x}" for x in "qkv"), f"{_IN_SINGLE}proj_mlp"),
+}
+"""What users of DiffSynth-Studio call the layers → globs of diffusers' names."""
+
 PREFIX = "model.diffusion_model."
 _BLOCK = re.compile(r"(double|single)_blocks([._])(\d+)\2(.+)")
 _KOHYA = "lora_unet_"
@@ -136,7 +154,7 @@ def to_diffusers(tensors: Tensors) -> Tensors:
     return renamed
 
 
-def open_lora(tensors: Tensors, alpha: float) -> Tensors:
+def to_kohya(tensors: Tensors, alpha: float) -> Tensors:
     """A LoRA by diffusers' names → the keys `lora_unet_…` of kohya's scripts and ComfyUI.
 
     Layers that are one layer there become one LoRA with the A of each stacked and the B of each on
@@ -147,7 +165,7 @@ def open_lora(tensors: Tensors, alpha: float) -> Tensors:
         tensors: `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank).
     """
     down = {n.removesuffix(".lora_A.weight"): t for n, t in tensors.items() if ".lora_A." in n}
-    opened: Tensors = {}
+    renamed: Tensors = {}
     for original in dict.fromkeys(_original(layer) for layer in down):
         layers = _layers(original)
         shares = _shares(layers)
@@ -162,17 +180,17 @@ def open_lora(tensors: Tensors, alpha: float) -> Tensors:
         ]
         up = torch.block_diag(*b_of_each)
         key = _KOHYA + original.replace(".", "_")
-        opened[f"{key}.lora_down.weight"] = torch.cat(a_of_each).contiguous()
-        opened[f"{key}.lora_up.weight"] = _swap(up) if original == _SHIFT_FIRST else up
-        opened[f"{key}.alpha"] = torch.tensor(alpha * len(layers))
-    return opened
+        renamed[f"{key}.lora_down.weight"] = torch.cat(a_of_each).contiguous()
+        renamed[f"{key}.lora_up.weight"] = _swap(up) if original == _SHIFT_FIRST else up
+        renamed[f"{key}.alpha"] = torch.tensor(alpha * len(layers))
+    return renamed
 
 
-def close_lora(tensors: Tensors) -> Tensors:
+def from_authors(tensors: Tensors) -> Tensors:
     """A LoRA by the authors' names, dotted or as kohya writes them → by diffusers' names.
 
-    A fused layer whose B is not block-diagonal gives each of its layers the whole A. Layers that
-    are none of the authors' keep their name, so that what loads the LoRA can tell them.
+    A fused layer whose B is not block-diagonal gives each of its layers the whole A. Unknown
+    layers keep their names, so that the message about a LoRA that does not fit can show them.
 
     Args:
         tensors: `<layer>.lora_A.weight` (rank, in), `.lora_B.weight` (out, rank), `.alpha` ().
@@ -180,7 +198,7 @@ def close_lora(tensors: Tensors) -> Tensors:
     Raises:
         RuntimeError: the heights are not those of the fused layers.
     """
-    closed: Tensors = {}
+    renamed: Tensors = {}
     for layer in (n.removesuffix(".lora_A.weight") for n in tensors if ".lora_A." in n):
         down, up = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
         original = _from_kohya(layer.removeprefix(_KOHYA))
@@ -189,10 +207,10 @@ def close_lora(tensors: Tensors) -> Tensors:
         for part, (a, b) in zip(layers, _separate(down, up, layers), strict=True):
             if len(layers) > 1 and not a.any():
                 continue
-            closed[f"{part}.lora_A.weight"] = a
-            closed[f"{part}.lora_B.weight"] = b
-            closed[f"{part}.alpha"] = tensors[f"{layer}.alpha"] * len(a) / len(down)
-    return closed
+            renamed[f"{part}.lora_A.weight"] = a
+            renamed[f"{part}.lora_B.weight"] = b
+            renamed[f"{part}.alpha"] = tensors[f"{layer}.alpha"] * len(a) / len(down)
+    return renamed
 
 
 def _separate(

@@ -15,7 +15,7 @@ repository of a later release.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,12 +34,15 @@ from diffsynth_dagster.families.contract import (
     Loaded,
     Output,
     Sample,
+    Shapes,
     Stage,
     Tensors,
     Tokenizer,
 )
-from diffsynth_dagster.families.qwen_image.modules import build_dit, encode_pixels
-from diffsynth_dagster.families.shared.support import PATCH, pack
+from diffsynth_dagster.families.qwen_image.stages import encode_pixels
+from diffsynth_dagster.families.requirements import InputNamed, ParameterSet, Refusal
+from diffsynth_dagster.families.shared.packing import pack_several
+from diffsynth_dagster.families.shared.stages import PROMPT
 
 COLUMN = "edit_image"
 TEMPLATE = (
@@ -55,6 +58,22 @@ AREA = 1024 * 1024
 """Pixels of a picture for the VAE."""
 SHOWN_AREA = 384 * 384
 """Pixels of a picture for the text encoder, in the later way."""
+
+_EDITS = InputNamed(COLUMN)
+_ABOUT_EDITS = {
+    "data_file_keys": InputNamed(COLUMN, "data_file_keys"),
+    **{name: ParameterSet(name) for name in ("processor_path", "zero_cond_t", "edit_plus")},
+}
+REFUSALS = tuple(
+    Refusal(
+        f"{name} is about edit images, which are not trained on",
+        f"name '{COLUMN}' in extra_inputs and data_file_keys, or in neither",
+        when=(given,),
+        unless=(_EDITS,),
+        where=name,
+    )
+    for name, given in _ABOUT_EDITS.items()
+)
 
 PROCESSOR = Tokenizer(
     "processor",
@@ -129,17 +148,12 @@ def encode_pictures(loaded: Loaded, samples: Sequence[Sample], area: int) -> lis
     Args:
         area: of each picture, in pixels.
     """
-    tokens: list[torch.Tensor] = []
-    grids: list[tuple[int, int]] = []
     # The n-th pictures of samples of equal shape are of equal size.
-    for pictures in zip(*(sample[COLUMN] for sample in samples), strict=True):
-        pixels = torch.stack([to_tensor(resized(picture, area)) for picture in pictures])
-        latents = encode_pixels(loaded["vae"], pixels)
-        grids.append((latents.shape[-2] // PATCH, latents.shape[-1] // PATCH))
-        tokens.append(pack(latents))
-    together = torch.cat(tokens, dim=1)
-    sizes = torch.tensor(grids, device=together.device)
-    return [{"edit_tokens": own, "edit_grids": sizes} for own in together]
+    numbered = zip(*(sample[COLUMN] for sample in samples), strict=True)
+    pixels = (torch.stack([to_tensor(resized(p, area)) for p in pictures]) for pictures in numbered)
+    tokens, grids = pack_several(encode_pixels(loaded["vae"], each) for each in pixels)
+    sizes = torch.tensor(grids, device=tokens.device)
+    return [{"edit_tokens": own, "edit_grids": sizes} for own in tokens]
 
 
 def _names_later(config: TrainingConfig) -> bool:
@@ -148,15 +162,17 @@ def _names_later(config: TrainingConfig) -> bool:
     return any(LATER.search(repository) for repository in repositories)
 
 
-def edited(family: Family, config: TrainingConfig) -> Family:
-    """Qwen-Image with the stages of its editing releases."""
+def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
+    """Qwen-Image, or its editing releases where `extra_inputs` names the edit image."""
+    if COLUMN not in config.extra_inputs:
+        return family
     area = min(AREA, config.max_pixels)
     pictures = Input(COLUMN, "picture", many=True, area=area)
     later = config.zero_cond_t or config.edit_plus or _names_later(config)
     # The ways of a single picture differ: their outputs have keys of their own.
     prompt = Stage(
         "edit_prompt_later" if later else "edit_prompt",
-        (Input("prompt", "text"), pictures),
+        (PROMPT, pictures),
         ("tokenizer", "processor", "text_encoder"),
         family.stage("prompt").yields,
         partial(encode_prompt, area=area, later=later),
@@ -170,9 +186,10 @@ def edited(family: Family, config: TrainingConfig) -> Family:
     )
     components = family.components
     if config.zero_cond_t:
-        build = partial(build_dit, zero_cond_t=True)
+        # All images but the first have the timestep zero, whatever the config.json says.
+        fixed = {"zero_cond_t": True}
         components = tuple(
-            replace(c, build=build) if c.name == family.denoiser else c for c in components
+            replace(c, fixed=fixed) if c.name == family.denoiser else c for c in components
         )
     return replace(
         family,

@@ -1,20 +1,20 @@
-"""The modules of Wan: their architecture, and the names that the authors' files give them.
-
-Two layouts are read: the folders of diffusers, and the files of the repositories Wan-AI/Wan2.1-…
-and Wan-AI/Wan2.2-…. A converter leaves the names of diffusers and transformers alone.
-"""
-
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+"""The modules of Wan: their files and their settings."""
 
 from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
-from diffusers.loaders import single_file_utils
-from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionModel, UMT5EncoderModel
 
-from diffsynth_dagster.families.contract import Shapes, Tensors
-from diffsynth_dagster.families.shared.support import count_blocks, from_config, t5_settings
+from diffsynth_dagster.families.contract import Component, Settings, Shapes
+from diffsynth_dagster.families.shared.architecture import (
+    clip_settings,
+    count_blocks,
+    t5_settings,
+)
+from diffsynth_dagster.families.wanvideo.names import (
+    convert_dit,
+    convert_image_encoder,
+    convert_text_encoder,
+    convert_vae,
+)
 
 PATCH = 2
 HEAD = 128
@@ -36,216 +36,137 @@ _WIDE_STD = """
     0.5726 1.2042 0.5458 1.6887 0.3971 1.0600 0.3943 0.5537 0.5444 0.4089 0.7468 0.7744
 """
 
-_VAE_RESIDUAL = re.compile(r"^(encoder|decoder)\.(?:down|up)samples\.(\d+)\.(?:down|up)samples\.")
-_RESNET = {
-    "residual.0.": "norm1.",
-    "residual.2.": "conv1.",
-    "residual.3.": "norm2.",
-    "residual.6.": "conv2.",
-    "shortcut.": "conv_shortcut.",
-}
-_TEXT = {
-    "norm1.": "layer.0.layer_norm.",
-    "attn.": "layer.0.SelfAttention.",
-    "pos_embedding.embedding.": "layer.0.SelfAttention.relative_attention_bias.",
-    "norm2.": "layer.1.layer_norm.",
-    "ffn.gate.0.": "layer.1.DenseReluDense.wi_0.",
-    "ffn.fc1.": "layer.1.DenseReluDense.wi_1.",
-    "ffn.fc2.": "layer.1.DenseReluDense.wo.",
-}
-_VISION = {
-    "norm1.": "layer_norm1.",
-    "attn.proj.": "self_attn.out_proj.",
-    "norm2.": "layer_norm2.",
-    "mlp.0.": "mlp.fc1.",
-    "mlp.2.": "mlp.fc2.",
-}
 
-
-def _restart(name: str, starts: Mapping[str, str]) -> str:
-    """A name whose start is exchanged, if it has one of these."""
-    for old, new in starts.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
-
-
-def convert_dit(tensors: Tensors) -> Tensors:
-    """The names of `diffusion_pytorch_model*.safetensors` of the authors → those of diffusers."""
-    return _from_authors(tensors) if any(".self_attn." in name for name in tensors) else tensors
-
-
-def close_lora(tensors: Tensors) -> Tensors:
-    """A LoRA by the authors' names → by those of diffusers.
-
-    The only names that both have for different layers are those of norms, which no LoRA is of, so
-    that a LoRA by diffusers' names stays as it is.
-    """
-    return _from_authors(tensors)
-
-
-def _from_authors(tensors: Tensors) -> Tensors:
-    convert: Any = single_file_utils.convert_wan_transformer_to_diffusers
-    return {
-        name.replace("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"): tensor
-        for name, tensor in convert(dict(tensors)).items()
-    }
-
-
-def build_dit(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
-    """The transformer, with VACE's blocks where there are any. From shapes, a head has the 128
-    channels of every published size, and VACE's blocks stand beside evenly spread layers."""
-    vace = count_blocks(shapes, "vace_blocks.")
-    kind: Callable[..., nn.Module] = WanVACETransformer3DModel if vace else WanTransformer3DModel
-    if config is not None:
-        return from_config(kind, config)
+def dit_settings(shapes: Shapes) -> Settings:
+    """The transformer, with VACE's blocks where there are any. A head has the 128 channels of every
+    published size, and VACE's blocks stand beside evenly spread layers."""
     inner, in_channels = shapes["patch_embedding.weight"][:2]
-    layers = count_blocks(shapes, "blocks.")
+    layers, vace = count_blocks(shapes, "blocks."), count_blocks(shapes, "vace_blocks.")
     embedder = "condition_embedder."
-    options: dict[str, Any] = {}
-    if f"{embedder}image_embedder.norm1.weight" in shapes:
-        options["image_dim"] = shapes[f"{embedder}image_embedder.norm1.weight"][0]
-        options["added_kv_proj_dim"] = inner
-        options["pos_embed_seq_len"] = shapes.get(f"{embedder}image_embedder.pos_embed", (1, None))[
-            1
-        ]
+    settings: Settings = {
+        "num_attention_heads": inner // HEAD,
+        "attention_head_dim": HEAD,
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // PATCH**2,
+        "text_dim": shapes[f"{embedder}text_embedder.linear_1.weight"][1],
+        "freq_dim": shapes[f"{embedder}time_embedder.linear_1.weight"][1],
+        "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
+        "num_layers": layers,
+    }
+    image = f"{embedder}image_embedder."
+    if f"{image}norm1.weight" in shapes:
+        positions = shapes.get(f"{image}pos_embed")
+        settings["image_dim"] = shapes[f"{image}norm1.weight"][0]
+        settings["added_kv_proj_dim"] = inner
+        settings["pos_embed_seq_len"] = positions[1] if positions else None
     if vace:
-        options["vace_layers"] = list(range(0, layers, -(-layers // vace)))
-        options["vace_in_channels"] = 2 * in_channels + 64
-    return kind(
-        num_attention_heads=inner // HEAD,
-        attention_head_dim=HEAD,
-        in_channels=in_channels,
-        out_channels=shapes["proj_out.weight"][0] // PATCH**2,
-        text_dim=shapes[f"{embedder}text_embedder.linear_1.weight"][1],
-        freq_dim=shapes[f"{embedder}time_embedder.linear_1.weight"][1],
-        ffn_dim=shapes["blocks.0.ffn.net.0.proj.weight"][0],
-        num_layers=layers,
-        **options,
-    )
+        settings["vace_layers"] = list(range(0, layers, -(-layers // vace)))
+        settings["vace_in_channels"] = 2 * in_channels + 64
+    return settings
 
 
-def _residual_name(name: str) -> str:
-    """A name of `Wan2.2_VAE.pth` inside its nested blocks; of any other tensor, itself.
-
-    `encoder.downsamples.<i>.downsamples.<j>.…`: the residual blocks come first, and then what
-    changes the size.
-    """
-    match = _VAE_RESIDUAL.match(name)
-    if match is None:
-        return name
-    side, block, rest = match[1], match[2], name[match.end() :]
-    index, _, rest = rest.partition(".")
-    way = "down" if side == "encoder" else "up"
-    start = f"{side}.{way}_blocks.{block}."
-    if rest.startswith(("resample.", "time_conv.")):
-        return f"{start}{way}sampler.{rest}"
-    return f"{start}resnets.{index}.{_restart(rest, _RESNET)}"
-
-
-def convert_vae(tensors: Tensors) -> Tensors:
-    """The names of `Wan2.1_VAE.pth` and `Wan2.2_VAE.pth` → those of diffusers."""
-    convert: Any = single_file_utils.convert_wan_vae_to_diffusers
-    return convert({_residual_name(name): tensor for name, tensor in tensors.items()})
-
-
-def build_vae(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
-    """The video VAE. From shapes, the mean and deviation of the latents are the published ones.
+def vae_settings(shapes: Shapes) -> Settings:
+    """The video VAE. The mean and deviation of the latents are the published ones.
 
     Raises:
         ValueError: none are published for this number of channels.
     """
-    if config is not None:
-        return from_config(AutoencoderKLWan, config)
     base, in_channels = shapes["encoder.conv_in.weight"][:2]
     channels = shapes["post_quant_conv.weight"][0]
-    options: dict[str, Any] = {}
-    if channels == WIDE_LATENTS:
-        options["latents_mean"] = [float(value) for value in _WIDE_MEAN.split()]
-        options["latents_std"] = [float(value) for value in _WIDE_STD.split()]
-    elif channels != 16:
+    if channels not in (16, WIDE_LATENTS):
         raise ValueError(f"the mean and deviation of latents of {channels} channels are not known")
-    if in_channels > 3:
-        options |= {"patch_size": PATCH, "scale_factor_spatial": 16}
-    return AutoencoderKLWan(
-        base_dim=base,
-        decoder_base_dim=shapes["decoder.norm_out.gamma"][0],
-        z_dim=channels,
-        in_channels=in_channels,
-        out_channels=in_channels,
-        is_residual="encoder.down_blocks.0.resnets.0.conv1.weight" in shapes,
-        **options,
-    )
-
-
-def convert_text_encoder(tensors: Tensors) -> Tensors:
-    """The names of `models_t5_umt5-xxl-enc-bf16.pth` → those of transformers."""
-    renamed: Tensors = {}
-    for name, tensor in tensors.items():
-        if name.startswith("blocks."):
-            _, index, rest = name.split(".", 2)
-            name = f"encoder.block.{index}.{_restart(rest, _TEXT)}"
-        tops = {"token_embedding.": "shared.", "norm.": "encoder.final_layer_norm."}
-        renamed[_restart(name, tops)] = tensor
-    return renamed
-
-
-def build_text_encoder(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
-    """UMT5's encoder."""
-    if config is not None:
-        return UMT5EncoderModel(UMT5Config.from_dict(dict(config)))
-    return UMT5EncoderModel(UMT5Config(**t5_settings(shapes)))
-
-
-def convert_image_encoder(tensors: Tensors) -> Tensors:
-    """The names of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, or of transformers'
-    older files (`vision_model.…`) → those of transformers. The text tower, the projection and the
-    temperature, which Wan does not use, are left out."""
-    if not any(name.startswith("visual.") for name in tensors):
-        return {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
-    tops = {
-        "patch_embedding.": "embeddings.patch_embedding.",
-        "pre_norm.": "pre_layrnorm.",
-        "post_norm.": "post_layernorm.",
+    settings: Settings = {
+        "base_dim": base,
+        "decoder_base_dim": shapes["decoder.norm_out.gamma"][0],
+        "z_dim": channels,
+        "in_channels": in_channels,
+        "out_channels": in_channels,
+        "is_residual": "encoder.down_blocks.0.resnets.0.conv1.weight" in shapes,
     }
-    renamed: Tensors = {}
-    for name, tensor in tensors.items():
-        part, _, name = name.partition(".")
-        if part != "visual" or name == "head":
-            continue
-        if name == "cls_embedding":
-            renamed["embeddings.class_embedding"] = tensor.flatten()
-        elif name == "pos_embedding":
-            renamed["embeddings.position_embedding.weight"] = tensor.squeeze(0)
-        elif name.startswith("transformer."):
-            _, index, rest = name.split(".", 2)
-            layer = f"encoder.layers.{index}."
-            if rest.startswith("attn.to_qkv."):
-                kind = rest.removeprefix("attn.to_qkv.")
-                for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                    renamed[f"{layer}self_attn.{letter}_proj.{kind}"] = third
-            else:
-                renamed[layer + _restart(rest, _VISION)] = tensor
-        else:
-            renamed[_restart(name, tops)] = tensor
-    return renamed
+    if channels == WIDE_LATENTS:
+        settings["latents_mean"] = [float(value) for value in _WIDE_MEAN.split()]
+        settings["latents_std"] = [float(value) for value in _WIDE_STD.split()]
+    if in_channels > 3:
+        settings |= {"patch_size": PATCH, "scale_factor_spatial": 16}
+    return settings
 
 
-def build_image_encoder(shapes: Shapes, config: Mapping[str, Any] | None) -> nn.Module:
-    """CLIP's vision tower. From shapes, a head has the 80 channels and the activation is that of
-    the published ViT-H/14."""
-    if config is not None:
-        return CLIPVisionModel(CLIPVisionConfig.from_dict(dict(config)))
-    hidden, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
+def image_encoder_settings(shapes: Shapes) -> Settings:
+    """CLIP's vision tower. A head has the 80 channels and the activation is that of the published
+    ViT-H/14."""
+    patch = shapes["embeddings.patch_embedding.weight"][2]
     tokens = shapes["embeddings.position_embedding.weight"][0]
-    return CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=hidden,
-            intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
-            num_hidden_layers=count_blocks(shapes, "encoder.layers."),
-            num_attention_heads=hidden // VISION_HEAD,
-            image_size=int((tokens - 1) ** 0.5) * patch,
-            patch_size=patch,
-            hidden_act="gelu",
-        )
-    )
+    return {
+        **clip_settings(shapes, VISION_HEAD),
+        "image_size": int((tokens - 1) ** 0.5) * patch,
+        "patch_size": patch,
+        "hidden_act": "gelu",
+    }
+
+
+COMPONENTS = (
+    Component(
+        "dit",
+        "transformer",
+        (
+            (
+                "condition_embedder.time_embedder.linear_1.weight",
+                "patch_embedding.weight",
+                "proj_out.weight",
+                "scale_shift_table",
+            ),
+            (
+                "time_embedding.0.weight",
+                "patch_embedding.weight",
+                "head.head.weight",
+                "head.modulation",
+            ),
+        ),
+        WanTransformer3DModel,
+        dit_settings,
+        convert_dit,
+        ("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
+        other_kinds={"vace_blocks.": WanVACETransformer3DModel},
+    ),
+    Component(
+        "text_encoder",
+        "text_encoder",
+        (
+            (
+                "shared.weight",
+                "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",
+            ),
+            ("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),
+        ),
+        UMT5EncoderModel,
+        t5_settings,
+        convert_text_encoder,
+        ("models_t5_*",),
+    ),
+    Component(
+        "vae",
+        "vae",
+        (
+            ("encoder.mid_block.attentions.0.to_qkv.weight", "post_quant_conv.weight"),
+            ("encoder.middle.1.to_qkv.weight", "encoder.conv1.weight", "conv2.weight"),
+        ),
+        AutoencoderKLWan,
+        vae_settings,
+        convert_vae,
+        ("Wan2.?_VAE.pth",),
+    ),
+    Component(
+        "image_encoder",
+        "image_encoder",
+        (
+            ("vision_model.embeddings.class_embedding", "vision_model.pre_layrnorm.weight"),
+            ("embeddings.class_embedding", "pre_layrnorm.weight"),
+            ("visual.cls_embedding", "visual.pre_norm.weight"),
+        ),
+        CLIPVisionModel,
+        image_encoder_settings,
+        convert_image_encoder,
+        ("models_clip_*",),
+    ),
+)

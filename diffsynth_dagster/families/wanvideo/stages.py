@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil
 
 from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
+from diffsynth_dagster.families.shared.latents import encode_standardised, stacked
+from diffsynth_dagster.families.shared.text import encode_by_length
 from diffsynth_dagster.families.wanvideo.modules import PATCH
 
 PROMPT_TOKENS = 512
@@ -18,39 +19,19 @@ FRAMES_PER_LATENT = 4
 
 
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Prompt → `prompt_embeds` (L, hidden), L at most 512.
-
-    Prompts of equal token count share a forward pass, so that none is padded.
-    """
+    """Prompt → `prompt_embeds` (L, hidden), L at most 512."""
     tokenizer, encoder = loaded["tokenizer"], loaded["text_encoder"]
-    clean: Any = prompt_clean
     rows = [
-        tokenizer(clean(sample["prompt"]), truncation=True, max_length=PROMPT_TOKENS).input_ids
+        tokenizer(
+            prompt_clean(sample["prompt"]), truncation=True, max_length=PROMPT_TOKENS
+        ).input_ids
         for sample in samples
     ]
-    results: dict[int, Tensors] = {}
-    for length in sorted({len(row) for row in rows}):
-        members = [index for index, row in enumerate(rows) if len(row) == length]
-        ids = torch.tensor([rows[index] for index in members], device=encoder.device)
-        hidden = encoder(ids, torch.ones_like(ids)).last_hidden_state
-        for index, states in zip(members, hidden, strict=True):
-            results[index] = {"prompt_embeds": states}
-    return [results[index] for index in range(len(samples))]
 
+    def encode(ids: torch.Tensor) -> torch.Tensor:
+        return encoder(ids, torch.ones_like(ids)).last_hidden_state
 
-def _encode(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
-    """Videos (B, 3, F, H, W) → (B, C, F', H', W') float32, F' = 1 + (F - 1) / 4: the mode of the
-    VAE's posterior, normalised."""
-    config: Any = vae.config
-    encoded: Any = vae.encode(pixels.to(vae.device, vae.dtype))
-    latents = encoded.latent_dist.mode().float()
-    mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
-    std = torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
-    return (latents - mean) / std
-
-
-def _stacked(samples: Sequence[Sample], column: str) -> torch.Tensor:
-    return torch.stack([sample[column] for sample in samples])
+    return [{"prompt_embeds": e} for e in encode_by_length(rows, encode, encoder.device)]
 
 
 def encode_video(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
@@ -59,10 +40,10 @@ def encode_video(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     With VACE's reference image its latent frame comes first, as in the sequences that VACE was
     trained on; the published pipeline denoises that frame with the others and then drops it.
     """
-    latents = _encode(loaded["vae"], _stacked(samples, "video"))
+    latents = encode_standardised(loaded["vae"], stacked(samples, "video"))
     if "vace_reference_image" in samples[0]:
-        reference = _stacked(samples, "vace_reference_image").unsqueeze(2)
-        latents = torch.cat([_encode(loaded["vae"], reference), latents], dim=2)
+        reference = stacked(samples, "vace_reference_image").unsqueeze(2)
+        latents = torch.cat([encode_standardised(loaded["vae"], reference), latents], dim=2)
     return [{"video": latent} for latent in latents]
 
 
@@ -76,12 +57,12 @@ def encode_given_frames(
     Args:
         last: the last frame is given as well as the first.
     """
-    pixels = _stacked(samples, "video")
+    pixels = stacked(samples, "video")
     frames = torch.zeros(pixels.shape[2])
     frames[0] = 1
     if last:
         frames[-1] = 1
-    latents = _encode(loaded["vae"], pixels * frames.view(-1, 1, 1))
+    latents = encode_standardised(loaded["vae"], pixels * frames.view(-1, 1, 1))
     mask = torch.cat([frames[:1].expand(FRAMES_PER_LATENT - 1), frames])
     mask = mask.view(-1, FRAMES_PER_LATENT).T[:, :, None, None].to(latents.device)
     size = (FRAMES_PER_LATENT, *latents.shape[2:])
@@ -131,13 +112,15 @@ def encode_control(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     """
     vae = loaded["vae"]
     given = "vace_video" in samples[0]
-    shown = _stacked(samples, "vace_video" if given else "video")
+    shown = stacked(samples, "vace_video" if given else "video")
     shown = shown if given else torch.zeros_like(shown)
-    latents = torch.cat([_encode(vae, torch.zeros_like(shown)), _encode(vae, shown)], dim=1)
+    latents = torch.cat(
+        [encode_standardised(vae, torch.zeros_like(shown)), encode_standardised(vae, shown)], dim=1
+    )
     mask = latents.new_ones(len(latents), 8 * 8, *latents.shape[2:])
     control = torch.cat([latents, mask], dim=1)
     if "vace_reference_image" in samples[0]:
-        reference = _encode(vae, _stacked(samples, "vace_reference_image").unsqueeze(2))
+        reference = encode_standardised(vae, stacked(samples, "vace_reference_image").unsqueeze(2))
         rest = control.shape[1] - reference.shape[1]
         padded = functional.pad(reference, (0, 0, 0, 0, 0, 0, 0, rest))
         control = torch.cat([padded, control], dim=2)

@@ -1,7 +1,7 @@
 """FLUX.1 with reference images and ControlNets, tiny."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from family_case import Case, first_call
+from family_case import Case, first_prediction
 from PIL import Image
 from safetensors.torch import save_file
 
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.flux.family import SCHEDULER
 from diffsynth_dagster.families.flux.stages import MODES
-from diffsynth_dagster.families.shared.support import pack, unpack
+from diffsynth_dagster.families.shared.packing import unpack
 
 ARCHITECTURE = {
     "in_channels": 16,
@@ -265,50 +265,23 @@ def parts_of(own: Path) -> dict[str, Any]:
     }
 
 
-def called(
-    make: Callable[..., Any],
-    row: Mapping[str, Any],
-    x_t: Tensors,
-    lora: Path | None,
-    **more: Any,
-) -> tuple[Tensors, float]:
-    """What the transformer of a pipeline predicts in its first step."""
-    pipeline = make()
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
-    latents = x_t["image"]
-    height, width = latents.shape[-2:]
-    pipeline.set_progress_bar_config(disable=True)
-    with first_call(pipeline.transformer) as seen, torch.no_grad():
-        pipeline(
-            prompt=row["prompt"],
-            latents=pack(latents[None]),
-            height=height * 8,
-            width=width * 8,
-            num_inference_steps=2,
-            guidance_scale=1.0,
-            output_type="latent",
-            **more,
-        )
-    timestep = float(seen["kwargs"]["timestep"][0]) * 1000
-    return {"image": unpack(seen["output"][:, : height * width // 4], height, width)[0]}, timestep
-
-
 def published(
     folder: Path, row: Mapping[str, Any], x_t: Tensors, lora: Path | None
 ) -> tuple[Tensors, float]:
-    return called(lambda: FluxPipeline(**parts_of(folder / "diffusers")), row, x_t, lora)
+    pipeline = FluxPipeline(**parts_of(folder / "diffusers"))
+    return first_prediction(pipeline, x_t, lora, prompt=row["prompt"], guidance_scale=1.0)
 
 
 def published_kontext(
     folder: Path, row: Mapping[str, Any], x_t: Tensors, lora: Path | None
 ) -> tuple[Tensors, float]:
     height, width = (side * 8 for side in x_t["image"].shape[-2:])
-    return called(
-        lambda: FluxKontextPipeline(**parts_of(folder / "diffusers")),
-        row,
+    return first_prediction(
+        FluxKontextPipeline(**parts_of(folder / "diffusers")),
         x_t,
         lora,
+        prompt=row["prompt"],
+        guidance_scale=1.0,
         image=Image.open(row["kontext_images"][0]),
         max_area=height * width,
         _auto_resize=False,
@@ -320,11 +293,12 @@ def published_control(
 ) -> tuple[Tensors, float]:
     controlnet = FluxControlNetModel.from_pretrained(folder / net / "controlnet")
     mode = row.get("controlnet_processor_id")
-    return called(
-        lambda: FluxControlNetPipeline(**parts_of(folder / "diffusers"), controlnet=controlnet),
-        row,
+    return first_prediction(
+        FluxControlNetPipeline(**parts_of(folder / "diffusers"), controlnet=controlnet),
         x_t,
         lora,
+        prompt=row["prompt"],
+        guidance_scale=1.0,
         control_image=Image.open(row["controlnet_image"]),
         control_mode=None if mode is None else MODES.index(mode),
     )

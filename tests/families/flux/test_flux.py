@@ -1,10 +1,8 @@
 """FLUX.1: names of other tools, LoRAs as a start, several modules at once, and what is refused."""
 
 import json
-import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +11,28 @@ import pytest
 import torch
 from conftest import ROOT, make_config, samples_of, train
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from families.flux.cases import ARCHITECTURE, CASES, CONTROLNET, rows, write
+from families.flux.cases import ARCHITECTURE, write
+from families.flux.training import HUB, Values, exports, make_values
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.effect import trained_components
-from diffsynth_dagster.data.table.check import validate
-from diffsynth_dagster.errors import ParameterError, UserError
-from diffsynth_dagster.export import export_run, verify_export
-from diffsynth_dagster.export.run import Exported
-from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.errors import UserError
+from diffsynth_dagster.export import verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux.family import SCHEDULER, inference_sigmas, path
-from diffsynth_dagster.families.flux.stages import encode_control, encode_kontext
-from diffsynth_dagster.plan import check_plan
+from diffsynth_dagster.families.flux.family import FAMILY, SCHEDULER, path
 from diffsynth_dagster.training.batches import StepDataset
-from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.header import read_metadata
-from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model, guess_family
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
-
-HUB = ModelHub(Path(), skip_download=True)
-FLUX = CASES[0]
 
 
 @pytest.fixture(scope="session")
@@ -54,44 +42,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Values = Callable[..., dict[str, Any]]
-
-
 @pytest.fixture(scope="session")
 def values(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Values:
-    """The parameters of a LoRA training of one step; a value of None leaves one out."""
-    folder = tmp_path_factory.mktemp("data")
-    tables = {
-        "plain": rows(folder / "plain"),
-        "control": rows(folder / "control", "controlnet_image", (32, 32), mode=True),
-    }
-    cache = tmp_path_factory.mktemp("cache")
-
-    def make(data: str = "plain", layout: str = "diffusers", **overrides: Any) -> dict[str, Any]:
-        base: dict[str, Any] = {
-            "family": "flux",
-            "dataset_base_path": str(tables[data].parent),
-            "dataset_metadata_path": str(tables[data]),
-            **FLUX.models(model, layout),
-            "height": 32,
-            "width": 32,
-            "batch_size": 4,
-            "learning_rate": 1e-3,
-            "lora_base_model": "dit",
-            "lora_rank": 4,
-            "cache_path": str(cache),
-            "output_path": "unused",
-        }
-        return {k: v for k, v in {**base, **overrides}.items() if v is not None}
-
-    return make
-
-
-def exports(values: dict[str, Any], run: Path) -> list[Exported]:
-    config = make_config({**values, "output_path": str(run)})
-    record = read_record(run)
-    assert record is not None
-    return export_run(config, record, find_model(config, HUB))
+    return make_values(model, tmp_path_factory.mktemp("data"))
 
 
 def first_loss(values: dict[str, Any], folder: Path) -> float:
@@ -126,7 +79,8 @@ def test_inference_sigmas_are_those_of_the_pipeline(model: Path) -> None:
         num_inference_steps=3,
         output_type="latent",
     )
-    ours = inference_sigmas(3, {"image": torch.zeros(1, 4, 8, 12)})
+    assert FAMILY.inference_sigmas is not None
+    ours = FAMILY.inference_sigmas(3, {"image": torch.zeros(1, 4, 8, 12)})
     torch.testing.assert_close(ours, pipeline.scheduler.sigmas)
 
 
@@ -211,61 +165,6 @@ def test_a_lora_that_does_not_fit_is_refused(
     assert "no names for a LoRA of 'text_encoder'" in refusal(wrong, tmp_path / "e", capsys)
 
 
-def test_three_modules_at_once(values: Values, model: Path, tmp_path: Path) -> None:
-    """CLIP and a ControlNet in full, the transformer through a LoRA: a file for each."""
-    from diffusers import FluxControlNetModel
-    from transformers import CLIPTextModel
-
-    given = values(
-        "control",
-        trainable_models=["text_encoder", "controlnet"],
-        model_paths=[*values()["model_paths"], str(model / "union" / CONTROLNET)],
-        data_file_keys=["image", "controlnet_image"],
-        extra_inputs=["controlnet_image", "controlnet_processor_id"],
-        learning_rate=1e-4,
-    )
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
-    columns = read_manifest(run).frame.columns
-    assert {"key:prompt", "key:image", "key:control"} <= set(columns)
-    assert "key:pooled_prompt" not in columns
-    made = {item.component: item for item in exports(given, run)}
-    assert made.keys() == {"dit", "text_encoder", "controlnet"}
-    found = find_model(make_config({**given, "output_path": str(run)}), HUB)
-    for item in made.values():
-        verify_export(item, found)
-    tensors = load_file(run / "epoch-0.safetensors")
-    clip: Any = CLIPTextModel.from_pretrained(made["text_encoder"].path.parent)
-    net: Any = FluxControlNetModel.from_pretrained(made["controlnet"].path.parent)
-    for prefix, module, folder in (
-        ("pipe.text_encoder.", clip, model / "diffusers" / "text_encoder"),
-        ("pipe.controlnet.models.0.", net, model / "union" / "controlnet"),
-    ):
-        (before,) = (load_file(file) for file in folder.glob("*.safetensors"))
-        state = module.state_dict()
-        assert all(torch.equal(state[name], tensors[prefix + name]) for name in state)
-        assert any(not torch.equal(state[name], before[name]) for name in state)
-
-
-def test_a_controlnet_is_saved_with_bare_names(values: Values, model: Path, tmp_path: Path) -> None:
-    given = values(
-        "control",
-        lora_base_model=None,
-        lora_rank=None,
-        trainable_models=["controlnet"],
-        model_paths=[*values()["model_paths"], str(model / "controlnet" / CONTROLNET)],
-        data_file_keys=["image", "controlnet_image"],
-        extra_inputs=["controlnet_image"],
-        remove_prefix_in_ckpt="pipe.controlnet.models.0.",
-    )
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
-    names = load_file(run / "epoch-0.safetensors").keys()
-    assert names == load_file(model / "controlnet" / CONTROLNET).keys()
-    (exported,) = exports(given, run)
-    verify_export(exported, find_model(make_config({**given, "output_path": str(run)}), HUB))
-
-
 def test_a_lora_of_clip_loads_in_the_pipeline(values: Values, tmp_path: Path) -> None:
     given = values(lora_base_model="text_encoder", remove_prefix_in_ckpt="pipe.text_encoder.")
     code, run = train(given, tmp_path / "run")
@@ -288,7 +187,7 @@ def test_float8_for_what_is_not_trained(
 
 
 def test_shapes_alone_give_the_same_encodings(values: Values, model: Path, tmp_path: Path) -> None:
-    """The single files have no config.json: what is not told by a shape is as published."""
+    """The single files have no config.json: what no shape shows is as published."""
     bare = tmp_path / "t5"
     bare.mkdir()
     for file in (model / "diffusers" / "text_encoder_2").glob("*.safetensors"):
@@ -309,108 +208,6 @@ def test_shapes_alone_give_the_same_encodings(values: Values, model: Path, tmp_p
     assert outputs[0]["prompt_embeds"].shape == (512, 64)
     for name, tensor in outputs[0].items():
         torch.testing.assert_close(outputs[1][name], tensor, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("net", "extra", "message"),
-    [
-        ("controlnet", "", "has a ControlNet, but controlnet_image is not given"),
-        (None, "controlnet_image", "controlnet_image is given but no ControlNet"),
-        (None, "controlnet_processor_id", "given but not controlnet_image"),
-        ("union", "controlnet_image", "a union of several"),
-        ("controlnet", "controlnet_image,controlnet_processor_id", "has no modes"),
-        ("controlnet", "controlnet_image,kontext_images", "do not go together"),
-        ("controlnet", "controlnet_image,controlnet_inpaint_mask", "controlnet_inpaint_mask"),
-    ],
-)
-def test_columns_and_controlnets_go_together(
-    values: Values, model: Path, net: str | None, extra: str, message: str
-) -> None:
-    files = [str(model / net / CONTROLNET)] if net else []
-    keys = ["image", *(c for c in extra.split(",") if "image" in c)]
-    config = make_config(
-        values(
-            "control",
-            model_paths=[*values()["model_paths"], *files],
-            extra_inputs=extra,
-            data_file_keys=keys,
-        )
-    )
-    with pytest.raises(ParameterError, match=message):
-        check_plan(config, find_model(config, HUB).family)
-
-
-def test_a_mode_is_told_by_its_name(model: Path) -> None:
-    loaded = {"vae": AutoencoderKL.from_pretrained(model / "diffusers" / "vae")}
-    image = {"controlnet_image": torch.zeros(3, 32, 32)}
-    with torch.no_grad():
-        (encoded,) = encode_control(loaded, [{**image, "controlnet_processor_id": "depth"}])
-        assert int(encoded["control_mode"]) == 2
-
-
-def test_a_row_of_an_unknown_mode_is_rejected(values: Values, tmp_path: Path) -> None:
-    extra = "controlnet_image,controlnet_processor_id"
-    given = values("control", extra_inputs=extra, task="sft:data_process")
-    table = Path(given["dataset_metadata_path"])
-    other = table.with_name("sketch.csv")
-    other.write_text(
-        re.sub("canny|tile|depth|blur|pose|gray|lq", "sketch", table.read_text(), count=1)
-    )
-    given |= {"dataset_metadata_path": str(other), "data_file_keys": "image,controlnet_image"}
-    config = make_config(given)
-    book = FactBook(tmp_path / "facts.sqlite")
-    checked = validate(config, guess_family(config).columns, book)
-    assert checked.counts["not_taken"] == 1
-    (why,) = checked.rejected["message"]
-    assert "controlnet_processor_id takes one of canny, tile" in why
-
-
-def test_several_reference_images_are_counted(model: Path) -> None:
-    """Each sees the model as another: their order matters."""
-    loaded = {"vae": AutoencoderKL.from_pretrained(model / "diffusers" / "vae")}
-    dit: Any = FluxTransformer2DModel.from_pretrained(model / "diffusers" / "transformer")
-    source = torch.Generator().manual_seed(3)
-    first, second = (torch.randn(3, *size, generator=source) for size in ((32, 48), (16, 32)))
-    family = find_family("flux")
-    predictions: list[torch.Tensor] = []
-    with torch.no_grad():
-        for images in ([first, second], [second, first]):
-            (encoded,) = encode_kontext(loaded, [{"kontext_images": images}])
-            assert encoded["kontext"].shape == (6 + 2, 16)
-            counts = [6, 2] if images[0] is first else [2, 6]
-            assert encoded["kontext_ids"][:, 0].tolist() == [1] * counts[0] + [2] * counts[1]
-            conditions = {
-                "prompt_embeds": torch.zeros(1, 4, 64),
-                "pooled_prompt_embeds": torch.zeros(1, 64),
-                **{name: tensor[None] for name, tensor in encoded.items()},
-            }
-            x_t = {"image": torch.ones(1, 4, 4, 6)}
-            t = torch.tensor([500.0])
-            predictions.append(family.denoise({"dit": dit}, conditions, x_t, t)["image"])
-    assert predictions[0].shape == (1, 4, 4, 6)
-    assert float((predictions[0] - predictions[1]).abs().max()) > 1e-5
-
-
-def test_rows_of_one_and_of_several_reference_images(values: Values, tmp_path: Path) -> None:
-    """Each has its own sizes; a batch has samples of one kind. The first row is no list."""
-    table = rows(tmp_path / "data", "kontext_images", (48, 32))
-    lines = table.read_text().splitlines()
-    for row in (2, 4):
-        lines[row] = lines[row].replace(",more/", ',"[""0.png"",""more/') + '""]"'
-    table.write_text("\n".join(lines))
-    given = values(
-        dataset_base_path=str(table.parent),
-        dataset_metadata_path=str(table),
-        data_file_keys=["image", "kontext_images"],
-        extra_inputs=["kontext_images"],
-        height=None,
-        width=None,
-    )
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
-    shapes = read_manifest(run).frame["shape"].value_counts().rows()
-    assert sorted(shapes) == [("32x32 32x32,48x32", 2), ("32x32 48x32", 2)]
-    assert pl.read_csv(run / "metrics.csv").height == 2
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora in bf16 on float8", "full in bf16"])
@@ -453,7 +250,7 @@ def test_layers_without_an_open_form_are_refused_before_training(
     assert not (tmp_path / "run" / "samples.parquet").exists()
 
 
-def test_the_family_is_told_by_files_and_by_repository(values: Values) -> None:
+def test_the_family_is_recognised_by_files_and_by_repository(values: Values) -> None:
     for layout in ("diffusers", "original"):
         assert (
             find_model(make_config(values(layout=layout, family=None)), HUB).family.name == "flux"
@@ -469,7 +266,7 @@ def test_the_family_is_told_by_files_and_by_repository(values: Values) -> None:
         guess_family(make_config(named))
 
 
-def test_the_kohya_file_tells_where_it_comes_from(lora: tuple[Path, dict[str, Path]]) -> None:
+def test_the_kohya_file_says_where_it_comes_from(lora: tuple[Path, dict[str, Path]]) -> None:
     assert "samples_digest" in read_metadata(lora[1]["kohya"])["diffsynth_dagster"]
     found = read_lora(lora[1]["kohya"], find_family("flux"), "dit", "the test")
     assert {round(scale, 6) for scale in found.scale.values()} == {0.5}

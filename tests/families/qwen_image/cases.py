@@ -20,7 +20,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
-from family_case import Case, first_call
+from family_case import Case, first_prediction
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
@@ -32,7 +32,7 @@ from transformers import (
 
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.qwen_image.family import SCHEDULER
-from diffsynth_dagster.families.shared.support import pack, unpack
+from diffsynth_dagster.families.shared.packing import unpack
 
 AREA = 64 * 64
 """Of edit images here, in pixels."""
@@ -151,24 +151,8 @@ def predicted(
     pipeline: DiffusionPipeline, row: Mapping[str, Any], x_t: Tensors, lora: Path | None
 ) -> tuple[Tensors, float]:
     """What a pipeline's transformer is called with first, and what it predicts."""
-    made: Any = pipeline
-    if lora is not None:
-        made.load_lora_weights(lora)
-    count_template(made)
-    latents = x_t["image"]
-    height, width = latents.shape[-2:]
-    with first_call(made.transformer) as seen, torch.no_grad():
-        made(
-            **row,
-            latents=pack(latents[None]),
-            height=height * 8,
-            width=width * 8,
-            num_inference_steps=2,
-            true_cfg_scale=1.0,
-            output_type="latent",
-        )
-    timestep = float(seen["kwargs"]["timestep"][0]) * 1000
-    return {"image": unpack(seen["output"][:, : height * width // 4], height, width)[0]}, timestep
+    count_template(pipeline)
+    return first_prediction(pipeline, x_t, lora, **row, true_cfg_scale=1.0)
 
 
 def published(

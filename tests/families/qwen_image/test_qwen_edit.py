@@ -21,7 +21,7 @@ from diffsynth_dagster.families.qwen_image.edit import (
     shown,
 )
 from diffsynth_dagster.families.qwen_image.family import FAMILY
-from diffsynth_dagster.weights.identify import as_used
+from diffsynth_dagster.families.usage import as_used
 
 SIZES = [(512, 512), (1920, 1080), (1080, 1920), (333, 777), (4000, 300), (1365, 1024), (97, 61)]
 

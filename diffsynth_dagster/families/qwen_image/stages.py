@@ -1,0 +1,75 @@
+"""The stages of Qwen-Image and one call of its transformer: tensors in, tensors out."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKLQwenImage
+
+from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
+from diffsynth_dagster.families.shared.latents import encode_standardised
+from diffsynth_dagster.families.shared.packing import grid_of, pack, unpack
+from diffsynth_dagster.families.shared.text import encode_by_length
+
+PROMPT_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+MAX_PROMPT_TOKENS = 1024
+
+
+def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Prompt → `prompt_embeds` (L, hidden): the last hidden states after the template's prefix.
+
+    The number of template tokens to drop is counted with the tokenizer.
+    """
+    tokenizer, encoder = loaded["tokenizer"], loaded["text_encoder"]
+    drop = len(tokenizer(PROMPT_TEMPLATE.split("{}")[0]).input_ids)
+    rows = [
+        tokenizer(
+            PROMPT_TEMPLATE.format(sample["prompt"]),
+            truncation=True,
+            max_length=MAX_PROMPT_TOKENS + drop,
+        ).input_ids
+        for sample in samples
+    ]
+
+    def encode(ids: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones_like(ids)
+        return encoder.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    states = encode_by_length(rows, encode, encoder.device)
+    return [{"prompt_embeds": own[drop:]} for own in states]
+
+
+def encode_pixels(vae: AutoencoderKLQwenImage, pixels: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W) in [-1, 1] → latents (B, C, H/8, W/8) float32. To the VAE, which is one
+    of videos, an image is a video of one frame."""
+    return encode_standardised(vae, pixels.unsqueeze(2)).squeeze(2)
+
+
+def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) -> Tensors:
+    """The transformer's velocity for `image` (B, C, H, W) at timesteps t (B,) in [0, 1000].
+
+    The tokens of edit images stand behind those of the image.
+    """
+    latents = x_t["image"]
+    height, width = latents.shape[-2:]
+    tokens = pack(latents)
+    count = tokens.shape[1]
+    grids = [(1, *grid_of(latents))]
+    if "edit_tokens" in conditions:
+        tokens = torch.cat([tokens, conditions["edit_tokens"]], dim=1)
+        # Samples of a batch are of equal shape: the grids of one are those of all.
+        grids += [(1, rows, columns) for rows, columns in conditions["edit_grids"][0].tolist()]
+    mask = conditions["prompt_embeds_mask"]
+    predicted = loaded["dit"](
+        hidden_states=tokens,
+        encoder_hidden_states=conditions["prompt_embeds"],
+        # As in the published pipeline: without padding, attention is faster without a mask.
+        encoder_hidden_states_mask=None if mask.all() else mask,
+        timestep=t / 1000,
+        img_shapes=[grids] * len(latents),
+        return_dict=False,
+    )[0]
+    return {"image": unpack(predicted[:, :count], height, width)}

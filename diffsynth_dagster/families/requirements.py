@@ -1,0 +1,120 @@
+"""Combinations of inputs, parameters and models that a family does not train, declared as data.
+
+A family lists `Refusal`s. One holds conditions about a config and its model list, and the message
+for the user. `check_refusals` raises the first one that applies.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import ParameterError
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor name of a built module → shape."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """A config, and what is known of the models that it lists.
+
+    Attributes:
+        given: component → shapes of its tensors; empty shapes where the files are not there yet.
+    """
+
+    config: TrainingConfig
+    given: Mapping[str, Shapes]
+
+    @property
+    def knows_every_model(self) -> bool:
+        """Whether the component of every entry of the model list is known."""
+        entries = len(self.config.model_paths) + len(self.config.model_id_with_origin_paths)
+        return len(self.given) == entries
+
+
+class Condition(Protocol):
+    """Something that is so, or not, in the use of a family."""
+
+    def holds(self, use: Use) -> bool | None:
+        """Whether it is so; None where that is not known before the model files are there."""
+        ...
+
+
+@dataclass(frozen=True)
+class InputNamed:
+    """A parameter that lists columns lists this one."""
+
+    column: str
+    parameter: Literal["extra_inputs", "data_file_keys"] = "extra_inputs"
+
+    def holds(self, use: Use) -> bool:
+        """Whether the column is listed."""
+        return self.column in getattr(use.config, self.parameter)
+
+
+@dataclass(frozen=True)
+class ParameterSet:
+    """A parameter (or a property of the config) is neither None nor False."""
+
+    name: str
+
+    def holds(self, use: Use) -> bool:
+        """Whether it has a value."""
+        return getattr(use.config, self.name) not in (None, False)
+
+
+@dataclass(frozen=True)
+class ModelListed:
+    """The model list has files of a component."""
+
+    component: str
+
+    def holds(self, use: Use) -> bool | None:
+        """Whether it has; None where it may be an entry that is not recognised yet."""
+        if self.component in use.given:
+            return True
+        return False if use.knows_every_model else None
+
+
+@dataclass(frozen=True)
+class ModelHas:
+    """The tensors of a component are of a certain kind: `test` is given their shapes."""
+
+    component: str
+    test: Callable[[Shapes], bool]
+
+    def holds(self, use: Use) -> bool | None:
+        """What `test` returns; None where the shapes are not known."""
+        shapes = use.given.get(self.component)
+        return self.test(shapes) if shapes else None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A combination that is refused: every condition of `when` holds, and none of `unless`.
+
+    A condition that is not known yet counts as neither, so that nothing is refused by mistake.
+
+    Attributes:
+        what, do, where: the message; see `UserError`.
+    """
+
+    what: str
+    do: str
+    when: tuple[Condition, ...]
+    unless: tuple[Condition, ...] = ()
+    where: str = "extra_inputs"
+
+    def applies(self, use: Use) -> bool:
+        """Whether the use is refused."""
+        return all(c.holds(use) is True for c in self.when) and all(
+            c.holds(use) is False for c in self.unless
+        )
+
+
+def check_refusals(refusals: Sequence[Refusal], use: Use) -> None:
+    """Raise a `ParameterError` for the first refusal that applies."""
+    for refusal in refusals:
+        if refusal.applies(use):
+            raise ParameterError(refusal.what, where=refusal.where, do=refusal.do)

@@ -1,0 +1,36 @@
+"""A family as one config uses it."""
+
+from collections.abc import Mapping
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.families.contract import Family, Shapes
+from diffsynth_dagster.families.requirements import Use, check_refusals
+from diffsynth_dagster.families.teacher import with_teacher
+
+
+def as_used(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
+    """The family as a config uses it: with the stages, columns and architecture that it needs.
+
+    Args:
+        given: component → shapes of its tensors; empty shapes where the files are not there.
+
+    Raises:
+        ParameterError: the family refuses this combination of inputs, parameters and models.
+    """
+    check_refusals(family.refusals, Use(config, given))
+    _check_open_format(family, config)
+    if family.variant is not None:
+        family = family.variant(family, config, given)
+    return with_teacher(family, config) if config.distills else family
+
+
+def _check_open_format(family: Family, config: TrainingConfig) -> None:
+    """Only a LoRA of the denoiser has names in the open format. Raises `ParameterError`."""
+    asked = config.align_to_opensource_format and family.to_kohya is not None
+    if asked and config.lora_base_model not in (None, family.denoiser):
+        raise ParameterError(
+            f"the open format has no names for a LoRA of '{config.lora_base_model}' here",
+            where="align_to_opensource_format",
+            do="leave it out: the export for diffusers is written anyway",
+        )

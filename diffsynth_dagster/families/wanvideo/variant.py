@@ -1,0 +1,203 @@
+"""Which Wan a config trains: its stages, columns and sizes, and what it refuses."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+from diffsynth_dagster.config.entries import model_entries
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.geometry import FrameRule, Geometry
+from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.families.contract import Family, Output, Shapes, Stage
+from diffsynth_dagster.families.requirements import (
+    InputNamed,
+    ModelHas,
+    ModelListed,
+    ParameterSet,
+    Refusal,
+)
+from diffsynth_dagster.families.wanvideo import stages
+from diffsynth_dagster.families.wanvideo.modules import PATCH, WIDE_LATENTS
+
+WIDE_FACTOR = 32
+MASK_CHANNELS = 4
+"""Which of the frames are given: one channel for each frame of a latent one."""
+VIDEO = Input("video", "video")
+VACE_VIDEO = Input("vace_video", "video", same_size=True)
+VACE_REFERENCE = Input("vace_reference_image", "image", same_size=True)
+EXTRA_INPUTS = ("input_image", "end_image", "vace_video", "vace_reference_image")
+
+_EMBEDDER = "condition_embedder.image_embedder."
+_MODEL_LIST = "model_paths, model_id_with_origin_paths"
+
+
+def _channels(dit: Shapes) -> tuple[int, int]:
+    """Channels that the transformer takes, and those that it predicts."""
+    return dit["patch_embedding.weight"][1], dit["proj_out.weight"][0] // PATCH**2
+
+
+def _reads_frames(dit: Shapes) -> bool:
+    """Whether given frames stand beside x_t."""
+    channels, predicted = _channels(dit)
+    return channels > predicted
+
+
+def _is_supported(dit: Shapes) -> bool:
+    """Whether the transformer takes nothing, or given frames and their mask, beside x_t."""
+    channels, predicted = _channels(dit)
+    return channels in (predicted, 2 * predicted + MASK_CHANNELS)
+
+
+def _has_wide_latents(dit: Shapes) -> bool:
+    """Whether the first frame is given in the video itself (TI2V-5B)."""
+    return _channels(dit) == (WIDE_LATENTS, WIDE_LATENTS)
+
+
+def _reads_features(dit: Shapes) -> bool:
+    """Whether the transformer takes CLIP's features of the given frames."""
+    return any(name.startswith(_EMBEDDER) for name in dit)
+
+
+def _has_vace(dit: Shapes) -> bool:
+    """Whether the transformer has VACE's blocks."""
+    return any(name.startswith("vace_blocks.") for name in dit)
+
+
+_FIRST, _LAST = InputNamed("input_image"), InputNamed("end_image")
+_VACE_INPUTS = (InputNamed("vace_video"), InputNamed("vace_reference_image"))
+_FRAMES, _WIDE = ModelHas("dit", _reads_frames), ModelHas("dit", _has_wide_latents)
+_VACE = ModelHas("dit", _has_vace)
+
+REFUSALS = (
+    Refusal("end_image is named without input_image", "name both", (_LAST,), (_FIRST,)),
+    Refusal(
+        "the transformer takes more than first and last frames beside the noise (Fun-Control, S2V, "
+        "Animate), which is not supported",
+        "give a T2V, I2V, FLF2V, TI2V or VACE model",
+        when=(),
+        unless=(ModelHas("dit", _is_supported),),
+        where=_MODEL_LIST,
+    ),
+    Refusal(
+        "input_image is named, but this transformer is given no frame",
+        "leave it out, or name the files of an I2V model",
+        when=(_FIRST,),
+        unless=(_FRAMES, _WIDE),
+    ),
+    Refusal(
+        "end_image is named, but this transformer is given the first frame only",
+        "leave it out",
+        when=(_LAST, _WIDE),
+    ),
+    Refusal(
+        "the transformer is given the first frame of each video, which is not named",
+        "name input_image, and end_image for a model that is given the last frame too",
+        when=(_FRAMES,),
+        unless=(_FIRST,),
+    ),
+    *(
+        Refusal(
+            f"{named.column} is named, but the transformer has no VACE blocks",
+            "leave it out, or name the files of a VACE model",
+            when=(named,),
+            unless=(_VACE,),
+        )
+        for named in _VACE_INPUTS
+    ),
+    Refusal(
+        "the transformer has VACE blocks, and nothing for them is named",
+        "name vace_video or vace_reference_image, or both",
+        when=(_VACE,),
+        unless=_VACE_INPUTS,
+    ),
+    Refusal(
+        "the transformer takes CLIP's features of the first frame, and CLIP is not named",
+        "add models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, or the folder "
+        "image_encoder, to the model list",
+        when=(_FIRST, ModelHas("dit", _reads_features)),
+        unless=(ModelListed("image_encoder"), ParameterSet("reads_encoded")),
+        where=_MODEL_LIST,
+    ),
+)
+
+
+def _names_wide_vae(config: TrainingConfig) -> bool:
+    """Whether the text of the model list names the VAE of 16x16."""
+    texts = [entry.text for entry in model_entries(config)]
+    return any(mark in text for text in texts for mark in ("Wan2.2_VAE", "TI2V-5B"))
+
+
+def _is_wide(vae: Shapes) -> bool:
+    """Whether the files of a VAE are those of the one of 16x16."""
+    return vae.get("post_quant_conv.weight", (0,))[0] == WIDE_LATENTS
+
+
+def _geometry(usual: Geometry, config: TrainingConfig, vae: Shapes) -> Geometry:
+    """Sides are multiples of 16, and of 32 with the VAE of 16x16.
+
+    Sizes are checked before files are there, so this VAE is recognised by its name. Where it has
+    another name the size must be given. Raises `ParameterError`.
+    """
+    named, wide = _names_wide_vae(config), _is_wide(vae)
+    sides = (config.height, config.width)
+    if wide and not named and any(side is None or side % WIDE_FACTOR for side in sides):
+        raise ParameterError(
+            f"the sides of a video are multiples of {WIDE_FACTOR} with this VAE",
+            where="height, width",
+            do=f"give height and width, both multiples of {WIDE_FACTOR}",
+        )
+    if not (wide or named):
+        return usual
+    # Beside a first frame that is given there must be one to predict.
+    least = 1 + stages.FRAMES_PER_LATENT if "input_image" in config.extra_inputs else 1
+    frames = FrameRule(stages.FRAMES_PER_LATENT, 1, least)
+    return replace(usual, side_factor=WIDE_FACTOR, frames=frames)
+
+
+def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
+    """Wan with the stages that a config needs.
+
+    Raises:
+        ParameterError: the size does not fit the VAE.
+    """
+    extra = config.extra_inputs
+    dit, vae = given.get("dit", {}), given.get("vae", {})
+    last = "end_image" in extra
+    reference = (VACE_REFERENCE,) if "vace_reference_image" in extra else ()
+    wanted = [
+        family.stage("prompt"),
+        replace(family.stage("video"), reads=(VIDEO, *reference)),
+    ]
+    if "input_image" in extra:
+        wide = _has_wide_latents(dit) if dit else _names_wide_vae(config) or _is_wide(vae)
+        wanted.append(_known_frame() if wide else _frames_beside(last))
+        if _reads_features(dit) if dit else "image_encoder" in given:
+            # Models without an embedding of two positions take the first frame alone.
+            wanted.append(_features(last and (not dit or f"{_EMBEDDER}pos_embed" in dit)))
+    if reference or "vace_video" in extra:
+        shown = VACE_VIDEO if "vace_video" in extra else VIDEO
+        output = (Output("vace", "condition"),)
+        wanted.append(Stage("vace", (shown, *reference), ("vae",), output, stages.encode_control))
+    return replace(family, stages=tuple(wanted), geometry=_geometry(family.geometry, config, vae))
+
+
+def _known_frame() -> Stage:
+    """The first frame, given in the video itself."""
+    known = Output("first_frame", "known", of="video")
+    return Stage("known_frame", (VIDEO,), ("vae",), (known,), stages.know_first_frame)
+
+
+def _frames_beside(last: bool) -> Stage:
+    """The first frame, and the last one too if asked, given beside x_t."""
+    name = "first_and_last_frame" if last else "first_frame"
+    output = (Output("given_frames", "condition"),)
+    return Stage(name, (VIDEO,), ("vae",), output, partial(stages.encode_given_frames, last=last))
+
+
+def _features(last: bool) -> Stage:
+    """CLIP's features of the first frame, and of the last one too if asked."""
+    name = "first_and_last_features" if last else "first_features"
+    output = (Output("features", "condition"),)
+    run = partial(stages.encode_features, last=last)
+    return Stage(name, (VIDEO,), ("image_encoder",), output, run)

@@ -1,0 +1,133 @@
+"""Recognise model files by the names of their tensors, never by a table of hashes."""
+
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+from diffsynth_dagster.config.entries import ModelEntry
+from diffsynth_dagster.errors import ParameterError, WeightsError
+from diffsynth_dagster.families import each_family
+from diffsynth_dagster.families.contract import Component, Family, Shapes
+from diffsynth_dagster.weights.header import Header
+
+
+def recognise(header: Header, component: Component) -> bool:
+    """Whether the tensors are those of the component (in any layout that it accepts)."""
+    return any(all(mark in header for mark in marks) for marks in component.signatures)
+
+
+def recognise_component(header: Header, family: Family, entry: ModelEntry) -> Component:
+    """The component of a family that the tensors of an entry are. Raises `WeightsError`."""
+    for component in family.components:
+        if recognise(header, component):
+            return component
+    names = ", ".join(sorted(header)[:3])
+    known = ", ".join(c.name for c in family.components)
+    raise WeightsError(
+        f"the file is no component of {family.name}: its first tensors are {names}",
+        where=f"{entry.parameter} = {entry.text}",
+        do=f"the components of {family.name} are {known}; give their files, or another family",
+    )
+
+
+def recognise_family(headers: Mapping[ModelEntry, Header]) -> Family:
+    """The one family that has all of these files.
+
+    Raises:
+        WeightsError: no family has them all.
+        ParameterError: several families do.
+    """
+    fits = [
+        family
+        for family in each_family()
+        if all(any(recognise(h, c) for c in family.components) for h in headers.values())
+    ]
+    denoisers = [
+        family
+        for family in fits
+        if any(recognise(h, family.component(family.denoiser)) for h in headers.values())
+    ]
+    if len(fits) == 1:
+        return fits[0]
+    if len(denoisers) == 1:
+        return denoisers[0]
+    if fits:
+        raise ParameterError(
+            "several families have these files",
+            where="family",
+            do="give it: one of " + ", ".join(f.name for f in fits),
+        )
+    for entry, header in headers.items():
+        if not any(recognise(header, c) for family in each_family() for c in family.components):
+            names = ", ".join(sorted(header)[:3])
+            raise WeightsError(
+                f"the file is of an unknown kind: its first tensors are {names}",
+                where=f"{entry.parameter} = {entry.text}",
+                do="check that it is a model of a supported family",
+            )
+    raise WeightsError(
+        "the files belong to different families",
+        where=", ".join(entry.text for entry in headers),
+        do="name the files of one family only",
+    )
+
+
+def converted_shapes(header: Header, component: Component, where: str) -> Shapes:
+    """Tensor name of the built module → shape, from the headers of the files alone.
+
+    Args:
+        where: the entry, for messages.
+
+    Raises:
+        WeightsError: a tensor that the conversion needs is missing.
+    """
+    tensors = {name: torch.empty(i.shape, device="meta") for name, i in header.items()}
+    try:
+        return {name: tuple(t.shape) for name, t in component.convert(tensors).items()}
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise WeightsError(
+            f"the files are not a whole '{component.name}': missing: {error.args[0]}",
+            where=where,
+            do="name every shard of the model and nothing else",
+        ) from error
+
+
+def guess_component(entry: ModelEntry, family: Family) -> str | None:
+    """The component that an entry seems to be by its folder and file name; None if unclear."""
+    for component in family.components:
+        if component.folder == entry.folder_hint:
+            return component.name
+    text = entry.pattern if entry.repository else entry.paths[0]
+    for component in family.components:
+        if any(fnmatch(text, glob) or fnmatch(text, f"*/{glob}") for glob in component.origin):
+            return component.name
+    return None
+
+
+def read_architecture(folder: Path, component: Component) -> Mapping[str, object] | None:
+    """The config.json of a component in a folder; None where there is none, or only that of another
+    architecture.
+
+    Raises:
+        WeightsError: it is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"the architecture cannot be read: {error}",
+            where=str(path),
+            do="download it again, or remove it: the settings then come from the shapes",
+        ) from error
+    if not isinstance(loaded, dict):
+        raise WeightsError(
+            "the architecture is not a mapping", where=str(path), do="download it again"
+        )
+    named = [loaded.get("_class_name"), *(loaded.get("architectures") or [])]
+    return loaded if any(name in component.classes for name in named) else None

@@ -1,0 +1,84 @@
+"""What families refuse, as data: conditions that hold, do not hold, or are not known yet."""
+
+from typing import Any
+
+import pytest
+from conftest import make_config
+
+from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.families import each_family
+from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.families.requirements import (
+    Condition,
+    InputNamed,
+    ModelHas,
+    ModelListed,
+    ParameterSet,
+    Refusal,
+    Shapes,
+    Use,
+    check_refusals,
+)
+
+SMALL: Shapes = {"a.weight": (2, 3)}
+
+
+def use(given: dict[str, Shapes] | None = None, **values: Any) -> Use:
+    """A use of a family by a recipe with two models, of which `given` are known."""
+    base = {
+        "dataset_base_path": "data",
+        "dataset_metadata_path": "data/metadata.csv",
+        "model_paths": ["one.safetensors", "two.safetensors"],
+        "trainable_models": "dit",
+    }
+    return Use(make_config({**base, **values}), given or {})
+
+
+@pytest.mark.parametrize(
+    ("condition", "situation", "holds"),
+    [
+        (InputNamed("a"), use(extra_inputs="a,b"), True),
+        (InputNamed("a"), use(extra_inputs="b"), False),
+        (InputNamed("a", "data_file_keys"), use(extra_inputs="a"), False),
+        (ParameterSet("zero_cond_t"), use(zero_cond_t=True), True),
+        (ParameterSet("processor_path"), use(processor_path="folder"), True),
+        (ParameterSet("processor_path"), use(), False),
+        (ParameterSet("encodes_only"), use(task="sft:data_process"), True),
+        (ModelListed("net"), use({"net": {}}), True),
+        (ModelListed("net"), use({"dit": SMALL}), None),
+        (ModelListed("net"), use({"dit": SMALL, "vae": {}}), False),
+        (ModelHas("dit", lambda shapes: "a.weight" in shapes), use({"dit": SMALL}), True),
+        (ModelHas("dit", lambda shapes: "b.weight" in shapes), use({"dit": SMALL}), False),
+        (ModelHas("dit", lambda shapes: "a.weight" in shapes), use({"dit": {}}), None),
+        (ModelHas("dit", lambda shapes: "a.weight" in shapes), use(), None),
+    ],
+)
+def test_a_condition_may_not_be_known_yet(
+    condition: Condition, situation: Use, holds: bool | None
+) -> None:
+    assert condition.holds(situation) is holds
+
+
+def test_what_is_not_known_refuses_nothing() -> None:
+    net, named = ModelListed("net"), InputNamed("a")
+    needs = Refusal("a needs the net", "add it", when=(named,), unless=(net,))
+    unused = Refusal("the net needs a", "name it", when=(net,), unless=(named,))
+    check_refusals((needs, unused), use(extra_inputs="a"))
+    check_refusals((needs, unused), use({"dit": SMALL}))
+    with pytest.raises(ParameterError, match="a needs the net") as error:
+        check_refusals((unused, needs), use({"dit": SMALL, "vae": SMALL}, extra_inputs="a"))
+    assert (error.value.where, error.value.do) == ("extra_inputs", "add it")
+
+
+@pytest.mark.parametrize("family", each_family(), ids=lambda family: family.name)
+def test_refusals_name_what_the_family_has(family: Family) -> None:
+    components = {component.name for component in family.components}
+    for refusal in family.refusals:
+        for condition in (*refusal.when, *refusal.unless):
+            if isinstance(condition, InputNamed):
+                assert condition.column in family.extra_inputs
+            elif isinstance(condition, ModelListed | ModelHas):
+                assert condition.component in components
+            else:
+                assert isinstance(condition, ParameterSet)
+                assert hasattr(use().config, condition.name)
