@@ -12,8 +12,8 @@ import torch
 
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
-from diffsynth_dagster.config.effect import named_values, trained_components
-from diffsynth_dagster.config.parameters import ENCODING, TrainingConfig
+from diffsynth_dagster.config.effect import settled_by_encoding, trained_components
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.samples import content, load, plain, reading, reference
 from diffsynth_dagster.data.table.check import Validated
@@ -143,7 +143,7 @@ def plan_samples(
         family.name,
         _plan_prompts(config, family, keys, trained),
         keys.weights(cached),
-        {name: value for name, value in named_values(config).items() if name in ENCODING},
+        settled_by_encoding(config),
     )
 
 

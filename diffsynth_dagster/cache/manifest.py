@@ -31,7 +31,7 @@ class Manifest:
         family: name of the model family.
         prompts: sample prompt → stage → key, for the images made during training.
         weights: component → digest of the files that it was encoded with.
-        parameters: the values of `config.parameters.ENCODING`, as JSON values.
+        parameters: what `config.effect.settled_by_encoding` gives for the config.
     """
 
     frame: pl.DataFrame

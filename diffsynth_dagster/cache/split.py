@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from diffsynth_dagster.cache.manifest import Manifest, read_manifest
-from diffsynth_dagster.config.effect import named_values, trained_components
+from diffsynth_dagster.config.effect import settled_by_encoding, trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactBook
@@ -13,7 +13,7 @@ from diffsynth_dagster.weights.models import component_digest
 
 def as_encoded(config: TrainingConfig) -> TrainingConfig:
     """The config, and for the second half what the first has settled: see
-    `config.parameters.ENCODING`.
+    `config.effect.settled_by_encoding`.
 
     Raises:
         StoreError: there is no encoded data set.
@@ -22,8 +22,8 @@ def as_encoded(config: TrainingConfig) -> TrainingConfig:
     if not config.reads_encoded:
         return config
     settled = read_manifest(Path(config.dataset_base_path)).parameters
-    default = named_values(TrainingConfig.model_validate({}))
-    for name, value in named_values(config).items():
+    default = settled_by_encoding(TrainingConfig.model_validate({}))
+    for name, value in settled_by_encoding(config).items():
         if name in settled and value not in (settled[name], default[name]):
             raise _refuse(
                 config,
