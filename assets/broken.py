@@ -1,25 +1,23 @@
-"""Assets of a recipe that cannot be used: they stand where its assets would, and say why."""
+"""Assets of a recipe that cannot be used: they have its keys, and fail with the reason."""
 
 import dagster as dg
 
-from assets.common import asset_key, user_errors
+from assets.common import KINDS, Kind, asset_key, user_errors
 from resources import BrokenRecipe
-
-_KINDS = ("metadata", "latents", "checkpoints", "exports")
 
 
 def make_broken(recipe: BrokenRecipe) -> list[dg.AssetsDefinition]:
     """The assets of a broken recipe: each fails with the recipe's mistake."""
     assets: list[dg.AssetsDefinition] = []
-    for before, kind in zip((None, *_KINDS), _KINDS, strict=False):
-        deps = [asset_key(before, recipe.name)] if before else []
+    for before, kind in zip((None, *KINDS), KINDS, strict=False):
+        deps = [asset_key(recipe.name, before)] if before else []
         assets.append(_make(recipe, kind, deps))
     return assets
 
 
-def _make(recipe: BrokenRecipe, kind: str, deps: list[dg.AssetKey]) -> dg.AssetsDefinition:
+def _make(recipe: BrokenRecipe, kind: Kind, deps: list[dg.AssetKey]) -> dg.AssetsDefinition:
     @dg.asset(
-        key=asset_key(kind, recipe.name),
+        key=asset_key(recipe.name, kind),
         deps=deps,
         group_name=recipe.name,
         description=f"This recipe cannot be used:\n\n```\n{recipe.error}\n```",

@@ -1,4 +1,4 @@
-"""`checkpoints/<recipe>`: the training."""
+"""`<recipe>/checkpoints`: the training."""
 
 import time
 from collections.abc import Iterator
@@ -41,16 +41,16 @@ class CheckpointsConfig(dg.Config):
 
 def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinition:
     """The checkpoints asset of a recipe, with its check."""
-    key = asset_key("checkpoints", recipe.name)
+    key = asset_key(recipe.name, "checkpoints")
     has_latents = recipe.config.dataset_metadata_path is not None
 
     @dg.asset(
         key=key,
-        deps=[*([asset_key("latents", recipe.name)] if has_latents else []), *weights],
+        deps=[*([asset_key(recipe.name, "latents")] if has_latents else []), *weights],
         group_name=recipe.name,
         kinds={"pytorch", "accelerate"},
         description=description(recipe, "The trained weights."),
-        code_version=code_version(recipe.config),
+        code_version=code_version(recipe.config, "checkpoints"),
         pool=GPU_POOL,
         check_specs=[
             dg.AssetCheckSpec(

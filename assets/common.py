@@ -5,21 +5,27 @@ import json
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, get_args
 
 import dagster as dg
 
 from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
-from diffsynth_dagster.config.effect import effect, named_values
+from diffsynth_dagster.config.effect import Affects, names_that_affect, values_that_affect
 from diffsynth_dagster.errors import DownloadError, UserError
 
 GPU_POOL = "gpu"
+Kind = Literal["metadata", "latents", "checkpoints", "exports"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""The assets that a recipe has of its own, in their order."""
 
 
 @contextmanager
 def user_errors() -> Generator[None]:
-    """A mistake that a person can mend fails the step with its message, and is not tried again
-    (but for a download, which the network may have broken)."""
+    """Let a mistake that a person can mend fail the step with its message, without a retry.
+
+    A failed download is retried, since the network may have been the reason.
+    """
     try:
         yield
     except UserError as error:
@@ -27,20 +33,36 @@ def user_errors() -> Generator[None]:
         raise dg.Failure(description=str(error), allow_retries=retry) from None
 
 
-def asset_key(kind: str, recipe: str) -> dg.AssetKey:
-    """Key of a recipe's asset: `metadata/demo`."""
-    return dg.AssetKey([kind, recipe])
+def asset_key(recipe: str, kind: Kind) -> dg.AssetKey:
+    """Key of a recipe's asset: `demo/metadata`. The UI titles an asset by the last part."""
+    return dg.AssetKey([recipe, kind])
 
 
-def code_version(config: TrainingConfig, parameters: Iterable[str] | None = None) -> str:
-    """Digest of parameters: an asset whose digest changed is stale.
+_BY_VALUE: dict[Kind, tuple[Affects, ...]] = {
+    "metadata": ("weights", "rows"),
+    "latents": ("weights", "rows", "latents"),
+    "checkpoints": ("weights", "rows", "latents", "training"),
+    "exports": ("exports",),
+}
+_BY_NAME: dict[Kind, tuple[Affects, ...]] = {
+    "metadata": ("weights", "rows"),  # The model list says which columns there are.
+    "latents": ("latents",),
+    "checkpoints": ("latents", "training"),
+    "exports": ("exports",),
+}
+"""Parameters that count by content enter a code version by the name of the file where no asset
+upstream has its content in its data version. The content of weights is in their own assets, which
+latents and checkpoints depend on; that of the rows is in the metadata. The latents do not hold all
+that is marked so: what only the denoiser uses is not encoded."""
 
-    Args:
-        parameters: those that the asset depends on; all that affect a training when left out.
-    """
-    values = named_values(config)
-    chosen = effect(config) if parameters is None else {n: values[n] for n in parameters}
-    text = json.dumps([__version__, chosen], sort_keys=True)
+
+def code_version(config: TrainingConfig, kind: Kind) -> str:
+    """Digest of the parameters that an asset depends on: when it changes, the asset is stale."""
+    names = _BY_NAME[kind]
+    if kind == "checkpoints" and config.dataset_metadata_path is None:
+        names = ("rows", *names)  # An encoded folder: there is no asset upstream of it.
+    values = values_that_affect(config, *_BY_VALUE[kind])
+    text = json.dumps([__version__, values, names_that_affect(config, *names)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

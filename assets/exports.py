@@ -1,4 +1,4 @@
-"""`exports/<recipe>`: the files that other tools load."""
+"""`<recipe>/exports`: the files that other tools load."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,15 +18,15 @@ CHECK = "export_loads"
 
 def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
     """The exports asset of a recipe, with its check."""
-    key = asset_key("exports", recipe.name)
+    key = asset_key(recipe.name, "exports")
 
     @dg.asset(
         key=key,
-        deps=[asset_key("checkpoints", recipe.name)],
+        deps=[asset_key(recipe.name, "checkpoints")],
         group_name=recipe.name,
         kinds={"diffusers", "safetensors"},
         description=description(recipe, "The newest checkpoint as files that other tools load."),
-        code_version=code_version(recipe.config),
+        code_version=code_version(recipe.config, "exports"),
         check_specs=[
             dg.AssetCheckSpec(
                 CHECK, asset=key, description="The loader of the target takes every file."
@@ -48,7 +48,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
                 raise OutputError(
                     "the run folder holds no finished training",
                     where=config.output_path,
-                    do=f"materialize checkpoints/{recipe.name} first",
+                    do=f"materialize {recipe.name}/checkpoints first",
                 )
             config = with_settled(second_half(config))
             found = find_model(config, hub.open())

@@ -1,4 +1,4 @@
-"""`latents/<recipe>`: the encoded samples, in the store."""
+"""`<recipe>/latents`: the encoded samples, in the store."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,41 +15,20 @@ if TYPE_CHECKING:
     from diffsynth_dagster.cache.manifest import Manifest
 
 CHECK = "latents_complete_and_finite"
-_DEPENDS_ON = (
-    "bucket_step",
-    "edit_plus",
-    "extra_inputs",
-    "family",
-    "fp8_models",
-    "frame_rate",
-    "height",
-    "lora_base_model",
-    "max_pixels",
-    "mixed_precision",
-    "num_frames",
-    "preset_lora_model",
-    "preset_lora_path",
-    "sample_cfg_scale",
-    "sample_prompts",
-    "task",
-    "trainable_models",
-    "width",
-    "zero_cond_t",
-)
 _PROGRESS_PARTS = 10
 
 
 def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinition:
     """The latents asset of a recipe, with its check."""
-    key = asset_key("latents", recipe.name)
+    key = asset_key(recipe.name, "latents")
 
     @dg.asset(
         key=key,
-        deps=[asset_key("metadata", recipe.name), *weights],
+        deps=[asset_key(recipe.name, "metadata"), *weights],
         group_name=recipe.name,
         kinds={"pytorch", "safetensors"},
         description=description(recipe, "The samples encoded once, so that training reads them."),
-        code_version=code_version(recipe.config, _DEPENDS_ON),
+        code_version=code_version(recipe.config, "latents"),
         pool=GPU_POOL,
         check_specs=[
             dg.AssetCheckSpec(

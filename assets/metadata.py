@@ -1,4 +1,4 @@
-"""`metadata/<recipe>`: the data set's table, every row of it checked."""
+"""`<recipe>/metadata`: the data set's table, every row of it checked."""
 
 from contextlib import closing
 from pathlib import Path
@@ -15,24 +15,6 @@ if TYPE_CHECKING:
     from diffsynth_dagster.data.table.check import CheckedTable
 
 CHECK = "every_row_valid"
-_DEPENDS_ON = (
-    "allow_outside_base_path",
-    "bucket_step",
-    "customized_dataset",
-    "data_file_keys",
-    "dataset_base_path",
-    "dataset_metadata_path",
-    "extra_inputs",
-    "family",
-    "frame_rate",
-    "height",
-    "max_pixels",
-    "max_rejected_fraction",
-    "metadata_encoding",
-    "num_frames",
-    "task",
-    "width",
-)
 _SHOWN_ROWS = 20
 _SHOWN_PICTURES = 48
 _STRIP = 4
@@ -42,14 +24,14 @@ _SHOWN_CHARACTERS = 80
 
 def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
     """The metadata asset of a recipe, with its check."""
-    key = asset_key("metadata", recipe.name)
+    key = asset_key(recipe.name, "metadata")
 
     @dg.asset(
         key=key,
         group_name=recipe.name,
         kinds={"polars"},
         description=description(recipe, "The data set's table with every row checked."),
-        code_version=code_version(recipe.config, _DEPENDS_ON),
+        code_version=code_version(recipe.config, "metadata"),
         # Before the weights, which nothing orders otherwise: a bad table costs no download.
         op_tags={"dagster/priority": "10"},
         check_specs=[

@@ -1,4 +1,4 @@
-"""`weights/<model>`: the files of one entry of a model list."""
+"""`weights/<repository or folder>/<component>`: the files of one entry of a model list."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -8,11 +8,15 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets.common import asset_key, book_path, table, user_errors
+from assets.common import book_path, table, user_errors
 from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
-from diffsynth_dagster.config.entries import ModelEntry, folder_entry, model_entries
-from diffsynth_dagster.config.parameters import TOKENIZERS
+from diffsynth_dagster.config.entries import (
+    MODEL_FOLDERS,
+    ModelEntry,
+    folder_entries,
+    model_entries,
+)
 from resources import Hub
 
 GROUP = "weights"
@@ -27,44 +31,51 @@ class WeightsAssets:
         for recipe in recipes:
             for entry in _entries(recipe.config):
                 uses.setdefault(entry.text, []).append((recipe, entry))
-        slugs: dict[str, list[str]] = {}
-        for text, users in uses.items():
-            slugs.setdefault(users[0][1].slug, []).append(text)
-        self._names = {
-            # Different entries may be written alike but for signs that a name cannot have.
-            text: slug if len(texts) == 1 else f"{slug}_{_mark(text)}"
-            for slug, texts in slugs.items()
-            for text in texts
-        }
+        self._keys = _make_keys([users[0][1] for users in uses.values()])
         self.definitions = [
-            _make_weights(self._names[text], users[0][1], [recipe for recipe, _ in users])
+            _make_weights(self._keys[text], users[0][1], [recipe for recipe, _ in users])
             for text, users in uses.items()
         ]
 
     def keys(self, recipe: Recipe) -> list[dg.AssetKey]:
         """The weights that a recipe uses."""
-        return [asset_key("weights", self._names[e.text]) for e in _entries(recipe.config)]
+        return [self._keys[entry.text] for entry in _entries(recipe.config)]
 
 
 def _entries(config: TrainingConfig) -> list[ModelEntry]:
-    entries = list(model_entries(config))
-    for parameter in TOKENIZERS:
-        given = getattr(config, parameter)
-        if given is not None:
-            entries.append(folder_entry(given, parameter))
-    return entries
+    return [*model_entries(config), *folder_entries(config)]
+
+
+def _make_keys(entries: Sequence[ModelEntry]) -> dict[str, dg.AssetKey]:
+    """Text of an entry → its key, such as `weights/Qwen-Image/transformer`.
+
+    Entries whose keys would be equal, or equal as the names of Dagster's steps, get a mark.
+    """
+    alike: dict[str, list[tuple[ModelEntry, dg.AssetKey]]] = {}
+    for entry in entries:
+        key = dg.AssetKey([GROUP, *entry.short_name])
+        alike.setdefault(key.to_python_identifier(), []).append((entry, key))
+    return {
+        entry.text: key
+        if len(group) == 1
+        else dg.AssetKey([*key.path[:-1], f"{key.path[-1]}_{_mark(entry.text)}"])
+        for group in alike.values()
+        for entry, key in group
+    }
 
 
 def _mark(text: str) -> str:
     return blake2b(text.encode(), digest_size=3).hexdigest()
 
 
-def _make_weights(name: str, entry: ModelEntry, recipes: list[Recipe]) -> dg.AssetsDefinition:
+def _make_weights(
+    key: dg.AssetKey, entry: ModelEntry, recipes: list[Recipe]
+) -> dg.AssetsDefinition:
     users = ", ".join(recipe.name for recipe in recipes)
     config = recipes[0].config
 
     @dg.asset(
-        key=asset_key("weights", name),
+        key=key,
         group_name=GROUP,
         kinds={"modelscope" if entry.repository else "file", "safetensors"},
         description=f"{entry.text}\n\nUsed by: {users}",
@@ -76,7 +87,7 @@ def _make_weights(name: str, entry: ModelEntry, recipes: list[Recipe]) -> dg.Ass
 
         with user_errors(), closing(FactBook(book_path(config))) as book:
             model_hub = hub.open()
-            if entry.parameter in TOKENIZERS:
+            if entry.parameter in MODEL_FOLDERS:
                 folder = model_hub.folder(entry)
                 files = sorted(path for path in folder.rglob("*") if path.is_file())
                 facts: dict[str, str | int] = {"component": entry.parameter.removesuffix("_path")}

@@ -24,7 +24,7 @@ def make_jobs(recipes: Sequence[Recipe], broken: Sequence[BrokenRecipe] = ()) ->
     """One job for each recipe: its assets and the weights they come from."""
     return [
         *(_make_job(r.name, r.options.description, _last_asset(r)) for r in recipes),
-        *(_make_job(r.name, str(r.error), asset_key("exports", r.name)) for r in broken),
+        *(_make_job(r.name, str(r.error), asset_key(r.name, "exports")) for r in broken),
     ]
 
 
@@ -35,7 +35,7 @@ def _make_job(name: str, description: str, last: dg.AssetKey) -> "AssetJob":
 
 def _last_asset(recipe: Recipe) -> dg.AssetKey:
     only_encodes = recipe.config.encodes_only
-    return asset_key("latents" if only_encodes else "exports", recipe.name)
+    return asset_key(recipe.name, "latents" if only_encodes else "exports")
 
 
 def make_schedules(

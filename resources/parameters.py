@@ -1,31 +1,28 @@
 """Run config that overrides a recipe's parameters for one run, derived from the parameters."""
 
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import dagster as dg
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from diffsynth_dagster.config import TrainingConfig, read_config
+from diffsynth_dagster.config.parameters import MARKS
 
-_SET_BY_ASSETS = ("task",)
-"""Parameters that a run cannot choose: each asset has its own."""
-_AS_JSON = ("model_paths",)
-"""Parameters whose nesting run config cannot express: they are written as JSON text."""
 _SCALARS = (bool, int, float, str)
 
 
-def _is_planned(field: FieldInfo) -> bool:
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("planned"))
-
-
 def _run_config_type(annotation: Any) -> Any:
-    """The type that Dagster has for a parameter's: scalars, and lists of text for tuples."""
+    """The type that Dagster has for a parameter's: scalars, and lists of text for tuples.
+
+    A tuple that may hold tuples is a text with JSON, since run config has no such type.
+    """
     if annotation in _SCALARS:
         return annotation
+    if get_origin(annotation) is Annotated:
+        return _run_config_type(get_args(annotation)[0])
     if get_origin(annotation) is tuple:
-        return list[str]
+        return list[str] if get_args(annotation)[0] is str else str
     inner = [a for a in get_args(annotation) if a is not type(None)]
     # A choice of texts (Literal) has values where others have types.
     return str if isinstance(inner[0], str) else _run_config_type(inner[0])
@@ -54,14 +51,14 @@ def _overridable() -> dict[str, FieldInfo]:
     return {
         name: field
         for name, field in TrainingConfig.model_fields.items()
-        if name not in _SET_BY_ASSETS and not _is_planned(field)
+        if not MARKS[name].set_by_asset and not MARKS[name].planned
     }
 
 
 def _fields() -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, field in _overridable().items():
-        kind = str if name in _AS_JSON else _run_config_type(field.annotation)
+        kind = _run_config_type(field.annotation)
         note = " (The recipe's when left out.)"
         fields[name] = (kind | None, Field(None, description=f"{field.description}{note}"))
     return fields

@@ -5,12 +5,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
 from diffsynth_dagster.errors import ParameterError, nearest
 
 Naming = Callable[[str], str]
-
-_OF_A_LORA = ("lora_target_modules", "lora_rank", "lora_alpha", "lora_dropout", "lora_checkpoint")
 
 
 def as_flag(name: str) -> str:
@@ -53,16 +51,15 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
         config = TrainingConfig.model_validate(dict(values))
     except ValidationError as error:
         raise _worded(error, where, naming) from None
-    for name, field in fields.items():
-        extra = field.json_schema_extra
-        is_planned = isinstance(extra, dict) and extra.get("planned")
-        if is_planned and getattr(config, name) != field.default:
+    for name in fields:
+        if MARKS[name].planned and _is_given(config, name):
             raise ParameterError(
                 f"{naming(name)} is not supported yet",
                 where=where,
                 do=f"leave {naming(name)} out",
             )
     _check_together(config, where, naming)
+    _check_needs(config, where, naming)
     return config
 
 
@@ -76,6 +73,22 @@ def _worded(error: ValidationError, where: str, naming: Naming) -> ParameterErro
         if problem not in problems:
             problems.append(problem)
     return ParameterError("; ".join(problems), where=where, do="correct the value")
+
+
+def _is_given(config: TrainingConfig, name: str) -> bool:
+    """Whether a parameter has another value than its default."""
+    return getattr(config, name) != TrainingConfig.model_fields[name].default
+
+
+def _check_needs(config: TrainingConfig, where: str, naming: Naming) -> None:
+    """Refuse a parameter without the one that it needs."""
+    for name, mark in MARKS.items():
+        if mark.needs is not None and _is_given(config, name) and not _is_given(config, mark.needs):
+            raise ParameterError(
+                f"{naming(name)} is given but no {naming(mark.needs)}",
+                where=where,
+                do=f"give {naming(mark.needs)}, or leave {naming(name)} out",
+            )
 
 
 def _check_together(config: TrainingConfig, where: str, naming: Naming) -> None:
@@ -123,11 +136,6 @@ def _check_together(config: TrainingConfig, where: str, naming: Naming) -> None:
             "direct distillation, which samples over the whole schedule",
             "leave them out",
         )
-    if config.preset_lora_model is not None and config.preset_lora_path is None:
-        refuse(
-            f"{n('preset_lora_model')} is given but no {n('preset_lora_path')}",
-            f"give {n('preset_lora_path')}, or leave {n('preset_lora_model')} out",
-        )
     if not config.encodes_only and not config.trainable_models and config.lora_base_model is None:
         refuse(
             "nothing is trained",
@@ -142,18 +150,6 @@ def _check_together(config: TrainingConfig, where: str, naming: Naming) -> None:
         )
     if not config.dataset_base_path:
         refuse(f"{n('dataset_base_path')} is missing", "name the root folder of the data set")
-    if config.align_to_opensource_format and config.lora_base_model is None:
-        refuse(
-            f"{n('align_to_opensource_format')} is given but no {n('lora_base_model')}",
-            f"give {n('lora_base_model')}, or leave it out: it is about LoRA files",
-        )
-    if config.lora_base_model is None:
-        for name in _OF_A_LORA:
-            if getattr(config, name) != TrainingConfig.model_fields[name].default:
-                refuse(
-                    f"{n(name)} is given but no {n('lora_base_model')}",
-                    f"give {n('lora_base_model')}, or leave {n(name)} out",
-                )
     if config.use_gradient_checkpointing_offload and config.use_gradient_checkpointing is False:
         refuse(
             f"{n('use_gradient_checkpointing_offload')} is gradient checkpointing, which "

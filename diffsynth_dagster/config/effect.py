@@ -1,48 +1,61 @@
-"""Which parameters have an effect on what is trained: what a training's identity is made of."""
+"""What depends on which parameters, derived from their marks (see `config.kinds.Mark`)."""
 
 from typing import Any
 
-from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.config.kinds import AFFECTS, Affects
+from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
 
-WITHOUT_EFFECT = frozenset(
-    {
-        "cache_path",
-        "dataset_base_path",
-        "dataset_metadata_path",
-        "dataset_num_workers",
-        "enable_csv_log",
-        "enable_swanlab_log",
-        "enable_tensorboard_log",
-        "enable_wandb_log",
-        "family",
-        "initialize_model_on_cpu",
-        "model_id_with_origin_paths",
-        "model_paths",
-        "output_path",
-        "processor_path",
-        "swanlab_project",
-        "tokenizer_1_path",
-        "tokenizer_2_path",
-        "tokenizer_path",
-        "verify_content",
-        "wandb_project",
+__all__ = [
+    "AFFECTS",
+    "Affects",
+    "names_that_affect",
+    "settled_by_checking",
+    "settled_by_encoding",
+    "trained_components",
+    "values_that_affect",
+]
+
+
+def values_that_affect(config: TrainingConfig, *kinds: Affects) -> dict[str, Any]:
+    """Parameter name → JSON value, of those that affect one of the kinds first and count by value.
+
+    The task is without its half, which has no effect.
+    """
+    return _chosen(config, kinds, by_content=False)
+
+
+def names_that_affect(config: TrainingConfig, *kinds: Affects) -> dict[str, Any]:
+    """Parameter name → JSON value, of those that count by the content that the value names.
+
+    For what must notice that another file is named before the file is read; the same content
+    under another name then looks like a change.
+    """
+    return _chosen(config, kinds, by_content=True)
+
+
+def settled_by_checking(config: TrainingConfig) -> dict[str, Any]:
+    """Parameter name → JSON value, of those that say what the rows of a checked table are.
+
+    Whoever goes on with the table may leave them out or give the same.
+    """
+    return _settled(config, "rows")
+
+
+def settled_by_encoding(config: TrainingConfig) -> dict[str, Any]:
+    """Parameter name → JSON value, of those that the first half of split training settles.
+
+    They say what is encoded of a sample. The second half takes them over: it may leave them out or
+    give the same. What names data or models is not among them; each half has its own.
+    """
+    return _settled(config, "rows", "latents")
+
+
+def _settled(config: TrainingConfig, *kinds: Affects) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in values_that_affect(config, *kinds).items()
+        if not MARKS[name].each_half and not MARKS[name].planned
     }
-)
-"""Parameters that say where things lie or how they are watched, and change nothing that is trained:
-files count by their content."""
-
-BY_CONTENT = frozenset({"fp8_models", "lora_checkpoint", "preset_lora_path"})
-"""Parameters that name files whose content is part of the identity of a training."""
-
-
-def named_values(config: TrainingConfig) -> dict[str, Any]:
-    """Every parameter as a JSON value; the task without its half, which has no effect."""
-    return config.model_dump(mode="json") | {"task": config.task.split(":")[0]}
-
-
-def effect(config: TrainingConfig) -> dict[str, Any]:
-    """The parameters that have an effect on what is trained, as JSON values."""
-    return {n: v for n, v in named_values(config).items() if n not in WITHOUT_EFFECT}
 
 
 def trained_components(config: TrainingConfig) -> frozenset[str]:
@@ -51,26 +64,10 @@ def trained_components(config: TrainingConfig) -> frozenset[str]:
     return frozenset({*config.trainable_models, *lora})
 
 
-_ROWS = (
-    "allow_outside_base_path",
-    "bucket_step",
-    "data_file_keys",
-    "extra_inputs",
-    "frame_rate",
-    "height",
-    "max_pixels",
-    "metadata_encoding",
-    "num_frames",
-    "width",
-)
-
-
-def values_that_affect(config: TrainingConfig, *kinds: str) -> dict[str, Any]:
-    values = named_values(config)
-    return {name: values[name] for name in _ROWS if "rows" in kinds}
-
-
-def settled_by_encoding(config: TrainingConfig) -> dict[str, Any]:
-    from diffsynth_dagster.config.parameters import ENCODING
-
-    return {name: value for name, value in named_values(config).items() if name in ENCODING}
+def _chosen(config: TrainingConfig, kinds: tuple[Affects, ...], by_content: bool) -> dict[str, Any]:
+    values = config.model_dump(mode="json") | {"task": config.task.split(":")[0]}
+    return {
+        name: value
+        for name, value in values.items()
+        if MARKS[name].affects in kinds and MARKS[name].by_content == by_content
+    }

@@ -4,11 +4,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from diffsynth_dagster.config.kinds import names_model_folder
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, nearest
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 """Number of a shard and of all, in the name of its file."""
+_USUAL_NAME = re.compile(r"((diffusion_)?(pytorch_)?model([.-].*)?)?")
+"""How diffusers and transformers call the file of any component; or nothing but a wildcard."""
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_") or "model"
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,26 @@ class ModelEntry:
         return f"{self.repository}:{self.pattern}" if self.repository else ", ".join(self.paths)
 
     @property
-    def slug(self) -> str:
-        """A name of letters, digits and underscores, the same for every recipe that uses it."""
-        text = self.text if self.repository else SHARD.sub("", self.paths[0])
-        text = text.rstrip("/*").removesuffix(".safetensors")
-        return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")
+    def short_name(self) -> tuple[str, str]:
+        """The repository or folder, and what it is in there: `("Qwen-Image", "transformer")`.
+
+        Made of letters, digits, hyphens and underscores. Files that libraries call alike are named
+        by their folder, others by their own name: `("FLUX_1-dev", "ae")`. Different entries may
+        have the same short name.
+        """
+        text = self.pattern if self.repository else SHARD.sub("", self.paths[0])
+        path = PurePosixPath(text)
+        folders = [part for part in path.parts if part not in ("/", ".", "..")]
+        name = folders.pop() if folders else ""
+        if not text.endswith("/") and path.suffix:
+            name = path.stem
+        name = name.rstrip("*-_.")
+        if not text.endswith("/") and folders and _USUAL_NAME.fullmatch(name):
+            name = folders.pop()
+        if self.repository:
+            folders = [self.repository]
+        home = PurePosixPath(folders[-1]).name if folders else "local"
+        return _as_name(home), _as_name(name or "model")
 
     @property
     def folder_hint(self) -> str:
@@ -105,6 +127,18 @@ def float8_entries(config: TrainingConfig) -> tuple[ModelEntry, ...]:
                 do="write it as in model_paths or model_id_with_origin_paths",
             )
     return tuple(entries[text] for text in wanted)
+
+
+MODEL_FOLDERS = tuple(
+    name for name, field in TrainingConfig.model_fields.items() if names_model_folder(field)
+)
+"""Parameters that name a folder beside the model list, such as that of a tokenizer."""
+
+
+def folder_entries(config: TrainingConfig) -> tuple[ModelEntry, ...]:
+    """The folders that a config names beside its model list."""
+    given = ((name, getattr(config, name)) for name in MODEL_FOLDERS)
+    return tuple(folder_entry(text, name) for name, text in given if text is not None)
 
 
 def folder_entry(text: str, parameter: str) -> ModelEntry:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from pydantic.fields import FieldInfo
 
 from diffsynth_dagster.config.checks import as_flag, read_config, refuse_unknown
-from diffsynth_dagster.config.parameters import GROUPS, TrainingConfig
+from diffsynth_dagster.config.parameters import GROUPS, MARKS, TrainingConfig
 from diffsynth_dagster.config.recipe import read_values
 from diffsynth_dagster.errors import ParameterError
 
@@ -28,12 +28,13 @@ class _Parser(argparse.ArgumentParser):
         raise ParameterError(message, where="the command line", do="see --help")
 
 
-def _help(field: FieldInfo) -> str:
+def _help(name: str, field: FieldInfo) -> str:
+    mark = MARKS[name]
     default = field.default
     shown = "" if default in (None, (), False, "") else f" Default: {_text(default)}."
-    extra = field.json_schema_extra
-    soon = " (not supported yet)" if isinstance(extra, dict) and extra.get("planned") else ""
-    return f"{field.description}{shown}{soon}".replace("%", "%%")
+    soon = " (not supported yet)" if mark.planned else ""
+    effect = f" [{mark.affects}{', by content' if mark.by_content else ''}]"
+    return f"{field.description}{shown}{soon}{effect}".replace("%", "%%")
 
 
 def _text(value: Any) -> str:
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     result = _Parser(
         prog="python -m diffsynth_dagster.train",
         description="Train a diffusion model. Start it with `accelerate launch -m "
-        "diffsynth_dagster.train`.",
+        "diffsynth_dagster.train`. In brackets: what a parameter affects first.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -72,12 +73,12 @@ def parser() -> argparse.ArgumentParser:
             kind: Any = field.annotation
             if kind in (bool, bool | None):
                 section.add_argument(
-                    as_flag(key), action=argparse.BooleanOptionalAction, help=_help(field)
+                    as_flag(key), action=argparse.BooleanOptionalAction, help=_help(key, field)
                 )
             elif key == "sample_prompts":
-                section.add_argument(as_flag(key), type=_prompts, help=_help(field))
+                section.add_argument(as_flag(key), type=_prompts, help=_help(key, field))
             else:
-                section.add_argument(as_flag(key), metavar="X", help=_help(field))
+                section.add_argument(as_flag(key), metavar="X", help=_help(key, field))
     return result
 
 

@@ -1,9 +1,96 @@
-"""Kinds of parameters: how a value may be written, and who takes it."""
+"""How a parameter is declared: its default, its description, and its mark.
+
+The mark says what a parameter affects first; `config.effect` derives from it what makes a result
+out of date. The types say how a value may be written.
+"""
 
 import json
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic.fields import FieldInfo
+
+Affects = Literal["weights", "rows", "latents", "training", "exports", "nothing"]
+"""What a parameter affects first, in the order in which a training goes through it.
+
+weights: which files the models are. rows: which samples there are, and what is read of each.
+latents: what is encoded, and with which models. training: what is trained, and what a training
+writes. exports: the files that are made of a checkpoint. nothing: where things lie, how fast it
+goes, and how it is watched.
+"""
+AFFECTS: tuple[Affects, ...] = get_args(Affects)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is known about a parameter beside its type, default and description.
+
+    Attributes:
+        affects: see `Affects`.
+        by_content: whether it counts by the content of the files that it names: another name of
+            the same content changes nothing.
+        each_half: whether each half of split training has a value of its own; the second takes over
+            the others from the first.
+        set_by_asset: whether each Dagster asset sets it, so that a run cannot.
+        planned: whether its feature does not exist yet: only the default is accepted.
+        needs: a parameter without which this one means nothing.
+    """
+
+    affects: Affects
+    by_content: bool = False
+    each_half: bool = False
+    set_by_asset: bool = False
+    planned: bool = False
+    needs: str | None = None
+
+
+class Limits(TypedDict, total=False):
+    """Smallest and largest values, as pydantic's `Field` takes them."""
+
+    ge: float
+    gt: float
+    le: float
+    lt: float
+    min_length: int
+
+
+def parameter(
+    default: T,
+    description: str,
+    *,
+    affects: Affects,
+    by_content: bool = False,
+    each_half: bool = False,
+    set_by_asset: bool = False,
+    planned: bool = False,
+    needs: str | None = None,
+    **limits: Unpack[Limits],
+) -> T:
+    """A field of a group of parameters. For the marks see `Mark`."""
+    mark = Mark(affects, by_content, each_half, set_by_asset, planned, needs)
+    # What type checkers see is the default, as with pydantic's own `Field`.
+    field: Any = Field(default, description=description, json_schema_extra=asdict(mark), **limits)
+    return cast(T, field)
+
+
+def mark_of(name: str, field: FieldInfo) -> Mark:
+    """The mark of a declared parameter.
+
+    Raises:
+        TypeError: it was not declared with `parameter`.
+    """
+    extra = field.json_schema_extra
+    if not isinstance(extra, dict) or extra.get("affects") not in AFFECTS:
+        raise TypeError(f"the parameter '{name}' does not say what it affects: use `parameter`")
+    return Mark(**cast(dict[str, Any], extra))
+
+
+def marks_of(group: type[BaseModel]) -> dict[str, Mark]:
+    """Parameter name → mark, for all parameters of a class. Raises as `mark_of` does."""
+    return {name: mark_of(name, field) for name, field in group.model_fields.items()}
 
 
 def _split_commas(value: Any) -> Any:
@@ -14,7 +101,7 @@ def _split_commas(value: Any) -> Any:
 
 
 def _parse_json(value: Any) -> Any:
-    """A JSON text → what it says; anything that is no text passes."""
+    """A JSON text → its value; anything that is no text passes."""
     if not isinstance(value, str):
         return value
     try:
@@ -45,11 +132,14 @@ PathTree = Annotated[tuple[str | tuple[str, ...], ...], BeforeValidator(_parse_j
 Texts = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 
 
-def planned(default: Any, description: str) -> Any:
-    """A parameter of the guide whose feature does not exist yet: any other value is refused."""
-    return Field(default, description=description, json_schema_extra={"planned": True})
+class _NamesFolder:
+    """Marks the type of a parameter that names a folder of a model beside the model list."""
 
 
-def particular(default: Any, description: str) -> Any:
-    """A parameter that only some families take: the others refuse it by name."""
-    return Field(default, description=description, json_schema_extra={"particular": True})
+ModelFolder = Annotated[str, _NamesFolder()]
+"""A path or `repository:folder/`, such as that of a tokenizer."""
+
+
+def names_model_folder(field: FieldInfo) -> bool:
+    """Whether a parameter's type is `ModelFolder`, or that or None."""
+    return ModelFolder in (field.annotation, *get_args(field.annotation))

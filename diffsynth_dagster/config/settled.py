@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from diffsynth_dagster.config.effect import named_values
+from diffsynth_dagster.config.effect import settled_by_encoding
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError
 
@@ -20,8 +20,8 @@ def take_over(
     Raises:
         ParameterError: the config asks for something else.
     """
-    default = named_values(TrainingConfig.model_validate({}))
-    for name, value in named_values(config).items():
+    default = settled_by_encoding(TrainingConfig.model_validate({}))
+    for name, value in settled_by_encoding(config).items():
         if name in settled and value not in (settled[name], default[name]):
             raise ParameterError(
                 f"{what} with {name} = {settled[name]}, not {value}",

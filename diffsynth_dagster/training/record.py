@@ -8,7 +8,7 @@ from typing import Any
 from diffsynth_dagster import __version__
 from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.config.effect import BY_CONTENT, effect, trained_components
+from diffsynth_dagster.config.effect import trained_components, values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError, WeightsError
 from diffsynth_dagster.facts import FactBook, digest_of
@@ -70,8 +70,11 @@ class RunRecord:
 
 
 def config_digest(config: TrainingConfig) -> str:
-    """Digest of the parameters that have an effect on what is trained."""
-    return digest_of({k: v for k, v in effect(config).items() if k not in BY_CONTENT})
+    """Digest of the parameters that count by value, up to those that affect the training.
+
+    What counts by content is in the digests of files beside it.
+    """
+    return digest_of(values_that_affect(config, "weights", "rows", "latents", "training"))
 
 
 def start_record(

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from diffsynth_dagster.config.effect import values_that_affect
+from diffsynth_dagster.config.effect import settled_by_checking
 from diffsynth_dagster.config.parameters import DatasetParameters, TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
@@ -159,7 +159,7 @@ def validate(
             frame = files.check(frame, item)
             if item.same_size:
                 frame = with_same_size(frame, columns.files[0], item)
-    settled = values_that_affect(config, "rows")
+    settled = settled_by_checking(config)
     return CheckedTable(with_shape(frame, columns.files).lazy(), str(source), settled)
 
 

@@ -1,0 +1,134 @@
+"""Which weights are loaded, and the LoRA that is trained on them."""
+
+from pydantic import BaseModel
+
+from diffsynth_dagster.config.kinds import CommaList, ModelList, PathTree, parameter
+
+
+class ModelParameters(BaseModel):
+    """Which weights are loaded."""
+
+    # By content: every key and identity holds the family that the files turn out to be.
+    family: str | None = parameter(
+        None,
+        "Model family, such as qwen_image; recognised from the files when left out.",
+        affects="weights",
+        by_content=True,
+    )
+    model_paths: PathTree = parameter(
+        (),
+        "Model files as JSON: a list of paths; a nested list is one sharded model.",
+        affects="weights",
+        by_content=True,
+    )
+    model_id_with_origin_paths: CommaList = parameter(
+        (),
+        "Model files on ModelScope as repository:pattern, separated by commas.",
+        affects="weights",
+        by_content=True,
+    )
+    extra_inputs: CommaList = parameter(
+        (),
+        "Further columns that the model takes as inputs, separated by commas.",
+        affects="rows",
+    )
+    initialize_model_on_cpu: bool = parameter(
+        False,
+        "Read weights into CPU memory first, then move them to the device.",
+        affects="nothing",
+    )
+    # By content: it repeats entries of the model list, and how a model is stored is in its digest.
+    fp8_models: ModelList = parameter(
+        (),
+        "Models stored in float8 and computed in the working precision, each written "
+        "as in the model list. Not for models whose own weights are trained.",
+        affects="latents",
+        by_content=True,
+    )
+    framewise_decoding: bool = parameter(
+        False, "Encode and decode every frame by itself.", affects="latents", planned=True
+    )
+    offload_models: CommaList = parameter(
+        (), "Models kept on disk until split training needs them.", affects="nothing", planned=True
+    )
+    quant_options: str | None = parameter(
+        None, "Quantisation of frozen models.", affects="latents", planned=True
+    )
+    resume_from_checkpoint: str | None = parameter(
+        None,
+        "Weights of one model to go on from.",
+        affects="training",
+        by_content=True,
+        planned=True,
+    )
+    template_model_id_or_path: str | None = parameter(
+        None, "Template model.", affects="weights", by_content=True, planned=True
+    )
+    enable_lora_hot_loading: bool = parameter(
+        False, "Hot loading of LoRAs by a template model.", affects="training", planned=True
+    )
+    enable_model_cpu_offload: bool = parameter(
+        False, "Keep idle models in CPU memory.", affects="nothing", planned=True
+    )
+    enable_optimizer_cpu_offload: bool = parameter(
+        False, "Keep the optimizer state in CPU memory.", affects="nothing", planned=True
+    )
+    cpu_offload_split_threshold: float | None = parameter(
+        None, "Size in MB of an offloaded part.", affects="nothing", planned=True
+    )
+
+
+class LoraParameters(BaseModel):
+    """The LoRA, when one is trained."""
+
+    # Latents, since what comes of a trained model is not encoded beforehand.
+    lora_base_model: str | None = parameter(
+        None, "Model that gets the LoRA, such as dit.", affects="latents", each_half=True
+    )
+    lora_target_modules: CommaList | None = parameter(
+        None,
+        "Layers that get the LoRA, separated by commas: names or the ends of names. "
+        "Left out: the family's usual ones; empty: every large Linear of the repeated blocks.",
+        affects="training",
+        needs="lora_base_model",
+    )
+    lora_rank: int = parameter(
+        32, "Rank of the LoRA.", affects="training", needs="lora_base_model", ge=1
+    )
+    lora_alpha: float | None = parameter(
+        None,
+        "Scale of the LoRA times its rank; the rank when left out.",
+        affects="training",
+        needs="lora_base_model",
+        gt=0.0,
+    )
+    lora_dropout: float = parameter(
+        0.0,
+        "Dropout probability on the input of the LoRA layers.",
+        affects="training",
+        needs="lora_base_model",
+        ge=0.0,
+        lt=1.0,
+    )
+    lora_checkpoint: str | None = parameter(
+        None,
+        "LoRA file to start from: a checkpoint, any file that is exported, or a LoRA "
+        "that another tool wrote.",
+        affects="training",
+        by_content=True,
+        needs="lora_base_model",
+    )
+    preset_lora_path: str | None = parameter(
+        None,
+        "LoRA file that is fused into the base before training, so that what is "
+        "trained is the difference to it.",
+        affects="latents",
+        by_content=True,
+    )
+    preset_lora_model: str | None = parameter(
+        None,
+        "Model that the preset LoRA is fused into; dit when left out.",
+        affects="latents",
+        each_half=True,
+        needs="preset_lora_path",
+    )

@@ -1,0 +1,57 @@
+"""What only some families take. A family lists its own in `Family.parameters`."""
+
+from pydantic import BaseModel
+
+from diffsynth_dagster.config.kinds import ModelFolder, parameter
+
+
+class ParticularParameters(BaseModel):
+    """What only some families take: the others refuse it by name."""
+
+    tokenizer_path: ModelFolder | None = parameter(
+        None,
+        "Folder of the tokenizer: a path or repository:pattern.",
+        affects="weights",
+        by_content=True,
+    )
+    tokenizer_1_path: ModelFolder | None = parameter(
+        None,
+        "Folder of the first tokenizer, of families with two.",
+        affects="weights",
+        by_content=True,
+    )
+    tokenizer_2_path: ModelFolder | None = parameter(
+        None,
+        "Folder of the second tokenizer, of families with two.",
+        affects="weights",
+        by_content=True,
+    )
+    processor_path: ModelFolder | None = parameter(
+        None, "Folder of the processor of image editing.", affects="weights", by_content=True
+    )
+    audio_processor_path: ModelFolder | None = parameter(
+        None,
+        "Folder of the processor of speech.",
+        affects="weights",
+        by_content=True,
+        planned=True,
+    )
+    # Both say which stage encodes the prompt; `zero_cond_t` is also the denoiser's architecture.
+    zero_cond_t: bool = parameter(
+        False,
+        "Give the latents of edit images the timestep zero, as Qwen-Image-Edit-2511 does.",
+        affects="latents",
+    )
+    edit_plus: bool = parameter(
+        False,
+        "Show also a single edit image to the text encoder as Qwen-Image-Edit-2509 and later do. "
+        "On by itself with zero_cond_t, and for a transformer from a repository of these.",
+        affects="latents",
+    )
+    # Exports alone: checkpoints have the same names with and without.
+    align_to_opensource_format: bool = parameter(
+        False,
+        "Write LoRAs also in the key format that other tools read (kohya).",
+        affects="exports",
+        needs="lora_base_model",
+    )
