@@ -146,7 +146,7 @@ def test_shards_are_one_model(model: Path) -> None:
 
 
 def test_a_missing_last_shard_is_named(model: Path) -> None:
-    """Without a config.json the shapes alone would tell a smaller model."""
+    """Without a config.json the shapes alone would make a smaller model."""
     file = Path(model_files(model)[0])
     (file.parent / "config.json").unlink()
     tensors = load_file(file)
@@ -370,7 +370,7 @@ def test_hub_that_lacks_the_model_or_is_gone(
 def test_a_model_that_the_family_lacks_is_named(
     tiny_qwen: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where the family is told from the files."""
+    """Also where the family is recognised from the files."""
     values = lora_values(tiny_qwen, tmp_path, tmp_path / "cache")
     values = {k: v for k, v in values.items() if k != "family" and not k.startswith("lora_")}
     (tmp_path / "metadata.csv").write_text("image,prompt\n0.png,a\n")

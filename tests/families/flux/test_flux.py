@@ -188,12 +188,12 @@ def test_float8_for_what_is_not_trained(
 
 def test_shapes_alone_give_the_same_encodings(values: Values, model: Path, tmp_path: Path) -> None:
     """The single files have no config.json: what no shape shows is as published."""
-    bare = tmp_path / "t5"
-    bare.mkdir()
+    without = tmp_path / "t5"
+    without.mkdir()
     for file in (model / "diffusers" / "text_encoder_2").glob("*.safetensors"):
-        (bare / file.name).symlink_to(file)
+        (without / file.name).symlink_to(file)
     given = values(layout="original", cache_path=str(tmp_path / "cache"))
-    given["model_paths"][2] = str(bare / "*.safetensors")
+    given["model_paths"][2] = str(without / "*.safetensors")
     outputs: list[Tensors] = []
     for index, config in enumerate((values(), given)):
         code, run = train({**config, "task": "sft:data_process"}, tmp_path / str(index))

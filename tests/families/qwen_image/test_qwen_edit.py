@@ -121,7 +121,7 @@ def test_each_use_has_its_own_keys_of_the_store() -> None:
 
 
 def test_the_first_file_column_is_the_image() -> None:
-    """It tells the size of a sample."""
+    """Its size is that of the sample."""
     family = used(extra_inputs="edit_image", data_file_keys="image,edit_image")
     assert [item.column for item in family.file_inputs] == ["image", "edit_image"]
     assert not family.samples_from_text

@@ -220,7 +220,7 @@ def parts(own: Path, transformer: str, vae: str = "vae") -> dict[str, Any]:
 def sampled(folder: Path, row: Mapping[str, Any]) -> Tensors:
     """The latents of the clip that the pipeline makes of a row for distillation.
 
-    diffusers' own choice of sigmas ends a little above that of the authors: theirs are handed over.
+    diffusers' own choice of sigmas ends a little above that of the authors: theirs are passed.
     """
     pipeline: Any = WanPipeline(**parts(folder / "diffusers", "transformer"))
     pipeline.set_progress_bar_config(disable=True)

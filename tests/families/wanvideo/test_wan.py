@@ -164,7 +164,7 @@ def test_vace_is_trained_alone_and_exported_whole(model: Path, clips: Path, tmp_
 
 
 def test_parts_of_one_component_make_one_file(model: Path, clips: Path, tmp_path: Path) -> None:
-    """With a config.json that tells the architecture, whatever lies beside the authors' files."""
+    """With a config.json of the architecture, whatever lies beside the authors' files."""
     case = WAN["wan_vace"]
     given = values(case, model, clips, tmp_path, "original", trainable_models="dit,vace")
     for name in [key for key in given if key.startswith("lora_")]:
@@ -264,7 +264,7 @@ def test_the_size_of_an_unnamed_wide_vae_must_be_given(
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_plan_needs_no_files(case: Case, model: Path, clips: Path, tmp_path: Path) -> None:
-    """What is guessed from names has the stages that the files tell."""
+    """A family guessed from names has the same stages as one recognised from the files."""
     config = make_config(values(case, model, clips, tmp_path, "original"))
     guessed, found = guess_family(config), find_model(config, HUB).family
     assert [stage.name for stage in guessed.stages] == [stage.name for stage in found.stages]
@@ -317,6 +317,6 @@ def test_samples_are_videos(
 
 
 def test_every_model_can_be_stored_in_float8(model: Path, clips: Path, tmp_path: Path) -> None:
-    """Though UMT5 hands one of its layers what it reads in the type of that layer's weight."""
+    """Though UMT5 casts the input of one of its layers to the type of that layer's weight."""
     given = values(WAN["wan_i2v"], model, clips, tmp_path)
     assert train(given | {"fp8_models": given["model_paths"]}, tmp_path / "run")[0] == 0
