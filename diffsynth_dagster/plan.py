@@ -1,4 +1,4 @@
-"""What a training would do, told before a weight is loaded: the answer to `--dry_run`."""
+"""What a training would do, found out before a weight is loaded: the answer to `--dry_run`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.entries import float8_entries, model_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.config.particular import ParticularParameters
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.table.check import check_columns
 from diffsynth_dagster.dotted import import_dotted
@@ -41,7 +42,14 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
 
 
 def _check_size(config: TrainingConfig, family: Family) -> None:
-    """With both sides given, only pictures that keep their aspect have an area of their own."""
+    """Refuse `max_pixels` where it would change nothing: every size is already given.
+
+    `height` and `width` fix the size of what is trained on. An input with an area of its own, such
+    as an edit image, is still scaled down to `max_pixels`.
+
+    Raises:
+        ParameterError: both sides are given, and the family has no such input.
+    """
     default = TrainingConfig.model_fields["max_pixels"].default
     pictures = any(i.area is not None for i in family.inputs)
     if config.height is not None and config.max_pixels != default and not pictures:
@@ -53,15 +61,12 @@ def _check_size(config: TrainingConfig, family: Family) -> None:
 
 
 def check_particular(config: TrainingConfig, family: Family) -> None:
-    """Check that every parameter for single families is one that this family takes.
+    """Check that this family takes every particular parameter that is given.
 
     Raises:
-        ParameterError: it takes another, or none.
+        ParameterError: it does not take one.
     """
-    for name, field in TrainingConfig.model_fields.items():
-        extra = field.json_schema_extra
-        if not (isinstance(extra, dict) and extra.get("particular")):
-            continue
+    for name, field in ParticularParameters.model_fields.items():
         if getattr(config, name) != field.default and name not in family.parameters:
             raise ParameterError(
                 f"{family.name} takes no {name}",
@@ -74,7 +79,7 @@ def _check_samples(config: TrainingConfig, family: Family) -> None:
     if (config.sample_prompts or config.customized_evaluation) and not family.samples_from_text:
         needed = ", ".join(i.column for i in family.file_inputs[1:]) or "a file of its own"
         raise ParameterError(
-            f"a prompt alone makes no sample here: the model is also given {needed}",
+            f"a prompt alone makes no sample here: the model also needs {needed}",
             where="sample_prompts",
             do="leave the samples out",
         )
@@ -85,7 +90,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
 
     Raises:
         StoreError: the encoded data set is there and damaged.
-        ParameterError: see `check_plan`; or the family cannot be told without the files.
+        ParameterError: see `check_plan`; or the family cannot be recognised without the files.
     """
     if not config.reads_encoded or (Path(config.dataset_base_path) / FILE_NAME).is_file():
         config = with_settled(config)
@@ -97,7 +102,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
     for index, entry in enumerate(entries):
         name = guess_component(entry, family)
         if name is None or name in sources:
-            name = f"told when the file is there ({index})"
+            name = f"known when the file is there ({index})"
         sources[name] = entry.text
     for tokenizer in family.tokenizers:
         given = getattr(config, tokenizer.parameter)

@@ -1,6 +1,7 @@
 """What a folder of recipes becomes in Dagster, before anything runs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,25 +78,25 @@ def test_assets_of_two_recipes_share_weights(tmp_path: Path) -> None:
     definitions = definitions_of(tmp_path)
     dg.Definitions.validate_loadable(definitions)
     steps = ("metadata", "latents", "checkpoints", "exports")
-    shared = "weights/Qwen_Qwen_Image_transformer"
+    shared = "weights/Qwen-Image/transformer"
     assert keys(definitions) == {
-        *(f"{step}/{name}" for step in steps for name in "ab"),
+        *(f"{name}/{step}" for step in steps for name in "ab"),
         shared,
-        "weights/Qwen_Qwen_Image_vae_bin",
-        "weights/Qwen_Qwen_Image_text_encoder",
-        "weights/Qwen_Qwen_Image_tokenizer",
+        "weights/Qwen-Image/vae",
+        "weights/Qwen-Image/text_encoder",
+        "weights/Qwen-Image/tokenizer",
     }
     graph = definitions.resolve_asset_graph()
-    parents = {p.to_user_string() for p in graph.get(dg.AssetKey(["latents", "b"])).parent_keys}
-    assert parents >= {"metadata/b", shared, "weights/Qwen_Qwen_Image_tokenizer"}
-    assert graph.get(dg.AssetKey(["exports", "b"])).parent_keys == {
-        dg.AssetKey(["checkpoints", "b"])
+    parents = {p.to_user_string() for p in graph.get(dg.AssetKey(["b", "latents"])).parent_keys}
+    assert parents >= {"b/metadata", shared, "weights/Qwen-Image/tokenizer"}
+    assert graph.get(dg.AssetKey(["b", "exports"])).parent_keys == {
+        dg.AssetKey(["b", "checkpoints"])
     }
-    assert graph.get(dg.AssetKey(["checkpoints", "b"])).pools == {"gpu"}
-    assert "Teaches b." in (graph.get(dg.AssetKey(["latents", "b"])).description or "")
+    assert graph.get(dg.AssetKey(["b", "checkpoints"])).pools == {"gpu"}
+    assert "Teaches b." in (graph.get(dg.AssetKey(["b", "latents"])).description or "")
     job = definitions.resolve_job_def("train_b")
     assert {k.to_user_string() for k in job.asset_layer.executable_asset_keys} == {
-        *(f"{step}/b" for step in steps),
+        *(f"b/{step}" for step in steps),
         *(k for k in keys(definitions) if k.startswith("weights") and "vae" not in k),
     }
     schedule = definitions.resolve_schedule_def("retrain_b")
@@ -110,7 +111,7 @@ def test_entries_written_alike_stay_apart(tmp_path: Path) -> None:
     write_recipe(tmp_path, "a", recipe(model_id_with_origin_paths=pair))
     weights = sorted(k for k in keys(definitions_of(tmp_path)) if k.startswith("weights/"))
     assert len(weights) == 2
-    assert all(name.startswith("weights/Q_a_x_y_") for name in weights)
+    assert all(re.fullmatch("weights/a/x[-_]y_[0-9a-f]{6}", name) for name in weights)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +130,11 @@ def test_broken_recipe_fails_by_itself(
     path = write_recipe(tmp_path, "with typo", values)
     definitions = definitions_of(tmp_path)
     dg.Definitions.validate_loadable(definitions)
-    assert "checkpoints/sound" in keys(definitions)
+    assert "sound/checkpoints" in keys(definitions)
     job = definitions.resolve_job_def("train_with_typo")
     done = job.execute_in_process(raise_on_error=False)
     assert not done.success
-    failure = done.failure_data_for_node("metadata__with_typo")
+    failure = done.failure_data_for_node("with_typo__metadata")
     assert failure is not None
     assert failure.user_failure_data is not None
     message = failure.user_failure_data.description or ""
@@ -169,10 +170,10 @@ def test_recipes_that_do_half(tmp_path: Path) -> None:
     definitions = definitions_of(tmp_path)
     dg.Definitions.validate_loadable(definitions)
     assert {k for k in keys(definitions) if not k.startswith("weights/")} == {
-        "metadata/encode",
-        "latents/encode",
-        "checkpoints/go_on",
-        "exports/go_on",
+        "encode/metadata",
+        "encode/latents",
+        "go_on/checkpoints",
+        "go_on/exports",
     }
 
 
@@ -196,11 +197,12 @@ def test_code_version_is_that_of_what_matters() -> None:
         ("model_paths", ["a.safetensors"], True),
     ):
         other = config(**{name: value})
-        assert (code_version(other) == code_version(plain)) == same, name
+        versions = [code_version(c, "checkpoints") for c in (other, plain)]
+        assert (versions[0] == versions[1]) == same, name
         assert (config_digest(other) == config_digest(plain)) == same, name
     # Another name of the same LoRA: a reason to look, not to train again.
     other = config(lora_checkpoint="a.safetensors")
-    assert code_version(other) != code_version(plain)
+    assert code_version(other, "checkpoints") != code_version(plain, "checkpoints")
     assert config_digest(other) == config_digest(plain)
 
 

@@ -57,7 +57,7 @@ def place(
 
 
 def metadata_of(result: dg.ExecuteInProcessResult, kind: str, name: str) -> dict[str, Any]:
-    (found,) = result.asset_materializations_for_node(f"{kind}__{name}")
+    (found,) = result.asset_materializations_for_node(f"{name}__{kind}")
     return dict(found.metadata)
 
 
@@ -73,7 +73,7 @@ def failure_of(result: dg.ExecuteInProcessResult, node: str) -> str:
 
 
 def version(place: Place, kind: str, name: str) -> str:
-    event = place.instance.get_latest_materialization_event(dg.AssetKey([kind, name]))
+    event = place.instance.get_latest_materialization_event(dg.AssetKey([name, kind]))
     assert event is not None
     assert event.asset_materialization is not None
     return (event.asset_materialization.tags or {})["dagster/data_version"]
@@ -140,7 +140,7 @@ def test_every_asset_says_what_a_person_wants_to_see(
 
 
 def test_progress_becomes_observations(place: Place, first: dg.ExecuteInProcessResult) -> None:
-    records = place.instance.fetch_observations(dg.AssetKey(["checkpoints", "tiny"]), limit=10)
+    records = place.instance.fetch_observations(dg.AssetKey(["tiny", "checkpoints"]), limit=10)
     seen = [r.asset_observation.metadata for r in records.records if r.asset_observation]
     assert seen
     assert seen[0]["step"].value == 2
@@ -178,7 +178,7 @@ def test_run_config_retrains_with_other_parameters(
         "tiny",
         run_config={
             "resources": {"parameters": parameters},
-            "ops": {"checkpoints__tiny": {"config": {"retrain": True}}},
+            "ops": {"tiny__checkpoints": {"config": {"retrain": True}}},
         },
     )
     assert result.success
@@ -249,7 +249,7 @@ def test_ten_damaged_files_of_two_hundred(place: Place, tmp_path: Path) -> None:
     place.recipe("damaged", **table)
     result = place.run("damaged")
     assert not result.success
-    materialized = [e.asset_key.path[0] for e in result.all_events if e.is_step_materialization]
+    materialized = [e.asset_key.path[-1] for e in result.all_events if e.is_step_materialization]
     assert materialized[0] == "metadata"
     assert not {"latents", "checkpoints", "exports"} & set(materialized)
     facts = metadata_of(result, "metadata", "damaged")
@@ -279,7 +279,7 @@ def test_allowed_rejects_pass_the_check(
         dataset_metadata_path=str(data / "metadata.csv"),
         max_rejected_fraction=0.5,
     )
-    result = place.run("allowed", asset_selection=[dg.AssetKey(["metadata", "allowed"])])
+    result = place.run("allowed", asset_selection=[dg.AssetKey(["allowed", "metadata"])])
     assert result.success
     assert checks_of(result) == {"every_row_valid": True}
 
@@ -287,9 +287,9 @@ def test_allowed_rejects_pass_the_check(
 @pytest.mark.parametrize(
     ("overrides", "node", "words"),
     [
-        ({"dataset_metadata_path": "none.csv"}, "metadata__bad", "metadata file does not exist"),
+        ({"dataset_metadata_path": "none.csv"}, "bad__metadata", "metadata file does not exist"),
         ({"model_paths": ["none.safetensors"]}, "weights__none", "the model file does not exist"),
-        ({"output_path": "/dev/null/run"}, "metadata__bad", "cannot be written"),
+        ({"output_path": "/dev/null/run"}, "bad__metadata", "cannot be written"),
     ],
 )
 def test_mistake_is_one_message_without_retry(
@@ -319,11 +319,11 @@ def test_download_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ModelHub, "files", unreachable)
     monkeypatch.setattr("assets.weights._RETRIES", dg.RetryPolicy(max_retries=2))
     place.recipe("away", model_paths=None, model_id_with_origin_paths=["a/b:c.safetensors"])
-    key = dg.AssetKey(["weights", "a_b_c"])
+    key = dg.AssetKey(["weights", "b", "c"])
     result = place.run("away", asset_selection=[key])
     assert not result.success
     assert len(tries) == 3
-    assert failure_of(result, "weights__a_b_c") == "the hub did not answer"
+    assert failure_of(result, "weights__b__c") == "the hub did not answer"
 
 
 def test_failure_of_the_training_is_told_in_its_words(place: Place) -> None:
@@ -331,7 +331,7 @@ def test_failure_of_the_training_is_told_in_its_words(place: Place) -> None:
     place.recipe("target", lora_target_modules=["to_qq"])
     result = place.run("target")
     assert not result.success
-    message = failure_of(result, "latents__target")
+    message = failure_of(result, "target__latents")
     assert "the LoRA target 'to_qq' matches no layer of 'dit'" in message
     assert "what to do: its layers end with" in message
     assert "Traceback" not in message

@@ -134,9 +134,9 @@ def test_lineage_runs_from_weights_and_metadata_to_exports(server: Server) -> No
     }
     weights = {name for name in parents if name.startswith("weights/")}
     assert len(weights) == 4
-    assert parents["exports/tiny"] == {"checkpoints/tiny"}
-    assert parents["checkpoints/tiny"] == {"latents/tiny"} | weights
-    assert parents["latents/tiny"] == {"metadata/tiny"} | weights
+    assert parents["tiny/exports"] == {"tiny/checkpoints"}
+    assert parents["tiny/checkpoints"] == {"tiny/latents"} | weights
+    assert parents["tiny/latents"] == {"tiny/metadata"} | weights
 
 
 def test_cancel_stops_the_training(server: Server) -> None:

@@ -70,7 +70,7 @@ def test_real_clips_become_a_lora(tmp_path: Path) -> None:
 
 
 def facts(instance: dg.DagsterInstance, kind: str) -> dict[str, dg.MetadataValue]:
-    event = instance.get_latest_materialization_event(dg.AssetKey([kind, "clips"]))
+    event = instance.get_latest_materialization_event(dg.AssetKey(["clips", kind]))
     assert event is not None
     assert event.asset_materialization is not None
     return dict(event.asset_materialization.metadata)

@@ -11,8 +11,8 @@ import yaml
 from conftest import ROOT
 
 from diffsynth_dagster.config import TrainingConfig, read_config
+from diffsynth_dagster.config.effect import settled_by_encoding
 from diffsynth_dagster.config.flags import parser
-from diffsynth_dagster.config.parameters import ENCODING
 from diffsynth_dagster.data.table.check import check_columns
 from diffsynth_dagster.data.table.read import open_table
 from diffsynth_dagster.data.table.values import check_structure
@@ -141,7 +141,7 @@ def test_names_of_the_usage_page_are_those_of_the_code() -> None:
     }
     assert set(re.findall(r"`(\w+)`", refused)) == planned
     (taken_over,) = re.findall(r"Taken over .*?: (.*?)\.\sThe", USAGE, re.DOTALL)
-    assert set(re.findall(r"`(\w+)`", taken_over)) == set(ENCODING)
+    assert set(re.findall(r"`(\w+)`", taken_over)) == set(settled_by_encoding(TrainingConfig()))
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def test_missing_component_is_named(
     assert "lacks the component 'vae'" in capsys.readouterr().err
 
 
-def test_slugs_name_models_and_not_shards() -> None:
+def test_short_names_are_of_models_and_not_of_shards() -> None:
     base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "lora_base_model": "dit"}
     entries = model_entries(
         make_config(
@@ -297,10 +297,10 @@ def test_slugs_name_models_and_not_shards() -> None:
             }
         )
     )
-    assert [e.slug for e in entries] == [
-        "a_b_model",
-        "t_x",
-        "Qwen_Qwen_Image_transformer_diff",
+    assert [e.short_name for e in entries] == [
+        ("a", "b"),
+        ("t", "x"),
+        ("Qwen-Image", "diff"),
     ]
 
 
