@@ -23,10 +23,7 @@ EXIT_STOPPED = 130
 
 
 def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
-    """Do what a config asks for: metadata, weights, latents, and the training.
-
-    Returns:
-        The record of the training; None if the config asks for the latents only.
+    """Do what a config asks for; returns the record of the training, if there was one.
 
     Raises:
         UserError: see the modules this goes through, in the order of the imports below.
@@ -83,10 +80,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
         if parallel.is_main_process:
             write_text(output / "config.yaml", dump_config(config))
         run_file = RunFile(output, record, writes=parallel.is_main_process)
-        session = Session(config, parallel, models, manifest, run_file, reporter, stop_asked)
-        record = train(session)
-        reporter.finished(record)
-        return record
+        return train(Session(config, parallel, models, manifest, run_file, reporter, stop_asked))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

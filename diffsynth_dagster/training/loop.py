@@ -60,6 +60,7 @@ def train(session: Session) -> RunRecord:
     after = fingerprints(work.trained.items())
     pictures.evaluate("after")
     run_file.finished(len(after), sum(before[name] != after[name] for name in after))
+    reporter.finished(run_file.record)
     return run_file.record
 
 
