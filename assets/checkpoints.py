@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from pydantic import Field
 from assets.common import (
     GPU_POOL,
     asset_key,
-    book_path,
     code_version,
     description,
     table,
@@ -69,11 +67,14 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
         launcher: Launcher,
     ) -> Iterator[dg.AssetObservation | dg.MaterializeResult]:
         from diffsynth_dagster.cache.split import second_half
+        from diffsynth_dagster.training.uptodate import finished_training
 
         with user_errors():
             settings = second_half(parameters.apply(recipe.config))
             processes = launcher.num_processes or recipe.options.num_processes
-            record = None if config.retrain else _unchanged(settings, hub, processes)
+            record = None
+            if not config.retrain:
+                record = finished_training(settings, hub.open(), processes)
             trained = record is None
             if record is None:
                 progress = Progress(context)
@@ -131,39 +132,6 @@ class Progress:
             self._context.asset_key,
             metadata={"step": step["step"], **{name: float(step[name]) for name in _OBSERVED}},
         )
-
-
-def _unchanged(config: TrainingConfig, hub: Hub, processes: int | None) -> "RunRecord | None":
-    """The record of the training in the run folder, if training again would give the same.
-
-    Args:
-        processes: how many the run asks for, if it does: a step sees a batch of each.
-
-    Raises:
-        UserError: a model file or the encoded data set is missing or damaged.
-    """
-    from diffsynth_dagster.cache.manifest import read_manifest
-    from diffsynth_dagster.cache.split import with_settled
-    from diffsynth_dagster.facts import FactBook, digest_file
-    from diffsynth_dagster.training.record import read_record, start_record
-    from diffsynth_dagster.weights.identify import find_model
-
-    folder = Path(config.output_path)
-    record = read_record(folder)
-    if record is None or not record.finished or not record.checkpoints:
-        return None
-    if processes is not None and processes != len(record.devices):
-        return None
-    config = with_settled(config)
-    with closing(FactBook(book_path(config))) as book:
-        found = find_model(config, hub.open())
-        identity = start_record(
-            config, found, read_manifest(Path(config.dataset_base_path)), book
-        ).identity
-    for name, digest in record.checkpoints.items():
-        if not (folder / name).is_file() or digest_file(folder / name) != digest:
-            return None
-    return record if identity == record.identity else None
 
 
 def _finished_record(config: TrainingConfig) -> "RunRecord":

@@ -37,8 +37,8 @@ from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.usage import as_used
 from diffsynth_dagster.training.batches import Batch, collate
-from diffsynth_dagster.training.loop import Session, build_step
 from diffsynth_dagster.training.optimizer import make_optimizer
+from diffsynth_dagster.training.setup import build_step
 from diffsynth_dagster.weights.header import TensorInfo
 from diffsynth_dagster.weights.identify import Found, FoundModel
 from diffsynth_dagster.weights.load import build_empty
@@ -215,8 +215,7 @@ def measure(name: str, scale: str) -> None:
     set_seed(config.seed)
     found = found_model(config, subject, shape)
     models = RandomModels(found, device, dtype, on_cpu_first=False)
-    unused: Any = None
-    step = build_step(Session(config, accelerator, models, unused, unused, unused, unused))
+    step = build_step(config, models, torch.float32)
     trained = [p for p in step.parameters() if p.requires_grad]
     model, optimizer = accelerator.prepare(step, make_optimizer(config, trained))
     batch = batch_of(found, subject, shape).to(device)

@@ -17,6 +17,7 @@ A broken invariant of ours is an `assert`, never one of these.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import partial
 
 EXIT_USER_ERROR = 2
 
@@ -43,6 +44,10 @@ class UserError(DiffSynthError):
         self.where = where
         self.do = do
         super().__init__(what, where, do)
+
+    def __reduce__(self) -> tuple[partial["UserError"], tuple[str]]:
+        """How it is pickled, on its way between processes: with its keyword arguments."""
+        return partial(type(self), where=self.where, do=self.do), (self.what,)
 
     def __str__(self) -> str:
         lines = [self.what]

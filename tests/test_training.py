@@ -5,13 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import polars as pl
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import ROOT, Values, make_config, samples_of, train, write_images
 from safetensors.torch import load_file
 
@@ -20,9 +17,9 @@ from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.training.batches import collate
-from diffsynth_dagster.training.loop import build_step
 from diffsynth_dagster.training.modules import add_lora, saved_name
 from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.training.setup import build_step
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
@@ -98,9 +95,7 @@ def test_gradients_are_checkpointed_all_the_way(values: Values, tmp_path: Path) 
     )
     found = find_model(config, ModelHub.from_environment())
     models = Models(found, torch.device("cpu"), torch.float32, on_cpu_first=False)
-    session: Any = SimpleNamespace(config=config, models=models)
-    session.accelerator = Accelerator(cpu=True)
-    step = build_step(session)
+    step = build_step(config, models, torch.float32)
     assert step.loaded["dit"].gradient_checkpointing
     assert not any(p.requires_grad for p in step.loaded["dit"].parameters())
 

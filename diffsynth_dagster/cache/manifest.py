@@ -90,8 +90,13 @@ class Manifest(Notes):
         return pl.concat(parts).unique()
 
     def publish(self) -> "Manifest":
-        """Put the planned manifest in the place of the run folder's: its samples are encoded."""
-        path = self.path.replace(self.folder / FILE_NAME)
+        """Put the planned manifest in the place of the run folder's: its samples are encoded.
+
+        Does nothing where another node that shares the folder did it.
+        """
+        path = self.folder / FILE_NAME
+        if self.path.exists():
+            self.path.replace(path)
         return replace(self, path=path)
 
 

@@ -1,12 +1,12 @@
 """From the manifest and the store to the micro-batches of an optimizer step."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from diffsynth_dagster.cache.resolve import Sample, Samples
 from diffsynth_dagster.cache.store import Store
@@ -14,6 +14,7 @@ from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import MicroBatch, StepOrder
 from diffsynth_dagster.data.samples import load_files, parse_value
+from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families.contract import Family, Output, Tensors
 
 
@@ -123,3 +124,42 @@ class StepDataset(Dataset[list[Batch]]):
             else parse_value(value, i)
             for i, value in values.items()
         }
+
+
+def steps_of(
+    data: Dataset[list[Batch]], total_steps: int, workers: int
+) -> Iterator[tuple[int, list[Batch]]]:
+    """Optimizer step, counted from 1 → its micro-batches, one step after the other.
+
+    Args:
+        data: step, counted from 0 → its micro-batches.
+        workers: processes that read ahead; with 0, this process reads.
+
+    Raises:
+        UserError: as reading the step raised it, whoever read it.
+    """
+    loader = DataLoader(
+        _ErrorsAsValues(data), batch_size=None, sampler=range(total_steps), num_workers=workers
+    )
+    for step, batches in enumerate(loader, start=1):
+        if isinstance(batches, UserError):
+            raise batches
+        yield step, batches
+
+
+class _ErrorsAsValues(Dataset[list[Batch] | UserError]):
+    """A data set that returns a user's mistake instead of raising it.
+
+    torch raises the exception of a worker process again with a traceback for its message; a value
+    arrives as it is.
+    """
+
+    def __init__(self, data: Dataset[list[Batch]]) -> None:
+        self._data = data
+
+    def __getitem__(self, step: int) -> list[Batch] | UserError:
+        """The micro-batches of a step, or why there are none."""
+        try:
+            return self._data[step]
+        except UserError as error:
+            return error

@@ -16,25 +16,20 @@ from diffsynth_dagster.weights.lora import PROVENANCE_KEY
 
 
 def trained_state(
-    parameters: Mapping[str, torch.Tensor],
-    trainable: frozenset[str],
-    family: Family,
-    trained: Iterable[str],
+    weights: Mapping[str, torch.Tensor], family: Family, trained: Iterable[str]
 ) -> dict[str, torch.Tensor]:
     """The trained tensors as `pipe.<component or part>.<tensor>`, on the CPU.
 
     Args:
-        parameters: name in `TrainingStep` (`components.<component>.<tensor>`) → tensor.
-        trainable: those of the names that are trained.
+        weights: name in `TrainingStep` (`components.<component>.<tensor>`) → trained tensor.
         trained: the components and parts that are trained.
     """
     parts = [family.part(name) for name in trained]
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in parameters.items():
-        if name in trainable:
-            _, component, rest = name.split(".", 2)
-            part = next(p for p in parts if p.of == component and p.holds(rest))
-            state[family.prefix(part.name) + saved_name(rest)] = tensor.detach().cpu().contiguous()
+    for name, tensor in weights.items():
+        _, component, rest = name.split(".", 2)
+        part = next(p for p in parts if p.of == component and p.holds(rest))
+        state[family.prefix(part.name) + saved_name(rest)] = tensor.detach().cpu().contiguous()
     return state
 
 

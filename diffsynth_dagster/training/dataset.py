@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffsynth_dagster.cache.encode import EncodeReport, Ranks, encode_missing
+from diffsynth_dagster.cache.encode import encode_missing
 from diffsynth_dagster.cache.keys import Keys
 from diffsynth_dagster.cache.manifest import PLANNED, Manifest, read_manifest
 from diffsynth_dagster.cache.plan import plan_samples
@@ -20,13 +20,23 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import find_checked, read_checked
+from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.training.parallel import Parallel
+from diffsynth_dagster.training.reporting import Reporter
 from diffsynth_dagster.weights.identify import guess_family
 from diffsynth_dagster.weights.models import Models
 
 
+def open_store(config: TrainingConfig) -> Store:
+    """The store that a config reads: its own, or that of the encoded data set it names."""
+    if config.dataset_metadata_path is not None:
+        return Store(Path(config.cache_path))
+    return Store(Path(read_manifest(Path(config.dataset_base_path)).store))
+
+
 def checked_table(config: TrainingConfig, book: FactBook, first: bool) -> CheckedTable:
-    """The checked table of a config that names one or the other kind of metadata.
+    """The checked table of a config.
 
     Args:
         first: whether this process makes and checks it; the others read what that one wrote.
@@ -45,64 +55,82 @@ def checked_table(config: TrainingConfig, book: FactBook, first: bool) -> Checke
 
 def encoded_manifest(
     config: TrainingConfig,
+    parallel: Parallel,
     models: Models,
-    table: CheckedTable,
+    table: CheckedTable | None,
     book: FactBook,
-    ranks: Ranks,
-    progress: Callable[[str, int, int], None],
-) -> tuple[Manifest, EncodeReport]:
-    """The manifest of a checked table, with every sample of it in the store.
+    reporter: Reporter,
+    stop_asked: Callable[[], bool],
+) -> Manifest:
+    """The manifest of a data set, with every sample of it in the store. Collective.
+
+    Args:
+        table: None where the data set was encoded before: `dataset_base_path` names it.
 
     Raises:
         MetadataError: a file is no longer what was checked.
         StoreError: nothing is to be encoded, and the store lacks samples.
+        ParameterError: it was encoded for another training: see `require_encoded_for`.
+        Stopped: a signal came.
     """
-    if ranks.process_index == 0:
-        plan_samples(config, models.found, table, Keys(models.found, book, models.dtype))
-    ranks.wait_for_everyone()
-    manifest = read_manifest(Path(config.output_path), PLANNED)
-    report = EncodeReport()
-    if config.trains_only:
+    if table is None:
+        manifest = read_manifest(Path(config.dataset_base_path))
+        require_encoded_for(config, models.found, manifest, book)
         _require_stored(manifest)
     else:
-        report = encode_missing(config, models, manifest, table, ranks, progress)
-    if ranks.process_index == 0:
-        manifest.publish()
+        manifest = _encode(config, parallel, models, table, book, reporter, stop_asked)
+    if parallel.is_main_process:
         Store(Path(manifest.store)).add_user(manifest.folder)
-    ranks.wait_for_everyone()
-    return read_manifest(Path(config.output_path)), report
-
-
-def given_manifest(
-    config: TrainingConfig, models: Models, book: FactBook, ranks: Ranks
-) -> Manifest:
-    """The manifest that the first half of split training wrote.
-
-    Raises:
-        StoreError: there is none, or the store lacks samples of it.
-        ParameterError: it was encoded for another training: see `require_encoded_for`.
-    """
-    manifest = read_manifest(Path(config.dataset_base_path))
-    require_encoded_for(config, models.found, manifest, book)
-    _require_stored(manifest)
-    if ranks.process_index == 0:
-        Store(Path(manifest.store)).add_user(manifest.folder)
-    ranks.wait_for_everyone()
     return manifest
+
+
+def _encode(
+    config: TrainingConfig,
+    parallel: Parallel,
+    models: Models,
+    table: CheckedTable,
+    book: FactBook,
+    reporter: Reporter,
+    stop_asked: Callable[[], bool],
+) -> Manifest:
+    """The manifest of a checked table, after encoding what the store lacks of it."""
+    output = Path(config.output_path)
+    with parallel.node_main_first():
+        if parallel.is_node_main:
+            plan_samples(config, models.found, table, Keys(models.found, book, models.dtype))
+        planned = read_manifest(output, PLANNED)
+    if config.trains_only:
+        _require_stored(planned)
+    else:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            reporter.encoding(stage, done, total)
+            if stop_asked():
+                raise Stopped
+
+        reporter.encoded(encode_missing(config, models, planned, table, parallel, progress))
+    parallel.wait_for_everyone()
+    with parallel.node_main_first():
+        if parallel.is_node_main:
+            planned.publish()
+        return read_manifest(output)
 
 
 def _require_stored(manifest: Manifest) -> None:
     """Refuse a manifest of which the store lacks samples. Raises `StoreError`."""
     missing = len(Store(Path(manifest.store)).missing(manifest.keys))
     if missing:
-        wanted = manifest.keys.select("key").collect(engine="streaming").height
+        wanted = manifest.keys.collect(engine="streaming").height
         raise lacking(missing, wanted, manifest.store)
 
 
-def resolved_samples(config: TrainingConfig, manifest: Manifest, ranks: Ranks) -> Samples:
-    """Where each sample of a manifest lies. Written by one process, mapped by all."""
+def resolved_samples(config: TrainingConfig, manifest: Manifest, parallel: Parallel) -> Samples:
+    """Where each sample of a manifest lies. Collective: one process of a node writes it, all map
+    it.
+
+    Raises:
+        StoreError: the store lacks a sample.
+    """
     folder = Path(config.output_path)
-    if ranks.process_index == 0:
-        resolve(manifest, folder)
-    ranks.wait_for_everyone()
-    return Samples(folder)
+    with parallel.node_main_first():
+        return resolve(manifest, folder) if parallel.is_node_main else Samples(folder)

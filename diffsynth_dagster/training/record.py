@@ -1,7 +1,8 @@
 """`run.json`: what a training did, for people and for the step that exports it."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from diffsynth_dagster.weights.models import component_digest
 FILE_NAME = "run.json"
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunRecord:
-    """What a training did.
+    """What a training did, as `run.json` says it.
 
     Attributes:
         identity: digest of everything that the result depends on.
@@ -58,15 +59,78 @@ class RunRecord:
     finished: bool = False
     version: str = __version__
 
-    def write(self, folder: Path) -> Path:
-        """Write `run.json`. Raises `OutputError`."""
-        return write_text(folder / FILE_NAME, json.dumps(asdict(self), indent=2) + "\n")
-
     @property
     def provenance(self) -> dict[str, Any]:
         """What a weight file says about where it comes from. Holds no time and no path."""
         names = ("identity", "family", "base", "samples", "samples_digest", "config_digest")
         return {name: getattr(self, name) for name in (*names, "lora", "version")}
+
+
+class RunFile:
+    """The one writer of `run.json`.
+
+    It is handed facts as they come, and writes the file whole. On disk it names a checkpoint as
+    soon as the checkpoint is written, and says "finished" only at the very end, so that it is true
+    after a crash too. Every method may raise `OutputError`.
+
+    Args:
+        folder: the run folder. A record that is there, of an older training, is replaced at once.
+        writes: whether this process writes: one of a job does, the others only keep the facts.
+    """
+
+    def __init__(self, folder: Path, record: RunRecord, writes: bool) -> None:
+        self._path = folder / FILE_NAME
+        self._writes = writes
+        self.record = record
+        self._update()
+
+    def _update(self, write: bool = True, **facts: Any) -> None:
+        self.record = replace(self.record, **facts)
+        if write and self._writes:
+            write_text(self._path, json.dumps(asdict(self.record), indent=2) + "\n")
+
+    def saved(self, name: str, digest: str) -> None:
+        """A checkpoint of this file name and digest was written."""
+        self._update(checkpoints={**self.record.checkpoints, name: digest})
+
+    def pictured(self, name: str, file: str) -> None:
+        """A picture was written, as this file under samples/."""
+        self._update(pictures={**self.record.pictures, name: file})
+
+    def evaluated(self, when: str, metrics: Mapping[str, float]) -> None:
+        """The model was evaluated, before or after the training."""
+        named = {f"{when}/{name}": value for name, value in metrics.items()}
+        self._update(evaluation={**self.record.evaluation, **named})
+
+    def stepped(self, loss: float) -> None:
+        """An optimizer step was made. Written with what comes next: a step writes no file."""
+        first = loss if self.record.first_loss is None else self.record.first_loss
+        self._update(write=False, first_loss=first, final_loss=loss)
+
+    def diverged(self) -> None:
+        """A loss, or the norm of gradients that changed the weights, was not finite."""
+        self._update(all_losses_finite=False)
+
+    def measured(self, steps: int, seconds: float, samples: int, peak_memory_bytes: int) -> None:
+        """All steps were made.
+
+        Args:
+            steps, seconds: of the whole training.
+            samples: looked at in all steps, each as often as it was.
+            peak_memory_bytes: most memory used: of the GPU, or of the process on a CPU.
+        """
+        self._update(
+            steps=steps,
+            seconds=seconds,
+            samples_per_second=samples / seconds,
+            peak_memory_bytes=peak_memory_bytes,
+        )
+
+    def finished(self, trained_tensors: int, changed_tensors: int) -> None:
+        """The training reached its end, and so many of the trained tensors changed."""
+        self._update(
+            trained_tensors=trained_tensors, changed_tensors=changed_tensors, finished=True
+        )
 
 
 def config_digest(config: TrainingConfig) -> str:
@@ -78,9 +142,18 @@ def config_digest(config: TrainingConfig) -> str:
 
 
 def start_record(
-    config: TrainingConfig, found: FoundModel, manifest: Manifest, book: FactBook
+    config: TrainingConfig,
+    found: FoundModel,
+    manifest: Manifest,
+    book: FactBook,
+    devices: Sequence[str] = (),
+    mixed_precision: str = "no",
 ) -> RunRecord:
     """The record of a training that is about to start.
+
+    Args:
+        devices: name of the device of each process.
+        mixed_precision: what is computed in. Neither of the two is part of the identity.
 
     Raises:
         WeightsError: the file of `lora_checkpoint` is missing.
@@ -101,6 +174,8 @@ def start_record(
         samples_digest=manifest.digest,
         config_digest=settings,
         lora=lora,
+        devices=list(devices),
+        mixed_precision=mixed_precision,
     )
 
 

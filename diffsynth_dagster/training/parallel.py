@@ -1,0 +1,237 @@
+"""The processes of a training, their devices, and how they share the work of a step.
+
+This is the one module that knows accelerate, DDP and DeepSpeed. Everything else asks `Parallel`,
+and reads the same for one process on a CPU as for many GPUs on several machines.
+"""
+
+import logging
+import os
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    gather_object,
+    is_bf16_available,
+    set_seed,
+)
+from torch import nn
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import ParameterError
+
+_PATIENCE = timedelta(days=7)
+"""How long processes wait for each other: one may be downloading, checking files or sampling."""
+
+
+class Parallel:
+    """The processes of a training as one of them sees them.
+
+    A **collective** method waits for all processes: every one of them must call it.
+
+    Attributes:
+        accelerator: accelerate's own object, for its trackers.
+        device: that this process computes on.
+        process_index: of this process in the whole job, from 0.
+        num_processes: of the whole job, over all machines (nodes).
+        is_main_process: whether this is the one process of the job that writes and reports.
+        is_node_main: whether this is the first process of its node.
+        mixed_precision: "no", "bf16" or "fp16".
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.process_index: int = accelerator.process_index
+        self.num_processes: int = accelerator.num_processes
+        self.is_main_process: bool = accelerator.is_main_process
+        self.is_node_main: bool = accelerator.is_local_main_process
+        self.mixed_precision: str = accelerator.mixed_precision
+        self._uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of frozen weights: that of the computation."""
+        types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return types.get(self.mixed_precision, torch.float32)
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """Element type of weights that are trained as a whole.
+
+        DeepSpeed itself holds float32 copies of them, in pieces.
+        """
+        return self.dtype if self._uses_deepspeed else torch.float32
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last optimizer step changed nothing, because float16 was too small for the
+        gradients."""
+        return self.accelerator.optimizer_step_was_skipped
+
+    def seed(self, seed: int) -> None:
+        """Seed the global random numbers of Python, numpy and torch, on every device."""
+        set_seed(seed % 2**32)  # numpy takes no more
+
+    def wait_for_everyone(self) -> None:
+        """Wait until every process is here. Collective."""
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def node_main_first(self) -> Generator[None]:
+        """Enter by turns: the main process, the first of every other node, then all the others.
+
+        Collective. So what the first of a node downloads or finds out is there for the others of
+        its node. The main process goes before the other nodes because these may share its file
+        system, and a hub's client or a user's own function may not expect that another process
+        writes the same files at the same time.
+        """
+        turn = 0 if self.is_main_process else 1 if self.is_node_main else 2
+        for _ in range(turn):
+            self.wait_for_everyone()
+        yield
+        for _ in range(turn, 2):
+            self.wait_for_everyone()
+
+    def device_names(self) -> list[str]:
+        """Names of the devices of all processes. Collective."""
+        on_gpu = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if on_gpu else self.device.type
+        return gather_object([name])
+
+    def prepare(
+        self, config: TrainingConfig, module: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The module and the optimizer as they are used in a step of all processes. Collective."""
+        if self._uses_deepspeed:
+            self._configure_deepspeed(config)
+        return self.accelerator.prepare(module, optimizer)
+
+    def _configure_deepspeed(self, config: TrainingConfig) -> None:
+        """What DeepSpeed would ask a data loader for, and the clipping, which it does itself."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        assert plugin is not None
+        settings = plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = config.batch_size
+        if config.customized_optimizer is not None:
+            # Or it would be replaced by DeepSpeed's own where its state lies in CPU memory.
+            settings["zero_force_ds_cpu_optimizer"] = False
+        if config.max_grad_norm is not None:
+            settings["gradient_clipping"] = config.max_grad_norm
+        elif settings.get("gradient_clipping", "auto") == "auto":
+            settings["gradient_clipping"] = 0.0  # accelerate would clip at 1
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Entered around a computation with trained modules, to compute in mixed precision."""
+        return self.accelerator.autocast()
+
+    @contextmanager
+    def micro_batch(self, model: nn.Module, last: bool) -> Generator[None]:
+        """Entered around the forward and backward pass of a micro-batch.
+
+        Args:
+            model: as `prepare` returned it.
+            last: whether it is the last micro-batch of the optimizer step: gradients are summed
+                over the processes in its backward pass, once for the whole step.
+
+        Raises:
+            ParameterError: a trained parameter gets no gradient, and DDP was not told to expect it.
+        """
+        self.accelerator.sync_gradients = last
+        try:
+            if last:
+                yield
+            else:
+                with self.accelerator.no_sync(model):
+                    yield
+        except RuntimeError as error:
+            if "find_unused_parameters" not in str(error):
+                raise
+            raise ParameterError(
+                "some trained parameters get no gradient, which several processes must be told",
+                where="find_unused_parameters",
+                do="give find_unused_parameters",
+            ) from error
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a loss () to those of the optimizer step."""
+        self.accelerator.backward(loss)
+
+    def clip(self, parameters: Iterable[torch.Tensor], max_norm: float | None) -> float:
+        """Clip the gradients to a norm, if one is given; returns their norm before."""
+        limit = float("inf") if max_norm is None else max_norm
+        before = self.accelerator.clip_grad_norm_(parameters, limit)
+        return 0.0 if before is None else float(before)
+
+    def mean(self, value: torch.Tensor) -> float:
+        """Mean of a number () over the processes. Collective."""
+        reduced: Any = self.accelerator.reduce(value, "mean")
+        return float(reduced)
+
+    def whole_weights(self, model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Parameters by their name in the module given to `prepare`, each one whole. Collective.
+
+        Every process holds its weights whole (see `start_parallel`) and gets its own tensors, not
+        copies. Where weights will be partitioned, this is the place that gathers them.
+        """
+        module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        parameters = dict(module.named_parameters())
+        return {name: parameters[name] for name in names}
+
+
+def start_parallel(config: TrainingConfig, trackers: Sequence[str]) -> Parallel:
+    """Join the processes that the launcher started.
+
+    Args:
+        trackers: accelerate's names of the trackers that are logged to.
+
+    Raises:
+        ParameterError: the launcher's configuration partitions the weights.
+    """
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    accelerator = Accelerator(
+        mixed_precision=precision(config.mixed_precision, _gpu_has_bf16()),
+        log_with=[*trackers] or None,
+        project_dir=config.output_path,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
+            InitProcessGroupKwargs(timeout=_PATIENCE),
+        ],
+    )
+    _require_whole_weights(accelerator)
+    return Parallel(accelerator)
+
+
+def _require_whole_weights(accelerator: Accelerator) -> None:
+    """Refuse what partitions the weights themselves over the processes. Raises `ParameterError`."""
+    kind = accelerator.distributed_type
+    plugin = accelerator.state.deepspeed_plugin
+    third_stage = plugin is not None and plugin.zero_stage == 3
+    if third_stage or kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        named = "ZeRO stage 3" if third_stage else kind.value
+        raise ParameterError(
+            f"{named}, which partitions the weights, is not supported yet",
+            where="the configuration of accelerate",
+            do="use several GPUs without it, or ZeRO stage 2: recipes/accelerate/zero2_offload.yaml",
+        )
+
+
+def precision(asked: str | None, gpu_has_bf16: bool) -> str | None:
+    """What to compute in: what a config asks for; else what accelerate says (None), or bf16 on a
+    GPU if that is float32, in which the published models do not fit."""
+    if asked is None and gpu_has_bf16:
+        given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        return "bf16" if given == "no" else None
+    return asked
+
+
+def _gpu_has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.accelerator.is_available() and is_bf16_available()

@@ -1,0 +1,66 @@
+"""Sample pictures and evaluations: what the model makes as it stands, written by one process."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from diffsynth_dagster.dotted import import_dotted
+from diffsynth_dagster.files import write_whole
+from diffsynth_dagster.training.sampling import Sampler, grid
+from diffsynth_dagster.training.setup import Work
+
+COLUMNS = 8
+"""Images beside each other in the picture of a step."""
+
+
+class Pictures:
+    """Makes images with the model as it stands and writes them under `samples/` of the run folder."""
+
+    def __init__(self, work: Work) -> None:
+        session = work.session
+        self._config, self._parallel = session.config, session.parallel
+        self._run_file, self._reporter = session.run_file, session.reporter
+        self._module = work.step_module
+        self._sampler = Sampler(
+            session.config, session.manifest, session.models, session.parallel.autocast
+        )
+        self._folder = Path(session.config.output_path) / "samples"
+
+    def sample(self, step: int) -> None:
+        """Write one picture with an image for each of `sample_prompts`. Collective."""
+        prompts = self._config.sample_prompts
+        if prompts and self._parallel.is_main_process:
+            images = self._generate(prompts, self._config.seed)
+            picture = self._write(f"step-{step}", grid(images, columns=min(COLUMNS, len(images))))
+            self._reporter.sampled(step, picture)
+        self._parallel.wait_for_everyone()
+
+    def evaluate(self, when: str) -> None:
+        """Call `customized_evaluation` and keep what it found under `when`. Collective.
+
+        Args:
+            when: "before" or "after" the training.
+        """
+        dotted = self._config.customized_evaluation
+        if dotted is not None and self._parallel.is_main_process:
+            found = import_dotted(dotted, "customized_evaluation")(self._generate)
+            self._run_file.evaluated(when, found.metrics)
+            for name, picture in found.pictures.items():
+                self._write(f"{when}-{name}", picture)
+        self._parallel.wait_for_everyone()
+
+    def _generate(self, prompts: Sequence[str], seed: int) -> list[Image.Image]:
+        modes = {module: module.training for module in self._module.modules()}
+        self._module.eval()
+        try:
+            return self._sampler(self._module.loaded, prompts, seed)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _write(self, name: str, picture: Image.Image) -> Path:
+        path = self._folder / f"{name}.png"
+        write_whole(path, lambda staged: picture.save(staged, format="PNG"))
+        self._run_file.pictured(name, path.name)
+        return path

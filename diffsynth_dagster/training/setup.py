@@ -1,0 +1,129 @@
+"""Before the first step: what is trained, its optimizer and learning rate, and its data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from diffsynth_dagster.cache.encode import step_components
+from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.cache.resolve import Samples
+from diffsynth_dagster.config.effect import trained_components
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.training.batches import StepDataset
+from diffsynth_dagster.training.modules import add_lora, checkpoint_gradients, train_fully
+from diffsynth_dagster.training.optimizer import make_optimizer, make_schedule
+from diffsynth_dagster.training.parallel import Parallel
+from diffsynth_dagster.training.record import RunFile
+from diffsynth_dagster.training.reporting import Reporter
+from diffsynth_dagster.training.step import TrainingStep
+from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.models import Models, store_in_float8
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a training is given."""
+
+    config: TrainingConfig
+    parallel: Parallel
+    models: Models
+    manifest: Manifest
+    samples: Samples
+    run_file: RunFile
+    reporter: Reporter
+    stop_asked: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A training in progress: what the session gave, and what was built from it.
+
+    Attributes:
+        step_module: batch → losses, as this process built it.
+        model: the same as all processes run it together.
+        trained: name in `step_module` → parameter, for those that are trained.
+        data: step, counted from 0 → the micro-batches of this process.
+        total_steps: optimizer steps of the whole training.
+    """
+
+    session: Session
+    step_module: TrainingStep
+    model: nn.Module
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    data: StepDataset
+    total_steps: int
+
+
+def make_models(config: TrainingConfig, found: FoundModel, parallel: Parallel) -> Models:
+    """The components of a model, to be loaded on this process's device when they are used."""
+    # A component that gets a LoRA is put into float8 after the LoRA: see `build_step`.
+    lora_first = {found.family.part(name).of for name in filter(None, [config.lora_base_model])}
+    return Models(
+        found,
+        parallel.device,
+        parallel.dtype,
+        config.initialize_model_on_cpu,
+        frozenset(lora_first),
+    )
+
+
+def set_up(session: Session) -> Work:
+    """Build everything that a training needs. Collective: every process calls it.
+
+    Raises:
+        UserError: see `build_step`, `make_optimizer`, `make_schedule`.
+    """
+    config, parallel = session.config, session.parallel
+    step_module = build_step(config, session.models, parallel.trained_dtype)
+    trained = {n: p for n, p in step_module.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(config, trained.values())
+    data = StepDataset(
+        config,
+        session.models.found.family,
+        session.samples,
+        parallel.process_index,
+        parallel.num_processes,
+    )
+    total_steps = data.order.steps_per_epoch * config.num_epochs
+    schedule = make_schedule(config, optimizer, total_steps)
+    model, optimizer = parallel.prepare(config, step_module, optimizer)
+    return Work(session, step_module, model, trained, optimizer, schedule, data, total_steps)
+
+
+def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtype) -> TrainingStep:
+    """Load the components of the step and make them trainable.
+
+    Args:
+        trained_dtype: element type of weights that are trained as a whole; a LoRA is float32.
+
+    Raises:
+        WeightsError, TargetError, ParameterError: see `Models`, `add_lora`, `checkpoint_gradients`.
+    """
+    family, trained = models.found.family, trained_components(config)
+    loaded = models.get(step_components(models.found, trained))
+    tokenizers = {n: loaded.pop(n) for n in list(loaded) if n in models.found.tokenizers}
+    changed = {family.part(name).of for name in trained}
+    if config.lora_base_model is not None:
+        owner = family.part(config.lora_base_model).of
+        add_lora(config, family, loaded[owner])
+        if owner in models.found.float8:
+            store_in_float8(loaded[owner], models.dtype, models.device)
+    for name in config.trainable_models:
+        part = family.part(name)
+        train_fully(loaded[part.of], part, trained_dtype)
+    asked = config.checkpoints_gradients
+    if family.checkpoints_gradients if asked is None else asked:
+        # Gradients of what conditions the denoiser go through all of it.
+        for name in sorted(changed | {family.denoiser}):
+            checkpoint_gradients(loaded[name], required=asked is not None)
+    for name in changed:
+        loaded[name].train()
+    count = len(family.path().sigmas)
+    low, high = config.min_timestep_boundary * count, config.max_timestep_boundary * count
+    return TrainingStep(
+        family, loaded, tokenizers, trained, config.seed, (int(low), int(high)), config.distills
+    )

@@ -1,0 +1,42 @@
+"""Whether a training is up to date: done before, with all that its result depends on unchanged."""
+
+from contextlib import closing
+from pathlib import Path
+
+from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.split import with_settled
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.facts import FactBook, digest_file
+from diffsynth_dagster.training.record import RunRecord, read_record, start_record
+from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.identify import find_model
+
+
+def finished_training(
+    config: TrainingConfig, hub: ModelHub, processes: int | None
+) -> RunRecord | None:
+    """The record of the training in the run folder, if training again would give the same.
+
+    Args:
+        config: of a training on encoded samples: see `cache.split.second_half`.
+        processes: how many the new training would have, if that is asked for: the batch of a step
+            grows with them.
+
+    Raises:
+        UserError: a model file or the encoded data set is missing or damaged.
+    """
+    folder = Path(config.output_path)
+    record = read_record(folder)
+    if record is None or not record.finished or not record.checkpoints:
+        return None
+    if processes is not None and processes != len(record.devices):
+        return None
+    config = with_settled(config)
+    with closing(FactBook(Path(config.cache_path) / "facts.sqlite")) as book:
+        found = find_model(config, hub)
+        manifest = read_manifest(Path(config.dataset_base_path))
+        identity = start_record(config, found, manifest, book).identity
+    for name, digest in record.checkpoints.items():
+        if not (folder / name).is_file() or digest_file(folder / name) != digest:
+            return None
+    return record if identity == record.identity else None

@@ -1,0 +1,71 @@
+"""Several processes and several nodes, and who may know about them."""
+
+import ast
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+ENGINE = ROOT / "diffsynth_dagster"
+TRAINING = [*sorted((ENGINE / "training").glob("*.py")), ENGINE / "train.py"]
+KNOW_ACCELERATE = {"parallel.py", "reporting.py"}
+"""The second one for accelerate's trackers."""
+
+TAKE_TURNS = """
+import sys, time
+from pathlib import Path
+from accelerate import Accelerator
+from diffsynth_dagster.training.parallel import Parallel
+
+parallel = Parallel(Accelerator(cpu=True))
+def note(word):
+    with Path(sys.argv[1]).open("a") as file:
+        file.write(f"{word} {parallel.process_index} {parallel.is_node_main}\\n")
+with parallel.node_main_first():
+    note("enters")
+    time.sleep(0.2)
+    note("leaves")
+"""
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
+def test_only_parallel_imports_accelerate(path: Path) -> None:
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported.add(node.module.split(".")[0])
+    known = {"accelerate", "deepspeed"} & imported
+    assert not known or path.name in KNOW_ACCELERATE
+
+
+def test_the_first_process_of_each_node_goes_first(tmp_path: Path) -> None:
+    """Two nodes of two processes, on this machine."""
+    script, log = tmp_path / "take_turns.py", tmp_path / "log"
+    script.write_text(TAKE_TURNS, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"--nnodes 2 --nproc_per_node 2 --master_addr 127.0.0.1 --master_port {port}"
+    command = [sys.executable, "-m", "torch.distributed.run", *address.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    nodes = [
+        subprocess.Popen(
+            [*command, "--node_rank", str(rank), str(script), str(log)], env=environment
+        )
+        for rank in range(2)
+    ]
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    notes = log.read_text(encoding="utf-8").splitlines()
+    assert notes[:4] == ["enters 0 True", "leaves 0 True", "enters 2 True", "leaves 2 True"]
+    assert sorted(notes[4:]) == [
+        "enters 1 False",
+        "enters 3 False",
+        "leaves 1 False",
+        "leaves 3 False",
+    ]
