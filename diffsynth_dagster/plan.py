@@ -97,50 +97,22 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
     family = guess_family(config)
     check_plan(config, family)
     trained = trained_components(config)
-    entries = model_entries(config)
-    sources: dict[str, str] = {}
-    for index, entry in enumerate(entries):
-        name = guess_component(entry, family)
-        if name is None or name in sources:
-            name = f"known when the file is there ({index})"
-        sources[name] = entry.text
-    for tokenizer in family.tokenizers:
-        given = getattr(config, tokenizer.parameter)
-        sources[tokenizer.name] = given or f"beside the model files, or {tokenizer.default}"
+    sources = _sources(config, family)
     stored = [entry.text for entry in float8_entries(config)]
     asked = config.checkpoints_gradients
-    lora = None
-    if config.lora_base_model is not None:
-        targets = config.lora_target_modules
-        if targets is None:
-            targets = usual_targets(config.lora_base_model, family)
-        lora = {
-            "base_model": config.lora_base_model,
-            "target_modules": list(targets) or "automatic",
-            "rank": config.lora_rank,
-            "alpha": config.alpha,
-        }
-    size: Any = {"max_pixels": config.max_pixels, "side_factor": family.geometry.side_factor}
-    if config.bucket_step is not None:
-        size["bucket_step"] = config.bucket_step
-    if config.height is not None:
-        size = {"height": config.height, "width": config.width}
-    clip = clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
-    if clip is not None:
-        size |= {"num_frames": clip.num_frames, "frame_rate": clip.frame_rate}
     file = "epoch-{n}" if config.save_steps is None else "step-{n}"
     return {
         "family": family.name,
         "task": config.task,
         "components": sources,
         "float8": [name for name, text in sources.items() if text in stored],
-        "trained": {"full": list(config.trainable_models), "lora": lora},
+        "trained": {"full": list(config.trainable_models), "lora": _lora(config, family)},
         "starts_from": {"fused": config.preset_lora_path, "lora": config.lora_checkpoint},
         "stages": {
             "cached": [stage.name for stage in family.cached_stages(trained)],
             "in_step": [stage.name for stage in family.step_stages(trained)],
         },
-        "geometry": size,
+        "geometry": _geometry(config, family),
         "objective": _objective(config, family),
         "batch": {
             "batch_size": config.batch_size,
@@ -156,6 +128,50 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
         },
         "store": config.cache_path,
     }
+
+
+def _sources(config: TrainingConfig, family: Family) -> dict[str, str]:
+    """Component or tokenizer → where its files are."""
+    sources: dict[str, str] = {}
+    for index, entry in enumerate(model_entries(config)):
+        name = guess_component(entry, family)
+        if name is None or name in sources:
+            name = f"known when the file is there ({index})"
+        sources[name] = entry.text
+    for tokenizer in family.tokenizers:
+        given = getattr(config, tokenizer.parameter)
+        sources[tokenizer.name] = given or f"beside the model files, or {tokenizer.default}"
+    return sources
+
+
+def _lora(config: TrainingConfig, family: Family) -> dict[str, Any] | None:
+    if config.lora_base_model is None:
+        return None
+    targets = config.lora_target_modules
+    if targets is None:
+        targets = usual_targets(config.lora_base_model, family)
+    return {
+        "base_model": config.lora_base_model,
+        "target_modules": list(targets) or "automatic",
+        "rank": config.lora_rank,
+        "alpha": config.alpha,
+    }
+
+
+def _geometry(config: TrainingConfig, family: Family) -> dict[str, int | float | None]:
+    """The sides in pixels, or what they follow from; for videos the frames as well."""
+    size: dict[str, int | float | None] = {
+        "max_pixels": config.max_pixels,
+        "side_factor": family.geometry.side_factor,
+    }
+    if config.bucket_step is not None:
+        size["bucket_step"] = config.bucket_step
+    if config.height is not None:
+        size = {"height": config.height, "width": config.width}
+    clip = clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
+    if clip is not None:
+        size |= {"num_frames": clip.num_frames, "frame_rate": clip.frame_rate}
+    return size
 
 
 def _objective(config: TrainingConfig, family: Family) -> str:

@@ -88,8 +88,8 @@ def _named(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _in_one_folder(recipes: list[Recipe]) -> list[BrokenRecipe]:
-    """Recipes that write into one folder: they would take each other's checkpoints for theirs, and
-    which of them the files there belong to cannot be told."""
+    """Recipes that write into the same folder, as broken: nothing there says whose a file is, so
+    that each would take the checkpoints of the others for its own."""
     folders: dict[str, list[Recipe]] = {}
     for recipe in recipes:
         folders.setdefault(os.path.abspath(recipe.config.output_path), []).append(recipe)

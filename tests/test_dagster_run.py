@@ -288,7 +288,11 @@ def test_allowed_rejects_pass_the_check(
     ("overrides", "node", "words"),
     [
         ({"dataset_metadata_path": "none.csv"}, "bad__metadata", "metadata file does not exist"),
-        ({"model_paths": ["none.safetensors"]}, "weights__none", "the model file does not exist"),
+        (
+            {"model_paths": ["none.safetensors"]},
+            "weights__local__none",
+            "the model file does not exist",
+        ),
         ({"output_path": "/dev/null/run"}, "bad__metadata", "cannot be written"),
     ],
 )

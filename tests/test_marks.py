@@ -30,10 +30,11 @@ from pydantic import BaseModel
 
 from assets.common import code_version
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.config.effect import AFFECTS, values_that_affect
+from diffsynth_dagster.config.effect import AFFECTS, settled_by_encoding, values_that_affect
 from diffsynth_dagster.config.kinds import marks_of, parameter
 from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.config.particular import ParticularParameters
+from diffsynth_dagster.config.settled import take_over
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.weights.hub import ModelHub
@@ -154,6 +155,25 @@ def test_the_marks_are_the_fields_and_hold_each_kind() -> None:
     values = values_that_affect(TrainingConfig(task="sft:train"), *AFFECTS)
     assert values.keys() == {name for name, mark in MARKS.items() if not mark.by_content}
     assert values["task"] == "sft"
+
+
+def test_what_encoding_settles_may_be_left_out_or_given_again(values: Values) -> None:
+    """The parameters that the second half of split training takes over from the first."""
+    settled = settled_by_encoding(
+        make_config(values(height=32, width=32, zero_cond_t=True, metadata_encoding="utf-8-sig"))
+    )
+    second = {"task": "sft:train", "dataset_metadata_path": None}
+    for given in ({}, settled):
+        config = make_config(values(**second, **given))
+        taken = take_over(config, settled, "the data set was encoded", "the test")
+        assert settled_by_encoding(taken) == settled
+        assert taken.task == "sft:train"
+        assert taken.lora_base_model == config.lora_base_model
+    each_half = {name for name, mark in MARKS.items() if mark.each_half}
+    assert not {*each_half, *BY_CONTENT} & settled.keys()
+    other = make_config(values(**second, height=64, width=64))
+    with pytest.raises(UserError, match="encoded with height = 32, not 64"):
+        take_over(other, settled, "the data set was encoded", "the test")
 
 
 def test_recipes_of_two_families_have_different_metadata() -> None:

@@ -9,6 +9,8 @@ from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
 from diffsynth_dagster.errors import ParameterError, nearest
 
 Naming = Callable[[str], str]
+Refuse = Callable[[str, str], ParameterError]
+"""(What is wrong, what to do) → the error."""
 
 
 def as_flag(name: str) -> str:
@@ -58,8 +60,12 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
                 where=where,
                 do=f"leave {naming(name)} out",
             )
-    _check_together(config, where, naming)
-    _check_needs(config, where, naming)
+
+    def refuse(what: str, do: str) -> ParameterError:
+        return ParameterError(what, where=where, do=do)
+
+    for check in (_check_data, _check_models, _check_course, _check_needs):
+        check(config, naming, refuse)
     return config
 
 
@@ -80,79 +86,83 @@ def _is_given(config: TrainingConfig, name: str) -> bool:
     return getattr(config, name) != TrainingConfig.model_fields[name].default
 
 
-def _check_needs(config: TrainingConfig, where: str, naming: Naming) -> None:
-    """Refuse a parameter without the one that it needs."""
-    for name, mark in MARKS.items():
-        if mark.needs is not None and _is_given(config, name) and not _is_given(config, mark.needs):
-            raise ParameterError(
-                f"{naming(name)} is given but no {naming(mark.needs)}",
-                where=where,
-                do=f"give {naming(mark.needs)}, or leave {naming(name)} out",
-            )
-
-
-def _check_together(config: TrainingConfig, where: str, naming: Naming) -> None:
-    def refuse(what: str, do: str) -> None:
-        raise ParameterError(what, where=where, do=do)
-
-    n = naming
+def _check_data(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
+    """Check the data set and the sizes that it is read at."""
     if (config.height is None) != (config.width is None):
-        refuse(
+        raise refuse(
             f"{n('height')} and {n('width')} go together",
             "give both for one fixed size, or leave both out for each image's own size",
         )
-    both = config.enable_wandb_log and config.enable_swanlab_log
-    if both and config.wandb_project != config.swanlab_project:
-        refuse(
-            f"{n('wandb_project')} and {n('swanlab_project')} differ, and a run has one project",
-            "give both the same name, or enable one of them",
-        )
     if config.bucket_step is not None and config.height is not None:
-        refuse(
+        raise refuse(
             f"{n('bucket_step')} has no effect with {n('height')} and {n('width')}",
             f"leave {n('bucket_step')} out, or both sides",
         )
-    if not config.model_paths and not config.model_id_with_origin_paths:
-        refuse(
-            "no model is named",
-            f"give {n('model_paths')} or {n('model_id_with_origin_paths')}",
-        )
-    if config.lora_base_model in config.trainable_models:
-        refuse(
-            f"'{config.lora_base_model}' is in {n('trainable_models')} and is "
-            f"{n('lora_base_model')} as well",
-            "train a model in full or through a LoRA, not both",
-        )
-    if int(config.min_timestep_boundary * 1000) >= int(config.max_timestep_boundary * 1000):
-        refuse(
-            f"{n('min_timestep_boundary')} = {config.min_timestep_boundary} leaves no timestep "
-            f"below {n('max_timestep_boundary')} = {config.max_timestep_boundary}",
-            "give fractions of the schedule, the smaller one first",
-        )
-    bounded = (config.min_timestep_boundary, config.max_timestep_boundary) != (0.0, 1.0)
-    if bounded and config.distills:
-        refuse(
-            f"{n('min_timestep_boundary')} and {n('max_timestep_boundary')} have no effect on "
-            "direct distillation, which samples over the whole schedule",
-            "leave them out",
-        )
-    if not config.encodes_only and not config.trainable_models and config.lora_base_model is None:
-        refuse(
-            "nothing is trained",
-            f"give {n('trainable_models')} or {n('lora_base_model')}",
-        )
     if config.dataset_metadata_path is None and not config.trains_only:
-        refuse(
+        raise refuse(
             f"{n('dataset_metadata_path')} is missing",
             "name the metadata table (csv, json, jsonl or parquet); only `sft:train` and "
             "`direct_distill:train` go without one, with a folder that the task with "
             "`:data_process` wrote as dataset_base_path",
         )
     if not config.dataset_base_path:
-        refuse(f"{n('dataset_base_path')} is missing", "name the root folder of the data set")
+        raise refuse(f"{n('dataset_base_path')} is missing", "name the root folder of the data set")
+
+
+def _check_models(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
+    """Check that there are models, and something to train."""
+    if not config.model_paths and not config.model_id_with_origin_paths:
+        raise refuse(
+            "no model is named",
+            f"give {n('model_paths')} or {n('model_id_with_origin_paths')}",
+        )
+    if config.lora_base_model in config.trainable_models:
+        raise refuse(
+            f"'{config.lora_base_model}' is in {n('trainable_models')} and is "
+            f"{n('lora_base_model')} as well",
+            "train a model in full or through a LoRA, not both",
+        )
+    if not config.encodes_only and not config.trainable_models and config.lora_base_model is None:
+        raise refuse(
+            "nothing is trained",
+            f"give {n('trainable_models')} or {n('lora_base_model')}",
+        )
+
+
+def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
+    """Check what is about the course of a training, and how it is watched."""
+    if int(config.min_timestep_boundary * 1000) >= int(config.max_timestep_boundary * 1000):
+        raise refuse(
+            f"{n('min_timestep_boundary')} = {config.min_timestep_boundary} leaves no timestep "
+            f"below {n('max_timestep_boundary')} = {config.max_timestep_boundary}",
+            "give fractions of the schedule, the smaller one first",
+        )
+    bounded = (config.min_timestep_boundary, config.max_timestep_boundary) != (0.0, 1.0)
+    if bounded and config.distills:
+        raise refuse(
+            f"{n('min_timestep_boundary')} and {n('max_timestep_boundary')} have no effect on "
+            "direct distillation, which samples over the whole schedule",
+            "leave them out",
+        )
     if config.use_gradient_checkpointing_offload and config.use_gradient_checkpointing is False:
-        refuse(
+        raise refuse(
             f"{n('use_gradient_checkpointing_offload')} is gradient checkpointing, which "
             f"{n('use_gradient_checkpointing')} switches off",
             "leave one of them out",
         )
+    both = config.enable_wandb_log and config.enable_swanlab_log
+    if both and config.wandb_project != config.swanlab_project:
+        raise refuse(
+            f"{n('wandb_project')} and {n('swanlab_project')} differ, and a run has one project",
+            "give both the same name, or enable one of them",
+        )
+
+
+def _check_needs(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
+    """Refuse a parameter without the one that it needs."""
+    for name, mark in MARKS.items():
+        if mark.needs is not None and _is_given(config, name) and not _is_given(config, mark.needs):
+            raise refuse(
+                f"{n(name)} is given but no {n(mark.needs)}",
+                f"give {n(mark.needs)}, or leave {n(name)} out",
+            )
