@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING, Any
 from diffsynth_dagster.config.flags import read_arguments
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe import dump_config
-from diffsynth_dagster.errors import EXIT_USER_ERROR, Stopped, UserError
+from diffsynth_dagster.errors import Stopped
+from diffsynth_dagster.training.failure import FailureGuard, failure_reporter
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from diffsynth_dagster.cache.store import Store
     from diffsynth_dagster.training.record import RunRecord
-
-EXIT_STOPPED = 130
 
 
 class StopSignal:
@@ -269,7 +268,7 @@ def _devices(accelerator: "Accelerator") -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    try:
+    with FailureGuard(failure_reporter()) as guard:
         arguments = read_arguments(sys.argv[1:] if argv is None else argv)
         if arguments.dry_run:
             from diffsynth_dagster.plan import make_plan
@@ -278,13 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with StopSignal() as stop_asked:
             run(arguments.config, stop_asked)
-    except Stopped:
-        print("stopped between two steps", file=sys.stderr)
-        return EXIT_STOPPED
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return guard.code
 
 
 if __name__ == "__main__":
