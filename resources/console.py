@@ -85,7 +85,7 @@ class ConsoleHandler(logging.Handler):
             if (text := _short(value)) is not None
         ]
         yield textwrap.fill(
-            f"{name}: done: {', '.join(facts)}",
+            ": ".join(filter(None, [name, "done", ", ".join(facts)])),
             _WIDTH,
             subsequent_indent="  ",
             break_long_words=False,

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from diffsynth_dagster.training.failure import Failure
     from diffsynth_dagster.training.record import RunRecord
 
-LINE_SECONDS = 5.0
-"""Between two lines of progress where a bar cannot be drawn, and in Dagster's log."""
+LINE_SECONDS, MOST_LINE_SECONDS = 5.0, 60.0
+"""Between two lines of progress, at first and in a long training."""
 STEP_SECONDS = 1.0
 """Between two steps that Dagster hears of: it plots some of them."""
 
@@ -116,19 +116,33 @@ class Reporters(Reporter):
 
 
 class Every:
-    """Says when progress is due: the first and the last part of it, and one in some seconds."""
+    """Says when progress is due: at its first part, at its last, and now and then between.
 
-    def __init__(self, seconds: float) -> None:
+    Args:
+        seconds: between two times.
+        most: seconds up to which that grows in a long work, to a tenth of the time so far; it
+            stays as it is when left out.
+    """
+
+    def __init__(self, seconds: float, most: float | None = None) -> None:
         self._seconds = seconds
+        self._most = seconds if most is None else most
+        self._began = time.monotonic()
         self._last: float | None = None
 
     def due(self, done: int, total: int) -> bool:
         """Whether to show that `done` of `total` is done; it counts as shown if so."""
         now = time.monotonic()
-        if done < total and self._last is not None and now - self._last < self._seconds:
+        pause = min(max(self._seconds, (now - self._began) / 10), self._most)
+        if done < total and self._last is not None and now - self._last < pause:
             return False
         self._last = now
         return True
+
+
+def every_line() -> Every:
+    """When a line of progress is due in a log, which nobody wants to be full of them."""
+    return Every(LINE_SECONDS, MOST_LINE_SECONDS)
 
 
 class Progress(Protocol):
@@ -165,7 +179,7 @@ class ProgressLines:
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self._title, self._total, self._unit = title, total, unit
-        self._every = Every(LINE_SECONDS)
+        self._every = every_line()
         self._began = time.monotonic()
 
     def reached(self, done: int, facts: dict[str, str]) -> None:
@@ -286,7 +300,7 @@ class PipesReporter(Reporter):
 
         self._total = 0
         self._stage = ""
-        self._every = Every(LINE_SECONDS)
+        self._every = every_line()
         self._stack = ExitStack()
         self._context = self._stack.enter_context(open_dagster_pipes())
 
@@ -295,7 +309,7 @@ class PipesReporter(Reporter):
 
     def encoding(self, stage: str, done: int, total: int) -> None:
         if self._stage != stage:
-            self._stage, self._every = stage, Every(LINE_SECONDS)
+            self._stage, self._every = stage, every_line()
         if self._every.due(done, total):
             self._send("encoding", stage=stage, done=done, total=total)
 
