@@ -14,9 +14,10 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Dagster prefers another command than the one that this project is used with, and warns of it.
 demo: $(VENV)/.done
-	$(BIN)/dagster job execute -m diffsynth_dagster.definitions -j train_demo
-	$(BIN)/python -m diffsynth_dagster.demo.summary
+	@$(BIN)/python -W 'ignore:Function `job_execute_command` is superseded' -m dagster job execute -m diffsynth_dagster.definitions -j train_demo
+	@$(BIN)/python -m diffsynth_dagster.demo.summary
 
 test: $(VENV)/.done
 	$(BIN)/python -m pytest

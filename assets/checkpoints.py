@@ -18,6 +18,7 @@ from assets.common import (
 )
 from assets.pictures import inline, loss_curve, stacked
 from diffsynth_dagster.config import Recipe, TrainingConfig
+from diffsynth_dagster.training.reporting import every_line
 from resources import Hub, Launcher, Parameters
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Progress:
         self._total = 0
         self._waiting: dict[str, Any] | None = None
         self._observed = time.monotonic()
+        self._line = every_line()
 
     def hear(self, message: dict[str, Any]) -> Iterator[dg.AssetObservation]:
         """Take in one message; yields an observation when one is due."""
@@ -127,7 +129,8 @@ class Progress:
         if step is None:
             return
         self._observed = time.monotonic()
-        self._context.log.info(f"step {step['step']} of {self._total}: loss {step['loss']:.4f}")
+        if self._line.due(step["step"], self._total):
+            self._context.log.info(f"step {step['step']} of {self._total}: loss {step['loss']:.4f}")
         yield dg.AssetObservation(
             self._context.asset_key,
             metadata={"step": step["step"], **{name: float(step[name]) for name in _OBSERVED}},

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from diffsynth_dagster.cache.manifest import Manifest
 
 CHECK = "latents_complete_and_finite"
-_PROGRESS_PARTS = 10
 
 
 def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinition:
@@ -53,7 +52,8 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
             checked = read_checked(Path(config.output_path))
             for message in launcher.run(context, config, recipe.options):
                 if message["event"] == "encoding":
-                    _log_progress(context, message)
+                    stage, done, total = (message[name] for name in ("stage", "done", "total"))
+                    context.log.info(f"{stage}: {done} of {total} encoded")
                 elif message["event"] == "encoded":
                     report = message
             manifest = read_manifest(Path(config.output_path))
@@ -69,14 +69,6 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
         )
 
     return latents
-
-
-def _log_progress(context: dg.AssetExecutionContext, message: dict[str, Any]) -> None:
-    """Log a tenth of the way at a time: every line is a row of the event log."""
-    done, total = message["done"], message["total"]
-    part = max(1, total // _PROGRESS_PARTS)
-    if done == total or done // part > (done - 1) // part:
-        context.log.info(f"{message['stage']}: {done} of {total} encoded")
 
 
 def _describe(

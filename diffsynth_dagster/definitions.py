@@ -4,7 +4,15 @@ import dagster as dg
 
 from assets import make_assets
 from jobs import make_jobs, make_schedules
-from resources import Hub, Launcher, Parameters, load_recipes, recipes_folder, run_executor
+from resources import (
+    Hub,
+    Launcher,
+    Parameters,
+    console_logger,
+    load_recipes,
+    recipes_folder,
+    run_executor,
+)
 
 
 def make_definitions() -> dg.Definitions:
@@ -20,6 +28,7 @@ def make_definitions() -> dg.Definitions:
         jobs=jobs,
         schedules=make_schedules(recipes, jobs),
         resources={"hub": Hub(), "launcher": Launcher(), "parameters": Parameters()},
+        loggers={"console": console_logger},
         # The steps of a recipe form a line, and what is heavy in them runs in processes of its
         # own: a process for each step would only add seconds, and a generation between whoever
         # kills a run and the training that must die with it.

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING
 from diffsynth_dagster.config.flags import read_arguments
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe import dump_config
-from diffsynth_dagster.errors import EXIT_USER_ERROR, Stopped, UserError
+from diffsynth_dagster.training.failure import FailureGuard, failure_reporter
 from diffsynth_dagster.training.stop import StopSignal
 
 if TYPE_CHECKING:
     from diffsynth_dagster.training.record import RunRecord
-
-EXIT_STOPPED = 130
 
 
 def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
@@ -93,7 +91,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    try:
+    with FailureGuard(failure_reporter()) as guard:
         arguments = read_arguments(sys.argv[1:] if argv is None else argv)
         if arguments.dry_run:
             from diffsynth_dagster.plan import make_plan
@@ -102,13 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with StopSignal() as stop_asked:
             run(arguments.config, stop_asked)
-    except Stopped:
-        print("stopped between two steps", file=sys.stderr)
-        return EXIT_STOPPED
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return guard.code
 
 
 if __name__ == "__main__":

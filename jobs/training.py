@@ -7,7 +7,7 @@ import dagster as dg
 
 from assets.common import asset_key
 from diffsynth_dagster.config import Recipe
-from resources import BrokenRecipe
+from resources import JOB_CONFIG, BrokenRecipe
 
 if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import (
@@ -30,7 +30,9 @@ def make_jobs(recipes: Sequence[Recipe], broken: Sequence[BrokenRecipe] = ()) ->
 
 def _make_job(name: str, description: str, last: dg.AssetKey) -> "AssetJob":
     selection = dg.AssetSelection.assets(last).upstream()
-    return dg.define_asset_job(job_name(name), selection=selection, description=description)
+    return dg.define_asset_job(
+        job_name(name), selection=selection, description=description, config=JOB_CONFIG
+    )
 
 
 def _last_asset(recipe: Recipe) -> dg.AssetKey:

@@ -1,5 +1,6 @@
 """What assets work with: recipes, the model hub, parameters of one run, the launcher."""
 
+from resources.console import JOB_CONFIG, console_logger
 from resources.executor import run_executor
 from resources.hub import Hub
 from resources.launcher import Launcher
@@ -7,10 +8,12 @@ from resources.parameters import Parameters
 from resources.recipes import BrokenRecipe, load_recipes, recipes_folder
 
 __all__ = [
+    "JOB_CONFIG",
     "BrokenRecipe",
     "Hub",
     "Launcher",
     "Parameters",
+    "console_logger",
     "load_recipes",
     "recipes_folder",
     "run_executor",

@@ -39,7 +39,18 @@ class WatchedExecutor(dg.Executor):
         locks = Path(instance.storage_directory()) / _FOLDER
         with _held(locks, plan_context.run_id):
             clear_dead_runs(instance, locks)
-            yield from self._inner.execute(plan_context, execution_plan)
+            for event in self._inner.execute(plan_context, execution_plan):
+                if event.event_type == dg.DagsterEventType.LOGS_CAPTURED:
+                    plan_context.log.info(_where_logged(instance, plan_context.run_id, event))
+                yield event
+
+
+def _where_logged(instance: dg.DagsterInstance, run_id: str, event: dg.DagsterEvent) -> str:
+    """Where the whole log of a run is, and what its processes print."""
+    manager = instance.compute_log_manager
+    key = manager.build_log_key_for_run(run_id, event.logs_captured_data.file_key)
+    printed = manager.get_log_metadata(key).stderr_location
+    return f"run {run_id}: its whole log is in the UI (dagster dev), what is printed in {printed}"
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -17,15 +16,18 @@ import diffsynth_dagster
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.recipe import RecipeOptions, dump_config
 from diffsynth_dagster.files import require_writable, write_text
+from diffsynth_dagster.training.failure import (
+    EXIT_STOPPED,
+    FAILURE_FOLDER,
+    Failure,
+    read_failures,
+)
 from resources.messages import Message, MessageReader
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 POLL_SECONDS = 0.2
-EXIT_STOPPED = 130
 _STOP_MARGIN = 10.0
 _SHOWN_LINES = 30
-_USER_ERROR = re.compile(r"^error: (.*(?:\n {2}\S.*)*)", re.MULTILINE)
-_STOPPED_LINE = "stopped between two steps"
 
 
 class Launcher(dg.ConfigurableResource):
@@ -69,14 +71,15 @@ class Launcher(dg.ConfigurableResource):
             "--recipe",
             str(recipe.absolute()),
         ]
-        context.log.info(f"running {' '.join(command)}")
+        context.log.debug(f"running {' '.join(command)}")
         with tempfile.TemporaryDirectory(prefix="diffsynth-launch-") as scratch:
-            tail = Path(scratch) / "stderr"
+            tail, failures = Path(scratch) / "stderr", Path(scratch) / "failures"
             reader = MessageReader()
             with dg.open_pipes_session(
                 context, dg.PipesTempFileContextInjector(), reader
             ) as session:
-                variables = session.get_bootstrap_env_vars()
+                pipes = session.get_bootstrap_env_vars()
+                variables = {**pipes, FAILURE_FOLDER: str(failures)}
                 processes = Processes(command, _environment(variables), tail, self.grace_seconds)
                 try:
                     while processes.code() is None:
@@ -86,7 +89,7 @@ class Launcher(dg.ConfigurableResource):
                 finally:
                     processes.stop()
             yield from reader.new()
-            _require_success(processes.code(), tail, config.task)
+            _require_success(processes.code(), read_failures(failures), tail, config.task)
 
     def _launch(self, config: TrainingConfig, options: RecipeOptions) -> list[str]:
         """`accelerate launch` with every option that it would warn about when left out."""
@@ -177,19 +180,34 @@ def _require_parent() -> None:
         raise dg.Failure("the process of the run is gone", allow_retries=False)
 
 
-def _require_success(code: int | None, tail: Path, task: str) -> None:
-    """Raise a `dagster.Failure` that says what the processes said, unless they succeeded."""
+def _require_success(code: int | None, failures: Sequence[Failure], tail: Path, task: str) -> None:
+    """Raise a `dagster.Failure` with the cause that the processes reported, unless they succeeded.
+
+    Args:
+        failures: those of all processes, the cause of the others first.
+        tail: the end of their standard error, shown as it is when none could report anything
+            (a process that was killed, or that crashed in compiled code).
+    """
     if code == 0:
         return
-    text = tail.read_text(errors="replace").replace("\r", "\n") if tail.is_file() else ""
-    messages = _USER_ERROR.findall(text)
-    if messages:
-        # accelerate replaces the exit code 2 of a user's mistake by 1: the message tells it.
-        raise dg.Failure(messages[-1], allow_retries=False)
-    if code == EXIT_STOPPED or _STOPPED_LINE in text:
+    first = failures[0] if failures else None
+    if first is not None and first.kind == "mistake":
+        raise dg.Failure(str(first), allow_retries=first.may_retry)
+    # With a process that reported nothing, the others may have been stopped because it was killed.
+    stopped = first is not None and first.kind == "stopped" and len(failures) == first.processes
+    if code == EXIT_STOPPED or stopped:
         raise dg.Failure(f"{task} was stopped by a signal", allow_retries=False)
-    shown = "\n".join(line for line in text.splitlines() if line.strip())
-    shown = "\n".join(shown.splitlines()[-_SHOWN_LINES:])
+    if first is not None and first.traceback is not None:
+        who, words = f"process {first.process} of {task}", first.traceback
+    else:
+        who = task
+        words = tail.read_text(errors="replace") if tail.is_file() else ""
     raise dg.Failure(
-        f"{task} failed with exit code {code}; its last words:\n{shown}", allow_retries=False
+        f"{who} failed with exit code {code}; its last words:\n{_last_lines(words)}",
+        allow_retries=False,
     )
+
+
+def _last_lines(text: str) -> str:
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    return "\n".join(lines[-_SHOWN_LINES:])

@@ -1,9 +1,14 @@
 """The registry of model families: one line for each."""
 
+import logging
 from importlib import import_module
 
 from diffsynth_dagster.errors import ParameterError, nearest
 from diffsynth_dagster.families.contract import Family
+
+# diffusers imports image processors by names that transformers has only with torchvision, and for
+# each of them a warning says that another one is taken. None of them is used here.
+logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
 
 _MODULES: dict[str, str] = {}
 

@@ -1,21 +1,34 @@
-"""What the trainer says while it works, and to whom. The loop knows only `Reporter`."""
+"""What the trainer reports while it works, and to whom. The loop knows only `Reporter`.
+
+Nothing heavy is imported here: `failure.py` reports with it before anything else is loaded.
+"""
 
 import csv
 import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from accelerate import Accelerator
 from tqdm import tqdm
 
-from diffsynth_dagster.cache.encode import EncodeReport
-from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.training.record import RunRecord
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from diffsynth_dagster.cache.encode import EncodeReport
+    from diffsynth_dagster.config.parameters import TrainingConfig
+    from diffsynth_dagster.training.failure import Failure
+    from diffsynth_dagster.training.record import RunRecord
+
+LINE_SECONDS, MOST_LINE_SECONDS = 5.0, 60.0
+"""Between two lines of progress, at first and in a long training."""
+STEP_SECONDS = 1.0
+"""Between two steps that Dagster hears of: it plots some of them."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +48,13 @@ class StepMetrics:
 class Reporter:
     """Listens to a training. Every method may be left as it is."""
 
-    def started(self, total_steps: int, config: TrainingConfig) -> None:
+    def started(self, total_steps: int, config: "TrainingConfig") -> None:
         """The loop starts."""
 
     def encoding(self, stage: str, done: int, total: int) -> None:
         """Samples of a stage were encoded into the store."""
 
-    def encoded(self, report: EncodeReport) -> None:
+    def encoded(self, report: "EncodeReport") -> None:
         """The store holds every sample."""
 
     def stepped(self, metrics: StepMetrics) -> None:
@@ -53,8 +66,11 @@ class Reporter:
     def saved(self, step: int, checkpoint: Path) -> None:
         """A checkpoint was written."""
 
-    def finished(self, record: RunRecord) -> None:
+    def finished(self, record: "RunRecord") -> None:
         """The training is at its end."""
+
+    def failed(self, failure: "Failure") -> None:
+        """This process cannot finish its work."""
 
     def close(self) -> None:
         """The training is over, finished or not."""
@@ -66,7 +82,7 @@ class Reporters(Reporter):
     def __init__(self, reporters: Sequence[Reporter]) -> None:
         self._reporters = reporters
 
-    def started(self, total_steps: int, config: TrainingConfig) -> None:
+    def started(self, total_steps: int, config: "TrainingConfig") -> None:
         for reporter in self._reporters:
             reporter.started(total_steps, config)
 
@@ -74,7 +90,7 @@ class Reporters(Reporter):
         for reporter in self._reporters:
             reporter.encoding(stage, done, total)
 
-    def encoded(self, report: EncodeReport) -> None:
+    def encoded(self, report: "EncodeReport") -> None:
         for reporter in self._reporters:
             reporter.encoded(report)
 
@@ -90,7 +106,7 @@ class Reporters(Reporter):
         for reporter in self._reporters:
             reporter.saved(step, checkpoint)
 
-    def finished(self, record: RunRecord) -> None:
+    def finished(self, record: "RunRecord") -> None:
         for reporter in self._reporters:
             reporter.finished(record)
 
@@ -99,53 +115,141 @@ class Reporters(Reporter):
             reporter.close()
 
 
-class TerminalReporter(Reporter):
-    """Progress bars with loss, step time and time left."""
+class Every:
+    """Says when progress is due: at its first part, at its last, and now and then between.
 
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._stage = ""
+    Args:
+        seconds: between two times.
+        most: seconds up to which that grows in a long work, to a tenth of the time so far; it
+            stays as it is when left out.
+    """
 
-    def _new_bar(self, total: int, title: str, unit: str) -> None:
-        self.close()
+    def __init__(self, seconds: float, most: float | None = None) -> None:
+        self._seconds = seconds
+        self._most = seconds if most is None else most
+        self._began = time.monotonic()
+        self._last: float | None = None
+
+    def due(self, done: int, total: int) -> bool:
+        """Whether to show that `done` of `total` is done; it counts as shown if so."""
+        now = time.monotonic()
+        pause = min(max(self._seconds, (now - self._began) / 10), self._most)
+        if done < total and self._last is not None and now - self._last < pause:
+            return False
+        self._last = now
+        return True
+
+
+def every_line() -> Every:
+    """When a line of progress is due in a log, which nobody wants to be full of them."""
+    return Every(LINE_SECONDS, MOST_LINE_SECONDS)
+
+
+class Progress(Protocol):
+    """Shows how far a piece of work is."""
+
+    def reached(self, done: int, facts: dict[str, str]) -> None:
+        """`done` of the whole is done; `facts` are values to show beside it."""
+        ...
+
+    def close(self) -> None:
+        """The work is over, or ended early."""
+        ...
+
+
+class ProgressBar:
+    """A bar that is redrawn in place: for a terminal."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
         self._bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True)
 
-    def encoding(self, stage: str, done: int, total: int) -> None:
-        if self._stage != stage:
-            self._new_bar(total, f"encode {stage}", "sample")
-            self._stage = stage
+    def reached(self, done: int, facts: dict[str, str]) -> None:
+        """See `Progress`."""
+        # Drawn with the next update: set_postfix would draw the bar for every step.
+        self._bar.set_postfix(facts, refresh=False)
         self._bar.update(done - self._bar.n)
 
-    def encoded(self, report: EncodeReport) -> None:
+    def close(self) -> None:
+        """See `Progress`."""
+        self._bar.close()
+
+
+class ProgressLines:
+    """A plain line now and then: for a file or a pipe, where nothing can be redrawn."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self._title, self._total, self._unit = title, total, unit
+        self._every = every_line()
+        self._began = time.monotonic()
+
+    def reached(self, done: int, facts: dict[str, str]) -> None:
+        """See `Progress`."""
+        if not self._every.due(done, self._total):
+            return
+        seconds = time.monotonic() - self._began
+        left = tqdm.format_interval(seconds / max(done, 1) * (self._total - done))
+        parts = [
+            f"{self._title}: {self._unit} {done} of {self._total}",
+            *(f"{name} {value}" for name, value in facts.items()),
+            f"{tqdm.format_interval(seconds)} passed, {left} left",
+        ]
+        print(", ".join(parts), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """See `Progress`."""
+
+
+class TerminalReporter(Reporter):
+    """Progress with loss and time left, and what was written: for whoever watches the process."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._stage = ""
+
+    def _begin(self, title: str, total: int, unit: str) -> Progress:
+        self.close()
+        kind = ProgressBar if sys.stderr.isatty() else ProgressLines
+        self._progress = kind(title, total, unit)
+        return self._progress
+
+    def encoding(self, stage: str, done: int, total: int) -> None:
+        if self._progress is None or self._stage != stage:
+            self._begin(f"encode {stage}", total, "sample")
+            self._stage = stage
+        assert self._progress is not None
+        self._progress.reached(done, {})
+
+    def encoded(self, report: "EncodeReport") -> None:
         self.close()
         for stage, misses in report.misses.items():
             print(f"{stage}: {report.hits[stage]} in the store, {misses} encoded", flush=True)
 
-    def started(self, total_steps: int, config: TrainingConfig) -> None:
-        self._new_bar(total_steps, "train", "step")
+    def started(self, total_steps: int, config: "TrainingConfig") -> None:
+        self._begin("train", total_steps, "step")
 
     def stepped(self, metrics: StepMetrics) -> None:
-        self._bar.set_postfix(loss=f"{metrics.loss:.4f}", lr=f"{metrics.learning_rate:.1e}")
-        self._bar.update(1)
+        assert self._progress is not None, "a training starts before its first step"
+        facts = {"loss": f"{metrics.loss:.4f}", "lr": f"{metrics.learning_rate:.1e}"}
+        self._progress.reached(metrics.step, facts)
 
     def saved(self, step: int, checkpoint: Path) -> None:
         tqdm.write(f"step {step}: wrote {checkpoint}")
 
-    def finished(self, record: RunRecord) -> None:
+    def finished(self, record: "RunRecord") -> None:
         self.close()
         for name, value in record.evaluation.items():
             print(f"{name}: {value:.1%}", flush=True)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
 
 
 class CsvReporter(Reporter):
     """`metrics.csv` with every step; with `enable_csv_log` also `loss.csv` (step, loss)."""
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, config: "TrainingConfig") -> None:
         self._stack = ExitStack()
         folder = Path(config.output_path)
         self._metrics = self._table(folder / "metrics.csv", list(StepMetrics.__annotations__))
@@ -171,7 +275,7 @@ class CsvReporter(Reporter):
 class TrackerReporter(Reporter):
     """accelerate's trackers: TensorBoard, W&B, SwanLab."""
 
-    def __init__(self, accelerator: Accelerator, config: TrainingConfig) -> None:
+    def __init__(self, accelerator: "Accelerator", config: "TrainingConfig") -> None:
         self._accelerator = accelerator
         project = config.wandb_project
         if config.enable_swanlab_log and not config.enable_wandb_log:
@@ -188,14 +292,15 @@ class TrackerReporter(Reporter):
 
 
 class PipesReporter(Reporter):
-    """Dagster, when it started this process: one message for each event, and for the newest step
-    once a second."""
+    """Dagster, when it launched this process: one message for each event; of steps and encoded
+    samples, the newest now and then."""
 
     def __init__(self) -> None:
         from dagster_pipes import open_dagster_pipes
 
         self._total = 0
-        self._sent = 0.0
+        self._stage = ""
+        self._every = every_line()
         self._stack = ExitStack()
         self._context = self._stack.enter_context(open_dagster_pipes())
 
@@ -203,18 +308,20 @@ class PipesReporter(Reporter):
         self._context.report_custom_message({"event": event, **values})
 
     def encoding(self, stage: str, done: int, total: int) -> None:
-        self._send("encoding", stage=stage, done=done, total=total)
+        if self._stage != stage:
+            self._stage, self._every = stage, every_line()
+        if self._every.due(done, total):
+            self._send("encoding", stage=stage, done=done, total=total)
 
-    def encoded(self, report: EncodeReport) -> None:
+    def encoded(self, report: "EncodeReport") -> None:
         self._send("encoded", hits=report.hits, misses=report.misses)
 
-    def started(self, total_steps: int, config: TrainingConfig) -> None:
-        self._total = total_steps
+    def started(self, total_steps: int, config: "TrainingConfig") -> None:
+        self._total, self._every = total_steps, Every(STEP_SECONDS)
         self._send("started", total_steps=total_steps)
 
     def stepped(self, metrics: StepMetrics) -> None:
-        if metrics.step == self._total or time.monotonic() - self._sent >= 1.0:
-            self._sent = time.monotonic()
+        if self._every.due(metrics.step, self._total):
             self._send("step", **asdict(metrics))
 
     def sampled(self, step: int, picture: Path) -> None:
@@ -223,14 +330,14 @@ class PipesReporter(Reporter):
     def saved(self, step: int, checkpoint: Path) -> None:
         self._send("checkpoint", step=step, path=str(checkpoint))
 
-    def finished(self, record: RunRecord) -> None:
+    def finished(self, record: "RunRecord") -> None:
         self._send("finished", steps=record.steps)
 
     def close(self) -> None:
         self._stack.close()
 
 
-def tracker_names(config: TrainingConfig) -> list[str]:
+def tracker_names(config: "TrainingConfig") -> list[str]:
     """The trackers that a config switches on.
 
     Raises:
@@ -248,17 +355,17 @@ def tracker_names(config: TrainingConfig) -> list[str]:
     return wanted
 
 
-def make_reporter(accelerator: Accelerator, config: TrainingConfig) -> Reporter:
+def make_reporter(accelerator: "Accelerator", config: "TrainingConfig") -> Reporter:
     """The reporters of a run: all on the main process, none on the others."""
     if not accelerator.is_main_process:
         if accelerator.log_with:
             accelerator.init_trackers("")
         return Reporter()
-    reporters: list[Reporter] = [TerminalReporter()]
+    # Dagster logs what it receives: printed too, everything would be said twice.
+    launched = "DAGSTER_PIPES_CONTEXT" in os.environ
+    reporters: list[Reporter] = [PipesReporter() if launched else TerminalReporter()]
     if not config.encodes_only:
         reporters.append(CsvReporter(config))
     if accelerator.log_with:
         reporters.append(TrackerReporter(accelerator, config))
-    if "DAGSTER_PIPES_CONTEXT" in os.environ:
-        reporters.append(PipesReporter())
     return Reporters(reporters)

@@ -1,0 +1,184 @@
+"""What a run prints: a short line for what a person follows. Its whole log is in the UI."""
+
+import logging
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import dagster as dg
+
+_WIDTH = 110
+_LONGEST_TEXT = 60
+_SHOWN_FRAMES = 5
+_PIPES = "[pipes]"
+"""Dagster's own remarks on the channel to the training processes begin with this."""
+
+JOB_CONFIG = {"loggers": {"console": {}}}
+"""Run config that a job needs to print with the logger "console": Dagster takes its own logger for
+runs whose config names none."""
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints the events and log lines of one run to standard error.
+
+    Args:
+        names: the asset of each step.
+        least: log lines below this level are left out. (Events have no such level.)
+    """
+
+    def __init__(self, names: Mapping[str, str], least: int) -> None:
+        super().__init__()
+        self._names = names
+        self._least = least
+        self._began = time.monotonic()
+        self._made: list[str] = []
+        self._failed: list[str] = []
+        self._skipped: list[str] = []
+        self._passed_checks = 0
+        self._result = ""
+        self._printers: dict[dg.DagsterEventType, Callable[[dg.DagsterEvent], Iterator[str]]] = {
+            dg.DagsterEventType.RUN_START: self._run_start,
+            dg.DagsterEventType.ASSET_MATERIALIZATION: self._materialization,
+            dg.DagsterEventType.ASSET_CHECK_EVALUATION: self._check,
+            dg.DagsterEventType.STEP_FAILURE: self._step_failure,
+            dg.DagsterEventType.STEP_UP_FOR_RETRY: self._retry,
+            dg.DagsterEventType.STEP_SKIPPED: self._skip,
+            dg.DagsterEventType.RUN_SUCCESS: self._run_success,
+            dg.DagsterEventType.RUN_FAILURE: self._run_failure,
+            dg.DagsterEventType.RUN_CANCELED: self._run_canceled,
+        }
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print what a person wants to see of a record. (Called by Dagster.)"""
+        for line in self._lines(record, record.__dict__["dagster_meta"]):
+            sys.stderr.write(f"{line}\n")
+
+    def _lines(self, record: logging.LogRecord, about: Mapping[str, Any]) -> Iterator[str]:
+        event: dg.DagsterEvent | None = about["dagster_event"]
+        if event is not None:
+            printer = self._printers.get(event.event_type)
+            if printer is not None:
+                yield from printer(event)
+        elif record.levelno >= self._least and not about["orig_message"].startswith(_PIPES):
+            name = self._asset(about["step_key"]) if about["step_key"] else about["job_name"]
+            level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+            yield f"{name}: {level}{about['orig_message']}"
+
+    def _asset(self, step: str | None) -> str:
+        return self._names.get(step or "", step or "")
+
+    def _run_start(self, event: dg.DagsterEvent) -> Iterator[str]:
+        self._began = time.monotonic()
+        yield f"{event.job_name}: started"
+
+    def _materialization(self, event: dg.DagsterEvent) -> Iterator[str]:
+        asset = event.step_materialization_data.materialization
+        name = asset.asset_key.to_user_string()
+        self._made.append(name)
+        paths = [v.path for v in asset.metadata.values() if isinstance(v, dg.PathMetadataValue)]
+        self._result = f"{name}: {', '.join(filter(None, paths))}" if paths else ""
+        facts = [
+            f"{key.removeprefix('dagster/')} {text}"
+            for key, value in asset.metadata.items()
+            if (text := _short(value)) is not None
+        ]
+        yield textwrap.fill(
+            ": ".join(filter(None, [name, "done", ", ".join(facts)])),
+            _WIDTH,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+    def _check(self, event: dg.DagsterEvent) -> Iterator[str]:
+        check = event.asset_check_evaluation_data
+        if check.passed:
+            self._passed_checks += 1
+        else:
+            name = f"{check.asset_key.to_user_string()}: check {check.check_name}"
+            yield f"{name} failed: {check.description or ''}"
+
+    def _step_failure(self, event: dg.DagsterEvent) -> Iterator[str]:
+        name, data = self._asset(event.step_key), event.step_failure_data
+        self._failed.append(name)
+        if data.user_failure_data is not None:
+            yield f"{name}: failed: {data.user_failure_data.description or ''}"
+        elif data.error is not None:
+            cause = data.error
+            while cause.cause is not None:
+                cause = cause.cause
+            yield f"{name}: failed: {cause.message.strip()}"
+            if cause.cls_name != dg.DagsterAssetCheckFailedError.__name__:
+                yield "".join(cause.stack[-_SHOWN_FRAMES:]).rstrip()
+
+    def _retry(self, event: dg.DagsterEvent) -> Iterator[str]:
+        data = event.step_retry_data
+        why = data.error.message.strip()
+        yield f"{self._asset(event.step_key)}: tried again in {data.seconds_to_wait or 0} s: {why}"
+
+    def _skip(self, event: dg.DagsterEvent) -> Iterator[str]:
+        self._skipped.append(self._asset(event.step_key))
+        yield from ()
+
+    def _run_success(self, event: dg.DagsterEvent) -> Iterator[str]:
+        yield (
+            f"{event.job_name}: done in {self._seconds()}: {len(self._made)} assets, "
+            f"{self._passed_checks} checks passed"
+        )
+        if self._result:
+            yield self._result
+
+    def _run_failure(self, event: dg.DagsterEvent) -> Iterator[str]:
+        error = event.job_failure_data.error
+        if not self._failed and error is not None:
+            yield error.to_string()
+        yield f"{event.job_name}: failed after {self._seconds()}: {', '.join(self._failed)}"
+        if self._skipped:
+            yield f"{event.job_name}: not made: {', '.join(self._skipped)}"
+
+    def _run_canceled(self, event: dg.DagsterEvent) -> Iterator[str]:
+        yield f"{event.job_name}: cancelled after {self._seconds()}"
+
+    def _seconds(self) -> str:
+        return f"{time.monotonic() - self._began:.0f} s"
+
+
+def _short(value: dg.MetadataValue[Any]) -> str | None:
+    """A metadata value as a few words; None for what needs more room."""
+    if isinstance(value, dg.FloatMetadataValue):
+        return f"{value.value:.4g}"
+    if isinstance(value, (dg.IntMetadataValue, dg.BoolMetadataValue)):
+        return str(value.value)
+    if isinstance(value, dg.TextMetadataValue):
+        text = value.text or ""
+        return text if len(text) <= _LONGEST_TEXT and "\n" not in text else None
+    return None
+
+
+@dg.logger(
+    config_schema={
+        "log_level": dg.Field(
+            str, default_value="INFO", description="The least level of log lines."
+        )
+    },
+    description="A short line for each asset, check that failed, log line, and the end of the run.",
+)
+def console_logger(context: dg.InitLoggerContext) -> logging.Logger:
+    """The logger "console" of all jobs."""
+    least = logging.getLevelNamesMapping()[context.logger_config["log_level"].upper()]
+    assert context.job_def is not None, "the loggers of a run know its job"
+    layer = context.job_def.asset_layer
+    names = {
+        layer.get(key).assets_def.op.name: key.to_user_string()
+        for key in layer.executable_asset_keys
+    }
+    # Dagster asks for a run's logger once for the run and once for its steps: they share one, so
+    # that the end of the run knows what came of the steps.
+    logger = logging.getLogger(f"diffsynth_dagster.console.{context.run_id}")
+    if not logger.handlers:
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+        logger.addHandler(ConsoleHandler(names, least))
+    return logger

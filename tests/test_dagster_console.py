@@ -1,0 +1,146 @@
+"""What `dagster job execute` prints: what a person follows, and no more."""
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import Values
+from dagster_support import environment, home, job, start, write_recipe
+
+from diffsynth_dagster.training import reporting
+from diffsynth_dagster.training.reporting import Every, StepMetrics, TerminalReporter
+
+MOST_LINES = 60
+
+
+class Console:
+    """A folder of recipes whose jobs are executed from the command line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = environment(home(folder / "home"), folder / "recipes")
+
+    def run(self, name: str, values: dict[str, Any]) -> tuple[int, list[str]]:
+        """The exit code of a recipe's job, and the lines that it prints."""
+        write_recipe(self.folder / "recipes", name, values)
+        log = self.folder / f"{name}.log"
+        process = start(job(f"train_{name}"), self.env, log)
+        try:
+            code = process.wait(240)
+        finally:
+            process.kill()
+        return code, log.read_text(encoding="utf-8").replace("\r", "\n").splitlines()
+
+
+def test_console_shows_what_a_person_follows(values: Values, tmp_path: Path) -> None:
+    console = Console(tmp_path)
+    code, lines = console.run("tiny", values(output_path=str(tmp_path / "run")))
+    text = "\n".join(lines)
+    assert code == 0, text
+    assert len(lines) < MOST_LINES, text
+    for asset in ("metadata", "latents", "checkpoints", "exports"):
+        (done,) = (x for x in lines if ": done" in x and asset in x.split(":")[0])
+        assert "tiny" in done
+    assert sum(x.startswith("weights/") and ": done: " in x for x in lines) == 4
+    assert any("step 1 of 2: loss" in x for x in lines), text
+    assert any("step 2 of 2: loss" in x for x in lines), text
+    assert "DEBUG" not in text
+    assert "torchvision" not in text
+    (where,) = (x for x in lines if "its whole log is in the UI" in x)
+    assert Path(where.split(" printed in ")[1]).is_file()
+    assert lines[-2].startswith("train_tiny: done in ")
+    assert lines[-2].endswith(": 8 assets, 4 checks passed")
+    assert lines[-1].endswith(f": {tmp_path / 'run' / 'exports' / 'diffusers'}")
+
+    wrong = values(output_path=str(tmp_path / "wrong"), lora_target_modules=["to_qq"])
+    code, lines = console.run("target", wrong)
+    text = "\n".join(lines)
+    assert code == 1, text
+    assert len(lines) < MOST_LINES, text
+    assert text.count("the LoRA target 'to_qq' matches no layer of 'dit'") == 1
+    assert text.count("what to do: its layers end with") == 1
+    assert "Traceback" not in text
+    assert "Stack Trace" not in text
+    failed, missing, last = lines[-3:]
+    assert failed.startswith("train_target: failed after ")
+    assert "checkpoints" in failed
+    assert missing.startswith("train_target: not made: ")
+    assert "exports" in missing
+    assert last.startswith("Error: ")
+
+
+def step(number: int) -> StepMetrics:
+    return StepMetrics(number, 0, 0.5, 1e-3, 1.0, 0.1, 4)
+
+
+def follow(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report ten steps of some seconds each to a terminal."""
+    now = SimpleNamespace(monotonic=lambda: clock)
+    monkeypatch.setattr(reporting, "time", now)
+    clock = 0.0
+    reporter = TerminalReporter()
+    nothing: Any = None
+    reporter.started(10, nothing)
+    for number in range(1, 11):
+        clock += seconds
+        reporter.stepped(step(number))
+    reporter.close()
+
+
+def test_progress_in_a_file_is_a_plain_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    follow(2.0, monkeypatch)
+    text = capsys.readouterr().err
+    assert "\r" not in text
+    assert text.splitlines() == [
+        "train: step 1 of 10, loss 0.5000, lr 1.0e-03, 00:02 passed, 00:18 left",
+        "train: step 4 of 10, loss 0.5000, lr 1.0e-03, 00:08 passed, 00:12 left",
+        "train: step 7 of 10, loss 0.5000, lr 1.0e-03, 00:14 passed, 00:06 left",
+        "train: step 10 of 10, loss 0.5000, lr 1.0e-03, 00:20 passed, 00:00 left",
+    ]
+
+
+def test_encoding_is_shown_for_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = TerminalReporter()
+    for stage in ("prompt", "image"):
+        for done in (2, 4, 6):
+            reporter.encoding(stage, done, 6)
+    reporter.close()
+    said = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == [
+        "encode prompt: sample 2 of 6",
+        "encode prompt: sample 6 of 6",
+        "encode image: sample 2 of 6",
+        "encode image: sample 6 of 6",
+    ]
+
+
+def test_progress_in_a_terminal_is_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    follow(2.0, monkeypatch)
+    text = capsys.readouterr().err
+    assert "\r" in text
+    assert "10/10" in text
+    assert "loss=0.5000" in text
+
+
+def test_a_long_work_is_reported_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr(reporting, "time", SimpleNamespace(monotonic=lambda: clock))
+    every, times = Every(5, 60), list[float]()
+    for second in range(1, 10_001):
+        clock = float(second)
+        if every.due(second, 10_000):
+            times.append(clock)
+    pauses = [b - a for a, b in pairwise(times)]
+    assert times[0] == 1
+    assert times[-1] == 10_000
+    assert pauses[0] == 5
+    assert max(pauses) == 60
+    assert sum(t <= 90 for t in times) < 20
