@@ -42,7 +42,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     from diffsynth_dagster.training.modules import check_model
     from diffsynth_dagster.training.parallel import start_parallel
     from diffsynth_dagster.training.record import RunFile, start_record
-    from diffsynth_dagster.training.reporting import make_reporter, tracker_names
+    from diffsynth_dagster.training.reporting import make_reporter
     from diffsynth_dagster.training.setup import Session, make_models
     from diffsynth_dagster.weights.hub import ModelHub
     from diffsynth_dagster.weights.identify import find_model, guess_family
@@ -50,7 +50,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     # Plan: all that can be checked without a file.
     config = with_settled(config)
     check_plan(config, guess_family(config))
-    parallel = start_parallel(config, tracker_names(config))
+    parallel = start_parallel(config)
     output = Path(config.output_path)
     require_writable(output, "output_path")
     require_writable(Path(config.cache_path), "cache_path")
@@ -70,7 +70,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     parallel.seed(config.seed)
     models = make_models(config, found, parallel)
 
-    reporter = make_reporter(parallel.accelerator, config)
+    reporter = make_reporter(parallel, config)
     with closing(reporter), open_store(config).in_use():
         # Latents: all in the store, and the manifest that names them.
         manifest = encoded_manifest(config, parallel, models, table, book, reporter, stop_asked)

@@ -12,8 +12,7 @@ from conftest import ROOT
 
 ENGINE = ROOT / "diffsynth_dagster"
 TRAINING = [*sorted((ENGINE / "training").glob("*.py")), ENGINE / "train.py"]
-KNOW_ACCELERATE = {"parallel.py", "reporting.py"}
-"""The second one for accelerate's trackers."""
+KNOW_ACCELERATE = {"parallel.py"}
 
 TAKE_TURNS = """
 import sys, time

@@ -6,13 +6,14 @@ and reads the same for one process on a CPU as for many GPUs on several machines
 
 import logging
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -36,7 +37,6 @@ class Parallel:
     A **collective** method waits for all processes: every one of them must call it.
 
     Attributes:
-        accelerator: accelerate's own object, for its trackers.
         device: that this process computes on.
         process_index: of this process in the whole job, from 0.
         num_processes: of the whole job, over all machines (nodes).
@@ -46,7 +46,7 @@ class Parallel:
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+        self._accelerator = accelerator
         self.device = accelerator.device
         self.process_index: int = accelerator.process_index
         self.num_processes: int = accelerator.num_processes
@@ -73,7 +73,7 @@ class Parallel:
     def step_was_skipped(self) -> bool:
         """Whether the last optimizer step changed nothing, because float16 was too small for the
         gradients."""
-        return self.accelerator.optimizer_step_was_skipped
+        return self._accelerator.optimizer_step_was_skipped
 
     def seed(self, seed: int) -> None:
         """Seed the global random numbers of Python, numpy and torch, on every device."""
@@ -81,7 +81,7 @@ class Parallel:
 
     def wait_for_everyone(self) -> None:
         """Wait until every process is here. Collective."""
-        self.accelerator.wait_for_everyone()
+        self._accelerator.wait_for_everyone()
 
     @contextmanager
     def node_main_first(self) -> Generator[None]:
@@ -111,11 +111,11 @@ class Parallel:
         """The module and the optimizer as they are used in a step of all processes. Collective."""
         if self._uses_deepspeed:
             self._configure_deepspeed(config)
-        return self.accelerator.prepare(module, optimizer)
+        return self._accelerator.prepare(module, optimizer)
 
     def _configure_deepspeed(self, config: TrainingConfig) -> None:
         """What DeepSpeed would ask a data loader for, and the clipping, which it does itself."""
-        plugin = self.accelerator.state.deepspeed_plugin
+        plugin = self._accelerator.state.deepspeed_plugin
         assert plugin is not None
         settings = plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = config.batch_size
@@ -129,7 +129,7 @@ class Parallel:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Entered around a computation with trained modules, to compute in mixed precision."""
-        return self.accelerator.autocast()
+        return self._accelerator.autocast()
 
     @contextmanager
     def micro_batch(self, model: nn.Module, last: bool) -> Generator[None]:
@@ -143,12 +143,12 @@ class Parallel:
         Raises:
             ParameterError: a trained parameter gets no gradient, and DDP was not told to expect it.
         """
-        self.accelerator.sync_gradients = last
+        self._accelerator.sync_gradients = last
         try:
             if last:
                 yield
             else:
-                with self.accelerator.no_sync(model):
+                with self._accelerator.no_sync(model):
                     yield
         except RuntimeError as error:
             if "find_unused_parameters" not in str(error):
@@ -161,17 +161,17 @@ class Parallel:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a loss () to those of the optimizer step."""
-        self.accelerator.backward(loss)
+        self._accelerator.backward(loss)
 
     def clip(self, parameters: Iterable[torch.Tensor], max_norm: float | None) -> float:
         """Clip the gradients to a norm, if one is given; returns their norm before."""
         limit = float("inf") if max_norm is None else max_norm
-        before = self.accelerator.clip_grad_norm_(parameters, limit)
+        before = self._accelerator.clip_grad_norm_(parameters, limit)
         return 0.0 if before is None else float(before)
 
     def mean(self, value: torch.Tensor) -> float:
         """Mean of a number () over the processes. Collective."""
-        reduced: Any = self.accelerator.reduce(value, "mean")
+        reduced: Any = self._accelerator.reduce(value, "mean")
         return float(reduced)
 
     def whole_weights(self, model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -180,24 +180,39 @@ class Parallel:
         Every process holds its weights whole (see `start_parallel`) and gets its own tensors, not
         copies. Where weights will be partitioned, this is the place that gathers them.
         """
-        module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        module = self._accelerator.unwrap_model(model, keep_torch_compile=False)
         parameters = dict(module.named_parameters())
         return {name: parameters[name] for name in names}
 
+    @property
+    def has_trackers(self) -> bool:
+        """Whether a tracker (TensorBoard, W&B, SwanLab) is switched on."""
+        return bool(self._accelerator.log_with)
 
-def start_parallel(config: TrainingConfig, trackers: Sequence[str]) -> Parallel:
+    def start_trackers(self, project: str) -> None:
+        """Open the trackers under the name of a project. Collective."""
+        self._accelerator.init_trackers(project)
+
+    def track(self, values: Mapping[str, float], step: int) -> None:
+        """Log values of a step to the trackers."""
+        self._accelerator.log(dict(values), step=step)
+
+    def end_trackers(self) -> None:
+        """Close the trackers. Called by the process that logs."""
+        self._accelerator.end_training()
+
+
+def start_parallel(config: TrainingConfig) -> Parallel:
     """Join the processes that the launcher started.
 
-    Args:
-        trackers: accelerate's names of the trackers that are logged to.
-
     Raises:
-        ParameterError: the launcher's configuration partitions the weights.
+        ParameterError: the launcher's configuration partitions the weights; or a tracker that the
+            config switches on is not installed.
     """
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     accelerator = Accelerator(
         mixed_precision=precision(config.mixed_precision, _gpu_has_bf16()),
-        log_with=[*trackers] or None,
+        log_with=[*_tracker_names(config)] or None,
         project_dir=config.output_path,
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
@@ -206,6 +221,22 @@ def start_parallel(config: TrainingConfig, trackers: Sequence[str]) -> Parallel:
     )
     _require_whole_weights(accelerator)
     return Parallel(accelerator)
+
+
+def _tracker_names(config: TrainingConfig) -> list[str]:
+    """The trackers that a config switches on.
+
+    Raises:
+        ParameterError: the package of one is not installed.
+    """
+    available = {str(getattr(t, "value", t)) for t in get_available_trackers()}
+    wanted = [n for n in ("tensorboard", "wandb", "swanlab") if getattr(config, f"enable_{n}_log")]
+    for name in wanted:
+        if name not in available:
+            raise ParameterError(
+                f"{name} is not installed", where=f"enable_{name}_log", do=f"pip install {name}"
+            )
+    return wanted
 
 
 def _require_whole_weights(accelerator: Accelerator) -> None:

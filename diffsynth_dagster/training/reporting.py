@@ -15,14 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from diffsynth_dagster.errors import ParameterError
-
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from diffsynth_dagster.cache.encode import EncodeReport
     from diffsynth_dagster.config.parameters import TrainingConfig
     from diffsynth_dagster.training.failure import Failure
+    from diffsynth_dagster.training.parallel import Parallel
     from diffsynth_dagster.training.record import RunRecord
 
 LINE_SECONDS, MOST_LINE_SECONDS = 5.0, 60.0
@@ -273,22 +270,18 @@ class CsvReporter(Reporter):
 
 
 class TrackerReporter(Reporter):
-    """accelerate's trackers: TensorBoard, W&B, SwanLab."""
+    """TensorBoard, W&B and SwanLab, where a config switches them on."""
 
-    def __init__(self, accelerator: "Accelerator", config: "TrainingConfig") -> None:
-        self._accelerator = accelerator
-        project = config.wandb_project
-        if config.enable_swanlab_log and not config.enable_wandb_log:
-            project = config.swanlab_project
-        accelerator.init_trackers(project.replace("/", "-"))
+    def __init__(self, parallel: "Parallel") -> None:
+        self._parallel = parallel
 
     def stepped(self, metrics: StepMetrics) -> None:
         values = asdict(metrics)
         step = values.pop("step")
-        self._accelerator.log(values, step=step)
+        self._parallel.track(values, step)
 
     def close(self) -> None:
-        self._accelerator.end_training()
+        self._parallel.end_trackers()
 
 
 class PipesReporter(Reporter):
@@ -337,35 +330,23 @@ class PipesReporter(Reporter):
         self._stack.close()
 
 
-def tracker_names(config: "TrainingConfig") -> list[str]:
-    """The trackers that a config switches on.
-
-    Raises:
-        ParameterError: the package of one is not installed.
-    """
-    from accelerate.tracking import get_available_trackers
-
-    available = {str(getattr(t, "value", t)) for t in get_available_trackers()}
-    wanted = [n for n in ("tensorboard", "wandb", "swanlab") if getattr(config, f"enable_{n}_log")]
-    for name in wanted:
-        if name not in available:
-            raise ParameterError(
-                f"{name} is not installed", where=f"enable_{name}_log", do=f"pip install {name}"
-            )
-    return wanted
+def _project(config: "TrainingConfig") -> str:
+    """Name of the project in the trackers."""
+    swanlab = config.enable_swanlab_log and not config.enable_wandb_log
+    return (config.swanlab_project if swanlab else config.wandb_project).replace("/", "-")
 
 
-def make_reporter(accelerator: "Accelerator", config: "TrainingConfig") -> Reporter:
-    """The reporters of a run: all on the main process, none on the others."""
-    if not accelerator.is_main_process:
-        if accelerator.log_with:
-            accelerator.init_trackers("")
+def make_reporter(parallel: "Parallel", config: "TrainingConfig") -> Reporter:
+    """The reporters of a run: all on the main process, none on the others. Collective."""
+    if parallel.has_trackers:
+        parallel.start_trackers(_project(config))
+    if not parallel.is_main_process:
         return Reporter()
     # Dagster logs what it receives: printed too, everything would be said twice.
     launched = "DAGSTER_PIPES_CONTEXT" in os.environ
     reporters: list[Reporter] = [PipesReporter() if launched else TerminalReporter()]
     if not config.encodes_only:
         reporters.append(CsvReporter(config))
-    if accelerator.log_with:
-        reporters.append(TrackerReporter(accelerator, config))
+    if parallel.has_trackers:
+        reporters.append(TrackerReporter(parallel))
     return Reporters(reporters)
