@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 
 _WIDTH = 110
-_MOST_LINES = 3
+_MOST_LINES = 2
 _LONGEST_TEXT = 60
 _SHOWN_FRAMES = 5
 _PIPES = "[pipes]"
