@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 
 _WIDTH = 110
+_MOST_LINES = 2
 _LONGEST_TEXT = 60
 _SHOWN_FRAMES = 5
 _PIPES = "[pipes]"
@@ -35,7 +36,6 @@ class ConsoleHandler(logging.Handler):
         self._began = time.monotonic()
         self._made: list[str] = []
         self._failed: list[str] = []
-        self._skipped: list[str] = []
         self._passed_checks = 0
         self._result = ""
         self._printers: dict[dg.DagsterEventType, Callable[[dg.DagsterEvent], Iterator[str]]] = {
@@ -44,7 +44,6 @@ class ConsoleHandler(logging.Handler):
             dg.DagsterEventType.ASSET_CHECK_EVALUATION: self._check,
             dg.DagsterEventType.STEP_FAILURE: self._step_failure,
             dg.DagsterEventType.STEP_UP_FOR_RETRY: self._retry,
-            dg.DagsterEventType.STEP_SKIPPED: self._skip,
             dg.DagsterEventType.RUN_SUCCESS: self._run_success,
             dg.DagsterEventType.RUN_FAILURE: self._run_failure,
             dg.DagsterEventType.RUN_CANCELED: self._run_canceled,
@@ -90,6 +89,8 @@ class ConsoleHandler(logging.Handler):
             subsequent_indent="  ",
             break_long_words=False,
             break_on_hyphens=False,
+            max_lines=_MOST_LINES,
+            placeholder=" …",
         )
 
     def _check(self, event: dg.DagsterEvent) -> Iterator[str]:
@@ -118,10 +119,6 @@ class ConsoleHandler(logging.Handler):
         why = data.error.message.strip()
         yield f"{self._asset(event.step_key)}: tried again in {data.seconds_to_wait or 0} s: {why}"
 
-    def _skip(self, event: dg.DagsterEvent) -> Iterator[str]:
-        self._skipped.append(self._asset(event.step_key))
-        yield from ()
-
     def _run_success(self, event: dg.DagsterEvent) -> Iterator[str]:
         yield (
             f"{event.job_name}: done in {self._seconds()}: {len(self._made)} assets, "
@@ -135,8 +132,6 @@ class ConsoleHandler(logging.Handler):
         if not self._failed and error is not None:
             yield error.to_string()
         yield f"{event.job_name}: failed after {self._seconds()}: {', '.join(self._failed)}"
-        if self._skipped:
-            yield f"{event.job_name}: not made: {', '.join(self._skipped)}"
 
     def _run_canceled(self, event: dg.DagsterEvent) -> Iterator[str]:
         yield f"{event.job_name}: cancelled after {self._seconds()}"

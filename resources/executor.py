@@ -50,7 +50,10 @@ def _where_logged(instance: dg.DagsterInstance, run_id: str, event: dg.DagsterEv
     manager = instance.compute_log_manager
     key = manager.build_log_key_for_run(run_id, event.logs_captured_data.file_key)
     printed = manager.get_log_metadata(key).stderr_location
-    return f"run {run_id}: its whole log is in the UI (dagster dev), what is printed in {printed}"
+    return (
+        f"run {run_id}: the whole log is in the UI (dagster dev), "
+        f"the output of the processes in {printed}"
+    )
 
 
 @contextmanager

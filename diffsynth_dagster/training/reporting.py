@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LINE_SECONDS, MOST_LINE_SECONDS = 5.0, 60.0
 """Between two lines of progress, at first and in a long training."""
 STEP_SECONDS = 1.0
-"""Between two steps that Dagster hears of: it plots some of them."""
+"""Between two steps that are sent to Dagster, which plots some of them."""
 
 
 @dataclass(frozen=True)
