@@ -71,7 +71,7 @@ def description(recipe: Recipe, what: str) -> str:
     return f"{what}\n\n{recipe.options.description}".strip()
 
 
-def book_path(config: TrainingConfig) -> Path:
+def fact_cache_path(config: TrainingConfig) -> Path:
     """Where facts about files are remembered; shared with the training processes."""
     return Path(config.cache_path) / "facts.sqlite"
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from assets.common import asset_key, book_path, code_version, description, user_errors
+from assets.common import asset_key, code_version, description, fact_cache_path, user_errors
 from assets.pictures import Shown, contact_sheet, inline
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from resources import Parameters
@@ -46,14 +46,14 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
     def metadata(context: dg.AssetExecutionContext, parameters: Parameters) -> dg.MaterializeResult:
         from diffsynth_dagster.data.digests import digest_rows
         from diffsynth_dagster.data.prepare import prepare_data
-        from diffsynth_dagster.facts import FactBook
+        from diffsynth_dagster.facts import FactCache
         from diffsynth_dagster.weights.identify import guess_family
 
         with user_errors():
             config = parameters.apply(recipe.config)
             columns = guess_family(config).columns
-            with closing(FactBook(book_path(config))) as book:
-                checked = prepare_data(config, columns, book)
+            with closing(FactCache(fact_cache_path(config))) as fact_cache:
+                checked = prepare_data(config, columns, fact_cache)
         counts = checked.counts
         context.log.info(f"rows by status: {counts}")
         return dg.MaterializeResult(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets.common import book_path, table, user_errors
+from assets.common import fact_cache_path, table, user_errors
 from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.entries import (
@@ -83,9 +83,9 @@ def _make_weights(
         retry_policy=_RETRIES,
     )
     def weights(hub: Hub) -> dg.MaterializeResult:
-        from diffsynth_dagster.facts import FactBook, digest_of
+        from diffsynth_dagster.facts import FactCache, digest_of
 
-        with user_errors(), closing(FactBook(book_path(config))) as book:
+        with user_errors(), closing(FactCache(fact_cache_path(config))) as fact_cache:
             model_hub = hub.open()
             if entry.parameter in MODEL_FOLDERS:
                 folder = model_hub.folder(entry)
@@ -96,7 +96,7 @@ def _make_weights(
                 facts = _describe(entry, files)
                 beside = files[0].parent / "config.json"
                 files = [*files, *([beside] if beside.is_file() else [])]
-            digests = {path: book.digest(path) for path in files}
+            digests = {path: fact_cache.digest(path) for path in files}
         sizes = {path: path.stat().st_size for path in files}
         rows = table(
             {"file": str(p), "bytes": sizes[p], "blake3": digest} for p, digest in digests.items()

@@ -23,7 +23,7 @@ from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.media.image import load_sample_image
 from diffsynth_dagster.data.table.check import validate
 from diffsynth_dagster.demo.digits import write_new_digits
-from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import FoundModel, find_model
 from diffsynth_dagster.weights.models import Models
@@ -68,13 +68,13 @@ def config_of(data: Path, work: Path) -> TrainingConfig:
 
 def encode(config: TrainingConfig, found: FoundModel) -> int:
     """A whole run without the start of the process; returns how many images were encoded."""
-    book = FactBook(Path(config.cache_path) / "facts.sqlite")
+    fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
     models = Models(found, torch.device("cpu"), torch.float32, on_cpu_first=False)
-    validated = validate(config, found.family.columns, book)
-    manifest = plan_samples(config, found, validated, Keys(found, book, torch.float32))
+    validated = validate(config, found.family.columns, fact_cache)
+    manifest = plan_samples(config, found, validated, Keys(found, fact_cache, torch.float32))
     done = encode_missing(config, models, manifest, validated, Accelerator(cpu=True))
     manifest.write(Path(config.output_path))
-    book.close()
+    fact_cache.close()
     return done.misses["image"]
 
 

@@ -38,7 +38,7 @@ from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.digests import digest_column
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.checked import FILE_NAME, read_checked
-from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.files import write_tensors
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.weights.hub import ModelHub
@@ -145,8 +145,8 @@ def part(seconds: Seconds, name: str) -> Iterator[None]:
 
 def plan(config: TrainingConfig, found: FoundModel) -> Manifest:
     """The manifest of the table in the run folder."""
-    book = FactBook(Path(config.cache_path) / "facts.sqlite")
-    keys = Keys(found, book, torch.float32)
+    fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
+    keys = Keys(found, fact_cache, torch.float32)
     return plan_samples(config, found, read_checked(Path(config.output_path)), keys)
 
 
@@ -257,10 +257,10 @@ def check_images(work: Path, count: int) -> dict[str, Any]:
     columns = find_model(config, ModelHub(Path("models"), skip_download=True)).family.columns
     before = report.peak_memory()
     for name in ("first", "again"):
-        book = FactBook(Path(config.cache_path) / "facts.sqlite")
+        fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
         with part(seconds, name):
-            assert prepare_data(config, columns, book).counts == {"ok": count}
-        book.close()
+            assert prepare_data(config, columns, fact_cache).counts == {"ok": count}
+        fact_cache.close()
     peak = report.peak_memory()
     return {
         "images": count,

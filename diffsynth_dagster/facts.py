@@ -1,6 +1,7 @@
-"""What was found out about files, remembered by path, size and modification time.
+"""A cache of facts about files (digest, size in pixels, frames), by path, size and time of
+modification.
 
-A file that looks unchanged is not read again. The book lies beside the store and may be deleted at
+A file that looks unchanged is not read again. The cache lies beside the store and may be deleted at
 any time: it is then written anew.
 """
 
@@ -41,11 +42,11 @@ def digest_of(value: Any) -> str:
     return digest_text(json.dumps(value, sort_keys=True, separators=(",", ":")))
 
 
-class FactBook:
+class FactCache:
     """A table from files to facts about them. Safe for several processes at once."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make the book at `path`.
+        """Open or make the cache at `path`.
 
         Raises:
             OutputError: the folder cannot be written.

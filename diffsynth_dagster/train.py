@@ -29,7 +29,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     """
     # Imported here: they take seconds, and a mistake in the flags is reported at once.
     from diffsynth_dagster.cache.split import with_settled
-    from diffsynth_dagster.facts import FactBook
+    from diffsynth_dagster.facts import FactCache
     from diffsynth_dagster.files import require_writable, write_text
     from diffsynth_dagster.plan import check_plan
     from diffsynth_dagster.training.dataset import (
@@ -54,13 +54,13 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     output = Path(config.output_path)
     require_writable(output, "output_path")
     require_writable(Path(config.cache_path), "cache_path")
-    book = FactBook(Path(config.cache_path) / "facts.sqlite")
+    fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
 
     # Metadata: the checked table, unless the data set is encoded already.
     table = None
     if config.dataset_metadata_path is not None:
         with parallel.node_main_first():
-            table = checked_table(config, book, parallel.is_node_main)
+            table = checked_table(config, fact_cache, parallel.is_node_main)
 
     # Weights: found and recognised. They are loaded when they are used.
     with parallel.node_main_first():
@@ -73,13 +73,15 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     reporter = make_reporter(parallel, config)
     with closing(reporter), open_store(config).in_use():
         # Latents: all in the store, and the manifest that names them.
-        manifest = encoded_manifest(config, parallel, models, table, book, reporter, stop_asked)
+        manifest = encoded_manifest(
+            config, parallel, models, table, fact_cache, reporter, stop_asked
+        )
         if config.encodes_only:
             return None
 
         # Training, from the manifest alone.
         devices, mixed_precision = parallel.device_names(), parallel.mixed_precision
-        record = start_record(config, found, manifest, book, devices, mixed_precision)
+        record = start_record(config, found, manifest, fact_cache, devices, mixed_precision)
         if parallel.is_main_process:
             write_text(output / "config.yaml", dump_config(config))
         run_file = RunFile(output, record, writes=parallel.is_main_process)

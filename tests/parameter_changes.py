@@ -20,7 +20,7 @@ from diffsynth_dagster.cache.plan import plan_samples
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.data.prepare import prepare_data
-from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.plan import check_plan
 from diffsynth_dagster.training.record import start_record
@@ -101,11 +101,11 @@ class Place:
 def outcome_of(config: TrainingConfig, place: Place) -> Outcome:
     check_plan(config, guess_family(config))
     found = find_model(config, place.hub)
-    with closing(FactBook(place.folder / "facts.sqlite")) as book:
-        validated = prepare_data(config, found.family.columns, book)
+    with closing(FactCache(place.folder / "facts.sqlite")) as fact_cache:
+        validated = prepare_data(config, found.family.columns, fact_cache)
         dtype = PRECISIONS.get(config.mixed_precision or "", torch.float32)
-        manifest = plan_samples(config, found, validated, Keys(found, book, dtype))
-        identity = start_record(config, found, manifest, book).identity
+        manifest = plan_samples(config, found, validated, Keys(found, fact_cache, dtype))
+        identity = start_record(config, found, manifest, fact_cache).identity
     versions = {kind: code_version(config, kind) for kind in KINDS}
     keys = frozenset(manifest.keys.collect().to_series())
     return Outcome(versions, keys, identity)

@@ -15,7 +15,7 @@ from diffsynth_dagster.cache.plan import tokens
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.digests import digest_rows
 from diffsynth_dagster.data.samples import PARTS, files_of, trained_sizes
-from diffsynth_dagster.facts import FactBook, digest_of, digest_text
+from diffsynth_dagster.facts import FactCache, digest_of, digest_text
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.weights.identify import FoundModel
 
@@ -90,7 +90,7 @@ def test_identities_are_those_of_the_plain_formula(rows: list[dict[str, Any]]) -
 
 def keys_of_family(tmp: Path) -> Keys:
     found = FoundModel(FAMILY, {}, {})
-    return Keys(found, FactBook(tmp / "facts.sqlite"), torch.float32)
+    return Keys(found, FactCache(tmp / "facts.sqlite"), torch.float32)
 
 
 @given(st.lists(rows_of(), min_size=2, max_size=8))

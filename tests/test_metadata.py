@@ -16,12 +16,14 @@ from diffsynth_dagster.data.geometry import Geometry, SizeRule, cover, size_rule
 from diffsynth_dagster.data.media.image import fit, read_image, to_tensor
 from diffsynth_dagster.data.table.check import REASONS, CheckedTable, validate
 from diffsynth_dagster.errors import MetadataError, ParameterError
-from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.train import main
 
 
-def check(folder: Path, table: str, book: FactBook | None = None, **more: object) -> CheckedTable:
+def check(
+    folder: Path, table: str, fact_cache: FactCache | None = None, **more: object
+) -> CheckedTable:
     config = make_config(
         {
             "dataset_base_path": str(folder),
@@ -31,7 +33,7 @@ def check(folder: Path, table: str, book: FactBook | None = None, **more: object
             **more,
         }
     )
-    own = book or FactBook(folder.parent / "facts.sqlite")
+    own = fact_cache or FactCache(folder.parent / "facts.sqlite")
     return validate(config, find_family("qwen_image").columns, own)
 
 
@@ -153,15 +155,15 @@ def test_unusable_tables_are_named(
 
 
 def test_unchanged_files_are_not_read_again(data: Path, tmp_path: Path) -> None:
-    book = FactBook(tmp_path / "facts.sqlite")
-    first = check(data, "metadata.csv", book)
+    fact_cache = FactCache(tmp_path / "facts.sqlite")
+    first = check(data, "metadata.csv", fact_cache)
     stat = (data / "0.png").stat()
-    # The same length and time: the book must be what answers.
+    # The same length and time: the cache must be what answers.
     (data / "0.png").write_bytes(b"x" * stat.st_size)
     os.utime(data / "0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert check(data, "metadata.csv", book).frame.equals(first.frame)
+    assert check(data, "metadata.csv", fact_cache).frame.equals(first.frame)
     os.utime(data / "0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert check(data, "metadata.csv", book).frame["status"].to_list()[0] == "unreadable"
+    assert check(data, "metadata.csv", fact_cache).frame["status"].to_list()[0] == "unreadable"
 
 
 def test_rejected_rows_stop_the_run_before_a_model_file_is_read(

@@ -33,7 +33,7 @@ from diffsynth_dagster.data.samples import files_of, load_files, trained_sizes
 from diffsynth_dagster.data.table.check import CheckedTable, validate
 from diffsynth_dagster.data.table.values import REASONS
 from diffsynth_dagster.errors import MetadataError, ParameterError
-from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.batches import StepDataset
 
@@ -55,12 +55,12 @@ def check(
     folder: Path,
     rows: list[dict[str, Any]],
     family: Family,
-    book: FactBook | None = None,
+    fact_cache: FactCache | None = None,
     **more: object,
 ) -> CheckedTable:
     (folder / "t.json").write_text(json.dumps(rows))
     config = config_of(folder, family, **more)
-    return validate(config, family.columns, book or FactBook(folder.parent / "facts.sqlite"))
+    return validate(config, family.columns, fact_cache or FactCache(folder.parent / "facts.sqlite"))
 
 
 @pytest.fixture
@@ -177,30 +177,30 @@ def test_files_outside_the_base_may_be_allowed(data: Path) -> None:
 
 def test_changed_files_are_checked_again(data: Path, tmp_path: Path) -> None:
     """And unchanged ones are not, unless the content is to be verified."""
-    book, family = FactBook(tmp_path / "facts.sqlite"), video_family(VIDEO)
+    fact_cache, family = FactCache(tmp_path / "facts.sqlite"), video_family(VIDEO)
     rows = [{"video": "clip.mp4", "prompt": "a"}]
-    first = check(data, rows, family, book).frame
+    first = check(data, rows, family, fact_cache).frame
     path = data / "clip.mp4"
     stat, content = path.stat(), path.read_bytes()
     path.write_bytes(bytes(len(content)))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert check(data, rows, family, book).frame.equals(first)
-    again = check(data, rows, family, book, verify_content=True).frame
+    assert check(data, rows, family, fact_cache).frame.equals(first)
+    again = check(data, rows, family, fact_cache, verify_content=True).frame
     assert again["status"].to_list() == ["unreadable"]
-    assert check(data, rows, family, book).frame.equals(again)
+    assert check(data, rows, family, fact_cache).frame.equals(again)
     path.write_bytes(content)
-    mended = check(data, rows, family, book).frame
+    mended = check(data, rows, family, fact_cache).frame
     since = "video:modified"  # the one thing that writing it anew has changed
     assert mended.drop(since).equals(first.drop(since))
     # What a clip is trained at is not remembered with it.
-    assert check(data, rows, family, book, num_frames=9).frame["frames"].to_list() == [9]
+    assert check(data, rows, family, fact_cache, num_frames=9).frame["frames"].to_list() == [9]
 
 
 def test_the_book_answers_for_many_files_at_once(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}" for i in range(3000)]
     for path in paths[:-1]:
         path.write_bytes(b"x")
-    book = FactBook(tmp_path / "facts.sqlite")
+    fact_cache = FactCache(tmp_path / "facts.sqlite")
     read: list[Path] = []
     counted: list[int] = []
 
@@ -208,7 +208,7 @@ def test_the_book_answers_for_many_files_at_once(tmp_path: Path) -> None:
         read.append(path)
         return {"name": path.name} if path.exists() else {"status": "file_missing"}
 
-    found = book.look_up("a", [*paths, *paths], find_out, progress=counted.append)
+    found = fact_cache.look_up("a", [*paths, *paths], find_out, progress=counted.append)
     assert {path: fact.get("name") for path, fact in found.items()} == {
         **{path: path.name for path in paths[:-1]},
         paths[-1]: None,
@@ -217,10 +217,10 @@ def test_the_book_answers_for_many_files_at_once(tmp_path: Path) -> None:
     assert sum(counted) == 3000
     read.clear()
     paths[5].write_bytes(b"xy")
-    assert len(book.look_up("a", paths, find_out)) == 3000
+    assert len(fact_cache.look_up("a", paths, find_out)) == 3000
     assert sorted(read) == sorted([paths[5], paths[-1]])
-    assert len(book.look_up("b", paths[:2], find_out)) == 2
-    book.close()
+    assert len(fact_cache.look_up("b", paths[:2], find_out)) == 2
+    fact_cache.close()
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_videos_reach_the_store_and_the_step(data: Path, tmp_path: Path) -> None
         validated = check(data, rows, family, **more)
         config = config_of(data, family, **more)
         models: Any = _Models(family)
-        keys = Keys(models.found, FactBook(tmp_path / "facts.sqlite"), torch.float32)
+        keys = Keys(models.found, FactCache(tmp_path / "facts.sqlite"), torch.float32)
         manifest = plan_samples(config, models.found, validated, keys)
         encode_missing(config, models, manifest, validated, _ALONE)
         again = stored.setdefault(count, set(manifest.frame["key:video"]))

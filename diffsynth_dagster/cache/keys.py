@@ -16,7 +16,7 @@ from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.digests import digest_column
 from diffsynth_dagster.data.samples import trained_sizes
-from diffsynth_dagster.facts import FactBook, digest_of, digest_text
+from diffsynth_dagster.facts import FactCache, digest_of, digest_text
 from diffsynth_dagster.families.contract import Family, Stage
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
@@ -92,9 +92,9 @@ class Keys:
         dtype: element type that the stages are computed in.
     """
 
-    def __init__(self, found: FoundModel, book: FactBook, dtype: torch.dtype) -> None:
+    def __init__(self, found: FoundModel, fact_cache: FactCache, dtype: torch.dtype) -> None:
         self._found = found
-        self._book = book
+        self._book = fact_cache
         self._dtype = str(dtype)
         self._digests: dict[str, str] = {}
 

@@ -10,7 +10,7 @@ from diffsynth_dagster.config.settled import take_over
 from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED_TABLE
 from diffsynth_dagster.data.table.checked import find_checked
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
@@ -55,7 +55,7 @@ def second_half(config: TrainingConfig) -> TrainingConfig:
 
 
 def require_encoded_for(
-    config: TrainingConfig, found: FoundModel, manifest: Manifest, book: FactBook
+    config: TrainingConfig, found: FoundModel, manifest: Manifest, fact_cache: FactCache
 ) -> None:
     """Refuse a data set that was encoded for another family, variant or task, or by other weights.
 
@@ -83,7 +83,7 @@ def require_encoded_for(
         )
     for name, digest in manifest.weights.items():
         named = found.components.get(name)
-        if named is not None and component_digest(found, name, book) != digest:
+        if named is not None and component_digest(found, name, fact_cache) != digest:
             raise _refuse(
                 config,
                 f"the data set was encoded with another '{name}' than {named.entry.text}",

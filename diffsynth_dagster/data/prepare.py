@@ -8,11 +8,14 @@ from diffsynth_dagster.data.table.check import CheckedTable, Progress, validate
 from diffsynth_dagster.data.table.checked import find_checked, write_checked
 from diffsynth_dagster.dotted import import_dotted
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.facts import FactCache
 
 
 def prepare_data(
-    config: TrainingConfig, columns: Columns, book: FactBook, progress: Progress = lambda n: None
+    config: TrainingConfig,
+    columns: Columns,
+    fact_cache: FactCache,
+    progress: Progress = lambda n: None,
 ) -> CheckedTable:
     """The checked table of a config.
 
@@ -32,7 +35,7 @@ def prepare_data(
     if config.customized_dataset is not None:
         make = import_dotted(config.customized_dataset, "customized_dataset")
         make(Path(config.dataset_base_path))
-    return write_checked(validate(config, columns, book, progress), Path(config.output_path))
+    return write_checked(validate(config, columns, fact_cache, progress), Path(config.output_path))
 
 
 def _require_fit(config: TrainingConfig, columns: Columns, checked: CheckedTable) -> None:

@@ -21,7 +21,7 @@ from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import find_checked, read_checked
 from diffsynth_dagster.errors import Stopped
-from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.reporting import Reporter
 from diffsynth_dagster.weights.identify import guess_family
@@ -35,7 +35,7 @@ def open_store(config: TrainingConfig) -> Store:
     return Store(Path(read_manifest(Path(config.dataset_base_path)).store))
 
 
-def checked_table(config: TrainingConfig, book: FactBook, first: bool) -> CheckedTable:
+def checked_table(config: TrainingConfig, fact_cache: FactCache, first: bool) -> CheckedTable:
     """The checked table of a config.
 
     Args:
@@ -48,7 +48,7 @@ def checked_table(config: TrainingConfig, book: FactBook, first: bool) -> Checke
         named = find_checked(Path(str(config.dataset_metadata_path)))
         return named or read_checked(Path(config.output_path))
     with tqdm(desc="check files", unit="file", delay=2) as bar:
-        table = prepare_data(config, guess_family(config).columns, book, bar.update)
+        table = prepare_data(config, guess_family(config).columns, fact_cache, bar.update)
     table.require_accepted(config.max_rejected_fraction)
     return table
 
@@ -58,7 +58,7 @@ def encoded_manifest(
     parallel: Parallel,
     models: Models,
     table: CheckedTable | None,
-    book: FactBook,
+    fact_cache: FactCache,
     reporter: Reporter,
     stop_asked: Callable[[], bool],
 ) -> Manifest:
@@ -75,10 +75,10 @@ def encoded_manifest(
     """
     if table is None:
         manifest = read_manifest(Path(config.dataset_base_path))
-        require_encoded_for(config, models.found, manifest, book)
+        require_encoded_for(config, models.found, manifest, fact_cache)
         _require_stored(manifest)
     else:
-        manifest = _encode(config, parallel, models, table, book, reporter, stop_asked)
+        manifest = _encode(config, parallel, models, table, fact_cache, reporter, stop_asked)
     if parallel.is_main_process:
         Store(Path(manifest.store)).add_user(manifest.folder)
     return manifest
@@ -89,7 +89,7 @@ def _encode(
     parallel: Parallel,
     models: Models,
     table: CheckedTable,
-    book: FactBook,
+    fact_cache: FactCache,
     reporter: Reporter,
     stop_asked: Callable[[], bool],
 ) -> Manifest:
@@ -97,7 +97,7 @@ def _encode(
     output = Path(config.output_path)
     with parallel.node_main_first():
         if parallel.is_node_main:
-            plan_samples(config, models.found, table, Keys(models.found, book, models.dtype))
+            plan_samples(config, models.found, table, Keys(models.found, fact_cache, models.dtype))
         planned = read_manifest(output, PLANNED)
     if config.trains_only:
         _require_stored(planned)

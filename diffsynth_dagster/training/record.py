@@ -12,7 +12,7 @@ from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.effect import trained_components, values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError, WeightsError
-from diffsynth_dagster.facts import FactBook, digest_of
+from diffsynth_dagster.facts import FactCache, digest_of
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
@@ -145,7 +145,7 @@ def start_record(
     config: TrainingConfig,
     found: FoundModel,
     manifest: Manifest,
-    book: FactBook,
+    fact_cache: FactCache,
     devices: Sequence[str] = (),
     mixed_precision: str = "no",
 ) -> RunRecord:
@@ -159,9 +159,9 @@ def start_record(
         WeightsError: the file of `lora_checkpoint` is missing.
     """
     names = step_components(found, trained_components(config))
-    base = manifest.weights | {name: component_digest(found, name, book) for name in names}
+    base = manifest.weights | {name: component_digest(found, name, fact_cache) for name in names}
     if config.lora_checkpoint is not None:
-        base["lora_checkpoint"] = _digest_of_lora(Path(config.lora_checkpoint), book)
+        base["lora_checkpoint"] = _digest_of_lora(Path(config.lora_checkpoint), fact_cache)
     lora = {"rank": config.lora_rank, "alpha": config.alpha} if config.lora_base_model else None
     settings = config_digest(config)
     stages = [stage.name for stage in found.family.stages]
@@ -179,14 +179,14 @@ def start_record(
     )
 
 
-def _digest_of_lora(path: Path, book: FactBook) -> str:
+def _digest_of_lora(path: Path, fact_cache: FactCache) -> str:
     if not path.is_file():
         raise WeightsError(
             "the LoRA file does not exist",
             where=f"lora_checkpoint = {path}",
             do="correct the path",
         )
-    return book.digest(path)
+    return fact_cache.digest(path)
 
 
 def read_record(folder: Path) -> RunRecord | None:

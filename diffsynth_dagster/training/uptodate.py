@@ -6,7 +6,7 @@ from pathlib import Path
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.facts import FactBook, digest_file
+from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.training.record import RunRecord, read_record, start_record
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
@@ -32,10 +32,10 @@ def finished_training(
     if processes is not None and processes != len(record.devices):
         return None
     config = with_settled(config)
-    with closing(FactBook(Path(config.cache_path) / "facts.sqlite")) as book:
+    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
         found = find_model(config, hub)
         manifest = read_manifest(Path(config.dataset_base_path))
-        identity = start_record(config, found, manifest, book).identity
+        identity = start_record(config, found, manifest, fact_cache).identity
     for name, digest in record.checkpoints.items():
         if not (folder / name).is_file() or digest_file(folder / name) != digest:
             return None

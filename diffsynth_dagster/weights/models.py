@@ -11,7 +11,7 @@ from diffusers.hooks import apply_layerwise_casting
 from torch import nn
 
 from diffsynth_dagster.errors import WeightsError
-from diffsynth_dagster.facts import FactBook, digest_of
+from diffsynth_dagster.facts import FactCache, digest_of
 from diffsynth_dagster.families.contract import Tokenizer
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import load_component
@@ -151,7 +151,7 @@ def require_component(found: FoundModel, name: str) -> None:
     )
 
 
-def component_digest(found: FoundModel, name: str, book: FactBook) -> str:
+def component_digest(found: FoundModel, name: str, fact_cache: FactCache) -> str:
     """Digest of what a component or tokenizer computes with: the bytes of its files (whatever their
     names), of a LoRA that is fused into it, and whether it is stored in float8.
 
@@ -159,5 +159,5 @@ def component_digest(found: FoundModel, name: str, book: FactBook) -> str:
         WeightsError: the model list lacks it.
     """
     require_component(found, name)
-    digests = [book.digest(path) for path in found.files(name)]
+    digests = [fact_cache.digest(path) for path in found.files(name)]
     return digest_of([*digests, "float8"] if name in found.float8 else digests)

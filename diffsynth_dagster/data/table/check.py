@@ -23,7 +23,7 @@ from diffsynth_dagster.data.table.files import (
 from diffsynth_dagster.data.table.read import open_table
 from diffsynth_dagster.data.table.values import REASONS, check_structure, require_columns
 from diffsynth_dagster.errors import MetadataError, ParameterError, nearest
-from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.facts import FactCache
 
 BOOKKEEPING = ("row", "status", "message", "width", "height", "frames", "shape")
 """Columns of a checked table that are not the family's."""
@@ -134,7 +134,10 @@ def check_columns(config: TrainingConfig, columns: Columns) -> tuple[Input, ...]
 
 
 def validate(
-    config: TrainingConfig, columns: Columns, book: FactBook, progress: Progress = lambda n: None
+    config: TrainingConfig,
+    columns: Columns,
+    fact_cache: FactCache,
+    progress: Progress = lambda n: None,
 ) -> CheckedTable:
     """Check every row of the config's table, and every file that it names.
 
@@ -154,7 +157,7 @@ def validate(
     with open_table(source, config.metadata_encoding, wanted, lists) as table:
         require_columns(table, inputs, str(source), reader)
         frame = check_structure(table, inputs, str(source))
-    with FileCheck(config, rules, book, progress) as files:
+    with FileCheck(config, rules, fact_cache, progress) as files:
         for item in columns.files:
             frame = files.check(frame, item)
             if item.same_size:

@@ -21,7 +21,7 @@ from diffsynth_dagster.data.media.image import image_facts
 from diffsynth_dagster.data.media.video import video_facts
 from diffsynth_dagster.data.table.values import REASONS, STATUS
 from diffsynth_dagster.errors import MetadataError, ParameterError
-from diffsynth_dagster.facts import FactBook, Facts
+from diffsynth_dagster.facts import FactCache, Facts
 
 Progress = Callable[[int], object]
 """Called with the number of files done since the last call."""
@@ -76,7 +76,7 @@ class FileCheck:
     """Checks file columns. Use as a context manager: it may start processes."""
 
     def __init__(
-        self, config: TrainingConfig, shape: TrainedShape, book: FactBook, progress: Progress
+        self, config: TrainingConfig, shape: TrainedShape, fact_cache: FactCache, progress: Progress
     ) -> None:
         """Prepare to check files.
 
@@ -95,7 +95,7 @@ class FileCheck:
         self._anywhere = config.allow_outside_base_path
         self._again = config.verify_content
         self._shape = shape
-        self._book = book
+        self._book = fact_cache
         self._progress = progress
         self._videos = VideoPool()
 

@@ -20,7 +20,7 @@ from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.data.table.check import validate
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.export import verify_export
-from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.flux.stages import encode_control, encode_kontext
 from diffsynth_dagster.plan import check_plan
@@ -141,8 +141,8 @@ def test_a_row_of_an_unknown_mode_is_rejected(values: Values, tmp_path: Path) ->
     )
     given |= {"dataset_metadata_path": str(other), "data_file_keys": "image,controlnet_image"}
     config = make_config(given)
-    book = FactBook(tmp_path / "facts.sqlite")
-    checked = validate(config, guess_family(config).columns, book)
+    fact_cache = FactCache(tmp_path / "facts.sqlite")
+    checked = validate(config, guess_family(config).columns, fact_cache)
     assert checked.counts["not_taken"] == 1
     (why,) = checked.rejected.collect()["message"]
     assert "controlnet_processor_id takes one of canny, tile" in why

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from diffsynth_dagster.data.table.check import validate
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.export import export_run, verify_export
-from diffsynth_dagster.facts import FactBook
+from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families.contract import Loaded, SampleRequest, Tensors
 from diffsynth_dagster.families.wanvideo import family as wanvideo
 from diffsynth_dagster.families.wanvideo import stages
@@ -241,7 +241,7 @@ def test_inputs_that_do_not_fit_the_model_are_refused(
     layout = "original"  # whose VAE is called by its name
     config = make_config(values(WAN[name], model, clips, tmp_path, layout, **overrides))
     with pytest.raises(ParameterError, match=message):
-        validate(config, find_model(config, HUB).family.columns, FactBook(tmp_path / "facts"))
+        validate(config, find_model(config, HUB).family.columns, FactCache(tmp_path / "facts"))
 
 
 def test_clip_is_asked_for(model: Path, clips: Path, tmp_path: Path) -> None:
