@@ -50,17 +50,6 @@ CHUNK = 250_000
 KEYS_PER_SHARD = 4_000
 """As many latents of 64 KiB as a shard of 256 MiB holds."""
 SIZES = ((1024, 1024), (1216, 832), (832, 1216), (1344, 768), (768, 1344))
-_FACTS = {
-    "path": pl.String,
-    "digest": pl.String,
-    "size": pl.Int64,
-    "modified": pl.Int64,
-    "width": pl.Int64,
-    "height": pl.Int64,
-    "target": pl.List(pl.Int64),
-    "frames": pl.Int64,
-    "stride": pl.Float64,
-}
 Seconds = dict[str, float]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from diffsynth_dagster.config.flags import read_arguments
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe import dump_config
-from diffsynth_dagster.training.failure import FailureGuard, failure_reporter
+from diffsynth_dagster.training.guard import FailureGuard, failure_reporter
 from diffsynth_dagster.training.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -32,12 +32,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     from diffsynth_dagster.facts import FactCache
     from diffsynth_dagster.files import require_writable, write_text
     from diffsynth_dagster.plan import check_plan
-    from diffsynth_dagster.training.dataset import (
-        checked_table,
-        encoded_manifest,
-        open_store,
-        resolved_samples,
-    )
+    from diffsynth_dagster.training.dataset import checked_table, encoded_manifest, open_store
     from diffsynth_dagster.training.loop import train
     from diffsynth_dagster.training.modules import check_model
     from diffsynth_dagster.training.parallel import start_parallel
@@ -57,10 +52,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
 
     # Metadata: the checked table, unless the data set is encoded already.
-    table = None
-    if config.dataset_metadata_path is not None:
-        with parallel.node_main_first():
-            table = checked_table(config, fact_cache, parallel.is_node_main)
+    table = checked_table(config, fact_cache, parallel)
 
     # Weights: found and recognised. They are loaded when they are used.
     with parallel.node_main_first():
@@ -85,10 +77,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
         if parallel.is_main_process:
             write_text(output / "config.yaml", dump_config(config))
         run_file = RunFile(output, record, writes=parallel.is_main_process)
-        samples = resolved_samples(config, manifest, parallel)
-        return train(
-            Session(config, parallel, models, manifest, samples, run_file, reporter, stop_asked)
-        )
+        return train(Session(config, parallel, models, manifest, run_file, reporter, stop_asked))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

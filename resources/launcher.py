@@ -104,7 +104,7 @@ class Launcher(dg.ConfigurableResource):
 
         gpus = torch.cuda.device_count()
         count = count or max(1, gpus)
-        # accelerate gives each process one thread unless told otherwise, which is right beside a
+        # accelerate gives each process one thread unless asked otherwise, which is right beside a
         # GPU and wastes the machine without one.
         threads = 1 if gpus else max(1, torch.get_num_threads() // count)
         return [

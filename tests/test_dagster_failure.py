@@ -12,14 +12,8 @@ from dagster_support import definitions_of, write_recipe
 
 from diffsynth_dagster.errors import DownloadError, ParameterError, Stopped
 from diffsynth_dagster.train import main
-from diffsynth_dagster.training.failure import (
-    FAILURE_FOLDER,
-    Failure,
-    FailureGuard,
-    PrintedFailures,
-    WrittenFailures,
-    read_failures,
-)
+from diffsynth_dagster.training.failure import FAILURE_FOLDER, Failure, read_failures
+from diffsynth_dagster.training.guard import FailureGuard, PrintedFailures, WrittenFailures
 from resources import Launcher
 
 FAILING = """

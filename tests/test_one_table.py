@@ -130,7 +130,8 @@ def test_a_checked_table_is_taken_as_it_is(
     again = values(**own, dataset_metadata_path=checked)
     assert train(again, tmp_path / "two")[0] == 0
     assert read_manifest(tmp_path / "two").digest == read_manifest(tmp_path / "one").digest
-    assert read_checked(tmp_path / "one").parameters["max_pixels"] == 256
+    for run in ("one", "two"):
+        assert read_checked(tmp_path / run).parameters["max_pixels"] == 256
     capsys.readouterr()
     other = values(**own, dataset_metadata_path=checked, max_pixels=1024)
     assert train(other, tmp_path / "three")[0] == 2

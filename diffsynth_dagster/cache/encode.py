@@ -125,7 +125,7 @@ def _wanted(stage: Stage, manifest: Manifest) -> pl.LazyFrame:
 
 
 def _count(wanted: pl.LazyFrame) -> int:
-    """How many different keys there are, told apart by their first 64 bits."""
+    """How many different keys there are, by their first 64 bits."""
     start = pl.col("key").str.slice(0, 16).str.to_integer(base=16, dtype=pl.UInt64)
     return int(wanted.select(start.n_unique()).collect(engine="streaming").item())
 

@@ -1,4 +1,4 @@
-"""Looking after a store: check every tensor, tell what uses what, drop what nothing uses."""
+"""Looking after a store: check every tensor, list what uses what, drop what nothing uses."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +107,7 @@ def used_keys(store: Store) -> dict[Path, pl.LazyFrame]:
     A store that was moved keeps its users: keys are content, so what they name is the same.
 
     Raises:
-        StoreError: a `samples.parquet` is damaged: what it uses cannot be told.
+        StoreError: a `samples.parquet` is damaged, so that it is not known what it uses.
     """
     used: dict[Path, pl.LazyFrame] = {}
     for folder in store.users():

@@ -63,7 +63,7 @@ class ModelEntry:
 
     @property
     def folder_hint(self) -> str:
-        """The folder that the files lie in, as far as the text tells: `transformer`, `vae`, …"""
+        """The folder that the files lie in, as far as the text shows it: `transformer`, `vae`, …"""
         text = self.pattern if self.repository else self.paths[0]
         return PurePosixPath(text).name if text.endswith("/") else PurePosixPath(text).parent.name
 

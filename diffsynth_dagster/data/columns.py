@@ -11,12 +11,12 @@ class Input:
     """A column of the metadata that a stage reads.
 
     Attributes:
-        kind: "text" is handed over as str; "number" as int or float; "image" as float32 (3, H, W)
+        kind: "text" is passed on as str; "number" as int or float; "image" as float32 (3, H, W)
             in [-1, 1]; "video" as float32 (3, F, H, W) in [-1, 1]; "picture" as an RGB Pillow
             image in its own size, for stages that resize it as a published pipeline does. Every
-            file has the trained size of its own; the first file column of a family tells the size
+            file has the trained size of its own; the first file column of a family decides the size
             of the sample.
-        many: files only: a row may name several. They are handed over as a list, and a row that
+        many: files only: a row may name several. They are passed on as a list, and a row that
             names one gives a list of one.
         same_size: the file is read at the size and length of the sample.
         pattern: text and numbers only: a regular expression that a value must match, as it is
@@ -57,5 +57,5 @@ class Columns:
 
     @property
     def files(self) -> tuple[Input, ...]:
-        """The columns that name files; the first tells the size of a sample."""
+        """The columns that name files; the first decides the size of a sample."""
         return tuple(i for i in self.inputs if i.is_file)

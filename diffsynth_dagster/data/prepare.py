@@ -5,7 +5,7 @@ from pathlib import Path
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns
 from diffsynth_dagster.data.table.check import CheckedTable, Progress, validate
-from diffsynth_dagster.data.table.checked import find_checked, write_checked
+from diffsynth_dagster.data.table.checked import FILE_NAME, find_checked, write_checked
 from diffsynth_dagster.dotted import import_dotted
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache
@@ -20,8 +20,8 @@ def prepare_data(
     """The checked table of a config.
 
     A checked table that `dataset_metadata_path` names is taken as it is. Otherwise
-    `customized_dataset` is called, every row is checked, and the result is written into the run
-    folder. Rejected rows are not refused here: see `CheckedTable.require_accepted`.
+    `customized_dataset` is called, and every row is checked. The table lies in the run folder
+    afterwards. Rejected rows are not refused here: see `CheckedTable.require_accepted`.
 
     Raises:
         MetadataError, ParameterError: see `validate`; or the checked table lacks a column.
@@ -31,7 +31,9 @@ def prepare_data(
     checked = find_checked(Path(config.dataset_metadata_path))
     if checked is not None:
         _require_fit(config, columns, checked)
-        return checked
+        named, own = Path(config.dataset_metadata_path), Path(config.output_path) / FILE_NAME
+        is_there = own.exists() and named.samefile(own)
+        return checked if is_there else write_checked(checked, own.parent)
     if config.customized_dataset is not None:
         make = import_dotted(config.customized_dataset, "customized_dataset")
         make(Path(config.dataset_base_path))

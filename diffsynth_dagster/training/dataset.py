@@ -19,7 +19,7 @@ from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.checked import find_checked, read_checked
+from diffsynth_dagster.data.table.checked import read_checked
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.training.parallel import Parallel
@@ -35,22 +35,25 @@ def open_store(config: TrainingConfig) -> Store:
     return Store(Path(read_manifest(Path(config.dataset_base_path)).store))
 
 
-def checked_table(config: TrainingConfig, fact_cache: FactCache, first: bool) -> CheckedTable:
-    """The checked table of a config.
+def checked_table(
+    config: TrainingConfig, fact_cache: FactCache, parallel: Parallel
+) -> CheckedTable | None:
+    """The checked table of a config; None where the data set was encoded before. Collective.
 
-    Args:
-        first: whether this process makes and checks it; the others read what that one wrote.
+    One process of each node makes and checks it; the others read what that one wrote.
 
     Raises:
         MetadataError: too many rows are rejected; or see `prepare_data`.
     """
-    if not first:
-        named = find_checked(Path(str(config.dataset_metadata_path)))
-        return named or read_checked(Path(config.output_path))
-    with tqdm(desc="check files", unit="file", delay=2) as bar:
-        table = prepare_data(config, guess_family(config).columns, fact_cache, bar.update)
-    table.require_accepted(config.max_rejected_fraction)
-    return table
+    if config.dataset_metadata_path is None:
+        return None
+    with parallel.node_main_first():
+        if not parallel.is_node_main:
+            return read_checked(Path(config.output_path))
+        with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
+            table = prepare_data(config, guess_family(config).columns, fact_cache, bar.update)
+        table.require_accepted(config.max_rejected_fraction)
+        return table
 
 
 def encoded_manifest(

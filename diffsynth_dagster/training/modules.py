@@ -257,7 +257,7 @@ def saved_name(name: str) -> str:
 
 
 def fingerprints(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[float, float]]:
-    """A cheap mark of each tensor's values, to tell afterwards whether they changed."""
+    """A cheap mark of each tensor's values, to find out afterwards whether they changed."""
     return {
         name: (float(p.detach().double().sum()), float(p.detach().double().abs().sum()))
         for name, p in parameters

@@ -141,7 +141,7 @@ class Parallel:
                 over the processes in its backward pass, once for the whole step.
 
         Raises:
-            ParameterError: a trained parameter gets no gradient, and DDP was not told to expect it.
+            ParameterError: a trained parameter gets no gradient, and DDP does not expect that.
         """
         self._accelerator.sync_gradients = last
         try:
@@ -154,7 +154,7 @@ class Parallel:
             if "find_unused_parameters" not in str(error):
                 raise
             raise ParameterError(
-                "some trained parameters get no gradient, which several processes must be told",
+                "some trained parameters get no gradient, which several processes must know beforehand",
                 where="find_unused_parameters",
                 do="give find_unused_parameters",
             ) from error

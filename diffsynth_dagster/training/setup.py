@@ -8,10 +8,10 @@ from torch import nn
 
 from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.cache.resolve import Samples
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.training.batches import StepDataset
+from diffsynth_dagster.training.dataset import resolved_samples
 from diffsynth_dagster.training.modules import add_lora, checkpoint_gradients, train_fully
 from diffsynth_dagster.training.optimizer import make_optimizer, make_schedule
 from diffsynth_dagster.training.parallel import Parallel
@@ -30,7 +30,6 @@ class Session:
     parallel: Parallel
     models: Models
     manifest: Manifest
-    samples: Samples
     run_file: RunFile
     reporter: Reporter
     stop_asked: Callable[[], bool]
@@ -75,16 +74,17 @@ def set_up(session: Session) -> Work:
     """Build everything that a training needs. Collective: every process calls it.
 
     Raises:
-        UserError: see `build_step`, `make_optimizer`, `make_schedule`.
+        UserError: see `build_step`, `make_optimizer`, `make_schedule`, `resolved_samples`.
     """
     config, parallel = session.config, session.parallel
     step_module = build_step(config, session.models, parallel.trained_dtype)
     trained = {n: p for n, p in step_module.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(config, trained.values())
+    samples = resolved_samples(config, session.manifest, parallel)
     data = StepDataset(
         config,
         session.models.found.family,
-        session.samples,
+        samples,
         parallel.process_index,
         parallel.num_processes,
     )

@@ -28,9 +28,8 @@ def write_checked(table: CheckedTable, folder: Path) -> CheckedTable:
         OutputError: the folder cannot be written.
     """
     notes = {_NOTES: json.dumps({"source": table.source, "parameters": table.parameters})}
-    frame = table.frame
     path = write_whole(
-        folder / FILE_NAME, lambda staged: frame.write_parquet(staged, metadata=notes)
+        folder / FILE_NAME, lambda staged: table.rows.sink_parquet(staged, metadata=notes)
     )
     rejected = table.rejected.select("row", "status", "message").collect()
     write_whole(folder / "rejected.csv", rejected.write_csv)

@@ -68,7 +68,7 @@ class Table:
         """Run a query over `rows` in batches.
 
         Raises:
-            MetadataError: the file cannot be read; the line is named where it can be told.
+            MetadataError: the file cannot be read; the line is named where it is known.
         """
         try:
             return rows.collect(engine="streaming")
@@ -279,7 +279,7 @@ def _open_csv(path: Path, text: Path, wanted: Sequence[str]) -> Table:
         raise_if_empty=False,
         glob=False,
     )
-    # The last column and the extra one tell whether a row may be uneven.
+    # By the last column and the extra one, a row may be uneven.
     last = pl.col(names[-1]).fill_null("") == ""
     more = pl.col(EXTRA).fill_null("") != ""
     read = [column for column in wanted if column in header]

@@ -1,7 +1,7 @@
 """Whether every row of a table has the values that a family reads. No file is opened for it.
 
-One vectorised query in batches tells which rows are surely fine; the others get the first check that
-they fail. What this cannot decide (a csv row of uneven length, a json value that is no text) is
+One vectorised query in batches finds the rows that are surely fine; the others get the first check
+that they fail. What this cannot decide (a csv row of uneven length, a json value that is no text) is
 looked at once more, row by row.
 """
 
