@@ -18,7 +18,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from diffsynth_dagster.cache.encode import Keys, encode_missing, plan_samples
+from diffsynth_dagster.cache.encode import encode_missing
+from diffsynth_dagster.cache.keys import Keys
+from diffsynth_dagster.cache.plan import plan_samples
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.media.image import load_sample_image
 from diffsynth_dagster.data.table.check import validate
@@ -73,7 +75,7 @@ def encode(config: TrainingConfig, found: FoundModel) -> int:
     validated = validate(config, found.family.columns, fact_cache)
     manifest = plan_samples(config, found, validated, Keys(found, fact_cache, torch.float32))
     done = encode_missing(config, models, manifest, validated, Accelerator(cpu=True))
-    manifest.write(Path(config.output_path))
+    manifest.publish()
     fact_cache.close()
     return done.misses["image"]
 
