@@ -34,7 +34,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
         ],
     )
     def exports(parameters: Parameters, hub: Hub) -> dg.MaterializeResult:
-        from diffsynth_dagster.cache.split import second_half, with_settled
+        from diffsynth_dagster.cache.split import with_settled
         from diffsynth_dagster.errors import OutputError
         from diffsynth_dagster.export import export_run
         from diffsynth_dagster.facts import digest_of
@@ -50,7 +50,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
                     where=config.output_path,
                     do=f"materialize {recipe.name}/checkpoints first",
                 )
-            config = with_settled(second_half(config))
+            config = with_settled(config)
             found = find_model(config, hub.open())
             exported = export_run(config, record, found)
             check = _check(exported, found)

@@ -44,13 +44,14 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
         ],
     )
     def metadata(context: dg.AssetExecutionContext, parameters: Parameters) -> dg.MaterializeResult:
+        from diffsynth_dagster.cache.split import with_settled
         from diffsynth_dagster.data.digests import digest_rows
         from diffsynth_dagster.data.prepare import prepare_data
         from diffsynth_dagster.facts import FactCache
         from diffsynth_dagster.weights.identify import guess_family
 
         with user_errors():
-            config = parameters.apply(recipe.config)
+            config = with_settled(parameters.apply(recipe.config))
             columns = guess_family(config).columns
             with closing(FactCache(fact_cache_path(config))) as fact_cache:
                 checked = prepare_data(config, columns, fact_cache)

@@ -2,33 +2,46 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import polars as pl
 import pytest
-from conftest import Values, keys_of, lora_values, train, write_images
+from conftest import Values, keys_of, lora_values, make_config, train, write_images
 from dagster_support import definitions_of, write_recipe
 from PIL import Image
 
 from diffsynth_dagster.cache.__main__ import main as maintain
+from diffsynth_dagster.cache.keys import sample_identity, with_contents
 from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.split import require_encoded_for
 from diffsynth_dagster.cache.store import Store
-from diffsynth_dagster.data.table.checked import read_checked
+from diffsynth_dagster.data.prepare import prepare_data
+from diffsynth_dagster.data.table.checked import PINNED, pin, read_checked
+from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.families import find_family
+from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.identify import find_model
 
 CALLS = "calls.txt"
 
 
 def make_and_count(folder: Path) -> None:
-    """A `customized_dataset` that notes in the folder above that it was called."""
+    """A `customized_dataset` that makes other pictures at each call, and notes that it was called."""
+    calls = folder.parent / CALLS
+    count = len(calls.read_text().splitlines()) if calls.exists() else 0
     if not folder.is_dir():
         write_images(folder, 6)
-    with (folder.parent / CALLS).open("a") as file:
+    for index, picture in enumerate(sorted(folder.glob("*.png"))):
+        repaint(picture, (40 * index, 40 * count, 0))
+    with calls.open("a") as file:
         file.write("called\n")
 
 
-def repaint(path: Path, colour: str) -> None:
+def repaint(path: Path, colour: str | tuple[int, int, int]) -> None:
     """Exchange a picture for another of its size."""
     with Image.open(path) as image:
         size = image.size
@@ -46,7 +59,11 @@ class Project:
             "output_path": str(self.run_folder),
         }
         self._folder, self._instance = folder, instance
-        write_recipe(folder / "recipes", "once", self.values)
+        self.give()
+
+    def give(self, **more: object) -> None:
+        """Write the recipe with further parameters."""
+        write_recipe(self._folder / "recipes", "once", {**self.values, **more})
 
     def run(self, *kinds: str) -> dg.ExecuteInProcessResult:
         definitions = definitions_of(self._folder / "recipes")
@@ -85,7 +102,10 @@ def test_a_job_makes_and_checks_its_data_once(project: Project) -> None:
     assert shown["dagster/row_count"].value == table.height == 6
     manifest = read_manifest(project.run_folder)
     assert manifest.frame["row"].to_list() == table["row"].to_list()
-    assert manifest.samples == 6
+    inputs = find_family("qwen_image").columns.inputs
+    identities = with_contents(table, inputs).select(sample_identity(inputs)).to_series()
+    assert len(set(identities)) == 6
+    assert manifest.frame["sample"].to_list() == [f"{identity}-1" for identity in identities]
 
 
 def test_a_picture_exchanged_between_two_assets_stops_the_run(project: Project) -> None:
@@ -107,6 +127,69 @@ def test_a_picture_exchanged_between_two_assets_stops_the_run(project: Project) 
     assert project.run("metadata", "latents").success
     assert lost not in keys_of(project.run_folder)
     assert keys_of(project.run_folder) <= set(Store(project.store).index()["key"])
+
+
+def test_latents_alone_go_on_with_their_own_data_set_only(project: Project) -> None:
+    """Nor with other parameters, also where the recipe leaves out now what it gave before."""
+    project.give(max_pixels=512)
+    assert project.run("metadata", "latents").success
+    project.give()
+    for kind, what in (("latents", "table was checked"), ("checkpoints", "data set was encoded")):
+        message = message_of(project.run(kind), kind)
+        assert f"the {what} with max_pixels = 512, and now it is 1048576" in message
+        assert "materialize the" in message
+    project.give(max_pixels=512, dataset_metadata_path=str(project.data / "other.csv"))
+    for kind in ("latents", "checkpoints"):
+        assert "with dataset_metadata_path = " in message_of(project.run(kind), kind)
+    project.give(max_pixels=512)
+    assert project.run("checkpoints").success
+    (project.run_folder / "samples.parquet").unlink()
+    assert project.run("exports").success
+
+
+def test_a_table_that_is_encoded_stays_what_it_is(project: Project) -> None:
+    assert project.run("metadata").success
+    first = read_checked(project.run_folder)
+    before = first.frame
+    pin(project.run_folder)
+    assert project.run("metadata").success  # which paints other pictures
+    assert not read_checked(project.run_folder).frame.equals(before)
+    assert read_checked(project.run_folder, PINNED).frame.equals(before)
+
+
+def test_a_table_of_other_columns_or_an_older_stage_is_refused(
+    values: Values, tmp_path: Path
+) -> None:
+    config = values(cache_path=str(tmp_path / "store"))
+    assert train(config, tmp_path / "one", "--task", "sft:data_process")[0] == 0
+    family = find_family("qwen_image")
+    config = make_config(
+        {**config, "dataset_metadata_path": str(tmp_path / "one/metadata.parquet")}
+    )
+    other = replace(family.columns, geometry=replace(family.geometry, side_factor=32))
+    cache = FactCache(tmp_path / "facts.sqlite")
+    with pytest.raises(ParameterError, match="checked for other columns or sizes"):
+        prepare_data(config, other, cache)
+    found = find_model(config, ModelHub.from_environment())
+    raised = tuple(replace(stage, version=stage.version + 1) for stage in found.family.stages)
+    newer = replace(found, family=replace(found.family, stages=raised))
+    manifest = read_manifest(tmp_path / "one")
+    require_encoded_for(config, found, manifest, cache)
+    with pytest.raises(ParameterError, match="another version of the stage"):
+        require_encoded_for(config, newer, manifest, cache)
+
+
+def test_the_data_sets_own_table_is_not_replaced(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_images(tmp_path / "run", 2)
+    table = data / "metadata.parquet"
+    pl.read_csv(data / "metadata.csv").write_parquet(table)
+    before = table.read_bytes()
+    config = values(dataset_base_path=str(data), dataset_metadata_path=str(table))
+    assert train(config, tmp_path / "run")[0] == 2
+    assert "would take the place of the data set's own" in capsys.readouterr().err
+    assert table.read_bytes() == before
 
 
 def test_a_file_that_was_only_touched_is_the_same(project: Project) -> None:

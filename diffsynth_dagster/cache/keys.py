@@ -85,6 +85,12 @@ def _all_uses(stage: Stage, family: Family) -> set[str]:
     return names
 
 
+def stage_digest(stage: Stage) -> str:
+    """Digest of what a stage yields: its name, its version, its outputs."""
+    outputs = [[o.name, o.role, o.ragged] for o in stage.yields]
+    return digest_of([stage.name, stage.version, outputs])
+
+
 class Keys:
     """Makes the keys of the stages of a model.
 
@@ -94,7 +100,7 @@ class Keys:
 
     def __init__(self, found: FoundModel, fact_cache: FactCache, dtype: torch.dtype) -> None:
         self._found = found
-        self._book = fact_cache
+        self._fact_cache = fact_cache
         self._dtype = str(dtype)
         self._digests: dict[str, str] = {}
 
@@ -127,9 +133,7 @@ class Keys:
         value: list[Any] = [
             LAYOUT_VERSION,
             family.name,
-            stage.name,
-            stage.version,
-            [[o.name, o.role, o.ragged] for o in stage.yields],
+            stage_digest(stage),
             self._dtype,
             [self._digest(name) for name in sorted(_all_uses(stage, family))],
         ]
@@ -137,7 +141,7 @@ class Keys:
 
     def _digest(self, component: str) -> str:
         if component not in self._digests:
-            self._digests[component] = component_digest(self._found, component, self._book)
+            self._digests[component] = component_digest(self._found, component, self._fact_cache)
         return self._digests[component]
 
 

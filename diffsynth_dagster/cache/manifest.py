@@ -41,6 +41,8 @@ class Notes:
         prompts: sample prompt → stage → key, for the images made during training.
         weights: component → digest of the files that it was encoded with.
         parameters: what encoding has settled: see `config.effect.settled_by_encoding`.
+        data: the data set, as absolute paths: see `config.settled.named_data`.
+        stages: cached stage → digest of its version and outputs.
         layout: `LAYOUT_VERSION` of the keys.
     """
 
@@ -52,6 +54,8 @@ class Notes:
     prompts: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     weights: dict[str, str] = field(default_factory=dict[str, str])
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])
+    data: dict[str, str] = field(default_factory=dict[str, str])
+    stages: dict[str, str] = field(default_factory=dict[str, str])
     layout: int = 0
 
 

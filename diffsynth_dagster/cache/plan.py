@@ -15,6 +15,7 @@ from diffsynth_dagster.cache.keys import (
     Keys,
     prompt_keys,
     sample_identity,
+    stage_digest,
     with_contents,
 )
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
@@ -26,6 +27,7 @@ from diffsynth_dagster.data.digests import digest_rows
 from diffsynth_dagster.data.samples import PARTS, files_as_json
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.families.contract import Stage
+from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.weights.identify import FoundModel
 
 _SIZES = {"row": pl.UInt32, "width": pl.Int64, "height": pl.Int64, "frames": pl.Int64}
@@ -49,13 +51,14 @@ def plan_samples(
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=output) as folder:
         draft = Path(folder) / "draft.parquet"
         make_rows = _row_maker(family.columns, cached, step_inputs, keys)
-        table.accepted.select(_read_columns(family.columns)).map_batches(
+        made = table.accepted.select(_read_columns(family.columns)).map_batches(
             make_rows,
             schema=_schema(cached, step_inputs),
             streamable=True,
             predicate_pushdown=False,
             projection_pushdown=False,
-        ).sink_parquet(draft, compression="lz4")
+        )
+        write_whole(draft, lambda staged: made.sink_parquet(staged, compression="lz4"))
         rows = _with_occurrence(pl.scan_parquet(draft))
         identity = [*_SIZES, "shape", "sample", *(f"key:{s.name}" for s in cached)]
         prompts = _prompts(config)
@@ -69,6 +72,8 @@ def plan_samples(
             prompts={p: dict(k) for p, k in prompt_keys(prompts, text_stages, keys).items()},
             weights=keys.weights(cached),
             parameters=settled_by_encoding(config),
+            data=table.data,
+            stages={s.name: stage_digest(s) for s in cached},
             layout=LAYOUT_VERSION,
         )
         return write_manifest(rows, notes, output / PLANNED)

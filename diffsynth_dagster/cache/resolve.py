@@ -251,5 +251,6 @@ def lacking(missing: int, wanted: int, store: str) -> StoreError:
     return StoreError(
         f"the store lacks {missing} of {wanted} encoded inputs",
         where=store,
-        do="run the task with :data_process and the same parameters first",
+        do="encode it first: materialize the latents, or run the task with :data_process and the same "
+        "parameters",
     )

@@ -3,12 +3,17 @@ agree."""
 
 from pathlib import Path
 
+from diffsynth_dagster.cache.keys import stage_digest
 from diffsynth_dagster.cache.manifest import Manifest, read_manifest
-from diffsynth_dagster.config.effect import trained_components
+from diffsynth_dagster.config.effect import (
+    settled_by_checking,
+    settled_by_encoding,
+    trained_components,
+)
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.config.settled import take_over
+from diffsynth_dagster.config.settled import named_data, require_same, take_over
 from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED_TABLE
-from diffsynth_dagster.data.table.checked import find_checked
+from diffsynth_dagster.data.table.checked import find_checked, read_checked
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.weights.identify import FoundModel
@@ -39,17 +44,40 @@ def with_settled(config: TrainingConfig) -> TrainingConfig:
 
 
 def first_half(config: TrainingConfig) -> TrainingConfig:
-    """The config of encoding the checked table of its run folder."""
-    table = Path(config.output_path) / CHECKED_TABLE
+    """The config of encoding the checked table of its run folder.
+
+    Raises:
+        MetadataError: there is none.
+        ParameterError: it is of another data set, or was checked with other parameters.
+    """
+    config = with_settled(config)
+    folder = Path(config.output_path)
+    checked = read_checked(folder)
+    given = {**named_data(config), **settled_by_checking(config)}
+    settled = {**checked.data, **checked.parameters}
+    where, do = str(folder / CHECKED_TABLE), "check it again: materialize the metadata first"
+    require_same(given, settled, "the table was checked", where, do)
     task = config.task.split(":")[0] + ":data_process"
-    return config.model_copy(update={"dataset_metadata_path": str(table), "task": task})
+    table = {"dataset_metadata_path": str(folder / CHECKED_TABLE)}
+    return config.model_copy(update={"task": task, **table})
 
 
 def second_half(config: TrainingConfig) -> TrainingConfig:
-    """The config of training on what lies encoded in its run folder, or where it says."""
+    """The config of training on what lies encoded in its run folder, or where it says.
+
+    Raises:
+        StoreError: the run folder holds no encoded data set.
+        ParameterError: it is of another data set, or was encoded with other parameters.
+    """
     task = config.task.split(":")[0] + ":train"
     if config.dataset_metadata_path is None:
         return config.model_copy(update={"task": task})
+    config = with_settled(config)
+    manifest = read_manifest(Path(config.output_path))
+    given = {**named_data(config), **settled_by_encoding(config)}
+    settled = {**manifest.data, **manifest.parameters}
+    do = "encode it again: materialize the latents first"
+    require_same(given, settled, "the data set was encoded", str(manifest.path), do)
     encoded = {"dataset_metadata_path": None, "dataset_base_path": config.output_path}
     return config.model_copy(update={"task": task, **encoded})
 
@@ -69,6 +97,14 @@ def require_encoded_for(
             f"the data set was encoded for {manifest.family}",
             f"train {manifest.family}, or encode it for {family.name}",
         )
+    known = {stage.name: stage_digest(stage) for stage in family.stages}
+    for name, digest in manifest.stages.items():
+        if known.get(name, digest) != digest:
+            raise _refuse(
+                config,
+                f"the data set was encoded by another version of the stage '{name}'",
+                "encode it again",
+            )
     trained = trained_components(config)
     wanted = {f"key:{stage.name}" for stage in family.cached_stages(trained)}
     wanted |= {f"input:{i.column}" for s in family.step_stages(trained) for i in s.reads}

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
-from diffsynth_dagster.cache.manifest import FILE_NAME, read_manifest
+from diffsynth_dagster.cache.manifest import FILE_NAME, PLANNED, read_manifest
 from diffsynth_dagster.cache.store import Store, index_layout, tensor_digest
 from diffsynth_dagster.errors import StoreError
 
@@ -111,11 +111,14 @@ def used_keys(store: Store) -> dict[Path, pl.LazyFrame]:
     """
     used: dict[Path, pl.LazyFrame] = {}
     for folder in store.users():
-        if (folder / FILE_NAME).is_file():
-            manifest = read_manifest(folder, any_layout=True)
-            # No training reads a manifest of another layout.
-            is_read = manifest.layout == LAYOUT_VERSION
-            used[folder] = manifest.keys if is_read else manifest.keys.clear()
+        # A planned manifest is that of an encoding that goes on, or was interrupted.
+        names = [name for name in (FILE_NAME, PLANNED) if (folder / name).is_file()]
+        manifests = [read_manifest(folder, name, any_layout=True) for name in names]
+        # No training reads a manifest of another layout.
+        keys = [m.keys for m in manifests if m.layout == LAYOUT_VERSION]
+        if names:
+            none = pl.LazyFrame(schema={"key": pl.String})
+            used[folder] = pl.concat([none, *keys]).unique()
     return used
 
 

@@ -13,7 +13,8 @@ class DatasetParameters(BaseModel):
     )
     dataset_metadata_path: str | None = parameter(
         None,
-        "Metadata table of the data set: csv, json, jsonl or parquet.",
+        "Metadata table of the data set: csv, json, jsonl or parquet. The metadata.parquet of a "
+        "run folder is taken as it was checked there.",
         affects="rows",
         by_content=True,
     )

@@ -1,6 +1,7 @@
-"""What an earlier step has settled, and a later one takes over."""
+"""What an earlier step has settled: a later one takes it over, or must not ask for anything else."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster.config.effect import settled_by_encoding
@@ -30,3 +31,31 @@ def take_over(
             )
     known = {name: settled[name] for name in settled if name in TrainingConfig.model_fields}
     return TrainingConfig.model_validate({**config.model_dump(), **known})
+
+
+def named_data(config: TrainingConfig) -> dict[str, str]:
+    """The data set that a config names, as absolute paths."""
+    table = config.dataset_metadata_path
+    paths = {"dataset_base_path": config.dataset_base_path, "dataset_metadata_path": table}
+    return {name: str(Path(path).absolute()) for name, path in paths.items() if path is not None}
+
+
+def require_same(
+    given: Mapping[str, Any], settled: Mapping[str, Any], what: str, where: str, do: str
+) -> None:
+    """Refuse to go on with what an earlier step made from other values, whether left out or not.
+
+    Args:
+        given, settled: name → value of what is asked for now, and of what the step was given.
+        what: what was done, for messages: "the table was checked".
+
+    Raises:
+        ParameterError: a value differs.
+    """
+    for name in given:
+        if given[name] != settled.get(name):
+            raise ParameterError(
+                f"{what} with {name} = {settled.get(name)}, and now it is {given[name]}",
+                where=where,
+                do=do,
+            )

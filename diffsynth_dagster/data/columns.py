@@ -1,7 +1,8 @@
 """The columns of a metadata table that a model reads."""
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from diffsynth_dagster.data.geometry import Geometry
 
@@ -54,6 +55,12 @@ class Columns:
     inputs: tuple[Input, ...]
     optional: tuple[str, ...]
     geometry: Geometry
+
+    @property
+    def described(self) -> list[Any]:
+        """What of it a checked table depends on, as a JSON value."""
+        inputs = [[i.column, i.kind, i.many, i.same_size, i.area] for i in self.inputs]
+        return json.loads(json.dumps([self.reader, inputs, asdict(self.geometry)]))
 
     @property
     def files(self) -> tuple[Input, ...]:

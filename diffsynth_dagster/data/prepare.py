@@ -1,8 +1,10 @@
 """Make the data set, if the recipe says how, and check all of it; or take what was checked."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.config.settled import named_data
 from diffsynth_dagster.data.columns import Columns
 from diffsynth_dagster.data.table.check import CheckedTable, Progress, validate
 from diffsynth_dagster.data.table.checked import FILE_NAME, find_checked, write_checked
@@ -24,16 +26,25 @@ def prepare_data(
     afterwards. Rejected rows are not refused here: see `CheckedTable.require_accepted`.
 
     Raises:
-        MetadataError, ParameterError: see `validate`; or the checked table lacks a column.
+        MetadataError, ParameterError: see `validate`; or the checked table is for other columns or
+            sizes, or would take the place of the data set's own.
         OutputError: the run folder cannot be written.
     """
     assert config.dataset_metadata_path is not None
-    checked = find_checked(Path(config.dataset_metadata_path))
+    named, own = Path(config.dataset_metadata_path), Path(config.output_path) / FILE_NAME
+    is_own = own.exists() and named.exists() and named.samefile(own)
+    checked = find_checked(named)
     if checked is not None:
         _require_fit(config, columns, checked)
-        named, own = Path(config.dataset_metadata_path), Path(config.output_path) / FILE_NAME
-        is_there = own.exists() and named.samefile(own)
-        return checked if is_there else write_checked(checked, own.parent)
+        if is_own:
+            return checked
+        return write_checked(replace(checked, data=named_data(config)), own.parent)
+    if is_own:
+        raise ParameterError(
+            "the checked table would take the place of the data set's own",
+            where=f"dataset_metadata_path = {named}",
+            do="give another output_path",
+        )
     if config.customized_dataset is not None:
         make = import_dotted(config.customized_dataset, "customized_dataset")
         make(Path(config.dataset_base_path))
@@ -41,12 +52,10 @@ def prepare_data(
 
 
 def _require_fit(config: TrainingConfig, columns: Columns, checked: CheckedTable) -> None:
-    """Refuse a checked table that lacks a column. Raises `ParameterError`."""
-    have = checked.rows.collect_schema().names()
-    lacks = [i.column for i in columns.inputs if i.column not in have]
-    if lacks:
+    """Refuse a checked table of other columns or sizes. Raises `ParameterError`."""
+    if checked.read_as != columns.described:
         raise ParameterError(
-            f"the table was checked without what {columns.reader} reads: {', '.join(lacks)}",
+            f"the table was checked for other columns or sizes than {columns.reader} reads here",
             where=f"dataset_metadata_path = {config.dataset_metadata_path}",
-            do="check the data set with these columns, or name the original table",
+            do="check the data set again: name the original table, or materialize the metadata",
         )

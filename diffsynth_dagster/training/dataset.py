@@ -19,7 +19,7 @@ from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.checked import read_checked
+from diffsynth_dagster.data.table.checked import PINNED, pin, read_checked
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.training.parallel import Parallel
@@ -81,7 +81,7 @@ def encoded_manifest(
         require_encoded_for(config, models.found, manifest, fact_cache)
         _require_stored(manifest)
     else:
-        manifest = _encode(config, parallel, models, table, fact_cache, reporter, stop_asked)
+        manifest = _encode(config, parallel, models, fact_cache, reporter, stop_asked)
     if parallel.is_main_process:
         Store(Path(manifest.store)).add_user(manifest.folder)
     return manifest
@@ -91,17 +91,20 @@ def _encode(
     config: TrainingConfig,
     parallel: Parallel,
     models: Models,
-    table: CheckedTable,
     fact_cache: FactCache,
     reporter: Reporter,
     stop_asked: Callable[[], bool],
 ) -> Manifest:
-    """The manifest of a checked table, after encoding what the store lacks of it."""
+    """The manifest of the run folder's checked table, after encoding what the store lacks of it."""
     output = Path(config.output_path)
     with parallel.node_main_first():
         if parallel.is_node_main:
-            plan_samples(config, models.found, table, Keys(models.found, fact_cache, models.dtype))
-        planned = read_manifest(output, PLANNED)
+            pin(output)
+            keys = Keys(models.found, fact_cache, models.dtype)
+            plan_samples(config, models.found, read_checked(output, PINNED), keys)
+        table, planned = read_checked(output, PINNED), read_manifest(output, PLANNED)
+    if parallel.is_main_process:  # so that a clean-up spares what an interrupted run encoded
+        Store(Path(planned.store)).add_user(output)
     if config.trains_only:
         _require_stored(planned)
     else:

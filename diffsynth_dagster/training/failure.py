@@ -41,7 +41,7 @@ class Failure:
         traceback: of a crash, with those of the errors that led to it.
         may_retry: trying again may help although nothing was changed.
         process: number of the process, from 0.
-        processes: how many processes the training has.
+        processes: how many processes the training has on this machine.
         time: seconds since 1970.
     """
 
@@ -71,7 +71,7 @@ def failure_of(error: BaseException) -> Failure:
         text = "".join(traceback.format_exception(error))
         failure = Failure("crash", what, traceback=text)
     # torchrun and `accelerate launch` set these when there are several processes.
-    process, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    process, count = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return replace(failure, process=process, processes=count, time=time.time())
 
 

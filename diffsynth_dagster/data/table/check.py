@@ -11,6 +11,7 @@ import polars as pl
 
 from diffsynth_dagster.config.effect import settled_by_checking
 from diffsynth_dagster.config.parameters import DatasetParameters, TrainingConfig
+from diffsynth_dagster.config.settled import named_data
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.table.files import (
@@ -43,11 +44,15 @@ class CheckedTable:
             sizes. Read in parts where they are needed: a table may be larger than memory.
         source: the metadata table that was checked.
         parameters: the parameters that say what the rows are, as JSON values.
+        data: the data set that was checked, as absolute paths: see `config.settled.named_data`.
+        read_as: the columns and sizes that it was checked for: see `Columns.described`.
     """
 
     rows: pl.LazyFrame
     source: str
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])
+    data: dict[str, str] = field(default_factory=dict[str, str])
+    read_as: list[Any] = field(default_factory=list[Any])
 
     @property
     def frame(self) -> pl.DataFrame:
@@ -162,8 +167,13 @@ def validate(
             frame = files.check(frame, item)
             if item.same_size:
                 frame = with_same_size(frame, columns.files[0], item)
-    settled = settled_by_checking(config)
-    return CheckedTable(with_shape(frame, columns.files).lazy(), str(source), settled)
+    return CheckedTable(
+        with_shape(frame, columns.files).lazy(),
+        str(source),
+        settled_by_checking(config),
+        named_data(config),
+        columns.described,
+    )
 
 
 __all__ = [

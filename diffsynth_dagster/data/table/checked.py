@@ -6,6 +6,9 @@ made or checked again.
 """
 
 import json
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -15,7 +18,10 @@ from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.files import write_whole
 
 FILE_NAME = "metadata.parquet"
+PINNED = ".metadata.encoded.parquet"
+"""The table that is being encoded: it stays what it is when the other is made anew meanwhile."""
 _NOTES = "diffsynth_dagster"
+_NOTED = ("source", "parameters", "data", "read_as")
 
 
 def write_checked(table: CheckedTable, folder: Path) -> CheckedTable:
@@ -27,13 +33,14 @@ def write_checked(table: CheckedTable, folder: Path) -> CheckedTable:
     Raises:
         OutputError: the folder cannot be written.
     """
-    notes = {_NOTES: json.dumps({"source": table.source, "parameters": table.parameters})}
+    values = {name: getattr(table, name) for name in _NOTED}
+    notes = {_NOTES: json.dumps(values)}
     path = write_whole(
         folder / FILE_NAME, lambda staged: table.rows.sink_parquet(staged, metadata=notes)
     )
     rejected = table.rejected.select("row", "status", "message").collect()
     write_whole(folder / "rejected.csv", rejected.write_csv)
-    return CheckedTable(pl.scan_parquet(path), table.source, table.parameters)
+    return replace(table, rows=pl.scan_parquet(path))
 
 
 def find_checked(path: Path) -> CheckedTable | None:
@@ -47,17 +54,33 @@ def find_checked(path: Path) -> CheckedTable | None:
         return None  # whoever reads it as a table says what is wrong with it
 
 
-def read_checked(folder: Path) -> CheckedTable:
+def read_checked(folder: Path, name: str = FILE_NAME) -> CheckedTable:
     """The checked table of a run folder.
 
     Raises:
         MetadataError: there is none, or it is damaged.
     """
-    found = find_checked(folder / FILE_NAME)
+    found = find_checked(folder / name)
     if found is None:
         raise MetadataError(
             "the folder holds no checked table",
-            where=str(folder / FILE_NAME),
+            where=str(folder / name),
             do="materialize the metadata of this recipe first",
         )
     return found
+
+
+def pin(folder: Path) -> None:
+    """Keep the checked table of a run folder as it is now under the name `PINNED`.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+
+    def link(staged: Path) -> None:
+        try:
+            os.link(folder / FILE_NAME, staged)
+        except OSError:  # not every file system has links
+            shutil.copyfile(folder / FILE_NAME, staged)
+
+    write_whole(folder / PINNED, link)

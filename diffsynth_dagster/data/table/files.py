@@ -95,7 +95,7 @@ class FileCheck:
         self._anywhere = config.allow_outside_base_path
         self._again = config.verify_content
         self._shape = shape
-        self._book = fact_cache
+        self._fact_cache = fact_cache
         self._progress = progress
         self._videos = VideoPool()
 
@@ -142,7 +142,7 @@ class FileCheck:
         """What each value of a column stands for: a row for each."""
         places = {value: self._resolve(value) for value in values}
         paths = [path for path, _ in places.values() if path is not None]
-        facts = self._book.look_up(
+        facts = self._fact_cache.look_up(
             f"{'video' if item.kind == 'video' else 'image'}:{_CHECK}",
             paths,
             self._find_out(item),

@@ -86,7 +86,7 @@ def check_structure(table: Table, inputs: Sequence[Input], source: str) -> pl.Da
     frame = table.collect(lazy.with_columns(fine.fill_null(False).alias(_FINE)))
     if frame.height == 0:
         raise _no_rows(source)
-    frame = _told(frame, checks)
+    frame = _with_reasons(frame, checks)
     if table.uneven is not None:
         frame = _look_at_lines(frame, table)
     if table.values is not None:
@@ -99,7 +99,7 @@ def check_structure(table: Table, inputs: Sequence[Input], source: str) -> pl.Da
     )
 
 
-def _told(frame: pl.DataFrame, checks: Sequence[_Check]) -> pl.DataFrame:
+def _with_reasons(frame: pl.DataFrame, checks: Sequence[_Check]) -> pl.DataFrame:
     """Status and message of each row: of the first check that it fails."""
     doubtful = frame.filter(~pl.col(_FINE))
     frame = frame.drop(_FINE).with_columns(
