@@ -149,7 +149,7 @@ def test_failing_import_is_data(
 def test_the_cause_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process and one that lost its peer say less than the mistake behind both."""
     errors = [Stopped(), RuntimeError("the peer is gone"), ParameterError("wrong", do="mend it")]
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     for process, error in enumerate(errors):
         monkeypatch.setenv("RANK", str(process))
         guard = FailureGuard(WrittenFailures(tmp_path))
