@@ -87,7 +87,7 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
                 context.log.info("nothing that the training depends on has changed")
         yield dg.MaterializeResult(
             metadata={"trained_in_this_run": trained, **_describe(settings, record)},
-            data_version=dg.DataVersion(list(record.checkpoints.values())[-1]),
+            data_version=dg.DataVersion(record.newest_digest),
             check_results=[_check(record)],
         )
 

@@ -60,7 +60,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
                     {
                         "file": str(item.path),
                         "format": item.format,
-                        "component": item.component,
+                        "component": ", ".join(item.components),
                         "tensors": item.tensors,
                         "bytes": item.bytes,
                         "blake3": item.digest,

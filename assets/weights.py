@@ -118,14 +118,13 @@ def _describe(entry: ModelEntry, files: list[Path]) -> dict[str, str | int]:
     from diffsynth_dagster.errors import WeightsError
     from diffsynth_dagster.families import each_family
     from diffsynth_dagster.weights.header import read_headers
-    from diffsynth_dagster.weights.recognise import recognise
+    from diffsynth_dagster.weights.recognise import components_in
 
     header = read_headers(files)
     fits = {
         f"{component.name} of {family.name}": None
         for family in each_family()
-        for component in family.components
-        if recognise(header, component)
+        for component in (place.component for place in components_in(header, family))
     }
     if not fits:
         raise WeightsError(

@@ -199,7 +199,7 @@ def make(work: Path, rows: int) -> dict[str, Any]:
     manifest = plan(config, found)
     fill_index(manifest, found)
     samples = resolve(manifest, Path(config.output_path))
-    write_shards(StepDataset(config, found.family, samples, 0, 1), config, found)
+    write_shards(StepDataset(config, found, samples, 0, 1), config, found)
     return {}
 
 
@@ -218,7 +218,7 @@ def measure(work: Path) -> dict[str, Any]:
     with part(seconds, "resolve to shards"):
         samples = resolve(manifest.publish(), Path(config.output_path))
     with part(seconds, "first batch"):
-        data = StepDataset(config, found.family, samples, 0, 1)
+        data = StepDataset(config, found, samples, 0, 1)
         assert len(data[0][0].samples) == config.batch_size
     with part(seconds, "batch at a random step"):
         assert data[random_step(data)]

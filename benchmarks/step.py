@@ -159,7 +159,8 @@ def found_model(config: TrainingConfig, subject: Subject, shape: Shape) -> Found
     family = as_used(family, config, {family.denoiser: shapes})
     component = family.component(family.denoiser)
     entry = ModelEntry("model_paths", paths=(subject.recipe,))
-    return FoundModel(family, {component.name: Found(component, entry, (), header, None)}, {})
+    found = {component.name: Found(component, entry, (), header, None)}
+    return FoundModel(family, family.path(config, {}), found, {})
 
 
 def batch_of(found: FoundModel, subject: Subject, shape: Shape) -> Batch:
@@ -172,7 +173,7 @@ def batch_of(found: FoundModel, subject: Subject, shape: Shape) -> Batch:
         sample["pooled_prompt_embeds"] = torch.randn(shape.pooled)
     cached = found.family.cached_stages(frozenset({found.family.denoiser}))
     outputs = [output for stage in cached for output in stage.yields]
-    return Batch(["sample"], [0], collate(outputs, [sample]), [], 1.0)
+    return Batch(["sample"], [0], collate(outputs, [sample]), [], found.family.denoiser, 1.0)
 
 
 def finish(device: torch.device) -> None:

@@ -15,10 +15,11 @@ from diffsynth_dagster.dotted import import_dotted
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.checkpoint import check_prefix
-from diffsynth_dagster.training.modules import check_trainable, usual_targets
+from diffsynth_dagster.training.modules import check_trainable, lora_target_names
 from diffsynth_dagster.training.optimizer import check_optimizer
+from diffsynth_dagster.training.shares import shares_of
 from diffsynth_dagster.weights.identify import guess_family
-from diffsynth_dagster.weights.recognise import guess_component
+from diffsynth_dagster.weights.recognise import guess_components
 
 
 def check_plan(config: TrainingConfig, family: Family) -> None:
@@ -29,6 +30,7 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
     """
     check_particular(config, family)
     check_trainable(config, family)
+    _check_denoisers(config, family)
     _check_samples(config, family)
     check_optimizer(config)
     float8_entries(config)
@@ -39,6 +41,30 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
     size_rule(config.height, config.width, config.max_pixels, family.geometry, config.bucket_step)
     clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
     check_columns(config, family.columns)
+
+
+def _check_denoisers(config: TrainingConfig, family: Family) -> None:
+    """Check how denoisers share the schedule.
+
+    Raises:
+        ParameterError: one of them has no timestep, or what is asked for makes no sense here.
+    """
+    shares = shares_of(config, family, family.path(config, {}))
+    if not config.offload_idle_denoiser:
+        return
+    if len(shares) < 2:
+        raise ParameterError(
+            "no denoiser is ever idle: one alone is at work here",
+            where="offload_idle_denoiser",
+            do="leave it out, or train both experts",
+        )
+    full = [share.component for share in shares if share.component in config.trainable_models]
+    if full:
+        raise ParameterError(
+            f"'{full[0]}' is trained in full, and weights that are trained stay on the device",
+            where="offload_idle_denoiser",
+            do="leave it out, or train LoRAs",
+        )
 
 
 def _check_size(config: TrainingConfig, family: Family) -> None:
@@ -133,8 +159,10 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
 def _sources(config: TrainingConfig, family: Family) -> dict[str, str]:
     """Component or tokenizer → where its files are."""
     sources: dict[str, str] = {}
-    for index, entry in enumerate(model_entries(config)):
-        name = guess_component(entry, family)
+    entries = model_entries(config)
+    for index, (entry, name) in enumerate(
+        zip(entries, guess_components(entries, family), strict=True)
+    ):
         if name is None or name in sources:
             name = f"known when the file is there ({index})"
         sources[name] = entry.text
@@ -145,14 +173,15 @@ def _sources(config: TrainingConfig, family: Family) -> dict[str, str]:
 
 
 def _lora(config: TrainingConfig, family: Family) -> dict[str, Any] | None:
-    if config.lora_base_model is None:
+    if not config.lora_base_model:
         return None
-    targets = config.lora_target_modules
-    if targets is None:
-        targets = usual_targets(config.lora_base_model, family)
+    targets = {
+        base: list(lora_target_names(config, family, base)) or "automatic"
+        for base in config.lora_base_model
+    }
     return {
-        "base_model": config.lora_base_model,
-        "target_modules": list(targets) or "automatic",
+        "base_model": ", ".join(targets),
+        "target_modules": targets if len(targets) > 1 else next(iter(targets.values())),
         "rank": config.lora_rank,
         "alpha": config.alpha,
     }
@@ -177,13 +206,12 @@ def _geometry(config: TrainingConfig, family: Family) -> dict[str, int | float |
 def _objective(config: TrainingConfig, family: Family) -> str:
     if config.distills:
         return "direct distillation: the samples of a few steps against the teacher's"
-    text, low, high = (
-        family.path().description,
-        config.min_timestep_boundary,
-        config.max_timestep_boundary,
-    )
-    if (low, high) == (0.0, 1.0):
-        return text
-    timesteps = family.path().timesteps
-    first, last = int(low * len(timesteps)), int(high * len(timesteps)) - 1
-    return f"{text}; timesteps {float(timesteps[first]):.0f} to {float(timesteps[last]):.0f}"
+    path = family.path(config, {})
+    shares = shares_of(config, family, path)
+    worded = [
+        f"timesteps {float(path.timesteps[s.low]):.0f} to {float(path.timesteps[s.high - 1]):.0f}"
+        + (f" by {s.component}" if len(shares) > 1 else "")
+        for s in shares
+    ]
+    whole = len(shares) == 1 and (shares[0].low, shares[0].high) == (0, len(path.timesteps))
+    return path.description if whole else f"{path.description}; {', '.join(worded)}"

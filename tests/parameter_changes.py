@@ -209,6 +209,7 @@ ALTERNATIVES: dict[str, Change] = {
     # planned: any other value is refused
     "audio_processor_path": {"audio_processor_path": "a"},
     "framewise_decoding": {"framewise_decoding": True},
+    "offload_idle_denoiser": {"offload_idle_denoiser": True},
     "offload_models": {"offload_models": ["a"]},
     "quant_options": {"quant_options": "a"},
     "resume_from_checkpoint": {"resume_from_checkpoint": "a"},
@@ -342,13 +343,15 @@ NO_SAMPLES = dict.fromkeys(
 NO_EDIT = dict.fromkeys(
     ("zero_cond_t", "edit_plus", "processor_path"), "is about edit images, which are not trained on"
 )
+ALONE = {"offload_idle_denoiser": "no denoiser is ever idle"}
 REFUSED: dict[str, dict[str, str]] = {
-    "qwen_image": {**IMAGES, **NO_EDIT, "extra_inputs": "reads files from the column"},
-    "qwen_image_edit": {**IMAGES, **NO_SAMPLES},
-    "flux": {**IMAGES, "extra_inputs": "reads files from the column"},
-    "flux_kontext": {**IMAGES, **NO_SAMPLES},
-    "wan_t2v": {"extra_inputs": "this transformer is given no frame"},
+    "qwen_image": {**ALONE, **IMAGES, **NO_EDIT, "extra_inputs": "reads files from the column"},
+    "qwen_image_edit": {**ALONE, **IMAGES, **NO_SAMPLES},
+    "flux": {**ALONE, **IMAGES, "extra_inputs": "reads files from the column"},
+    "flux_kontext": {**ALONE, **IMAGES, **NO_SAMPLES},
+    "wan_t2v": {**ALONE, "extra_inputs": "this transformer is given no frame"},
     "wan22_ti2v_5b": {
+        **ALONE,
         **NO_SAMPLES,
         # Its size must be given, since the VAE is not recognised from its name.
         "max_pixels": "has no effect when height and width are given",

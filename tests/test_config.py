@@ -146,7 +146,7 @@ def test_flags_override_the_recipe(tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump({**BASE, "seed": 1, "schedule": "0 3 * * *"}))
     config = read_arguments(["--recipe", str(recipe), "--seed", "2"]).config
     assert config.seed == 2
-    assert config.lora_base_model == "dit"
+    assert config.lora_base_model == ("dit",)
     assert read_recipe(recipe).options.schedule == "0 3 * * *"
 
 

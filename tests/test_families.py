@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.families.contract import Tensors
@@ -100,7 +99,7 @@ class Place:
         assert train(values, folder)[0] == 0
         config = make_config({**values, "output_path": str(folder)})
         found = find_model(config, HUB)
-        return config, found, StepDataset(config, found.family, samples_of(folder), 0, 1)
+        return config, found, dataset(config, found, folder)
 
 
 @pytest.fixture(scope="session")
@@ -125,6 +124,10 @@ def place(
     return places[case.name]
 
 
+def dataset(config: TrainingConfig, found: FoundModel, folder: Path) -> StepDataset:
+    return StepDataset(config, found, samples_of(folder), 0, 1)
+
+
 def every_case(function: Any) -> Any:
     ids = [case.name for case in TABLE]
     return pytest.mark.parametrize("place", TABLE, ids=ids, indirect=True)(function)
@@ -140,10 +143,8 @@ def step_of(config: TrainingConfig, found: FoundModel) -> TrainingStep:
     for name in found.family.denoise_uses:
         if name in found.components:
             modules[name] = load_component(found.components[name], "cpu", torch.float32)
-    count = len(found.family.path().sigmas)
-    return TrainingStep(
-        found.family, modules, {}, trained_components(config), config.seed, (0, count)
-    )
+    whole = config.model_copy(update={"min_timestep_boundary": 0.0, "max_timestep_boundary": 1.0})
+    return TrainingStep(found, modules, {}, whole)
 
 
 @every_case
@@ -194,7 +195,11 @@ def test_an_incomplete_file_names_what_is_missing(
 
 def first_batch(place: Place) -> tuple[TrainingConfig, FoundModel, Batch]:
     config, found, data = place.encoded()
-    return config, found, data._batch([v for micro in data.order.step(0) for v in micro], 1.0)
+    return (
+        config,
+        found,
+        data._batch([v for micro in data.order.step(0) for v in micro], found.family.denoiser, 1.0),
+    )
 
 
 def predict(step: TrainingStep, found: FoundModel, batch: Batch, x_t: Tensors, t: float) -> Tensors:
@@ -202,7 +207,9 @@ def predict(step: TrainingStep, found: FoundModel, batch: Batch, x_t: Tensors, t
     *_, conditions = step._by_role(step._run_stages(batch))
     noisy = {name: tensor[None] for name, tensor in x_t.items()}
     with torch.no_grad():
-        predicted = found.family.denoise(step.loaded, conditions, noisy, torch.tensor([t]))
+        predicted = found.family.denoise(
+            step.loaded[found.family.denoiser], step.loaded, conditions, noisy, torch.tensor([t])
+        )
     return {name: tensor[0] for name, tensor in predicted.items()}
 
 
@@ -253,8 +260,10 @@ def test_a_batch_equals_its_samples(place: Place) -> None:
     visits = [v for micro in data.order.step(0) for v in micro]
     assert len(visits) == 4
     with torch.no_grad():
-        together = step(data._batch(visits, 1.0))
-        alone = torch.cat([step(data._batch([visit], 1.0)) for visit in visits])
+        together = step(data._batch(visits, found.family.denoiser, 1.0))
+        alone = torch.cat(
+            [step(data._batch([visit], found.family.denoiser, 1.0)) for visit in visits]
+        )
     assert len({round(float(loss), 9) for loss in alone}) == 4
     assert float(((together - alone) / alone).abs().max()) <= TOLERANCE
 
@@ -275,7 +284,7 @@ def test_twenty_steps_lower_the_loss(place: Place) -> None:
     """Of the one sample, at noise and timesteps that the training never drew."""
     config = place.config(output_path=str(place.run), num_epochs=20, save_steps=20)
     found = find_model(config, HUB)
-    data = StepDataset(config, found.family, samples_of(place.run), 0, 1)
+    data = dataset(config, found, place.run)
     step = step_of(config, found)
     losses: list[float] = []
     for lora in (None, place.run / "step-20.safetensors"):
@@ -285,7 +294,7 @@ def test_twenty_steps_lower_the_loss(place: Place) -> None:
             fuse_lora(step.loaded[owner], read, "the test")
         with torch.no_grad():
             batch = data[0][0]
-            drawn = [Batch(batch.samples, [v], batch.outputs, batch.inputs, 1.0) for v in range(20)]
+            drawn = [replace(batch, visits=[v]) for v in range(20)]
             losses.append(float(torch.cat([step(b) for b in drawn]).mean()))
     assert losses[1] < losses[0]
 
@@ -294,9 +303,9 @@ def test_twenty_steps_lower_the_loss(place: Place) -> None:
 def test_aliases_reach_the_same_layers(place: Place) -> None:
     found = place.found()
     module = build_empty(found.components[found.family.part(place.case.base).of])
-    ours = lora_targets(place.config(), found.family, module)
+    ours = lora_targets(place.config(), found.family, module, place.case.base)
     named = place.config(lora_target_modules=list(place.case.aliases))
-    assert lora_targets(named, found.family, module) == ours
+    assert lora_targets(named, found.family, module, place.case.base) == ours
     assert ours
 
 
@@ -309,7 +318,7 @@ def test_the_exported_lora_predicts_the_same_in_the_pipeline(place: Place) -> No
     for exported in export_run(config, record, found):
         verify_export(exported, found)
         assert exported.kind == "lora"
-        data = StepDataset(config, found.family, samples_of(place.run), 0, 1)
+        data = dataset(config, found, place.run)
         batch = data[0][0]
         step = step_of(config, found)
         x_t = some_x_t(step, batch)

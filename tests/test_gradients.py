@@ -13,8 +13,6 @@ from conftest import ROOT, Values, make_config, samples_of, train, write_images
 from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
-from diffsynth_dagster.config.effect import trained_components
-from diffsynth_dagster.families import find_family
 from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.training.setup import build_step
 from diffsynth_dagster.weights.hub import ModelHub
@@ -125,10 +123,11 @@ def test_uneven_data_over_two_processes(values: Values, tmp_path: Path) -> None:
         dataset_base_path=str(data), dataset_metadata_path=str(data / "metadata.csv"), batch_size=2
     )
     assert train(config, tmp_path / "run")[0] == 0
-    settings, family = make_config(config), find_family("qwen_image")
+    settings = make_config(config)
+    found = find_model(settings, ModelHub.from_environment())
     run = tmp_path / "run"
     manifest = read_manifest(run)
-    ranks = [StepDataset(settings, family, samples_of(run), rank, 2) for rank in range(2)]
+    ranks = [StepDataset(settings, found, samples_of(run), rank, 2) for rank in range(2)]
     seen: list[str] = []
     for step in range(ranks[0].order.steps_per_epoch):
         batches = [rank[step] for rank in ranks]
@@ -150,9 +149,8 @@ def test_loss_of_a_batch_is_the_mean_of_its_samples(values: Values, tmp_path: Pa
     from diffsynth_dagster.training.batches import StepDataset
     from diffsynth_dagster.training.step import TrainingStep
 
-    family = found.family
-    step = TrainingStep(family, {"dit": dit}, {}, trained_components(config), 0, (0, 1000))
-    whole = StepDataset(config.model_copy(update={"batch_size": 8}), family, samples_of(run), 0, 1)
+    step = TrainingStep(found, {"dit": dit}, {}, config)
+    whole = StepDataset(config.model_copy(update={"batch_size": 8}), found, samples_of(run), 0, 1)
     (batch,) = whole[0]
     lengths = batch.outputs["prompt_embeds_mask"].sum(1)
     assert len(set(lengths.tolist())) > 1
@@ -160,7 +158,7 @@ def test_loss_of_a_batch_is_the_mean_of_its_samples(values: Values, tmp_path: Pa
         together = step(batch)
         single = StepDataset(
             config.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 8}),
-            family,
+            found,
             samples_of(run),
             0,
             1,

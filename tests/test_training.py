@@ -168,7 +168,7 @@ def test_exported_lora_predicts_the_same_in_diffusers(
 
     ours = load_component(found.components["dit"], "cpu", torch.float32)
     base = load_component(found.components["dit"], "cpu", torch.float32)
-    add_lora(settings, found.family, ours)
+    add_lora(settings, found.family, ours, "dit")
     trained = load_file(run / "epoch-2.safetensors")
     parameters = {saved_name(name): p for name, p in ours.named_parameters()}
     for name, tensor in trained.items():
@@ -253,7 +253,7 @@ def test_automatic_targets(tmp_path: Path) -> None:
         wide = QwenImageTransformer2DModel(
             num_layers=1, num_attention_heads=4, attention_head_dim=128, joint_attention_dim=64
         )
-    targets = lora_targets(config, find_family("qwen_image"), wide)
+    targets = lora_targets(config, find_family("qwen_image"), wide, "dit")
     assert "transformer_blocks.0.attn.to_q" in targets
     assert all(name.startswith("transformer_blocks.") for name in targets)
     assert "img_in" not in targets

@@ -1,6 +1,6 @@
 """Fill the store: run the cacheable stages over the samples whose keys it lacks."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,12 +43,12 @@ class EncodeReport:
 
 
 def step_components(found: FoundModel, trained: frozenset[str]) -> list[str]:
-    """The components and tokenizers that a training step uses: the denoiser first."""
+    """The components and tokenizers that a training step uses: the denoisers first."""
     family = found.family
     used = {name for stage in family.step_stages(trained) for name in stage.uses}
     used |= {family.part(name).of for name in trained}
     used |= {name for name in family.denoise_uses if name in found.components}
-    return list(dict.fromkeys([family.denoiser, *sorted(used)]))
+    return list(dict.fromkeys([*(d.component for d in family.at_work(trained)), *sorted(used)]))
 
 
 def encode_missing(
@@ -82,7 +82,7 @@ def encode_missing(
         report.hits[stage.name] = _count(wanted) - missing.height
         ranks.wait_for_everyone()
         share = _with_places(_share(missing, ranks), stage, store)
-        needed = {name: [o.name for o in family.stage(name).yields] for name in stage.needs}
+        needed = [family.stage(name) for name in stage.needs]
         if share.height:
             loaded = models.get(stage.uses)
             with store.writer() as writer, torch.no_grad():
@@ -91,7 +91,7 @@ def encode_missing(
                     samples = _read_samples(stage, batch, store, needed)
                     outputs = stage.run(loaded, samples)
                     for row, tensors in zip(batch, outputs, strict=True):
-                        writer.add(row["key"], tensors)
+                        writer.add(row["key"], stage.to_store(tensors))
                     done += len(batch)
                     progress(stage.name, done, share.height)
             del loaded  # or it would keep what is freed
@@ -186,12 +186,12 @@ def _shape(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _read_samples(
-    stage: Stage, rows: Sequence[dict[str, Any]], store: Store, needed: Mapping[str, Sequence[str]]
+    stage: Stage, rows: Sequence[dict[str, Any]], store: Store, needed: Sequence[Stage]
 ) -> list[Sample]:
     """The inputs of a stage: files are decoded in threads.
 
     Args:
-        needed: stage that it needs → the outputs of that.
+        needed: the stages that it needs.
     """
 
     def read(row: dict[str, Any]) -> Sample:
@@ -201,8 +201,10 @@ def _read_samples(
                 sample[item.column] = load_files(files_of(row, item), item, row["row"])
             else:
                 sample[item.column] = parse_value(row[item.column], item)
-        for name, outputs in needed.items():
-            sample |= store.read_from(row[f"shard:{name}"], row[f"needs:{name}"], outputs)
+        for other in needed:
+            shard, key = row[f"shard:{other.name}"], row[f"needs:{other.name}"]
+            names = [output.name for output in other.yields]
+            sample |= other.from_store(store.read_from(shard, key, names))
         return sample
 
     with ThreadPoolExecutor(max_workers=min(8, len(rows))) as pool:

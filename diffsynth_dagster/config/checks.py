@@ -116,13 +116,18 @@ def _check_models(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
             "no model is named",
             f"give {n('model_paths')} or {n('model_id_with_origin_paths')}",
         )
-    if config.lora_base_model in config.trainable_models:
+    for name in config.lora_base_model:
+        if name in config.trainable_models:
+            raise refuse(
+                f"'{name}' is in {n('trainable_models')} and is {n('lora_base_model')} as well",
+                "train a model in full or through a LoRA, not both",
+            )
+    if len(config.lora_base_model) > 1 and config.lora_checkpoint is not None:
         raise refuse(
-            f"'{config.lora_base_model}' is in {n('trainable_models')} and is "
-            f"{n('lora_base_model')} as well",
-            "train a model in full or through a LoRA, not both",
+            f"{n('lora_checkpoint')} is one LoRA, and {n('lora_base_model')} names several models",
+            "start several LoRAs from nothing, or train one model",
         )
-    if not config.encodes_only and not config.trainable_models and config.lora_base_model is None:
+    if not config.encodes_only and not config.trainable_models and not config.lora_base_model:
         raise refuse(
             "nothing is trained",
             f"give {n('trainable_models')} or {n('lora_base_model')}",

@@ -60,8 +60,7 @@ def _settled(config: TrainingConfig, *kinds: Affects) -> dict[str, Any]:
 
 def trained_components(config: TrainingConfig) -> frozenset[str]:
     """The components whose weights change: in full, or through a LoRA."""
-    lora = {config.lora_base_model} if config.lora_base_model else set[str]()
-    return frozenset({*config.trainable_models, *lora})
+    return frozenset({*config.trainable_models, *config.lora_base_model})
 
 
 def _chosen(config: TrainingConfig, kinds: tuple[Affects, ...], by_content: bool) -> dict[str, Any]:

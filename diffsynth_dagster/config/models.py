@@ -70,6 +70,12 @@ class ModelParameters(BaseModel):
     enable_model_cpu_offload: bool = parameter(
         False, "Keep idle models in CPU memory.", affects="nothing", planned=True
     )
+    offload_idle_denoiser: bool = parameter(
+        False,
+        "Keep the frozen weights of the expert that is not at work in CPU memory, where two experts "
+        "share the schedule (Wan2.2 A14B).",
+        affects="nothing",
+    )
     enable_optimizer_cpu_offload: bool = parameter(
         False, "Keep the optimizer state in CPU memory.", affects="nothing", planned=True
     )
@@ -82,8 +88,11 @@ class LoraParameters(BaseModel):
     """The LoRA, when one is trained."""
 
     # Latents, since what comes of a trained model is not encoded beforehand.
-    lora_base_model: str | None = parameter(
-        None, "Model that gets the LoRA, such as dit.", affects="latents", each_half=True
+    lora_base_model: CommaList = parameter(
+        (),
+        "Model that gets the LoRA, such as dit; several, separated by commas, get one each.",
+        affects="latents",
+        each_half=True,
     )
     lora_target_modules: CommaList | None = parameter(
         None,

@@ -14,9 +14,13 @@ class Input:
     Attributes:
         kind: "text" is passed on as str; "number" as int or float; "image" as float32 (3, H, W)
             in [-1, 1]; "video" as float32 (3, F, H, W) in [-1, 1]; "picture" as an RGB Pillow
-            image in its own size, for stages that resize it as a published pipeline does. Every
-            file has the trained size of its own; the first file column of a family decides the size
-            of the sample.
+            image in its own size, for stages that resize it as a published pipeline does. "audio"
+            as float32 (channels, samples) in [-1, 1], as long as the sample's clip. "sizes" is no
+            column of the data set but made of the first image of the sample: a tuple of six
+            integers, its height and width, the top and left edge of what is cropped from it after
+            it was resized, and the trained height and width, all in pixels. Every file has the
+            trained size of its own; the first file column of a family decides the size of the
+            sample.
         many: files only: a row may name several. They are passed on as a list, and a row that
             names one gives a list of one.
         same_size: the file is read at the size and length of the sample.
@@ -24,20 +28,28 @@ class Input:
             written; `wants` says it in words.
         area: pictures only: their trained size has this area in pixels and keeps the picture's
             aspect; see `data.geometry.area_size`.
+        optional: a row may leave the column empty: then the sample has None.
+        divided_by: with `same_size`: the number column whose value both sides are divided by.
+        rate, channels: audio only: samples of a channel per second, and channels, that it is read
+            with.
     """
 
     column: str
-    kind: Literal["text", "number", "image", "video", "picture"]
+    kind: Literal["text", "number", "image", "video", "picture", "audio", "sizes"]
     many: bool = False
     same_size: bool = False
     area: int | None = None
     pattern: str = ""
     wants: str = ""
+    optional: bool = False
+    divided_by: str | None = None
+    rate: int = 0
+    channels: int = 0
 
     @property
     def is_file(self) -> bool:
         """Whether the column names files."""
-        return self.kind not in ("text", "number")
+        return self.kind not in ("text", "number", "sizes")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Split the newest checkpoint into one file for each module, in the layout of diffusers.
 
-exports/diffusers/pytorch_lora_weights.safetensors             a LoRA, for load_lora_weights
+exports/diffusers/pytorch_lora_weights.safetensors             LoRAs, for load_lora_weights
+exports/diffusers/<folder>/pytorch_lora_weights.safetensors    one each, where a file cannot hold
+                                                               them all: the experts of Wan2.2
 exports/diffusers/<folder>/diffusion_pytorch_model.safetensors a module trained in full
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from diffsynth_dagster.errors import OutputError, WeightsError
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.files import write_tensors, write_text
+from diffsynth_dagster.training.checkpoint import checkpoint_files
 from diffsynth_dagster.training.record import RunRecord
 from diffsynth_dagster.weights.header import read_header, read_metadata
 from diffsynth_dagster.weights.identify import Found, FoundModel
@@ -35,37 +38,38 @@ class Exported:
     """A file that another tool loads.
 
     Attributes:
+        components: what it holds: one component, or the LoRAs of several.
         kind: "lora" or "full".
         digest: BLAKE3 of the file.
     """
 
     path: Path
     format: str
-    component: str
+    components: tuple[str, ...]
     kind: str
     digest: str
     tensors: int
     bytes: int
 
 
-def newest_checkpoint(config: TrainingConfig, record: RunRecord) -> Path:
-    """The checkpoint that was written last.
+def newest_checkpoint(config: TrainingConfig, record: RunRecord) -> list[Path]:
+    """The files of the checkpoint that was written last.
 
     Raises:
         OutputError: there is none, or its bytes are not those that the training wrote.
     """
     folder = Path(config.output_path)
-    if not record.checkpoints:
+    if not record.newest:
         raise OutputError("the training wrote no checkpoint", where=str(folder), do="train again")
-    name, digest = list(record.checkpoints.items())[-1]
-    path = folder / name
-    if not path.is_file() or digest_file(path) != digest:
-        raise OutputError(
-            "the checkpoint is missing or was changed since the training wrote it",
-            where=str(path),
-            do="train again",
-        )
-    return path
+    paths = [folder / name for name in record.newest]
+    for path in paths:
+        if not path.is_file() or digest_file(path) != record.checkpoints[path.name]:
+            raise OutputError(
+                "the checkpoint is missing or was changed since the training wrote it",
+                where=str(path),
+                do="train again",
+            )
+    return paths
 
 
 def split_modules(
@@ -93,49 +97,81 @@ def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> 
     Raises:
         OutputError: see `newest_checkpoint`; or the folder cannot be written.
     """
-    checkpoint = newest_checkpoint(config, record)
-    provenance = {**record.provenance, "checkpoint": record.checkpoints[checkpoint.name]}
-    folder = Path(config.output_path) / "exports" / "diffusers"
+    paths = newest_checkpoint(config, record)
+    provenance = {**record.provenance, "checkpoint": record.newest_digest}
+    folder = Path(config.output_path) / "exports"
     family = found.family
     prefixes = {name: family.prefix(name) for name in record.trained}
-    modules = split_modules(read_tensors([checkpoint]), config.remove_prefix_in_ckpt, prefixes)
-    exported: list[Exported] = []
+    modules: dict[str, Tensors] = {}
+    files = checkpoint_files("", family, record.trained, config.remove_prefix_in_ckpt)
+    for file, path in zip(files, paths, strict=True):
+        modules |= split_modules(read_tensors([path]), file.removed, prefixes)
     whole: dict[str, Tensors] = {}
+    loras: dict[str, Tensors] = {}
     for name, tensors in modules.items():
-        source = found.components[family.part(name).of]
-        if name != config.lora_base_model:
-            # Parts of one component make one file.
-            whole.setdefault(source.component.name, {}).update(tensors)
-            continue
-        exported.append(_export_lora(folder, source, tensors, record, provenance))
+        # Parts of one component make one file.
+        kind = loras if name in config.lora_base_model else whole
+        kind.setdefault(family.part(name).of, {}).update(tensors)
+    exported: list[Exported] = []
+    for place, together in _in_files(found, loras).items():
+        target = folder / "diffusers" / place
+        exported.append(_export_lora(target, found, together, record, provenance))
         if config.align_to_opensource_format:
-            assert family.to_kohya is not None, "checked with the plan"
-            path = folder.parent / "kohya" / LORA_FILE
-            notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
-            write_tensors(path, family.to_kohya(tensors, config.alpha), notes)
-            exported.append(_exported(path, source, "lora", "kohya"))
+            target = folder / "kohya" / place
+            exported.append(_export_kohya(target, found, together, config.alpha, provenance))
     for component, tensors in whole.items():
-        exported.append(_export_full(folder, found, component, tensors, provenance))
+        exported.append(_export_full(folder / "diffusers", found, component, tensors, provenance))
     return exported
+
+
+def _in_files(found: FoundModel, loras: Mapping[str, Tensors]) -> dict[str, dict[str, Tensors]]:
+    """Folder of a file → component → its LoRA. All in one, unless two would have equal names."""
+    starts = [found.family.component(name).lora_start for name in loras]
+    if len(set(starts)) == len(starts):
+        return {"": dict(loras)} if loras else {}
+    return {found.family.component(name).folder: {name: loras[name]} for name in loras}
 
 
 def _export_lora(
     folder: Path,
-    found: Found,
-    tensors: Tensors,
+    found: FoundModel,
+    loras: Mapping[str, Tensors],
     record: RunRecord,
     provenance: Mapping[str, object],
 ) -> Exported:
+    """Write the LoRAs of some components into one file as diffusers' pipelines load them."""
     assert record.lora is not None
     rank, alpha = record.lora["rank"], record.lora["alpha"]
-    named, adapter = for_diffusers(tensors, found.component.folder, rank, alpha)
+    named: Tensors = {}
+    adapter: dict[str, object] = {}
+    for name, tensors in loras.items():
+        start = found.family.component(name).lora_start
+        own, settings = for_diffusers(tensors, start, rank, alpha)
+        named |= own
+        adapter |= settings
     metadata = {
         ADAPTER_KEY: json.dumps(adapter, sort_keys=True),
         PROVENANCE_KEY: json.dumps(provenance, sort_keys=True),
         "format": "pt",
     }
     path = write_tensors(folder / LORA_FILE, named, metadata)
-    return _exported(path, found, "lora")
+    return _exported(path, loras, "lora", "diffusers")
+
+
+def _export_kohya(
+    folder: Path,
+    found: FoundModel,
+    loras: Mapping[str, Tensors],
+    alpha: float,
+    provenance: Mapping[str, object],
+) -> Exported:
+    """Write the LoRAs of some components into one file under the names of kohya's scripts."""
+    named: Tensors = {}
+    for name, tensors in loras.items():
+        named |= found.family.to_kohya[name](tensors, alpha)
+    notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
+    path = write_tensors(folder / LORA_FILE, named, notes)
+    return _exported(path, loras, "lora", "kohya")
 
 
 def _export_full(
@@ -154,7 +190,7 @@ def _export_full(
     metadata = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
     write_tensors(path, tensors, metadata)
     _write_config(path.parent / "config.json", source, module)
-    return _exported(path, source, "full")
+    return _exported(path, [name], "full", "diffusers")
 
 
 def _write_config(path: Path, source: Found, module: nn.Module) -> None:
@@ -169,12 +205,12 @@ def _write_config(path: Path, source: Found, module: nn.Module) -> None:
         write_text(path, module.config.to_json_string())
 
 
-def _exported(path: Path, found: Found, kind: str, target: str = "diffusers") -> Exported:
+def _exported(path: Path, components: Iterable[str], kind: str, target: str) -> Exported:
     header = read_header(path)
     return Exported(
         path,
         target,
-        found.component.name,
+        tuple(components),
         kind,
         digest_file(path),
         len(header),
@@ -188,8 +224,8 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
     Raises:
         WeightsError: that tool's loader refuses it, or leaves tensors out.
     """
-    source = found.components[exported.component]
     if exported.kind == "full":
+        source = found.components[exported.components[0]]
         config = read_architecture(exported.path.parent, source.component)
         if config is None:
             raise _unloadable(exported, "its config.json is missing, or of another architecture")
@@ -202,14 +238,16 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
         if wrong:
             raise _unloadable(exported, f"tensors differ from the architecture: {wrong[:3]}")
         return
-    module = build_empty(source)
     tensors = read_tensors([exported.path])
     adapter = json.loads(read_metadata(exported.path).get(ADAPTER_KEY, "{}"))
-    try:
-        found.family.load_lora(exported.component, module, tensors, adapter)
-    except (ValueError, KeyError, RuntimeError, TypeError, AssertionError) as error:
-        raise _unloadable(exported, str(error)) from error
-    taken = sum(".lora_" in name for name, _ in module.named_parameters())
+    taken = 0
+    for component in exported.components:
+        module = build_empty(found.components[component])
+        try:
+            found.family.load_lora(component, module, tensors, adapter)
+        except (ValueError, KeyError, RuntimeError, TypeError, AssertionError) as error:
+            raise _unloadable(exported, str(error)) from error
+        taken += sum(".lora_" in name for name, _ in module.named_parameters())
     if exported.format == "diffusers" and taken != len(tensors):
         raise _unloadable(exported, f"it takes {taken} of {len(tensors)} tensors")
 

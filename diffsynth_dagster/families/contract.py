@@ -17,7 +17,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import Geometry
 from diffsynth_dagster.families.requirements import Refusal, Shapes
-from diffsynth_dagster.objective.flow import FlowPath
+from diffsynth_dagster.objective.path import NoisingPath
 
 Tensors = dict[str, torch.Tensor]
 Settings = dict[str, object]
@@ -43,6 +43,12 @@ class Component:
         origin: globs of its files in the repositories of the original layout. They show which
             component an entry of the model list is before any file is there.
         prefix: how the names of its tensors start in checkpoints; `pipe.<name>.` when left out.
+        inside: how the names of its tensors start in a file that holds several components (a whole
+            checkpoint). Behind that they are in one of the layouts of `signatures`.
+        known_by: what the path of its files contains, for a component whose tensors have the names
+            and shapes of another's (the experts of Wan2.2). Where the model list has one of the
+            two alone, it is taken for the other one, which has no such mark.
+        lora_folder: how its names start in diffusers' LoRA files; `folder` when left out.
         other_kinds: start of tensor names → the class of modules that have such tensors, where
             that is not `kind`.
         fixed: settings that hold whatever the config.json or the shapes say.
@@ -56,8 +62,16 @@ class Component:
     convert: Callable[[Tensors], Tensors] = field(default=lambda tensors: tensors)
     origin: tuple[str, ...] = ()
     prefix: str = ""
+    inside: tuple[str, ...] = ()
+    known_by: tuple[str, ...] = ()
+    lora_folder: str = ""
     other_kinds: Mapping[str, type[nn.Module]] = field(default_factory=dict[str, type[nn.Module]])
     fixed: Mapping[str, object] = field(default_factory=dict[str, object])
+
+    @property
+    def lora_start(self) -> str:
+        """How its names start in diffusers' LoRA files, without the dot."""
+        return self.lora_folder or self.folder
 
     def kind_of(self, shapes: Shapes) -> type[nn.Module]:
         """The class of the module with these tensors."""
@@ -129,12 +143,17 @@ class Output:
         ragged: the first dimension differs between samples: a batch is padded with zeros and gets
             a boolean mask (B, L) under the name + "_mask".
         of: the target that a mask belongs to.
+        optional: a sample may lack it (the sound of a silent clip). Samples of a batch have equal
+            shapes, so that all of them have it or none has.
+        weight: targets only: the parameter that its share of the loss is multiplied by.
     """
 
     name: str
     role: Literal["target", "condition", "known", "start", "steps"]
     ragged: bool = False
     of: str | None = None
+    optional: bool = False
+    weight: str | None = None
 
 
 Sample = Mapping[str, Any]
@@ -163,14 +182,37 @@ class Stage:
     version: int = 1
     needs: tuple[str, ...] = ()
 
+    def to_store(self, outputs: Tensors) -> Tensors:
+        """The outputs of a sample as they are stored: one that it lacks is an empty tensor."""
+        lacking = [o.name for o in self.yields if o.optional and o.name not in outputs]
+        return {**outputs, **{name: torch.empty(0) for name in lacking}}
+
+    def from_store(self, stored: Tensors) -> Tensors:
+        """The outputs of a sample as `run` yielded them."""
+        optional = {o.name for o in self.yields if o.optional}
+        return {n: tensor for n, tensor in stored.items() if n not in optional or tensor.numel()}
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A component whose prediction is trained, and its share of the schedule.
+
+    Attributes:
+        low, high: it is at work at timesteps t, low <= t < high.
+    """
+
+    component: str
+    low: float = 0.0
+    high: float = float("inf")
+
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Images to make with the model in its present state, one for each prompt.
+    """Images or clips to make with the model in its present state, one for each prompt.
 
     `conditions` are the stacked outputs of the stages that read nothing but text, and `negative`
-    the same for the empty prompt when cfg_scale is above 1. `num_frames` is 1 for a family without
-    videos.
+    the same for the empty prompt when cfg_scale is above 1. `num_frames` is 1 and `frame_rate` None
+    for a family without videos.
     """
 
     conditions: Tensors
@@ -178,9 +220,26 @@ class SampleRequest:
     height: int
     width: int
     num_frames: int
+    frame_rate: float | None
     num_inference_steps: int
     cfg_scale: float
     generators: list[torch.Generator]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What is made of a prompt: a video, with or without sound. An image is a clip of one frame.
+
+    Attributes:
+        frame_rate: frames per second; None for an image.
+        sound: float32 (channels, samples) in [-1, 1]; None for a silent clip.
+        sound_rate: samples of each channel per second.
+    """
+
+    frames: list[Image.Image]
+    frame_rate: float | None = None
+    sound: torch.Tensor | None = None
+    sound_rate: int = 0
 
 
 @dataclass(frozen=True)
@@ -188,25 +247,27 @@ class Family:
     """A model family. See `families/qwen_image/` for the example to copy.
 
     Attributes:
-        denoiser: the component whose prediction is trained.
-        denoise: (loaded components, conditions, x_t by target, t (B,) in [0, 1000]) → prediction
-            by target.
-        path: makes the noising path.
+        denoisers: the components whose prediction is trained: one, or several that share the
+            schedule. An optimizer step goes to one of them.
+        denoise: (the denoiser at work, loaded components, conditions, x_t by target, t (B,) in
+            [0, 1000]) → prediction by target.
+        path: (config, settings of the scheduler that is published with the denoiser; empty where
+            there are none) → the noising path. Raises `ParameterError`.
         inference_sigmas: (number of steps, clean latents by target) → sigmas of the published
             sampler, float32 (steps + 1,) from the most noise down to 0. None: the family cannot be
             distilled.
-        sample: (loaded components, request) → the frames of each sample (one for an image),
-            through the family's own diffusers pipeline.
+        sample: (loaded components, request) → a clip for each prompt, through the family's own
+            diffusers pipeline.
         load_lora: (component, its meta module, LoRA tensors, header metadata): loads an exported
             LoRA the way the family's diffusers pipeline does; raises what that raises.
         lora_targets: component or part → the layers that get a LoRA when none are named.
         lora_aliases: component or part → name of a layer in other tools → globs of the full names
             of layers here.
-        to_kohya: (a LoRA of the denoiser by the module's names, its alpha) → the tensors under the
+        to_kohya: component → (its LoRA by the module's names, the alpha) → the tensors under the
             names of kohya's scripts, which `align_to_opensource_format` asks for.
-        from_authors: a LoRA of the denoiser in the form of `weights.lora.usual_spelling`, with an
+        from_authors: component → (its LoRA in the form of `weights.lora.usual_spelling`, with an
             alpha for each layer, by the names that the model's authors and other tools give the
-            layers → by the module's names; unknown names stay. RuntimeError: tensors have sizes
+            layers) → by the module's names; unknown names stay. RuntimeError: tensors have sizes
             that such layers cannot have.
         denoise_uses: components that `denoise` uses beside the denoiser where they are given:
             conditioners that see x_t and t, such as a ControlNet.
@@ -222,25 +283,31 @@ class Family:
         decoder: components that `sample` needs and no stage of the text uses.
         repositories: how the names of the family's repositories on the hub start. They show the
             family of a model list before any file is there.
+        scheduler_marks: name of a tensor in a whole checkpoint that nothing computes with → what
+            it says about the scheduler.
     """
 
     name: str
     components: tuple[Component, ...]
     tokenizers: tuple[Tokenizer, ...]
     stages: tuple[Stage, ...]
-    denoiser: str
-    denoise: Callable[[Loaded, Tensors, Tensors, torch.Tensor], Tensors]
-    path: Callable[[], FlowPath]
+    denoisers: tuple[Denoiser, ...]
+    denoise: Callable[[Any, Loaded, Tensors, Tensors, torch.Tensor], Tensors]
+    path: Callable[[TrainingConfig, Settings], NoisingPath]
     geometry: Geometry
-    sample: Callable[[Loaded, SampleRequest], list[list[Image.Image]]]
+    sample: Callable[[Loaded, SampleRequest], list[Clip]]
     load_lora: Callable[[str, nn.Module, Tensors, Mapping[str, object]], None]
     lora_targets: Mapping[str, tuple[str, ...]]
     inference_sigmas: Callable[[int, Tensors], torch.Tensor] | None = None
     lora_aliases: Mapping[str, Mapping[str, tuple[str, ...]]] = field(
         default_factory=dict[str, Mapping[str, tuple[str, ...]]]
     )
-    to_kohya: Callable[[Tensors, float], Tensors] | None = None
-    from_authors: Callable[[Tensors], Tensors] | None = None
+    to_kohya: Mapping[str, Callable[[Tensors, float], Tensors]] = field(
+        default_factory=dict[str, Callable[[Tensors, float], Tensors]]
+    )
+    from_authors: Mapping[str, Callable[[Tensors], Tensors]] = field(
+        default_factory=dict[str, Callable[[Tensors], Tensors]]
+    )
     denoise_uses: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
     parameters: tuple[str, ...] = ()
@@ -250,6 +317,18 @@ class Family:
     checkpoints_gradients: bool = False
     decoder: tuple[str, ...] = ("vae",)
     repositories: tuple[str, ...] = ()
+    scheduler_marks: Mapping[str, Settings] = field(default_factory=dict[str, Settings])
+
+    def at_work(self, trained: frozenset[str]) -> tuple[Denoiser, ...]:
+        """The denoisers that the steps of a training go to: those that are trained, or all of them
+        where none is."""
+        changed = {self.part(name).of for name in trained}
+        return tuple(d for d in self.denoisers if d.component in changed) or self.denoisers
+
+    @property
+    def denoiser(self) -> str:
+        """The component that is meant where a denoiser is meant and none is named."""
+        return self.denoisers[0].component
 
     def component(self, name: str) -> Component:
         """The component of this name (which exists)."""
@@ -300,10 +379,11 @@ class Family:
 
     @property
     def samples_from_text(self) -> bool:
-        """Whether everything that `denoise` needs can be made from a prompt alone."""
-        text = self.text_stages
+        """Whether everything that `denoise` needs can be made from a prompt alone. Size facts are:
+        those of the sample that is made."""
         return all(
-            s in text or not any(o.role in ("condition", "known") for o in s.yields)
+            all(i.kind in ("text", "sizes") for i in s.reads)
+            or not any(o.role in ("condition", "known") for o in s.yields)
             for s in self.stages
         )
 

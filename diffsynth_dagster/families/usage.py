@@ -26,11 +26,13 @@ def as_used(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
 
 
 def _check_open_format(family: Family, config: TrainingConfig) -> None:
-    """Only a LoRA of the denoiser has names in the open format. Raises `ParameterError`."""
-    asked = config.align_to_opensource_format and family.to_kohya is not None
-    if asked and config.lora_base_model not in (None, family.denoiser):
-        raise ParameterError(
-            f"the open format has no names for a LoRA of '{config.lora_base_model}' here",
-            where="align_to_opensource_format",
-            do="leave it out: the export for diffusers is written anyway",
-        )
+    """A LoRA that has no names in the open format cannot be written in it. Raises `ParameterError`."""
+    if not config.align_to_opensource_format or not family.to_kohya:
+        return
+    for name in config.lora_base_model:
+        if name not in family.to_kohya:
+            raise ParameterError(
+                f"the open format has no names for a LoRA of '{name}' here",
+                where="align_to_opensource_format",
+                do="leave it out: the export for diffusers is written anyway",
+            )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from diffsynth_dagster.objective.path import at_index
+
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -47,12 +49,10 @@ def bell_weights(timesteps: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FlowPath:
-    """A noising path with a discrete schedule. Index 0 has the most noise.
+    """The straight path between latents and noise: see `objective.path.NoisingPath`.
 
     Attributes:
-        sigmas: (n,) float32, decreasing.
-        timesteps: (n,) float32, 1000 sigma; passed to the denoiser.
-        weights: (n,) float32 loss weights.
+        sigmas: (n,) float32, decreasing. The timesteps are 1000 sigma.
     """
 
     sigmas: torch.Tensor
@@ -60,13 +60,13 @@ class FlowPath:
     weights: torch.Tensor
     description: str
 
-    def noised(self, x_0: torch.Tensor, epsilon: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """x_t = (1 - sigma) x_0 + sigma epsilon. Shapes: (B, …), (B, …), (B,) → (B, …)."""
-        sigma = sigma.view(-1, *(1,) * (x_0.ndim - 1))
+    def noised(self, x_0: torch.Tensor, epsilon: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """x_t = (1 - sigma) x_0 + sigma epsilon."""
+        sigma = at_index(self.sigmas, index, x_0)
         return (1.0 - sigma) * x_0 + sigma * epsilon
 
-    def target(self, x_0: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
-        """What the model predicts: epsilon - x_0."""
+    def target(self, x_0: torch.Tensor, epsilon: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """What the model predicts: epsilon - x_0, at every index."""
         return epsilon - x_0
 
 

@@ -15,7 +15,9 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import MicroBatch, StepOrder
 from diffsynth_dagster.data.samples import load_files, parse_value
 from diffsynth_dagster.errors import UserError
-from diffsynth_dagster.families.contract import Family, Output, Tensors
+from diffsynth_dagster.families.contract import Output, Tensors
+from diffsynth_dagster.training.shares import share_of_step, shares_of
+from diffsynth_dagster.weights.identify import FoundModel
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Batch:
         samples, visits: identity of each sample, and how often it was seen before.
         outputs: stacked outputs of the cached stages (B, …), padded and with masks where ragged.
         inputs: column → value of each sample, for the stages that run in the step.
+        denoiser: the component that predicts: the same for all micro-batches of a step.
         scale: what the sum of the samples' losses is multiplied by, so that the gradients of an
             optimizer step add up to those of the mean over its samples; 0 for a batch that only
             keeps the processes in step.
@@ -35,6 +38,7 @@ class Batch:
     visits: list[int]
     outputs: Tensors
     inputs: list[dict[str, Any]]
+    denoiser: str
     scale: float
 
     def to(self, device: torch.device) -> "Batch":
@@ -47,6 +51,8 @@ def collate(outputs: Sequence[Output], samples: Sequence[Tensors]) -> Tensors:
     """Stack the outputs of samples: ragged ones are padded with zeros and get a mask (B, L)."""
     stacked: Tensors = {}
     for output in outputs:
+        if output.optional and output.name not in samples[0]:
+            continue  # nor in the others, which are of equal shape
         tensors = [sample[output.name] for sample in samples]
         if not output.ragged:
             stacked[output.name] = torch.stack(tensors)
@@ -65,9 +71,16 @@ class StepDataset(Dataset[list[Batch]]):
     """
 
     def __init__(
-        self, config: TrainingConfig, family: Family, samples: Samples, rank: int, world: int
+        self,
+        config: TrainingConfig,
+        found: FoundModel,
+        samples: Samples,
+        rank: int,
+        world: int,
     ) -> None:
-        trained = trained_components(config)
+        trained, family = trained_components(config), found.family
+        self._shares = shares_of(config, family, found.path)
+        self._seed = config.seed
         self._cached = family.cached_stages(trained)
         self._step_inputs = list(
             dict.fromkeys(i for s in family.step_stages(trained) for i in s.reads)
@@ -93,12 +106,13 @@ class StepDataset(Dataset[list[Batch]]):
         """
         micros = self.order.step(step)
         scale = self._world / sum(len(micro) for micro in micros)
-        mine = [self._batch(micro, scale) for micro in micros[self._rank :: self._world]]
+        work = share_of_step(self._shares, self._seed, step).component
+        mine = [self._batch(micro, work, scale) for micro in micros[self._rank :: self._world]]
         if len(mine) < -(-len(micros) // self._world):
-            mine.append(self._batch(micros[0], 0.0))
+            mine.append(self._batch(micros[0], work, 0.0))
         return mine
 
-    def _batch(self, micro: MicroBatch, scale: float) -> Batch:
+    def _batch(self, micro: MicroBatch, denoiser: str, scale: float) -> Batch:
         samples = [self._samples.at(visit.bucket, visit.index) for visit in micro]
         outputs = [output for stage in self._cached for output in stage.yields]
         tensors: list[Tensors] = []
@@ -106,13 +120,15 @@ class StepDataset(Dataset[list[Batch]]):
             read: Tensors = {}
             for stage in self._cached:
                 shard, key = sample.places[stage.name]
-                read |= self._store.read_from(shard, key, [o.name for o in stage.yields])
+                names = [output.name for output in stage.yields]
+                read |= stage.from_store(self._store.read_from(shard, key, names))
             tensors.append(read)
         return Batch(
             [sample.sample for sample in samples],
             [visit.visit for visit in micro],
             collate(outputs, tensors),
             [self._inputs(sample) for sample in samples],
+            denoiser,
             scale,
         )
 

@@ -1,7 +1,8 @@
 """Saved weights: the trained tensors under the names that users expect, with provenance."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,68 @@ from diffsynth_dagster.training.modules import saved_name
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY
 
 
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A file of a checkpoint.
+
+    Attributes:
+        trained: the trained components and parts that it holds.
+        removed: the prefix that is removed from the names of its tensors.
+    """
+
+    name: str
+    trained: tuple[str, ...]
+    removed: str
+
+
+def checkpoint_files(
+    name: str, family: Family, trained: Sequence[str], removed: str
+) -> list[CheckpointFile]:
+    """The files of a checkpoint: one, or one for each denoiser where several are trained. Their
+    layers have the same names, and other tools load them one by one.
+
+    Args:
+        name: of the checkpoint, such as `epoch-0`.
+        trained: the trained components and parts, in the order of the record.
+        removed: `remove_prefix_in_ckpt`. That of one denoiser removes those of all, each from its
+            own file.
+    """
+    of = {part: family.part(part).of for part in trained}
+    at_work = [
+        d.component for d in family.at_work(frozenset(trained)) if d.component in of.values()
+    ]
+    if len(at_work) < 2:
+        return [CheckpointFile(f"{name}.safetensors", tuple(trained), removed)]
+    starts = [family.prefix(component) for component in at_work]
+    files: list[CheckpointFile] = []
+    for component, start in zip(at_work, starts, strict=True):
+        # What is trained beside the denoisers goes with the first one.
+        own = tuple(
+            part
+            for part, owner in of.items()
+            if owner == component or (component == at_work[0] and owner not in at_work)
+        )
+        own_removed = start if removed in starts else removed
+        files.append(CheckpointFile(f"{name}-{component}.safetensors", own, own_removed))
+    return files
+
+
 def trained_state(
     weights: Mapping[str, torch.Tensor], family: Family, trained: Iterable[str]
 ) -> dict[str, torch.Tensor]:
-    """The trained tensors as `pipe.<component or part>.<tensor>`, on the CPU.
+    """The tensors of trained components and parts as `pipe.<component or part>.<tensor>`, on the
+    CPU; others are left out.
 
     Args:
         weights: name in `TrainingStep` (`components.<component>.<tensor>`) → trained tensor.
-        trained: the components and parts that are trained.
     """
     parts = [family.part(name) for name in trained]
     state: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         _, component, rest = name.split(".", 2)
-        part = next(p for p in parts if p.of == component and p.holds(rest))
-        state[family.prefix(part.name) + saved_name(rest)] = tensor.detach().cpu().contiguous()
+        part = next((p for p in parts if p.of == component and p.holds(rest)), None)
+        if part is not None:
+            state[family.prefix(part.name) + saved_name(rest)] = tensor.detach().cpu().contiguous()
     return state
 
 

@@ -39,7 +39,7 @@ def check_trainable(config: TrainingConfig, family: Family) -> None:
         ParameterError: a name is none of them.
     """
     named = [("trainable_models", name) for name in config.trainable_models]
-    named.append(("lora_base_model", config.lora_base_model or family.denoiser))
+    named += [("lora_base_model", name) for name in config.lora_base_model]
     named.append(("preset_lora_model", config.preset_lora_model or family.denoiser))
     for parameter, name in named:
         if name not in family.trainable:
@@ -58,7 +58,6 @@ def check_model(config: TrainingConfig, found: FoundModel) -> None:
     if not config.encodes_only:
         for name in step_components(found, trained_components(config)):
             require_component(found, name)
-    lora_base = config.lora_base_model and found.family.part(config.lora_base_model).of
     for name, item in found.components.items():
         module = build_empty(item)
         for part in (found.family.part(n) for n in config.trainable_models):
@@ -67,11 +66,13 @@ def check_model(config: TrainingConfig, found: FoundModel) -> None:
             preset = found.presets[name]
             lora = read_lora(preset.path, found.family, preset.name, "preset_lora_path")
             require_fit(module, lora, f"preset_lora_path = {preset.path}")
-        if name == lora_base:
-            part = found.family.part(str(config.lora_base_model))
+        for base in config.lora_base_model:
+            part = found.family.part(base)
+            if part.of != name:
+                continue
             _require_part(part, name, module, f"lora_base_model; {item.entry.text}")
-            targets = lora_targets(config, found.family, module)
-            _read_start(config, found.family, module, targets)
+            targets = lora_targets(config, found.family, module, base)
+            _read_start(config, found.family, module, base, targets)
             layers = {name: module.get_submodule(name) for name in targets}
             _check_export(config, found.family, item, layers)
 
@@ -98,15 +99,15 @@ def _check_export(
         weight: Any = layer.weight
         lora[f"{name}.lora_A.weight"] = torch.ones(1, *weight.shape[1:])
         lora[f"{name}.lora_B.weight"] = torch.ones(len(weight), 1, *(1,) * (weight.ndim - 2))
+    component = found.component
     formats: dict[str, tuple[Tensors, dict[str, Any]]] = {
-        "diffusers": for_diffusers(lora, found.component.folder, 1, 1.0)
+        "diffusers": for_diffusers(lora, component.lora_start, 1, 1.0)
     }
     if config.align_to_opensource_format:
-        assert family.to_kohya is not None, "checked with the plan"
-        formats["the open key format"] = family.to_kohya(lora, 1.0), {}
+        formats["the open key format"] = family.to_kohya[component.name](lora, 1.0), {}
     for name, (tensors, settings) in formats.items():
         try:
-            family.load_lora(found.component.name, build_empty(found), tensors, settings)
+            family.load_lora(component.name, build_empty(found), tensors, settings)
         except (ValueError, KeyError, RuntimeError, TypeError, AssertionError) as error:
             raise TargetError(
                 f"a LoRA on these layers could not be loaded in {name}: {error}",
@@ -127,19 +128,41 @@ def usual_targets(base: str, family: Family) -> tuple[str, ...]:
     return targets
 
 
-def lora_targets(config: TrainingConfig, family: Family, module: nn.Module) -> list[str]:
-    """Full names of the layers that get the LoRA, in the order of the module.
+def lora_target_names(config: TrainingConfig, family: Family, base: str) -> tuple[str, ...]:
+    """What says which layers of a component or part get a LoRA: names, ends of names, or none for
+    automatic ones.
+
+    Where several models get one, a target that is among the usual ones of some of them is meant
+    for these alone.
+
+    Raises:
+        TargetError: none are named, and there are no usual ones.
+    """
+    named = config.lora_target_modules
+    if named is None:
+        return usual_targets(base, family)
+    others = {
+        t for b in config.lora_base_model if b != base for t in family.lora_targets.get(b, ())
+    }
+    own = {*family.lora_targets.get(base, ()), *family.lora_aliases.get(base, {})}
+    return tuple(target for target in named if target in own or target not in others)
+
+
+def lora_targets(config: TrainingConfig, family: Family, module: nn.Module, base: str) -> list[str]:
+    """Full names of the layers of a component or part that get the LoRA, in the order of the module.
 
     Raises:
         TargetError: a target matches no layer, or automatic targets find none.
     """
-    base = config.lora_base_model
-    assert base is not None
     part, kinds = family.part(base), (nn.Linear, nn.Conv2d)
     layers = [n for n, m in module.named_modules() if isinstance(m, kinds) and part.holds(n)]
-    targets = config.lora_target_modules
-    if targets is None:
-        targets = usual_targets(base, family)
+    targets = lora_target_names(config, family, base)
+    if config.lora_target_modules and not targets:
+        raise TargetError(
+            f"no LoRA target is for '{base}'",
+            where="lora_target_modules",
+            do="name layers of it too, or leave it out of lora_base_model",
+        )
     if not targets:
         return [name for name in _automatic_targets(module) if part.holds(name)]
     aliases = family.lora_aliases.get(base, {})
@@ -182,8 +205,9 @@ def _automatic_targets(module: nn.Module) -> list[str]:
     return found
 
 
-def add_lora(config: TrainingConfig, family: Family, module: nn.Module) -> list[str]:
-    """Put LoRA layers (float32) into a module; returns the names of the layers that got one.
+def add_lora(config: TrainingConfig, family: Family, module: nn.Module, base: str) -> list[str]:
+    """Put LoRA layers (float32) into the module of a component, or into a part of it; returns the
+    names of the layers that got one.
 
     The initial values depend on the seed alone, or are those of `lora_checkpoint`.
 
@@ -191,8 +215,8 @@ def add_lora(config: TrainingConfig, family: Family, module: nn.Module) -> list[
         TargetError: see `lora_targets`.
         WeightsError: see `require_start`.
     """
-    targets = lora_targets(config, family, module)
-    start = _read_start(config, family, module, targets)
+    targets = lora_targets(config, family, module, base)
+    start = _read_start(config, family, module, base, targets)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (peft divides by r)
@@ -211,14 +235,14 @@ def add_lora(config: TrainingConfig, family: Family, module: nn.Module) -> list[
 
 
 def _read_start(
-    config: TrainingConfig, family: Family, module: nn.Module, targets: Sequence[str]
+    config: TrainingConfig, family: Family, module: nn.Module, base: str, targets: Sequence[str]
 ) -> LoraFile | None:
     """The LoRA of `lora_checkpoint`, where one is given. Raises `WeightsError` if it is not one of
     these targets and of `lora_rank`."""
-    if config.lora_checkpoint is None or config.lora_base_model is None:
+    if config.lora_checkpoint is None:
         return None
     path, where = Path(config.lora_checkpoint), f"lora_checkpoint = {config.lora_checkpoint}"
-    lora = read_lora(path, family, config.lora_base_model, "lora_checkpoint")
+    lora = read_lora(path, family, base, "lora_checkpoint")
     require_start(module, lora, targets, config.lora_rank, where)
     return lora
 

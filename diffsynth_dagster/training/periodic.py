@@ -6,7 +6,12 @@ from typing import Protocol
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.facts import digest_file
-from diffsynth_dagster.training.checkpoint import strip_prefix, trained_state, write_checkpoint
+from diffsynth_dagster.training.checkpoint import (
+    checkpoint_files,
+    strip_prefix,
+    trained_state,
+    write_checkpoint,
+)
 from diffsynth_dagster.training.pictures import Pictures
 from diffsynth_dagster.training.setup import Work
 
@@ -69,12 +74,19 @@ class Checkpoints:
         weights = parallel.whole_weights(work.model, work.trained)
         if parallel.is_main_process:
             record = run_file.record
-            state = trained_state(weights, session.models.found.family, record.trained)
-            tensors = strip_prefix(state, config.remove_prefix_in_ckpt)
-            path = Path(config.output_path) / f"{self._points.name(step)}.safetensors"
-            write_checkpoint(path, tensors, {**record.provenance, "step": step})
-            run_file.saved(path.name, digest_file(path))
-            session.reporter.saved(step, path)
+            family, name = session.models.found.family, self._points.name(step)
+            assert name is not None
+            removed = config.remove_prefix_in_ckpt
+            written: dict[Path, str] = {}
+            for file in checkpoint_files(name, family, record.trained, removed):
+                state = trained_state(weights, family, file.trained)
+                tensors = strip_prefix(state, file.removed)
+                path = Path(config.output_path) / file.name
+                write_checkpoint(path, tensors, {**record.provenance, "step": step})
+                written[path] = digest_file(path)
+            run_file.saved({path.name: digest for path, digest in written.items()})
+            for path in written:
+                session.reporter.saved(step, path)
         parallel.wait_for_everyone()
 
 

@@ -28,6 +28,7 @@ class RunRecord:
         identity: digest of everything that the result depends on.
         base: component → digest of its files.
         checkpoints: file name → digest of its bytes, in the order they were written.
+        newest: the files of the checkpoint that was written last.
         lora: rank and alpha, when a LoRA was trained.
         evaluation: metrics of `customized_evaluation`, named before/… and after/….
         pictures: name → file name under samples/.
@@ -54,10 +55,17 @@ class RunRecord:
     changed_tensors: int = 0
     trained_tensors: int = 0
     checkpoints: dict[str, str] = field(default_factory=dict)
+    newest: list[str] = field(default_factory=list)
     evaluation: dict[str, float] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
     finished: bool = False
     version: str = __version__
+
+    @property
+    def newest_digest(self) -> str:
+        """Digest of the checkpoint that was written last: of its file, or of its files."""
+        digests = [self.checkpoints[name] for name in self.newest]
+        return digests[0] if len(digests) == 1 else digest_of(digests)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -89,9 +97,9 @@ class RunFile:
         if write and self._writes:
             write_text(self._path, json.dumps(asdict(self.record), indent=2) + "\n")
 
-    def saved(self, name: str, digest: str) -> None:
-        """A checkpoint of this file name and digest was written."""
-        self._update(checkpoints={**self.record.checkpoints, name: digest})
+    def saved(self, files: Mapping[str, str]) -> None:
+        """A checkpoint was written: file name → digest."""
+        self._update(checkpoints={**self.record.checkpoints, **files}, newest=list(files))
 
     def pictured(self, name: str, file: str) -> None:
         """A picture was written, as this file under samples/."""
@@ -165,10 +173,11 @@ def start_record(
     lora = {"rank": config.lora_rank, "alpha": config.alpha} if config.lora_base_model else None
     settings = config_digest(config)
     stages = [stage.name for stage in found.family.stages]
+    path = found.path.description
     return RunRecord(
-        identity=digest_of([__version__, settings, manifest.digest, base, stages]),
+        identity=digest_of([__version__, settings, manifest.digest, base, stages, path]),
         family=found.family.name,
-        trained=[*config.trainable_models, *filter(None, [config.lora_base_model])],
+        trained=[*config.trainable_models, *config.lora_base_model],
         base=dict(sorted(base.items())),
         samples=manifest.samples,
         samples_digest=manifest.digest,

@@ -67,6 +67,7 @@ class Sampler:
         geometry = self._family.geometry
         clip = clip_rule(config.num_frames, config.frame_rate, geometry, self._family.name)
         self._frames = 1 if clip is None else clip.num_frames
+        self._frame_rate = None if clip is None else clip.frame_rate
 
     def __call__(
         self, live: Mapping[str, Any], prompts: Sequence[str], seed: int
@@ -75,9 +76,10 @@ class Sampler:
         images: list[Image.Image] = []
         negative = self._config.sample_cfg_scale > 1
         encoded = self._encode(live, [*dict.fromkeys(prompts), *([""] if negative else [])])
-        decoder = self._models.get(self._family.decoder)
-        loaded = {**decoder, **live}
-        dtype = weight_dtype(live[self._family.denoiser])
+        denoisers = [denoiser.component for denoiser in self._family.denoisers]
+        others = [name for name in (*self._family.decoder, *denoisers) if name not in live]
+        loaded = {**self._models.get(others), **live}
+        dtype = weight_dtype(next(live[name] for name in denoisers if name in live))
         for start in range(0, len(prompts), SAMPLE_BATCH):
             part = prompts[start : start + SAMPLE_BATCH]
             request = SampleRequest(
@@ -86,12 +88,13 @@ class Sampler:
                 height=self._config.height or DEFAULT_SIDE,
                 width=self._config.width or DEFAULT_SIDE,
                 num_frames=self._frames,
+                frame_rate=self._frame_rate,
                 num_inference_steps=self._config.sample_num_inference_steps,
                 cfg_scale=self._config.sample_cfg_scale,
                 generators=[generator(seed, "image", start + i) for i in range(len(part))],
             )
             with torch.no_grad(), self._autocast():
-                images += [strip(frames) for frames in self._family.sample(loaded, request)]
+                images += [strip(c.frames) for c in self._family.sample(loaded, request)]
         return images
 
     def _stack(self, samples: list[Tensors], dtype: torch.dtype) -> Tensors:

@@ -12,6 +12,7 @@ from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.dataset import resolved_samples
+from diffsynth_dagster.training.idle import IdleWeights
 from diffsynth_dagster.training.modules import add_lora, checkpoint_gradients, train_fully
 from diffsynth_dagster.training.optimizer import make_optimizer, make_schedule
 from diffsynth_dagster.training.parallel import Parallel
@@ -60,7 +61,7 @@ class Work:
 def make_models(config: TrainingConfig, found: FoundModel, parallel: Parallel) -> Models:
     """The components of a model, to be loaded on this process's device when they are used."""
     # A component that gets a LoRA is put into float8 after the LoRA: see `build_step`.
-    lora_first = {found.family.part(name).of for name in filter(None, [config.lora_base_model])}
+    lora_first = {found.family.part(name).of for name in config.lora_base_model}
     return Models(
         found,
         parallel.device,
@@ -83,7 +84,7 @@ def set_up(session: Session) -> Work:
     samples = resolved_samples(config, session.manifest, parallel)
     data = StepDataset(
         config,
-        session.models.found.family,
+        session.models.found,
         samples,
         parallel.process_index,
         parallel.num_processes,
@@ -107,9 +108,9 @@ def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtyp
     loaded = models.get(step_components(models.found, trained))
     tokenizers = {n: loaded.pop(n) for n in list(loaded) if n in models.found.tokenizers}
     changed = {family.part(name).of for name in trained}
-    if config.lora_base_model is not None:
-        owner = family.part(config.lora_base_model).of
-        add_lora(config, family, loaded[owner])
+    for base in config.lora_base_model:
+        add_lora(config, family, loaded[family.part(base).of], base)
+    for owner in dict.fromkeys(family.part(base).of for base in config.lora_base_model):
         if owner in models.found.float8:
             store_in_float8(loaded[owner], models.dtype, models.device)
     for name in config.trainable_models:
@@ -118,12 +119,13 @@ def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtyp
     asked = config.checkpoints_gradients
     if family.checkpoints_gradients if asked is None else asked:
         # Gradients of what conditions the denoiser go through all of it.
-        for name in sorted(changed | {family.denoiser}):
+        for name in sorted(changed | {d.component for d in family.at_work(trained)}):
             checkpoint_gradients(loaded[name], required=asked is not None)
     for name in changed:
         loaded[name].train()
-    count = len(family.path().sigmas)
-    low, high = config.min_timestep_boundary * count, config.max_timestep_boundary * count
-    return TrainingStep(
-        family, loaded, tokenizers, trained, config.seed, (int(low), int(high)), config.distills
-    )
+    idle: dict[str, IdleWeights] = {}
+    if config.offload_idle_denoiser:
+        # One after another: so only one of them is whole on the device.
+        at_work = [denoiser.component for denoiser in family.at_work(trained)]
+        idle = {name: IdleWeights(loaded[name], models.device) for name in at_work}
+    return TrainingStep(models.found, loaded, tokenizers, config, idle)

@@ -1,16 +1,22 @@
 """One forward pass: the stages of the step, the noising path, the denoiser, the losses."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffsynth_dagster.families.contract import Family, Output, Tensors
-from diffsynth_dagster.objective.flow import NUM_TRAIN_TIMESTEPS, FlowPath
+from diffsynth_dagster.config.effect import trained_components
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.families.contract import Output, Tensors
+from diffsynth_dagster.objective.flow import NUM_TRAIN_TIMESTEPS
 from diffsynth_dagster.objective.loss import sample_losses
 from diffsynth_dagster.objective.noise import noise, timestep_index
 from diffsynth_dagster.training.batches import Batch, collate
+from diffsynth_dagster.training.idle import IdleWeights
+from diffsynth_dagster.training.shares import shares_of
+from diffsynth_dagster.weights.identify import FoundModel
 
 
 class TrainingStep(nn.Module):
@@ -19,31 +25,33 @@ class TrainingStep(nn.Module):
     Args:
         modules: the components used in the step, trained or not.
         tokenizers: loaded tokenizers that the step's stages use.
-        trained: names of the trained components.
-        interval: the schedule's indices [low, high) that timesteps are drawn from.
-        distills: whether the loss is that of direct distillation.
+        idle: the frozen weights of denoisers that wait in CPU memory while another is at work.
     """
 
     def __init__(
         self,
-        family: Family,
+        found: FoundModel,
         modules: dict[str, nn.Module],
         tokenizers: dict[str, Any],
-        trained: frozenset[str],
-        seed: int,
-        interval: tuple[int, int],
-        distills: bool = False,
+        config: TrainingConfig,
+        idle: Mapping[str, IdleWeights] | None = None,
     ) -> None:
         super().__init__()
         self.components = nn.ModuleDict(modules)
         self._tokenizers = tokenizers
-        self._family = family
-        self._stages = family.step_stages(trained)
+        self._family = family = found.family
+        self._stages = family.step_stages(trained_components(config))
         self._outputs = {o.name: o for stage in family.stages for o in stage.yields}
-        self._path: FlowPath = family.path()
-        self._seed = seed
-        self._interval = interval
-        self._distills = distills
+        self._loss_weights = {
+            o.name: float(getattr(config, o.weight)) if o.weight is not None else 1.0
+            for o in self._outputs.values()
+            if o.role == "target"
+        }
+        self._path = found.path
+        self._seed = config.seed
+        self._shares = {s.component: s for s in shares_of(config, family, found.path)}
+        self._idle = idle or {}
+        self._distills = config.distills
 
     @property
     def loaded(self) -> dict[str, Any]:
@@ -53,47 +61,60 @@ class TrainingStep(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Losses (B,) float32 of the samples of a batch, each weighted by its timestep."""
         outputs = self._run_stages(batch)
+        self.bring(batch.denoiser)
         if self._distills:
-            return self._distilled(outputs)
+            return self._distilled(outputs, batch.denoiser)
         x_0, known, conditions = self._by_role(outputs)
         device = next(iter(x_0.values())).device
+        share = self._shares[batch.denoiser]
         index = torch.tensor(
             [
-                timestep_index(self._seed, sample, visit, *self._interval)
+                timestep_index(self._seed, sample, visit, share.low, share.high)
                 for sample, visit in zip(batch.samples, batch.visits, strict=True)
             ]
         )
-        sigma = self._path.sigmas[index].to(device)
         epsilon = {name: self._noise(batch, name, clean) for name, clean in x_0.items()}
         x_t: Tensors = {}
         for name, clean in x_0.items():
-            x_t[name] = self._path.noised(clean.float(), epsilon[name], sigma)
+            x_t[name] = self._path.noised(clean.float(), epsilon[name], index)
         x_t = _with_known(x_t, x_0, known)
         t = self._path.timesteps[index].to(device)
-        prediction = self._denoise(conditions, x_t, t)
+        prediction = self._denoise(batch.denoiser, conditions, x_t, t)
         weight = self._path.weights[index].to(device)
         losses = [
             sample_losses(
                 prediction[name],
-                self._path.target(clean.float(), epsilon[name]),
-                weight,
+                self._path.target(clean.float(), epsilon[name], index),
+                weight * self._loss_weights[name],
                 known.get(name),
             )
             for name, clean in x_0.items()
         ]
         return torch.stack(losses).sum(0)
 
-    def _denoise(self, conditions: Tensors, x_t: Tensors, t: torch.Tensor) -> Tensors:
+    def bring(self, denoiser: str) -> None:
+        """Put a denoiser to work: its weights on the device, the others' in CPU memory if asked."""
+        for name, weights in self._idle.items():
+            if name != denoiser:
+                weights.rest()
+        if denoiser in self._idle:
+            self._idle[denoiser].work()
+
+    def _denoise(
+        self, denoiser: str, conditions: Tensors, x_t: Tensors, t: torch.Tensor
+    ) -> Tensors:
         """The family's prediction, everything but the timesteps in the model's own type."""
-        dtype = weight_dtype(self.components[self._family.denoiser])
+        model = self.components[denoiser]
+        dtype = weight_dtype(model)
         return self._family.denoise(
+            model,
             self.loaded,
             {n: c.to(dtype) if c.is_floating_point() else c for n, c in conditions.items()},
             {name: noisy.to(dtype) for name, noisy in x_t.items()},
             t,
         )
 
-    def _distilled(self, outputs: Tensors) -> torch.Tensor:
+    def _distilled(self, outputs: Tensors, denoiser: str) -> torch.Tensor:
         """Losses (B,) of direct distillation: the student samples from the teacher's noise, and
         where it ends is compared with what the teacher made, without a weight."""
         steps = next(t for n, t in outputs.items() if self._role(n) == "steps")
@@ -109,7 +130,7 @@ class TrainingStep(nn.Module):
             for sigma, after in pairwise(sigmas):
                 x_t = _with_known(x_t, x_0, known)
                 t = (sigma * NUM_TRAIN_TIMESTEPS).expand(len(members))
-                velocity = self._denoise(conditions, x_t, t)
+                velocity = self._denoise(denoiser, conditions, x_t, t)
                 x_t = {n: x + (after - sigma) * velocity[n].float() for n, x in x_t.items()}
             ones = torch.ones(len(members), device=steps.device)
             found = [sample_losses(x_t[n], x_0[n], ones, known.get(n)) for n in x_0]

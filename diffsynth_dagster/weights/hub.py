@@ -82,7 +82,8 @@ class ModelHub:
         assert entry.repository is not None
         folder = PurePosixPath(entry.pattern)
         parent = "" if str(folder.parent) == "." else f"{folder.parent}/"
-        wanted = [entry.pattern, f"{parent}config.json", f"{parent}*.index.json"]
+        schedule = "scheduler/scheduler_config.json"  # beside a denoiser's folder
+        wanted = [entry.pattern, f"{parent}config.json", f"{parent}*.index.json", schedule]
         if entry.pattern.endswith("/"):
             wanted = [f"{entry.pattern}*"]
         try:

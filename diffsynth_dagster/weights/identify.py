@@ -1,5 +1,6 @@
 """The model of a config: its files, its family as the config uses it, tokenizers and LoRAs."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,15 +16,18 @@ from diffsynth_dagster.config.entries import (
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, WeightsError, nearest
 from diffsynth_dagster.families import each_family, family_names, find_family
-from diffsynth_dagster.families.contract import Component, Family, Shapes, Tokenizer
+from diffsynth_dagster.families.contract import Component, Family, Settings, Shapes, Tokenizer
 from diffsynth_dagster.families.usage import as_used
+from diffsynth_dagster.objective.path import NoisingPath
 from diffsynth_dagster.weights.header import Header, read_headers
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.recognise import (
+    below,
     converted_shapes,
-    guess_component,
+    guess_components,
     read_architecture,
-    recognise_component,
+    read_schedule,
+    recognise_components,
     recognise_family,
 )
 
@@ -34,8 +38,9 @@ class Found:
 
     Attributes:
         entry: the entry of the model list that names them.
-        header: names, types and shapes of their tensors.
+        header: names, types and shapes of its tensors in them, without `start`.
         config: the config.json beside them, if it is of this component.
+        start: how the names of its tensors start there; empty where the files hold nothing else.
     """
 
     component: Component
@@ -43,6 +48,7 @@ class Found:
     files: tuple[Path, ...]
     header: Header
     config: Mapping[str, object] | None
+    start: str = ""
 
     @property
     def shapes(self) -> Shapes:
@@ -64,6 +70,7 @@ class FoundModel:
 
     Attributes:
         family: as the config uses it; see `families.usage`.
+        path: the noising path.
         components: component → its files.
         tokenizers: tokenizer → its folder.
         float8: the components that are stored in float8.
@@ -71,6 +78,7 @@ class FoundModel:
     """
 
     family: Family
+    path: NoisingPath
     components: Mapping[str, Found]
     tokenizers: Mapping[str, Path]
     float8: frozenset[str] = frozenset()
@@ -98,8 +106,22 @@ def find_model(config: TrainingConfig, hub: ModelHub) -> FoundModel:
     needed = _needed_tokenizers(config, family)
     tokenizers = {t.name: _find_tokenizer(t, config, found, hub) for t in needed}
     return FoundModel(
-        family, found, tokenizers, _float8(config, family, found), _presets(config, family, found)
+        family,
+        family.path(config, _schedule(family, found)),
+        found,
+        tokenizers,
+        _float8(config, family, found),
+        _presets(config, family, found),
     )
+
+
+def _schedule(family: Family, found: Mapping[str, Found]) -> Settings:
+    """What is published of the noising path beside the denoiser. Raises `WeightsError`."""
+    if family.denoiser not in found:
+        return {}
+    denoiser = found[family.denoiser]
+    whole = read_headers(denoiser.files) if denoiser.start else denoiser.header
+    return read_schedule(denoiser.files[0].parent, whole, family)
 
 
 def _find_components(config: TrainingConfig, hub: ModelHub) -> tuple[Family, dict[str, Found]]:
@@ -111,27 +133,64 @@ def _find_components(config: TrainingConfig, hub: ModelHub) -> tuple[Family, dic
         _require_shards(entry, files[entry])
     headers = {entry: read_headers(files[entry]) for entry in entries}
     family = find_family(config.family) if config.family else recognise_family(headers)
-    found: dict[str, Found] = {}
-    for entry in entries:
-        component = recognise_component(headers[entry], family, entry)
-        if component.name in found:
-            raise WeightsError(
-                f"two entries are the component '{component.name}'",
-                where=f"{found[component.name].entry.text} and {entry.text}",
-                do="name each model once; shards of one model go into one pattern or nested list",
-            )
-        found[component.name] = Found(
-            component,
+    parts = [
+        Found(
+            place.component,
             entry,
             files[entry],
-            headers[entry],
-            read_architecture(files[entry][0].parent, component),
+            below(headers[entry], place.start),
+            read_architecture(files[entry][0].parent, place.component),
+            place.start,
         )
+        for entry in entries
+        for place in recognise_components(headers[entry], family, entry)
+    ]
+    found = _each_once(_told_apart(parts, family))
     given = {name: f.shapes for name, f in found.items()}
     family = as_used(family, config, given)
     # The config may change the architecture of a component.
     found = {name: replace(f, component=family.component(name)) for name, f in found.items()}
     return family, found
+
+
+def _told_apart(parts: Sequence[Found], family: Family) -> list[Found]:
+    """The parts of a model; of those that are the same component by their tensors, the ones whose
+    paths say that they are another one are that (the experts of Wan2.2)."""
+    counts = Counter(part.component.name for part in parts)
+    told: list[Found] = []
+    for part in parts:
+        others = [
+            component
+            for component in family.components
+            if counts[part.component.name] > 1
+            and component.signatures == part.component.signatures
+            and any(mark in part.entry.text for mark in component.known_by)
+        ]
+        told.append(replace(part, component=others[0]) if others else part)
+    return told
+
+
+def _each_once(parts: Sequence[Found]) -> dict[str, Found]:
+    """Component → its files. One in files of its own takes the place of the one in a whole
+    checkpoint.
+
+    Raises:
+        WeightsError: two entries are one component.
+    """
+    found: dict[str, Found] = {}
+    for part in parts:
+        name = part.component.name
+        there = found.get(name)
+        if there is not None and bool(there.start) == bool(part.start):
+            raise WeightsError(
+                f"two entries are the component '{name}'",
+                where=f"{there.entry.text} and {part.entry.text}",
+                do="name each model once; shards of one model go into one pattern or nested list; "
+                "of two experts, the path of the second says which it is, as low_noise_model does",
+            )
+        if there is None or there.start:
+            found[name] = part
+    return found
 
 
 def _require_shards(entry: ModelEntry, files: Sequence[Path]) -> None:
@@ -235,7 +294,7 @@ def guess_family(config: TrainingConfig) -> Family:
 
 def _guessed(family: Family, config: TrainingConfig, entries: Sequence[ModelEntry]) -> Family:
     """The family as a config uses it, with the components that the text of its model list names."""
-    names = [guess_component(entry, family) for entry in entries]
+    names = guess_components(entries, family)
     return as_used(family, config, {name: {} for name in names if name is not None})
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from diffsynth_dagster.errors import WeightsError
@@ -15,8 +14,11 @@ from diffsynth_dagster.weights.identify import Found
 from diffsynth_dagster.weights.torch_file import read_torch_file
 
 
-def read_tensors(paths: Sequence[Path], device: str = "cpu") -> dict[str, torch.Tensor]:
-    """All tensors of the shards of one model.
+def read_tensors(paths: Sequence[Path], start: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of the shards of one model, in CPU memory.
+
+    Args:
+        start: only those whose names start so are read, by the rest of their names.
 
     Raises:
         WeightsError: a shard is damaged.
@@ -25,7 +27,9 @@ def read_tensors(paths: Sequence[Path], device: str = "cpu") -> dict[str, torch.
     for path in paths:
         if path.suffix == ".safetensors":
             try:
-                tensors |= load_file(path, device=device)
+                with safe_open(path, "pt") as file:
+                    names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118
+                    tensors |= {name: file.get_tensor(name) for name in names}
             except (SafetensorError, OSError) as error:
                 raise WeightsError(
                     f"the model file cannot be read: {error}",
@@ -33,8 +37,9 @@ def read_tensors(paths: Sequence[Path], device: str = "cpu") -> dict[str, torch.
                     do="download or copy it again",
                 ) from error
         else:
-            tensors |= read_torch_file(path)
-    return tensors
+            whole = read_torch_file(path)
+            tensors |= {name: whole[name] for name in whole if name.startswith(start)}
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items()}
 
 
 def build_empty(found: Found) -> nn.Module:
@@ -93,7 +98,7 @@ def load_component(found: Found, device: torch.device | str, dtype: torch.dtype)
     """
     module = build_empty(found)
     keep: Sequence[str] = getattr(module, "_keep_in_fp32_modules", None) or ()
-    state = found.component.convert(read_tensors(found.files))
+    state = found.component.convert(read_tensors(found.files, found.start))
     for name, tensor in state.items():
         kept = any(part in keep for part in name.split("."))
         wanted = torch.float32 if kept else dtype

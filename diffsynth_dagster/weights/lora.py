@@ -63,7 +63,7 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
     if not path.is_file():
         raise WeightsError("the LoRA file does not exist", where=where, do="correct the path")
     owner = family.part(name).of
-    folder = family.component(owner).folder
+    folder = family.component(owner).lora_start
     starts = (family.prefix(name), family.prefix(owner), f"{folder}.", *FOREIGN_PREFIXES)
     tensors = read_tensors([path])
     beyond = next(filter(_BEYOND_LORA.search, tensors), None)
@@ -91,9 +91,9 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
         # As in kohya's scripts, an alpha of 0 counts as none.
         alpha = (own is not None and float(own)) or noted or float(len(a))
         tensors[f"{layer}.alpha"] = torch.tensor(alpha, dtype=torch.float64)
-    if family.from_authors is not None and owner == family.denoiser:
+    if owner in family.from_authors:
         try:
-            tensors = family.from_authors(tensors)
+            tensors = family.from_authors[owner](tensors)
         except RuntimeError as error:
             raise WeightsError(
                 f"the LoRA has layers of other sizes than {family.name}: {error}",

@@ -1,7 +1,8 @@
 """Recognise model files by the names of their tensors, never by a table of hashes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -10,8 +11,20 @@ import torch
 from diffsynth_dagster.config.entries import ModelEntry
 from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.families import each_family
-from diffsynth_dagster.families.contract import Component, Family, Shapes
+from diffsynth_dagster.families.contract import Component, Family, Settings, Shapes
 from diffsynth_dagster.weights.header import Header
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a component lies in files.
+
+    Attributes:
+        start: how the names of its tensors start there: empty where the files hold nothing else.
+    """
+
+    component: Component
+    start: str = ""
 
 
 def recognise(header: Header, component: Component) -> bool:
@@ -19,11 +32,32 @@ def recognise(header: Header, component: Component) -> bool:
     return any(all(mark in header for mark in marks) for marks in component.signatures)
 
 
-def recognise_component(header: Header, family: Family, entry: ModelEntry) -> Component:
-    """The component of a family that the tensors of an entry are. Raises `WeightsError`."""
+def below(header: Header, start: str) -> Header:
+    """The tensors whose names start so, by the rest of their names."""
+    if not start:
+        return header
+    return {n.removeprefix(start): info for n, info in header.items() if n.startswith(start)}
+
+
+def components_in(header: Header, family: Family) -> list[Place]:
+    """The components of a family that a file, or the shards of one, holds: one, or those of a whole
+    checkpoint; none where it is of another family."""
     for component in family.components:
         if recognise(header, component):
-            return component
+            return [Place(component)]
+    return [
+        Place(component, start)
+        for component in family.components
+        for start in component.inside
+        if recognise(below(header, start), component)
+    ]
+
+
+def recognise_components(header: Header, family: Family, entry: ModelEntry) -> list[Place]:
+    """The components of a family that the files of an entry hold. Raises `WeightsError`."""
+    places = components_in(header, family)
+    if places:
+        return places
     names = ", ".join(sorted(header)[:3])
     known = ", ".join(c.name for c in family.components)
     raise WeightsError(
@@ -43,12 +77,16 @@ def recognise_family(headers: Mapping[ModelEntry, Header]) -> Family:
     fits = [
         family
         for family in each_family()
-        if all(any(recognise(h, c) for c in family.components) for h in headers.values())
+        if all(components_in(header, family) for header in headers.values())
     ]
     denoisers = [
         family
         for family in fits
-        if any(recognise(h, family.component(family.denoiser)) for h in headers.values())
+        if any(
+            place.component.name == family.denoiser
+            for header in headers.values()
+            for place in components_in(header, family)
+        )
     ]
     if len(fits) == 1:
         return fits[0]
@@ -61,7 +99,7 @@ def recognise_family(headers: Mapping[ModelEntry, Header]) -> Family:
             do="give it: one of " + ", ".join(f.name for f in fits),
         )
     for entry, header in headers.items():
-        if not any(recognise(header, c) for family in each_family() for c in family.components):
+        if not any(components_in(header, family) for family in each_family()):
             names = ", ".join(sorted(header)[:3])
             raise WeightsError(
                 f"the file is of an unknown kind: its first tensors are {names}",
@@ -107,6 +145,18 @@ def guess_component(entry: ModelEntry, family: Family) -> str | None:
     return None
 
 
+def guess_components(entries: Sequence[ModelEntry], family: Family) -> list[str | None]:
+    """The component that each entry of a model list seems to be: see `guess_component`."""
+    names = [guess_component(entry, family) for entry in entries]
+    for second in (c for c in family.components if c.known_by):
+        first = next(c for c in family.components if c.signatures == second.signatures)
+        pair = [i for i, name in enumerate(names) if name in (first.name, second.name)]
+        for i in pair:
+            told = len(pair) > 1 and any(mark in entries[i].text for mark in second.known_by)
+            names[i] = second.name if told else first.name
+    return names
+
+
 def read_architecture(folder: Path, component: Component) -> Mapping[str, object] | None:
     """The config.json of a component in a folder; None where there is none, or only that of another
     architecture.
@@ -131,3 +181,33 @@ def read_architecture(folder: Path, component: Component) -> Mapping[str, object
         )
     named = [loaded.get("_class_name"), *(loaded.get("architectures") or [])]
     return loaded if any(name in component.classes for name in named) else None
+
+
+def read_schedule(folder: Path, header: Header, family: Family) -> Settings:
+    """What is published of the noising path beside a denoiser: the settings of its scheduler in
+    diffusers' layout, or what tensors without a use in the denoiser's own file say by their names.
+
+    Args:
+        folder: of the denoiser's files.
+        header: of these files, whole.
+
+    Raises:
+        WeightsError: the scheduler's file is damaged.
+    """
+    marked = [settings for mark, settings in family.scheduler_marks.items() if mark in header]
+    path = folder.parent / "scheduler" / "scheduler_config.json"
+    if marked or not path.is_file():
+        return {name: value for settings in marked for name, value in settings.items()}
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"the scheduler's settings cannot be read: {error}",
+            where=str(path),
+            do="download them again",
+        ) from error
+    if not isinstance(loaded, dict):
+        raise WeightsError(
+            "the scheduler's settings are not a mapping", where=str(path), do="download them again"
+        )
+    return {str(name): value for name, value in loaded.items()}

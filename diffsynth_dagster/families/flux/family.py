@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
-from PIL import Image
 from torch import nn
 from transformers import (
     CLIPTokenizer,
     T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  (an alias made when imported)
 )
 
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import Geometry
 from diffsynth_dagster.families.contract import (
+    Clip,
+    Denoiser,
     Family,
     Loaded,
     SampleRequest,
+    Settings,
     Tensors,
     Tokenizer,
 )
@@ -49,7 +52,7 @@ LAST_SIGMA = 0.003 / 1.002
 SAMPLING_GUIDANCE = 3.5
 
 
-def path() -> FlowPath:
+def path(config: TrainingConfig, published: Settings) -> FlowPath:
     """Shift 3, over sigmas from 1 to 0.003 / 1.002."""
     sigmas = torch.linspace(1.0, LAST_SIGMA, 1000, dtype=torch.float64)
     return flow_path(
@@ -57,7 +60,7 @@ def path() -> FlowPath:
     )
 
 
-def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
+def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
     """Images by diffusers' own pipeline."""
     pipeline = make_pipeline(FluxPipeline, SCHEDULER, loaded)
     return sample_images(pipeline, request, guidance_scale=SAMPLING_GUIDANCE)
@@ -108,7 +111,7 @@ FAMILY = Family(
         prompt_stage(stages.encode_prompt, uses=("tokenizer_2", "text_encoder_2")),
         image_stage(encode_scaled),
     ),
-    denoiser="dit",
+    denoisers=(Denoiser("dit"),),
     denoise=stages.denoise,
     path=path,
     geometry=Geometry(side_factor=16),
@@ -120,8 +123,8 @@ FAMILY = Family(
         "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
     },
     lora_aliases={"dit": LORA_ALIASES},
-    to_kohya=to_kohya,
-    from_authors=from_authors,
+    to_kohya={"dit": to_kohya},
+    from_authors={"dit": from_authors},
     denoise_uses=("controlnet",),
     parameters=("tokenizer_1_path", "tokenizer_2_path", "align_to_opensource_format"),
     extra_inputs=(stages.KONTEXT, stages.CONTROL, stages.MODE),

@@ -61,9 +61,11 @@ def position_ids(grid: Grid, device: torch.device, number: int = 0) -> torch.Ten
     return torch.stack([torch.full_like(rows, number), rows, columns], -1).view(-1, 3)
 
 
-def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) -> Tensors:
+def denoise(
+    dit: Any, loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor
+) -> Tensors:
     """The transformer's velocity for `image` (B, C, H, W) at timesteps t (B,) in [0, 1000]."""
-    latents, dit = x_t["image"], loaded["dit"]
+    latents = x_t["image"]
     height, width = latents.shape[-2:]
     tokens, ids = pack(latents), position_ids(grid_of(latents), latents.device)
     embeds = conditions["prompt_embeds"]

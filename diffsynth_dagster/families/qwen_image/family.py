@@ -6,14 +6,17 @@ Files are those of the repositories Qwen/Qwen-Image, -2512, and -Edit, -Edit-250
 from functools import partial
 
 from diffusers import QwenImagePipeline
-from PIL import Image
 from transformers import Qwen2Tokenizer
 
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import Geometry
 from diffsynth_dagster.families.contract import (
+    Clip,
+    Denoiser,
     Family,
     Loaded,
     SampleRequest,
+    Settings,
     Tokenizer,
 )
 from diffsynth_dagster.families.qwen_image import edit, stages
@@ -52,13 +55,13 @@ LORA_TARGETS = (
 )
 
 
-def path() -> FlowPath:
+def path(config: TrainingConfig, published: Settings) -> FlowPath:
     """Exponential shift with mu = 0.8, stretched so that the last sigma is 0.02."""
     sigmas = stretch_to(exponential_shift(linear_sigmas(), TRAINING_MU), 0.02)
     return flow_path(sigmas, f"flow matching, exponential shift mu={TRAINING_MU}, terminal 0.02")
 
 
-def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
+def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
     """Images by diffusers' own pipeline."""
     # A single step has nothing to stretch to the terminal sigma: diffusers divides by zero.
     alone = {"shift_terminal": None} if request.num_inference_steps == 1 else {}
@@ -82,7 +85,7 @@ FAMILY = Family(
         prompt_stage(stages.encode_prompt, ragged=True),
         image_stage(stages.encode_pixels),
     ),
-    denoiser="dit",
+    denoisers=(Denoiser("dit"),),
     denoise=stages.denoise,
     path=path,
     geometry=Geometry(side_factor=16),

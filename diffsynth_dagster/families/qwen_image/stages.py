@@ -1,6 +1,7 @@
 """The stages of Qwen-Image and one call of its transformer: tensors in, tensors out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage
@@ -48,7 +49,9 @@ def encode_pixels(vae: AutoencoderKLQwenImage, pixels: torch.Tensor) -> torch.Te
     return encode_standardised(vae, pixels.unsqueeze(2)).squeeze(2)
 
 
-def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) -> Tensors:
+def denoise(
+    dit: Any, loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor
+) -> Tensors:
     """The transformer's velocity for `image` (B, C, H, W) at timesteps t (B,) in [0, 1000].
 
     The tokens of edit images stand behind those of the image.
@@ -63,7 +66,7 @@ def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) 
         # Samples of a batch are of equal shape: the grids of one are those of all.
         grids += [(1, rows, columns) for rows, columns in conditions["edit_grids"][0].tolist()]
     mask = conditions["prompt_embeds_mask"]
-    predicted = loaded["dit"](
+    predicted = dit(
         hidden_states=tokens,
         encoder_hidden_states=conditions["prompt_embeds"],
         # As in the published pipeline: without padding, attention is faster without a mask.

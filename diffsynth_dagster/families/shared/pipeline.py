@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
-from PIL import Image
 from torch import nn
 
-from diffsynth_dagster.families.contract import Loaded, SampleRequest, Tensors
+from diffsynth_dagster.families.contract import Clip, Loaded, SampleRequest, Tensors
 
 
 def make_pipeline(kind: Any, schedule: Mapping[str, object], loaded: Loaded, **more: object) -> Any:
@@ -33,14 +32,14 @@ def make_pipeline(kind: Any, schedule: Mapping[str, object], loaded: Loaded, **m
     return pipeline
 
 
-def sample_images(pipeline: Any, request: SampleRequest, **more: object) -> list[list[Image.Image]]:
+def sample_images(pipeline: Any, request: SampleRequest, **more: object) -> list[Clip]:
     """Images by a pipeline whose arguments are called as the conditions are.
 
     Args:
         more: further arguments of the call.
 
     Returns:
-        For each prompt a list of one image.
+        For each prompt a clip of one frame.
     """
     negative = {f"negative_{name}": t for name, t in (request.negative or {}).items()}
     images = pipeline(
@@ -53,7 +52,7 @@ def sample_images(pipeline: Any, request: SampleRequest, **more: object) -> list
         generator=request.generators,
         **more,
     ).images
-    return [[image] for image in images]
+    return [Clip([image]) for image in images]
 
 
 def load_into_transformer(

@@ -21,16 +21,19 @@ from typing import Any
 
 import torch
 from diffusers import WanPipeline
-from PIL import Image
 from transformers import AutoTokenizer
 
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import FrameRule, Geometry
 from diffsynth_dagster.families.contract import (
+    Clip,
+    Denoiser,
     Family,
     Loaded,
     Output,
     Part,
     SampleRequest,
+    Settings,
     Stage,
     Tensors,
     Tokenizer,
@@ -51,7 +54,7 @@ def load_tokenizer(folder: str) -> Any:
     return make.from_pretrained(folder, trust_remote_code=False)
 
 
-def path() -> FlowPath:
+def path(config: TrainingConfig, published: Settings) -> FlowPath:
     """Shift 5."""
     return flow_path(linear_shift(linear_sigmas(), SHIFT), f"flow matching, shift {SHIFT:g}")
 
@@ -61,7 +64,7 @@ def inference_sigmas(steps: int, x_0: Tensors) -> torch.Tensor:
     return linear_shift(torch.linspace(1.0, 0.0, steps + 1), SHIFT)
 
 
-def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
+def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
     """Videos from text by diffusers' own pipeline."""
     pipeline = make_pipeline(
         WanPipeline,
@@ -70,7 +73,7 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
         expand_timesteps=loaded["dit"].config.in_channels == WIDE_LATENTS,
     )
     negative = request.negative
-    return pipeline(
+    clips = pipeline(
         prompt_embeds=stages.full_length(request.conditions["prompt_embeds"]),
         negative_prompt_embeds=negative and stages.full_length(negative["prompt_embeds"]),
         guidance_scale=request.cfg_scale,
@@ -81,6 +84,7 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[list[Image.Image]]:
         generator=request.generators,
         output_type="pil",
     ).frames
+    return [Clip(frames, request.frame_rate) for frames in clips]
 
 
 FAMILY = Family(
@@ -101,7 +105,7 @@ FAMILY = Family(
             "video", (variant.VIDEO,), ("vae",), (Output("video", "target"),), stages.encode_video
         ),
     ),
-    denoiser="dit",
+    denoisers=(Denoiser("dit"),),
     denoise=stages.denoise,
     path=path,
     geometry=Geometry(side_factor=16, frames=FrameRule(stages.FRAMES_PER_LATENT, 1)),
@@ -110,7 +114,7 @@ FAMILY = Family(
     inference_sigmas=inference_sigmas,
     lora_targets={"dit": LORA_TARGETS, "vace": LORA_TARGETS},
     lora_aliases={"dit": names.lora_aliases("blocks"), "vace": names.lora_aliases("vace_blocks")},
-    from_authors=names.from_authors,
+    from_authors={"dit": names.from_authors},
     parts=(Part("vace", of="dit", starts=("vace_blocks.", "vace_patch_embedding.")),),
     parameters=("tokenizer_path",),
     extra_inputs=variant.EXTRA_INPUTS,

@@ -132,7 +132,9 @@ def full_length(embeds: torch.Tensor) -> torch.Tensor:
     return functional.pad(embeds, (0, 0, 0, PROMPT_TOKENS - embeds.shape[1]))
 
 
-def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) -> Tensors:
+def denoise(
+    dit: Any, loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor
+) -> Tensors:
     """The transformer's velocity for `video` (B, C, F', H', W') at timesteps t (B,) in
     [0, 1000]."""
     latents = x_t["video"]
@@ -147,7 +149,7 @@ def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) 
         t = (left[:, 0, :, ::PATCH, ::PATCH] * t.view(-1, 1, 1, 1)).flatten(1)
     if "given_frames" in conditions:
         latents = torch.cat([latents, conditions["given_frames"]], dim=1)
-    velocity = loaded["dit"](
+    velocity = dit(
         hidden_states=latents,
         timestep=t,
         encoder_hidden_states=full_length(conditions["prompt_embeds"]),

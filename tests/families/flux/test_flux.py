@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.store import Store
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.export import verify_export
 from diffsynth_dagster.families import find_family
@@ -107,10 +106,8 @@ def loss_in_the_pipeline(values: dict[str, Any], run: Path, lora: Path, model: P
     make: Any = FluxPipeline
     pipeline = make(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, dit)
     pipeline.load_lora_weights(lora)
-    count = len(found.family.path().sigmas)
-    trained = trained_components(config)
-    step = TrainingStep(found.family, {"dit": dit}, {}, trained, config.seed, (0, count))
-    (batch,) = StepDataset(config, found.family, samples_of(run), 0, 1)[0]
+    step = TrainingStep(found, {"dit": dit}, {}, config)
+    (batch,) = StepDataset(config, found, samples_of(run), 0, 1)[0]
     with torch.no_grad():
         return float(step(batch).mean())
 

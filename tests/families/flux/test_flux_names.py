@@ -138,7 +138,7 @@ def test_every_alias_reaches_layers_of_its_own() -> None:
     base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "model_paths": ["x"]}
     for alias in LORA_ALIASES:
         config = make_config({**base, "lora_base_model": "dit", "lora_target_modules": [alias]})
-        reached += lora_targets(config, family, dit)
+        reached += lora_targets(config, family, dit, "dit")
     inside = [
         name
         for name, module in dit.named_modules()
