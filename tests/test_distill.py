@@ -100,7 +100,7 @@ def test_the_loss_is_the_distance_from_what_the_pipeline_makes(
         row = dict(place.rows[number - 1])
         for item in found.family.file_inputs:
             row[item.column] = str(place.data.parent / row[item.column])
-        outputs = data._batch([visit], 1.0).outputs
+        outputs = data._batch([visit], "dit", 1.0).outputs
         for name, latents in distilled.sampled(place.model, row).items():
             assert latents.shape == outputs[name][0].shape
             expected += float(((latents - outputs[name][0]) ** 2).mean()) / len(visits)

@@ -119,7 +119,7 @@ def test_several_modules_at_once(values: Values, tmp_path: Path) -> None:
     record = read_record(run)
     assert record is not None
     exported = export_run(settings, record, found)
-    assert {e.component for e in exported} == {"dit", "text_encoder"}
+    assert {e.components for e in exported} == {("dit",), ("text_encoder",)}
     for item in exported:
         verify_export(item, found)
 
@@ -193,9 +193,9 @@ def test_exported_lora_predicts_the_same_in_diffusers(
         "t": torch.tensor([900.0, 100.0]),
     }
     with torch.no_grad():
-        mine = found.family.denoise({"dit": ours}, **inputs)["image"]
-        theirs = found.family.denoise({"dit": pipeline.transformer}, **inputs)["image"]
-        without = found.family.denoise({"dit": base}, **inputs)["image"]
+        mine = found.family.denoise(ours, {}, **inputs)["image"]
+        theirs = found.family.denoise(pipeline.transformer, {}, **inputs)["image"]
+        without = found.family.denoise(base, {}, **inputs)["image"]
     assert float((mine - theirs).abs().max()) <= 1e-5
     assert float((mine - without).abs().max()) > 1e-3
 

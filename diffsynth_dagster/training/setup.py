@@ -12,7 +12,7 @@ from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.dataset import resolved_samples
-from diffsynth_dagster.training.idle import IdleWeights
+from diffsynth_dagster.training.idle import take_turns
 from diffsynth_dagster.training.modules import add_lora, checkpoint_gradients, train_fully
 from diffsynth_dagster.training.optimizer import make_optimizer, make_schedule
 from diffsynth_dagster.training.parallel import Parallel
@@ -123,9 +123,7 @@ def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtyp
             checkpoint_gradients(loaded[name], required=asked is not None)
     for name in changed:
         loaded[name].train()
-    idle: dict[str, IdleWeights] = {}
     if config.offload_idle_denoiser:
-        # One after another: so only one of them is whole on the device.
-        at_work = [denoiser.component for denoiser in family.at_work(trained)]
-        idle = {name: IdleWeights(loaded[name], models.device) for name in at_work}
-    return TrainingStep(models.found, loaded, tokenizers, config, idle)
+        at_work = [loaded[denoiser.component] for denoiser in family.at_work(trained)]
+        take_turns(at_work, models.device)
+    return TrainingStep(models.found, loaded, tokenizers, config)

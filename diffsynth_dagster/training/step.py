@@ -1,6 +1,5 @@
 """One forward pass: the stages of the step, the noising path, the denoiser, the losses."""
 
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +13,6 @@ from diffsynth_dagster.objective.flow import NUM_TRAIN_TIMESTEPS
 from diffsynth_dagster.objective.loss import sample_losses
 from diffsynth_dagster.objective.noise import noise, timestep_index
 from diffsynth_dagster.training.batches import Batch, collate
-from diffsynth_dagster.training.idle import IdleWeights
 from diffsynth_dagster.training.shares import shares_of
 from diffsynth_dagster.weights.identify import FoundModel
 
@@ -25,7 +23,6 @@ class TrainingStep(nn.Module):
     Args:
         modules: the components used in the step, trained or not.
         tokenizers: loaded tokenizers that the step's stages use.
-        idle: the frozen weights of denoisers that wait in CPU memory while another is at work.
     """
 
     def __init__(
@@ -34,7 +31,6 @@ class TrainingStep(nn.Module):
         modules: dict[str, nn.Module],
         tokenizers: dict[str, Any],
         config: TrainingConfig,
-        idle: Mapping[str, IdleWeights] | None = None,
     ) -> None:
         super().__init__()
         self.components = nn.ModuleDict(modules)
@@ -50,7 +46,6 @@ class TrainingStep(nn.Module):
         self._path = found.path
         self._seed = config.seed
         self._shares = {s.component: s for s in shares_of(config, family, found.path)}
-        self._idle = idle or {}
         self._distills = config.distills
 
     @property
@@ -61,7 +56,6 @@ class TrainingStep(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Losses (B,) float32 of the samples of a batch, each weighted by its timestep."""
         outputs = self._run_stages(batch)
-        self.bring(batch.denoiser)
         if self._distills:
             return self._distilled(outputs, batch.denoiser)
         x_0, known, conditions = self._by_role(outputs)
@@ -91,14 +85,6 @@ class TrainingStep(nn.Module):
             for name, clean in x_0.items()
         ]
         return torch.stack(losses).sum(0)
-
-    def bring(self, denoiser: str) -> None:
-        """Put a denoiser to work: its weights on the device, the others' in CPU memory if asked."""
-        for name, weights in self._idle.items():
-            if name != denoiser:
-                weights.rest()
-        if denoiser in self._idle:
-            self._idle[denoiser].work()
 
     def _denoise(
         self, denoiser: str, conditions: Tensors, x_t: Tensors, t: torch.Tensor

@@ -11,16 +11,18 @@ Which of them a config trains follows from the tensors of its transformer and fr
 - in_channels = out_channels = 48 (TI2V-5B): the first latent frame of the video is given and not
   predicted; its tokens have the timestep 0.
 
-The two experts of Wan2.2 A14B are trained alone: the model list names one of them, and
-`min_timestep_boundary` and `max_timestep_boundary` its share of the schedule. All frames that are
-given are those of `video`, so that they are no columns.
+Of the two experts of Wan2.2 A14B the model list names one, and `min_timestep_boundary` and
+`max_timestep_boundary` its share of the schedule; or both, `dit` (high noise) and `dit2` (low
+noise), each with its published share. All frames that are given are those of `video`, so that they
+are no columns.
 """
 
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import WanPipeline
+from torch import nn
 from transformers import AutoTokenizer
 
 from diffsynth_dagster.config.parameters import TrainingConfig
@@ -66,10 +68,13 @@ def inference_sigmas(steps: int, x_0: Tensors) -> torch.Tensor:
 
 def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
     """Videos from text by diffusers' own pipeline."""
+    second = loaded.get("dit2")
     pipeline = make_pipeline(
         WanPipeline,
         {"shift": SHIFT},
         loaded,
+        transformer_2=second,
+        boundary_ratio=None if second is None else variant.TEXT_BOUNDARY / 1000,
         expand_timesteps=loaded["dit"].config.in_channels == WIDE_LATENTS,
     )
     negative = request.negative
@@ -85,6 +90,18 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
         output_type="pil",
     ).frames
     return [Clip(frames, request.frame_rate) for frames in clips]
+
+
+def load_lora(
+    component: str, module: nn.Module, tensors: Tensors, metadata: Mapping[str, object]
+) -> None:
+    """Load an exported LoRA the way `WanPipeline.load_lora_weights` does, for either expert.
+
+    Raises:
+        ValueError: the pipeline loads no LoRA into this component.
+    """
+    name = "dit" if component == "dit2" else component
+    load_into_transformer(WanPipeline, name, module, tensors, metadata)
 
 
 FAMILY = Family(
@@ -110,11 +127,14 @@ FAMILY = Family(
     path=path,
     geometry=Geometry(side_factor=16, frames=FrameRule(stages.FRAMES_PER_LATENT, 1)),
     sample=sample,
-    load_lora=partial(load_into_transformer, WanPipeline),
+    load_lora=load_lora,
     inference_sigmas=inference_sigmas,
-    lora_targets={"dit": LORA_TARGETS, "vace": LORA_TARGETS},
-    lora_aliases={"dit": names.lora_aliases("blocks"), "vace": names.lora_aliases("vace_blocks")},
-    from_authors={"dit": names.from_authors},
+    lora_targets=dict.fromkeys(("dit", "dit2", "vace"), LORA_TARGETS),
+    lora_aliases={
+        **dict.fromkeys(("dit", "dit2"), names.lora_aliases("blocks")),
+        "vace": names.lora_aliases("vace_blocks"),
+    },
+    from_authors=dict.fromkeys(("dit", "dit2"), names.from_authors),
     parts=(Part("vace", of="dit", starts=("vace_blocks.", "vace_patch_embedding.")),),
     parameters=("tokenizer_path",),
     extra_inputs=variant.EXTRA_INPUTS,

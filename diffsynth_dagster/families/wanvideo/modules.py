@@ -1,5 +1,7 @@
 """The modules of Wan: their files and their settings."""
 
+from dataclasses import replace
+
 from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
@@ -104,29 +106,39 @@ def image_encoder_settings(shapes: Shapes) -> Settings:
     }
 
 
-COMPONENTS = (
-    Component(
-        "dit",
-        "transformer",
+_DIT = Component(
+    "dit",
+    "transformer",
+    (
         (
-            (
-                "condition_embedder.time_embedder.linear_1.weight",
-                "patch_embedding.weight",
-                "proj_out.weight",
-                "scale_shift_table",
-            ),
-            (
-                "time_embedding.0.weight",
-                "patch_embedding.weight",
-                "head.head.weight",
-                "head.modulation",
-            ),
+            "condition_embedder.time_embedder.linear_1.weight",
+            "patch_embedding.weight",
+            "proj_out.weight",
+            "scale_shift_table",
         ),
-        WanTransformer3DModel,
-        dit_settings,
-        convert_dit,
-        ("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
-        other_kinds={"vace_blocks.": WanVACETransformer3DModel},
+        (
+            "time_embedding.0.weight",
+            "patch_embedding.weight",
+            "head.head.weight",
+            "head.modulation",
+        ),
+    ),
+    WanTransformer3DModel,
+    dit_settings,
+    convert_dit,
+    ("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
+    other_kinds={"vace_blocks.": WanVACETransformer3DModel},
+)
+
+COMPONENTS = (
+    _DIT,
+    replace(
+        _DIT,
+        name="dit2",
+        folder="transformer_2",
+        origin=("low_noise_model/*",),
+        known_by=("low_noise", "transformer_2"),
+        lora_folder=_DIT.folder,
     ),
     Component(
         "text_encoder",

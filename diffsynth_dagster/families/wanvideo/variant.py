@@ -9,7 +9,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import FrameRule, Geometry
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families.contract import Family, Output, Shapes, Stage
+from diffsynth_dagster.families.contract import Denoiser, Family, Output, Shapes, Stage
 from diffsynth_dagster.families.requirements import (
     InputNamed,
     ModelHas,
@@ -21,6 +21,8 @@ from diffsynth_dagster.families.wanvideo import stages
 from diffsynth_dagster.families.wanvideo.modules import PATCH, WIDE_LATENTS
 
 WIDE_FACTOR = 32
+TEXT_BOUNDARY, FRAME_BOUNDARY = 875.0, 900.0
+"""Timestep at which the experts of Wan2.2 A14B change places: video from text, and from a frame."""
 MASK_CHANNELS = 4
 """Which of the frames are given: one channel for each frame of a latent one."""
 VIDEO = Input("video", "video")
@@ -28,6 +30,7 @@ VACE_VIDEO = Input("vace_video", "video", same_size=True)
 VACE_REFERENCE = Input("vace_reference_image", "image", same_size=True)
 EXTRA_INPUTS = ("input_image", "end_image", "vace_video", "vace_reference_image")
 
+_ENDS = ("patch_embedding.weight", "proj_out.weight")
 _EMBEDDER = "condition_embedder.image_embedder."
 _MODEL_LIST = "model_paths, model_id_with_origin_paths"
 
@@ -67,7 +70,7 @@ def _has_vace(dit: Shapes) -> bool:
 _FIRST, _LAST = InputNamed("input_image"), InputNamed("end_image")
 _VACE_INPUTS = (InputNamed("vace_video"), InputNamed("vace_reference_image"))
 _FRAMES, _WIDE = ModelHas("dit", _reads_frames), ModelHas("dit", _has_wide_latents)
-_VACE = ModelHas("dit", _has_vace)
+_VACE, _SECOND = ModelHas("dit", _has_vace), ModelListed("dit2")
 
 REFUSALS = (
     Refusal("end_image is named without input_image", "name both", (_LAST,), (_FIRST,)),
@@ -95,6 +98,12 @@ REFUSALS = (
         "name input_image, and end_image for a model that is given the last frame too",
         when=(_FRAMES,),
         unless=(_FIRST,),
+    ),
+    Refusal(
+        "two experts with VACE blocks are not trained together",
+        "name the files of one of them",
+        when=(_VACE, _SECOND),
+        where=_MODEL_LIST,
     ),
     *(
         Refusal(
@@ -179,7 +188,24 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
         shown = VACE_VIDEO if "vace_video" in extra else VIDEO
         output = (Output("vace", "condition"),)
         wanted.append(Stage("vace", (shown, *reference), ("vae",), output, stages.encode_control))
-    return replace(family, stages=tuple(wanted), geometry=_geometry(family.geometry, config, vae))
+    return replace(
+        family,
+        stages=tuple(wanted),
+        geometry=_geometry(family.geometry, config, vae),
+        denoisers=_experts(config, dit, given["dit2"]) if "dit2" in given else family.denoisers,
+    )
+
+
+def _experts(config: TrainingConfig, high: Shapes, low: Shapes) -> tuple[Denoiser, ...]:
+    """Both experts of Wan2.2 A14B, each with its share. Raises `ParameterError`."""
+    if high and low and any(high[name] != low[name] for name in _ENDS):
+        raise ParameterError(
+            "the two experts are of different models: they take or predict other channels",
+            where=_MODEL_LIST,
+            do="name the high and the low noise expert of one repository",
+        )
+    boundary = FRAME_BOUNDARY if "input_image" in config.extra_inputs else TEXT_BOUNDARY
+    return Denoiser("dit", low=boundary), Denoiser("dit2", high=boundary)
 
 
 def _known_frame() -> Stage:

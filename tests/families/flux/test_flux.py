@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.store import Store
+from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.export import verify_export
 from diffsynth_dagster.families import find_family
@@ -54,7 +55,7 @@ def first_loss(values: dict[str, Any], folder: Path) -> float:
 
 def test_schedule_is_the_shifted_one() -> None:
     sigmas = torch.linspace(1.0, 0.003 / 1.002, 1000, dtype=torch.float64)
-    flow = path()
+    flow = path(TrainingConfig(), {})
     torch.testing.assert_close(flow.sigmas, (3 * sigmas / (1 + 2 * sigmas)).float())
     torch.testing.assert_close(flow.timesteps, flow.sigmas * 1000)
 

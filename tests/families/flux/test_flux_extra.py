@@ -57,7 +57,7 @@ def test_three_modules_at_once(values: Values, model: Path, tmp_path: Path) -> N
     columns = read_manifest(run).frame.columns
     assert {"key:prompt", "key:image", "key:control"} <= set(columns)
     assert "key:pooled_prompt" not in columns
-    made = {item.component: item for item in exports(given, run)}
+    made = {item.components[0]: item for item in exports(given, run)}
     assert made.keys() == {"dit", "text_encoder", "controlnet"}
     found = find_model(make_config({**given, "output_path": str(run)}), HUB)
     for item in made.values():
@@ -169,7 +169,7 @@ def test_several_reference_images_are_counted(model: Path) -> None:
             }
             x_t = {"image": torch.ones(1, 4, 4, 6)}
             t = torch.tensor([500.0])
-            predictions.append(family.denoise({"dit": dit}, conditions, x_t, t)["image"])
+            predictions.append(family.denoise(dit, {"dit": dit}, conditions, x_t, t)["image"])
     assert predictions[0].shape == (1, 4, 4, 6)
     assert float((predictions[0] - predictions[1]).abs().max()) > 1e-5
 

@@ -144,18 +144,22 @@ def _write_original(own: Path, folder: Path) -> None:
     shutil.copytree(own / "tokenizer", folder / "google" / "umt5-xxl")
 
 
-def layouts(transformer: str, vae: str = "vae", clip: bool = False) -> dict[str, dict[str, Any]]:
+def layouts(
+    transformer: str, vae: str = "vae", clip: bool = False, second: str | None = None
+) -> dict[str, dict[str, Any]]:
     """The files of a variant in both layouts."""
     weights = "diffusion_pytorch_model.safetensors"
     named = {
         "diffusers": [
             f"diffusers/{transformer}/{weights}",
+            *([f"diffusers/{second}/{weights}"] if second else []),
             "diffusers/text_encoder/model.safetensors",
             f"diffusers/{vae}/{weights}",
             *(["diffusers/image_encoder/model.safetensors"] if clip else []),
         ],
         "original": [
             f"original/{transformer}/{weights}",
+            *([f"original/{second}/{weights}"] if second else []),
             "original/models_t5_umt5-xxl-enc-bf16.pth",
             f"original/{'Wan2.1_VAE' if vae == 'vae' else 'Wan2.2_VAE'}.pth",
             *(["original/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"] if clip else []),
@@ -334,6 +338,13 @@ CASES = (
         clip=True,
     ),
     _case("wan22_t2v_high", "transformer_2", WanPipeline, {"max_timestep_boundary": 0.417}),
+    _case(
+        "wan22_t2v_both",
+        "transformer",
+        WanPipeline,
+        {"lora_base_model": ["dit", "dit2"]},
+        layouts=layouts("transformer", second="transformer_2"),
+    ),
     _case(
         "wan22_i2v_low",
         "transformer_i2v_low",

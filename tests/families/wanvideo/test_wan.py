@@ -14,6 +14,7 @@ from families.wanvideo.cases import CASES, FRAMES, MODELS, rows, write
 from family_case import Case
 from safetensors.torch import load_file
 
+from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.data.table.check import validate
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.export import export_run, verify_export
@@ -111,9 +112,11 @@ def test_timesteps_are_drawn_inside_the_boundaries(
 ) -> None:
     seen: list[float] = []
 
-    def denoise(loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor) -> Tensors:
+    def denoise(
+        dit: Any, loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor
+    ) -> Tensors:
         seen.extend(t.tolist())
-        return stages.denoise(loaded, conditions, x_t, t)
+        return stages.denoise(dit, loaded, conditions, x_t, t)
 
     monkeypatch.setattr(wanvideo, "FAMILY", replace(wanvideo.FAMILY, denoise=denoise))
     low, high = bounds
@@ -125,7 +128,7 @@ def test_timesteps_are_drawn_inside_the_boundaries(
 
 
 def test_the_schedule_is_the_published_one() -> None:
-    path = wanvideo.path()
+    path = wanvideo.path(TrainingConfig(), {})
     assert float(path.timesteps[0]) == 1000
     assert float(path.timesteps[417]) == pytest.approx(875, abs=0.5)
     assert float(path.timesteps[358]) == pytest.approx(900, abs=0.5)
@@ -305,12 +308,13 @@ def test_samples_are_videos(
         height=64,
         width=64,
         num_frames=FRAMES,
+        frame_rate=16.0,
         num_inference_steps=2,
         cfg_scale=2.0,
         generators=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
     )
     with torch.no_grad():
-        videos = found.family.sample(loaded, request)
+        videos = [clip.frames for clip in found.family.sample(loaded, request)]
     assert [len(frames) for frames in videos] == [FRAMES, FRAMES]
     assert videos[0][0].size == (64, 64)
     assert videos[0][0].tobytes() != videos[1][0].tobytes()
