@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
@@ -54,6 +55,12 @@ def tree() -> list[tuple[Path, bool]]:
             folder = Path(name)
             found.append((folder, name.endswith("/")))
     return found
+
+
+def test_the_page_of_families_is_what_they_declare() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_families.py"))
+    written = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert made["page"]() == written, "run docs/make_families.py"
 
 
 def test_the_tree_is_true() -> None:

@@ -1,11 +1,15 @@
 """Both experts of Wan2.2 A14B in one training."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_config, samples_of, train
+import yaml
+from conftest import ROOT, make_config, samples_of, train
 from diffusers import WanPipeline, WanTransformer3DModel
 from families.wanvideo.cases import CASES, parts, rows, write
 from family_case import first_call
@@ -189,6 +193,23 @@ def test_samples_are_made_by_both(values: dict[str, Any], tmp_path: Path) -> Non
     code, run = train({**values, **more, "offload_idle_denoiser": True}, tmp_path / "run")
     assert code == 0
     assert (run / "samples" / "step-0.png").is_file()
+
+
+def test_two_processes_train_both(values: dict[str, Any], tmp_path: Path) -> None:
+    """Each step of both processes goes to one expert, whose gradients they share."""
+    given = {**values, "find_unused_parameters": True, "offload_idle_denoiser": True}
+    recipe = tmp_path / "both.yaml"
+    recipe.write_text(yaml.safe_dump({**given, "output_path": str(tmp_path / "run")}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "diffsynth_dagster.train", "--recipe", str(recipe)]
+    alone = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **alone}, timeout=240)
+    assert train({**values, "gradient_accumulation_steps": 2}, tmp_path / "one")[0] == 0
+    for name in FILES:
+        two, one = load_file(tmp_path / "run" / name), load_file(tmp_path / "one" / name)
+        assert two.keys() == one.keys()
+        for tensor in two:
+            torch.testing.assert_close(two[tensor], one[tensor], atol=1e-4, rtol=1e-3)
 
 
 def refusal(values: dict[str, Any], **more: Any) -> str:
