@@ -108,10 +108,10 @@ def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> 
         modules |= split_modules(read_tensors([path]), file.removed, prefixes)
     whole: dict[str, Tensors] = {}
     loras: dict[str, Tensors] = {}
-    for name, tensors in modules.items():
+    for name in record.trained:
         # Parts of one component make one file.
         kind = loras if name in config.lora_base_model else whole
-        kind.setdefault(family.part(name).of, {}).update(tensors)
+        kind.setdefault(family.part(name).of, {}).update(modules[name])
     exported: list[Exported] = []
     for place, together in _in_files(found, loras).items():
         target = folder / "diffusers" / place
