@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux.names import to_kohya
+from diffsynth_dagster.families.flux.names import NAMES as FLUX_NAMES
 from diffsynth_dagster.weights.lora import LoraFile, read_lora, usual_spelling
 
 WAN = CASES[0]
@@ -188,7 +188,7 @@ def test_flux_is_told_by_the_authors_dotted_names(tmp_path: Path) -> None:
         for letter in "qkv":
             tensors[f"{start}{letter}.lora_A.weight"] = torch.randn(4, 8)
             tensors[f"{start}{letter}.lora_B.weight"] = torch.randn(8, 4)
-    kohya = to_kohya(tensors, 2.0)
+    kohya = FLUX_NAMES.to_kohya(tensors, 2.0)
     save_file(kohya, file)
     ours = read_lora(file, flux, "dit", "the test")
     assert ours.down.keys() == {n.removesuffix(".lora_A.weight") for n in tensors if "_A." in n}

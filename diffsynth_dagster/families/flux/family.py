@@ -31,7 +31,7 @@ from diffsynth_dagster.families.contract import (
 )
 from diffsynth_dagster.families.flux import stages, variant
 from diffsynth_dagster.families.flux.modules import COMPONENTS
-from diffsynth_dagster.families.flux.names import LORA_ALIASES, from_authors, to_kohya
+from diffsynth_dagster.families.flux.names import LORA_ALIASES, NAMES
 from diffsynth_dagster.families.shared.latents import encode_scaled
 from diffsynth_dagster.families.shared.pipeline import make_pipeline, sample_images
 from diffsynth_dagster.families.shared.schedule import dynamic_sigmas
@@ -123,8 +123,8 @@ FAMILY = Family(
         "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
     },
     lora_aliases={"dit": LORA_ALIASES},
-    to_kohya={"dit": to_kohya},
-    from_authors={"dit": from_authors},
+    to_kohya={"dit": NAMES.to_kohya},
+    from_authors={"dit": NAMES.from_authors},
     denoise_uses=("controlnet",),
     parameters=("tokenizer_1_path", "tokenizer_2_path", "align_to_opensource_format"),
     extra_inputs=(stages.KONTEXT, stages.CONTROL, stages.MODE),

@@ -5,7 +5,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from transformers import CLIPTextModel, T5EncoderModel
 
 from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
-from diffsynth_dagster.families.flux.names import PREFIX, to_diffusers
+from diffsynth_dagster.families.flux.names import NAMES, PREFIX
 from diffsynth_dagster.families.shared.architecture import (
     clip_settings,
     count_blocks,
@@ -107,7 +107,7 @@ COMPONENTS = (
         ),
         FluxTransformer2DModel,
         dit_settings,
-        to_diffusers,
+        NAMES.converted,
         ("flux1-*.safetensors",),
     ),
     Component(

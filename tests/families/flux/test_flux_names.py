@@ -10,7 +10,7 @@ from families.flux.cases import ARCHITECTURE
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.flux.family import LORA_ALIASES
-from diffsynth_dagster.families.flux.names import PREFIX, from_authors, to_diffusers, to_kohya
+from diffsynth_dagster.families.flux.names import NAMES, PREFIX
 from diffsynth_dagster.training.modules import lora_targets
 from diffsynth_dagster.weights.lora import usual_spelling
 
@@ -51,11 +51,11 @@ def published_names(double: int = 2, single: int = 2) -> Tensors:
 @pytest.mark.parametrize("prefix", ["", PREFIX])
 def test_names_are_those_of_the_published_converter(prefix: str) -> None:
     given = {prefix + name: tensor for name, tensor in published_names().items()}
-    ours = to_diffusers(given)
+    ours = NAMES.converted(given)
     theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(given))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    again = to_diffusers(ours)
+    again = NAMES.converted(ours)
     assert all(again[name] is ours[name] for name in ours)
     assert len(again) == len(ours)
 
@@ -64,7 +64,7 @@ def random_lora(rank: int) -> Tensors:
     """A LoRA of every layer inside the blocks, at the published heights."""
     source = torch.Generator().manual_seed(1)
     tensors: Tensors = {}
-    for name, weight in to_diffusers(published_names()).items():
+    for name, weight in NAMES.converted(published_names()).items():
         layer = name.removesuffix(".weight")
         if layer == name or ".norm_" in name or weight.ndim == 1:
             continue
@@ -86,7 +86,7 @@ def test_an_opened_lora_is_the_same_in_the_pipeline(left: str) -> None:
     for part in filter(None, left.split(",")):
         tensors = {n: t for n, t in tensors.items() if f".{part}." not in n}
     inside = {n: t for n, t in tensors.items() if "transformer_blocks." in n}
-    opened = to_kohya(inside, alpha=2.0)
+    opened = NAMES.to_kohya(inside, alpha=2.0)
     key = "lora_unet_double_blocks_0_img_attn_qkv"
     if "to_q" not in left:
         assert opened[f"{key}.lora_down.weight"].shape == (12, 3)
@@ -97,8 +97,8 @@ def test_an_opened_lora_is_the_same_in_the_pipeline(left: str) -> None:
         other = theirs.pop(f"transformer.{layer}")
         assert float((other - update).abs().max()) <= 1e-5
     assert not any(update.any() for update in theirs.values())
-    everything = to_kohya(tensors, alpha=2.0)
-    closed = from_authors(usual_spelling(everything))
+    everything = NAMES.to_kohya(tensors, alpha=2.0)
+    closed = NAMES.from_authors(usual_spelling(everything))
     assert {n for n in closed if ".lora_" in n} == tensors.keys()
     assert all(torch.equal(closed[name], tensor) for name, tensor in tensors.items())
     assert {float(t) for n, t in closed.items() if n.endswith(".alpha")} == {2.0}
@@ -113,7 +113,7 @@ def test_a_foreign_fused_lora_shares_its_a() -> None:
         f"{key}.lora_up.weight": torch.randn(21504, 8, generator=source),
         f"{key}.alpha": torch.tensor(4.0),
     }
-    closed = from_authors(usual_spelling(foreign))
+    closed = NAMES.from_authors(usual_spelling(foreign))
     theirs = updates(FluxPipeline.lora_state_dict(dict(foreign)))
     assert len(theirs) == 4
     for layer, update in updates(closed, 4.0 / 8).items():
@@ -123,7 +123,7 @@ def test_a_foreign_fused_lora_shares_its_a() -> None:
 def test_layers_that_the_pipeline_leaves_out_are_told() -> None:
     """diffusers reads none of the layers outside the blocks from this format."""
     tensors = {f"x_embedder.lora_{n}.weight": torch.ones(4, 4) for n in "AB"}
-    opened = to_kohya(tensors, 4.0)
+    opened = NAMES.to_kohya(tensors, 4.0)
     assert "lora_unet_img_in.lora_down.weight" in opened
     with pytest.raises(ValueError, match=r"leaves x_embedder\.lora_"):
         find_family("flux").load_lora("dit", torch.nn.Module(), opened, {})
