@@ -2,7 +2,7 @@
 
 from diffusers import AutoencoderKL, FluxControlNetModel, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from transformers import CLIPTextModel, T5EncoderModel
+from transformers import CLIPTextModel
 
 from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
 from diffsynth_dagster.families.flux.names import NAMES, PREFIX
@@ -10,8 +10,8 @@ from diffsynth_dagster.families.shared.architecture import (
     clip_settings,
     count_blocks,
     joint_transformer_settings,
-    t5_settings,
 )
+from diffsynth_dagster.families.shared.t5 import t5_encoder
 
 
 def _transformer(shapes: Shapes) -> Settings:
@@ -44,11 +44,6 @@ def text_encoder_settings(shapes: Shapes) -> Settings:
         "bos_token_id": 0,
         "eos_token_id": 2,  # as published: pools at the highest token
     }
-
-
-def text_encoder_2_settings(shapes: Shapes) -> Settings:
-    """T5's encoder, version 1.1."""
-    return {**t5_settings(shapes), "feed_forward_proj": "gated-gelu"}
 
 
 def vae_settings(shapes: Shapes) -> Settings:
@@ -125,19 +120,7 @@ COMPONENTS = (
         text_encoder_settings,
         convert_text_encoder,
     ),
-    Component(
-        "text_encoder_2",
-        "text_encoder_2",
-        (
-            (
-                "shared.weight",
-                "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-                "encoder.final_layer_norm.weight",
-            ),
-        ),
-        T5EncoderModel,
-        text_encoder_2_settings,
-    ),
+    t5_encoder("text_encoder_2"),
     Component(
         "vae",
         "vae",

@@ -9,6 +9,7 @@ from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
 from diffsynth_dagster.families.shared.latents import encode_scaled
 from diffsynth_dagster.families.shared.packing import Grid, grid_of, pack, pack_several, unpack
 from diffsynth_dagster.families.shared.stages import encode_column
+from diffsynth_dagster.families.shared.t5 import encode_padded
 from diffsynth_dagster.families.shared.text import padded_tokens
 
 MAX_T5_TOKENS = 512
@@ -28,9 +29,8 @@ def encode_pooled(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
 
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     """Prompt → `prompt_embeds` (512, hidden) of T5."""
-    t5 = loaded["text_encoder_2"]
-    tokens = padded_tokens(loaded["tokenizer_2"], samples, MAX_T5_TOKENS)
-    return [{"prompt_embeds": e} for e in t5(tokens.to(t5.device)).last_hidden_state]
+    tokenizer, t5 = loaded["tokenizer_2"], loaded["text_encoder_2"]
+    return [{"prompt_embeds": e} for e in encode_padded(tokenizer, t5, samples, MAX_T5_TOKENS)]
 
 
 def encode_control(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:

@@ -18,7 +18,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from PIL import Image
@@ -42,6 +41,7 @@ from diffsynth_dagster.families.contract import (
 from diffsynth_dagster.families.qwen_image.stages import encode_pixels
 from diffsynth_dagster.families.requirements import InputNamed, ParameterSet, Refusal
 from diffsynth_dagster.families.shared.packing import pack_several
+from diffsynth_dagster.families.shared.qwen_vl import PICTURE, encode_with_pictures
 from diffsynth_dagster.families.shared.stages import PROMPT
 
 COLUMN = "edit_image"
@@ -52,7 +52,6 @@ TEMPLATE = (
     "consistency with the original input where appropriate.<|im_end|>\n"
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-IMAGE_PAD = "<|image_pad|>"
 LATER = re.compile(r"Qwen-Image-Edit-\d{4}$")
 AREA = 1024 * 1024
 """Pixels of a picture for the VAE."""
@@ -97,12 +96,11 @@ def shown(pictures: Sequence[Image.Image], area: int, later: bool) -> tuple[str,
         later: whether a single picture is shown in the way of the later releases.
 
     Returns:
-        What stands before the prompt, with one `IMAGE_PAD` for each picture, and the pictures.
+        What stands before the prompt, with one `PICTURE` for each, and the pictures.
     """
-    block = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
     if len(pictures) == 1 and not later:
-        return block, [resized(pictures[0], area)]
-    named = [f"Picture {number}: {block}" for number in range(1, len(pictures) + 1)]
+        return PICTURE, [resized(pictures[0], area)]
+    named = [f"Picture {number}: {PICTURE}" for number in range(1, len(pictures) + 1)]
     return "".join(named), [resized(picture, min(area, SHOWN_AREA)) for picture in pictures]
 
 
@@ -114,31 +112,12 @@ def encode_prompt(
 
     Each sample has a forward pass of its own: the sequences are long and differ in length.
     """
-    return [_encode_prompt(loaded, sample, area, later) for sample in samples]
-
-
-def _encode_prompt(loaded: Loaded, sample: Sample, area: int, later: bool) -> Tensors:
-    tokenizer, encoder = loaded["tokenizer"], loaded["text_encoder"]
-    processor: Any = loaded["processor"]
-    before, pictures = shown(sample[COLUMN], area, later)
-    seen = processor(images=pictures, return_tensors="pt").to(encoder.device)
-    counts = seen["image_grid_thw"].prod(-1) // processor.merge_size**2
-    # Each picture has a token for every patch that the vision tower makes of it.
-    first, *parts = before.split(IMAGE_PAD)
-    padded = [IMAGE_PAD * count + part for count, part in zip(counts.tolist(), parts, strict=True)]
-    text = TEMPLATE.format("".join([first, *padded, sample["prompt"]]))
-    ids = tokenizer(text, return_tensors="pt").input_ids.to(encoder.device)
-    hidden = encoder.model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=seen["pixel_values"],
-        image_grid_thw=seen["image_grid_thw"],
-        # Without this the tokens of a picture lose their rows and columns.
-        mm_token_type_ids=(ids == encoder.config.image_token_id).int(),
-        use_cache=False,
-    )
-    drop = len(tokenizer(TEMPLATE.split("{}")[0]).input_ids)
-    return {"prompt_embeds": hidden.last_hidden_state[0, drop:]}
+    results: list[Tensors] = []
+    for sample in samples:
+        before, pictures = shown(sample[COLUMN], area, later)
+        states = encode_with_pictures(loaded, before + sample["prompt"], pictures, TEMPLATE)
+        results.append({"prompt_embeds": states})
+    return results
 
 
 def encode_pictures(loaded: Loaded, samples: Sequence[Sample], area: int) -> list[Tensors]:

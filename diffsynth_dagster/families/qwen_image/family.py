@@ -26,6 +26,7 @@ from diffsynth_dagster.families.shared.pipeline import (
     make_pipeline,
     sample_images,
 )
+from diffsynth_dagster.families.shared.qwen_vl import MARKERS
 from diffsynth_dagster.families.shared.schedule import dynamic_sigmas
 from diffsynth_dagster.families.shared.stages import image_stage, prompt_stage
 from diffsynth_dagster.objective.flow import (
@@ -78,7 +79,7 @@ FAMILY = Family(
             "tokenizer_path",
             "Qwen/Qwen-Image:tokenizer/",
             Qwen2Tokenizer.from_pretrained,
-            ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
+            MARKERS,
         ),
     ),
     stages=(

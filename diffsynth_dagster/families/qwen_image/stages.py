@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLQwenImage
 from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
 from diffsynth_dagster.families.shared.latents import encode_standardised
 from diffsynth_dagster.families.shared.packing import grid_of, pack, unpack
-from diffsynth_dagster.families.shared.text import encode_by_length
+from diffsynth_dagster.families.shared.qwen_vl import encode_templated
 
 PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
@@ -20,27 +20,10 @@ MAX_PROMPT_TOKENS = 1024
 
 
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Prompt → `prompt_embeds` (L, hidden): the last hidden states after the template's prefix.
-
-    The number of template tokens to drop is counted with the tokenizer.
-    """
-    tokenizer, encoder = loaded["tokenizer"], loaded["text_encoder"]
-    drop = len(tokenizer(PROMPT_TEMPLATE.split("{}")[0]).input_ids)
-    rows = [
-        tokenizer(
-            PROMPT_TEMPLATE.format(sample["prompt"]),
-            truncation=True,
-            max_length=MAX_PROMPT_TOKENS + drop,
-        ).input_ids
-        for sample in samples
-    ]
-
-    def encode(ids: torch.Tensor) -> torch.Tensor:
-        mask = torch.ones_like(ids)
-        return encoder.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
-    states = encode_by_length(rows, encode, encoder.device)
-    return [{"prompt_embeds": own[drop:]} for own in states]
+    """Prompt → `prompt_embeds` (L, hidden): the last hidden states after the template's prefix."""
+    prompts = [sample["prompt"] for sample in samples]
+    states = encode_templated(loaded, prompts, PROMPT_TEMPLATE, MAX_PROMPT_TOKENS)
+    return [{"prompt_embeds": own} for own in states]
 
 
 def encode_pixels(vae: AutoencoderKLQwenImage, pixels: torch.Tensor) -> torch.Tensor:

@@ -58,22 +58,6 @@ def joint_transformer_settings(shapes: Shapes, image: str, text: str) -> Setting
     }
 
 
-def t5_settings(shapes: Shapes) -> Settings:
-    """The settings of an encoder of the T5 kind (T5, UMT5)."""
-    attention = "encoder.block.0.layer.0.SelfAttention."
-    vocabulary, hidden = shapes["shared.weight"]
-    buckets, heads = shapes[f"{attention}relative_attention_bias.weight"]
-    return {
-        "vocab_size": vocabulary,
-        "d_model": hidden,
-        "d_kv": shapes[f"{attention}q.weight"][0] // heads,
-        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-        "num_layers": count_blocks(shapes, "encoder.block."),
-        "num_heads": heads,
-        "relative_attention_num_buckets": buckets,
-    }
-
-
 def clip_settings(shapes: Shapes, head: int) -> Settings:
     """The settings that CLIP's text and vision towers have in common.
 

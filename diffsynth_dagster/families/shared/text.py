@@ -17,6 +17,11 @@ def padded_tokens(tokenizer: Any, samples: Sequence[Sample], length: int) -> tor
     ).input_ids
 
 
+def tokens(tokenizer: Any, prompts: Sequence[str], length: int) -> list[list[int]]:
+    """The tokens of each prompt, cut at `length` and not padded."""
+    return [tokenizer(text, truncation=True, max_length=length).input_ids for text in prompts]
+
+
 def encode_by_length(
     rows: Sequence[Sequence[int]],
     encode: Callable[[torch.Tensor], torch.Tensor],

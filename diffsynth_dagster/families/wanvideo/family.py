@@ -42,8 +42,9 @@ from diffsynth_dagster.families.contract import (
 )
 from diffsynth_dagster.families.shared.pipeline import load_into_transformer, make_pipeline
 from diffsynth_dagster.families.shared.stages import prompt_stage
+from diffsynth_dagster.families.shared.wan_vae import WIDE_LATENTS
 from diffsynth_dagster.families.wanvideo import names, stages, variant
-from diffsynth_dagster.families.wanvideo.modules import COMPONENTS, WIDE_LATENTS
+from diffsynth_dagster.families.wanvideo.modules import COMPONENTS
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift, linear_sigmas
 
 SHIFT = 5.0

@@ -1,17 +1,18 @@
 """The stages of Wan and one call of its transformer: tensors in, tensors out."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from PIL import Image
 from torch.nn import functional
-from transformers import CLIPImageProcessorPil
 
 from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
+from diffsynth_dagster.families.shared.frames import encode_given, picture_of
 from diffsynth_dagster.families.shared.latents import encode_standardised, stacked
-from diffsynth_dagster.families.shared.text import encode_by_length
+from diffsynth_dagster.families.shared.t5 import encode_unpadded
+from diffsynth_dagster.families.shared.vision_tower import penultimate_states
 from diffsynth_dagster.families.wanvideo.modules import PATCH
 
 PROMPT_TOKENS = 512
@@ -20,18 +21,10 @@ FRAMES_PER_LATENT = 4
 
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     """Prompt → `prompt_embeds` (L, hidden), L at most 512."""
+    prompts = [prompt_clean(sample["prompt"]) for sample in samples]
     tokenizer, encoder = loaded["tokenizer"], loaded["text_encoder"]
-    rows = [
-        tokenizer(
-            prompt_clean(sample["prompt"]), truncation=True, max_length=PROMPT_TOKENS
-        ).input_ids
-        for sample in samples
-    ]
-
-    def encode(ids: torch.Tensor) -> torch.Tensor:
-        return encoder(ids, torch.ones_like(ids)).last_hidden_state
-
-    return [{"prompt_embeds": e} for e in encode_by_length(rows, encode, encoder.device)]
+    states = encode_unpadded(tokenizer, encoder, prompts, PROMPT_TOKENS)
+    return [{"prompt_embeds": own} for own in states]
 
 
 def encode_video(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
@@ -50,57 +43,26 @@ def encode_video(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
 def encode_given_frames(
     loaded: Loaded, samples: Sequence[Sample], last: bool = False
 ) -> list[Tensors]:
-    """Video (3, F, H, W) → `given_frames` (4 + C, F', H', W'): a mask of the frames that are given
-    (four to a latent frame; the first fills one alone), and the latents of the video in which the
-    others are grey (0).
+    """Video (3, F, H, W) → `given_frames` (4 + C, F', H', W'): see `encode_given`.
 
     Args:
         last: the last frame is given as well as the first.
     """
-    pixels = stacked(samples, "video")
-    frames = torch.zeros(pixels.shape[2])
-    frames[0] = 1
-    if last:
-        frames[-1] = 1
-    latents = encode_standardised(loaded["vae"], pixels * frames.view(-1, 1, 1))
-    mask = torch.cat([frames[:1].expand(FRAMES_PER_LATENT - 1), frames])
-    mask = mask.view(-1, FRAMES_PER_LATENT).T[:, :, None, None].to(latents.device)
-    size = (FRAMES_PER_LATENT, *latents.shape[2:])
-    return [{"given_frames": torch.cat([mask.expand(size), latent])} for latent in latents]
-
-
-def know_first_frame(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Video (3, F, H, W) → `first_frame` (1, F', 1, 1): 1 for the first latent frame, which the
-    causal VAE makes of the first frame alone."""
-    stride = loaded["vae"].config.scale_factor_temporal
-    results: list[Tensors] = []
-    for sample in samples:
-        mask = torch.zeros(1, 1 + (sample["video"].shape[1] - 1) // stride, 1, 1)
-        mask[:, 0] = 1
-        results.append({"first_frame": mask})
-    return results
+    encode = partial(encode_standardised, loaded["vae"])
+    given = encode_given(stacked(samples, "video"), _given(last), FRAMES_PER_LATENT, encode)
+    return [{"given_frames": own} for own in given]
 
 
 def encode_features(loaded: Loaded, samples: Sequence[Sample], last: bool = False) -> list[Tensors]:
     """Video (3, F, H, W) → `features` (N, 257, hidden): CLIP's penultimate hidden states of the
     first frame, and of the last one where it is given (N = 2)."""
-    encoder = loaded["image_encoder"]
-    prepare: Any = CLIPImageProcessorPil()
-    results: list[Tensors] = []
-    for sample in samples:
-        video = sample["video"]
-        frames = [video[:, 0], video[:, -1]] if last else [video[:, 0]]
-        pixels = prepare(images=[_picture(frame) for frame in frames], return_tensors="pt")
-        inputs = pixels.pixel_values.to(encoder.device, encoder.dtype)
-        states = encoder(pixel_values=inputs, output_hidden_states=True).hidden_states[-2]
-        results.append({"features": states})
-    return results
+    shown = ([picture_of(sample["video"][:, i]) for i in _given(last)] for sample in samples)
+    return [{"features": penultimate_states(loaded["image_encoder"], each)} for each in shown]
 
 
-def _picture(frame: torch.Tensor) -> Image.Image:
-    """Frame (3, H, W) in [-1, 1] → picture of 8 bits, the values it was read from."""
-    pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+def _given(last: bool) -> tuple[int, ...]:
+    """The frames of a video that are given."""
+    return (0, -1) if last else (0,)
 
 
 def encode_control(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:

@@ -17,8 +17,10 @@ from diffsynth_dagster.families.requirements import (
     ParameterSet,
     Refusal,
 )
+from diffsynth_dagster.families.shared.frames import know_first_frame
+from diffsynth_dagster.families.shared.wan_vae import WIDE_LATENTS
 from diffsynth_dagster.families.wanvideo import stages
-from diffsynth_dagster.families.wanvideo.modules import PATCH, WIDE_LATENTS
+from diffsynth_dagster.families.wanvideo.modules import PATCH
 
 WIDE_FACTOR = 32
 TEXT_BOUNDARY, FRAME_BOUNDARY = 875.0, 900.0
@@ -211,7 +213,7 @@ def _experts(config: TrainingConfig, high: Shapes, low: Shapes) -> tuple[Denoise
 def _known_frame() -> Stage:
     """The first frame, given in the video itself."""
     known = Output("first_frame", "known", of="video")
-    return Stage("known_frame", (VIDEO,), ("vae",), (known,), stages.know_first_frame)
+    return Stage("known_frame", (VIDEO,), ("vae",), (known,), know_first_frame)
 
 
 def _frames_beside(last: bool) -> Stage:

@@ -14,7 +14,6 @@ from diffsynth_dagster.data.geometry import area_size
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.qwen_image.edit import (
     AREA,
-    IMAGE_PAD,
     PROCESSOR,
     SHOWN_AREA,
     resized,
@@ -49,7 +48,7 @@ def test_pictures_are_resized_as_the_pipelines_do() -> None:
 def test_a_row_is_shown_as_its_release_does() -> None:
     """One picture at the VAE's size and without a name; several smaller, and called by number."""
     picture = Image.new("RGB", (512, 512))
-    block = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
+    block = "<|vision_start|><|image_pad|><|vision_end|>"
     text, pictures = shown([picture], AREA, later=False)
     assert (text, [p.size for p in pictures]) == (block, [(1024, 1024)])
     text, pictures = shown([picture], AREA, later=True)

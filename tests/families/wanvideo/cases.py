@@ -43,7 +43,7 @@ from transformers import (
 from diffsynth_dagster.data.media.image import load_sample_image
 from diffsynth_dagster.data.media.video import load_sample_video
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.wanvideo.modules import _WIDE_MEAN, _WIDE_STD
+from diffsynth_dagster.families.shared.wan_vae import WIDE_MEAN, WIDE_STD
 
 FRAMES = 5
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -64,8 +64,8 @@ WIDE_VAE = {
     "out_channels": 12,
     "patch_size": 2,
     "scale_factor_spatial": 16,
-    "latents_mean": [float(value) for value in _WIDE_MEAN.split()],
-    "latents_std": [float(value) for value in _WIDE_STD.split()],
+    "latents_mean": WIDE_MEAN,
+    "latents_std": WIDE_STD,
 }
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "transformer": (WanTransformer3DModel, DIT),

@@ -1,0 +1,98 @@
+"""The vision tower of CLIP's ViT-H/14: its files, its settings, and what it makes of pictures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPVisionModel
+
+from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
+from diffsynth_dagster.families.shared.architecture import clip_settings
+from diffsynth_dagster.families.shared.names import with_new_start, with_new_starts
+
+HEAD = 80
+_LAYERS = {
+    "norm1.": "layer_norm1.",
+    "attn.to_qkv.": "self_attn.to_qkv.",
+    "attn.proj.": "self_attn.out_proj.",
+    "norm2.": "layer_norm2.",
+    "mlp.0.": "mlp.fc1.",
+    "mlp.2.": "mlp.fc2.",
+    "": "",
+}
+_NAMES = {
+    "cls_embedding": "embeddings.class_embedding",
+    "pos_embedding": "embeddings.position_embedding.weight",
+    "patch_embedding.": "embeddings.patch_embedding.",
+    "pre_norm.": "pre_layrnorm.",
+    "post_norm.": "post_layernorm.",
+    **{f"transformer.*.{old}": f"encoder.layers.*.{new}" for old, new in _LAYERS.items()},
+}
+"""The names in `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, behind `visual.` → those
+of transformers."""
+
+
+def vision_settings(shapes: Shapes) -> Settings:
+    """A head has the 80 channels and the activation is that of the published ViT-H/14."""
+    patch = shapes["embeddings.patch_embedding.weight"][2]
+    positions = shapes["embeddings.position_embedding.weight"][0]
+    return {
+        **clip_settings(shapes, HEAD),
+        "image_size": int((positions - 1) ** 0.5) * patch,
+        "patch_size": patch,
+        "hidden_act": "gelu",
+    }
+
+
+def convert_vision(tensors: Tensors) -> Tensors:
+    """The names of open_clip's file with both towers, or of transformers' older files
+    (`vision_model.…`) → those of transformers. The text tower, the projection and the temperature
+    are left out."""
+    if not any(name.startswith("visual.") for name in tensors):
+        return with_new_starts(tensors, {"vision_model.": ""})
+    renamed: Tensors = {}
+    for name, tensor in tensors.items():
+        tower, _, rest = name.partition(".")
+        if tower != "visual" or rest == "head":
+            continue
+        new = with_new_start(rest, _NAMES)
+        if rest == "cls_embedding":
+            renamed[new] = tensor.flatten()
+        elif rest == "pos_embedding":
+            renamed[new] = tensor.squeeze(0)
+        elif ".attn.to_qkv." in rest:
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[new.replace(".to_qkv.", f".{letter}_proj.")] = third
+        else:
+            renamed[new] = tensor
+    return renamed
+
+
+def vision_tower(name: str) -> Component:
+    """CLIP's vision tower, by the names of transformers or those of open_clip in Wan's files.
+
+    Args:
+        name: of the component and its folder.
+    """
+    return Component(
+        name,
+        name,
+        (
+            ("vision_model.embeddings.class_embedding", "vision_model.pre_layrnorm.weight"),
+            ("embeddings.class_embedding", "pre_layrnorm.weight"),
+            ("visual.cls_embedding", "visual.pre_norm.weight"),
+        ),
+        CLIPVisionModel,
+        vision_settings,
+        convert_vision,
+        ("models_clip_*",),
+    )
+
+
+def penultimate_states(tower: Any, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Pictures → CLIP's hidden states before the last layer (N, tokens, hidden)."""
+    prepare: Any = CLIPImageProcessorPil()
+    pixels = prepare(images=list(pictures), return_tensors="pt").pixel_values
+    inputs = pixels.to(tower.device, tower.dtype)
+    return tower(pixel_values=inputs, output_hidden_states=True).hidden_states[-2]
