@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError
 
+MODEL_LIST = "model_paths, model_id_with_origin_paths"
+"""The parameters that list the model files, for messages."""
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name of a built module → shape."""
 
@@ -111,6 +113,50 @@ class Refusal:
         return all(c.holds(use) is True for c in self.when) and all(
             c.holds(use) is False for c in self.unless
         )
+
+
+def column_needs(column: str, other: str) -> Refusal:
+    """A column that says something about another one is not named alone."""
+    return Refusal(
+        f"{column} is given but not {other}",
+        f"name {other} as well",
+        when=(InputNamed(column),),
+        unless=(InputNamed(other),),
+    )
+
+
+def columns_exclude(one: str, other: str) -> Refusal:
+    """Two columns are not named together."""
+    named = (InputNamed(one), InputNamed(other))
+    return Refusal(f"{one} and {other} do not go together", "name one of them", when=named)
+
+
+def column_and_model(column: str, component: str, called: str) -> tuple[Refusal, Refusal]:
+    """A column and the component that reads it are not named without each other.
+
+    Args:
+        called: the component in messages.
+    """
+    named, listed = InputNamed(column), ModelListed(component)
+    return (
+        Refusal(
+            f"{column} is given but no {called}",
+            "add its files to the model list",
+            when=(named,),
+            unless=(listed, ParameterSet("encodes_only")),
+        ),
+        Refusal(
+            f"the model list has a {called}, but {column} is not given",
+            f"name {column}",
+            when=(listed,),
+            unless=(named,),
+        ),
+    )
+
+
+def has_start(start: str) -> Callable[[Shapes], bool]:
+    """A test for `ModelHas`: whether the name of a tensor starts like this."""
+    return lambda shapes: any(name.startswith(start) for name in shapes)
 
 
 def check_refusals(refusals: Sequence[Refusal], use: Use) -> None:

@@ -12,10 +12,6 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 from torch import nn
-from transformers import (
-    CLIPTokenizer,
-    T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  (an alias made when imported)
-)
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import Geometry
@@ -27,15 +23,16 @@ from diffsynth_dagster.families.contract import (
     SampleRequest,
     Settings,
     Tensors,
-    Tokenizer,
 )
 from diffsynth_dagster.families.flux import stages, variant
 from diffsynth_dagster.families.flux.modules import COMPONENTS
 from diffsynth_dagster.families.flux.names import LORA_ALIASES, NAMES
+from diffsynth_dagster.families.shared import clip
 from diffsynth_dagster.families.shared.latents import encode_scaled
 from diffsynth_dagster.families.shared.pipeline import make_pipeline, sample_images
 from diffsynth_dagster.families.shared.schedule import dynamic_sigmas
 from diffsynth_dagster.families.shared.stages import image_stage, prompt_stage
+from diffsynth_dagster.families.shared.t5 import t5_tokenizer
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift
 
 SCHEDULER = {
@@ -91,19 +88,11 @@ FAMILY = Family(
     name="flux",
     components=COMPONENTS,
     tokenizers=(
-        Tokenizer(
-            "tokenizer",
-            "tokenizer_1_path",
-            "black-forest-labs/FLUX.1-dev:tokenizer/",
-            CLIPTokenizer.from_pretrained,
-            ("<|endoftext|>",),
+        clip.clip_tokenizer(
+            "tokenizer", "tokenizer_1_path", "black-forest-labs/FLUX.1-dev:tokenizer/"
         ),
-        Tokenizer(
-            "tokenizer_2",
-            "tokenizer_2_path",
-            "black-forest-labs/FLUX.1-dev:tokenizer_2/",
-            T5TokenizerFast.from_pretrained,
-            ("</s>",),
+        t5_tokenizer(
+            "tokenizer_2", "tokenizer_2_path", "black-forest-labs/FLUX.1-dev:tokenizer_2/"
         ),
     ),
     stages=(
@@ -120,7 +109,7 @@ FAMILY = Family(
     inference_sigmas=partial(dynamic_sigmas, SCHEDULER),
     lora_targets={
         "dit": tuple(LORA_ALIASES),
-        "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+        "text_encoder": clip.LORA_TARGETS,
     },
     lora_aliases={"dit": LORA_ALIASES},
     to_kohya={"dit": NAMES.to_kohya},

@@ -1,16 +1,15 @@
 """FLUX.1's modules: how their files are recognised, and built from a config or from shapes."""
 
-from diffusers import AutoencoderKL, FluxControlNetModel, FluxTransformer2DModel
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from transformers import CLIPTextModel
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
 
-from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
+from diffsynth_dagster.families.contract import Component, Settings, Shapes
 from diffsynth_dagster.families.flux.names import NAMES, PREFIX
 from diffsynth_dagster.families.shared.architecture import (
-    clip_settings,
     count_blocks,
     joint_transformer_settings,
 )
+from diffsynth_dagster.families.shared.clip import clip_text_encoder
+from diffsynth_dagster.families.shared.image_vae import image_vae
 from diffsynth_dagster.families.shared.t5 import t5_encoder
 
 
@@ -35,55 +34,6 @@ def controlnet_settings(shapes: Shapes) -> Settings:
     return {**_transformer(shapes), "num_mode": modes[0] if modes else None}
 
 
-def text_encoder_settings(shapes: Shapes) -> Settings:
-    """CLIP's text tower. A head has the 64 channels of every published size."""
-    return {
-        **clip_settings(shapes, head=64),
-        "vocab_size": shapes["embeddings.token_embedding.weight"][0],
-        "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
-        "bos_token_id": 0,
-        "eos_token_id": 2,  # as published: pools at the highest token
-    }
-
-
-def vae_settings(shapes: Shapes) -> Settings:
-    """The image VAE. The scale and shift of the latents are the published ones."""
-    levels = count_blocks(shapes, "encoder.down_blocks.")
-    return {
-        "in_channels": shapes["encoder.conv_in.weight"][1],
-        "out_channels": shapes["decoder.conv_out.weight"][0],
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": tuple(
-            shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)
-        ),
-        "layers_per_block": count_blocks(shapes, "encoder.down_blocks.0.resnets."),
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-    }
-
-
-def convert_text_encoder(tensors: Tensors) -> Tensors:
-    """The names of the published file (`text_model.…`) → those of transformers."""
-    return {
-        name.removeprefix("text_model."): tensor
-        for name, tensor in tensors.items()
-        if not name.endswith("embeddings.position_ids")
-    }
-
-
-def convert_vae(tensors: Tensors) -> Tensors:
-    """The names of `ae.safetensors` → diffusers' names."""
-    if "encoder.down.0.block.0.conv1.weight" not in tensors:
-        return tensors
-    levels = count_blocks(tensors, "encoder.down.")
-    blocks = {"down_block_types": range(levels), "up_block_types": range(levels)}
-    return convert_ldm_vae_checkpoint(tensors, blocks)
-
-
 _BLOCK_0 = ("double_blocks.0.img_mod.lin.weight", "img_in.weight", "vector_in.in_layer.weight")
 
 COMPONENTS = (
@@ -105,34 +55,9 @@ COMPONENTS = (
         NAMES.converted,
         ("flux1-*.safetensors",),
     ),
-    Component(
-        "text_encoder",
-        "text_encoder",
-        tuple(
-            (
-                f"{start}embeddings.token_embedding.weight",
-                f"{start}encoder.layers.0.self_attn.q_proj.weight",
-                f"{start}final_layer_norm.weight",
-            )
-            for start in ("text_model.", "")
-        ),
-        CLIPTextModel,
-        text_encoder_settings,
-        convert_text_encoder,
-    ),
+    clip_text_encoder(),
     t5_encoder("text_encoder_2"),
-    Component(
-        "vae",
-        "vae",
-        (
-            ("encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.conv_norm_out.weight"),
-            ("encoder.down.0.block.0.conv1.weight", "decoder.norm_out.weight"),
-        ),
-        AutoencoderKL,
-        vae_settings,
-        convert_vae,
-        ("ae.safetensors",),
-    ),
+    image_vae(0.3611, 0.1159, origin=("ae.safetensors",), inside=()),
     Component(
         "controlnet",
         "controlnet",

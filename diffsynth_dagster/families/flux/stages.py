@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
+from diffsynth_dagster.families.shared.clip import encode_text
 from diffsynth_dagster.families.shared.latents import encode_scaled
 from diffsynth_dagster.families.shared.packing import Grid, grid_of, pack, pack_several, unpack
 from diffsynth_dagster.families.shared.stages import encode_column
 from diffsynth_dagster.families.shared.t5 import encode_padded
-from diffsynth_dagster.families.shared.text import padded_tokens
 
 MAX_T5_TOKENS = 512
 TRAINING_GUIDANCE = 1.0
@@ -21,10 +21,8 @@ MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")
 
 def encode_pooled(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     """Prompt → `pooled_prompt_embeds` (hidden,) of CLIP."""
-    clip = loaded["text_encoder"]
-    tokens = padded_tokens(loaded["tokenizer"], samples, clip.config.max_position_embeddings)
-    pooled = clip(tokens.to(clip.device)).pooler_output
-    return [{"pooled_prompt_embeds": embeds} for embeds in pooled]
+    _, outputs = encode_text(loaded, samples, "tokenizer", "text_encoder", hidden=False)
+    return [{"pooled_prompt_embeds": embeds} for embeds in outputs.pooler_output]
 
 
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:

@@ -17,43 +17,24 @@ from diffsynth_dagster.families.flux.stages import (
 from diffsynth_dagster.families.requirements import (
     InputNamed,
     ModelHas,
-    ModelListed,
-    ParameterSet,
     Refusal,
+    column_and_model,
+    column_needs,
+    columns_exclude,
+    has_start,
 )
 
-_KONTEXT, _CONTROL, _MODE = InputNamed(KONTEXT), InputNamed(CONTROL), InputNamed(MODE)
-_NET = ModelListed("controlnet")
-_UNION = ModelHas("controlnet", lambda shapes: "controlnet_mode_embedder.weight" in shapes)
+_NET = "controlnet"
+_MODE, _UNION = InputNamed(MODE), ModelHas(_NET, has_start("controlnet_mode_embedder."))
 
 REFUSALS = (
-    Refusal(
-        f"{CONTROL} is given but no ControlNet",
-        "add its files to the model list",
-        when=(_CONTROL,),
-        unless=(_NET, ParameterSet("encodes_only")),
-    ),
-    Refusal(
-        f"the model list has a ControlNet, but {CONTROL} is not given",
-        f"name {CONTROL}",
-        when=(_NET,),
-        unless=(_CONTROL,),
-    ),
-    Refusal(
-        f"{MODE} is given but not {CONTROL}",
-        f"name {CONTROL} as well",
-        when=(_MODE,),
-        unless=(_CONTROL,),
-    ),
-    Refusal(
-        f"{KONTEXT} and {CONTROL} do not go together",
-        "name one of them",
-        when=(_CONTROL, _KONTEXT),
-    ),
+    *column_and_model(CONTROL, _NET, "ControlNet"),
+    column_needs(MODE, CONTROL),
+    columns_exclude(KONTEXT, CONTROL),
     Refusal(
         "the ControlNet reads its image with layers of its own, which is not supported",
         "give one that reads latents, such as those of InstantX, Shakker Labs or Jasper",
-        when=(ModelHas("controlnet", lambda s: any(n.startswith("input_hint_block.") for n in s)),),
+        when=(ModelHas(_NET, has_start("input_hint_block.")),),
     ),
     Refusal(
         "the transformer is given an image beside the noise (Fill, Depth, Canny), which is not "
@@ -66,10 +47,7 @@ REFUSALS = (
         "not supported",
         "give one that reads an image alone",
         when=(
-            ModelHas(
-                "controlnet",
-                lambda s: s["controlnet_x_embedder.weight"] != s["x_embedder.weight"],
-            ),
+            ModelHas(_NET, lambda s: s["controlnet_x_embedder.weight"] != s["x_embedder.weight"]),
         ),
     ),
     Refusal(
@@ -100,17 +78,15 @@ CONTROL_STAGE = Stage(
     (Output("control", "condition"),),
     encode_control,
 )
+_NAMES_MODE = Input(
+    MODE,
+    "text",
+    pattern=rf"^\s*(?:{'|'.join(MODES)})\s*$",
+    wants=f"one of {', '.join(MODES)}",
+)
 UNION_STAGE = replace(
     CONTROL_STAGE,
-    reads=(
-        *CONTROL_STAGE.reads,
-        Input(
-            MODE,
-            "text",
-            pattern=rf"^\s*(?:{'|'.join(MODES)})\s*$",
-            wants=f"one of {', '.join(MODES)}",
-        ),
-    ),
+    reads=(*CONTROL_STAGE.reads, _NAMES_MODE),
     yields=(*CONTROL_STAGE.yields, Output("control_mode", "condition")),
 )
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from PIL import Image
 
-from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.families.contract import Loaded, Output, Sample, Stage, Tensors
 
 
 def picture_of(frame: torch.Tensor) -> Image.Image:
@@ -24,6 +25,12 @@ def know_first_frame(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]
         mask[:, 0] = 1
         results.append({"first_frame": mask})
     return results
+
+
+def known_frame_stage(video: Input) -> Stage:
+    """The stage that gives the first frame in the video itself, which is the target `video`."""
+    known = Output("first_frame", "known", of="video")
+    return Stage("known_frame", (video,), ("vae",), (known,), know_first_frame)
 
 
 def encode_given(

@@ -1,17 +1,24 @@
-"""The encoders of T5 and UMT5: their files, their settings, and prompts through them."""
+"""The encoders of T5 and UMT5: their files, settings and tokenizers, and prompts through them."""
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import T5EncoderModel, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    T5EncoderModel,
+    T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  (an alias made when imported)
+    UMT5EncoderModel,
+)
 
-from diffsynth_dagster.families.contract import Component, Sample, Settings, Shapes
+from diffsynth_dagster.families.contract import Component, Sample, Settings, Shapes, Tokenizer
 from diffsynth_dagster.families.shared.architecture import count_blocks
 from diffsynth_dagster.families.shared.names import with_new_starts
 from diffsynth_dagster.families.shared.text import encode_by_length, padded_tokens, tokens
 
+END = "</s>"
+"""The token behind a prompt."""
 _BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
 _BLOCKS = {
     "norm1.": "layer.0.layer_norm.",
@@ -80,6 +87,18 @@ def umt5_encoder(name: str) -> Component:
         partial(with_new_starts, starts=_UMT5_NAMES),
         ("models_t5_*",),
     )
+
+
+def t5_tokenizer(name: str, parameter: str, default: str) -> Tokenizer:
+    """A tokenizer of T5: see `Tokenizer`."""
+    return Tokenizer(name, parameter, default, T5TokenizerFast.from_pretrained, (END,))
+
+
+def umt5_tokenizer(name: str, parameter: str, default: str) -> Tokenizer:
+    """A tokenizer of UMT5, of the class that its files name: see `Tokenizer`."""
+    make: Any = AutoTokenizer
+    load = partial(make.from_pretrained, trust_remote_code=False)
+    return Tokenizer(name, parameter, default, load, (END,))
 
 
 def encode_padded(

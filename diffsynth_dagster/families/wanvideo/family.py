@@ -18,12 +18,10 @@ are no columns.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from diffusers import WanPipeline
 from torch import nn
-from transformers import AutoTokenizer
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import FrameRule, Geometry
@@ -38,10 +36,10 @@ from diffsynth_dagster.families.contract import (
     Settings,
     Stage,
     Tensors,
-    Tokenizer,
 )
 from diffsynth_dagster.families.shared.pipeline import load_into_transformer, make_pipeline
 from diffsynth_dagster.families.shared.stages import prompt_stage
+from diffsynth_dagster.families.shared.t5 import umt5_tokenizer
 from diffsynth_dagster.families.shared.wan_vae import WIDE_LATENTS
 from diffsynth_dagster.families.wanvideo import names, stages, variant
 from diffsynth_dagster.families.wanvideo.modules import COMPONENTS
@@ -49,12 +47,6 @@ from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift, 
 
 SHIFT = 5.0
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
-
-
-def load_tokenizer(folder: str) -> Any:
-    """The tokenizer of a folder, by the class that its files name."""
-    make: Any = AutoTokenizer
-    return make.from_pretrained(folder, trust_remote_code=False)
 
 
 def path(config: TrainingConfig, published: Settings) -> FlowPath:
@@ -109,13 +101,7 @@ FAMILY = Family(
     name="wanvideo",
     components=COMPONENTS,
     tokenizers=(
-        Tokenizer(
-            "tokenizer",
-            "tokenizer_path",
-            "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/",
-            load_tokenizer,
-            ("</s>",),
-        ),
+        umt5_tokenizer("tokenizer", "tokenizer_path", "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"),
     ),
     stages=(
         prompt_stage(stages.encode_prompt, ragged=True),

@@ -11,13 +11,16 @@ from diffsynth_dagster.data.geometry import FrameRule, Geometry
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Denoiser, Family, Output, Shapes, Stage
 from diffsynth_dagster.families.requirements import (
+    MODEL_LIST,
     InputNamed,
     ModelHas,
     ModelListed,
     ParameterSet,
     Refusal,
+    column_needs,
+    has_start,
 )
-from diffsynth_dagster.families.shared.frames import know_first_frame
+from diffsynth_dagster.families.shared.frames import known_frame_stage
 from diffsynth_dagster.families.shared.wan_vae import WIDE_LATENTS
 from diffsynth_dagster.families.wanvideo import stages
 from diffsynth_dagster.families.wanvideo.modules import PATCH
@@ -34,7 +37,6 @@ EXTRA_INPUTS = ("input_image", "end_image", "vace_video", "vace_reference_image"
 
 _ENDS = ("patch_embedding.weight", "proj_out.weight")
 _EMBEDDER = "condition_embedder.image_embedder."
-_MODEL_LIST = "model_paths, model_id_with_origin_paths"
 
 
 def _channels(dit: Shapes) -> tuple[int, int]:
@@ -59,30 +61,21 @@ def _has_wide_latents(dit: Shapes) -> bool:
     return _channels(dit) == (WIDE_LATENTS, WIDE_LATENTS)
 
 
-def _reads_features(dit: Shapes) -> bool:
-    """Whether the transformer takes CLIP's features of the given frames."""
-    return any(name.startswith(_EMBEDDER) for name in dit)
-
-
-def _has_vace(dit: Shapes) -> bool:
-    """Whether the transformer has VACE's blocks."""
-    return any(name.startswith("vace_blocks.") for name in dit)
-
-
+_reads_features, _has_vace = has_start(_EMBEDDER), has_start("vace_blocks.")
 _FIRST, _LAST = InputNamed("input_image"), InputNamed("end_image")
 _VACE_INPUTS = (InputNamed("vace_video"), InputNamed("vace_reference_image"))
 _FRAMES, _WIDE = ModelHas("dit", _reads_frames), ModelHas("dit", _has_wide_latents)
 _VACE, _SECOND = ModelHas("dit", _has_vace), ModelListed("dit2")
 
 REFUSALS = (
-    Refusal("end_image is named without input_image", "name both", (_LAST,), (_FIRST,)),
+    column_needs("end_image", "input_image"),
     Refusal(
         "the transformer takes more than first and last frames beside the noise (Fun-Control, S2V, "
         "Animate), which is not supported",
         "give a T2V, I2V, FLF2V, TI2V or VACE model",
         when=(),
         unless=(ModelHas("dit", _is_supported),),
-        where=_MODEL_LIST,
+        where=MODEL_LIST,
     ),
     Refusal(
         "input_image is named, but this transformer is given no frame",
@@ -105,7 +98,7 @@ REFUSALS = (
         "two experts with VACE blocks are not trained together",
         "name the files of one of them",
         when=(_VACE, _SECOND),
-        where=_MODEL_LIST,
+        where=MODEL_LIST,
     ),
     *(
         Refusal(
@@ -128,7 +121,7 @@ REFUSALS = (
         "image_encoder, to the model list",
         when=(_FIRST, ModelHas("dit", _reads_features)),
         unless=(ModelListed("image_encoder"), ParameterSet("reads_encoded")),
-        where=_MODEL_LIST,
+        where=MODEL_LIST,
     ),
 )
 
@@ -182,7 +175,7 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
     ]
     if "input_image" in extra:
         wide = _has_wide_latents(dit) if dit else _names_wide_vae(config) or _is_wide(vae)
-        wanted.append(_known_frame() if wide else _frames_beside(last))
+        wanted.append(known_frame_stage(VIDEO) if wide else _frames_beside(last))
         if _reads_features(dit) if dit else "image_encoder" in given:
             # Models without an embedding of two positions take the first frame alone.
             wanted.append(_features(last and (not dit or f"{_EMBEDDER}pos_embed" in dit)))
@@ -203,17 +196,11 @@ def _experts(config: TrainingConfig, high: Shapes, low: Shapes) -> tuple[Denoise
     if high and low and any(high[name] != low[name] for name in _ENDS):
         raise ParameterError(
             "the two experts are of different models: they take or predict other channels",
-            where=_MODEL_LIST,
+            where=MODEL_LIST,
             do="name the high and the low noise expert of one repository",
         )
     boundary = FRAME_BOUNDARY if "input_image" in config.extra_inputs else TEXT_BOUNDARY
     return Denoiser("dit", low=boundary), Denoiser("dit2", high=boundary)
-
-
-def _known_frame() -> Stage:
-    """The first frame, given in the video itself."""
-    known = Output("first_frame", "known", of="video")
-    return Stage("known_frame", (VIDEO,), ("vae",), (known,), know_first_frame)
 
 
 def _frames_beside(last: bool) -> Stage:

@@ -228,7 +228,7 @@ def test_the_authors_config_is_not_taken_for_that_of_diffusers(
 EXTRA = "extra_inputs"
 REFUSED = [
     ("wan_t2v", {EXTRA: ["input_image"]}, "this transformer is given no frame"),
-    ("wan_t2v", {EXTRA: ["end_image"]}, "end_image is named without input_image"),
+    ("wan_t2v", {EXTRA: ["end_image"]}, "end_image is given but not input_image"),
     ("wan_t2v", {EXTRA: ["vace_video"]}, "vace_video is named, but the transformer has no VACE"),
     ("wan_i2v", {EXTRA: None}, "given the first frame of each video, which is not named"),
     ("wan22_ti2v_5b", {EXTRA: ["input_image", "end_image"]}, "given the first frame only"),

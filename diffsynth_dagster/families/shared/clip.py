@@ -1,0 +1,122 @@
+"""CLIP's text encoders: from their files to components, and from prompts to embeddings."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from diffsynth_dagster.families.contract import (
+    Component,
+    Loaded,
+    Sample,
+    Settings,
+    Shapes,
+    Tensors,
+    Tokenizer,
+)
+from diffsynth_dagster.families.shared.architecture import clip_settings
+from diffsynth_dagster.families.shared.text import padded_tokens
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""The layers of the attention."""
+_NAMES = (
+    "embeddings.token_embedding.weight",
+    "encoder.layers.0.self_attn.q_proj.weight",
+    "final_layer_norm.weight",
+)
+
+
+def clip_tokenizer(name: str, parameter: str, default: str) -> Tokenizer:
+    """A tokenizer of CLIP: see `Tokenizer`."""
+    load = CLIPTokenizer.from_pretrained
+    return Tokenizer(name, parameter, default, load, ("<|endoftext|>",))
+
+
+def clip_text_encoder(inside: tuple[str, ...] = ()) -> Component:
+    """The component `text_encoder`: CLIP's text tower, as OpenAI published it.
+
+    Args:
+        inside: see `Component`.
+    """
+    return Component(
+        "text_encoder",
+        "text_encoder",
+        tuple(tuple(start + name for name in _NAMES) for start in ("text_model.", "")),
+        CLIPTextModel,
+        _text_settings,
+        _convert_text_encoder,
+        inside=inside,
+    )
+
+
+def projected_text_encoder(name: str, inside: tuple[str, ...] = ()) -> Component:
+    """CLIP's text tower with its projection, as OpenCLIP trained it: in the names of transformers
+    or OpenCLIP. To be listed before an encoder without a projection, whose names are among its own.
+
+    Args:
+        name: of the component and its folder.
+        inside: see `Component`.
+    """
+    return Component(
+        name,
+        name,
+        (
+            ("text_projection.weight", *(f"text_model.{name}" for name in _NAMES)),
+            ("text_projection", "positional_embedding", "token_embedding.weight"),
+        ),
+        CLIPTextModelWithProjection,
+        _projected_settings,
+        _convert_projected,
+        inside=inside,
+    )
+
+
+def _text_settings(shapes: Shapes) -> Settings:
+    """A head has the 64 channels of every published size."""
+    return {
+        **clip_settings(shapes, head=64),
+        "vocab_size": shapes["embeddings.token_embedding.weight"][0],
+        "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
+        "bos_token_id": 0,
+        "eos_token_id": 2,  # as published: pools at the highest token
+    }
+
+
+def _projected_settings(shapes: Shapes) -> Settings:
+    tower = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
+    projection = shapes["text_projection.weight"][0]
+    return {**_text_settings(tower), "hidden_act": "gelu", "projection_dim": projection}
+
+
+def _convert_text_encoder(tensors: Tensors) -> Tensors:
+    """The names of the published files (`text_model.…`) → those of transformers."""
+    return {n.removeprefix("text_model."): t for n, t in _without_positions(tensors).items()}
+
+
+def _convert_projected(tensors: Tensors) -> Tensors:
+    """OpenCLIP's names → those of transformers."""
+    if "positional_embedding" in tensors:
+        return convert_open_clip_checkpoint(None, tensors, prefix="")
+    return _without_positions(tensors)
+
+
+def _without_positions(tensors: Tensors) -> Tensors:
+    """Without the numbers 0, 1, …, 76, which older versions of transformers saved."""
+    return {n: t for n, t in tensors.items() if not n.endswith("embeddings.position_ids")}
+
+
+def encode_text(
+    loaded: Loaded, samples: Sequence[Sample], tokenizer: str, encoder: str, hidden: bool
+) -> tuple[torch.Tensor, Any]:
+    """Prompts → embeddings (B, 77, width), cut or padded as the tokenizer does, and all outputs.
+
+    Args:
+        tokenizer, encoder: names of the components.
+        hidden: whether the embeddings are those before the last layer, without the last norm.
+    """
+    clip: Any = loaded[encoder]
+    tokens = padded_tokens(loaded[tokenizer], samples, clip.config.max_position_embeddings)
+    outputs = clip(tokens.to(clip.device), output_hidden_states=hidden)
+    return outputs.hidden_states[-2] if hidden else outputs.last_hidden_state, outputs
