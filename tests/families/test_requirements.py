@@ -18,9 +18,13 @@ from diffsynth_dagster.families.requirements import (
     Shapes,
     Use,
     check_refusals,
+    column_and_model,
+    column_needs,
+    columns_exclude,
 )
 
 SMALL: Shapes = {"a.weight": (2, 3)}
+ENCODES = {"task": "sft:data_process"}
 
 
 def use(given: dict[str, Shapes] | None = None, **values: Any) -> Use:
@@ -68,6 +72,29 @@ def test_what_is_not_known_refuses_nothing() -> None:
     with pytest.raises(ParameterError, match="a needs the net") as error:
         check_refusals((unused, needs), use({"dit": SMALL, "vae": SMALL}, extra_inputs="a"))
     assert (error.value.where, error.value.do) == ("extra_inputs", "add it")
+
+
+def test_makers_of_refusals_name_what_is_missing() -> None:
+    refusals = (
+        *column_and_model("a", "net", "net"),
+        column_needs("b", "a"),
+        columns_exclude("a", "c"),
+    )
+    both = {"dit": SMALL, "net": SMALL}
+    for situation, what in (
+        (use({"dit": SMALL, "vae": SMALL}, extra_inputs="a"), "a is given but no net"),
+        (use(both), "the model list has a net, but a is not given"),
+        (use(both, extra_inputs="b,c"), "the model list has a net, but a is not given"),
+        (use(extra_inputs="b"), "b is given but not a"),
+        (use(both, extra_inputs="a,b,c"), "a and c do not go together"),
+    ):
+        with pytest.raises(ParameterError) as error:
+            check_refusals(refusals, situation)
+        assert error.value.what == what
+        assert error.value.where == "extra_inputs"
+    check_refusals(refusals, use(both, extra_inputs="a,b"))
+    # Where everything is only encoded nothing reads the column.
+    check_refusals(refusals, use({"dit": SMALL, "vae": SMALL}, extra_inputs="a", **ENCODES))
 
 
 @pytest.mark.parametrize("family", each_family(), ids=lambda family: family.name)

@@ -35,6 +35,7 @@ from diffsynth_dagster.families.shared.stages import image_stage, prompt_stage
 from diffsynth_dagster.families.shared.t5 import t5_tokenizer
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift
 
+REPOSITORY = "black-forest-labs/FLUX.1-dev"
 SCHEDULER = {
     "base_image_seq_len": 256,
     "base_shift": 0.5,
@@ -88,12 +89,8 @@ FAMILY = Family(
     name="flux",
     components=COMPONENTS,
     tokenizers=(
-        clip.clip_tokenizer(
-            "tokenizer", "tokenizer_1_path", "black-forest-labs/FLUX.1-dev:tokenizer/"
-        ),
-        t5_tokenizer(
-            "tokenizer_2", "tokenizer_2_path", "black-forest-labs/FLUX.1-dev:tokenizer_2/"
-        ),
+        clip.clip_tokenizer("tokenizer", "tokenizer_1_path", f"{REPOSITORY}:tokenizer/"),
+        t5_tokenizer("tokenizer_2", "tokenizer_2_path", f"{REPOSITORY}:tokenizer_2/"),
     ),
     stages=(
         prompt_stage(stages.encode_pooled, "pooled_prompt", output="pooled_prompt_embeds"),
@@ -107,10 +104,7 @@ FAMILY = Family(
     sample=sample,
     load_lora=load_lora,
     inference_sigmas=partial(dynamic_sigmas, SCHEDULER),
-    lora_targets={
-        "dit": tuple(LORA_ALIASES),
-        "text_encoder": clip.LORA_TARGETS,
-    },
+    lora_targets={"dit": tuple(LORA_ALIASES), "text_encoder": clip.LORA_TARGETS},
     lora_aliases={"dit": LORA_ALIASES},
     to_kohya={"dit": NAMES.to_kohya},
     from_authors={"dit": NAMES.from_authors},

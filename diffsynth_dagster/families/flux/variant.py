@@ -78,7 +78,7 @@ CONTROL_STAGE = Stage(
     (Output("control", "condition"),),
     encode_control,
 )
-_NAMES_MODE = Input(
+_MODE_NAME = Input(
     MODE,
     "text",
     pattern=rf"^\s*(?:{'|'.join(MODES)})\s*$",
@@ -86,7 +86,7 @@ _NAMES_MODE = Input(
 )
 UNION_STAGE = replace(
     CONTROL_STAGE,
-    reads=(*CONTROL_STAGE.reads, _NAMES_MODE),
+    reads=(*CONTROL_STAGE.reads, _MODE_NAME),
     yields=(*CONTROL_STAGE.yields, Output("control_mode", "condition")),
 )
 
