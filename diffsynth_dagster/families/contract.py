@@ -10,20 +10,36 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import nn
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import Geometry
+from diffsynth_dagster.families.making import Clip, SampleRequest, Tensors
 from diffsynth_dagster.families.requirements import Refusal, Shapes
 from diffsynth_dagster.objective.path import NoisingPath
 
-Tensors = dict[str, torch.Tensor]
 Settings = dict[str, object]
 """Keyword arguments of a class of diffusers, or of the config of a class of transformers."""
 Loaded = Mapping[str, Any]
 """Component name → the module or tokenizer that was loaded."""
+
+__all__ = [
+    "Clip",
+    "Component",
+    "Denoiser",
+    "Family",
+    "Loaded",
+    "Output",
+    "Part",
+    "Sample",
+    "SampleRequest",
+    "Settings",
+    "Shapes",
+    "Stage",
+    "Tensors",
+    "Tokenizer",
+]
 
 
 @dataclass(frozen=True)
@@ -204,42 +220,6 @@ class Denoiser:
     component: str
     low: float = 0.0
     high: float = float("inf")
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """Images or clips to make with the model in its present state, one for each prompt.
-
-    `conditions` are the stacked outputs of the stages that read nothing but text, and `negative`
-    the same for the empty prompt when cfg_scale is above 1. `num_frames` is 1 and `frame_rate` None
-    for a family without videos.
-    """
-
-    conditions: Tensors
-    negative: Tensors | None
-    height: int
-    width: int
-    num_frames: int
-    frame_rate: float | None
-    num_inference_steps: int
-    cfg_scale: float
-    generators: list[torch.Generator]
-
-
-@dataclass(frozen=True)
-class Clip:
-    """What is made of a prompt: a video, with or without sound. An image is a clip of one frame.
-
-    Attributes:
-        frame_rate: frames per second; None for an image.
-        sound: float32 (channels, samples) in [-1, 1]; None for a silent clip.
-        sound_rate: samples of each channel per second.
-    """
-
-    frames: list[Image.Image]
-    frame_rate: float | None = None
-    sound: torch.Tensor | None = None
-    sound_rate: int = 0
 
 
 @dataclass(frozen=True)
