@@ -6,7 +6,9 @@ import struct
 import subprocess
 import zlib
 from pathlib import Path
+from typing import Any
 
+import av
 import imageio_ffmpeg
 import numpy as np
 from PIL import Image
@@ -74,3 +76,26 @@ VIDEOS = {
     "x.avi": ("-c:v", "mpeg4"),
 }
 """Name → how the real clip is converted to it."""
+
+
+def write_clip(path: Path, frames: int, rate: int, sound: np.ndarray | None = None) -> Path:
+    """A clip of noise, 96x80, with a track of sound where samples (channels, n) of 44,100 Hz are
+    given."""
+    with av.open(str(path), "w") as container:
+        video: Any = container.add_stream("libx264", rate=rate, options={"qp": "0"})
+        video.width, video.height, video.pix_fmt = 96, 80, "yuv444p"
+        track: Any = None
+        if sound is not None:
+            track = container.add_stream("aac", rate=44100, layout="stereo")
+        for index in range(frames):
+            shown = av.VideoFrame.from_image(picture(index))
+            container.mux(video.encode(shown))
+        container.mux(video.encode(None))
+        if track is not None:
+            assert sound is not None
+            packed = np.ascontiguousarray(sound.T).reshape(1, -1)
+            heard = av.AudioFrame.from_ndarray(packed, "s16", "stereo")
+            heard.sample_rate = 44100
+            container.mux(track.encode(heard))
+            container.mux(track.encode(None))
+    return path

@@ -12,6 +12,7 @@ from video_family import CAPTION, EDITS, FIRST, VIDEO, video_family
 
 from diffsynth_dagster.cache.keys import Keys, sample_identity, with_contents
 from diffsynth_dagster.cache.plan import tokens
+from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.digests import digest_rows
 from diffsynth_dagster.data.samples import PARTS, files_of, trained_sizes
@@ -89,7 +90,7 @@ def test_identities_are_those_of_the_plain_formula(rows: list[dict[str, Any]]) -
 
 
 def keys_of_family(tmp: Path) -> Keys:
-    found = FoundModel(FAMILY, {}, {})
+    found = FoundModel(FAMILY, FAMILY.path(TrainingConfig(), {}), {}, {})
     return Keys(found, FactCache(tmp / "facts.sqlite"), torch.float32)
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from diffsynth_dagster.data.media import decoder_pool
 from diffsynth_dagster.data.media.containers import cut_short
-from diffsynth_dagster.data.media.decoder_pool import VideoPool
+from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import image_facts, load_sample_image
 from diffsynth_dagster.data.media.video import load_sample_video, read_frames, video_facts
 
@@ -42,8 +42,8 @@ IMAGES = {
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[VideoPool]:
-    with VideoPool(2) as videos:
+def pool() -> Iterator[DecoderPool]:
+    with DecoderPool(2) as videos:
         yield videos
 
 
@@ -54,7 +54,9 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_whole_images_pass_and_cut_ones_do_not(name: str, tmp_path: Path, pool: VideoPool) -> None:
+def test_whole_images_pass_and_cut_ones_do_not(
+    name: str, tmp_path: Path, pool: DecoderPool
+) -> None:
     """Cut at every kilobyte, and at every byte of the last fifty."""
     data, path = IMAGES[name], tmp_path / name
     path.write_bytes(data)
@@ -105,7 +107,7 @@ ODD: list[tuple[str, bytes, str]] = [
 @pytest.mark.parametrize(("name", "data", "status"), ODD, ids=[name for name, _, _ in ODD])
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_odd_images(
-    name: str, data: bytes, status: str, kind: str, tmp_path: Path, pool: VideoPool
+    name: str, data: bytes, status: str, kind: str, tmp_path: Path, pool: DecoderPool
 ) -> None:
     path = tmp_path / name
     path.write_bytes(data)
@@ -126,7 +128,7 @@ def test_many_threads_find_the_same_bomb(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_whole_videos_pass_and_cut_ones_do_not(
-    name: str, videos: dict[str, Path], tmp_path: Path, pool: VideoPool
+    name: str, videos: dict[str, Path], tmp_path: Path, pool: DecoderPool
 ) -> None:
     whole = video_facts(videos[name], pool)
     frames = 40 if name == "x.webm" else 120
@@ -152,7 +154,7 @@ def test_videos_cut_at_every_kilobyte_are_known_to_be(
 
 
 def test_damaged_videos_do_not_stop_the_next(
-    videos: dict[str, Path], tmp_path: Path, pool: VideoPool
+    videos: dict[str, Path], tmp_path: Path, pool: DecoderPool
 ) -> None:
     source = random.Random(0)
     for name in ("fast.mp4", "x.mkv", "x.avi"):
@@ -187,13 +189,13 @@ def test_a_decoder_that_crashes_or_hangs(
         "def VideoReader(path, **more):\n" + "".join(f"    {x}\n" for x in decoder.splitlines())
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    with VideoPool(1, patience_s=2) as pool:
+    with DecoderPool(1, patience_s=2) as pool:
         for _ in range(2):
             assert why in video_facts(real_clip(), pool)["message"]
 
 
 def test_workers_end_with_their_pool() -> None:
-    with VideoPool(1) as pool:
+    with DecoderPool(1) as pool:
         assert pool.decode(real_clip())["frames"] == 120
         worker = pool._idle.get()  # pyright: ignore[reportPrivateUsage]
         assert worker is not None
@@ -239,7 +241,7 @@ def test_videos_become_tensors(videos: dict[str, Path], tmp_path: Path) -> None:
         read_frames(videos["x.mp4"], [120])
 
 
-def test_rates_of_animations(tmp_path: Path, pool: VideoPool) -> None:
+def test_rates_of_animations(tmp_path: Path, pool: DecoderPool) -> None:
     for kind, duration_ms, rate in (("GIF", 40, 25.0), ("WEBP", 125, 8.0), ("GIF", 0, 10.0)):
         path = tmp_path / "x"
         path.write_bytes(animation_bytes(kind, 3, duration_ms))
@@ -248,6 +250,6 @@ def test_rates_of_animations(tmp_path: Path, pool: VideoPool) -> None:
     assert video_facts(tmp_path / "one.gif", pool)["rate"] is None
 
 
-def test_pages_are_no_frames(tmp_path: Path, pool: VideoPool) -> None:
+def test_pages_are_no_frames(tmp_path: Path, pool: DecoderPool) -> None:
     picture().save(tmp_path / "x.tiff", save_all=True, append_images=[Image.new("RGB", (9, 9))])
     assert video_facts(tmp_path / "x.tiff", pool)["frames"] == 1

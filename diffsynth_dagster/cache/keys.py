@@ -37,6 +37,8 @@ def _content(item: Input) -> pl.Expr:
     if not item.is_file:
         return digest_column(pl.col(item.column))
     digest = pl.col(f"{item.column}:digest")
+    if item.optional:
+        digest = digest.fill_null("")
     return digest.list.join(",") if item.many else digest
 
 

@@ -137,7 +137,7 @@ def tokens(columns: Columns) -> pl.Expr:
         return area * ((frames + step - 1) // step)
 
     total: pl.Expr = pl.lit(0, pl.Int64)
-    for item in columns.files:
+    for item in (i for i in columns.files if i.kind != "audio"):
         target, frames = pl.col(f"{item.column}:target"), pl.col(f"{item.column}:frames")
         if item.many:
             # Files of a column that takes many are pictures, of one frame each.

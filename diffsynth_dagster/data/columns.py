@@ -71,8 +71,17 @@ class Columns:
     @property
     def described(self) -> list[Any]:
         """What of it a checked table depends on, as a JSON value."""
-        inputs = [[i.column, i.kind, i.many, i.same_size, i.area] for i in self.inputs]
+        inputs = [
+            [i.column, i.kind, i.many, i.same_size, i.area]
+            + [more for more in (i.optional, i.divided_by, i.rate, i.channels) if more]
+            for i in self.inputs
+        ]
         return json.loads(json.dumps([self.reader, inputs, asdict(self.geometry)]))
+
+    @property
+    def named(self) -> tuple[Input, ...]:
+        """The columns that the table has: all but those that are made of a file's sizes."""
+        return tuple(i for i in self.inputs if i.kind != "sizes")
 
     @property
     def files(self) -> tuple[Input, ...]:

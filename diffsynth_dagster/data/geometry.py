@@ -127,6 +127,13 @@ def cover(width: int, height: int, target: tuple[int, int]) -> tuple[int, int]:
     return max(round(width * scale), target[0]), max(round(height * scale), target[1])
 
 
+def crop_place(width: int, height: int, target: tuple[int, int]) -> tuple[int, int]:
+    """Left and top edge, in pixels, of what is cropped from an image after it was resized by
+    `cover`: the centre."""
+    wide, tall = cover(width, height, target)
+    return round((wide - target[0]) / 2), round((tall - target[1]) / 2)
+
+
 @dataclass(frozen=True)
 class ClipRule:
     """Which frames of a clip are trained on: the first `num_frames`, taken at `frame_rate`.

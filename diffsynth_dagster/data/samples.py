@@ -4,7 +4,8 @@ What is read must be what was checked: a file whose size or time of modification
 again, and refused if its content is another one.
 
 Which files a column of a row names is passed on as a JSON value, so that a manifest can hold it:
-the checked table's facts about the column, each a list where the column takes many files.
+the checked table's facts about the column, each a list where the column takes many files. Of sound
+the target is the sample rate and the channels, and the frames are samples.
 
     {"path": …, "digest": …, "size": …, "modified": …, "target": [width, height], "frames": …,
      "stride": …}
@@ -18,7 +19,8 @@ from typing import Any
 import polars as pl
 
 from diffsynth_dagster.data.columns import Input
-from diffsynth_dagster.data.media.image import IMAGE_ERRORS, load_sample_image, read_image
+from diffsynth_dagster.data.media.audio import AUDIO_ERRORS, load_sample_audio
+from diffsynth_dagster.data.media.image import load_sample_image, read_image
 from diffsynth_dagster.data.media.video import load_sample_video
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import digest_file
@@ -40,10 +42,14 @@ def files_as_json(item: Input) -> pl.Expr:
 
 
 def trained_sizes(files: Files, item: Input) -> list[Any]:
-    """How the files are read: sizes, and for videos the frames that are taken."""
+    """How the files are read: sizes, for videos the frames that are taken, for sound the rate,
+    channels and samples; nothing where an optional column names no file."""
+    if files["target"] is None:
+        return []
     listed = {part: _listed(files, item, part) for part in ("target", "frames", "stride")}
     targets = [list(target) for target in listed["target"]]
-    return targets if item.kind != "video" else [targets, listed["frames"], listed["stride"]]
+    lengths = {"video": ("frames", "stride"), "audio": ("frames",)}.get(item.kind)
+    return targets if lengths is None else [targets, *(listed[part] for part in lengths)]
 
 
 def _listed(files: Files, item: Input, part: str) -> list[Any]:
@@ -51,10 +57,12 @@ def _listed(files: Files, item: Input, part: str) -> list[Any]:
     return list(value) if item.many else [value]
 
 
-def parse_value(text: str, item: Input) -> str | int | float:
+def parse_value(text: str, item: Input) -> str | int | float | tuple[int, ...]:
     """The value of a column that names no file."""
     if item.kind == "text":
         return text
+    if item.kind == "sizes":
+        return tuple(int(part) for part in text.split(","))
     try:
         return int(text)  # exactly: a seed may have more digits than a float
     except ValueError:
@@ -70,11 +78,14 @@ def load_files(files: Files, item: Input, row: int) -> Any:
 
     Returns:
         float32 in [-1, 1]: (3, H, W) for an image and (3, F, H, W) for a video; an RGB Pillow
-        image for a picture; a list of these where the input takes many.
+        image for a picture; (channels, samples) for sound; a list of these where the input takes
+        many; None where an optional column names no file.
 
     Raises:
         MetadataError: a file is no longer what was checked, or cannot be read.
     """
+    if files["path"] is None:
+        return None
     loaded: list[Any] = []
     for values in zip(*(_listed(files, item, part) for part in PARTS), strict=True):
         one: Files = dict(zip(PARTS, values, strict=True))
@@ -83,7 +94,7 @@ def load_files(files: Files, item: Input, row: int) -> Any:
             _require_unchanged(one, item, where)
             loaded.append(_load_one(one, item))
             _require_unchanged(one, item, where)  # nor while it was read
-        except IMAGE_ERRORS as error:
+        except AUDIO_ERRORS as error:
             raise MetadataError(
                 f"the {item.kind} was readable when it was checked, and is not now: {error}",
                 where=where,
@@ -98,6 +109,8 @@ def _load_one(one: Files, item: Input) -> Any:
         return load_sample_image(path, size)
     if item.kind == "picture":
         return read_image(path)
+    if item.kind == "audio":
+        return load_sample_audio(path, item.rate, item.channels, one["frames"])
     return load_sample_video(path, size, one["frames"], one["stride"])
 
 

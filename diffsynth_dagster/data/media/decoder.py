@@ -1,9 +1,11 @@
-"""Decode whole videos in a process of its own, so that a damaged one can crash nothing else.
+"""Decode whole videos and sound in a process of its own, so that a damaged file can crash nothing
+else.
 
-This file is run as a script, without the rest of the project. It reads paths from standard input,
-one JSON string a line. For each it writes JSON objects to standard output, one a line:
-`{"decoded": n}` about once a second while it decodes, and at the end `{"width", "height", "frames",
-"rate"}` or `{"error"}`. A decoder that hangs is ended by an alarm; see `_end_in`.
+This file is run as a script, without the rest of the project. It reads questions from standard
+input, one JSON list `["video" or "audio", path]` a line. For each it writes JSON objects to standard
+output, one a line: `{"decoded": n}` about once a second while it decodes, and at the end `{"width",
+"height", "frames", "rate"}` for a video, `{"tracks", "channels", "rate", "seconds"}` for sound, or
+`{"error"}`. A decoder that hangs is ended by an alarm; see `_end_in`.
 """
 
 import json
@@ -11,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 _PROGRESS_S = 1.0
 
@@ -36,28 +39,59 @@ def main(patience_s: int) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
-    import decord
+    reported = time.monotonic()
 
-    def decode(path: str) -> dict[str, object]:
-        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
-        frames, shape, reported = len(reader), (0, 0), time.monotonic()
-        for index in range(frames):
-            shape = reader.next().shape
-            if time.monotonic() - reported > _PROGRESS_S:
-                reported = time.monotonic()
-                answer({"decoded": index + 1})
-        rate = float(reader.get_avg_fps())
-        return {"width": shape[1], "height": shape[0], "frames": frames, "rate": rate}
+    def report(decoded: int) -> None:
+        nonlocal reported
+        if time.monotonic() - reported > _PROGRESS_S:
+            reported = time.monotonic()
+            answer({"decoded": decoded})
 
+    decoders = {"video": _decode_video, "audio": _decode_audio}
     for line in sys.stdin:
         found: dict[str, object]
         _end_in(patience_s)
         try:
-            found = decode(json.loads(line))
+            kind, path = json.loads(line)
+            found = decoders[kind](path, report)
         except Exception as error:  # noqa: BLE001 - the decoder raises anything
             found = {"error": str(error)}
         answer(found)
         _end_in(0)
+
+
+def _decode_video(path: str, report: Callable[[int], None]) -> dict[str, object]:
+    import decord
+
+    reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
+    frames, shape = len(reader), (0, 0)
+    for index in range(frames):
+        shape = reader.next().shape
+        report(index + 1)
+    rate = float(reader.get_avg_fps())
+    return {"width": shape[1], "height": shape[0], "frames": frames, "rate": rate}
+
+
+def _decode_audio(path: str, report: Callable[[int], None]) -> dict[str, object]:
+    import av
+
+    with av.open(path) as container:
+        if not container.streams.audio:
+            return {"tracks": 0, "channels": 0, "rate": 0, "seconds": 0.0}
+        stream = container.streams.audio[0]
+        samples = 0
+        for frame in container.decode(stream):
+            samples += frame.samples
+            report(samples)
+        if not samples:
+            return {"error": "it holds no samples"}
+        rate = stream.rate or 0
+        return {
+            "tracks": len(container.streams.audio),
+            "channels": stream.channels,
+            "rate": rate,
+            "seconds": samples / rate if rate else 0.0,
+        }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Processes that check videos by decoding them: see `decoder`."""
+"""Processes that check videos and sound by decoding them: see `decoder`."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ PATIENCE_S = 60
 _WORKER = Path(__file__).with_name("decoder.py")
 
 
-class VideoPool:
+class DecoderPool:
     """As many decoding processes as asked for, each started when it is first needed.
 
     `decode` may be called from any number of threads. Use as a context manager.
@@ -28,15 +28,20 @@ class VideoPool:
             self._idle.put(None)
         self._size = self._idle.qsize()
 
-    def decode(self, path: Path) -> dict[str, Any]:
-        """Decode every frame of a video.
+    def decode(self, path: Path, kind: str = "video") -> dict[str, Any]:
+        """Decode every frame of a video, or all of the sound of a file.
+
+        Args:
+            kind: "video" or "audio".
 
         Returns:
-            `width` and `height` in pixels, `frames`, `rate` in frames per second; or `error`.
+            For a video `width` and `height` in pixels, `frames`, `rate` in frames per second. For
+            sound `tracks`, and of the first `channels`, `rate` in samples of each per second, and
+            `seconds`. Or `error`.
         """
         worker = self._idle.get() or self._start()
         try:
-            found, worker = self._ask(worker, path)
+            found, worker = self._ask(worker, [kind, str(path)])
         finally:
             self._idle.put(worker if worker is not None and worker.poll() is None else None)
         return found
@@ -52,13 +57,13 @@ class VideoPool:
         )
 
     def _ask(
-        self, worker: subprocess.Popen[str], path: Path
+        self, worker: subprocess.Popen[str], question: list[str]
     ) -> tuple[dict[str, Any], subprocess.Popen[str] | None]:
         """The worker's answer, and the worker; None if it has ended."""
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:
-            worker.stdin.write(json.dumps(str(path)) + "\n")
+            worker.stdin.write(json.dumps(question) + "\n")
             worker.stdin.flush()
         except OSError:
             _end(worker)
@@ -79,7 +84,7 @@ class VideoPool:
             if "decoded" not in answer:
                 return answer, worker
 
-    def __enter__(self) -> "VideoPool":
+    def __enter__(self) -> "DecoderPool":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from diffsynth_dagster.data.geometry import cover
+from diffsynth_dagster.data.geometry import cover, crop_place
 from diffsynth_dagster.data.media.containers import cut_short
 from diffsynth_dagster.facts import Facts, digest_file
 
@@ -113,8 +113,7 @@ def fit(image: Image.Image, target: tuple[int, int]) -> Image.Image:
     if image.size == target:
         return image
     resized = image.resize(cover(*image.size, target), Image.Resampling.BILINEAR)
-    left = round((resized.width - width) / 2)
-    top = round((resized.height - height) / 2)
+    left, top = crop_place(*image.size, target)
     return resized.crop((left, top, left + width, top + height))
 
 

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from diffsynth_dagster.data.geometry import frame_indices
 from diffsynth_dagster.data.media.containers import cut_short
-from diffsynth_dagster.data.media.decoder_pool import VideoPool
+from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import (
     IMAGE_ERRORS,
     as_rgb,
@@ -31,7 +31,7 @@ _DEFAULT_DURATION_MS = 100
 """Of a frame of an animation that gives none, as browsers show it."""
 
 
-def video_facts(path: Path, pool: VideoPool) -> Facts:
+def video_facts(path: Path, pool: DecoderPool) -> Facts:
     """What a check of a video finds, every frame decoded.
 
     Returns:

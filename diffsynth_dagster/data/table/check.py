@@ -14,14 +14,14 @@ from diffsynth_dagster.config.parameters import DatasetParameters, TrainingConfi
 from diffsynth_dagster.config.settled import named_data
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
-from diffsynth_dagster.data.table.files import (
-    FileCheck,
-    Progress,
-    TrainedShape,
+from diffsynth_dagster.data.table.files import FileCheck, Progress, TrainedShape
+from diffsynth_dagster.data.table.read import open_table
+from diffsynth_dagster.data.table.shapes import (
+    with_length_of,
     with_same_size,
     with_shape,
+    with_size_facts,
 )
-from diffsynth_dagster.data.table.read import open_table
 from diffsynth_dagster.data.table.values import REASONS, check_structure, require_columns
 from diffsynth_dagster.errors import MetadataError, ParameterError, nearest
 from diffsynth_dagster.facts import FactCache
@@ -111,7 +111,7 @@ def check_columns(config: TrainingConfig, columns: Columns) -> tuple[Input, ...]
     Raises:
         ParameterError: a named column is none that the family reads, or a file column is not named.
     """
-    known = {i.column: i for i in columns.inputs}
+    known = {i.column: i for i in columns.named}
     extra = [*known, *columns.optional]
     default = DatasetParameters.model_fields["data_file_keys"].default
     for parameter in ("data_file_keys", "extra_inputs"):
@@ -166,7 +166,11 @@ def validate(
         for item in columns.files:
             frame = files.check(frame, item)
             if item.same_size:
-                frame = with_same_size(frame, columns.files[0], item)
+                frame = with_same_size(frame, columns.files[0], item, geometry.side_factor)
+            if item.kind == "audio":
+                frame = with_length_of(frame, columns.files[0], item)
+    for item in (i for i in columns.inputs if i.kind == "sizes"):
+        frame = with_size_facts(frame, columns.files[0], item)
     return CheckedTable(
         with_shape(frame, columns.files).lazy(),
         str(source),

@@ -16,7 +16,8 @@ import polars as pl
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import ClipRule, SizeRule, area_size
-from diffsynth_dagster.data.media.decoder_pool import VideoPool
+from diffsynth_dagster.data.media.audio import audio_facts
+from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import image_facts
 from diffsynth_dagster.data.media.video import video_facts
 from diffsynth_dagster.data.table.values import REASONS, STATUS
@@ -37,6 +38,8 @@ _PER_FILE: dict[str, Any] = {
     "target": pl.List(pl.Int64),
     "frames": pl.Int64,
     "stride": pl.Float64,
+    "rate": pl.Float64,
+    "seconds": pl.Float64,
 }
 _AT_ONCE = 1 << 16
 """Files that are looked at together: what is known of them lies in Python objects meanwhile."""
@@ -55,6 +58,8 @@ class TrainedShape:
         with the `status` and `message` of a file that is too small or too short."""
         if "status" in facts:
             return facts
+        if item.kind == "audio":
+            return _sound_of(facts, item)
         width, height = self.size.target(facts["width"], facts["height"])
         if item.area is not None:
             width, height = area_size(facts["width"], facts["height"], item.area)
@@ -70,6 +75,18 @@ class TrainedShape:
                 why = f"{facts['frames']} frames give less than the {least} of the shortest clip"
                 return {"status": "too_short", "message": why}
         return {**facts, "target": [width, height], "frames": frames, "stride": stride}
+
+
+def _sound_of(facts: Facts, item: Input) -> Facts:
+    """Facts about sound with `target` [samples per second, channels] that it is read with, or with
+    the `status` and `message` of sound of other channels. Its length is that of the sample's clip:
+    see `table.shapes.with_length_of`."""
+    have, wanted = facts["channels"], item.channels
+    if have != wanted:
+        do = "make both channels of the one" if have < wanted else "mix it down"
+        why = f"the sound has {have} channels, and the model takes {wanted}: {do}"
+        return {"status": "wrong_channels", "message": why}
+    return {**facts, "target": [item.rate, wanted], "stride": 1.0}
 
 
 class FileCheck:
@@ -97,14 +114,14 @@ class FileCheck:
         self._shape = shape
         self._fact_cache = fact_cache
         self._progress = progress
-        self._videos = VideoPool()
+        self._decoders = DecoderPool()
 
     def __enter__(self) -> "FileCheck":
-        self._videos.__enter__()
+        self._decoders.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._videos.__exit__(*error)
+        self._decoders.__exit__(*error)
 
     def check(self, frame: pl.DataFrame, item: Input) -> pl.DataFrame:
         """Check the files of a column in the rows that are still ok.
@@ -114,12 +131,14 @@ class FileCheck:
             `<column>:path` (resolved), `:digest`, `:size` (bytes) and `:modified` (nanoseconds) of
             the file that was checked, `:width` and `:height` (pixels, upright),
             `:target` ([width, height] it is trained at), `:frames` (trained, 1 for an image) and
-            `:stride` (see `frame_indices`). Lists of these where the input takes many.
+            `:stride` (see `frame_indices`); `:rate` (frames or samples per second) and for sound
+            `:seconds`. Lists of these where the input takes many; null where an optional column
+            names no file.
         """
         wanted = frame.with_row_index(_ROW).filter(pl.col("status") == "ok")
         value = pl.col(item.column)
         named = wanted.select(_ROW, (value if item.many else pl.concat_list(value)).alias(_VALUE))
-        named = named.explode(_VALUE)
+        named = named.explode(_VALUE).drop_nulls()
         values = named[_VALUE].unique(maintain_order=True)
         parts = range(0, max(1, len(values)), _AT_ONCE)
         files = pl.concat([self._files(values.slice(at, _AT_ONCE).to_list(), item) for at in parts])
@@ -143,7 +162,7 @@ class FileCheck:
         places = {value: self._resolve(value) for value in values}
         paths = [path for path, _ in places.values() if path is not None]
         facts = self._fact_cache.look_up(
-            f"{'video' if item.kind == 'video' else 'image'}:{_CHECK}",
+            f"{item.kind if item.kind in ('video', 'audio') else 'image'}:{_CHECK}",
             paths,
             self._find_out(item),
             again=self._again,
@@ -160,6 +179,8 @@ class FileCheck:
         return pl.DataFrame(rows, schema=schema, orient="row")
 
     def _find_out(self, item: Input) -> Callable[[Path], Facts]:
+        if item.kind == "audio":
+            return lambda path: audio_facts(path, self._decoders)
         if item.kind != "video":
             return image_facts
         if find_spec("decord") is None:
@@ -168,7 +189,7 @@ class FileCheck:
                 where="data_file_keys",
                 do="install decord, or eva-decord or decord2 where it has no build",
             )
-        return lambda path: video_facts(path, self._videos)
+        return lambda path: video_facts(path, self._decoders)
 
     def _resolve(self, value: str) -> tuple[Path | None, str]:
         """A value of a file column → the file, or the reason why not."""
@@ -205,57 +226,3 @@ def _file_row(value: str, path: Path | None, facts: Mapping[str, Any], item: Inp
         why = f"{item.column} '{value[:100]}': {facts.get('message') or REASONS[status]}"
     known = {**facts, "path": None if path is None else str(path)}
     return [value, status, why, *(known.get(name) for name in _PER_FILE)]
-
-
-def with_same_size(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFrame:
-    """The frame with a column's files trained at the size and length of the main column's.
-
-    A clip that is shorter than the main one rejects its row.
-    """
-    assert [main.many, item.many] == [False, False], "one file each"
-    target, length = pl.col(f"{main.column}:target"), pl.col(f"{main.column}:frames")
-    own = pl.col(f"{item.column}:frames")
-    if item.kind == "video":
-        short = (pl.col("status") == "ok") & (own < length)
-        why = pl.format(
-            "{}: {} frames, but the sample is trained at {}", pl.lit(item.column), own, length
-        )
-        frame = frame.with_columns(
-            pl.when(short).then(pl.lit("too_short", STATUS)).otherwise("status").alias("status"),
-            pl.when(short).then(why).otherwise("message").alias("message"),
-            length.alias(f"{item.column}:frames"),
-        )
-    return frame.with_columns(target.alias(f"{item.column}:target"))
-
-
-def with_shape(frame: pl.DataFrame, files: Sequence[Input]) -> pl.DataFrame:
-    """The frame with `width`, `height`, `frames` and `shape`: see `CheckedTable`."""
-    main = files[0]
-    ok = pl.col("status") == "ok"
-
-    def first(column: str) -> pl.Expr:
-        value = pl.col(f"{main.column}:{column}")
-        return value.list.first() if main.many else value
-
-    target, frames = first("target"), first("frames")
-    shapes = [_shape_of(item) for item in files]
-    return frame.with_columns(
-        pl.when(ok).then(target.list.get(0)).otherwise(0).alias("width"),
-        pl.when(ok).then(target.list.get(1)).otherwise(0).alias("height"),
-        pl.when(ok).then(frames).otherwise(0).alias("frames"),
-        pl.when(ok).then(pl.concat_str(shapes, separator=" ")).otherwise(pl.lit("")).alias("shape"),
-    )
-
-
-def _shape_of(item: Input) -> pl.Expr:
-    """`<width>x<height>` of each file of a column, separated by commas; `x<frames>` of videos."""
-    target, frames = pl.col(f"{item.column}:target"), pl.col(f"{item.column}:frames")
-    if item.many:
-        sides = target.list.eval(pl.element().cast(pl.List(pl.String)).list.join("x")).list.join(
-            ","
-        )
-        length = frames.cast(pl.List(pl.String)).list.join(",")
-    else:
-        sides = target.cast(pl.List(pl.String)).list.join("x")
-        length = frames.cast(pl.String)
-    return sides if item.kind != "video" else pl.concat_str([sides, length], separator="x")

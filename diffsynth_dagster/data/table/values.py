@@ -31,6 +31,10 @@ REASONS = {
     "too_small": "the image is smaller than the family's smallest size",
     "too_short": "the video has fewer frames than the family's shortest clip",
     "bad_frame_rate": "the video's frame rate is not above zero",
+    "no_audio": "the file has no sound",
+    "bad_sample_rate": "the sample rate of the sound is not above zero",
+    "wrong_channels": "the sound has more or fewer channels than the model",
+    "audio_too_short": "the sound is shorter than the picture",
 }
 STATUS = pl.Enum(["ok", *REASONS])
 _URL = r"^\s*(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)"
@@ -125,6 +129,8 @@ def _surely_fine(item: Input, dtype: pl.DataType) -> pl.Expr:
     if item.many or not _is_plain(dtype):
         return pl.lit(False)
     value = pl.col(item.column)
+    if item.optional:
+        return value.is_null()
     if item.pattern:
         return value.str.contains(item.pattern)
     if item.kind == "number":
@@ -147,7 +153,10 @@ def _as_declared(item: Input, dtype: pl.DataType) -> pl.Expr:
         )
     if not _is_plain(dtype):
         return pl.lit(None, pl.String).alias(item.column)
-    return (value.fill_nan(None) if dtype.is_float() else value).cast(pl.String)
+    text = (value.fill_nan(None) if dtype.is_float() else value).cast(pl.String)
+    if item.optional:
+        return pl.when(~_is_blank(text)).then(text).alias(item.column)
+    return text
 
 
 def _is_plain(dtype: pl.DataType) -> bool:
@@ -214,8 +223,9 @@ def _checks(item: Input, dtype: pl.DataType) -> list[_Check]:
     each = pl.element() if item.many else value
     blank = anywhere(_is_blank(each).fill_null(True))
     empty = value.is_null() | (value.list.len() == 0) if item.many else value.is_null()
+    missing = pl.lit(False) if item.optional else empty | blank
     return [
-        (name, "missing_value", empty | blank),
+        (name, "missing_value", missing),
         (name, "url", anywhere(each.str.contains(_URL).fill_null(False))),
         (name, "bad_path", anywhere(each.str.contains("\x00", literal=True).fill_null(False))),
     ]

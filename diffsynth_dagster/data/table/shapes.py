@@ -1,0 +1,132 @@
+"""The sizes and lengths that the files of a row are trained at, where they follow from each other."""
+
+from collections.abc import Sequence
+
+import polars as pl
+
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.geometry import crop_place
+from diffsynth_dagster.data.table.values import STATUS
+
+
+def _rejected(
+    frame: pl.DataFrame, bad: pl.Expr, status: str, message: pl.Expr, **columns: pl.Expr
+) -> pl.DataFrame:
+    """The frame with rows that are still ok rejected where `bad`, and with further columns."""
+    wrong = (pl.col("status") == "ok") & bad.fill_null(False)
+    return frame.with_columns(
+        pl.when(wrong).then(pl.lit(status, STATUS)).otherwise("status").alias("status"),
+        pl.when(wrong).then(message).otherwise("message").alias("message"),
+        **columns,
+    )
+
+
+def with_same_size(frame: pl.DataFrame, main: Input, item: Input, side_factor: int) -> pl.DataFrame:
+    """The frame with a column's files trained at the size and length of the main column's, or at a
+    part of the size: see `Input.divided_by`.
+
+    A clip that is shorter than the main one rejects its row, and so does a size of nothing.
+
+    Args:
+        side_factor: both sides are multiples of it.
+    """
+    assert not main.many, "one file"
+    size, length = pl.col(f"{main.column}:target"), pl.col(f"{main.column}:frames")
+    own = pl.col(f"{item.column}:frames")
+    if item.divided_by is not None:
+        part = pl.col(item.divided_by).cast(pl.Float64, strict=False).cast(pl.Int64) * side_factor
+        sides = [size.list.get(i) // part * side_factor for i in range(2)]
+        why = pl.format("{}: nothing is left of the size", pl.lit(item.column))
+        frame = _rejected(frame, sides[0].clip(upper_bound=sides[1]) <= 0, "too_small", why)
+        size = pl.concat_list(sides)
+    count = own.list.len()
+    if item.kind == "video":
+        shortest = own.list.min() if item.many else own
+        why = pl.format(
+            "{}: {} frames, but the sample is trained at {}", pl.lit(item.column), shortest, length
+        )
+        as_long = length.repeat_by(count) if item.many else length
+        frame = _rejected(
+            frame, shortest < length, "too_short", why, **{f"{item.column}:frames": as_long}
+        )
+    return frame.with_columns(
+        (size.repeat_by(count) if item.many else size).alias(f"{item.column}:target")
+    )
+
+
+def with_length_of(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFrame:
+    """The frame with the sound of a column as long as the clip of the main column: `:frames` is the
+    number of samples.
+
+    Sound that ends before the clip does rejects its row, unless less than a frame is missing.
+    """
+    assert [main.many, item.many] == [False, False], "one file each"
+    rate = pl.col(f"{main.column}:rate") / pl.col(f"{main.column}:stride")
+    seconds, own = pl.col(f"{main.column}:frames") / rate, pl.col(f"{item.column}:seconds")
+    why = pl.format(
+        "{}: {} seconds of sound, but the clip has {}",
+        pl.lit(item.column),
+        own.round(3),
+        seconds.round(3),
+    )
+    samples = (seconds * item.rate).round().cast(pl.Int64)
+    given = pl.when(own.is_not_null()).then(samples)
+    return _rejected(
+        frame,
+        own + 1 / rate < seconds,
+        "audio_too_short",
+        why,
+        **{f"{item.column}:frames": given},
+    )
+
+
+def with_size_facts(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFrame:
+    """The frame with the text "height,width,top,left,height,width" of the main column's file: as it
+    is, where it is cropped after it was resized, and as it is trained, in pixels."""
+    assert not main.many, "one file"
+    parts = [f"{main.column}:{part}" for part in ("width", "height", "target")]
+    # Rows have few different sizes.
+    sizes = frame.select(parts).unique().drop_nulls()
+    texts = [_size_facts(width, height, target) for width, height, target in sizes.iter_rows()]
+    found = sizes.with_columns(pl.Series(item.column, texts, dtype=pl.String))
+    return frame.join(found, on=parts, how="left", maintain_order="left")
+
+
+def _size_facts(width: int, height: int, target: Sequence[int]) -> str:
+    left, top = crop_place(width, height, (target[0], target[1]))
+    return ",".join(str(number) for number in (height, width, top, left, target[1], target[0]))
+
+
+def with_shape(frame: pl.DataFrame, files: Sequence[Input]) -> pl.DataFrame:
+    """The frame with `width`, `height`, `frames` and `shape`: see `CheckedTable`."""
+    main = files[0]
+    ok = pl.col("status") == "ok"
+
+    def first(column: str) -> pl.Expr:
+        value = pl.col(f"{main.column}:{column}")
+        return value.list.first() if main.many else value
+
+    target, frames = first("target"), first("frames")
+    shapes = [_shape_of(item).fill_null("none") for item in files]
+    return frame.with_columns(
+        pl.when(ok).then(target.list.get(0)).otherwise(0).alias("width"),
+        pl.when(ok).then(target.list.get(1)).otherwise(0).alias("height"),
+        pl.when(ok).then(frames).otherwise(0).alias("frames"),
+        pl.when(ok).then(pl.concat_str(shapes, separator=" ")).otherwise(pl.lit("")).alias("shape"),
+    )
+
+
+def _shape_of(item: Input) -> pl.Expr:
+    """`<width>x<height>` of each file of a column, separated by commas; `x<frames>` of videos; for
+    sound `<rate>x<channels>x<samples>`, or null where a row has none."""
+    target, frames = pl.col(f"{item.column}:target"), pl.col(f"{item.column}:frames")
+    if item.many:
+        sides = target.list.eval(pl.element().cast(pl.List(pl.String)).list.join("x")).list.join(
+            ","
+        )
+        length = frames.cast(pl.List(pl.String)).list.join(",")
+    else:
+        sides = target.cast(pl.List(pl.String)).list.join("x")
+        length = frames.cast(pl.String)
+    timed = item.kind in ("video", "audio")
+    return sides if not timed else pl.concat_str([sides, length], separator="x")
