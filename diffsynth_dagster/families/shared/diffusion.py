@@ -72,8 +72,13 @@ def path(config: TrainingConfig, published: Settings) -> DDPMPath:
 
 
 def sampler(request: SampleRequest) -> EulerDiscreteScheduler:
-    """The sampler that is published with Stable Diffusion XL, for the path of the training."""
-    path: DDPMPath = getattr(request, "path", None) or ddpm_path(SCHEDULE, FIRST, LAST, "epsilon")
+    """The sampler of the samples of a training."""
+    path: DDPMPath | None = getattr(request, "path", None)
+    return sampler_of(path or ddpm_path(SCHEDULE, FIRST, LAST, "epsilon"))
+
+
+def sampler_of(path: DDPMPath) -> EulerDiscreteScheduler:
+    """The sampler that is published with Stable Diffusion XL, for a noising path."""
     alpha_bar = path.signal.flip(0).double() ** 2
     before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     return EulerDiscreteScheduler(

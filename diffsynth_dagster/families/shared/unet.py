@@ -54,8 +54,6 @@ CONTROLNET = Component(
             ),
         ),
     },
-    # In repositories of their own, beside nothing else.
-    origin=("diffusion_pytorch_model*.safetensors",),
     prefix="pipe.controlnet.models.0.",
 )
 

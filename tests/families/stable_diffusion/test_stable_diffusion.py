@@ -1,0 +1,288 @@
+"""Stable Diffusion 1.5: its loss, published settings, what is refused, LoRAs of other tools."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_config, train
+from diffusers import ControlNetModel, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from families.stable_diffusion.cases import (
+    ARCHITECTURE,
+    CASES,
+    CONTROL,
+    CONTROLNET,
+    SCHEDULER,
+    TEXT,
+    UP,
+    V_SCHEDULER,
+    parts_of,
+    rows,
+    rows_with_control,
+    write,
+)
+from families.stable_diffusion.training import (
+    HUB,
+    losses_of,
+    noise_of,
+    published_losses,
+    values_of,
+)
+from families.stable_diffusion_xl.cases import ARCHITECTURE as XL_ARCHITECTURE
+from families.stable_diffusion_xl.cases import UP as XL_UP
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from diffsynth_dagster.errors import UserError
+from diffsynth_dagster.families import find_family
+from diffsynth_dagster.families.contract import Component, Shapes
+from diffsynth_dagster.training.modules import lora_targets
+from diffsynth_dagster.weights.identify import find_model
+from diffsynth_dagster.weights.lora import read_lora, usual_spelling
+
+FAMILY = find_family("stable_diffusion")
+CASE = CASES[0]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sd15")
+    write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rows(tmp_path_factory.mktemp("data") / "plain")
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize(
+    ("settings", "parameters"),
+    [
+        (SCHEDULER, {}),
+        ({**SCHEDULER, "prediction_type": "v_prediction"}, {"prediction_type": "v_prediction"}),
+        (V_SCHEDULER, {"prediction_type": "v_prediction", "zero_terminal_snr": True}),
+    ],
+    ids=["epsilon", "v", "v with zero terminal SNR"],
+)
+def test_loss_is_that_of_the_published_training_example(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    parameters: dict[str, Any],
+    gamma: float | None,
+) -> None:
+    values = values_of(CASE, model, data, **parameters, min_snr_gamma=gamma)
+    _, batch, ours = losses_of(values, tmp_path / "run")
+    pipeline: Any = StableDiffusionPipeline(**parts_of(model / "diffusers"))
+    pictures, prompts = pictures_and_prompts(batch.outputs["image"], data, pipeline.vae)
+    latents = pipeline.vae.encode(pictures).latent_dist.mode() * 0.18215
+    with torch.no_grad():
+        embeds, _ = pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)
+    epsilon, timesteps = noise_of(batch, latents.shape)
+    scheduler = DDPMScheduler.from_config(settings)
+    theirs = published_losses(
+        scheduler, pipeline.unet, latents, epsilon, timesteps, gamma, encoder_hidden_states=embeds
+    )
+    assert len(set(timesteps.tolist())) == 4
+    assert float((ours - theirs).abs().max()) <= 1e-5
+
+
+def pictures_and_prompts(
+    latents: torch.Tensor, data: Path, vae: Any
+) -> tuple[torch.Tensor, list[str]]:
+    """The rows in the order of a batch of latents, and their pictures (4, 3, 64, 64)."""
+    lines = [line.split(",", 1) for line in data.read_text().splitlines()[1:]]
+    read: list[torch.Tensor] = []
+    for name, _ in lines:
+        image = Image.open(data.parent / name).resize((80, 64), Image.Resampling.BILINEAR)
+        pixels = torch.tensor(list(image.crop((8, 0, 72, 64)).getdata()), dtype=torch.float32)
+        read.append(pixels.view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1)
+    pictures = torch.stack(read)
+    with torch.no_grad():
+        known = vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor
+    order = [int((known - own).abs().flatten(1).sum(1).argmin()) for own in latents]
+    assert sorted(order) == [0, 1, 2, 3]
+    return pictures[order], [lines[i][1].strip('"') for i in order]
+
+
+def shapes_of(module: torch.nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def require_settings(component: Component, module: Any) -> None:
+    """Fail unless the shapes alone give the settings of a published model."""
+    settings = component.settings(shapes_of(module))
+    numbers = {"attention_head_dim", "transformer_layers_per_block"}
+    for name, value in settings.items():
+        wanted = module.config[name]
+        if name in numbers and isinstance(wanted, int) and isinstance(value, tuple):
+            assert set(value) == {wanted}
+        else:
+            assert (list(value) if isinstance(value, tuple) else value) == (
+                list(wanted) if isinstance(wanted, list | tuple) else wanted
+            ), name
+
+
+def test_shapes_alone_give_the_published_settings() -> None:
+    with torch.device("meta"):
+        require_settings(FAMILY.component("unet"), UNet2DConditionModel(cross_attention_dim=768))
+        require_settings(FAMILY.component("controlnet"), ControlNetModel(cross_attention_dim=768))
+
+
+def test_families_are_told_by_the_files(model: Path, data: Path) -> None:
+    for layout in ("diffusers", "original"):
+        values = {**values_of(CASE, model, data), **CASE.models(model, layout)}
+        found = find_model(make_config({**values, "family": None}), HUB)
+        assert found.family.name == "stable_diffusion"
+        assert found.components.keys() == {"unet", "text_encoder", "vae"}
+
+
+def save_unet(folder: Path, **settings: Any) -> str:
+    UNet2DConditionModel(**{**ARCHITECTURE, "up_block_types": UP, **settings}).save_pretrained(
+        folder
+    )
+    return str(folder / "diffusion_pytorch_model.safetensors")
+
+
+def save_controlnet(folder: Path, extra: str | None = None, **settings: Any) -> str:
+    blocks = {"conditioning_embedding_out_channels": (8, 8, 16, 16)}
+    ControlNetModel(**{**ARCHITECTURE, **blocks, **settings}).save_pretrained(folder)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if extra is not None:
+        save_file({**load_file(path), extra: torch.zeros(2)}, path)
+    return str(path)
+
+
+def save_encoder(folder: Path, **settings: Any) -> str:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    CLIPTextModel(CLIPTextConfig(**{**TEXT, **settings})).save_pretrained(folder)
+    return str(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (
+            lambda f: save_unet(f, cross_attention_dim=1024),
+            "the UNet is that of Stable Diffusion 2",
+        ),
+        (lambda f: save_unet(f, in_channels=9), "reads more than the noisy latents"),
+        (
+            lambda f: save_unet(f, **{**XL_ARCHITECTURE, "up_block_types": XL_UP}),
+            "the file is no component of stable_diffusion",
+        ),
+        (
+            lambda f: save_encoder(f, hidden_size=1024, num_attention_heads=16),
+            "the text encoder is that of Stable Diffusion 2",
+        ),
+    ],
+    ids=["SD 2", "inpainting", "SDXL", "text encoder of SD 2"],
+)
+def test_other_models_are_refused(
+    model: Path, data: Path, tmp_path: Path, entry: Any, words: str, capsys: Any
+) -> None:
+    values = values_of(CASE, model, data)
+    path = entry(tmp_path / "other")
+    place = 0 if "diffusion_pytorch" in path else 1
+    values["model_paths"] = [path if i == place else p for i, p in enumerate(values["model_paths"])]
+    assert train(values, tmp_path / "run")[0] == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run" / "samples.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (
+            lambda f: save_controlnet(f, "control_add_embedding.linear_1.weight"),
+            "the ControlNet is a union of several",
+        ),
+        (lambda f: save_controlnet(f, conditioning_channels=4), "reads more than an image"),
+        (
+            lambda f: save_controlnet(f, **XL_ARCHITECTURE),
+            "the ControlNet is not one for Stable Diffusion 1.5",
+        ),
+    ],
+    ids=["union", "inpainting", "SDXL"],
+)
+def test_other_controlnets_are_refused(
+    model: Path, tmp_path: Path, entry: Any, words: str, capsys: Any
+) -> None:
+    values = values_of(CASE, model, rows_with_control(tmp_path / "data"), **CONTROL)
+    values["model_paths"] = [*values["model_paths"], entry(tmp_path / "other")]
+    assert train(values, tmp_path / "run")[0] == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_controlnet_and_its_column_go_together(model: Path, data: Path, tmp_path: Path) -> None:
+    values = values_of(CASE, model, data)
+    given = {**values, "model_paths": [*values["model_paths"], str(model / CONTROLNET)]}
+    with pytest.raises(UserError, match="has a ControlNet, but controlnet_image is not given"):
+        find_model(make_config(given), HUB)
+    with pytest.raises(UserError, match="controlnet_image is given but no ControlNet"):
+        find_model(make_config({**values, **CONTROL}), HUB)
+
+
+def test_kohya_names_there_and_back() -> None:
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel(cross_attention_dim=768)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj"]
+    targets += ["ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "linear_1"]
+    targets += ["conv", "conv_in", "conv_out"]
+    base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "model_paths": ["x"]}
+    config = make_config({**base, "lora_base_model": "unet", "lora_target_modules": targets})
+    layers = lora_targets(config, FAMILY, unet, "unet")
+    lora = {f"{n}.lora_{half}.weight": torch.ones(1, 1) for n in layers for half in "AB"}
+    opened = FAMILY.to_kohya["unet"](lora, 2.0)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    assert f"{name}.lora_down.weight" in opened
+    assert float(opened[f"{name}.alpha"]) == 2.0
+    closed = FAMILY.from_authors["unet"](usual_spelling(opened))
+    assert {n for n in closed if ".lora_" in n} == lora.keys()
+
+
+def test_a_file_of_several_modules_is_read_by_each(tmp_path: Path) -> None:
+    """As kohya's scripts write it, for the UNet and the text encoder together."""
+    unet = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    text = "encoder.layers.1.self_attn.q_proj"
+    tensors = {
+        f"{start}.{end}": value
+        for start in (
+            "lora_unet_" + unet.replace(".", "_"),
+            "lora_te_text_model_" + text.replace(".", "_"),
+        )
+        for end, value in (
+            ("lora_down.weight", torch.ones(2, 4)),
+            ("lora_up.weight", torch.ones(4, 2)),
+            ("alpha", torch.tensor(1.0)),
+        )
+    }
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path)
+    for component, layer in (("unet", unet), ("text_encoder", text)):
+        lora = read_lora(path, FAMILY, component, "the test")
+        assert lora.down.keys() == {layer}
+        assert lora.scale == {layer: 0.5}
+
+
+def test_samples_are_made_while_it_trains(model: Path, data: Path, tmp_path: Path) -> None:
+    values = values_of(
+        CASE,
+        model,
+        data,
+        lora_base_model="unet,text_encoder",
+        sample_prompts=["a", "b"],
+        sample_num_inference_steps=2,
+        sample_cfg_scale=3.0,
+    )
+    code, run = train(values, tmp_path / "run")
+    assert code == 0
+    pictures = sorted((run / "samples").rglob("*.png"))
+    assert pictures
+    assert all(Image.open(path).size[1] == 64 for path in pictures)
