@@ -63,11 +63,12 @@ def _down_settings(shapes: Shapes) -> Settings:
     levels = range(count_blocks(shapes, "down_blocks."))
     widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in levels]
     attends = [count_blocks(shapes, f"down_blocks.{i}.attentions.") > 0 for i in levels]
-    middle = count_blocks(shapes, "mid_block.attentions.0.transformer_blocks.")
     depths = [
-        count_blocks(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.") or middle
-        for i in levels
+        count_blocks(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.") or 1
+        for i in levels[:-1]
     ]
+    # The middle is as deep as the last level would be with attention.
+    middle = count_blocks(shapes, "mid_block.attentions.0.transformer_blocks.")
     # Models with linear layers around their attention have heads of 64 channels; the others, of
     # Stable Diffusion 1, have 8 heads. `attention_head_dim` is diffusers' word for the number.
     linear = len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2
@@ -77,7 +78,7 @@ def _down_settings(shapes: Shapes) -> Settings:
         "block_out_channels": tuple(widths),
         "down_block_types": tuple("CrossAttn" * a + "DownBlock2D" for a in attends),
         "layers_per_block": count_blocks(shapes, "down_blocks.0.resnets."),
-        "transformer_layers_per_block": tuple(depths),
+        "transformer_layers_per_block": (*depths, middle),
         "cross_attention_dim": cross_attention(shapes),
         "attention_head_dim": tuple(w // 64 for w in widths) if linear else 8,
         "use_linear_projection": linear,
