@@ -21,6 +21,7 @@ from families.stable_diffusion.cases import (
     rows,
     rows_with_control,
     write,
+    write_v,
 )
 from families.stable_diffusion.training import (
     HUB,
@@ -37,8 +38,10 @@ from safetensors.torch import load_file, save_file
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Component, Shapes
+from diffsynth_dagster.objective.ddpm import DDPMPath
 from diffsynth_dagster.training.modules import lora_targets
 from diffsynth_dagster.weights.identify import find_model
+from diffsynth_dagster.weights.load import load_component
 from diffsynth_dagster.weights.lora import read_lora, usual_spelling
 
 FAMILY = find_family("stable_diffusion")
@@ -139,6 +142,50 @@ def test_families_are_told_by_the_files(model: Path, data: Path) -> None:
         found = find_model(make_config({**values, "family": None}), HUB)
         assert found.family.name == "stable_diffusion"
         assert found.components.keys() == {"unet", "text_encoder", "vae"}
+
+
+def test_a_whole_checkpoint_says_what_it_predicts(data: Path, tmp_path: Path) -> None:
+    write_v(tmp_path)
+    case = CASES[1]
+    for layout in ("diffusers", "original"):
+        values = {**values_of(case, tmp_path, data), **case.models(tmp_path, layout)}
+        path = find_model(make_config(values), HUB).path
+        assert isinstance(path, DDPMPath)
+        assert path.prediction == "v_prediction"
+        assert path.zero_terminal_snr
+
+
+def test_the_old_names_of_the_vae_are_read(model: Path, data: Path, tmp_path: Path) -> None:
+    """Those of the published file, from before diffusers 0.17."""
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    values = values_of(CASE, model, data)
+    state = load_file(values["model_paths"][2])
+    old = dict(state)
+    for name in state:
+        for ours, theirs in new.items():
+            if f"attentions.0.{ours}." in name:
+                old[name.replace(ours, theirs)] = old.pop(name)
+    assert old.keys() != state.keys()
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(old, path)
+    values["model_paths"] = [*values["model_paths"][:2], str(path)]
+    vae = load_component(
+        find_model(make_config(values), HUB).components["vae"], "cpu", torch.float32
+    )
+    own = vae.state_dict()
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[name], state[name]) for name in own)
+
+
+def test_the_guides_automatic_targets_are_linear_layers_of_the_blocks() -> None:
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel(cross_attention_dim=768)
+    base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "model_paths": ["x"]}
+    config = make_config({**base, "lora_base_model": "unet", "lora_target_modules": ""})
+    layers = lora_targets(config, FAMILY, unet, "unet")
+    # 11 of the 16 transformer blocks are at least 512 wide.
+    assert len([name for name in layers if ".attn1." in name]) == 11 * 4
+    assert all(isinstance(unet.get_submodule(name), torch.nn.Linear) for name in layers)
 
 
 def save_unet(folder: Path, **settings: Any) -> str:
