@@ -28,15 +28,13 @@ _WITH_UNDERSCORE = (
 _OTHERS = ("lora_unet_", "lora_te", "unet.", "text_encoder.", "text_encoder_2.")
 """How layers start that a file of several components has for another one."""
 
-_PER_LEVEL = 2
-"""Blocks of each level on the way down, in every published UNet; one more on the way up."""
 _RESNET = {
     "in_layers.2": "conv1",
     "out_layers.3": "conv2",
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
 }
-_PLACES = {
+_OUTSIDE = {
     "input_blocks.0.0": "conv_in",
     "out.2": "conv_out",
     "time_embed.0": "time_embedding.linear_1",
@@ -47,34 +45,49 @@ _PLACES = {
     "middle_block.1": "mid_block.attentions.0",
     "middle_block.2": "mid_block.resnets.1",
 }
-for _level in range(4):
-    _first = _level * (_PER_LEVEL + 1)
-    for _kind, _name in enumerate(("resnets", "attentions")):
-        for _block in range(_PER_LEVEL):
-            _input = f"input_blocks.{_first + _block + 1}.{_kind}"
-            _PLACES[_input] = f"down_blocks.{_level}.{_name}.{_block}"
-        for _block in range(_PER_LEVEL + 1):
-            _PLACES[f"output_blocks.{_first + _block}.{_kind}"] = (
-                f"up_blocks.{_level}.{_name}.{_block}"
-            )
-    _last = _first + _PER_LEVEL
-    _PLACES[f"input_blocks.{_last + 1}.0.op"] = f"down_blocks.{_level}.downsamplers.0.conv"
-    _PLACES[f"output_blocks.{_last}.2.conv"] = f"up_blocks.{_level}.upsamplers.0.conv"
+
+
+def _places(levels: int = 4, per_level: int = 2) -> dict[str, str]:
+    """How layers of the UNet start by its authors' names → by diffusers'.
+
+    Args:
+        per_level: blocks of each level on the way down, as in every published UNet; on the way up
+            there is one more.
+    """
+    places = dict(_OUTSIDE)
+    for level in range(levels):
+        first = level * (per_level + 1)
+        last = first + per_level
+        for kind, name in enumerate(("resnets", "attentions")):
+            for block in range(per_level):
+                theirs = f"input_blocks.{first + block + 1}.{kind}"
+                places[theirs] = f"down_blocks.{level}.{name}.{block}"
+            for block in range(per_level + 1):
+                theirs = f"output_blocks.{first + block}.{kind}"
+                places[theirs] = f"up_blocks.{level}.{name}.{block}"
+        places[f"input_blocks.{last + 1}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        places[f"output_blocks.{last}.2.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+    return places
+
+
+_PLACES = _places()
 _BACK = {ours: theirs for theirs, ours in _PLACES.items()}
 
 
 def unet_name(layer: str) -> str:
     """A layer of the UNet by its authors' name → by diffusers'; other names stay."""
-    named = with_new_start(layer, _PLACES)
-    for theirs, ours in _RESNET.items() if ".resnets." in named else ():
-        named = named.replace(theirs, ours)
-    return named
+    layer = with_new_start(layer, _PLACES)
+    if ".resnets." in layer:
+        for theirs, ours in _RESNET.items():
+            layer = layer.replace(theirs, ours)
+    return layer
 
 
 def authors_unet_name(layer: str) -> str:
     """The other way round."""
-    for theirs, ours in _RESNET.items() if ".resnets." in layer else ():
-        layer = layer.replace(ours, theirs)
+    if ".resnets." in layer:
+        for theirs, ours in _RESNET.items():
+            layer = layer.replace(ours, theirs)
     return with_new_start(layer, _BACK)
 
 
