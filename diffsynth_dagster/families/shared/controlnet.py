@@ -17,11 +17,10 @@ from diffsynth_dagster.families.contract import (
     Stage,
     Tensors,
 )
-from diffsynth_dagster.families.requirements import InputNamed, ModelListed, ParameterSet, Refusal
+from diffsynth_dagster.families.requirements import Refusal, column_and_model
 from diffsynth_dagster.families.shared.unet import refused
 
 COLUMN = "controlnet_image"
-_NET = ModelListed("controlnet")
 _UNION = ("control_add_embedding.", "task_embedding")
 
 
@@ -33,18 +32,7 @@ def control_refusals(name: str, told_sizes: bool) -> tuple[Refusal, ...]:
         told_sizes: whether its UNet is told the sizes of the picture, as SDXL's is.
     """
     return (
-        Refusal(
-            f"{COLUMN} is given but no ControlNet",
-            "add its files to the model list",
-            when=(InputNamed(COLUMN),),
-            unless=(_NET, ParameterSet("encodes_only")),
-        ),
-        Refusal(
-            f"the model list has a ControlNet, but {COLUMN} is not given",
-            f"name {COLUMN}",
-            when=(_NET,),
-            unless=(InputNamed(COLUMN),),
-        ),
+        *column_and_model(COLUMN, "controlnet", "ControlNet"),
         refused(
             "controlnet",
             lambda shapes: any(n.startswith(_UNION) for n in shapes),

@@ -90,7 +90,9 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
     # The model was trained on zeros for the empty prompt, and the published pipeline gives it them.
     negative = {name: torch.zeros_like(tensor) for name, tensor in conditions.items()}
     guided = negative if request.negative is not None else None
-    pipeline = make_pipeline(StableDiffusionXLPipeline, diffusion.sampler(request), loaded)
+    pipeline = make_pipeline(
+        StableDiffusionXLPipeline, diffusion.sampler(request), loaded, add_watermarker=False
+    )
     request = replace(request, conditions=conditions, negative=guided)
     return sample_images(pipeline, request, guidance="guidance_scale")
 
