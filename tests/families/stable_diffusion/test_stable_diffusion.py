@@ -28,6 +28,7 @@ from families.stable_diffusion.training import (
     losses_of,
     noise_of,
     published_losses,
+    require_equal_computations,
     values_of,
 )
 from families.stable_diffusion_xl.cases import ARCHITECTURE as XL_ARCHITECTURE
@@ -134,6 +135,10 @@ def test_shapes_alone_give_the_published_settings() -> None:
     with torch.device("meta"):
         require_settings(FAMILY.component("unet"), UNet2DConditionModel(cross_attention_dim=768))
         require_settings(FAMILY.component("controlnet"), ControlNetModel(cross_attention_dim=768))
+
+
+def test_a_whole_checkpoint_computes_the_same(model: Path, data: Path) -> None:
+    require_equal_computations(CASE, model, data)
 
 
 def test_families_are_told_by_the_files(model: Path, data: Path) -> None:

@@ -52,6 +52,33 @@ def losses_of(values: dict[str, Any], folder: Path) -> tuple[FoundModel, Batch, 
         return found, batch, TrainingStep(found, {"unet": unet}, {}, config)(batch)
 
 
+def require_equal_computations(case: Case, model: Path, data: Path) -> None:
+    """Fail unless the modules of a whole checkpoint, whose settings come from the shapes alone,
+    compute what those with a config.json do."""
+    made: list[dict[str, torch.Tensor]] = []
+    for layout in ("diffusers", "original"):
+        values = {**values_of(case, model, data), **case.models(model, layout)}
+        found = find_model(make_config(values), HUB)
+        loaded: dict[str, Any] = {
+            name: load_component(f, "cpu", torch.float32) for name, f in found.components.items()
+        }
+        for tokenizer in found.family.tokenizers:
+            loaded[tokenizer.name] = tokenizer.load(str(found.tokenizers[tokenizer.name]))
+        source = torch.Generator().manual_seed(0)
+        pixels = torch.rand(3, 64, 64, generator=source) * 2 - 1
+        sample = {"prompt": "a cat", "image": pixels, "image_sizes": (64, 64, 0, 0, 64, 64)}
+        outputs: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            for stage in found.family.stages:
+                outputs |= {n: t[None] for n, t in stage.run(loaded, [sample])[0].items()}
+            x_t, t = {"image": outputs.pop("image")}, torch.tensor([500.0])
+            prediction = found.family.denoise(loaded["unet"], loaded, outputs, x_t, t)
+        made.append({**outputs, "x_t": x_t["image"], "prediction": prediction["image"]})
+    assert made[0].keys() == made[1].keys()
+    for name, tensor in made[0].items():
+        torch.testing.assert_close(tensor, made[1][name], atol=1e-5, rtol=1e-5, msg=name)
+
+
 def noise_of(batch: Batch, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
     """The noise (B, …) and the timesteps (B,) that the samples of a batch are seen with."""
     seen = list(zip(batch.samples, batch.visits, strict=True))

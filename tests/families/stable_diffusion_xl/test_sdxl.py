@@ -26,6 +26,7 @@ from families.stable_diffusion.training import (
     losses_of,
     noise_of,
     published_losses,
+    require_equal_computations,
     values_of,
 )
 from families.stable_diffusion_xl.cases import ARCHITECTURE, CASES, SIZES, UP, parts_of, write
@@ -151,6 +152,10 @@ def test_kohya_names_are_those_of_the_unets_authors() -> None:
     as_diffusers = find_family("stable_diffusion").to_kohya["unet"](lora, 2.0)
     closed = FAMILY.from_authors["unet"](usual_spelling(as_diffusers))
     assert {n for n in closed if ".lora_" in n} == lora.keys()
+
+
+def test_a_whole_checkpoint_computes_the_same(model: Path, data: Path) -> None:
+    require_equal_computations(CASE, model, data)
 
 
 def test_families_are_told_by_the_files(model: Path, data: Path) -> None:
