@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families import find_family
-from diffsynth_dagster.families.contract import Component, Shapes
+from diffsynth_dagster.families.contract import Component, Shapes, Tensors
 from diffsynth_dagster.objective.ddpm import DDPMPath
 from diffsynth_dagster.training.modules import lora_targets
 from diffsynth_dagster.weights.identify import find_model
@@ -300,28 +300,44 @@ def test_kohya_names_there_and_back() -> None:
     assert {n for n in closed if ".lora_" in n} == lora.keys()
 
 
-def test_a_file_of_several_modules_is_read_by_each(tmp_path: Path) -> None:
-    """As kohya's scripts write it, for the UNet and the text encoder together."""
-    unet = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
-    text = "encoder.layers.1.self_attn.q_proj"
-    tensors = {
-        f"{start}.{end}": value
-        for start in (
-            "lora_unet_" + unet.replace(".", "_"),
-            "lora_te_text_model_" + text.replace(".", "_"),
-        )
-        for end, value in (
-            ("lora_down.weight", torch.ones(2, 4)),
-            ("lora_up.weight", torch.ones(4, 2)),
-            ("alpha", torch.tensor(1.0)),
-        )
-    }
+UNET_LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+TEXT_LAYER = "encoder.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("starts", "ends"),
+    [
+        (
+            [f"lora_unet_{UNET_LAYER}", f"lora_te_text_model_{TEXT_LAYER}"],
+            ("lora_down.weight", "lora_up.weight"),
+        ),
+        (
+            [f"unet.{UNET_LAYER}", f"text_encoder.{TEXT_LAYER}"],
+            ("lora_A.weight", "lora_B.weight"),
+        ),
+        (
+            [UNET_LAYER, f"pipe.text_encoder.{TEXT_LAYER}"],
+            ("lora_A.weight", "lora_B.weight"),
+        ),
+    ],
+    ids=["kohya", "diffusers", "a checkpoint"],
+)
+def test_a_file_of_several_modules_is_read_by_each(
+    tmp_path: Path, starts: list[str], ends: tuple[str, str]
+) -> None:
+    tensors: Tensors = {}
+    for start in starts:
+        name = start.replace(".", "_") if start.startswith("lora_") else start
+        tensors[f"{name}.{ends[0]}"] = torch.ones(2, 4)
+        tensors[f"{name}.{ends[1]}"] = torch.ones(4, 2)
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
     path = tmp_path / "lora.safetensors"
     save_file(tensors, path)
-    for component, layer in (("unet", unet), ("text_encoder", text)):
-        lora = read_lora(path, FAMILY, component, "the test")
-        assert lora.down.keys() == {layer}
-        assert lora.scale == {layer: 0.5}
+    lora = read_lora(path, FAMILY, "unet", "the test")
+    assert lora.down.keys() == {UNET_LAYER}
+    assert lora.scale == {UNET_LAYER: 0.5}
+    if starts[0] != UNET_LAYER:
+        assert read_lora(path, FAMILY, "text_encoder", "the test").down.keys() == {TEXT_LAYER}
 
 
 def test_samples_are_made_while_it_trains(model: Path, data: Path, tmp_path: Path) -> None:
