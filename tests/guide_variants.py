@@ -12,6 +12,8 @@ FT = (
     "norm1_a.linear,norm1_b.linear,to_qkv_mlp"
 )
 WT = "q,k,v,o,ffn.0,ffn.2"
+# The guide lists the 722 full names of these layers.
+XT = "to_q,to_k,to_v,to_out.0,ff.net.0.proj,ff.net.2,proj_in,proj_out"
 QWEN_REST = (
     "Qwen/Qwen-Image:text_encoder/model*.safetensors,"
     "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"
@@ -120,6 +122,57 @@ def wan(template: str, dit: str, frames: str | None, *extra: str, **more: Any) -
         more.pop("cached", ("prompt", "video")),
         flags,
         targets=WT,
+        **more,
+    )
+
+
+def unet(template: str, family: str, repository: str, side: str, **more: Any) -> Variant:
+    control = more.pop("control", False)
+    encoders = ("text_encoder", *(["text_encoder_2"] if family.endswith("xl") else []))
+    files = [f"{encoder}/model.safetensors" for encoder in encoders]
+    files += [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")]
+    flags = {"--height": side, "--width": side, **CHECKPOINTING, **more.pop("flags", {})}
+    if control:
+        flags["--model_paths"] = '["models/controlnet/diffusion_pytorch_model.safetensors"]'
+        flags |= {"--data_file_keys": "image,controlnet_image"}
+        flags |= {"--extra_inputs": "controlnet_image"}
+    return Variant(
+        template,
+        family,
+        ",".join(f"{repository}:{file}" for file in files),
+        ("unet", *encoders, "vae", *(["controlnet"] if control else [])),
+        (*more.pop("cached"), *(["control"] if control else [])),
+        flags,
+        base="unet",
+        trained="controlnet" if control else "unet",
+        prefix="pipe.unet.",
+        **more,
+    )
+
+
+def sd15(template: str, **more: Any) -> Variant:
+    return unet(
+        template,
+        "stable_diffusion",
+        "AI-ModelScope/stable-diffusion-v1-5",
+        "512",
+        flags={"--dataset_repeat": "50"},
+        cached=("prompt", "image"),
+        targets="",
+        **more,
+    )
+
+
+def sdxl(template: str, **more: Any) -> Variant:
+    return unet(
+        template,
+        "stable_diffusion_xl",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "1024",
+        flags={"--dataset_repeat": "10"},
+        cached=("prompt", "prompt_2", "image", "sizes"),
+        targets=XT,
+        lora={"--align_to_opensource_format": ""},
         **more,
     )
 
@@ -246,4 +299,8 @@ VARIANTS = (
     wan("wan22_ti2v_5b", f"{W22}-TI2V-5B:{DIT}", "49", "input_image", cached=TI2V),
     vace("wan21_vace_1.3b", "1.3B", "81", "49"),
     vace("wan21_vace_14b", "14B", "17", "17"),
+    sd15("sd15"),
+    sd15("sd15_controlnet", control=True),
+    sdxl("sdxl"),
+    sdxl("sdxl_controlnet", control=True),
 )

@@ -11,6 +11,7 @@ import torch
 from conftest import make_config
 from families.flux.cases import CASES as FLUX
 from families.qwen_image.cases import CASES as QWEN
+from families.stable_diffusion.cases import CASES as SD
 from families.wanvideo.cases import CASES as WAN
 from family_case import Case
 
@@ -29,9 +30,9 @@ from diffsynth_dagster.weights.identify import find_model, guess_family
 
 CASES = [
     case
-    for case in (*QWEN, *FLUX, *WAN)
+    for case in (*QWEN, *FLUX, *WAN, *SD)
     if case.name
-    in ("qwen_image", "qwen_image_edit", "flux", "flux_kontext", "wan_t2v", "wan22_ti2v_5b")
+    in ("qwen_image", "qwen_image_edit", "flux", "flux_kontext", "wan_t2v", "wan22_ti2v_5b", "sd15")
 ]
 SIZES = ("height", "width")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,7 +83,7 @@ class Place:
             "family": case.family,
             "dataset_base_path": str(self.data),
             "dataset_metadata_path": str(self.data / "metadata.csv"),
-            "lora_base_model": "dit",
+            "lora_base_model": case.base,
             "cache_path": str(self.folder / "cache"),
             "output_path": str(self.folder / "run"),
             **case.models(self.model, "diffusers"),
@@ -157,7 +158,9 @@ ALTERNATIVES: dict[str, Change] = {
     "customized_dataset": {"customized_dataset": "parameter_changes.unchanged"},
     "height": {"height": 32, "width": 64},
     "width": {"height": 64, "width": 32},
-    "max_pixels": {"max_pixels": 512},
+    "max_pixels": lambda place: {
+        "max_pixels": 2 * find_family(place.case.family).geometry.side_factor ** 2
+    },
     "bucket_step": {"bucket_step": 32},
     "num_frames": {"num_frames": 9},
     "frame_rate": {"frame_rate": 16.0},
@@ -165,6 +168,9 @@ ALTERNATIVES: dict[str, Change] = {
     "extra_inputs": other_inputs,
     "initialize_model_on_cpu": {"initialize_model_on_cpu": True},
     "zero_cond_t": {"zero_cond_t": True},
+    "prediction_type": {"prediction_type": "v_prediction"},
+    "zero_terminal_snr": {"zero_terminal_snr": True, "prediction_type": "v_prediction"},
+    "min_snr_gamma": {"min_snr_gamma": 3.0},
     "edit_plus": {"edit_plus": True},
     "lora_base_model": {"lora_base_model": "text_encoder"},
     "lora_target_modules": {"lora_target_modules": ["to_q"]},
@@ -349,6 +355,12 @@ REFUSED: dict[str, dict[str, str]] = {
     "qwen_image_edit": {**ALONE, **IMAGES, **NO_SAMPLES},
     "flux": {**ALONE, **IMAGES, "extra_inputs": "reads files from the column"},
     "flux_kontext": {**ALONE, **IMAGES, **NO_SAMPLES},
+    "sd15": {
+        **ALONE,
+        **IMAGES,
+        "task": "cannot be distilled",
+        "extra_inputs": "controlnet_image is given but no ControlNet",
+    },
     "wan_t2v": {**ALONE, "extra_inputs": "this transformer is given no frame"},
     "wan22_ti2v_5b": {
         **ALONE,

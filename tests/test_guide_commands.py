@@ -38,7 +38,12 @@ def command(variant: Variant, kind: str) -> list[str]:
             prefix = "pipe.controlnet.models.0."
         flags |= {**FULL, "--trainable_models": variant.trained, "--remove_prefix_in_ckpt": prefix}
         flags |= variant.full
-    return [word for name, value in flags.items() for word in ([name, value] if value else [name])]
+    # No target at all means automatic ones, and is a value.
+    return [
+        word
+        for name, value in flags.items()
+        for word in ([name, value] if value or name == "--lora_target_modules" else [name])
+    ]
 
 
 COMMANDS = [
@@ -101,6 +106,12 @@ ACCEPTED = [
     ("flux_dev", "--tokenizer_1_path", "a"),
     ("flux_dev", "--tokenizer_2_path", "a"),
     ("flux_dev", "--align_to_opensource_format", ""),
+    ("sd15", "--tokenizer_path", "a"),
+    ("sd15", "--prediction_type", "v_prediction"),
+    ("sd15", "--min_snr_gamma", "5"),
+    ("sdxl", "--tokenizer_path", "a"),
+    ("sdxl", "--tokenizer_2_path", "a"),
+    ("sdxl", "--align_to_opensource_format", ""),
     ("wan21_t2v_1.3b", "--tokenizer_path", "a"),
     ("wan21_t2v_1.3b", "--max_timestep_boundary", "0.417"),
     ("wan21_t2v_1.3b", "--min_timestep_boundary", "0.417"),
@@ -116,6 +127,11 @@ REFUSED = [
     ("flux_dev", "--tokenizer_path", "a", "flux takes no tokenizer_path"),
     ("flux_dev", "--zero_cond_t", "", "flux takes no zero_cond_t"),
     ("flux_dev", "--extra_inputs", "controlnet_inpaint_mask", "'controlnet_inpaint_mask'"),
+    ("flux_dev", "--min_snr_gamma", "5", "flux takes no min_snr_gamma"),
+    ("sd15", "--tokenizer_2_path", "a", "stable_diffusion takes no tokenizer_2_path"),
+    ("sd15", "--zero_terminal_snr", "", "--zero_terminal_snr is given but no --prediction_type"),
+    ("sd15", "--num_frames", "49", "num_frames = 49 is given"),
+    ("sdxl", "--extra_inputs", "kontext_images", "'kontext_images'"),
     ("wan21_t2v_1.3b", "--audio_processor_path", "a", "--audio_processor_path is not supported"),
     ("wan21_t2v_1.3b", "--framewise_decoding", "", "--framewise_decoding is not supported"),
     ("wan21_t2v_1.3b", "--extra_inputs", "control_video", "'control_video'"),

@@ -1,5 +1,7 @@
 """What only some families take. A family lists its own in `Family.parameters`."""
 
+from typing import Literal
+
 from pydantic import BaseModel
 
 from diffsynth_dagster.config.kinds import ModelFolder, parameter
@@ -47,6 +49,25 @@ class ParticularParameters(BaseModel):
         "Show also a single edit image to the text encoder as Qwen-Image-Edit-2509 and later do. "
         "On by itself with zero_cond_t, and for a transformer from a repository of these.",
         affects="latents",
+    )
+    zero_terminal_snr: bool = parameter(
+        False,
+        "Noise schedule that ends in nothing but noise, for models that predict v. On by itself "
+        "where the scheduler published with the model says so.",
+        affects="training",
+        needs="prediction_type",
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = parameter(
+        None,
+        "What the model predicts: the noise or v. Left out, the scheduler published with it says it.",
+        affects="training",
+    )
+    min_snr_gamma: float | None = parameter(
+        None,
+        "Bound of the loss weight by the signal-to-noise ratio (Hang et al. 2023), such as 5. Left "
+        "out, all timesteps weigh the same.",
+        affects="training",
+        gt=0,
     )
     # Exports alone: checkpoints have the same names with and without.
     align_to_opensource_format: bool = parameter(

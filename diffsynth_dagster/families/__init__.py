@@ -45,6 +45,8 @@ def register(name: str, module: str) -> None:
 register("qwen_image", "diffsynth_dagster.families.qwen_image.family")
 register("flux", "diffsynth_dagster.families.flux.family")
 register("wanvideo", "diffsynth_dagster.families.wanvideo.family")
+register("stable_diffusion", "diffsynth_dagster.families.stable_diffusion.family")
+register("stable_diffusion_xl", "diffsynth_dagster.families.stable_diffusion_xl.family")
 
 
 def family_names() -> tuple[str, ...]:

@@ -13,5 +13,11 @@ vision_tower   the vision tower of CLIP's ViT-H/14
 wan_vae        the VAEs of Wan and Qwen-Image
 packing        latents → sequences of tokens, and back
 schedule       the sigmas of published samplers
+clip           CLIP's text encoders
+image_vae      the VAE of the Stable Diffusion models and FLUX.1
+unet           the UNet of Stable Diffusion
+controlnet     ControlNets for UNets
+kohya          LoRAs of UNets and CLIP in kohya's names
+diffusion      the noising path and the sampler of the Stable Diffusion models
 pipeline       sampling, and loading LoRAs, with the pipelines of diffusers
 """

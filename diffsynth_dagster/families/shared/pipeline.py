@@ -4,27 +4,35 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import nn
 
 from diffsynth_dagster.families.contract import Clip, Loaded, SampleRequest, Tensors
 
+_DENOISERS = {"dit": "transformer", "unet": "unet"}
+"""Component → what pipelines call it."""
 
-def make_pipeline(kind: Any, schedule: Mapping[str, object], loaded: Loaded, **more: object) -> Any:
+
+def make_pipeline(
+    kind: Any, schedule: Mapping[str, object] | SchedulerMixin, loaded: Loaded, **more: object
+) -> Any:
     """A pipeline of diffusers for prompts that are already encoded, with no progress bar.
 
     Args:
         kind: the class of the pipeline.
-        schedule: settings of diffusers' flow-matching Euler scheduler.
-        loaded: `dit` and `vae`; the pipeline gets None for its encoders and tokenizers.
+        schedule: a scheduler, or settings of diffusers' flow-matching Euler scheduler.
+        loaded: `dit` or `unet`, and `vae`; the pipeline gets None for its encoders and tokenizers.
         more: further arguments of its constructor.
     """
+    scheduler: Any = schedule
+    if not isinstance(schedule, SchedulerMixin):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(schedule))
     parameters = inspect.signature(kind.__init__).parameters.values()
     absent = {p.name: None for p in parameters if p.default is p.empty and p.name != "self"}
     given = {
-        "scheduler": FlowMatchEulerDiscreteScheduler.from_config(dict(schedule)),
+        "scheduler": scheduler,
         "vae": loaded["vae"],
-        "transformer": loaded["dit"],
+        **{theirs: loaded[name] for name, theirs in _DENOISERS.items() if name in loaded},
         **more,
     }
     pipeline = kind(**absent | given)
@@ -32,10 +40,13 @@ def make_pipeline(kind: Any, schedule: Mapping[str, object], loaded: Loaded, **m
     return pipeline
 
 
-def sample_images(pipeline: Any, request: SampleRequest, **more: object) -> list[Clip]:
+def sample_images(
+    pipeline: Any, request: SampleRequest, guidance: str = "true_cfg_scale", **more: object
+) -> list[Clip]:
     """Images by a pipeline whose arguments are called as the conditions are.
 
     Args:
+        guidance: its argument for the scale of classifier-free guidance.
         more: further arguments of the call.
 
     Returns:
@@ -45,7 +56,7 @@ def sample_images(pipeline: Any, request: SampleRequest, **more: object) -> list
     images = pipeline(
         **request.conditions,
         **negative,
-        true_cfg_scale=request.cfg_scale,
+        **{guidance: request.cfg_scale},
         height=request.height,
         width=request.width,
         num_inference_steps=request.num_inference_steps,

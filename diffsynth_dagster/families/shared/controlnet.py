@@ -1,0 +1,93 @@
+"""ControlNets for UNets (Zhang et al. 2023, arXiv:2302.05543): the column `controlnet_image`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.families.contract import (
+    Family,
+    Loaded,
+    Output,
+    Sample,
+    Shapes,
+    Stage,
+    Tensors,
+)
+from diffsynth_dagster.families.requirements import Refusal, column_and_model
+from diffsynth_dagster.families.shared.unet import refused
+
+COLUMN = "controlnet_image"
+_UNION = ("control_add_embedding.", "task_embedding")
+
+
+def control_refusals(name: str, told_sizes: bool) -> tuple[Refusal, ...]:
+    """A ControlNet without its column, the reverse, and ControlNets that are not supported.
+
+    Args:
+        name: of the model that is trained, for messages.
+        told_sizes: whether its UNet is told the sizes of the picture, as SDXL's is.
+    """
+    return (
+        *column_and_model(COLUMN, "controlnet", "ControlNet"),
+        refused(
+            "controlnet",
+            lambda shapes: any(n.startswith(_UNION) for n in shapes),
+            "the ControlNet is a union of several, which is not supported",
+            "give a ControlNet for one kind of image",
+        ),
+        refused(
+            "controlnet",
+            lambda shapes: shapes["controlnet_cond_embedding.conv_in.weight"][1] != 3,
+            "the ControlNet reads more than an image (an inpainting one, with a mask), which is "
+            "not supported",
+            "give one that reads an image alone",
+        ),
+        refused(
+            "controlnet",
+            lambda shapes: ("add_embedding.linear_1.weight" in shapes) != told_sizes,
+            f"the ControlNet is not one for {name}",
+            f"give a ControlNet for {name}",
+        ),
+    )
+
+
+def _encode(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """`controlnet_image` (3, H, W) → `control` (3, H, W), its bytes."""
+    return [{"control": ((s[COLUMN] + 1.0) * 127.5).round().to(torch.uint8)} for s in samples]
+
+
+_STAGE = Stage(
+    "control",
+    (Input(COLUMN, "image", same_size=True),),
+    (),
+    (Output("control", "condition"),),
+    _encode,
+)
+
+
+def with_control(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
+    """The family with the stage of the column, where `extra_inputs` names it: see
+    `Family.variant`."""
+    if COLUMN not in config.extra_inputs:
+        return family
+    return replace(family, stages=(*family.stages, _STAGE))
+
+
+def residuals(
+    loaded: Loaded, conditions: Tensors, x_t: torch.Tensor, **more: Any
+) -> dict[str, Any]:
+    """What a ControlNet adds inside the UNet, as arguments of its call; none without a ControlNet.
+
+    Args:
+        x_t: noisy latents (B, C, H/8, W/8).
+        more: the other arguments of the UNet.
+    """
+    if "control" not in conditions:
+        return {}
+    image = conditions["control"].to(x_t.dtype) / 255.0
+    down, middle = loaded["controlnet"](x_t, controlnet_cond=image, return_dict=False, **more)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}

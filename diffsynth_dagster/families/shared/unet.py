@@ -1,0 +1,141 @@
+"""The UNet of Stable Diffusion and its ControlNets: from their files to components."""
+
+from collections.abc import Callable
+
+from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
+from diffsynth_dagster.families.requirements import ModelHas, Refusal
+from diffsynth_dagster.families.shared.architecture import count_blocks
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""The layers of the attention."""
+MODELS = "model_paths, model_id_with_origin_paths"
+_INSIDE = "model.diffusion_model."
+_SIZE_CHANNELS = 256
+"""Channels that each number of SDXL's size facts is embedded in; no shape shows them."""
+
+
+def unet(*marks: tuple[str, str]) -> Component:
+    """The component `unet`, in diffusers' names or its authors'.
+
+    Args:
+        marks: names by diffusers and by the authors of tensors that tell it from other UNets.
+    """
+    ours, theirs = zip(*marks, strict=True)
+    return Component(
+        "unet",
+        "unet",
+        (
+            ("conv_in.weight", "conv_norm_out.weight", *ours),
+            ("input_blocks.0.0.weight", "out.0.weight", *theirs),
+        ),
+        UNet2DConditionModel,
+        _unet_settings,
+        _convert_unet,
+        inside=(_INSIDE,),
+    )
+
+
+CONTROLNET = Component(
+    "controlnet",
+    "controlnet",
+    (("controlnet_cond_embedding.conv_in.weight", "controlnet_down_blocks.0.weight"),),
+    ControlNetModel,
+    lambda shapes: {
+        **_down_settings(shapes),
+        "conditioning_channels": shapes["controlnet_cond_embedding.conv_in.weight"][1],
+        "conditioning_embedding_out_channels": (
+            shapes["controlnet_cond_embedding.conv_in.weight"][0],
+            *(
+                shapes[f"controlnet_cond_embedding.blocks.{i}.weight"][0]
+                for i in range(1, count_blocks(shapes, "controlnet_cond_embedding.blocks."), 2)
+            ),
+        ),
+    },
+    prefix="pipe.controlnet.models.0.",
+)
+
+
+def _down_settings(shapes: Shapes) -> Settings:
+    """What the UNet and a ControlNet have in common: the half that goes down, and the middle."""
+    levels = range(count_blocks(shapes, "down_blocks."))
+    widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in levels]
+    attends = [count_blocks(shapes, f"down_blocks.{i}.attentions.") > 0 for i in levels]
+    depths = [
+        count_blocks(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.") or 1
+        for i in levels[:-1]
+    ]
+    # The middle is as deep as the last level would be with attention.
+    middle = count_blocks(shapes, "mid_block.attentions.0.transformer_blocks.")
+    # Models with linear layers around their attention have heads of 64 channels; the others, of
+    # Stable Diffusion 1, have 8 heads. `attention_head_dim` is diffusers' word for the number.
+    linear = len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2
+    sizes = shapes.get("add_embedding.linear_1.weight")
+    return {
+        "in_channels": shapes["conv_in.weight"][1],
+        "block_out_channels": tuple(widths),
+        "down_block_types": tuple("CrossAttn" * a + "DownBlock2D" for a in attends),
+        "layers_per_block": count_blocks(shapes, "down_blocks.0.resnets."),
+        "transformer_layers_per_block": (*depths, middle),
+        "cross_attention_dim": cross_attention(shapes),
+        "attention_head_dim": tuple(w // 64 for w in widths) if linear else 8,
+        "use_linear_projection": linear,
+        "addition_embed_type": "text_time" if sizes else None,
+        "addition_time_embed_dim": _SIZE_CHANNELS if sizes else None,
+        "projection_class_embeddings_input_dim": sizes[1] if sizes else None,
+    }
+
+
+def _unet_settings(shapes: Shapes) -> Settings:
+    down = _down_settings(shapes)
+    attends = [
+        count_blocks(shapes, f"up_blocks.{i}.attentions.") > 0
+        for i in range(count_blocks(shapes, "up_blocks."))
+    ]
+    return {
+        **down,
+        "out_channels": shapes["conv_out.weight"][0],
+        "up_block_types": tuple("CrossAttn" * a + "UpBlock2D" for a in attends),
+    }
+
+
+def _convert_unet(tensors: Tensors) -> Tensors:
+    """The authors' names → diffusers'."""
+    if "input_blocks.0.0.weight" not in tensors:
+        return tensors
+    down = [name for name in tensors if name.endswith(".0.op.weight")]
+    config = {
+        "layers_per_block": count_blocks(tensors, "input_blocks.") // (len(down) + 1) - 1,
+        "addition_embed_type": "text_time" if "label_emb.0.0.weight" in tensors else None,
+    }
+    named = {_INSIDE + name: tensor for name, tensor in tensors.items()}
+    converted = convert_ldm_unet_checkpoint(named, config)
+    # The bias of a layer whose weight is there, but not the bias, is None.
+    return {name: tensor for name, tensor in converted.items() if tensor is not None}
+
+
+def cross_attention(shapes: Shapes) -> int:
+    """The width of the prompt's embeddings that a UNet or ControlNet reads."""
+    return shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1]
+
+
+def refused(component: str, test: Callable[[Shapes], bool], what: str, do: str) -> Refusal:
+    """Refuse models of a component by the shapes of their tensors."""
+    return Refusal(what, do, when=(ModelHas(component, test),), where=MODELS)
+
+
+def refuse_inpainting(name: str) -> Refusal:
+    """Refuse UNets that read a mask and an image beside the noisy latents.
+
+    Args:
+        name: of the model that is trained, for the message.
+    """
+    return refused(
+        "unet",
+        lambda s: s["conv_in.weight"][1] != s["conv_out.weight"][0],
+        "the UNet reads more than the noisy latents (an inpainting or editing checkpoint), which "
+        "is not supported",
+        f"give one of {name} for text to image",
+    )

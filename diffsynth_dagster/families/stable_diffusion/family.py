@@ -1,0 +1,109 @@
+"""Stable Diffusion 1.5 (Rombach et al. 2022, arXiv:2112.10752): text to image, and ControlNets.
+
+Files are the folders of diffusers, or one file such as `v1-5-pruned-emaonly.safetensors`.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from diffsynth_dagster.data.geometry import Geometry
+from diffsynth_dagster.families.contract import (
+    Clip,
+    Denoiser,
+    Family,
+    Loaded,
+    Sample,
+    SampleRequest,
+    Tensors,
+)
+from diffsynth_dagster.families.shared import clip, controlnet, diffusion, kohya, unet
+from diffsynth_dagster.families.shared.image_vae import image_vae
+from diffsynth_dagster.families.shared.latents import encode_scaled
+from diffsynth_dagster.families.shared.pipeline import make_pipeline, sample_images
+from diffsynth_dagster.families.shared.stages import image_stage, prompt_stage
+
+NAME = "Stable Diffusion 1.5"
+REPOSITORY = "AI-ModelScope/stable-diffusion-v1-5"
+
+
+def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Prompt → `prompt_embeds` (77, hidden) of CLIP."""
+    embeds, _ = clip.encode_text(loaded, samples, "tokenizer", "text_encoder", hidden=False)
+    return [{"prompt_embeds": own} for own in embeds]
+
+
+def denoise(
+    model: Any, loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor
+) -> Tensors:
+    """The UNet's prediction for `image` (B, C, H/8, W/8) at timesteps t (B,) in [0, 1000]."""
+    call = {"timestep": t, "encoder_hidden_states": conditions["prompt_embeds"]}
+    added = controlnet.residuals(loaded, conditions, x_t["image"], **call)
+    return {"image": model(x_t["image"], **call, **added).sample}
+
+
+def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
+    """Images by diffusers' own pipeline."""
+    pipeline = make_pipeline(
+        StableDiffusionPipeline, diffusion.sampler(request), loaded, requires_safety_checker=False
+    )
+    return sample_images(pipeline, request, guidance="guidance_scale")
+
+
+FAMILY = Family(
+    name="stable_diffusion",
+    components=(
+        # Stable Diffusion XL has no attention in its first level.
+        unet.unet(
+            (
+                "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+                "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+            )
+        ),
+        clip.clip_text_encoder(inside=("cond_stage_model.transformer.",)),
+        image_vae(scaling_factor=0.18215),
+        unet.CONTROLNET,
+    ),
+    tokenizers=(clip.clip_tokenizer("tokenizer", "tokenizer_path", f"{REPOSITORY}:tokenizer/"),),
+    stages=(prompt_stage(encode_prompt), image_stage(encode_scaled)),
+    denoisers=(Denoiser("unet"),),
+    denoise=denoise,
+    path=diffusion.path,
+    geometry=Geometry(side_factor=32),
+    sample=sample,
+    load_lora=partial(kohya.load_lora, StableDiffusionPipeline),
+    lora_targets={"unet": unet.LORA_TARGETS, "text_encoder": clip.LORA_TARGETS},
+    to_kohya={
+        "unet": partial(kohya.to_kohya, "lora_unet_", kohya.same_name),
+        "text_encoder": partial(kohya.to_kohya, "lora_te_", kohya.published_clip_name),
+    },
+    from_authors={
+        "unet": kohya.TO_UNET,
+        "text_encoder": partial(kohya.from_authors, ("lora_te_", "lora_te1_"), kohya.clip_name),
+    },
+    denoise_uses=("controlnet",),
+    parameters=("tokenizer_path", "align_to_opensource_format", *diffusion.PARAMETERS),
+    extra_inputs=(controlnet.COLUMN,),
+    refusals=(
+        unet.refused(
+            "unet",
+            lambda shapes: unet.cross_attention(shapes) == 1024,
+            "the UNet is that of Stable Diffusion 2, which is not supported",
+            f"give one of {NAME}",
+        ),
+        unet.refused(
+            "text_encoder",
+            lambda shapes: shapes["embeddings.token_embedding.weight"][1] in (1024, 1280),
+            "the text encoder is that of Stable Diffusion 2, or the second one of XL",
+            f"give the one of {NAME}",
+        ),
+        unet.refuse_inpainting(NAME),
+        *controlnet.control_refusals(NAME, told_sizes=False),
+    ),
+    variant=controlnet.with_control,
+    repositories=(REPOSITORY,),
+    scheduler_marks=diffusion.SCHEDULER_MARKS,
+)

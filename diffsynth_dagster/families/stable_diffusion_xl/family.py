@@ -1,0 +1,167 @@
+"""Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952): text to image, and ControlNets.
+
+Files are the folders of diffusers, or one file such as `sd_xl_base_1.0.safetensors`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.geometry import Geometry
+from diffsynth_dagster.families.contract import (
+    Clip,
+    Denoiser,
+    Family,
+    Loaded,
+    Output,
+    Sample,
+    SampleRequest,
+    Stage,
+    Tensors,
+)
+from diffsynth_dagster.families.shared import clip, controlnet, diffusion, kohya, unet
+from diffsynth_dagster.families.shared.image_vae import image_vae
+from diffsynth_dagster.families.shared.latents import encode_scaled
+from diffsynth_dagster.families.shared.pipeline import make_pipeline, sample_images
+from diffsynth_dagster.families.shared.stages import PROMPT, image_stage, prompt_stage
+
+NAME = "Stable Diffusion XL"
+REPOSITORY = "stabilityai/stable-diffusion-xl-base-1.0"
+SIZES = Input("image_sizes", "sizes")
+
+
+def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Prompt → `prompt_embeds` (77, hidden) of the first CLIP."""
+    embeds, _ = clip.encode_text(loaded, samples, "tokenizer", "text_encoder", hidden=True)
+    return [{"prompt_embeds": own} for own in embeds]
+
+
+def encode_prompt_2(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Prompt → `prompt_embeds_2` (77, hidden) of the second CLIP, and `pooled_prompt_embeds`
+    (projection,)."""
+    embeds, outputs = clip.encode_text(
+        loaded, samples, "tokenizer_2", "text_encoder_2", hidden=True
+    )
+    together = zip(embeds, outputs.text_embeds, strict=True)
+    return [{"prompt_embeds_2": own, "pooled_prompt_embeds": pooled} for own, pooled in together]
+
+
+def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W) → latents (B, C, H/8, W/8), in float32 where the VAE would overflow in
+    float16, as the published one does."""
+    config: Any = vae.config
+    overflows = vae.dtype == torch.float16 and config.force_upcast
+    return encode_scaled(vae.float() if overflows else vae, pixels)
+
+
+def encode_sizes(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """The size facts of a sample → `time_ids` (6,), integers, which no element type rounds."""
+    return [{"time_ids": torch.tensor(sample[SIZES.column])} for sample in samples]
+
+
+def _both(embeds: Tensors) -> torch.Tensor:
+    """The embeddings of both encoders, side by side (B, 77, hidden + hidden)."""
+    return torch.cat([embeds["prompt_embeds"], embeds["prompt_embeds_2"]], dim=-1)
+
+
+def denoise(
+    model: Any, loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor
+) -> Tensors:
+    """The UNet's prediction for `image` (B, C, H/8, W/8) at timesteps t (B,) in [0, 1000]."""
+    pooled, sizes = conditions["pooled_prompt_embeds"], conditions["time_ids"]
+    call: dict[str, Any] = {
+        "timestep": t,
+        "encoder_hidden_states": _both(conditions),
+        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes},
+    }
+    added = controlnet.residuals(loaded, conditions, x_t["image"], **call)
+    return {"image": model(x_t["image"], **call, **added).sample}
+
+
+def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
+    """Images by diffusers' own pipeline."""
+    pooled = request.conditions["pooled_prompt_embeds"]
+    conditions = {"prompt_embeds": _both(request.conditions), "pooled_prompt_embeds": pooled}
+    # The model was trained on zeros for the empty prompt, and the published pipeline gives it them.
+    negative = {name: torch.zeros_like(tensor) for name, tensor in conditions.items()}
+    guided = negative if request.negative is not None else None
+    pipeline = make_pipeline(
+        StableDiffusionXLPipeline, diffusion.sampler(request), loaded, add_watermarker=False
+    )
+    request = replace(request, conditions=conditions, negative=guided)
+    return sample_images(pipeline, request, guidance="guidance_scale")
+
+
+FAMILY = Family(
+    name="stable_diffusion_xl",
+    components=(
+        unet.unet(("add_embedding.linear_1.weight", "label_emb.0.0.weight")),
+        clip.projected_text_encoder("text_encoder_2", ("conditioner.embedders.1.model.",)),
+        clip.clip_text_encoder(inside=("conditioner.embedders.0.transformer.",)),
+        image_vae(scaling_factor=0.13025),
+        unet.CONTROLNET,
+    ),
+    tokenizers=(
+        clip.clip_tokenizer("tokenizer", "tokenizer_path", f"{REPOSITORY}:tokenizer/"),
+        clip.clip_tokenizer("tokenizer_2", "tokenizer_2_path", f"{REPOSITORY}:tokenizer_2/"),
+    ),
+    stages=(
+        prompt_stage(encode_prompt),
+        Stage(
+            "prompt_2",
+            (PROMPT,),
+            ("tokenizer_2", "text_encoder_2"),
+            (Output("prompt_embeds_2", "condition"), Output("pooled_prompt_embeds", "condition")),
+            encode_prompt_2,
+        ),
+        image_stage(encode_pixels),
+        Stage("sizes", (SIZES,), (), (Output("time_ids", "condition"),), encode_sizes),
+    ),
+    denoisers=(Denoiser("unet"),),
+    denoise=denoise,
+    path=diffusion.path,
+    geometry=Geometry(side_factor=32),
+    sample=sample,
+    load_lora=partial(kohya.load_lora, StableDiffusionXLPipeline),
+    lora_targets={
+        "unet": unet.LORA_TARGETS,
+        "text_encoder": clip.LORA_TARGETS,
+        "text_encoder_2": clip.LORA_TARGETS,
+    },
+    to_kohya={
+        "unet": partial(kohya.to_kohya, "lora_unet_", kohya.authors_unet_name),
+        "text_encoder": partial(kohya.to_kohya, "lora_te1_", kohya.published_clip_name),
+        "text_encoder_2": partial(kohya.to_kohya, "lora_te2_", kohya.same_name),
+    },
+    from_authors={
+        "unet": kohya.TO_UNET,
+        "text_encoder": partial(kohya.from_authors, ("lora_te1_",), kohya.clip_name),
+        "text_encoder_2": partial(kohya.from_authors, ("lora_te2_",), kohya.same_name),
+    },
+    denoise_uses=("controlnet",),
+    parameters=(
+        "tokenizer_path",
+        "tokenizer_2_path",
+        "align_to_opensource_format",
+        *diffusion.PARAMETERS,
+    ),
+    extra_inputs=(controlnet.COLUMN,),
+    refusals=(
+        unet.refused(
+            "unet",
+            lambda shapes: unet.cross_attention(shapes) == 1280,
+            "the UNet is that of the refiner, which reads one text encoder alone",
+            f"give the one of {NAME}'s base model",
+        ),
+        unet.refuse_inpainting(NAME),
+        *controlnet.control_refusals(NAME, told_sizes=True),
+    ),
+    variant=controlnet.with_control,
+    repositories=(REPOSITORY,),
+    scheduler_marks=diffusion.SCHEDULER_MARKS,
+)

@@ -1,0 +1,357 @@
+"""Stable Diffusion 1.5: its loss, published settings, what is refused, LoRAs of other tools."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_config, train
+from diffusers import ControlNetModel, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from families.stable_diffusion.cases import (
+    ARCHITECTURE,
+    CASES,
+    CONTROL,
+    CONTROLNET,
+    SCHEDULER,
+    TEXT,
+    UP,
+    V_SCHEDULER,
+    parts_of,
+    rows,
+    rows_with_control,
+    write,
+    write_v,
+)
+from families.stable_diffusion.training import (
+    HUB,
+    losses_of,
+    noise_of,
+    published_losses,
+    require_equal_computations,
+    values_of,
+)
+from families.stable_diffusion_xl.cases import ARCHITECTURE as XL_ARCHITECTURE
+from families.stable_diffusion_xl.cases import UP as XL_UP
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from diffsynth_dagster.errors import UserError
+from diffsynth_dagster.families import find_family
+from diffsynth_dagster.families.contract import Component, Shapes, Tensors
+from diffsynth_dagster.objective.ddpm import DDPMPath
+from diffsynth_dagster.training.modules import lora_targets
+from diffsynth_dagster.weights.identify import find_model
+from diffsynth_dagster.weights.load import load_component
+from diffsynth_dagster.weights.lora import read_lora, usual_spelling
+
+FAMILY = find_family("stable_diffusion")
+CASE = CASES[0]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sd15")
+    write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rows(tmp_path_factory.mktemp("data") / "plain")
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize(
+    ("settings", "parameters"),
+    [
+        (SCHEDULER, {}),
+        ({**SCHEDULER, "prediction_type": "v_prediction"}, {"prediction_type": "v_prediction"}),
+        (V_SCHEDULER, {"prediction_type": "v_prediction", "zero_terminal_snr": True}),
+    ],
+    ids=["epsilon", "v", "v with zero terminal SNR"],
+)
+def test_loss_is_that_of_the_published_training_example(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    parameters: dict[str, Any],
+    gamma: float | None,
+) -> None:
+    values = values_of(CASE, model, data, **parameters, min_snr_gamma=gamma)
+    _, batch, ours = losses_of(values, tmp_path / "run")
+    pipeline: Any = StableDiffusionPipeline(**parts_of(model / "diffusers"))
+    pictures, prompts = pictures_and_prompts(batch.outputs["image"], data, pipeline.vae)
+    with torch.no_grad():
+        latents = pipeline.vae.encode(pictures).latent_dist.mode() * 0.18215
+        embeds, _ = pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)
+    epsilon, timesteps = noise_of(batch, latents.shape)
+    scheduler = DDPMScheduler.from_config(settings)
+    theirs = published_losses(
+        scheduler, pipeline.unet, latents, epsilon, timesteps, gamma, encoder_hidden_states=embeds
+    )
+    assert len(set(timesteps.tolist())) == 4
+    assert float((ours - theirs).abs().max()) <= 1e-5
+
+
+def pictures_and_prompts(
+    latents: torch.Tensor, data: Path, vae: Any
+) -> tuple[torch.Tensor, list[str]]:
+    """The rows in the order of a batch of latents, and their pictures (4, 3, 64, 64)."""
+    lines = [line.split(",", 1) for line in data.read_text().splitlines()[1:]]
+    read: list[torch.Tensor] = []
+    for name, _ in lines:
+        image = Image.open(data.parent / name).resize((80, 64), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image.crop((8, 0, 72, 64)), dtype=np.float32))
+        read.append(pixels.permute(2, 0, 1) / 127.5 - 1)
+    pictures = torch.stack(read)
+    with torch.no_grad():
+        known = vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor
+    order = [int((known - own).abs().flatten(1).sum(1).argmin()) for own in latents]
+    assert sorted(order) == [0, 1, 2, 3]
+    return pictures[order], [lines[i][1].strip('"') for i in order]
+
+
+def shapes_of(module: torch.nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def require_settings(component: Component, module: Any) -> None:
+    """Fail unless the shapes alone give the settings of a published model."""
+    settings = component.settings(shapes_of(module))
+    numbers = {"attention_head_dim", "transformer_layers_per_block"}
+    for name, value in settings.items():
+        wanted = module.config[name]
+        if name in numbers and isinstance(wanted, int) and isinstance(value, tuple):
+            assert set(value) == {wanted}
+        else:
+            assert (list(value) if isinstance(value, tuple) else value) == (
+                list(wanted) if isinstance(wanted, list | tuple) else wanted
+            ), name
+
+
+def test_shapes_alone_give_the_published_settings() -> None:
+    with torch.device("meta"):
+        require_settings(FAMILY.component("unet"), UNet2DConditionModel(cross_attention_dim=768))
+        require_settings(FAMILY.component("controlnet"), ControlNetModel(cross_attention_dim=768))
+
+
+def test_a_whole_checkpoint_computes_the_same(model: Path, data: Path) -> None:
+    require_equal_computations(CASE, model, data)
+
+
+def test_families_are_told_by_the_files(model: Path, data: Path) -> None:
+    for layout in ("diffusers", "original"):
+        values = {**values_of(CASE, model, data), **CASE.models(model, layout)}
+        found = find_model(make_config({**values, "family": None}), HUB)
+        assert found.family.name == "stable_diffusion"
+        assert found.components.keys() == {"unet", "text_encoder", "vae"}
+
+
+def test_a_whole_checkpoint_says_what_it_predicts(data: Path, tmp_path: Path) -> None:
+    write_v(tmp_path)
+    case = CASES[1]
+    for layout in ("diffusers", "original"):
+        values = {**values_of(case, tmp_path, data), **case.models(tmp_path, layout)}
+        path = find_model(make_config(values), HUB).path
+        assert isinstance(path, DDPMPath)
+        assert path.prediction == "v_prediction"
+        assert path.zero_terminal_snr
+
+
+def test_the_old_names_of_the_vae_are_read(model: Path, data: Path, tmp_path: Path) -> None:
+    """Those of the published file, from before diffusers 0.17."""
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    values = values_of(CASE, model, data)
+    state = load_file(values["model_paths"][2])
+    old = dict(state)
+    for name in state:
+        for ours, theirs in new.items():
+            if f"attentions.0.{ours}." in name:
+                old[name.replace(ours, theirs)] = old.pop(name)
+    assert old.keys() != state.keys()
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(old, path)
+    values["model_paths"] = [*values["model_paths"][:2], str(path)]
+    vae = load_component(
+        find_model(make_config(values), HUB).components["vae"], "cpu", torch.float32
+    )
+    own = vae.state_dict()
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[name], state[name]) for name in own)
+
+
+def test_the_guides_automatic_targets_are_linear_layers_of_the_blocks() -> None:
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel(cross_attention_dim=768)
+    base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "model_paths": ["x"]}
+    config = make_config({**base, "lora_base_model": "unet", "lora_target_modules": ""})
+    layers = lora_targets(config, FAMILY, unet, "unet")
+    # 11 of the 16 transformer blocks are at least 512 wide.
+    assert len([name for name in layers if ".attn1." in name]) == 11 * 4
+    assert all(isinstance(unet.get_submodule(name), torch.nn.Linear) for name in layers)
+
+
+def save_unet(folder: Path, **settings: Any) -> str:
+    UNet2DConditionModel(**{**ARCHITECTURE, "up_block_types": UP, **settings}).save_pretrained(
+        folder
+    )
+    return str(folder / "diffusion_pytorch_model.safetensors")
+
+
+def save_controlnet(folder: Path, extra: str | None = None, **settings: Any) -> str:
+    blocks = {"conditioning_embedding_out_channels": (8, 8, 16, 16)}
+    ControlNetModel(**{**ARCHITECTURE, **blocks, **settings}).save_pretrained(folder)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if extra is not None:
+        save_file({**load_file(path), extra: torch.zeros(2)}, path)
+    return str(path)
+
+
+def save_encoder(folder: Path, **settings: Any) -> str:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    CLIPTextModel(CLIPTextConfig(**{**TEXT, **settings})).save_pretrained(folder)
+    return str(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (
+            lambda f: save_unet(f, cross_attention_dim=1024),
+            "the UNet is that of Stable Diffusion 2",
+        ),
+        (lambda f: save_unet(f, in_channels=9), "reads more than the noisy latents"),
+        (
+            lambda f: save_unet(f, **{**XL_ARCHITECTURE, "up_block_types": XL_UP}),
+            "the file is no component of stable_diffusion",
+        ),
+        (
+            lambda f: save_encoder(f, hidden_size=1024, num_attention_heads=16),
+            "the text encoder is that of Stable Diffusion 2",
+        ),
+    ],
+    ids=["SD 2", "inpainting", "SDXL", "text encoder of SD 2"],
+)
+def test_other_models_are_refused(
+    model: Path, data: Path, tmp_path: Path, entry: Any, words: str, capsys: Any
+) -> None:
+    values = values_of(CASE, model, data)
+    path = entry(tmp_path / "other")
+    place = 0 if "diffusion_pytorch" in path else 1
+    values["model_paths"] = [path if i == place else p for i, p in enumerate(values["model_paths"])]
+    assert train(values, tmp_path / "run")[0] == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run" / "samples.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (
+            lambda f: save_controlnet(f, "control_add_embedding.linear_1.weight"),
+            "the ControlNet is a union of several",
+        ),
+        (lambda f: save_controlnet(f, conditioning_channels=4), "reads more than an image"),
+        (
+            lambda f: save_controlnet(f, **XL_ARCHITECTURE),
+            "the ControlNet is not one for Stable Diffusion 1.5",
+        ),
+    ],
+    ids=["union", "inpainting", "SDXL"],
+)
+def test_other_controlnets_are_refused(
+    model: Path, tmp_path: Path, entry: Any, words: str, capsys: Any
+) -> None:
+    values = values_of(CASE, model, rows_with_control(tmp_path / "data"), **CONTROL)
+    values["model_paths"] = [*values["model_paths"], entry(tmp_path / "other")]
+    assert train(values, tmp_path / "run")[0] == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_controlnet_and_its_column_go_together(model: Path, data: Path, tmp_path: Path) -> None:
+    values = values_of(CASE, model, data)
+    given = {**values, "model_paths": [*values["model_paths"], str(model / CONTROLNET)]}
+    with pytest.raises(UserError, match="has a ControlNet, but controlnet_image is not given"):
+        find_model(make_config(given), HUB)
+    with pytest.raises(UserError, match="controlnet_image is given but no ControlNet"):
+        find_model(make_config({**values, **CONTROL}), HUB)
+
+
+def test_kohya_names_there_and_back() -> None:
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel(cross_attention_dim=768)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj"]
+    targets += ["ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "linear_1"]
+    targets += ["conv", "conv_in", "conv_out"]
+    base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "model_paths": ["x"]}
+    config = make_config({**base, "lora_base_model": "unet", "lora_target_modules": targets})
+    layers = lora_targets(config, FAMILY, unet, "unet")
+    lora = {f"{n}.lora_{half}.weight": torch.ones(1, 1) for n in layers for half in "AB"}
+    opened = FAMILY.to_kohya["unet"](lora, 2.0)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    assert f"{name}.lora_down.weight" in opened
+    assert float(opened[f"{name}.alpha"]) == 2.0
+    closed = FAMILY.from_authors["unet"](usual_spelling(opened))
+    assert {n for n in closed if ".lora_" in n} == lora.keys()
+
+
+UNET_LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+TEXT_LAYER = "encoder.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("starts", "ends"),
+    [
+        (
+            [f"lora_unet_{UNET_LAYER}", f"lora_te_text_model_{TEXT_LAYER}"],
+            ("lora_down.weight", "lora_up.weight"),
+        ),
+        (
+            [f"unet.{UNET_LAYER}", f"text_encoder.{TEXT_LAYER}"],
+            ("lora_A.weight", "lora_B.weight"),
+        ),
+        (
+            [UNET_LAYER, f"pipe.text_encoder.{TEXT_LAYER}"],
+            ("lora_A.weight", "lora_B.weight"),
+        ),
+    ],
+    ids=["kohya", "diffusers", "a checkpoint"],
+)
+def test_a_file_of_several_modules_is_read_by_each(
+    tmp_path: Path, starts: list[str], ends: tuple[str, str]
+) -> None:
+    tensors: Tensors = {}
+    for start in starts:
+        name = start.replace(".", "_") if start.startswith("lora_") else start
+        tensors[f"{name}.{ends[0]}"] = torch.ones(2, 4)
+        tensors[f"{name}.{ends[1]}"] = torch.ones(4, 2)
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path)
+    lora = read_lora(path, FAMILY, "unet", "the test")
+    assert lora.down.keys() == {UNET_LAYER}
+    assert lora.scale == {UNET_LAYER: 0.5}
+    if starts[0] != UNET_LAYER:
+        assert read_lora(path, FAMILY, "text_encoder", "the test").down.keys() == {TEXT_LAYER}
+
+
+def test_samples_are_made_while_it_trains(model: Path, data: Path, tmp_path: Path) -> None:
+    values = values_of(
+        CASE,
+        model,
+        data,
+        lora_base_model="unet,text_encoder",
+        sample_prompts=["a", "b"],
+        sample_num_inference_steps=2,
+        sample_cfg_scale=3.0,
+    )
+    code, run = train(values, tmp_path / "run")
+    assert code == 0
+    pictures = sorted((run / "samples").rglob("*.png"))
+    assert pictures
+    assert all(Image.open(path).size[1] == 64 for path in pictures)
