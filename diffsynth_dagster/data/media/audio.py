@@ -77,7 +77,8 @@ def load_sample_audio(path: Path, rate: int, channels: int, samples: int) -> tor
     resampler = AudioResampler(format="fltp", layout=_LAYOUTS[channels], rate=rate)
     pieces: list[torch.Tensor] = []
     late = 0
-    with av.open(str(path)) as container:
+    # A playlist must not make it ask the network.
+    with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
         stream = container.streams.audio[0]
         picture = next(iter(container.streams.video), None)
         for frame in container.decode(stream):

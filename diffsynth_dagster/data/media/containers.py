@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 _EBML = b"\x1a\x45\xdf\xa3"
 _SEGMENT = 0x18538067
+_LAST_PAGE = 4
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof")
 
 
@@ -46,6 +47,11 @@ def _walker(head: bytes) -> _Walker | None:
         return _matroska
     if head[4:8] in _BOXES:
         return _boxes
+    if head.startswith(b"OggS"):
+        return _ogg
+    # A frame of MPEG audio, layer III, or the tag that may stand before the first one.
+    if head.startswith(b"ID3") or (len(head) > 1 and head[0] == 255 and head[1] & 0xE6 == 0xE2):
+        return _mp3
     return None
 
 
@@ -100,7 +106,7 @@ def _gif_blocks(file: BinaryIO) -> bool:
 
 
 def _riff(file: BinaryIO, size: int) -> bool:
-    """AVI and WebP. Writers that could not seek leave the length 0 or all ones."""
+    """AVI, WAV and WebP. Writers that could not seek leave the length 0 or all ones."""
     place = end = 0
     while place + 8 <= size:
         file.seek(place)
@@ -127,6 +133,34 @@ def _boxes(file: BinaryIO, size: int) -> bool:
             return True
         place += length
     return place != size
+
+
+def _ogg(file: BinaryIO, size: int) -> bool:
+    """Ogg. The last page of a stream is marked as such."""
+    place, flags = 0, 0
+    while place + 27 <= size:
+        file.seek(place)
+        page = file.read(27)
+        if not page.startswith(b"OggS"):
+            return False  # whether that is valid shows when it is decoded
+        flags = page[5]
+        place += 27 + page[26] + sum(file.read(page[26]))
+    return place != size or not flags & _LAST_PAGE
+
+
+def _mp3(file: BinaryIO, size: int) -> bool:
+    """MP3. The first frame of most files holds the length of all, after the mark Xing or Info."""
+    start, head = 0, file.read(10)
+    if head.startswith(b"ID3"):
+        start = 10 + sum((byte & 127) << 7 * (3 - n) for n, byte in enumerate(head[6:10]))
+    file.seek(start)
+    frame = file.read(64)
+    mark = max(frame.find(b"Xing"), frame.find(b"Info"))
+    if mark < 0 or len(frame) < mark + 16:
+        return False
+    flags, first, second = struct.unpack(">III", frame[mark + 4 : mark + 16])
+    length = second if flags & 1 else first
+    return bool(flags & 2) and size < start + length
 
 
 def _matroska(file: BinaryIO, size: int) -> bool:
