@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_config, samples_of, train
 from families.flux.cases import CASES as FLUX
+from families.ltx2.cases import CASES as LTX
 from families.qwen_image.cases import CASES as QWEN
 from families.stable_diffusion.cases import CASES as SD
 from families.stable_diffusion_xl.cases import CASES as SDXL
@@ -33,7 +34,7 @@ from diffsynth_dagster.weights.identify import FoundModel, find_model
 from diffsynth_dagster.weights.load import build_empty, load_component
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
 
-TABLE = (*QWEN, *FLUX, *WAN, *SD, *SDXL)
+TABLE = (*QWEN, *FLUX, *WAN, *SD, *SDXL, *LTX)
 LAYOUTS = [
     pytest.param(case, layout, id=f"{case.name}-{layout}")
     for case in TABLE

@@ -69,6 +69,12 @@ class ParticularParameters(BaseModel):
         affects="training",
         gt=0,
     )
+    audio_loss_weight: float = parameter(
+        1.0,
+        "What the loss of the sound is multiplied by, beside that of the video.",
+        affects="training",
+        ge=0.0,
+    )
     # Exports alone: checkpoints have the same names with and without.
     align_to_opensource_format: bool = parameter(
         False,

@@ -46,6 +46,7 @@ register("qwen_image", "diffsynth_dagster.families.qwen_image.family")
 register("flux", "diffsynth_dagster.families.flux.family")
 register("wanvideo", "diffsynth_dagster.families.wanvideo.family")
 register("stable_diffusion", "diffsynth_dagster.families.stable_diffusion.family")
+register("ltx2", "diffsynth_dagster.families.ltx2.family")
 register("stable_diffusion_xl", "diffsynth_dagster.families.stable_diffusion_xl.family")
 
 

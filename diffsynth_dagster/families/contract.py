@@ -59,6 +59,8 @@ class Component:
         origin: globs of its files in the repositories of the original layout. They show which
             component an entry of the model list is before any file is there.
         prefix: how the names of its tensors start in checkpoints; `pipe.<name>.` when left out.
+        may_lack: modules of it that its files may leave out altogether, such as the decoder of a
+            VAE that only encodes. The built module then has None in their place.
         inside: how the names of its tensors start in a file that holds several components (a whole
             checkpoint). Behind that they are in one of the layouts of `signatures`.
         known_by: what the path of its files contains, for a component whose tensors have the names
@@ -79,6 +81,7 @@ class Component:
     origin: tuple[str, ...] = ()
     prefix: str = ""
     inside: tuple[str, ...] = ()
+    may_lack: tuple[str, ...] = ()
     known_by: tuple[str, ...] = ()
     lora_folder: str = ""
     other_kinds: Mapping[str, type[nn.Module]] = field(default_factory=dict[str, type[nn.Module]])

@@ -13,7 +13,7 @@ from torch import nn
 from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import ParameterError, TargetError, nearest
+from diffsynth_dagster.errors import ParameterError, TargetError, WeightsError, nearest
 from diffsynth_dagster.families.contract import Family, Part, Tensors
 from diffsynth_dagster.weights.identify import Found, FoundModel, unknown_model
 from diffsynth_dagster.weights.load import build_empty
@@ -58,6 +58,8 @@ def check_model(config: TrainingConfig, found: FoundModel) -> None:
     if not config.encodes_only:
         for name in step_components(found, trained_components(config)):
             require_component(found, name)
+    if config.sample_prompts or config.customized_evaluation:
+        _require_decoders(found)
     for name, item in found.components.items():
         module = build_empty(item)
         for part in (found.family.part(n) for n in config.trainable_models):
@@ -75,6 +77,18 @@ def check_model(config: TrainingConfig, found: FoundModel) -> None:
             _read_start(config, found.family, module, base, targets)
             layers = {name: module.get_submodule(name) for name in targets}
             _check_export(config, found.family, item, layers)
+
+
+def _require_decoders(found: FoundModel) -> None:
+    for name in found.family.decoder:
+        require_component(found, name)
+        item = found.components[name]
+        if item.lacks:
+            raise WeightsError(
+                f"the files of '{name}' hold no {item.lacks[0]}, which sample images need",
+                where=item.entry.text,
+                do="name the whole files, or leave the samples out",
+            )
 
 
 def _require_part(part: Part, name: str, module: nn.Module, where: str) -> None:

@@ -55,6 +55,16 @@ class Found:
         """Tensor name of the built module → shape. Raises `WeightsError`."""
         return converted_shapes(self.header, self.component, self.entry.text)
 
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """The modules of the component that its files leave out. Raises `WeightsError`."""
+        shapes = self.shapes
+        return tuple(
+            part
+            for part in self.component.may_lack
+            if not any(name.startswith(f"{part}.") for name in shapes)
+        )
+
 
 @dataclass(frozen=True)
 class Preset:

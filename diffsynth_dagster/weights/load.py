@@ -51,6 +51,8 @@ def build_empty(found: Found) -> nn.Module:
     try:
         with init_empty_weights(include_buffers=False):
             module = build(found.component, found.shapes, found.config)
+        for part in found.lacks:
+            setattr(module, part, None)
     except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise WeightsError(
             f"the architecture of '{found.component.name}' cannot be built: {error}",

@@ -42,15 +42,14 @@ def below(header: Header, start: str) -> Header:
 def components_in(header: Header, family: Family) -> list[Place]:
     """The components of a family that a file, or the shards of one, holds: one, or those of a whole
     checkpoint; none where it is of another family."""
-    for component in family.components:
-        if recognise(header, component):
-            return [Place(component)]
-    return [
+    alone = next((Place(c) for c in family.components if recognise(header, c)), None)
+    inside = [
         Place(component, start)
         for component in family.components
         for start in component.inside
         if recognise(below(header, start), component)
     ]
+    return inside if alone is None else [alone, *inside]
 
 
 def recognise_components(header: Header, family: Family, entry: ModelEntry) -> list[Place]:

@@ -1,6 +1,7 @@
 """Frames of a video that are given, not predicted."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from PIL import Image
@@ -15,10 +16,13 @@ def picture_of(frame: torch.Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def know_first_frame(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+def know_first_frame(loaded: Loaded, samples: Sequence[Sample], stride: int) -> list[Tensors]:
     """Video (3, F, H, W) → `first_frame` (1, F', 1, 1): 1 for the first latent frame, which a
-    causal VAE makes of the first frame alone."""
-    stride = loaded["vae"].config.scale_factor_temporal
+    causal VAE makes of the first frame alone.
+
+    Args:
+        stride: frames to a latent one.
+    """
     results: list[Tensors] = []
     for sample in samples:
         mask = torch.zeros(1, 1 + (sample["video"].shape[1] - 1) // stride, 1, 1)
@@ -27,10 +31,12 @@ def know_first_frame(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]
     return results
 
 
-def known_frame_stage(video: Input) -> Stage:
-    """The stage that gives the first frame in the video itself, which is the target `video`."""
+def known_frame_stage(video: Input, stride: int) -> Stage:
+    """The stage that gives the first frame in the video itself, which is the target `video`: see
+    `know_first_frame`."""
     known = Output("first_frame", "known", of="video")
-    return Stage("known_frame", (video,), ("vae",), (known,), know_first_frame)
+    run = partial(know_first_frame, stride=stride)
+    return Stage("known_frame", (video,), ("vae",), (known,), run)
 
 
 def encode_given(

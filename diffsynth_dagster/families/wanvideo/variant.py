@@ -175,7 +175,9 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
     ]
     if "input_image" in extra:
         wide = _has_wide_latents(dit) if dit else _names_wide_vae(config) or _is_wide(vae)
-        wanted.append(known_frame_stage(VIDEO) if wide else _frames_beside(last))
+        wanted.append(
+            known_frame_stage(VIDEO, stages.FRAMES_PER_LATENT) if wide else _frames_beside(last)
+        )
         if _reads_features(dit) if dit else "image_encoder" in given:
             # Models without an embedding of two positions take the first frame alone.
             wanted.append(_features(last and (not dit or f"{_EMBEDDER}pos_embed" in dit)))

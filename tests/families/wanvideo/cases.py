@@ -172,11 +172,11 @@ def layouts(
     }
 
 
-def write_video(path: Path, seed: int, side: int) -> None:
-    """A clip of five frames of noise, without loss."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (FRAMES, side, side, 3), dtype=np.uint8)
+def write_video(path: Path, seed: int, side: int, frames: int = FRAMES, rate: int = 16) -> None:
+    """A clip of noise, without loss."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (frames, side, side, 3), dtype=np.uint8)
     size = f"{side}x{side}"
-    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", "16", "-i", "-"]
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(rate), "-i", "-"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source]
     command += ["-c:v", "libx264", "-qp", "0", str(path)]
     subprocess.run(command, input=pixels.tobytes(), check=True)
@@ -199,9 +199,9 @@ def rows(folder: Path, side: int = 32, vace: bool = False) -> Path:
     return folder / "metadata.csv"
 
 
-def _pictures(path: str, side: int) -> list[Image.Image]:
+def _pictures(path: str, side: int, frames: int = FRAMES) -> list[Image.Image]:
     """The frames of a clip as they are decoded."""
-    video = load_sample_video(Path(path), (side, side), FRAMES, 1.0)
+    video = load_sample_video(Path(path), (side, side), frames, 1.0)
     return [_picture(frame) for frame in video.unbind(1)]
 
 

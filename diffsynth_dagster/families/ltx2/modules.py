@@ -1,0 +1,89 @@
+"""The modules of LTX-2 and 2.3: their files and their settings.
+
+Files are the folders of diffusers; the one file of the authors, which holds all but the text encoder;
+or the same tensors in files of their own, whose VAEs may be their encoders alone.
+"""
+
+from diffusers import LTX2VideoTransformer3DModel
+from diffusers.loaders import single_file_utils
+from diffusers.pipelines.ltx2 import LTX2Vocoder
+
+from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
+from diffsynth_dagster.families.shared.architecture import count_blocks
+from diffsynth_dagster.families.shared.gemma import GEMMA_3
+from diffsynth_dagster.families.shared.ltx_text import LTX2_CONNECTORS
+from diffsynth_dagster.families.shared.ltx_vae import LTX2_AUDIO_VAE, LTX2_VAE
+from diffsynth_dagster.families.shared.names import with_new_starts
+
+HEAD, AUDIO_HEAD = 128, 64
+"""Channels of an attention head of the published models, over the video and over the sound."""
+_ROTARY: Settings = {"rope_type": "split", "rope_double_precision": True}
+
+
+def dit_settings(shapes: Shapes) -> Settings:
+    """The transformer over video and sound."""
+    block = "transformer_blocks.0."
+    inner, in_channels = shapes["proj_in.weight"]
+    audio_inner, audio_in_channels = shapes["audio_proj_in.weight"]
+    caption = shapes.get("caption_projection.linear_1.weight")
+    return {
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0],
+        "num_attention_heads": inner // HEAD,
+        "attention_head_dim": HEAD,
+        "cross_attention_dim": shapes[f"{block}attn2.to_k.weight"][1],
+        "audio_in_channels": audio_in_channels,
+        "audio_out_channels": shapes["audio_proj_out.weight"][0],
+        "audio_num_attention_heads": audio_inner // AUDIO_HEAD,
+        "audio_attention_head_dim": AUDIO_HEAD,
+        "audio_cross_attention_dim": shapes[f"{block}audio_attn2.to_k.weight"][1],
+        "num_layers": count_blocks(shapes, "transformer_blocks."),
+        "use_prompt_embeddings": caption is not None,
+        **({"caption_channels": caption[1]} if caption else {}),
+        # What 2.3 has beside 2.0.
+        "gated_attn": f"{block}attn1.to_gate_logits.weight" in shapes,
+        "audio_gated_attn": f"{block}audio_attn1.to_gate_logits.weight" in shapes,
+        "cross_attn_mod": f"{block}prompt_scale_shift_table" in shapes,
+        "audio_cross_attn_mod": f"{block}audio_prompt_scale_shift_table" in shapes,
+        **_ROTARY,
+    }
+
+
+_PROMPT = {
+    "prompt_adaln_single.": "prompt_adaln.",
+    "audio_prompt_adaln_single.": "audio_prompt_adaln.",
+}
+
+
+def convert_dit(tensors: Tensors) -> Tensors:
+    """The authors' names → diffusers'. Also those of a LoRA."""
+    named = with_new_starts(tensors, _PROMPT)
+    return single_file_utils.convert_ltx2_transformer_to_diffusers(named)
+
+
+COMPONENTS = (
+    Component(
+        "dit",
+        "transformer",
+        (
+            ("proj_in.weight", "audio_proj_in.weight", "audio_time_embed.linear.weight"),
+            ("patchify_proj.weight", "audio_patchify_proj.weight"),
+        ),
+        LTX2VideoTransformer3DModel,
+        dit_settings,
+        convert_dit,
+        ("transformer.safetensors",),
+        inside=("model.diffusion_model.",),
+    ),
+    GEMMA_3,
+    LTX2_CONNECTORS,
+    LTX2_VAE,
+    LTX2_AUDIO_VAE,
+    Component(
+        "vocoder",
+        "vocoder",
+        (("conv_in.weight", "upsamplers.0.weight", "conv_out.weight"),),
+        LTX2Vocoder,
+        lambda shapes: {},
+    ),
+)

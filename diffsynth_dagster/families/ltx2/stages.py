@@ -1,0 +1,110 @@
+"""The stages of LTX-2 and one call of its transformer: tensors in, tensors out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
+from diffsynth_dagster.families.shared.ltx_vae import encode_clips
+
+MILLIS = 1000
+CONTEXT, FACTOR, RATE = "in_context_videos", "in_context_downsample_factor", "frame_rate"
+
+
+def encode_context(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Videos beside the sample → `context` (L, C), the tokens of all one after another; their
+    `context_grids` (N, 3) and the `context_factor` () that their sides were divided by."""
+    # The n-th clips of samples of equal shape are of equal size.
+    numbered = zip(*(sample[CONTEXT] for sample in samples), strict=True)
+    latents = [encode_clips(loaded["vae"], torch.stack(clips)) for clips in numbered]
+    grids = torch.tensor([list(each.shape[2:]) for each in latents])
+    together = torch.cat([pack(each) for each in latents], dim=1)
+    return [
+        {
+            "context": own,
+            "context_grids": grids,
+            "context_factor": torch.tensor(int(sample[FACTOR])),
+        }
+        for own, sample in zip(together, samples, strict=True)
+    ]
+
+
+def read_rate(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """`frame_rate` → the same in thousandths, which no element type rounds."""
+    return [{"rate_millis": torch.tensor(round(s[RATE] * MILLIS))} for s in samples]
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, F, H, W) → a token for each place (B, F H W, C)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def coordinates(dit: Any, grid: Sequence[int], rate: torch.Tensor, factor: Any = 1) -> torch.Tensor:
+    """Where the tokens of a clip begin and end, (B, 3, F H W, 2): in seconds, and in pixels of the
+    sample.
+
+    Args:
+        grid: F, H, W.
+        rate: (B,) frames per second.
+        factor: what the sides were divided by; a number, or (B,).
+    """
+    frames, height, width = grid
+    places = dit.rope.prepare_video_coords(len(rate), frames, height, width, rate.device, fps=1.0)
+    seconds = places[:, :1] / rate.view(-1, 1, 1, 1)
+    scale = factor.view(-1, 1, 1, 1) if isinstance(factor, torch.Tensor) else factor
+    return torch.cat([seconds, places[:, 1:] * scale], dim=1)
+
+
+def denoise(
+    dit: Any,
+    loaded: Loaded,
+    conditions: Tensors,
+    x_t: Tensors,
+    t: torch.Tensor,
+    frame_rate: float,
+) -> Tensors:
+    """The transformer's velocity for `video` (B, C, F, H, W), and for `audio` (B, L, C) where the
+    clips have sound, at timesteps t (B,) in [0, 1000].
+
+    Tokens of a first frame that is given, and of clips beside the sample, have the timestep 0.
+
+    Args:
+        frame_rate: frames per second, where the rows do not say it.
+    """
+    latents, sound = x_t["video"], x_t.get("audio")
+    grid, tokens = latents.shape[2:], pack(latents)
+    count, millis = tokens.shape[1], conditions.get("rate_millis")
+    rate = torch.full_like(t, frame_rate) if millis is None else millis.to(t) / MILLIS
+    places = coordinates(dit, grid, rate)
+    # A timestep for each token only where they differ.
+    some = "first_frame" in conditions or "context" in conditions
+    each = t[:, None].expand(-1, count) if some else t
+    if "first_frame" in conditions:
+        each = each * pack(1 - conditions["first_frame"].to(t).expand_as(latents[:, :1]))[..., 0]
+    if "context" in conditions:
+        tokens = torch.cat([tokens, conditions["context"]], dim=1)
+        each = torch.cat([each, torch.zeros_like(conditions["context"][..., 0], dtype=t.dtype)], 1)
+        # Samples of a batch have clips of equal sizes.
+        beside = conditions["context_grids"][0].tolist()
+        factor = conditions["context_factor"].to(t)
+        places = torch.cat([places, *(coordinates(dit, g, rate, factor) for g in beside)], dim=2)
+    video, audio = dit(
+        hidden_states=tokens,
+        # A silent clip has one token of silence, which its picture does not see.
+        audio_hidden_states=tokens.new_zeros(len(t), 1, dit.config.audio_in_channels)
+        if sound is None
+        else sound,
+        encoder_hidden_states=conditions["prompt_embeds"],
+        audio_encoder_hidden_states=conditions["audio_prompt_embeds"],
+        timestep=each,
+        audio_timestep=t,
+        sigma=t,
+        audio_num_frames=1 if sound is None else sound.shape[1],
+        video_coords=places,
+        isolate_modalities=sound is None,
+        use_cross_timestep=True,
+        return_dict=False,
+    )
+    velocity = {"video": video[:, :count].transpose(1, 2).unflatten(2, grid)}
+    return velocity if sound is None else velocity | {"audio": audio}

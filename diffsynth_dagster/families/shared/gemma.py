@@ -1,0 +1,105 @@
+"""Gemma 3 as a text encoder: its component, and all of its hidden states."""
+
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
+
+from diffsynth_dagster.families.contract import Component, Sample, Settings, Shapes, Tokenizer
+from diffsynth_dagster.families.shared.architecture import count_blocks
+from diffsynth_dagster.families.shared.names import with_new_starts
+
+
+def text_encoder_settings(shapes: Shapes) -> Settings:
+    """Gemma 3. What the shapes do not show is as published: six layers with a window for each
+    without, and the constants of the rotary positions."""
+    text, vision = "model.language_model.", "model.vision_tower."
+    vocabulary, hidden = shapes[f"{text}embed_tokens.weight"]
+    layer, head = f"{text}layers.0.", shapes[f"{text}layers.0.self_attn.q_norm.weight"][0]
+    width, _, patch, _ = shapes[f"{vision}embeddings.patch_embedding.weight"]
+    places = shapes[f"{vision}embeddings.position_embedding.weight"][0]
+    return {
+        "text_config": {
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
+            "intermediate_size": shapes[f"{layer}mlp.gate_proj.weight"][0],
+            "num_hidden_layers": count_blocks(shapes, f"{text}layers."),
+            "num_attention_heads": shapes[f"{layer}self_attn.q_proj.weight"][0] // head,
+            "num_key_value_heads": shapes[f"{layer}self_attn.k_proj.weight"][0] // head,
+            "head_dim": head,
+            "query_pre_attn_scalar": head,
+            "sliding_window": 1024,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "linear",
+                    "factor": 8.0,
+                    "rope_theta": 1_000_000.0,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        },
+        "vision_config": {
+            "hidden_size": width,
+            "intermediate_size": shapes[f"{vision}encoder.layers.0.mlp.fc1.weight"][0],
+            "num_hidden_layers": count_blocks(shapes, f"{vision}encoder.layers."),
+            "num_attention_heads": 16,
+            "image_size": int(places**0.5) * patch,
+            "patch_size": patch,
+            "vision_use_head": False,
+        },
+        "mm_tokens_per_image": 256,
+    }
+
+
+_GEMMA = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.vision_model.": "model.vision_tower.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+GEMMA_3 = Component(
+    "text_encoder",
+    "text_encoder",
+    (
+        ("model.language_model.layers.0.pre_feedforward_layernorm.weight",),
+        ("language_model.model.layers.0.pre_feedforward_layernorm.weight",),
+    ),
+    Gemma3ForConditionalGeneration,
+    text_encoder_settings,
+    lambda tensors: with_new_starts(tensors, _GEMMA),
+    ("model-*.safetensors",),
+)
+
+
+def all_states(
+    tokenizer: Any, encoder: Any, sample: Sample, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states of a prompt after each layer and before the first, (1, L, hidden layers),
+    padded at the left to `length`; and which of the L are tokens of the prompt (1, L)."""
+    tokens = tokenizer(
+        sample["prompt"].strip(),
+        padding="max_length",
+        padding_side="left",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+    ).to(encoder.device)
+    ids, mask = tokens.input_ids, tokens.attention_mask
+    output = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    return torch.stack(output.hidden_states, dim=-1).flatten(2), mask
+
+
+def _load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a folder, by the class that its files name."""
+    make: Any = AutoTokenizer
+    return make.from_pretrained(folder, trust_remote_code=False)
+
+
+GEMMA_TOKENIZER = Tokenizer(
+    "tokenizer",
+    "tokenizer_path",
+    "google/gemma-3-12b-it-qat-q4_0-unquantized:/",
+    _load_tokenizer,
+    ("<bos>",),
+)

@@ -1,0 +1,117 @@
+"""Prompts of LTX-2: Gemma 3 and the connectors behind it, one for the video and one for the sound."""
+
+from collections.abc import Sequence
+
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+from diffsynth_dagster.families.contract import (
+    Component,
+    Loaded,
+    Output,
+    Sample,
+    Settings,
+    Shapes,
+    Stage,
+    Tensors,
+)
+from diffsynth_dagster.families.shared.architecture import count_blocks
+from diffsynth_dagster.families.shared.gemma import all_states
+from diffsynth_dagster.families.shared.names import with_new_starts
+from diffsynth_dagster.families.shared.stages import PROMPT
+
+PROMPT_TOKENS = 1024
+GEMMA_STATES = 49
+"""Hidden states of Gemma 3 12B, one after each layer and one before, that the connectors read."""
+HEAD, AUDIO_HEAD = 128, 64
+"""Channels of an attention head of the connectors, the latter of that of the sound from 2.3 on."""
+
+
+def connector_settings(shapes: Shapes) -> Settings:
+    """The connectors between the text encoder and the transformer: one for the video, one for the
+    sound. Those of 2.3 project the prompt for each of them."""
+    apart = "video_text_proj_in.weight" in shapes
+    projected, states = shapes["video_text_proj_in.weight" if apart else "text_proj_in.weight"]
+    settings: Settings = {
+        "caption_channels": states // GEMMA_STATES if apart else projected,
+        "text_proj_in_factor": GEMMA_STATES if apart else states // projected,
+        "per_modality_projections": apart,
+        "proj_bias": any(name.endswith("text_proj_in.bias") for name in shapes),
+        "rope_type": "split",
+        "rope_double_precision": True,
+    }
+    for kind, head in (("video", HEAD), ("audio", AUDIO_HEAD if apart else HEAD)):
+        registers, inner = shapes[f"{kind}_connector.learnable_registers"]
+        blocks = f"{kind}_connector.transformer_blocks."
+        settings |= {
+            f"{kind}_connector_num_attention_heads": inner // head,
+            f"{kind}_connector_attention_head_dim": head,
+            f"{kind}_connector_num_layers": count_blocks(shapes, blocks),
+            f"{kind}_connector_num_learnable_registers": registers,
+            f"{kind}_gated_attn": f"{blocks}0.attn1.to_gate_logits.weight" in shapes,
+        }
+        if apart:
+            settings[f"{kind}_hidden_dim"] = shapes[f"{kind}_text_proj_in.weight"][0]
+    return settings
+
+
+_CONNECTORS = {
+    "text_embedding_projection.aggregate_embed.": "text_proj_in.",
+    "text_embedding_projection.video_aggregate_embed.": "video_text_proj_in.",
+    "text_embedding_projection.audio_aggregate_embed.": "audio_text_proj_in.",
+    "model.diffusion_model.video_embeddings_connector.": "video_connector.",
+    "model.diffusion_model.audio_embeddings_connector.": "audio_connector.",
+}
+
+
+def convert_connectors(tensors: Tensors) -> Tensors:
+    """The authors' names → diffusers'; other tensors of a whole checkpoint are left out."""
+    if "video_connector.learnable_registers" in tensors:
+        return tensors
+    own = {n: t for n, t in tensors.items() if n.startswith(tuple(_CONNECTORS))}
+    swaps = (
+        ("transformer_1d_blocks", "transformer_blocks"),
+        ("q_norm", "norm_q"),
+        ("k_norm", "norm_k"),
+    )
+    renamed: Tensors = {}
+    for name, tensor in with_new_starts(own, _CONNECTORS).items():
+        for old, new in swaps:
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    return renamed
+
+
+LTX2_CONNECTORS = Component(
+    "text_encoder_post_modules",
+    "connectors",
+    (
+        ("video_connector.learnable_registers", "audio_connector.learnable_registers"),
+        tuple(f"{start}learnable_registers" for start in list(_CONNECTORS)[-2:]),
+    ),
+    LTX2TextConnectors,
+    connector_settings,
+    convert_connectors,
+    ("text_encoder_post_modules.safetensors",),
+)
+
+
+def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Prompt → `prompt_embeds` and `audio_prompt_embeds` (1024, hidden): all hidden states of the
+    text encoder through the connectors, which put learned tokens in the place of the padding."""
+    results: list[Tensors] = []
+    # One by one: the states of a prompt of the published model take 400 MB.
+    for sample in samples:
+        encoder = loaded["text_encoder"]
+        states, mask = all_states(loaded["tokenizer"], encoder, sample, PROMPT_TOKENS)
+        video, audio, _ = loaded["text_encoder_post_modules"](states, mask, padding_side="left")
+        results.append({"prompt_embeds": video[0], "audio_prompt_embeds": audio[0]})
+    return results
+
+
+PROMPT_STAGE = Stage(
+    "prompt",
+    (PROMPT,),
+    ("tokenizer", "text_encoder", "text_encoder_post_modules"),
+    (Output("prompt_embeds", "condition"), Output("audio_prompt_embeds", "condition")),
+    encode_prompt,
+)

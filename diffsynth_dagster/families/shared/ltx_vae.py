@@ -1,0 +1,178 @@
+"""The VAEs of LTX-2, of video and of sound: from their files to components, and what they encode."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+from diffusers.loaders import single_file_utils
+from transformers.audio_utils import mel_filter_bank
+
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.families.contract import (
+    Component,
+    Loaded,
+    Output,
+    Sample,
+    Settings,
+    Shapes,
+    Stage,
+    Tensors,
+)
+from diffsynth_dagster.families.shared.architecture import count_blocks
+from diffsynth_dagster.families.shared.latents import stacked
+
+_SAMPLE = 32, 8
+"""Pixels and frames to a latent one."""
+SOUND_RATE, SOUND_CHANNELS = 16000, 2
+"""Samples of a channel per second, and channels, that the VAE of sound was trained on."""
+FFT, HOP, MEL_BINS, QUIET = 1024, 160, 64, 1e-5
+"""Samples of a window and between two, bins, and the least magnitude of its spectrograms."""
+
+
+def vae_settings(shapes: Shapes) -> Settings:
+    """The video VAE.
+
+    Raises:
+        ValueError: its decoder is not that of 2.0; without a config.json the shapes do not tell it.
+    """
+    down = count_blocks(shapes, "encoder.down_blocks.")
+    levels = [f"encoder.down_blocks.{i}." for i in range(down)] + ["encoder.mid_block."]
+    settings: Settings = {
+        "latent_channels": shapes["latents_mean"][0],
+        "block_out_channels": tuple(
+            shapes[f"{level}resnets.0.conv1.conv.weight"][0] for level in levels[1:]
+        ),
+        "layers_per_block": tuple(count_blocks(shapes, f"{level}resnets.") for level in levels),
+        "decoder_causal": False,
+        "spatial_compression_ratio": _SAMPLE[0],
+        "temporal_compression_ratio": _SAMPLE[1],
+    }
+    up = count_blocks(shapes, "decoder.up_blocks.")
+    if not up:
+        return settings
+    if up != down - 1:
+        raise ValueError(f"a decoder of {up} levels needs its config.json")
+    rising = ["decoder.mid_block.", *(f"decoder.up_blocks.{i}." for i in range(up))]
+    # Each level halves the channels as it doubles the sides.
+    widths = [2 * shapes[f"{level}resnets.0.conv1.conv.weight"][0] for level in rising[1:]]
+    return settings | {
+        "decoder_block_out_channels": tuple(widths[::-1]),
+        "decoder_layers_per_block": tuple(
+            count_blocks(shapes, f"{level}resnets.") for level in rising[::-1]
+        ),
+    }
+
+
+def audio_vae_settings(shapes: Shapes) -> Settings:
+    """The VAE of sound, over spectrograms of 64 mel bins."""
+    levels = range(count_blocks(shapes, "encoder.down."))
+    base, channels = shapes["encoder.conv_in.conv.weight"][:2]
+    widths = [shapes[f"encoder.down.{i}.block.0.conv2.conv.weight"][0] for i in levels]
+    return {
+        "base_channels": base,
+        "in_channels": channels,
+        "output_channels": channels,
+        "latent_channels": shapes["encoder.conv_out.conv.weight"][0] // 2,
+        "ch_mult": tuple(width // base for width in widths),
+        "num_res_blocks": count_blocks(shapes, "encoder.down.0.block."),
+    }
+
+
+def convert_vae(tensors: Tensors) -> Tensors:
+    """The authors' names → diffusers'."""
+    if "latents_mean" in tensors:
+        return tensors
+    return single_file_utils.convert_ltx2_vae_to_diffusers(dict(tensors))
+
+
+def convert_audio_vae(tensors: Tensors) -> Tensors:
+    """The authors' names → diffusers'."""
+    return single_file_utils.convert_ltx2_audio_vae_to_diffusers(dict(tensors))
+
+
+LTX2_VAE = Component(
+    "vae",
+    "vae",
+    (
+        ("latents_mean", "encoder.mid_block.resnets.0.conv1.conv.weight"),
+        (
+            "per_channel_statistics.mean-of-means",
+            "encoder.down_blocks.0.res_blocks.0.conv1.conv.weight",
+        ),
+    ),
+    AutoencoderKLLTX2Video,
+    vae_settings,
+    convert_vae,
+    ("video_vae_encoder.safetensors",),
+    inside=("vae.",),
+    may_lack=("decoder",),
+)
+
+LTX2_AUDIO_VAE = Component(
+    "audio_vae",
+    "audio_vae",
+    tuple(
+        (mean, "encoder.mid.block_1.conv1.conv.weight")
+        for mean in ("latents_mean", "per_channel_statistics.mean-of-means")
+    ),
+    AutoencoderKLLTX2Audio,
+    audio_vae_settings,
+    convert_audio_vae,
+    ("audio_vae_encoder.safetensors",),
+    inside=("audio_vae.",),
+    may_lack=("decoder",),
+)
+
+
+def encode_clips(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Videos (B, 3, F, H, W) in [-1, 1] → latents (B, C, 1 + (F - 1) / 8, H/32, W/32) float32."""
+    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    mean, std = (t.float().view(-1, 1, 1, 1) for t in (vae.latents_mean, vae.latents_std))
+    return (latents - mean) * vae.config.scaling_factor / std
+
+
+def encode_sound(vae: Any, sound: torch.Tensor) -> torch.Tensor:
+    """Sound (B, 2, samples) at 16 kHz → tokens (B, L, C) float32, 25 a second."""
+    mel = log_mel(sound.to(vae.device)).to(vae.dtype)
+    tokens = vae.encode(mel).latent_dist.mode().float().transpose(1, 2).flatten(2)
+    return (tokens - vae.latents_mean.float()) / vae.latents_std.float()
+
+
+def log_mel(sound: torch.Tensor) -> torch.Tensor:
+    """Sound (B, 2, samples) at 16 kHz → its log-mel spectrogram (B, 2, 1 + samples / 160, 64): of
+    magnitudes, by the mel scale and with the filters of Slaney's auditory toolbox (1998)."""
+    window = torch.hann_window(FFT, device=sound.device)
+    spectrum = torch.stft(
+        sound.flatten(0, 1), FFT, HOP, window=window, pad_mode="reflect", return_complex=True
+    ).abs()
+    filters = mel_filter_bank(
+        FFT // 2 + 1, MEL_BINS, 0.0, SOUND_RATE / 2, SOUND_RATE, norm="slaney", mel_scale="slaney"
+    )
+    mel = spectrum.transpose(1, 2) @ torch.from_numpy(filters).float().to(sound.device)
+    return mel.clamp(min=QUIET).log().unflatten(0, sound.shape[:2])
+
+
+def encode_video(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Video (3, F, H, W) → `video` (C, F', H', W')."""
+    return [{"video": own} for own in encode_clips(loaded["vae"], stacked(samples, "video"))]
+
+
+def encode_audio(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
+    """Sound (2, samples) → `audio` (L, C), 25 tokens a second; nothing for a silent clip."""
+    if samples[0]["input_audio"] is None:
+        return [{} for _ in samples]
+    sound = stacked(samples, "input_audio")
+    return [{"audio": own} for own in encode_sound(loaded["audio_vae"], sound)]
+
+
+VIDEO = Input("video", "video")
+SOUND = Input("input_audio", "audio", optional=True, rate=SOUND_RATE, channels=SOUND_CHANNELS)
+VIDEO_STAGE = Stage("video", (VIDEO,), ("vae",), (Output("video", "target"),), encode_video)
+SOUND_STAGE = Stage(
+    "audio",
+    (VIDEO, SOUND),
+    ("audio_vae",),
+    (Output("audio", "target", optional=True, weight="audio_loss_weight"),),
+    encode_audio,
+)
