@@ -126,6 +126,28 @@ def wan(template: str, dit: str, frames: str | None, *extra: str, **more: Any) -
     )
 
 
+def ltx(template: str, model: str, *extra: str, **more: Any) -> Variant:
+    sound = "input_audio" in extra
+    files = ["transformer", "text_encoder_post_modules", "video_vae_encoder"]
+    files += ["audio_vae_encoder"] if sound else []
+    components = ["dit", "text_encoder_post_modules", "vae", *(["audio_vae"] if sound else [])]
+    keys = ["video", *(name for name in ("input_audio", "in_context_videos") if name in extra)]
+    flags = {"--height": "512", "--width": "768", "--num_frames": more.pop("frames", "121")}
+    flags |= {"--dataset_repeat": "100", **CHECKPOINTING}
+    if extra:
+        flags |= {"--extra_inputs": ",".join(extra), "--data_file_keys": ",".join(keys)}
+    models = [f"DiffSynth-Studio/{model}-Repackage:{name}.safetensors" for name in files]
+    return Variant(
+        template,
+        "ltx2",
+        ",".join([*models, "google/gemma-3-12b-it-qat-q4_0-unquantized:model-*.safetensors"]),
+        (*components, "text_encoder"),
+        ("prompt", "video", *(["audio"] if sound else []), *more.pop("cached", ())),
+        flags,
+        targets="to_k,to_q,to_v,to_out.0",
+    )
+
+
 def unet(template: str, family: str, repository: str, side: str, **more: Any) -> Variant:
     control = more.pop("control", False)
     encoders = ("text_encoder", *(["text_encoder_2"] if family.endswith("xl") else []))
@@ -303,4 +325,19 @@ VARIANTS = (
     sd15("sd15_controlnet", control=True),
     sdxl("sdxl"),
     sdxl("sdxl_controlnet", control=True),
+    ltx("ltx2_t2av", "LTX-2", "input_audio"),
+    ltx("ltx2_i2av", "LTX-2", "input_audio", "input_image", cached=("known_frame",)),
+    ltx("ltx2_t2v", "LTX-2"),
+    ltx(
+        "ltx2_ic_lora",
+        "LTX-2",
+        "input_audio",
+        "in_context_videos",
+        "in_context_downsample_factor",
+        "frame_rate",
+        frames="81",
+        cached=("context", "rate"),
+    ),
+    ltx("ltx23_t2av", "LTX-2.3", "input_audio"),
+    ltx("ltx23_i2av", "LTX-2.3", "input_audio", "input_image", cached=("known_frame",)),
 )

@@ -97,6 +97,27 @@ def test_the_template_asks_for_the_same(variant: Variant, kind: str) -> None:
     assert plans[0]["family"] == variant.family
 
 
+@pytest.mark.parametrize("half", ["data_process", "train"])
+def test_each_half_of_a_split_command_prints_a_plan(
+    half: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The guide's commands for LTX-2 name in each half the models that it needs."""
+    monkeypatch.chdir(tmp_path)
+    models = BY_NAME["ltx2_t2av"].models.split(",")
+    words = command(BY_NAME["ltx2_t2av"], "lora")
+    named = models[1:] if half == "data_process" else models[:1]
+    words[words.index("--model_id_with_origin_paths") + 1] = ",".join(named)
+    if half == "train":
+        at = words.index("--dataset_metadata_path")
+        words = words[:at] + words[at + 2 :]
+    assert main([*words, "--task", f"sft:{half}", "--dry_run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["family"] == "ltx2"
+    assert ("dit" in plan["components"]) == (half == "train")
+    assert plan["stages"]["cached"] == ["prompt", "video", "audio"]
+    assert list(tmp_path.iterdir()) == []
+
+
 BY_NAME = {variant.template: variant for variant in VARIANTS}
 ACCEPTED = [
     ("qwen_image", "--tokenizer_path", "a"),
@@ -117,6 +138,10 @@ ACCEPTED = [
     ("wan21_t2v_1.3b", "--min_timestep_boundary", "0.417"),
     ("wan21_t2v_1.3b", "--initialize_model_on_cpu", ""),
     ("wan21_t2v_1.3b", "--num_frames", "49"),
+    ("ltx2_t2av", "--tokenizer_path", "a"),
+    ("ltx2_t2av", "--frame_rate", "30"),
+    ("ltx2_t2av", "--initialize_model_on_cpu", ""),
+    ("ltx2_t2av", "--audio_loss_weight", "0.5"),
 ]
 REFUSED = [
     ("qwen_image", "--tokenizer_1_path", "a", "qwen_image takes no tokenizer_1_path"),
