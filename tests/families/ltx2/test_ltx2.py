@@ -150,7 +150,8 @@ def test_vaes_without_decoders_train_alike_and_make_no_samples(
     model: Path, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = encoders_alone(model, tmp_path / "halves")
-    code, run = train({**values, "cache_path": str(tmp_path / "a")}, tmp_path / "whole")
+    whole = {**values, **T2AV.models(model, "original"), "cache_path": str(tmp_path / "a")}
+    code, run = train(whole, tmp_path / "whole")
     assert code == 0
     given = {**values, "model_paths": paths, "cache_path": str(tmp_path / "b")}
     code, other = train(given, tmp_path / "halves-run")
