@@ -17,10 +17,10 @@ from families.ltx2.cases import (
     LAYOUTS,
     SIDE,
     TRANSFORMER,
-    original_dit,
     rows,
     write,
 )
+from families.ltx2.original import original_dit
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.errors import UserError
