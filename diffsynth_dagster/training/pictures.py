@@ -1,13 +1,16 @@
-"""Sample pictures and evaluations: what the model makes as it stands, written by one process."""
+"""Samples and evaluations: what the model makes as it stands, written by one process."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
 from diffsynth_dagster.dotted import import_dotted
+from diffsynth_dagster.families.contract import Clip
 from diffsynth_dagster.files import write_whole
-from diffsynth_dagster.training.sampling import Sampler, grid
+from diffsynth_dagster.training.clips import write_clip
+from diffsynth_dagster.training.sampling import Sampler, grid, strip
 from diffsynth_dagster.training.setup import Work
 
 COLUMNS = 8
@@ -15,7 +18,8 @@ COLUMNS = 8
 
 
 class Pictures:
-    """Makes images with the model as it stands and writes them under `samples/` of the run folder."""
+    """Makes images and clips with the model as it stands and writes them under `samples/` of the run
+    folder."""
 
     def __init__(self, work: Work) -> None:
         session = work.session
@@ -28,10 +32,19 @@ class Pictures:
         self._folder = Path(session.config.output_path) / "samples"
 
     def sample(self, step: int) -> None:
-        """Write one picture with an image for each of `sample_prompts`. Collective."""
+        """Write one picture with an image for each of `sample_prompts`, and each video. Collective.
+
+        A video is in the picture as the strip of its frames.
+        """
         prompts = self._config.sample_prompts
         if prompts and self._parallel.is_main_process:
-            images = self._generate(prompts, self._config.seed)
+            images: list[Image.Image] = []
+            with self._evaluating():
+                clips = self._sampler(self._module.loaded, prompts, self._config.seed)
+                for index, clip in enumerate(clips):
+                    images.append(strip(clip.frames))
+                    if len(clip.frames) > 1:
+                        self._reporter.sampled(step, self._write_clip(f"step-{step}-{index}", clip))
             picture = self._write(f"step-{step}", grid(images, columns=min(COLUMNS, len(images))))
             self._reporter.sampled(step, picture)
         self._parallel.wait_for_everyone()
@@ -51,10 +64,17 @@ class Pictures:
         self._parallel.wait_for_everyone()
 
     def _generate(self, prompts: Sequence[str], seed: int) -> list[Image.Image]:
+        with self._evaluating():
+            clips = self._sampler(self._module.loaded, prompts, seed)
+            return [strip(clip.frames) for clip in clips]
+
+    @contextmanager
+    def _evaluating(self) -> Generator[None]:
+        """The modules in evaluation mode; each gets its own mode back."""
         modes = {module: module.training for module in self._module.modules()}
         self._module.eval()
         try:
-            return self._sampler(self._module.loaded, prompts, seed)
+            yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -63,4 +83,9 @@ class Pictures:
         path = self._folder / f"{name}.png"
         write_whole(path, lambda staged: picture.save(staged, format="PNG"))
         self._run_file.pictured(name, path.name)
+        return path
+
+    def _write_clip(self, name: str, clip: Clip) -> Path:
+        path = write_clip(self._folder / f"{name}.mp4", clip)
+        self._run_file.filmed(name, path.name)
         return path

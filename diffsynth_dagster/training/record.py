@@ -32,6 +32,7 @@ class RunRecord:
         lora: rank and alpha, when a LoRA was trained.
         evaluation: metrics of `customized_evaluation`, named before/… and after/….
         pictures: name → file name under samples/.
+        clips: the same of sampled videos, named step-<step>-<place of the prompt, from 0>.
         finished: whether the training reached its end.
     """
 
@@ -58,6 +59,7 @@ class RunRecord:
     newest: list[str] = field(default_factory=list)
     evaluation: dict[str, float] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
+    clips: dict[str, str] = field(default_factory=dict)
     finished: bool = False
     version: str = __version__
 
@@ -104,6 +106,10 @@ class RunFile:
     def pictured(self, name: str, file: str) -> None:
         """A picture was written, as this file under samples/."""
         self._update(pictures={**self.record.pictures, name: file})
+
+    def filmed(self, name: str, file: str) -> None:
+        """A sampled video was written, as this file under samples/."""
+        self._update(clips={**self.record.clips, name: file})
 
     def evaluated(self, when: str, metrics: Mapping[str, float]) -> None:
         """The model was evaluated, before or after the training."""

@@ -57,8 +57,8 @@ class Reporter:
     def stepped(self, metrics: StepMetrics) -> None:
         """An optimizer step was made."""
 
-    def sampled(self, step: int, picture: Path) -> None:
-        """Sample images were written as one picture."""
+    def sampled(self, step: int, file: Path) -> None:
+        """Samples were written: all images of a step as one picture, or one clip."""
 
     def saved(self, step: int, checkpoint: Path) -> None:
         """A checkpoint was written."""
@@ -95,9 +95,9 @@ class Reporters(Reporter):
         for reporter in self._reporters:
             reporter.stepped(metrics)
 
-    def sampled(self, step: int, picture: Path) -> None:
+    def sampled(self, step: int, file: Path) -> None:
         for reporter in self._reporters:
-            reporter.sampled(step, picture)
+            reporter.sampled(step, file)
 
     def saved(self, step: int, checkpoint: Path) -> None:
         for reporter in self._reporters:
@@ -317,8 +317,8 @@ class PipesReporter(Reporter):
         if self._every.due(metrics.step, self._total):
             self._send("step", **asdict(metrics))
 
-    def sampled(self, step: int, picture: Path) -> None:
-        self._send("sample", step=step, path=str(picture))
+    def sampled(self, step: int, file: Path) -> None:
+        self._send("sample", step=step, path=str(file))
 
     def saved(self, step: int, checkpoint: Path) -> None:
         self._send("checkpoint", step=step, path=str(checkpoint))

@@ -1,6 +1,6 @@
-"""Images made with the model as it stands, and functions that measure it by them."""
+"""Images and clips made with the model as it stands, and functions that measure it by them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import clip_rule
-from diffsynth_dagster.families.contract import SampleRequest, Tensors
+from diffsynth_dagster.families.contract import Clip, SampleRequest, Tensors
 from diffsynth_dagster.objective.noise import generator
 from diffsynth_dagster.training.batches import collate
 from diffsynth_dagster.training.step import weight_dtype
@@ -25,7 +25,8 @@ STRIP_FRAMES = 8
 """Frames of a sampled video that its picture shows."""
 
 Generate = Callable[[Sequence[str], int], list[Image.Image]]
-"""(prompts, seed) → one image for each prompt. Equal prompts get different noise."""
+"""(prompts, seed) → one image for each prompt, of a clip the strip of its frames. Equal prompts get
+different noise."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Evaluation:
 
 
 class Sampler:
-    """Makes images with the components as they stand.
+    """Makes images and clips with the components as they stand.
 
     Prompts named in the recipe are read from the store; others are encoded when they are asked for.
 
@@ -71,9 +72,11 @@ class Sampler:
 
     def __call__(
         self, live: Mapping[str, Any], prompts: Sequence[str], seed: int
-    ) -> list[Image.Image]:
-        """One image for each prompt, with the components in `live` in place of the loaded ones."""
-        images: list[Image.Image] = []
+    ) -> Iterator[Clip]:
+        """One clip for each prompt, with the components in `live` in place of the loaded ones.
+
+        They come as they are made, so that not all of them are in memory at once.
+        """
         negative = self._config.sample_cfg_scale > 1
         encoded = self._encode(live, [*dict.fromkeys(prompts), *([""] if negative else [])])
         denoisers = [denoiser.component for denoiser in self._family.denoisers]
@@ -94,8 +97,8 @@ class Sampler:
                 generators=[generator(seed, "image", start + i) for i in range(len(part))],
             )
             with torch.no_grad(), self._autocast():
-                images += [strip(c.frames) for c in self._family.sample(loaded, request)]
-        return images
+                clips = self._family.sample(loaded, request)
+            yield from clips
 
     def _stack(self, samples: list[Tensors], dtype: torch.dtype) -> Tensors:
         outputs = [output for stage in self._family.text_stages for output in stage.yields]

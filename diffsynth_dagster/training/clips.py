@@ -1,0 +1,90 @@
+"""Sampled clips as video files, with their sound.
+
+Written with PyAV, that is FFmpeg.
+"""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange
+from PIL import Image
+
+from diffsynth_dagster.families.contract import Clip
+from diffsynth_dagster.files import write_whole
+
+FRAME_RATE = 24.0
+"""Frames per second of a clip that says none."""
+FALLBACK_RATE = 48000
+"""Samples per second of sound at a rate that AAC does not have."""
+_BT709 = 1
+"""FFmpeg's number for BT.709, as matrix, primaries and transfer function alike."""
+_LAYOUTS = {1: "mono", 2: "stereo"}
+
+
+def write_clip(path: Path, clip: Clip) -> Path:
+    """Write a clip as mp4 that browsers play: H.264 in yuv420p, and AAC when it has sound.
+
+    Halved colour needs even sides: an odd one gets its last row or column once more.
+
+    Raises:
+        OutputError: the folder cannot be written, or FFmpeg cannot encode the clip.
+    """
+    return write_whole(path, lambda staged: _encode(staged, clip))
+
+
+def _encode(path: Path, clip: Clip) -> None:
+    rate = Fraction(clip.frame_rate or FRAME_RATE).limit_denominator(1001)
+    width, height = clip.frames[0].size
+    options = {"movflags": "+faststart"}
+    try:
+        with av.open(str(path), "w", format="mp4", options=options) as container:
+            video: Any = container.add_stream("libx264", rate=rate, options={"crf": "18"})
+            video.width, video.height = width + width % 2, height + height % 2
+            video.pix_fmt = "yuv420p"
+            _name_colors(video.codec_context)
+            # Every stream is there before the first packet: the header names them all.
+            sound = None if clip.sound is None else _sound_stream(container, clip)
+            for image in clip.frames:
+                container.mux(video.encode(_frame(image)))
+            container.mux(video.encode(None))
+            if sound is not None:
+                container.mux(sound.encode(_heard(clip)))
+                container.mux(sound.encode(None))
+    except av.FFmpegError as error:
+        # Only some of FFmpeg's errors are an OSError, which `write_whole` explains.
+        raise OSError(error.errno, f"FFmpeg: {error.strerror}") from error
+
+
+def _name_colors(codec: Any) -> None:
+    """Say what the colours are: players guess that of a file that says nothing by its size."""
+    codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
+    codec.color_range = ColorRange.MPEG
+
+
+def _frame(image: Image.Image) -> av.VideoFrame:
+    pixels = np.asarray(image.convert("RGB"))
+    height, width, _ = pixels.shape
+    even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    frame = av.VideoFrame.from_ndarray(even, "rgb24")
+    return frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+
+
+def _sound_stream(container: Any, clip: Clip) -> Any:
+    """A stream of the clip's own rate where AAC has it; PyAV resamples to any other."""
+    assert clip.sound is not None
+    known = clip.sound_rate in (av.Codec("aac", "w").audio_rates or ())
+    rate = clip.sound_rate if known else FALLBACK_RATE
+    return container.add_stream("aac", rate=rate, layout=_LAYOUTS[clip.sound.shape[0]])
+
+
+def _heard(clip: Clip) -> av.AudioFrame:
+    assert clip.sound is not None
+    samples = clip.sound.float().clamp(-1.0, 1.0).cpu().numpy()
+    frame = av.AudioFrame.from_ndarray(
+        np.ascontiguousarray(samples), "fltp", _LAYOUTS[samples.shape[0]]
+    )
+    frame.sample_rate = clip.sound_rate
+    return frame
