@@ -16,7 +16,7 @@ from assets.common import (
     table,
     user_errors,
 )
-from assets.pictures import inline, loss_curve, stacked
+from assets.pictures import animation, inline, loss_curve, stacked
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.training.reporting import every_line
 from resources import Hub, Launcher, Parameters
@@ -188,7 +188,15 @@ def _describe(config: TrainingConfig, record: "RunRecord") -> dict[str, Any]:
         "samples": stacked(_pictures(record, folder, evaluated=False)),
         "evaluation": stacked(_pictures(record, folder, evaluated=True)),
     }
-    return facts | {name: inline(p) for name, p in pictures.items() if p is not None}
+    clips = _newest_clips(record, folder)
+    shown = {name: inline(p) for name, p in pictures.items() if p is not None}
+    playing = animation(clips)
+    return {
+        **facts,
+        **shown,
+        **({} if playing is None else {"clips": playing}),
+        **{f"clip/{i}": dg.MetadataValue.path(str(p.absolute())) for i, p in enumerate(clips)},
+    }
 
 
 def _pictures(record: "RunRecord", folder: Path, evaluated: bool) -> list[tuple[str, Path]]:
@@ -197,3 +205,10 @@ def _pictures(record: "RunRecord", folder: Path, evaluated: bool) -> list[tuple[
     if not evaluated and len(names) > 2:
         names = [names[0], names[-1]]
     return [(name, folder / "samples" / record.pictures[name]) for name in names]
+
+
+def _newest_clips(record: "RunRecord", folder: Path) -> list[Path]:
+    """The videos of the last samples, in the order of their prompts."""
+    steps = [name.rpartition("-")[0] for name in record.clips]
+    files = zip(steps, record.clips.values(), strict=True)
+    return [folder / "samples" / file for step, file in files if step == steps[-1]]

@@ -1,4 +1,4 @@
-"""Pictures small enough to lie in the event log."""
+"""Pictures and animations small enough to lie in the event log."""
 
 import base64
 import io
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 70_000
 """Of the image file: base64 makes it a third larger, and one event should stay below 100 KB."""
+MAX_ANIMATION_BYTES = 400_000
+"""Of an animation, which needs more. The page of an asset's events loads many events at once."""
+MAX_ANIMATION_FRAMES = 240
+_ANIMATION_WIDTH, _ANIMATION_COLUMNS = 640, 4
 _BORDER = 2
 _RED = (200, 40, 40)
 
@@ -21,6 +25,10 @@ _RED = (200, 40, 40)
 def inline(image: "Image") -> dg.MarkdownMetadataValue:
     """An image inside markdown: PNG if that is small enough, else a JPEG that is."""
     kind, data = next(item for item in _encodings(image) if len(item[1]) <= MAX_BYTES)
+    return _markdown(kind, data)
+
+
+def _markdown(kind: str, data: bytes) -> dg.MarkdownMetadataValue:
     text = base64.b64encode(data).decode()
     return dg.MetadataValue.md(f"![]({f'data:image/{kind};base64,{text}'})")
 
@@ -82,6 +90,38 @@ def contact_sheet(files: Sequence[Shown], side: int = 96, columns: int = 8) -> "
     for index, cell in enumerate(thumbnails):
         sheet.paste(cell, (index % columns * side, index // columns * side))
     return sheet
+
+
+def animation(clips: Sequence[Path]) -> dg.MarkdownMetadataValue | None:
+    """Clips of one size side by side, as long as the shortest; None when there are none.
+
+    A WebP, which plays without sound: Dagster's pages take only images out of markdown, no video.
+    """
+    from diffsynth_dagster.training.clips import read_frames
+    from diffsynth_dagster.training.sampling import grid
+
+    found = [clip for clip in clips if clip.is_file()]
+    if not found:
+        return None
+    columns = min(len(found), _ANIMATION_COLUMNS)
+    films = [read_frames(clip, most_width=_ANIMATION_WIDTH // columns) for clip in found]
+    frames = [grid(together, columns) for together in zip(*(f.frames for f in films), strict=False)]
+    step = -(-len(frames) // MAX_ANIMATION_FRAMES)
+    rate = films[0].frame_rate
+    assert rate is not None, "a video file has a frame rate"
+    return _markdown("webp", _film(frames[::step], round(1000 * step / rate)))
+
+
+def _film(frames: "Sequence[Image]", milliseconds: int) -> bytes:
+    """An endless WebP within the bound: smaller frames where it needs them."""
+    first, *others = frames
+    options: dict[str, Any] = {"format": "WEBP", "save_all": True, "loop": 0, "quality": 70}
+    data = _encoded(first, append_images=others, duration=milliseconds, **options)
+    if len(data) <= MAX_ANIMATION_BYTES:
+        return data
+    scale = min(0.9, (MAX_ANIMATION_BYTES / len(data)) ** 0.5)
+    side = max(1, int(first.width * scale)), max(1, int(first.height * scale))
+    return _film([frame.resize(side) for frame in frames], milliseconds)
 
 
 def _thumbnail(image: "Image", side: int, accepted: bool) -> "Image":

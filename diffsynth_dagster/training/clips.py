@@ -35,6 +35,20 @@ def write_clip(path: Path, clip: Clip) -> Path:
     return write_whole(path, lambda staged: _encode(staged, clip))
 
 
+def read_frames(path: Path, most_width: int) -> Clip:
+    """The frames of a video file, no wider than `most_width` pixels, without its sound.
+
+    Raises:
+        av.FFmpegError: the file is damaged.
+    """
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        width = min(stream.width, most_width)
+        height = max(1, round(stream.height * width / stream.width))
+        frames = [f.to_image(width=width, height=height) for f in container.decode(stream)]
+        return Clip(frames, float(stream.average_rate or FRAME_RATE))
+
+
 def _encode(path: Path, clip: Clip) -> None:
     rate = Fraction(clip.frame_rate or FRAME_RATE).limit_denominator(1001)
     width, height = clip.frames[0].size
