@@ -5,11 +5,14 @@ import io
 import shutil
 from pathlib import Path
 
+import av
 import dagster as dg
 from dagster_support import environment, home, job, start, write_recipe
 from families.wanvideo.cases import CASES
 from media_support import real_clip
 from PIL import Image
+
+from diffsynth_dagster.training.record import read_record
 
 CLIPS = {
     "carphone_pristine.mp4": "a man in a car talks",
@@ -65,6 +68,16 @@ def test_real_clips_become_a_lora(tmp_path: Path) -> None:
     assert strips.height > 2 * 48
     with Image.open(tmp_path / "run" / "samples" / "step-6.png") as strip:
         assert strip.size == (8 * 64, 48)
+    playing = picture(training["clips"])
+    assert (playing.format, playing.size) == ("WEBP", (64, 48))
+    assert getattr(playing, "n_frames", 1) == 9
+    clip = tmp_path / "run" / "samples" / "step-6-0.mp4"
+    assert training["clip/0"] == dg.MetadataValue.path(str(clip))
+    with av.open(str(clip)) as container:
+        assert len(list(container.decode(video=0))) == 9
+    record = read_record(tmp_path / "run")
+    assert record is not None
+    assert list(record.clips.values()) == ["step-0-0.mp4", "step-3-0.mp4", "step-6-0.mp4"]
     (file,) = exports["files"].records
     assert Path(file.data["file"]).is_file()
 
