@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Values, train
+from families.ltx2.cases import CASES as LTX2
+from families.ltx2.cases import FRAMES, SIDE, rows, write
 from media_support import picture
 from PIL import Image, ImageSequence
 
@@ -182,3 +184,40 @@ def test_the_picture_of_images_is_what_it_was(
     assert record is not None
     assert record.clips == {}
     assert record.pictures == {"step-0": "step-0.png", "step-2": "step-2.png"}
+
+
+def test_a_training_writes_clips_with_sound(tmp_path: Path) -> None:
+    case = LTX2[0]
+    write(tmp_path / "model")
+    table = rows(tmp_path / "data")
+    models = case.models(tmp_path / "model", "diffusers")
+    vocoder = tmp_path / "model/diffusers/vocoder/diffusion_pytorch_model.safetensors"
+    config = {
+        "family": case.family,
+        "dataset_base_path": str(table.parent),
+        "dataset_metadata_path": str(table),
+        "cache_path": str(tmp_path / "cache"),
+        "lora_base_model": "dit",
+        "lora_rank": 4,
+        "sample_prompts": ["a clip", "another"],
+        "sample_num_inference_steps": 2,
+        **models,
+        **case.parameters,
+        "model_paths": [*models["model_paths"], str(vocoder)],
+        "save_steps": 4,
+    }
+    code, run = train(config, tmp_path / "run")
+    assert code == 0
+    record = read_record(run)
+    assert record is not None
+    names = [f"step-{step}-{prompt}" for step in (0, 4) for prompt in (0, 1)]
+    assert record.clips == {name: f"{name}.mp4" for name in names}
+    sounds: list[np.ndarray] = []
+    for name in names:
+        path = run / "samples" / f"{name}.mp4"
+        assert len(read_frames(path, SIDE).frames) == FRAMES
+        samples, rate = heard(path)
+        assert samples.shape[0] == 2
+        assert samples.shape[1] / rate == pytest.approx(FRAMES / 24, abs=0.2)
+        sounds.append(samples)
+    assert not np.array_equal(sounds[0], sounds[1])
