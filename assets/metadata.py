@@ -122,6 +122,8 @@ def _files(checked: "CheckedTable") -> list[Shown]:
     for rows, accepted in ((checked.rejected, False), (checked.accepted, True)):
         for row in rows.head(_SHOWN_PICTURES).collect().iter_rows(named=True):
             for column in columns:
+                if isinstance(row.get(f"{column}:seconds"), float):
+                    continue  # sound
                 parts = [_listed(row[f"{column}:{part}"]) for part in ("path", "frames", "stride")]
                 for path, frames, stride in zip(*parts, strict=True):
                     is_clip = (frames or 1) > 1

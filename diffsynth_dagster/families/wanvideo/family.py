@@ -46,6 +46,8 @@ from diffsynth_dagster.families.wanvideo.modules import COMPONENTS
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift, linear_sigmas
 
 SHIFT = 5.0
+RATE, WIDE_RATE = 16.0, 24.0
+"""Frames per second of what the models make: of 16 channels, and of TI2V-5B."""
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 
 
@@ -61,14 +63,14 @@ def inference_sigmas(steps: int, x_0: Tensors) -> torch.Tensor:
 
 def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
     """Videos from text by diffusers' own pipeline."""
-    second = loaded.get("dit2")
+    second, wide = loaded.get("dit2"), loaded["dit"].config.in_channels == WIDE_LATENTS
     pipeline = make_pipeline(
         WanPipeline,
         {"shift": SHIFT},
         loaded,
         transformer_2=second,
         boundary_ratio=None if second is None else variant.TEXT_BOUNDARY / 1000,
-        expand_timesteps=loaded["dit"].config.in_channels == WIDE_LATENTS,
+        expand_timesteps=wide,
     )
     negative = request.negative
     clips = pipeline(
@@ -82,7 +84,8 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
         generator=request.generators,
         output_type="pil",
     ).frames
-    return [Clip(frames, request.frame_rate) for frames in clips]
+    rate = request.frame_rate or (WIDE_RATE if wide else RATE)
+    return [Clip(frames, rate) for frames in clips]
 
 
 def load_lora(
