@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families.shared.diffusion import path, sampler_of
+from diffsynth_dagster.families.shared.diffusion import path, sampler
 from diffsynth_dagster.objective.ddpm import DDPMPath, ddpm_path
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -117,7 +117,7 @@ def test_zero_terminal_snr_needs_to_know_what_is_predicted() -> None:
 
 def test_sampler_has_the_sigmas_of_the_published_one() -> None:
     for zero in (False, True):
-        ours = sampler_of(both("v_prediction", zero)[0])
+        ours = sampler(both("v_prediction", zero)[0])
         theirs = EulerDiscreteScheduler(
             beta_schedule="scaled_linear",
             prediction_type="v_prediction",

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from diffsynth_dagster.objective.path import NoisingPath
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -14,7 +16,8 @@ class SampleRequest:
 
     `conditions` are the stacked outputs of the stages that read nothing but text, and `negative`
     the same for the empty prompt when cfg_scale is above 1. `num_frames` is 1 and `frame_rate` None
-    for a family without videos.
+    for a family without videos. `path` is the noising path that the model is trained on: its sampler
+    has to undo the same.
     """
 
     conditions: Tensors
@@ -26,6 +29,7 @@ class SampleRequest:
     num_inference_steps: int
     cfg_scale: float
     generators: list[torch.Generator]
+    path: NoisingPath
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ class Sampler:
                 num_inference_steps=self._config.sample_num_inference_steps,
                 cfg_scale=self._config.sample_cfg_scale,
                 generators=[generator(seed, "image", start + i) for i in range(len(part))],
+                path=self._models.found.path,
             )
             with torch.no_grad(), self._autocast():
                 clips = self._family.sample(loaded, request)

@@ -8,13 +8,14 @@ from diffusers import EulerDiscreteScheduler
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families.contract import SampleRequest, Settings
+from diffsynth_dagster.families.contract import Settings
 from diffsynth_dagster.objective.ddpm import (
     BetaSchedule,
     DDPMPath,
     Prediction,
     ddpm_path,
 )
+from diffsynth_dagster.objective.path import NoisingPath
 
 PARAMETERS = ("prediction_type", "zero_terminal_snr", "min_snr_gamma")
 SCHEDULER_MARKS: Mapping[str, Settings] = {
@@ -71,14 +72,9 @@ def path(config: TrainingConfig, published: Settings) -> DDPMPath:
     )
 
 
-def sampler(request: SampleRequest) -> EulerDiscreteScheduler:
-    """The sampler of the samples of a training."""
-    path: DDPMPath | None = getattr(request, "path", None)
-    return sampler_of(path or ddpm_path(SCHEDULE, FIRST, LAST, "epsilon"))
-
-
-def sampler_of(path: DDPMPath) -> EulerDiscreteScheduler:
-    """The sampler that is published with Stable Diffusion XL, for a noising path."""
+def sampler(noising: NoisingPath) -> EulerDiscreteScheduler:
+    """The sampler that is published with Stable Diffusion XL, for what `path` returned."""
+    path = cast(DDPMPath, noising)
     alpha_bar = path.signal.flip(0).double() ** 2
     before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     return EulerDiscreteScheduler(

@@ -48,7 +48,10 @@ def denoise(
 def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
     """Images by diffusers' own pipeline."""
     pipeline = make_pipeline(
-        StableDiffusionPipeline, diffusion.sampler(request), loaded, requires_safety_checker=False
+        StableDiffusionPipeline,
+        diffusion.sampler(request.path),
+        loaded,
+        requires_safety_checker=False,
     )
     return sample_images(pipeline, request, guidance="guidance_scale")
 

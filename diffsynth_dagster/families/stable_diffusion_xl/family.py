@@ -91,7 +91,7 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
     negative = {name: torch.zeros_like(tensor) for name, tensor in conditions.items()}
     guided = negative if request.negative is not None else None
     pipeline = make_pipeline(
-        StableDiffusionXLPipeline, diffusion.sampler(request), loaded, add_watermarker=False
+        StableDiffusionXLPipeline, diffusion.sampler(request.path), loaded, add_watermarker=False
     )
     request = replace(request, conditions=conditions, negative=guided)
     return sample_images(pipeline, request, guidance="guidance_scale")

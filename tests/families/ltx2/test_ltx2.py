@@ -207,6 +207,7 @@ def test_samples_are_clips_with_sound(model: Path, values: dict[str, Any], tmp_p
         num_inference_steps=2,
         cfg_scale=2.0,
         generators=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        path=found.path,
     )
     with torch.no_grad():
         clips = found.family.sample(loaded, request)

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_config, train
-from diffusers import ControlNetModel, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from families.stable_diffusion.cases import (
     ARCHITECTURE,
     CASES,
@@ -40,6 +46,7 @@ from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Component, Shapes, Tensors
 from diffsynth_dagster.objective.ddpm import DDPMPath
+from diffsynth_dagster.objective.noise import generator
 from diffsynth_dagster.training.modules import lora_targets
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component
@@ -355,3 +362,22 @@ def test_samples_are_made_while_it_trains(model: Path, data: Path, tmp_path: Pat
     pictures = sorted((run / "samples").rglob("*.png"))
     assert pictures
     assert all(Image.open(path).size[1] == 64 for path in pictures)
+
+
+def test_samples_are_those_of_the_published_pipeline(data: Path, tmp_path: Path) -> None:
+    """By the sampler of what the model predicts, which its scheduler's file says."""
+    write_v(tmp_path)
+    values = values_of(CASES[1], tmp_path, data)
+    values |= {"sample_prompts": ["a cat"], "sample_num_inference_steps": 3}
+    code, run = train({**values, "seed": 3}, tmp_path / "run")
+    assert code == 0
+    made = run / "samples" / "step-0.png"
+    pipeline = StableDiffusionPipeline(**parts_of(tmp_path / "diffusers"))
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(
+        V_SCHEDULER, timestep_spacing="trailing"
+    )
+    first = generator(3, "image", 0)
+    call = {"num_inference_steps": 3, "guidance_scale": 1.0, "generator": first}
+    (wanted,) = pipeline("a cat", height=64, width=64, **call).images
+    difference = np.asarray(Image.open(made), dtype=int) - np.asarray(wanted, dtype=int)
+    assert np.abs(difference).max() <= 1

@@ -312,6 +312,7 @@ def test_samples_are_videos(
         num_inference_steps=2,
         cfg_scale=2.0,
         generators=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        path=found.path,
     )
     with torch.no_grad():
         videos = [clip.frames for clip in found.family.sample(loaded, request)]
