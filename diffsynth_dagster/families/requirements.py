@@ -115,6 +115,11 @@ class Refusal:
         )
 
 
+def refused_model(component: str, test: Callable[[Shapes], bool], what: str, do: str) -> Refusal:
+    """Models of a component are refused by the shapes of their tensors."""
+    return Refusal(what, do, when=(ModelHas(component, test),), where=MODEL_LIST)
+
+
 def column_needs(column: str, other: str) -> Refusal:
     """A column that says something about another one is not named alone."""
     return Refusal(

@@ -22,6 +22,7 @@ from diffsynth_dagster.families.requirements import (
     column_needs,
     columns_exclude,
     has_start,
+    refused_model,
 )
 
 _NET = "controlnet"
@@ -31,24 +32,25 @@ REFUSALS = (
     *column_and_model(CONTROL, _NET, "ControlNet"),
     column_needs(MODE, CONTROL),
     columns_exclude(KONTEXT, CONTROL),
-    Refusal(
+    refused_model(
+        _NET,
+        has_start("input_hint_block."),
         "the ControlNet reads its image with layers of its own, which is not supported",
         "give one that reads latents, such as those of InstantX, Shakker Labs or Jasper",
-        when=(ModelHas(_NET, has_start("input_hint_block.")),),
     ),
-    Refusal(
+    refused_model(
+        "dit",
+        lambda shapes: shapes["x_embedder.weight"][1] != shapes["proj_out.weight"][0],
         "the transformer is given an image beside the noise (Fill, Depth, Canny), which is not "
         "supported",
         "give FLUX.1-dev, Krea-dev or Kontext-dev",
-        when=(ModelHas("dit", lambda s: s["x_embedder.weight"][1] != s["proj_out.weight"][0]),),
     ),
-    Refusal(
+    refused_model(
+        _NET,
+        lambda shapes: shapes["controlnet_x_embedder.weight"] != shapes["x_embedder.weight"],
         "the ControlNet reads more than an image (an inpainting one, with a mask), which is "
         "not supported",
         "give one that reads an image alone",
-        when=(
-            ModelHas(_NET, lambda s: s["controlnet_x_embedder.weight"] != s["x_embedder.weight"]),
-        ),
     ),
     Refusal(
         f"the ControlNet is a union of several, and {MODE} is not given",

@@ -31,10 +31,8 @@ from diffsynth_dagster.families.contract import (
 from diffsynth_dagster.families.ltx2 import stages
 from diffsynth_dagster.families.ltx2.modules import COMPONENTS, convert_dit
 from diffsynth_dagster.families.requirements import (
-    MODEL_LIST,
-    ModelHas,
-    Refusal,
     column_needs,
+    refused_model,
 )
 from diffsynth_dagster.families.shared.frames import known_frame_stage
 from diffsynth_dagster.families.shared.gemma import GEMMA_TOKENIZER
@@ -161,11 +159,11 @@ FAMILY = Family(
     refusals=(
         column_needs(CONTEXT.column, FACTOR.column),
         column_needs(FACTOR.column, CONTEXT.column),
-        Refusal(
+        refused_model(
+            "dit",
+            lambda shapes: "keyframes_abs_pos_embedding" in shapes,
             "the transformer is that of LTX-2.5, which is not supported",
             "give one of LTX-2 or 2.3",
-            when=(ModelHas("dit", lambda shapes: "keyframes_abs_pos_embedding" in shapes),),
-            where=MODEL_LIST,
         ),
     ),
     variant=variant,

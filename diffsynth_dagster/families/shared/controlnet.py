@@ -17,8 +17,7 @@ from diffsynth_dagster.families.contract import (
     Stage,
     Tensors,
 )
-from diffsynth_dagster.families.requirements import Refusal, column_and_model
-from diffsynth_dagster.families.shared.unet import refused
+from diffsynth_dagster.families.requirements import Refusal, column_and_model, refused_model
 
 COLUMN = "controlnet_image"
 _UNION = ("control_add_embedding.", "task_embedding")
@@ -33,20 +32,20 @@ def control_refusals(name: str, told_sizes: bool) -> tuple[Refusal, ...]:
     """
     return (
         *column_and_model(COLUMN, "controlnet", "ControlNet"),
-        refused(
+        refused_model(
             "controlnet",
             lambda shapes: any(n.startswith(_UNION) for n in shapes),
             "the ControlNet is a union of several, which is not supported",
             "give a ControlNet for one kind of image",
         ),
-        refused(
+        refused_model(
             "controlnet",
             lambda shapes: shapes["controlnet_cond_embedding.conv_in.weight"][1] != 3,
             "the ControlNet reads more than an image (an inpainting one, with a mask), which is "
             "not supported",
             "give one that reads an image alone",
         ),
-        refused(
+        refused_model(
             "controlnet",
             lambda shapes: ("add_embedding.linear_1.weight" in shapes) != told_sizes,
             f"the ControlNet is not one for {name}",

@@ -1,17 +1,14 @@
 """The UNet of Stable Diffusion and its ControlNets: from their files to components."""
 
-from collections.abc import Callable
-
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
-from diffsynth_dagster.families.requirements import ModelHas, Refusal
+from diffsynth_dagster.families.requirements import Refusal, refused_model
 from diffsynth_dagster.families.shared.architecture import count_blocks
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """The layers of the attention."""
-MODELS = "model_paths, model_id_with_origin_paths"
 _INSIDE = "model.diffusion_model."
 _SIZE_CHANNELS = 256
 """Channels that each number of SDXL's size facts is embedded in; no shape shows them."""
@@ -121,18 +118,13 @@ def cross_attention(shapes: Shapes) -> int:
     return shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1]
 
 
-def refused(component: str, test: Callable[[Shapes], bool], what: str, do: str) -> Refusal:
-    """Refuse models of a component by the shapes of their tensors."""
-    return Refusal(what, do, when=(ModelHas(component, test),), where=MODELS)
-
-
 def refuse_inpainting(name: str) -> Refusal:
     """Refuse UNets that read a mask and an image beside the noisy latents.
 
     Args:
         name: of the model that is trained, for the message.
     """
-    return refused(
+    return refused_model(
         "unet",
         lambda s: s["conv_in.weight"][1] != s["conv_out.weight"][0],
         "the UNet reads more than the noisy latents (an inpainting or editing checkpoint), which "

@@ -20,6 +20,7 @@ from diffsynth_dagster.families.contract import (
     SampleRequest,
     Tensors,
 )
+from diffsynth_dagster.families.requirements import refused_model
 from diffsynth_dagster.families.shared import clip, controlnet, diffusion, kohya, unet
 from diffsynth_dagster.families.shared.image_vae import image_vae
 from diffsynth_dagster.families.shared.latents import encode_scaled
@@ -91,13 +92,13 @@ FAMILY = Family(
     parameters=("tokenizer_path", "align_to_opensource_format", *diffusion.PARAMETERS),
     extra_inputs=(controlnet.COLUMN,),
     refusals=(
-        unet.refused(
+        refused_model(
             "unet",
             lambda shapes: unet.cross_attention(shapes) == 1024,
             "the UNet is that of Stable Diffusion 2, which is not supported",
             f"give one of {NAME}",
         ),
-        unet.refused(
+        refused_model(
             "text_encoder",
             lambda shapes: shapes["embeddings.token_embedding.weight"][1] in (1024, 1280),
             "the text encoder is that of Stable Diffusion 2, or the second one of XL",

@@ -24,6 +24,7 @@ from diffsynth_dagster.families.contract import (
     Stage,
     Tensors,
 )
+from diffsynth_dagster.families.requirements import refused_model
 from diffsynth_dagster.families.shared import clip, controlnet, diffusion, kohya, unet
 from diffsynth_dagster.families.shared.image_vae import image_vae
 from diffsynth_dagster.families.shared.latents import encode_scaled
@@ -152,7 +153,7 @@ FAMILY = Family(
     ),
     extra_inputs=(controlnet.COLUMN,),
     refusals=(
-        unet.refused(
+        refused_model(
             "unet",
             lambda shapes: unet.cross_attention(shapes) == 1280,
             "the UNet is that of the refiner, which reads one text encoder alone",

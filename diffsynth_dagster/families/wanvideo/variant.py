@@ -19,6 +19,7 @@ from diffsynth_dagster.families.requirements import (
     Refusal,
     column_needs,
     has_start,
+    refused_model,
 )
 from diffsynth_dagster.families.shared.frames import known_frame_stage
 from diffsynth_dagster.families.shared.wan_vae import WIDE_LATENTS
@@ -69,13 +70,12 @@ _VACE, _SECOND = ModelHas("dit", _has_vace), ModelListed("dit2")
 
 REFUSALS = (
     column_needs("end_image", "input_image"),
-    Refusal(
+    refused_model(
+        "dit",
+        lambda shapes: not _is_supported(shapes),
         "the transformer takes more than first and last frames beside the noise (Fun-Control, S2V, "
         "Animate), which is not supported",
         "give a T2V, I2V, FLF2V, TI2V or VACE model",
-        when=(),
-        unless=(ModelHas("dit", _is_supported),),
-        where=MODEL_LIST,
     ),
     Refusal(
         "input_image is named, but this transformer is given no frame",
