@@ -214,4 +214,7 @@ def _objective(config: TrainingConfig, family: Family) -> str:
         for s in shares
     ]
     whole = len(shares) == 1 and (shares[0].low, shares[0].high) == (0, len(path.timesteps))
-    return path.description if whole else f"{path.description}; {', '.join(worded)}"
+    described = path.description
+    if family.scheduler_marks:
+        described += ", unless the scheduler published with the model says otherwise"
+    return described if whole else f"{described}; {', '.join(worded)}"

@@ -48,8 +48,9 @@ def files_of(component: Component) -> str:
 def formats(family: Family, name: str) -> str:
     """The key formats of LoRAs of a module."""
     written = ["diffusers", *(["kohya"] if name in family.to_kohya else [])]
-    others = "; reads also the authors' and kohya's" if name in family.from_authors else ""
-    return ", ".join(written) + others
+    read = ["the authors'"] if name in family.from_authors else []
+    read += ["kohya's"] if name in family.to_kohya else []
+    return ", ".join(written) + (f"; reads also {' and '.join(read)}" if read else "")
 
 
 def modules(family: Family) -> list[str]:

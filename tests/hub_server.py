@@ -10,6 +10,8 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qs, urlsplit
 
+from modelscope_hub import set_default_config
+
 
 @dataclass
 class Hub:
@@ -22,6 +24,7 @@ class Hub:
 @contextmanager
 def serve_hub(root: Path) -> Iterator[Hub]:
     """Serve `root/<owner>/<name>/…` as repositories."""
+    set_default_config(None)  # the client remembers the first hub of a process
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):

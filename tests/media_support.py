@@ -5,6 +5,7 @@ import io
 import struct
 import subprocess
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,11 @@ VIDEOS = {
 """Name → how the real clip is converted to it."""
 
 
-def write_clip(path: Path, frames: int, rate: int, sound: np.ndarray | None = None) -> Path:
+def write_clip(
+    path: Path, frames: int, rate: int, sound: np.ndarray | None = None, late: float = 0.0
+) -> Path:
     """A clip of noise, 96x80, with a track of sound where samples (channels, n) of 44,100 Hz are
-    given."""
+    given, which starts so many seconds later than the picture, or earlier."""
     with av.open(str(path), "w") as container:
         video: Any = container.add_stream("libx264", rate=rate, options={"qp": "0"})
         video.width, video.height, video.pix_fmt = 96, 80, "yuv444p"
@@ -89,6 +92,7 @@ def write_clip(path: Path, frames: int, rate: int, sound: np.ndarray | None = No
             track = container.add_stream("aac", rate=44100, layout="stereo")
         for index in range(frames):
             shown = av.VideoFrame.from_image(picture(index))
+            shown.pts, shown.time_base = index + round(max(0.0, -late) * rate), Fraction(1, rate)
             container.mux(video.encode(shown))
         container.mux(video.encode(None))
         if track is not None:
@@ -96,6 +100,7 @@ def write_clip(path: Path, frames: int, rate: int, sound: np.ndarray | None = No
             packed = np.ascontiguousarray(sound.T).reshape(1, -1)
             heard = av.AudioFrame.from_ndarray(packed, "s16", "stereo")
             heard.sample_rate = 44100
+            heard.pts, heard.time_base = round(max(0.0, late) * 44100), Fraction(1, 44100)
             container.mux(track.encode(heard))
             container.mux(track.encode(None))
     return path

@@ -2,6 +2,7 @@
 
 import math
 import wave
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from conftest import make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from media_support import write_clip
+from media_support import picture, write_clip
 from video_family import CAPTION, VIDEO, video_family
 
 from diffsynth_dagster.cache.keys import sample_identity, with_contents
@@ -45,25 +46,30 @@ def write_wav(path: Path, seconds: float, rate: int = 44100, channels: int = 2) 
     return path
 
 
-def write_coded(path: Path, seconds: float, codec: str, rate: int = 44100) -> Path:
-    """Sound in a container and codec of FFmpeg's."""
+def write_coded(
+    path: Path, seconds: float, codec: str, rate: int = 44100, starts: float = 0.0
+) -> Path:
+    """Sound in a container and codec of FFmpeg's, whose first sample is at so many seconds."""
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=rate, layout="stereo")
         frame = av.AudioFrame.from_ndarray(
             np.ascontiguousarray(tone(seconds, rate).T).reshape(1, -1), "s16", "stereo"
         )
         frame.sample_rate = rate
+        frame.pts, frame.time_base = round(starts * rate), Fraction(1, rate)
         for packet in (*stream.encode(frame), *stream.encode(None)):
             container.mux(packet)
     return path
 
 
-def check(folder: Path, sound: str, item: Input = SOUND, **more: Any) -> CheckedTable:
+def check(
+    folder: Path, sound: str, item: Input = SOUND, video: str = "0.mp4", **more: Any
+) -> CheckedTable:
     """A table of one clip of 9 frames at 8 frames per second, and its sound."""
-    if not (folder / "0.mp4").exists():
-        write_clip(folder / "0.mp4", frames=9, rate=8)
+    if not (folder / video).exists():
+        write_clip(folder / video, frames=9, rate=8)
     table = folder / "metadata.csv"
-    table.write_text(f"video,prompt,sound\n0.mp4,a clip,{sound}\n")
+    table.write_text(f"video,prompt,sound\n{video},a clip,{sound}\n")
     config = make_config(
         {
             "family": "wanvideo",
@@ -132,6 +138,50 @@ def test_a_tone_keeps_its_frequency(tmp_path: Path) -> None:
 def test_the_track_of_a_video_is_its_sound(tmp_path: Path) -> None:
     write_clip(tmp_path / "0.mp4", frames=9, rate=8, sound=tone(1.2, 44100))
     assert status(check(tmp_path, "0.mp4")) == ("ok", "")
+
+
+@pytest.mark.parametrize(
+    ("late", "seconds", "begins", "code"),
+    [
+        (0.5, 0.7, 0.5, "ok"),  # ends with the picture
+        (-0.5, 1.7, 0.0, "ok"),
+        (-0.5, 1.2, 0.0, "audio_too_short"),  # ends before the picture
+    ],
+)
+def test_sound_stays_beside_its_picture(
+    tmp_path: Path, late: float, seconds: float, begins: float, code: str
+) -> None:
+    """A track that starts later or earlier than the picture in the same file."""
+    write_clip(tmp_path / "0.mkv", frames=9, rate=8, sound=tone(seconds, 44100), late=late)
+    table = check(tmp_path, "0.mkv", video="0.mkv")
+    assert status(table)[0] == code
+    if code == "ok":
+        sound = load_files(files_of(table.frame.row(0, named=True), SOUND), SOUND, 1)
+        heard = (sound[0].abs() > 0.1).nonzero() / RATE
+        assert float(heard.min()) == pytest.approx(begins, abs=0.05)
+        assert float(heard.max()) == pytest.approx(9 / 8, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "starts"),
+    [("a.mp3", "libmp3lame", 0.0), ("a.mka", "aac", 10.0), ("a.webm", "libopus", 10.0)],
+)
+def test_sound_in_a_file_of_its_own_starts_at_once(
+    tmp_path: Path, name: str, codec: str, starts: float
+) -> None:
+    """Whenever its first sample says that it is: players begin there too."""
+    write_coded(tmp_path / name, 2.0, codec, rate=48000, starts=starts)
+    sound = load_sample_audio(tmp_path / name, RATE, 2, RATE)
+    heard = (sound[0].abs() > 0.1).nonzero() / RATE
+    assert float(heard.min()) < 0.005
+
+
+def test_sound_beside_a_still_image_is_refused(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "still.png")
+    write_wav(tmp_path / "a.wav", 2.0)
+    code, message = status(check(tmp_path, "a.wav", video="still.png"))
+    assert code == "sound_of_image"
+    assert message == "sound: video is a still image, and has no length for sound"
 
 
 def test_a_video_without_a_track_has_no_sound(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from conftest import make_config
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
-from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.errors import ParameterError, UserError
 from diffsynth_dagster.families.shared.diffusion import path, sampler
 from diffsynth_dagster.objective.ddpm import DDPMPath, ddpm_path
 
@@ -83,6 +83,9 @@ def test_path_follows_the_scheduler_and_the_parameters_go_before_it() -> None:
     asked = path(config(prediction_type="v_prediction", zero_terminal_snr=True), {})
     assert asked.description == told.description
     assert torch.equal(asked.signal, told.signal)
+    for name in ("PNDMScheduler", "EulerDiscreteScheduler", "DDIMScheduler", "LCMScheduler"):
+        nothing = {"trained_betas": None, "rescale_betas_zero_snr": None, "prediction_type": None}
+        assert path(config(), {"_class_name": name, **nothing}).description == plain.description
     other = path(config(prediction_type="epsilon"), {"prediction_type": "v_prediction"})
     assert other.prediction == "epsilon"
     linear = path(config(), {"beta_schedule": "linear", "beta_end": 0.02})
@@ -98,14 +101,29 @@ def test_path_follows_the_scheduler_and_the_parameters_go_before_it() -> None:
             "nothing but noise .*where: zero_terminal_snr.*prediction_type: v_prediction",
         ),
         ({}, {"rescale_betas_zero_snr": True}, "nothing but noise .*where: prediction_type"),
-        ({}, {"beta_schedule": "squaredcos_cap_v2"}, "not supported: squaredcos_cap_v2 over 1000"),
-        ({}, {"num_train_timesteps": 4000}, "over 4000 timesteps.*scheduler_config.json"),
+        ({}, {"beta_schedule": "squaredcos_cap_v2"}, "not supported: beta_schedule = 'squaredcos"),
+        ({}, {"num_train_timesteps": 4000}, "num_train_timesteps = 4000.*scheduler_config.json"),
+        ({}, {"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'"),
+        ({}, {"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({}, {"beta_start": "small"}, "beta_start = 'small'"),
+        ({}, {"beta_start": -0.1}, "beta_start = -0.1"),
+        ({}, {"beta_end": 1.5}, "beta_end = 1.5"),
+        *(
+            ({}, {"_class_name": name}, f"_class_name = '{name}'.*schedule of betas")
+            for name in (
+                "EDMDPMSolverMultistepScheduler",  # Playground 2.5
+                "EDMEulerScheduler",  # CosXL
+                "FlowMatchEulerDiscreteScheduler",
+                "NoSuchScheduler",
+                "UNet2DConditionModel",
+            )
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
     values: dict[str, Any], published: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(ParameterError) as error:
+    with pytest.raises(UserError) as error:
         path(config(**values), published)
     assert re.search(words, str(error.value), re.DOTALL), str(error.value)
 

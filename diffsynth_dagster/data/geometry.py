@@ -34,12 +34,15 @@ class Geometry:
         frames: lengths of a clip; None for a family without videos.
         default_frames: `num_frames` when it is left out.
         default_frame_rate: `frame_rate` when it is left out; None keeps each clip's own.
+        sample_size: width and height in pixels of what is made as a sample, where a training has no
+            fixed size.
     """
 
     side_factor: int
     frames: FrameRule | None = None
     default_frames: int = 81
     default_frame_rate: float | None = None
+    sample_size: tuple[int, int] = (1024, 1024)
 
 
 @dataclass(frozen=True)

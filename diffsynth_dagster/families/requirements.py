@@ -57,13 +57,15 @@ class InputNamed:
 
 @dataclass(frozen=True)
 class ParameterSet:
-    """A parameter (or a property of the config) is neither None nor False."""
+    """A parameter is given another value than its default; or a property of the config is true."""
 
     name: str
 
     def holds(self, use: Use) -> bool:
-        """Whether it has a value."""
-        return getattr(use.config, self.name) not in (None, False)
+        """Whether it is."""
+        field = TrainingConfig.model_fields.get(self.name)
+        value = getattr(use.config, self.name)
+        return bool(value) if field is None else value != field.default
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,28 @@ class ModelHas:
 
 
 @dataclass(frozen=True)
+class ModelsDiffer:
+    """Two components have different numbers for what must be the same in both."""
+
+    one: "_Measure"
+    other: "_Measure"
+
+    def holds(self, use: Use) -> bool | None:
+        """Whether they have; None where the shapes of one are not known."""
+        numbers: list[int] = []
+        for component, measure in (self.one, self.other):
+            shapes = use.given.get(component)
+            if not shapes:
+                return None
+            numbers.append(measure(shapes))
+        return numbers[0] != numbers[1]
+
+
+_Measure = tuple[str, Callable[[Shapes], int]]
+"""A component, and what its number is by its shapes."""
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A combination that is refused: every condition of `when` holds, and none of `unless`.
 
@@ -118,6 +142,20 @@ class Refusal:
 def refused_model(component: str, test: Callable[[Shapes], bool], what: str, do: str) -> Refusal:
     """Models of a component are refused by the shapes of their tensors."""
     return Refusal(what, do, when=(ModelHas(component, test),), where=MODEL_LIST)
+
+
+def models_differ(one: _Measure, other: _Measure, shared: str) -> Refusal:
+    """Two components that do not fit together.
+
+    Args:
+        shared: what both must have, for the message.
+    """
+    return Refusal(
+        f"'{one[0]}' and '{other[0]}' are of different models: both must have {shared}",
+        "give files of one model",
+        when=(ModelsDiffer(one, other),),
+        where=MODEL_LIST,
+    )
 
 
 def column_needs(column: str, other: str) -> Refusal:

@@ -19,7 +19,6 @@ from diffsynth_dagster.training.batches import collate
 from diffsynth_dagster.training.step import weight_dtype
 from diffsynth_dagster.weights.models import Models
 
-DEFAULT_SIDE = 1024
 SAMPLE_BATCH = 50
 STRIP_FRAMES = 8
 """Frames of a sampled video that its picture shows."""
@@ -88,8 +87,8 @@ class Sampler:
             request = SampleRequest(
                 conditions=self._stack([encoded[prompt] for prompt in part], dtype),
                 negative=self._stack([encoded[""]] * len(part), dtype) if negative else None,
-                height=self._config.height or DEFAULT_SIDE,
-                width=self._config.width or DEFAULT_SIDE,
+                height=self._config.height or self._family.geometry.sample_size[1],
+                width=self._config.width or self._family.geometry.sample_size[0],
                 num_frames=self._frames,
                 frame_rate=self._frame_rate,
                 num_inference_steps=self._config.sample_num_inference_steps,

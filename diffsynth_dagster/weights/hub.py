@@ -85,7 +85,7 @@ class ModelHub:
         schedule = "scheduler/scheduler_config.json"  # beside a denoiser's folder
         wanted = [entry.pattern, f"{parent}config.json", f"{parent}*.index.json", schedule]
         if entry.pattern.endswith("/"):
-            wanted = [f"{entry.pattern}*"]
+            wanted = [f"{entry.pattern}*", schedule]
         try:
             snapshot_download(
                 entry.repository,

@@ -48,6 +48,8 @@ def components_in(header: Header, family: Family) -> list[Place]:
         for component in family.components
         for start in component.inside
         if recognise(below(header, start), component)
+        # What is a component as a whole may look like one in a part too.
+        and not (alone is not None and component is alone.component)
     ]
     return inside if alone is None else [alone, *inside]
 
@@ -194,8 +196,10 @@ def read_schedule(folder: Path, header: Header, family: Family) -> Settings:
         WeightsError: the scheduler's file is damaged.
     """
     marked = [settings for mark, settings in family.scheduler_marks.items() if mark in header]
-    path = folder.parent / "scheduler" / "scheduler_config.json"
-    if marked or not path.is_file():
+    # A whole checkpoint lies beside the folder of the scheduler, a denoiser in a folder beside it.
+    paths = [p / "scheduler" / "scheduler_config.json" for p in (folder, folder.parent)]
+    path = next((p for p in paths if p.is_file()), None)
+    if marked or path is None:
         return {name: value for settings in marked for name, value in settings.items()}
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from diffsynth_dagster.families.requirements import (
     InputNamed,
     ModelHas,
     ModelListed,
+    ModelsDiffer,
     ParameterSet,
     Refusal,
     Shapes,
@@ -38,6 +39,14 @@ def use(given: dict[str, Shapes] | None = None, **values: Any) -> Use:
     return Use(make_config({**base, **values}), given or {})
 
 
+def rows(shapes: Shapes) -> int:
+    return shapes["a.weight"][0]
+
+
+def columns(shapes: Shapes) -> int:
+    return shapes["a.weight"][1]
+
+
 @pytest.mark.parametrize(
     ("condition", "situation", "holds"),
     [
@@ -48,6 +57,8 @@ def use(given: dict[str, Shapes] | None = None, **values: Any) -> Use:
         (ParameterSet("processor_path"), use(processor_path="folder"), True),
         (ParameterSet("processor_path"), use(), False),
         (ParameterSet("encodes_only"), use(task="sft:data_process"), True),
+        (ParameterSet("audio_loss_weight"), use(), False),
+        (ParameterSet("audio_loss_weight"), use(audio_loss_weight=0.0), True),
         (ModelListed("net"), use({"net": {}}), True),
         (ModelListed("net"), use({"dit": SMALL}), None),
         (ModelListed("net"), use({"dit": SMALL, "vae": {}}), False),
@@ -55,6 +66,10 @@ def use(given: dict[str, Shapes] | None = None, **values: Any) -> Use:
         (ModelHas("dit", lambda shapes: "b.weight" in shapes), use({"dit": SMALL}), False),
         (ModelHas("dit", lambda shapes: "a.weight" in shapes), use({"dit": {}}), None),
         (ModelHas("dit", lambda shapes: "a.weight" in shapes), use(), None),
+        (ModelsDiffer(("dit", rows), ("net", rows)), use({"dit": SMALL}), None),
+        (ModelsDiffer(("dit", rows), ("net", rows)), use({"dit": SMALL, "net": {}}), None),
+        (ModelsDiffer(("dit", rows), ("net", rows)), use({"dit": SMALL, "net": SMALL}), False),
+        (ModelsDiffer(("dit", rows), ("net", columns)), use({"dit": SMALL, "net": SMALL}), True),
     ],
 )
 def test_a_condition_may_not_be_known_yet(
@@ -106,6 +121,8 @@ def test_refusals_name_what_the_family_has(family: Family) -> None:
                 assert condition.column in family.extra_inputs
             elif isinstance(condition, ModelListed | ModelHas):
                 assert condition.component in components
+            elif isinstance(condition, ModelsDiffer):
+                assert {condition.one[0], condition.other[0]} <= components
             else:
                 assert isinstance(condition, ParameterSet)
                 assert hasattr(use().config, condition.name)

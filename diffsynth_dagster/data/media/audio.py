@@ -9,6 +9,8 @@ from pathlib import Path
 import av
 import torch
 from av.audio.resampler import AudioResampler
+from av.container import InputContainer
+from av.stream import Disposition
 
 from diffsynth_dagster.data.media.containers import cut_short
 from diffsynth_dagster.data.media.decoder_pool import DecoderPool
@@ -24,8 +26,8 @@ def audio_facts(path: Path, pool: DecoderPool) -> Facts:
     """What a check of the sound of a file finds, all of it decoded.
 
     Returns:
-        `digest`, `channels`, `rate` (samples of each channel per second) and `seconds`; or `status`
-        and `message`.
+        `digest`, `channels`, `rate` (samples of each channel per second) and `seconds`, counted as
+        `load_sample_audio` reads it; or `status` and `message`.
     """
     try:
         missing = cut_short(path)
@@ -41,8 +43,10 @@ def audio_facts(path: Path, pool: DecoderPool) -> Facts:
             return {"status": "no_audio", "message": "the file has no sound"}
         if not found["rate"]:
             return {"status": "bad_sample_rate", "message": "the sample rate of the sound is 0"}
-        facts = {name: found[name] for name in ("channels", "rate", "seconds")}
-        return {"digest": digest_file(path), **facts}
+        with _opened(path) as container:
+            late = _start(container, next(container.decode(container.streams.audio[0])))
+        facts = {"channels": found["channels"], "rate": found["rate"]}
+        return {"digest": digest_file(path), **facts, "seconds": found["seconds"] + late}
     except AUDIO_ERRORS as error:
         return media_problem(error, "audio file")
 
@@ -62,7 +66,8 @@ def _has_no_rate(path: Path) -> bool:
 def load_sample_audio(path: Path, rate: int, channels: int, samples: int) -> torch.Tensor:
     """The first `samples` of the sound of a file, resampled; silence where it ends before.
 
-    Sound that starts later than the picture beside it is preceded by silence.
+    Where there is a video beside it, sound that starts later is preceded by silence, and what comes
+    earlier is left out.
 
     Args:
         rate: samples of each channel per second, of the result.
@@ -77,13 +82,10 @@ def load_sample_audio(path: Path, rate: int, channels: int, samples: int) -> tor
     resampler = AudioResampler(format="fltp", layout=_LAYOUTS[channels], rate=rate)
     pieces: list[torch.Tensor] = []
     late = 0
-    # A playlist must not make it ask the network.
-    with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
-        stream = container.streams.audio[0]
-        picture = next(iter(container.streams.video), None)
-        for frame in container.decode(stream):
-            if not pieces and frame.time is not None:
-                late = round((frame.time - _start(picture)) * rate)
+    with _opened(path) as container:
+        for frame in container.decode(container.streams.audio[0]):
+            if not pieces:
+                late = round(_start(container, frame) * rate)
             pieces += [torch.from_numpy(f.to_ndarray()) for f in resampler.resample(frame)]
             if sum(piece.shape[1] for piece in pieces) + late >= samples + rate:
                 break
@@ -94,7 +96,21 @@ def load_sample_audio(path: Path, rate: int, channels: int, samples: int) -> tor
     return sound[:, :samples].clamp(-1.0, 1.0)
 
 
-def _start(stream: object) -> float:
-    """When a stream starts, in seconds of its file."""
-    start, base = getattr(stream, "start_time", None), getattr(stream, "time_base", None)
-    return 0.0 if start is None or base is None else float(start * base)
+def _opened(path: Path) -> InputContainer:
+    # A playlist must not make it ask the network.
+    return av.open(str(path), options={"protocol_whitelist": "file"})
+
+
+def _start(container: InputContainer, first: av.AudioFrame) -> float:
+    """When the sound starts, in seconds after the first frame of the video that is in the file too;
+    0 where there is none.
+
+    Args:
+        first: frame of the sound.
+    """
+    cover = Disposition.attached_pic
+    video = next((v for v in container.streams.video if not v.disposition & cover), None)
+    if video is None or first.time is None:
+        return 0.0
+    start, base = video.start_time, video.time_base
+    return first.time - (0.0 if start is None or base is None else float(start * base))

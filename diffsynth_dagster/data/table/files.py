@@ -26,7 +26,7 @@ from diffsynth_dagster.facts import FactCache, Facts
 
 Progress = Callable[[int], object]
 """Called with the number of files done since the last call."""
-_CHECK = "2"
+_CHECK = "3"
 """Raised when the check of a file finds other facts: what older ones found is not believed."""
 _PER_FILE: dict[str, Any] = {
     "path": pl.String,

@@ -58,11 +58,14 @@ def with_length_of(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFram
     """The frame with the sound of a column as long as the clip of the main column: `:frames` is the
     number of samples.
 
-    Sound that ends before the clip does rejects its row, unless less than a frame is missing.
+    Sound that ends before the clip does rejects its row, unless less than a frame is missing; and
+    so does sound beside a still image.
     """
     assert [main.many, item.many] == [False, False], "one file each"
     rate = pl.col(f"{main.column}:rate") / pl.col(f"{main.column}:stride")
     seconds, own = pl.col(f"{main.column}:frames") / rate, pl.col(f"{item.column}:seconds")
+    still = pl.lit(f"{item.column}: {main.column} is a still image, and has no length for sound")
+    frame = _rejected(frame, own.is_not_null() & rate.is_null(), "sound_of_image", still)
     why = pl.format(
         "{}: {} seconds of sound, but the clip has {}",
         pl.lit(item.column),

@@ -34,6 +34,7 @@ REASONS = {
     "no_audio": "the file has no sound",
     "bad_sample_rate": "the sample rate of the sound is not above zero",
     "wrong_channels": "the sound has more or fewer channels than the model",
+    "sound_of_image": "sound is named beside a still image, which has no length",
     "audio_too_short": "the sound is shorter than the picture",
 }
 STATUS = pl.Enum(["ok", *REASONS])

@@ -22,8 +22,10 @@ from diffsynth_dagster.families.requirements import (
     column_needs,
     columns_exclude,
     has_start,
+    models_differ,
     refused_model,
 )
+from diffsynth_dagster.families.shared.image_vae import latent_channels
 
 _NET = "controlnet"
 _MODE, _UNION = InputNamed(MODE), ModelHas(_NET, has_start("controlnet_mode_embedder."))
@@ -51,6 +53,12 @@ REFUSALS = (
         "the ControlNet reads more than an image (an inpainting one, with a mask), which is "
         "not supported",
         "give one that reads an image alone",
+    ),
+    # Patches of 2x2 latents.
+    models_differ(
+        ("dit", lambda shapes: shapes["proj_out.weight"][0]),
+        ("vae", lambda shapes: 4 * latent_channels(shapes)),
+        "latents of as many channels",
     ),
     Refusal(
         f"the ControlNet is a union of several, and {MODE} is not given",

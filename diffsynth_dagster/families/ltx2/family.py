@@ -6,6 +6,7 @@ itself; a cell left empty is a silent clip. `input_image` gives the first frame 
 `in_context_videos` are videos beside it (IC-LoRA).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,9 @@ from diffsynth_dagster.families.contract import (
 from diffsynth_dagster.families.ltx2 import stages
 from diffsynth_dagster.families.ltx2.modules import COMPONENTS, convert_dit
 from diffsynth_dagster.families.requirements import (
+    InputNamed,
+    ParameterSet,
+    Refusal,
     column_needs,
     refused_model,
 )
@@ -59,7 +63,6 @@ TRAINING_MU, TERMINAL = 2.05, 0.1
 FRAME_RATE, FRAMES_PER_LATENT = 24.0, 8
 FACTOR = Input(stages.FACTOR, "number", pattern=r"^\s*[1-9]\d*(?:\.0*)?\s*$", wants="1, 2, 3, …")
 CONTEXT = Input(stages.CONTEXT, "video", many=True, same_size=True, divided_by=stages.FACTOR)
-RATE = Input(stages.RATE, "number", pattern=r"^\s*0*[1-9]\d*(?:\.\d*)?\s*$", wants="1 or more")
 
 
 def path(config: TrainingConfig, published: Settings) -> FlowPath:
@@ -119,6 +122,7 @@ def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
     """LTX-2 with the stages of what `extra_inputs` names."""
     extra, wanted = config.extra_inputs, list(family.stages)
+    frame_rate = config.frame_rate or FRAME_RATE
     if SOUND.column in extra:
         wanted.append(SOUND_STAGE)
     if "input_image" in extra:
@@ -127,13 +131,17 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
         names = ("context", "context_grids", "context_factor")
         outputs = tuple(Output(name, "condition") for name in names)
         wanted.append(Stage("context", (CONTEXT, FACTOR), ("vae",), outputs, stages.encode_context))
-    if RATE.column in extra:
-        rate = Output("rate_millis", "condition")
-        wanted.append(Stage("rate", (RATE,), (), (rate,), stages.read_rate))
+    if stages.RATE in extra:
+        # A clip would be trained as longer or shorter than it is at another rate.
+        rate = f"{frame_rate:.10g}"
+        pattern, wants = rf"^\s*{re.escape(rate)}(?:\.0*)?\s*$", f"{rate}, the rate of the clips"
+        column = Input(stages.RATE, "number", pattern=pattern, wants=wants)
+        at = wanted.index(VIDEO_STAGE)
+        wanted[at] = replace(VIDEO_STAGE, reads=(*VIDEO_STAGE.reads, column))
     # Beside a first frame that is given there must be one to predict.
     least = 1 + FRAMES_PER_LATENT if "input_image" in extra else 1
     frames = FrameRule(FRAMES_PER_LATENT, 1, least)
-    denoise = partial(stages.denoise, frame_rate=config.frame_rate or FRAME_RATE)
+    denoise = partial(stages.denoise, frame_rate=frame_rate)
     geometry = replace(family.geometry, frames=frames)
     return replace(family, stages=tuple(wanted), denoise=denoise, geometry=geometry)
 
@@ -149,14 +157,21 @@ FAMILY = Family(
     denoisers=(Denoiser("dit"),),
     denoise=partial(stages.denoise, frame_rate=FRAME_RATE),
     path=path,
-    geometry=Geometry(32, FrameRule(FRAMES_PER_LATENT, 1), 121, FRAME_RATE),
+    geometry=Geometry(32, FrameRule(FRAMES_PER_LATENT, 1), 121, FRAME_RATE, (768, 512)),
     sample=sample,
     load_lora=partial(load_into_transformer, LTX2Pipeline),
     lora_targets={"dit": ("to_k", "to_q", "to_v", "to_out.0")},
     from_authors={"dit": convert_dit},
     parameters=("tokenizer_path", "audio_loss_weight"),
-    extra_inputs=(SOUND.column, "input_image", CONTEXT.column, FACTOR.column, RATE.column),
+    extra_inputs=(SOUND.column, "input_image", CONTEXT.column, FACTOR.column, stages.RATE),
     refusals=(
+        Refusal(
+            "audio_loss_weight is given, but nothing is trained on sound",
+            f"name {SOUND.column} in extra_inputs, or leave the weight out",
+            when=(ParameterSet("audio_loss_weight"),),
+            unless=(InputNamed(SOUND.column),),
+            where="audio_loss_weight",
+        ),
         column_needs(CONTEXT.column, FACTOR.column),
         column_needs(FACTOR.column, CONTEXT.column),
         refused_model(

@@ -8,7 +8,6 @@ import torch
 from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
 from diffsynth_dagster.families.shared.ltx_vae import encode_clips
 
-MILLIS = 1000
 CONTEXT, FACTOR, RATE = "in_context_videos", "in_context_downsample_factor", "frame_rate"
 
 
@@ -30,30 +29,24 @@ def encode_context(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     ]
 
 
-def read_rate(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """`frame_rate` → the same in thousandths, which no element type rounds."""
-    return [{"rate_millis": torch.tensor(round(s[RATE] * MILLIS))} for s in samples]
-
-
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """Latents (B, C, F, H, W) → a token for each place (B, F H W, C)."""
     return latents.flatten(2).transpose(1, 2)
 
 
-def coordinates(dit: Any, grid: Sequence[int], rate: torch.Tensor, factor: Any = 1) -> torch.Tensor:
+def coordinates(
+    dit: Any, grid: Sequence[int], frame_rate: float, factor: torch.Tensor
+) -> torch.Tensor:
     """Where the tokens of a clip begin and end, (B, 3, F H W, 2): in seconds, and in pixels of the
     sample.
 
     Args:
         grid: F, H, W.
-        rate: (B,) frames per second.
-        factor: what the sides were divided by; a number, or (B,).
+        factor: (B,), what the sides were divided by.
     """
-    frames, height, width = grid
-    places = dit.rope.prepare_video_coords(len(rate), frames, height, width, rate.device, fps=1.0)
-    seconds = places[:, :1] / rate.view(-1, 1, 1, 1)
-    scale = factor.view(-1, 1, 1, 1) if isinstance(factor, torch.Tensor) else factor
-    return torch.cat([seconds, places[:, 1:] * scale], dim=1)
+    batch, (frames, height, width) = len(factor), grid
+    places = dit.rope.prepare_video_coords(batch, frames, height, width, factor.device, fps=1.0)
+    return torch.cat([places[:, :1] / frame_rate, places[:, 1:] * factor.view(-1, 1, 1, 1)], dim=1)
 
 
 def denoise(
@@ -70,13 +63,11 @@ def denoise(
     Tokens of a first frame that is given, and of clips beside the sample, have the timestep 0.
 
     Args:
-        frame_rate: frames per second, where the rows do not say it.
+        frame_rate: frames per second of the clips.
     """
     latents, sound = x_t["video"], x_t.get("audio")
     grid, tokens = latents.shape[2:], pack(latents)
-    count, millis = tokens.shape[1], conditions.get("rate_millis")
-    rate = torch.full_like(t, frame_rate) if millis is None else millis.to(t) / MILLIS
-    places = coordinates(dit, grid, rate)
+    count, places = tokens.shape[1], coordinates(dit, grid, frame_rate, torch.ones_like(t))
     # A timestep for each token only where they differ.
     some = "first_frame" in conditions or "context" in conditions
     each = t[:, None].expand(-1, count) if some else t
@@ -88,7 +79,8 @@ def denoise(
         # Samples of a batch have clips of equal sizes.
         beside = conditions["context_grids"][0].tolist()
         factor = conditions["context_factor"].to(t)
-        places = torch.cat([places, *(coordinates(dit, g, rate, factor) for g in beside)], dim=2)
+        others = [coordinates(dit, g, frame_rate, factor) for g in beside]
+        places = torch.cat([places, *others], dim=2)
     video, audio = dit(
         hidden_states=tokens,
         # A silent clip has one token of silence, which its picture does not see.

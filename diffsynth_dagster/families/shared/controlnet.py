@@ -17,7 +17,13 @@ from diffsynth_dagster.families.contract import (
     Stage,
     Tensors,
 )
-from diffsynth_dagster.families.requirements import Refusal, column_and_model, refused_model
+from diffsynth_dagster.families.requirements import (
+    Refusal,
+    column_and_model,
+    models_differ,
+    refused_model,
+)
+from diffsynth_dagster.families.shared.unet import cross_attention
 
 COLUMN = "controlnet_image"
 _UNION = ("control_add_embedding.", "task_embedding")
@@ -50,6 +56,11 @@ def control_refusals(name: str, told_sizes: bool) -> tuple[Refusal, ...]:
             lambda shapes: ("add_embedding.linear_1.weight" in shapes) != told_sizes,
             f"the ControlNet is not one for {name}",
             f"give a ControlNet for {name}",
+        ),
+        models_differ(
+            ("unet", cross_attention),
+            ("controlnet", cross_attention),
+            "embeddings of the prompt of one width",
         ),
     )
 

@@ -1,13 +1,16 @@
 """The noising path of the Stable Diffusion models, and their sampler."""
 
 from collections.abc import Mapping
-from typing import Any, cast, get_args
+from inspect import signature
+from typing import Literal, cast
 
+import diffusers
 import torch
 from diffusers import EulerDiscreteScheduler
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.families.contract import Settings
 from diffsynth_dagster.objective.ddpm import (
     BetaSchedule,
@@ -21,10 +24,32 @@ PARAMETERS = ("prediction_type", "zero_terminal_snr", "min_snr_gamma")
 SCHEDULER_MARKS: Mapping[str, Settings] = {
     "v_pred": {"prediction_type": "v_prediction"},
     "ztsnr": {"rescale_betas_zero_snr": True},
+    "edm_vpred.sigma_max": {"_class_name": "EDMEulerScheduler"},
+    "edm_mean": {"_class_name": "EDMDPMSolverMultistepScheduler"},
 }
-"""Empty tensors by which whole checkpoints say what they are."""
-SCHEDULE, FIRST, LAST = "scaled_linear", 0.00085, 0.012
-"""The betas of every published model, used where there is no scheduler's file."""
+"""Tensors by which whole checkpoints say what they are: CosXL and Playground 2.5 are the last two."""
+
+
+class _Published(BaseModel):
+    """What a scheduler of diffusers says about the noise. Without one: as every published model."""
+
+    scheduler: str = Field("DDPMScheduler", alias="_class_name")
+    beta_schedule: BetaSchedule = "scaled_linear"
+    beta_start: float = Field(0.00085, gt=0.0, lt=1.0)
+    beta_end: float = Field(0.012, gt=0.0, lt=1.0)
+    prediction_type: Prediction = "epsilon"
+    rescale_betas_zero_snr: bool = False
+    num_train_timesteps: Literal[1000] = 1000
+    trained_betas: None = None
+    use_flow_sigmas: Literal[False] = False
+
+    @field_validator("scheduler")
+    @classmethod
+    def _has_betas(cls, name: str) -> str:
+        kind = getattr(diffusers, name, None)
+        if not isinstance(kind, type) or "beta_schedule" not in signature(kind).parameters:
+            raise ValueError("its noise is not that of a schedule of betas")
+        return name
 
 
 def path(config: TrainingConfig, published: Settings) -> DDPMPath:
@@ -34,26 +59,22 @@ def path(config: TrainingConfig, published: Settings) -> DDPMPath:
         published: settings of a scheduler of diffusers. The parameters go before them.
 
     Raises:
-        ParameterError: the settings are of another schedule, or the terminal SNR is zero and the
-            model predicts the noise.
+        WeightsError: the settings are of another kind of noise.
+        ParameterError: the terminal SNR is zero and the model predicts the noise.
     """
-    settings: dict[str, Any] = {
-        "beta_schedule": SCHEDULE,
-        "beta_start": FIRST,
-        "beta_end": LAST,
-        **published,
-    }
-    prediction = config.prediction_type or settings.get("prediction_type") or "epsilon"
-    schedule, steps = settings["beta_schedule"], settings.get("num_train_timesteps", 1000)
-    known = schedule in get_args(BetaSchedule) and prediction in get_args(Prediction)
-    if not known or steps != 1000 or settings.get("trained_betas"):
-        raise ParameterError(
-            f"the scheduler's settings are not supported: {schedule} over {steps} timesteps, "
-            f"predicts {prediction}",
-            where="scheduler/scheduler_config.json",
-            do="give the scheduler that is published with the model",
-        )
-    zero = config.zero_terminal_snr or bool(settings.get("rescale_betas_zero_snr"))
+    try:
+        given = {name: value for name, value in published.items() if value is not None}
+        settings = _Published.model_validate(given)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise WeightsError(
+            f"the model's scheduler is not supported: {detail['loc'][0]} = {detail['input']!r}: "
+            f"{detail['msg']}",
+            where="scheduler/scheduler_config.json, or the tensors of a whole checkpoint",
+            do="give a model of this family, with the scheduler that is published with it",
+        ) from None
+    prediction = config.prediction_type or settings.prediction_type
+    zero = config.zero_terminal_snr or settings.rescale_betas_zero_snr
     if zero and prediction == "epsilon":
         raise ParameterError(
             "the last timestep is nothing but noise (zero terminal SNR), and the model predicts "
@@ -63,10 +84,10 @@ def path(config: TrainingConfig, published: Settings) -> DDPMPath:
             "zero_terminal_snr out",
         )
     return ddpm_path(
-        cast(BetaSchedule, schedule),
-        settings["beta_start"],
-        settings["beta_end"],
-        cast(Prediction, prediction),
+        settings.beta_schedule,
+        settings.beta_start,
+        settings.beta_end,
+        prediction,
         zero,
         config.min_snr_gamma,
     )

@@ -44,6 +44,11 @@ def image_vae(
     )
 
 
+def latent_channels(shapes: Shapes) -> int:
+    """Channels of the latents of a VAE."""
+    return shapes["decoder.conv_in.weight"][1]
+
+
 def _vae_settings(shapes: Shapes) -> Settings:
     """Everything but the scale and shift of the latents."""
     levels = count_blocks(shapes, "encoder.down_blocks.")
@@ -56,7 +61,7 @@ def _vae_settings(shapes: Shapes) -> Settings:
             shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)
         ),
         "layers_per_block": count_blocks(shapes, "encoder.down_blocks.0.resnets."),
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "latent_channels": latent_channels(shapes),
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
     }

@@ -4,8 +4,9 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
-from diffsynth_dagster.families.requirements import Refusal, refused_model
+from diffsynth_dagster.families.requirements import Refusal, models_differ, refused_model
 from diffsynth_dagster.families.shared.architecture import count_blocks
+from diffsynth_dagster.families.shared.image_vae import latent_channels
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """The layers of the attention."""
@@ -64,18 +65,20 @@ def _down_settings(shapes: Shapes) -> Settings:
         count_blocks(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.") or 1
         for i in levels[:-1]
     ]
-    # The middle is as deep as the last level would be with attention.
+    # The middle is as deep as the last level would be with attention. Small models have none.
     middle = count_blocks(shapes, "mid_block.attentions.0.transformer_blocks.")
     # Models with linear layers around their attention have heads of 64 channels; the others, of
     # Stable Diffusion 1, have 8 heads. `attention_head_dim` is diffusers' word for the number.
-    linear = len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2
+    inward = next((s for n, s in shapes.items() if n.endswith(".attentions.0.proj_in.weight")), ())
+    linear = len(inward) == 2
     sizes = shapes.get("add_embedding.linear_1.weight")
     return {
         "in_channels": shapes["conv_in.weight"][1],
         "block_out_channels": tuple(widths),
         "down_block_types": tuple("CrossAttn" * a + "DownBlock2D" for a in attends),
         "layers_per_block": count_blocks(shapes, "down_blocks.0.resnets."),
-        "transformer_layers_per_block": (*depths, middle),
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else None,
+        "transformer_layers_per_block": (*depths, middle or 1),
         "cross_attention_dim": cross_attention(shapes),
         "attention_head_dim": tuple(w // 64 for w in widths) if linear else 8,
         "use_linear_projection": linear,
@@ -115,7 +118,14 @@ def _convert_unet(tensors: Tensors) -> Tensors:
 
 def cross_attention(shapes: Shapes) -> int:
     """The width of the prompt's embeddings that a UNet or ControlNet reads."""
-    return shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1]
+    return next((s[1] for name, s in shapes.items() if name.endswith(".attn2.to_k.weight")), 0)
+
+
+SAME_LATENTS = models_differ(
+    ("unet", lambda shapes: shapes["conv_out.weight"][0]),
+    ("vae", latent_channels),
+    "latents of as many channels",
+)
 
 
 def refuse_inpainting(name: str) -> Refusal:

@@ -160,6 +160,7 @@ FAMILY = Family(
             f"give the one of {NAME}'s base model",
         ),
         unet.refuse_inpainting(NAME),
+        unet.SAME_LATENTS,
         *controlnet.control_refusals(NAME, told_sizes=True),
     ),
     variant=controlnet.with_control,

@@ -115,7 +115,7 @@ FAMILY = Family(
     denoisers=(Denoiser("dit"),),
     denoise=stages.denoise,
     path=path,
-    geometry=Geometry(side_factor=16, frames=FrameRule(stages.FRAMES_PER_LATENT, 1)),
+    geometry=Geometry(16, FrameRule(stages.FRAMES_PER_LATENT, 1), sample_size=(832, 480)),
     sample=sample,
     load_lora=load_lora,
     inference_sigmas=inference_sigmas,

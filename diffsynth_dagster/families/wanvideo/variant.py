@@ -95,6 +95,13 @@ REFUSALS = (
         unless=(_FIRST,),
     ),
     Refusal(
+        "direct_distill follows the samples through all timesteps with one transformer, and the "
+        "model list has the experts of different timesteps",
+        "name a model without experts",
+        when=(ParameterSet("distills"), _SECOND),
+        where="task",
+    ),
+    Refusal(
         "two experts with VACE blocks are not trained together",
         "name the files of one of them",
         when=(_VACE, _SECOND),

@@ -197,15 +197,16 @@ def rows(folder: Path, sound: bool = True, context: bool = False) -> Path:
     """Four clips with captions, sound, and clips beside them where they are wanted."""
     folder.mkdir(parents=True)
     table: list[dict[str, Any]] = []
+    rate = 25 if context else 24
     for index in range(4):
-        write_video(folder / f"{index}.mp4", index, SIDE, FRAMES, 24)
+        write_video(folder / f"{index}.mp4", index, SIDE, FRAMES, rate)
         row: dict[str, Any] = {"video": f"{index}.mp4", "prompt": f"clip {'x' * index} {index}"}
         if sound:
             write_sound(folder / f"{index}.wav", index)
             row["input_audio"] = f"{index}.wav"
         if context:
-            write_video(folder / f"beside{index}.mp4", index + 10, SIDE // 2, FRAMES, 24)
-            row |= {"in_context_videos": [f"beside{index}.mp4"], "frame_rate": 25}
+            write_video(folder / f"beside{index}.mp4", index + 10, SIDE // 2, FRAMES, rate)
+            row |= {"in_context_videos": [f"beside{index}.mp4"], "frame_rate": rate}
             row["in_context_downsample_factor"] = 2
         table.append(row)
     (folder / "metadata.json").write_text(json.dumps(table))
@@ -348,6 +349,7 @@ CASES = (
                 "in_context_downsample_factor",
                 "frame_rate",
             ],
+            "frame_rate": 25,
         },
         rows=partial(rows, context=True),
         published=partial(published, kind=LTX2InContextPipeline, context=True),

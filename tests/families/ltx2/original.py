@@ -86,3 +86,17 @@ def original_gemma(state: Tensors) -> Tensors:
         ("model.vision_tower.", "vision_tower.vision_model."),
         ("model.multi_modal_projector.", "multi_modal_projector."),
     )
+
+
+_VOCODER = {
+    "upsamplers": "ups",
+    "resnets": "resblocks",
+    "conv_in": "conv_pre",
+    "conv_out": "conv_post",
+    "act_out": "act_post",
+    "downsample": "downsample.lowpass",
+}
+
+
+def authors_vocoder_name(name: str) -> str:
+    return ".".join(_VOCODER.get(part, part) for part in name.split("."))

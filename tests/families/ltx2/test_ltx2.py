@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_config, samples_of, train
 from diffusers import LTX2VideoTransformer3DModel
+from diffusers.pipelines.ltx2 import LTX2Vocoder, LTX2VocoderWithBWE
 from families.ltx2.cases import (
     CASES,
     FRAMES,
@@ -20,7 +21,7 @@ from families.ltx2.cases import (
     rows,
     write,
 )
-from families.ltx2.original import original_dit
+from families.ltx2.original import authors_vocoder_name, original_dit
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.errors import UserError
@@ -181,6 +182,55 @@ def test_one_file_holds_all_but_the_text_encoder(
         assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs)
 
 
+@pytest.mark.parametrize("kind", [LTX2Vocoder, LTX2VocoderWithBWE])
+def test_the_authors_names_of_the_vocoder_are_read(
+    kind: Any, values: dict[str, Any], tmp_path: Path
+) -> None:
+    """In the whole checkpoint: that of 2.0, and that of 2.3 with its higher rate."""
+    with torch.device("meta"):
+        module = kind()
+    ours = {name: torch.zeros(tensor.shape[:1]) for name, tensor in module.state_dict().items()}
+    theirs = {f"vocoder.{authors_vocoder_name(name)}": tensor for name, tensor in ours.items()}
+    assert ours.keys() != {name.removeprefix("vocoder.") for name in theirs}
+    path, alone = tmp_path / "ltx.safetensors", tmp_path / "vocoder.safetensors"
+    save_file({**load_file(values["model_paths"][0]), **theirs}, path)
+    save_file(ours, alone)
+    others = values["model_paths"][1:]
+    for paths in ([str(path)], [values["model_paths"][0], str(alone)]):
+        found = find_model(make_config({**values, "model_paths": [*paths, *others]}), HUB)
+        vocoder = found.components["vocoder"]
+        assert vocoder.shapes.keys() == ours.keys()
+        assert vocoder.component.kind_of(vocoder.shapes) is kind
+
+
+def test_a_rate_that_clips_are_not_resampled_to_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = json.loads(rows(tmp_path / "data").read_text())
+    for row, rate in zip(table, (24, 25, "24.0", 23.976), strict=True):
+        row["frame_rate"] = rate
+    path = tmp_path / "data" / "rates.json"
+    path.write_text(json.dumps(table))
+    given = {
+        "family": "ltx2",
+        "dataset_base_path": str(path.parent),
+        "dataset_metadata_path": str(path),
+        "cache_path": str(tmp_path / "cache"),
+        "lora_base_model": "dit",
+        "task": "sft:data_process",
+        **T2AV.models(model, "diffusers"),
+        **T2AV.parameters,
+        "extra_inputs": ["input_audio", "frame_rate"],
+    }
+    code, run = train(given, tmp_path / "run")
+    assert code == 2
+    assert "frame_rate takes 24, the rate of the clips" in capsys.readouterr().err
+    code, run = train({**given, "max_rejected_fraction": 0.5}, tmp_path / "run")
+    assert code == 0
+    table = pl.read_parquet(run / "samples.parquet")
+    assert sorted(table["row"]) == [1, 3]
+
+
 def test_samples_are_clips_with_sound(model: Path, values: dict[str, Any], tmp_path: Path) -> None:
     from diffsynth_dagster.families.contract import SampleRequest
 
@@ -271,6 +321,7 @@ def test_spectrograms_are_those_of_the_formula() -> None:
         (["in_context_videos"], "in_context_downsample_factor"),
         (["in_context_downsample_factor"], "in_context_videos"),
         (["input_audo"], "did you mean 'input_audio'"),
+        ([], "audio_loss_weight is given, but nothing is trained on sound"),
     ],
 )
 def test_what_does_not_go_together_is_refused(extra: list[str], words: str) -> None:
@@ -282,6 +333,7 @@ def test_what_does_not_go_together_is_refused(extra: list[str], words: str) -> N
             "lora_base_model": "dit",
             "model_paths": ["x"],
             "extra_inputs": extra,
+            **({} if extra else {"audio_loss_weight": 0.5}),
         }
     )
     with pytest.raises(UserError, match=words):

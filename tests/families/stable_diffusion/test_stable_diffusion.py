@@ -1,5 +1,6 @@
 """Stable Diffusion 1.5: its loss, published settings, what is refused, LoRAs of other tools."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,11 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from families.stable_diffusion.cases import (
-    ARCHITECTURE,
     CASES,
-    CONTROL,
-    CONTROLNET,
     SCHEDULER,
-    TEXT,
-    UP,
     V_SCHEDULER,
     parts_of,
     rows,
-    rows_with_control,
     write,
     write_v,
 )
@@ -37,8 +32,7 @@ from families.stable_diffusion.training import (
     require_equal_computations,
     values_of,
 )
-from families.stable_diffusion_xl.cases import ARCHITECTURE as XL_ARCHITECTURE
-from families.stable_diffusion_xl.cases import UP as XL_UP
+from hub_server import serve_hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -47,7 +41,9 @@ from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Component, Shapes, Tensors
 from diffsynth_dagster.objective.ddpm import DDPMPath
 from diffsynth_dagster.objective.noise import generator
+from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.training.modules import lora_targets
+from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component
 from diffsynth_dagster.weights.lora import read_lora, usual_spelling
@@ -167,6 +163,60 @@ def test_a_whole_checkpoint_says_what_it_predicts(data: Path, tmp_path: Path) ->
         assert path.zero_terminal_snr
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ("unet/", "text_encoder/", "vae/"),
+        ("unet/*.safetensors", "text_encoder/*.safetensors", "vae/*.safetensors"),
+        ("sd.safetensors",),
+    ],
+    ids=["folders", "files", "whole checkpoint"],
+)
+def test_the_scheduler_is_downloaded_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: tuple[str, ...]
+) -> None:
+    """Whatever names the files of a model: it says what the model predicts."""
+    write_v(tmp_path)
+    repository = tmp_path / "hub" / "author" / "model"
+    shutil.copytree(tmp_path / "diffusers", repository)
+    whole = load_file(tmp_path / "original" / "sd.safetensors")
+    unmarked = {name: t for name, t in whole.items() if name not in ("v_pred", "ztsnr")}
+    save_file(unmarked, repository / "sd.safetensors")
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "downloads"))
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "modelscope"))
+    config = make_config(
+        {
+            "family": "stable_diffusion",
+            "dataset_base_path": "d",
+            "dataset_metadata_path": "m.csv",
+            "lora_base_model": "unet",
+            "model_id_with_origin_paths": [f"author/model:{entry}" for entry in entries],
+            "tokenizer_path": str(tmp_path / "diffusers" / "tokenizer"),
+        }
+    )
+    with serve_hub(tmp_path / "hub") as hub:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+        path = find_model(config, ModelHub.from_environment()).path
+    assert isinstance(path, DDPMPath)
+    assert (path.prediction, path.zero_terminal_snr) == ("v_prediction", True)
+    assert (
+        "unless the scheduler published with the model says otherwise"
+        in make_plan(config)["objective"]
+    )
+
+
+def test_a_checkpoint_with_other_noise_is_refused(data: Path, tmp_path: Path) -> None:
+    """CosXL and Playground 2.5 say by a tensor that their noise is not that of a schedule of betas."""
+    write(tmp_path)
+    values = {**values_of(CASE, tmp_path, data), **CASE.models(tmp_path, "original")}
+    (path,) = values["model_paths"]
+    whole = load_file(path)
+    for mark in ("edm_vpred.sigma_max", "edm_mean"):
+        save_file({**whole, mark: torch.ones(1)}, path)
+        with pytest.raises(UserError, match="the model's scheduler is not supported"):
+            find_model(make_config(values), HUB)
+
+
 def test_the_old_names_of_the_vae_are_read(model: Path, data: Path, tmp_path: Path) -> None:
     """Those of the published file, from before diffusers 0.17."""
     new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -198,95 +248,6 @@ def test_the_guides_automatic_targets_are_linear_layers_of_the_blocks() -> None:
     # 11 of the 16 transformer blocks are at least 512 wide.
     assert len([name for name in layers if ".attn1." in name]) == 11 * 4
     assert all(isinstance(unet.get_submodule(name), torch.nn.Linear) for name in layers)
-
-
-def save_unet(folder: Path, **settings: Any) -> str:
-    UNet2DConditionModel(**{**ARCHITECTURE, "up_block_types": UP, **settings}).save_pretrained(
-        folder
-    )
-    return str(folder / "diffusion_pytorch_model.safetensors")
-
-
-def save_controlnet(folder: Path, extra: str | None = None, **settings: Any) -> str:
-    blocks = {"conditioning_embedding_out_channels": (8, 8, 16, 16)}
-    ControlNetModel(**{**ARCHITECTURE, **blocks, **settings}).save_pretrained(folder)
-    path = folder / "diffusion_pytorch_model.safetensors"
-    if extra is not None:
-        save_file({**load_file(path), extra: torch.zeros(2)}, path)
-    return str(path)
-
-
-def save_encoder(folder: Path, **settings: Any) -> str:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    CLIPTextModel(CLIPTextConfig(**{**TEXT, **settings})).save_pretrained(folder)
-    return str(folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("entry", "words"),
-    [
-        (
-            lambda f: save_unet(f, cross_attention_dim=1024),
-            "the UNet is that of Stable Diffusion 2",
-        ),
-        (lambda f: save_unet(f, in_channels=9), "reads more than the noisy latents"),
-        (
-            lambda f: save_unet(f, **{**XL_ARCHITECTURE, "up_block_types": XL_UP}),
-            "the file is no component of stable_diffusion",
-        ),
-        (
-            lambda f: save_encoder(f, hidden_size=1024, num_attention_heads=16),
-            "the text encoder is that of Stable Diffusion 2",
-        ),
-    ],
-    ids=["SD 2", "inpainting", "SDXL", "text encoder of SD 2"],
-)
-def test_other_models_are_refused(
-    model: Path, data: Path, tmp_path: Path, entry: Any, words: str, capsys: Any
-) -> None:
-    values = values_of(CASE, model, data)
-    path = entry(tmp_path / "other")
-    place = 0 if "diffusion_pytorch" in path else 1
-    values["model_paths"] = [path if i == place else p for i, p in enumerate(values["model_paths"])]
-    assert train(values, tmp_path / "run")[0] == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert "Traceback" not in error
-    assert not (tmp_path / "run" / "samples.parquet").exists()
-
-
-@pytest.mark.parametrize(
-    ("entry", "words"),
-    [
-        (
-            lambda f: save_controlnet(f, "control_add_embedding.linear_1.weight"),
-            "the ControlNet is a union of several",
-        ),
-        (lambda f: save_controlnet(f, conditioning_channels=4), "reads more than an image"),
-        (
-            lambda f: save_controlnet(f, **XL_ARCHITECTURE),
-            "the ControlNet is not one for Stable Diffusion 1.5",
-        ),
-    ],
-    ids=["union", "inpainting", "SDXL"],
-)
-def test_other_controlnets_are_refused(
-    model: Path, tmp_path: Path, entry: Any, words: str, capsys: Any
-) -> None:
-    values = values_of(CASE, model, rows_with_control(tmp_path / "data"), **CONTROL)
-    values["model_paths"] = [*values["model_paths"], entry(tmp_path / "other")]
-    assert train(values, tmp_path / "run")[0] == 2
-    assert words in capsys.readouterr().err
-
-
-def test_a_controlnet_and_its_column_go_together(model: Path, data: Path, tmp_path: Path) -> None:
-    values = values_of(CASE, model, data)
-    given = {**values, "model_paths": [*values["model_paths"], str(model / CONTROLNET)]}
-    with pytest.raises(UserError, match="has a ControlNet, but controlnet_image is not given"):
-        find_model(make_config(given), HUB)
-    with pytest.raises(UserError, match="controlnet_image is given but no ControlNet"):
-        find_model(make_config({**values, **CONTROL}), HUB)
 
 
 def test_kohya_names_there_and_back() -> None:

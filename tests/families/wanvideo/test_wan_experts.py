@@ -19,6 +19,7 @@ from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, UserError
 from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.families import find_family
+from diffsynth_dagster.families.contract import SampleRequest
 from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.record import read_record
@@ -188,11 +189,50 @@ def test_each_export_loads_into_its_expert(
         torch.testing.assert_close(predicted, seen["output"], atol=1e-5, rtol=1e-5)
 
 
-def test_samples_are_made_by_both(values: dict[str, Any], tmp_path: Path) -> None:
+def test_samples_are_made_by_both(values: dict[str, Any]) -> None:
+    """Each at its own timesteps."""
+    found = find_model(make_config(values), HUB)
+    experts = ("dit", "dit2")
+    loaded = {n: load_component(found.components[n], "cpu", torch.float32) for n in experts}
+    seen: dict[str, list[float]] = {name: [] for name in experts}
+    for name, module in loaded.items():
+
+        def note(_: Any, args: Any, kwargs: Any, name: str = name) -> None:
+            seen[name].append(float(kwargs["timestep"].max()))
+
+        module.register_forward_pre_hook(note, with_kwargs=True)
+    loaded["vae"] = load_component(found.components["vae"], "cpu", torch.float32)
+    request = SampleRequest(
+        conditions={"prompt_embeds": torch.zeros(1, 7, 64)},
+        negative=None,
+        height=32,
+        width=32,
+        num_frames=5,
+        frame_rate=16.0,
+        num_inference_steps=6,
+        cfg_scale=1.0,
+        generators=[torch.Generator().manual_seed(0)],
+        path=found.path,
+    )
+    with torch.no_grad():
+        (clip,) = found.family.sample(loaded, request)
+    assert len(clip.frames) == 5
+    assert len(seen["dit"]) + len(seen["dit2"]) == 6
+    assert min(seen["dit"]) >= 875 > max(seen["dit2"])
+
+
+def test_samples_are_made_while_both_take_turns(values: dict[str, Any], tmp_path: Path) -> None:
     more = {"sample_prompts": ["a clip"], "sample_num_inference_steps": 4, "num_epochs": 1}
     code, run = train({**values, **more, "offload_idle_denoiser": True}, tmp_path / "run")
     assert code == 0
     assert (run / "samples" / "step-0.png").is_file()
+
+
+def test_direct_distillation_of_experts_is_refused(values: dict[str, Any]) -> None:
+    """A trajectory goes through the timesteps of both."""
+    for trained in ("dit,dit2", "dit"):
+        words = refusal(values, task="direct_distill", lora_base_model=trained)
+        assert "direct_distill follows the samples through all timesteps" in words
 
 
 def test_two_processes_train_both(values: dict[str, Any], tmp_path: Path) -> None:
