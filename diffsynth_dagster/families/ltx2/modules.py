@@ -6,13 +6,12 @@ or the same tensors in files of their own, whose VAEs may be their encoders alon
 
 from diffusers import LTX2VideoTransformer3DModel
 from diffusers.loaders import single_file_utils
-from diffusers.pipelines.ltx2 import LTX2Vocoder, LTX2VocoderWithBWE
 
 from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
 from diffsynth_dagster.families.shared.architecture import count_blocks
 from diffsynth_dagster.families.shared.gemma import GEMMA_3
 from diffsynth_dagster.families.shared.ltx_text import LTX2_CONNECTORS
-from diffsynth_dagster.families.shared.ltx_vae import LTX2_AUDIO_VAE, LTX2_VAE
+from diffsynth_dagster.families.shared.ltx_vae import LTX2_AUDIO_VAE, LTX2_VAE, LTX2_VOCODER
 from diffsynth_dagster.families.shared.names import with_new_starts
 
 HEAD, AUDIO_HEAD = 128, 64
@@ -61,24 +60,6 @@ def convert_dit(tensors: Tensors) -> Tensors:
     return single_file_utils.convert_ltx2_transformer_to_diffusers(named)
 
 
-_VOCODER = {
-    "ups": "upsamplers",
-    "resblocks": "resnets",
-    "conv_pre": "conv_in",
-    "conv_post": "conv_out",
-    "act_post": "act_out",
-}
-
-
-def convert_vocoder(tensors: Tensors) -> Tensors:
-    """The authors' names → diffusers'."""
-    named: Tensors = {}
-    for name, tensor in tensors.items():
-        parts = [_VOCODER.get(part, part) for part in name.split(".") if part != "lowpass"]
-        named[".".join(parts)] = tensor
-    return named
-
-
 COMPONENTS = (
     Component(
         "dit",
@@ -97,19 +78,5 @@ COMPONENTS = (
     LTX2_CONNECTORS,
     LTX2_VAE,
     LTX2_AUDIO_VAE,
-    Component(
-        "vocoder",
-        "vocoder",
-        (
-            ("conv_in.weight", "upsamplers.0.weight", "conv_out.weight"),
-            ("vocoder.conv_in.weight", "bwe_generator.conv_in.weight"),
-            ("conv_pre.weight", "ups.0.weight", "conv_post.weight"),
-            ("vocoder.conv_pre.weight", "bwe_generator.conv_pre.weight"),
-        ),
-        LTX2Vocoder,
-        lambda shapes: {},
-        convert_vocoder,
-        inside=("vocoder.",),
-        other_kinds={"bwe_generator.": LTX2VocoderWithBWE},
-    ),
+    LTX2_VOCODER,
 )

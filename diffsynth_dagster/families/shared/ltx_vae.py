@@ -1,4 +1,5 @@
-"""The VAEs of LTX-2, of video and of sound: from their files to components, and what they encode."""
+"""The VAEs of LTX-2, of video and of sound, and its vocoder: from their files to components, and what
+they encode."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
 from diffusers.loaders import single_file_utils
+from diffusers.pipelines.ltx2 import LTX2Vocoder, LTX2VocoderWithBWE
 from transformers.audio_utils import mel_filter_bank
 
 from diffsynth_dagster.data.columns import Input
@@ -122,6 +124,41 @@ LTX2_AUDIO_VAE = Component(
     ("audio_vae_encoder.safetensors",),
     inside=("audio_vae.",),
     may_lack=("decoder",),
+)
+
+
+_VOCODER = {
+    "ups": "upsamplers",
+    "resblocks": "resnets",
+    "conv_pre": "conv_in",
+    "conv_post": "conv_out",
+    "act_post": "act_out",
+}
+
+
+def convert_vocoder(tensors: Tensors) -> Tensors:
+    """The authors' names → diffusers'."""
+    named: Tensors = {}
+    for name, tensor in tensors.items():
+        parts = [_VOCODER.get(part, part) for part in name.split(".") if part != "lowpass"]
+        named[".".join(parts)] = tensor
+    return named
+
+
+LTX2_VOCODER = Component(
+    "vocoder",
+    "vocoder",
+    (
+        ("conv_in.weight", "upsamplers.0.weight", "conv_out.weight"),
+        ("vocoder.conv_in.weight", "bwe_generator.conv_in.weight"),
+        ("conv_pre.weight", "ups.0.weight", "conv_post.weight"),
+        ("vocoder.conv_pre.weight", "bwe_generator.conv_pre.weight"),
+    ),
+    LTX2Vocoder,
+    lambda shapes: {},
+    convert_vocoder,
+    inside=("vocoder.",),
+    other_kinds={"bwe_generator.": LTX2VocoderWithBWE},
 )
 
 
