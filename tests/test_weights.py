@@ -256,7 +256,7 @@ def other_config(path: Path) -> None:
         (cut_off, "not a whole safetensors file"),
         (no_safetensors, "not a whole safetensors file"),
         (unknown_kind, "unknown kind: its first tensors are foo.weight"),
-        (broken_config, "architecture cannot be read"),
+        (broken_config, "settings of the architecture cannot be read"),
         (other_config, "missing: transformer_blocks.2"),
         (Path.unlink, "does not exist"),
     ],

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -168,18 +169,7 @@ def read_architecture(folder: Path, component: Component) -> Mapping[str, object
     path = folder / "config.json"
     if not path.is_file():
         return None
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"the architecture cannot be read: {error}",
-            where=str(path),
-            do="download it again, or remove it: the settings then come from the shapes",
-        ) from error
-    if not isinstance(loaded, dict):
-        raise WeightsError(
-            "the architecture is not a mapping", where=str(path), do="download it again"
-        )
+    loaded = _read_mapping(path, "architecture")
     named = [loaded.get("_class_name"), *(loaded.get("architectures") or [])]
     return loaded if any(name in component.classes for name in named) else None
 
@@ -201,16 +191,30 @@ def read_schedule(folder: Path, header: Header, family: Family) -> Settings:
     path = next((p for p in paths if p.is_file()), None)
     if marked or path is None:
         return {name: value for settings in marked for name, value in settings.items()}
+    return _read_mapping(path, "scheduler")
+
+
+def _read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """The settings in a JSON file.
+
+    Args:
+        what: they are of, for messages.
+
+    Raises:
+        WeightsError: the file is damaged.
+    """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(
-            f"the scheduler's settings cannot be read: {error}",
+            f"the settings of the {what} cannot be read: {error}",
             where=str(path),
-            do="download them again",
+            do="download the file again",
         ) from error
     if not isinstance(loaded, dict):
         raise WeightsError(
-            "the scheduler's settings are not a mapping", where=str(path), do="download them again"
+            f"the settings of the {what} are not a mapping",
+            where=str(path),
+            do="download the file again",
         )
-    return {str(name): value for name, value in loaded.items()}
+    return cast(dict[str, Any], loaded)
