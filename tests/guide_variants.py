@@ -336,7 +336,7 @@ VARIANTS = (
         "in_context_downsample_factor",
         "frame_rate",
         frames="81",
-        cached=("context", "rate"),
+        cached=("context",),
     ),
     ltx("ltx23_t2av", "LTX-2.3", "input_audio"),
     ltx("ltx23_i2av", "LTX-2.3", "input_audio", "input_image", cached=("known_frame",)),
