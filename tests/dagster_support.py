@@ -66,6 +66,18 @@ def job(name: str, *source: str) -> list[str]:
     return ["-m", "dagster", "job", "execute", *source, "-j", name]
 
 
+def execute_job(folder: Path, name: str, values: Mapping[str, Any], seconds: float) -> str:
+    """Run the job of a recipe by `dagster job execute` to its success; returns its DAGSTER_HOME."""
+    write_recipe(folder / "recipes", name, values)
+    env, log = environment(home(folder / "home"), folder / "recipes"), folder / "log"
+    process = start(job(f"train_{name}"), env, log)
+    try:
+        assert process.wait(seconds) == 0, log.read_text()
+    finally:
+        process.kill()
+    return env["DAGSTER_HOME"]
+
+
 def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     until = time.monotonic() + seconds
     while time.monotonic() < until:

@@ -8,7 +8,7 @@ import av
 import dagster as dg
 import numpy as np
 import pytest
-from dagster_support import environment, home, job, start, write_recipe
+from dagster_support import execute_job
 from families.ltx2.cases import CASES
 from media_support import real_clip
 
@@ -58,14 +58,8 @@ def test_real_clips_with_sound_become_a_lora(tmp_path: Path) -> None:
         "cache_path": str(tmp_path / "cache"),
         "output_path": str(tmp_path / "run"),
     }
-    write_recipe(tmp_path / "recipes", "sound", recipe)
-    env, log = environment(home(tmp_path / "home"), tmp_path / "recipes"), tmp_path / "log"
-    process = start(job("train_sound"), env, log)
-    try:
-        assert process.wait(300) == 0, log.read_text()
-    finally:
-        process.kill()
-    with dg.DagsterInstance.from_config(env["DAGSTER_HOME"]) as instance:
+    dagster_home = execute_job(tmp_path, "sound", recipe, 300)
+    with dg.DagsterInstance.from_config(dagster_home) as instance:
         metadata, training = facts(instance, "metadata"), facts(instance, "checkpoints")
     assert metadata["status/ok"].value == 2
     assert metadata["status/wrong_channels"].value == 1

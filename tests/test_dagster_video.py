@@ -7,7 +7,7 @@ from pathlib import Path
 
 import av
 import dagster as dg
-from dagster_support import environment, home, job, start, write_recipe
+from dagster_support import execute_job
 from families.wanvideo.cases import CASES
 from media_support import real_clip
 from PIL import Image
@@ -46,14 +46,8 @@ def test_real_clips_become_a_lora(tmp_path: Path) -> None:
         "cache_path": str(tmp_path / "cache"),
         "output_path": str(tmp_path / "run"),
     }
-    write_recipe(tmp_path / "recipes", "clips", recipe)
-    env, log = environment(home(tmp_path / "home"), tmp_path / "recipes"), tmp_path / "log"
-    process = start(job("train_clips"), env, log)
-    try:
-        assert process.wait(240) == 0, log.read_text()
-    finally:
-        process.kill()
-    with dg.DagsterInstance.from_config(env["DAGSTER_HOME"]) as instance:
+    dagster_home = execute_job(tmp_path, "clips", recipe, 240)
+    with dg.DagsterInstance.from_config(dagster_home) as instance:
         metadata = facts(instance, "metadata")
         latents, training = facts(instance, "latents"), facts(instance, "checkpoints")
         exports = facts(instance, "exports")

@@ -12,6 +12,7 @@ import numpy as np
 from av.video.reformatter import ColorRange
 from PIL import Image
 
+from diffsynth_dagster.data.media.audio import LAYOUTS
 from diffsynth_dagster.families.contract import Clip
 from diffsynth_dagster.files import write_whole
 
@@ -21,7 +22,6 @@ FALLBACK_RATE = 48000
 """Samples per second of sound at a rate that AAC does not have."""
 _BT709 = 1
 """FFmpeg's number for BT.709, as matrix, primaries and transfer function alike."""
-_LAYOUTS = {1: "mono", 2: "stereo"}
 
 
 def write_clip(path: Path, clip: Clip) -> Path:
@@ -91,14 +91,14 @@ def _sound_stream(container: Any, clip: Clip) -> Any:
     assert clip.sound is not None
     known = clip.sound_rate in (av.Codec("aac", "w").audio_rates or ())
     rate = clip.sound_rate if known else FALLBACK_RATE
-    return container.add_stream("aac", rate=rate, layout=_LAYOUTS[clip.sound.shape[0]])
+    return container.add_stream("aac", rate=rate, layout=LAYOUTS[clip.sound.shape[0]])
 
 
 def _heard(clip: Clip) -> av.AudioFrame:
     assert clip.sound is not None
     samples = clip.sound.float().clamp(-1.0, 1.0).cpu().numpy()
     frame = av.AudioFrame.from_ndarray(
-        np.ascontiguousarray(samples), "fltp", _LAYOUTS[samples.shape[0]]
+        np.ascontiguousarray(samples), "fltp", LAYOUTS[samples.shape[0]]
     )
     frame.sample_rate = clip.sound_rate
     return frame

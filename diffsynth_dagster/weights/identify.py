@@ -58,6 +58,8 @@ class Found:
     @property
     def lacks(self) -> tuple[str, ...]:
         """The modules of the component that its files leave out. Raises `WeightsError`."""
+        if not self.component.may_lack:
+            return ()
         shapes = self.shapes
         return tuple(
             part

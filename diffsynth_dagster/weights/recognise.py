@@ -169,7 +169,8 @@ def read_architecture(folder: Path, component: Component) -> Mapping[str, object
     path = folder / "config.json"
     if not path.is_file():
         return None
-    loaded = _read_mapping(path, "architecture")
+    instead = ", or remove it: the settings then come from the shapes"
+    loaded = _read_mapping(path, "architecture", instead)
     named = [loaded.get("_class_name"), *(loaded.get("architectures") or [])]
     return loaded if any(name in component.classes for name in named) else None
 
@@ -194,11 +195,12 @@ def read_schedule(folder: Path, header: Header, family: Family) -> Settings:
     return _read_mapping(path, "scheduler")
 
 
-def _read_mapping(path: Path, what: str) -> dict[str, Any]:
+def _read_mapping(path: Path, what: str, instead: str = "") -> dict[str, Any]:
     """The settings in a JSON file.
 
     Args:
         what: they are of, for messages.
+        instead: what else can be done about a damaged file, for messages.
 
     Raises:
         WeightsError: the file is damaged.
@@ -209,12 +211,12 @@ def _read_mapping(path: Path, what: str) -> dict[str, Any]:
         raise WeightsError(
             f"the settings of the {what} cannot be read: {error}",
             where=str(path),
-            do="download the file again",
+            do=f"download the file again{instead}",
         ) from error
     if not isinstance(loaded, dict):
         raise WeightsError(
             f"the settings of the {what} are not a mapping",
             where=str(path),
-            do="download the file again",
+            do=f"download the file again{instead}",
         )
     return cast(dict[str, Any], loaded)

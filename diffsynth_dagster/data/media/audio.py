@@ -19,7 +19,8 @@ from diffsynth_dagster.facts import Facts, digest_file
 
 AUDIO_ERRORS = (*IMAGE_ERRORS, av.FFmpegError)
 """What reading a damaged file raises."""
-_LAYOUTS = {1: "mono", 2: "stereo"}
+LAYOUTS = {1: "mono", 2: "stereo"}
+"""Channels → what FFmpeg calls them."""
 
 
 def audio_facts(path: Path, pool: DecoderPool) -> Facts:
@@ -79,7 +80,7 @@ def load_sample_audio(path: Path, rate: int, channels: int, samples: int) -> tor
     Raises:
         OSError, av.FFmpegError, …: see `AUDIO_ERRORS`.
     """
-    resampler = AudioResampler(format="fltp", layout=_LAYOUTS[channels], rate=rate)
+    resampler = AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
     pieces: list[torch.Tensor] = []
     late = 0
     with _opened(path) as container:
