@@ -64,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rows(tmp_path_factory.mktemp("data") / "plain")
 
 
-@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("gamma", [None, 5.0, 0.01])
 @pytest.mark.parametrize(
     ("settings", "parameters"),
     [

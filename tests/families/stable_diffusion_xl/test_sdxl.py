@@ -79,7 +79,7 @@ def published_unet() -> Any:
         return UNet2DConditionModel(**PUBLISHED, up_block_types=UP)
 
 
-@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("gamma", [None, 5.0, 0.01])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_loss_is_that_of_the_published_training_example(
     model: Path, data: Path, tmp_path: Path, kind: str, gamma: float | None
