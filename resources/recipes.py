@@ -59,6 +59,13 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
             _check_schedule(recipe)
         except UserError as error:
             broken.append(BrokenRecipe(name, path, _naming(error, path)))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other recipes are there
+            unforeseen = ParameterError(
+                f"the recipe cannot be used: {type(error).__name__}: {error}",
+                where=str(path),
+                do="correct it, and tell the authors of this trainer",
+            )
+            broken.append(BrokenRecipe(name, path, unforeseen))
         else:
             sound.append(Recipe(name, path, recipe.config, recipe.options))
     shared = _in_one_folder(sound)

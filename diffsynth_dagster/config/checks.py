@@ -1,14 +1,15 @@
 """From named values to a `TrainingConfig`, or one message that says what is wrong."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
-from diffsynth_dagster.errors import ParameterError, nearest
+from diffsynth_dagster.errors import ParameterError, nearest, shown
 
 Naming = Callable[[str], str]
+_Model = TypeVar("_Model", bound=BaseModel)
 Refuse = Callable[[str, str], ParameterError]
 """(What is wrong, what to do) → the error."""
 
@@ -49,10 +50,7 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
     for name in values:
         if name not in fields:
             refuse_unknown(name, fields, where, naming)
-    try:
-        config = TrainingConfig.model_validate(dict(values))
-    except ValidationError as error:
-        raise _worded(error, where, naming) from None
+    config = validated(TrainingConfig, values, where, naming)
     for name in fields:
         if MARKS[name].planned and _is_given(config, name):
             raise ParameterError(
@@ -69,13 +67,25 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
     return config
 
 
+def validated(
+    model: type[_Model], values: Mapping[str, Any], where: str, naming: Naming = as_key
+) -> _Model:
+    """A model of pydantic's from values by name. Raises `ParameterError`."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        wrong = _worded(error, where, naming)
+    # Out of the block, so that the error has no memory of pydantic's: its text may have no end.
+    raise wrong
+
+
 def _worded(error: ValidationError, where: str, naming: Naming) -> ParameterError:
     problems: list[str] = []
     for detail in error.errors():
         name = str(detail["loc"][0]) if detail["loc"] else "?"
         message = detail["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
-        problem = f"{naming(name)} = {detail['input']!r}: {message}"
+        problem = f"{naming(name)} = {shown(detail['input'])}: {message}"
         if problem not in problems:
             problems.append(problem)
     return ParameterError("; ".join(problems), where=where, do="correct the value")
