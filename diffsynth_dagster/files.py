@@ -1,20 +1,53 @@
 """Writing files so that they are either whole or not there."""
 
+import contextlib
 import json
 import os
+import re
+import socket
 import struct
+import time
 import uuid
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from diffsynth_dagster.errors import OutputError
 
 if TYPE_CHECKING:
     import torch
 
+_OLD_S = 24 * 3600.0
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
+
+
+def hidden_beside(path: Path) -> Path:
+    """The name of a hidden file beside `path` that this process writes, and removes. If it is killed,
+    `remove_leftovers` does."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+_HIDDEN = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")
+
+
+def _host() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the hidden files that killed writers left in a folder: of processes of this machine that
+    are gone, and of any machine after a day."""
+    for path in folder.glob(".*"):
+        named = _HIDDEN.fullmatch(path.name)
+        if named is not None:
+            with contextlib.suppress(OSError):  # gone meanwhile, or not ours
+                old = time.time() - path.stat().st_mtime > _OLD_S
+                if old or (named[1] == _host() and not psutil.pid_exists(int(named[2]))):
+                    path.unlink()
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> Path:
@@ -23,7 +56,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> Path:
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    staged = hidden_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -92,7 +125,7 @@ def require_writable(folder: Path, parameter: str) -> None:
     Raises:
         OutputError: it cannot be made or written.
     """
-    probe = folder / f".probe-{uuid.uuid4().hex[:8]}"
+    probe = hidden_beside(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
