@@ -21,15 +21,16 @@ def read_tensors(paths: Sequence[Path], start: str = "") -> dict[str, torch.Tens
         start: only those whose names start so are read, by the rest of their names.
 
     Raises:
-        WeightsError: a shard is damaged.
+        WeightsError: a shard is damaged, or a weight in it is NaN or infinite.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:
+        own: dict[str, torch.Tensor]
         if path.suffix == ".safetensors":
             try:
                 with safe_open(path, "pt") as file:
                     names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118
-                    tensors |= {name: file.get_tensor(name) for name in names}
+                    own = {name: file.get_tensor(name) for name in names}
             except (SafetensorError, OSError) as error:
                 raise WeightsError(
                     f"the model file cannot be read: {error}",
@@ -38,8 +39,26 @@ def read_tensors(paths: Sequence[Path], start: str = "") -> dict[str, torch.Tens
                 ) from error
         else:
             whole = read_torch_file(path)
-            tensors |= {name: whole[name] for name in whole if name.startswith(start)}
+            own = {name: whole[name] for name in whole if name.startswith(start)}
+        for name, tensor in own.items():
+            if not is_finite(tensor):
+                raise WeightsError(
+                    f"the weights of '{name}' hold NaN or infinity",
+                    where=str(path),
+                    do="download or copy the file again; the training that wrote it may have diverged",
+                )
+        tensors |= own
     return {name.removeprefix(start): tensor for name, tensor in tensors.items()}
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:  # float8 cannot be added
+        tensor = tensor.to(torch.float16)
+    # NaN and infinity stay in a sum, which costs no memory; and what is finite may add up to more.
+    return bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())
 
 
 def build_empty(found: Found) -> nn.Module:
