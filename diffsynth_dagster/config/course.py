@@ -71,7 +71,8 @@ class TrainingParameters(BaseModel):
     # How gradients are collected decides in which order they are added.
     find_unused_parameters: bool = parameter(
         False,
-        "For multi-GPU training of models that have parameters without a gradient.",
+        "Look in every step for parameters without a gradient, on several GPUs. What a training needs "
+        "of this is found out by itself.",
         affects="training",
     )
     weight_decay: float = parameter(
