@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from diffsynth_dagster.config.entries import ModelEntry
-from diffsynth_dagster.errors import DownloadError, WeightsError
+from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.weights.download import download
 
 _TRUE = {"1", "true", "yes", "on"}
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_BESIDE = ("config.json", "*.index.json")
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ class ModelHub:
             return [file for text in entry.paths for file in _local_files(text, entry.parameter)]
         self._download(entry)
         folder = self.base_path / entry.repository
-        found = sorted(p for p in folder.glob(entry.pattern) if p.is_file())
         if entry.pattern.endswith("/"):
             found = _weights_in(folder / entry.pattern)
+        else:
+            found = sorted(folder / name for name in glob.glob(entry.pattern, root_dir=folder))
+            found = [path for path in found if path.is_file()]
         if not found:
             raise WeightsError(
                 f"no file matches '{entry.text}'",
@@ -75,31 +79,18 @@ class ModelHub:
     def _download(self, entry: ModelEntry) -> None:
         if self.skip_download:
             return
-        from modelscope.hub.snapshot_download import snapshot_download
-        from modelscope_hub.errors import HubError
-        from requests import RequestException
-
         assert entry.repository is not None
-        folder = PurePosixPath(entry.pattern)
-        parent = "" if str(folder.parent) == "." else f"{folder.parent}/"
+        folder = PurePosixPath(entry.pattern).parent
         schedule = "scheduler/scheduler_config.json"  # beside a denoiser's folder
-        wanted = [entry.pattern, f"{parent}config.json", f"{parent}*.index.json", schedule]
+        wanted = [entry.pattern, *(str(folder / name) for name in _BESIDE), schedule]
         if entry.pattern.endswith("/"):
             wanted = [f"{entry.pattern}*", schedule]
-        try:
-            snapshot_download(
-                entry.repository,
-                local_dir=str(self.base_path / entry.repository),
-                allow_patterns=wanted,
-            )
-        except (HubError, RequestException, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise DownloadError(
-                f"'{entry.repository}' could not be downloaded: {reason}",
-                where=f"{entry.parameter} = {entry.text}",
-                do="check the repository's name and the network; with all files there, set "
-                "DIFFSYNTH_SKIP_DOWNLOAD=True",
-            ) from error
+        download(
+            entry.repository,
+            wanted,
+            self.base_path / entry.repository,
+            f"{entry.parameter} = {entry.text}",
+        )
 
 
 def _weights_in(folder: Path) -> list[Path]:
