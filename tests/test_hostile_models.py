@@ -1,0 +1,132 @@
+"""Model files and configurations that were made to do harm: one message, at once, each time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+
+from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.weights.header import TensorInfo, read_header, read_metadata
+
+WHOLE = {"a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}}
+
+
+def write_header(path: Path, header: object, size: int) -> Path:
+    """A safetensors file with a header of any JSON and `size` bytes of data."""
+    text = (header if isinstance(header, str) else json.dumps(header)).encode("utf-8", "replace")
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    return path
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+NUMBERS = st.lists(st.integers(-1, 9) | st.sampled_from([0, 2**63, 10**30]), max_size=3)
+ENTRIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "U8", "F4", "X", 5]) | JSON,
+        "shape": NUMBERS | JSON,
+        "data_offsets": NUMBERS | JSON,
+    },
+)
+HEADERS = JSON | st.dictionaries(st.text(max_size=3), ENTRIES | JSON, max_size=3)
+
+
+@given(HEADERS | st.just(WHOLE), st.integers(0, 12), st.none() | JSON)
+def test_any_header_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, header: Any, size: int, metadata: object
+) -> None:
+    """And what is read, safetensors itself reads alike."""
+    if isinstance(header, dict) and metadata is not None:
+        header = {**header, "__metadata__": metadata}
+    path = write_header(tmp_path_factory.getbasetemp() / "any.safetensors", header, size)
+    try:
+        read, texts = read_header(path), read_metadata(path)
+    except WeightsError:
+        return
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == set(read)
+        assert (file.metadata() or {}) == texts
+        assert all(tuple(file.get_slice(n).get_shape()) == i.shape for n, i in read.items())
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    for suffix in (".safetensors", ".pth"):
+        path = tmp_path_factory.getbasetemp() / f"bytes{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(WeightsError):
+            read_header(path)
+
+
+def test_a_whole_header_is_read(tmp_path: Path) -> None:
+    path = write_header(tmp_path / "x.safetensors", {**WHOLE, "__metadata__": {"k": "v"}}, 8)
+    assert read_header(path) == {"a": TensorInfo("F32", (2, 1))}
+    assert read_metadata(path) == {"k": "v"}
+
+
+def entry(**changes: object) -> dict[str, object]:
+    return {"a": {k: v for k, v in {**WHOLE["a"], **changes}.items() if v is not None}}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (entry(shape=[-2, -1]), "'a' has no shape: [-2, -1]"),
+        (entry(shape="21"), "'a' has no shape: '21'"),
+        (entry(shape=None), "'a' has no shape: None"),
+        (entry(shape=[2, True]), "'a' has no shape"),
+        (entry(shape=[3]), "'a' of shape [3] has 8 bytes"),
+        (entry(shape=[0, 2**40, 2**40], data_offsets=[0, 0]), "impossible shape"),
+        (entry(dtype="F33"), "'a' has no known type: 'F33'"),
+        (entry(dtype=["F32"]), "no known type"),
+        (entry(data_offsets=[4, 12]), "a gap or overlap"),
+        (entry(data_offsets=[8, 0]), "has -8 bytes"),
+        (entry(data_offsets=[0]), "are nowhere"),
+        ({"a": 5}, "says nothing about 'a'"),
+        ({"\ud800": WHOLE["a"]}, "no tensor can be called"),
+        ({**WHOLE, "b": WHOLE["a"]}, "a gap or overlap"),
+        ({**WHOLE, "__metadata__": {"k": 5}}, "is not text"),
+        ({**WHOLE, "__metadata__": ["k"]}, "is no mapping"),
+        ([], "its header is no mapping"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("9" * 5000, "not a whole safetensors file"),
+    ],
+)
+def test_a_header_of_nonsense_is_named(tmp_path: Path, header: object, message: str) -> None:
+    path = write_header(tmp_path / "x.safetensors", header, 8)
+    with pytest.raises(WeightsError) as error:
+        read_header(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    with pytest.raises((SafetensorError, OSError)), safe_open(path, "pt"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {5: torch.zeros(1)},
+        {"a": torch.zeros(1).expand(2**40)},
+        {"a": torch.zeros(2, 2).to_sparse()},
+        {"a": 5},
+        [torch.zeros(1)],
+    ],
+)
+def test_a_state_dict_that_is_none_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(WeightsError):
+        read_header(tmp_path / "x.pth")
