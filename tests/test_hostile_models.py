@@ -1,17 +1,23 @@
 """Model files and configurations that were made to do harm: one message, at once, each time."""
 
+import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import make_config, model_files, write_qwen
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.errors import UserError, WeightsError
 from diffsynth_dagster.weights.header import TensorInfo, read_header, read_metadata
+from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.identify import find_model
+from diffsynth_dagster.weights.load import build_empty
 
 WHOLE = {"a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}}
 
@@ -130,3 +136,104 @@ def test_a_state_dict_that_is_none_is_refused(tmp_path: Path, content: object) -
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(WeightsError):
         read_header(tmp_path / "x.pth")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen(tmp_path_factory.mktemp("hostile") / "model")
+
+
+def build_with(model: Path, folder: str, change: dict[str, object] | str) -> Any:
+    """Build the component of a folder with other settings in its config.json."""
+    path = model / folder / "config.json"
+    before = path.read_text()
+    text = change if isinstance(change, str) else json.dumps({**json.loads(before), **change})
+    config = make_config(
+        {
+            "dataset_base_path": "d",
+            "dataset_metadata_path": "m.csv",
+            "model_paths": model_files(model),
+            "lora_base_model": "dit",
+            "tokenizer_path": str(model / "tokenizer"),
+        }
+    )
+    path.write_text(text)
+    try:
+        found = find_model(config, ModelHub(Path("models"), skip_download=True))
+        return build_empty(
+            next(f for f in found.components.values() if f.component.folder == folder)
+        )
+    finally:
+        path.write_text(before)
+
+
+HUGE = [10**6, 10**7, 10**9, 10**30, 1e9, 1e300]
+WRONG: list[object] = [None, "x", [], {}, [[1]], -1, 0, 0.5, True]
+SIZES = {
+    "transformer": ["num_layers", "attention_head_dim", "num_attention_heads", "in_channels"],
+    "vae": ["base_dim", "z_dim", "num_res_blocks", "dim_mult", "input_channels"],
+    "text_encoder": ["text_config", "vision_config", "vocab_size"],
+}
+
+
+@pytest.mark.parametrize("value", [*HUGE, *WRONG], ids=str)
+@pytest.mark.parametrize(
+    ("folder", "name"), [(f, name) for f, names in SIZES.items() for name in names]
+)
+def test_a_setting_of_another_size_is_refused_at_once(
+    model: Path, folder: str, name: str, value: object
+) -> None:
+    """Or it changes nothing, as a name that the architecture does not know."""
+    start = time.monotonic()
+    with contextlib.suppress(UserError):
+        built = build_with(model, folder, {name: value})
+        assert {n: t.shape for n, t in built.state_dict().items()} == {
+            n: t.shape for n, t in build_with(model, folder, {}).state_dict().items()
+        }
+    assert time.monotonic() - start < 6
+
+
+@pytest.mark.parametrize("value", [10**6, 10**7, 2**24])
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "depth", "vocab_size"])
+def test_a_size_within_is_refused_at_once(model: Path, part: str, name: str, value: int) -> None:
+    own = json.loads((model / "text_encoder" / "config.json").read_text())[part]
+    start = time.monotonic()
+    if name in own:
+        with pytest.raises(WeightsError):
+            build_with(model, "text_encoder", {part: {**own, name: value}})
+    assert time.monotonic() - start < 6
+
+
+def test_a_table_that_no_file_holds_is_bounded_too(model: Path) -> None:
+    with pytest.raises(WeightsError, match="much larger than the files"):
+        build_with(model, "transformer", {"axes_dims_rope": [10**7, 14, 14]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": 5, "_class_name": None}, "names no architecture"),
+        ({"_class_name": 5}, "names no architecture"),
+        ({"num_layers": 10**9}, "a number of such a size: 'num_layers'"),
+        ({"more": [{"deep": [10**9]}]}, "a number of such a size: 'deep'"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "not a mapping"),
+        ("9" * 5000, "cannot be read"),
+        ("", "cannot be read"),
+    ],
+)
+def test_a_configuration_of_nonsense_is_named(model: Path, change: Any, message: str) -> None:
+    with pytest.raises(WeightsError, match=message) as error:
+        build_with(model, "transformer", change)
+    assert "config.json" in str(error.value)
+
+
+def test_a_configuration_names_no_code(model: Path) -> None:
+    """transformers would load kernels of this name from a hub."""
+    built = build_with(
+        model,
+        "text_encoder",
+        {"attn_implementation": "someone/kernel", "auto_map": {"AutoModel": "evil.Model"}},
+    )
+    assert built.config._attn_implementation != "someone/kernel"
