@@ -7,6 +7,7 @@ modelscope package.
 
 import glob
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -93,19 +94,42 @@ class ModelHub:
         )
 
 
+def require_listed(entries: Iterable[ModelEntry]) -> None:
+    """Check that all local files and folders are there, unless none is: then the entries are for
+    another machine.
+
+    Raises:
+        WeightsError: some are there, and one is not.
+    """
+    listed = [(text, entry.parameter) for entry in entries for text in entry.paths]
+    missing = [(text, parameter) for text, parameter in listed if not _is_there(text)]
+    if missing and len(missing) < len(listed):
+        raise _no_file(*missing[0])
+
+
+def _is_there(text: str) -> bool:
+    """Whether a path or a pattern names a file or a folder."""
+    return os.path.exists(text) or bool(glob.glob(text))
+
+
+def _no_file(text: str, parameter: str) -> WeightsError:
+    """The error for a path or a pattern that names none."""
+    return WeightsError(
+        "the model file does not exist",
+        where=f"{parameter} = {text}",
+        do="correct the path, or download the model",
+    )
+
+
 def _weights_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*") if p.suffix in _WEIGHTS and p.is_file())
 
 
 def _local_files(text: str, parameter: str) -> list[Path]:
     path = Path(text)
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    found = _weights_in(path) if path.is_dir() else sorted(Path(p) for p in glob.glob(text))
+    found = _weights_in(path) if os.path.isdir(path) else sorted(Path(p) for p in glob.glob(text))
     if not found:
-        raise WeightsError(
-            "the model file does not exist",
-            where=f"{parameter} = {text}",
-            do="correct the path, or download the model",
-        )
+        raise _no_file(text, parameter)
     return found
