@@ -118,9 +118,9 @@ def shown(value: object) -> str:
 def reason_of(error: Exception) -> str:
     """What an error of a library says, in one line that is not long; its kind where it says
     nothing."""
-    text = " ".join(
-        str(error.args[0] if isinstance(error, KeyError) and error.args else error).split()
-    )
+    if isinstance(error, KeyError) and error.args:
+        return f"missing: {error.args[0]}"
+    text = " ".join(str(error).split())
     return f"{text[:400]}…" if len(text) > 400 else text or type(error).__name__
 
 

@@ -12,12 +12,15 @@ from conftest import make_config, model_files, write_qwen
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from diffsynth_dagster.errors import UserError, WeightsError
+from diffsynth_dagster.families import find_family
 from diffsynth_dagster.weights.header import TensorInfo, read_header, read_metadata
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import build_empty
+from diffsynth_dagster.weights.lora import ADAPTER_KEY, PROVENANCE_KEY, read_lora
 
 WHOLE = {"a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}}
 
@@ -237,3 +240,37 @@ def test_a_configuration_names_no_code(model: Path) -> None:
         {"attn_implementation": "someone/kernel", "auto_map": {"AutoModel": "evil.Model"}},
     )
     assert built.config._attn_implementation != "someone/kernel"
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {PROVENANCE_KEY: "{"},
+        {PROVENANCE_KEY: "5"},
+        {PROVENANCE_KEY: '{"lora": 5}'},
+        {PROVENANCE_KEY: '{"lora": {"alpha": "many"}}'},
+        {PROVENANCE_KEY: '{"lora": {"alpha": 1e999}}'},
+        {PROVENANCE_KEY: "[" * 100_000},
+        {ADAPTER_KEY: "[]"},
+        {ADAPTER_KEY: '{"transformer.lora_alpha": []}'},
+        {ADAPTER_KEY: '{"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"(": 1}}'},
+        {ADAPTER_KEY: '{"transformer.lora_alpha": 1, "transformer.alpha_pattern": 7}'},
+    ],
+)
+def test_notes_of_a_lora_that_are_nonsense_are_named(tmp_path: Path, notes: dict[str, str]) -> None:
+    halves = {"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.ones(2, 1)}
+    save_file(halves, tmp_path / "lora.safetensors", notes)
+    with pytest.raises(WeightsError, match="about its alpha cannot be read"):
+        read_lora(
+            tmp_path / "lora.safetensors", find_family("qwen_image"), "dit", "lora_checkpoint"
+        )
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(2), torch.tensor(float("nan"))])
+def test_an_alpha_that_is_no_number_is_named(tmp_path: Path, alpha: torch.Tensor) -> None:
+    halves = {"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.ones(2, 1)}
+    save_file({**halves, "a.alpha": alpha}, tmp_path / "lora.safetensors")
+    with pytest.raises(WeightsError, match="about its alpha cannot be read"):
+        read_lora(
+            tmp_path / "lora.safetensors", find_family("qwen_image"), "dit", "lora_checkpoint"
+        )

@@ -71,7 +71,9 @@ def _build(found: Found, shapes: Shapes) -> nn.Module:
         raise WeightsError(
             f"the architecture of '{found.component.name}' cannot be built: {reason_of(error)}",
             where=found.entry.text,
-            do="check the config.json beside the files",
+            do="check the config.json beside the files"
+            if found.config is not None
+            else "name every shard of the model and nothing else",
         ) from error
     return module
 

@@ -132,7 +132,7 @@ def converted_shapes(header: Header, component: Component, where: str) -> Shapes
         return {name: tuple(t.shape) for name, t in component.convert(tensors).items()}
     except Exception as error:
         raise WeightsError(
-            f"the files are not a whole '{component.name}': missing: {reason_of(error)}",
+            f"the files are not a whole '{component.name}': {reason_of(error)}",
             where=where,
             do="name every shard of the model and nothing else",
         ) from error
