@@ -69,7 +69,7 @@ class ModelHub:
         if entry.repository is not None:
             self._download(entry)
             path = self.base_path / entry.repository / entry.pattern
-        if not path.is_dir() or not any(path.iterdir()):
+        if not os.path.isdir(path) or not any(path.iterdir()):
             raise WeightsError(
                 "the folder does not exist or is empty",
                 where=f"{entry.parameter} = {path}",
