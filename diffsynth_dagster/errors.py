@@ -115,6 +115,15 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def reason_of(error: Exception) -> str:
+    """What an error of a library says, in one line that is not long; its kind where it says
+    nothing."""
+    if isinstance(error, KeyError) and error.args:
+        return f"missing: {error.args[0]}"
+    text = " ".join(str(error).split())
+    return f"{text[:400]}…" if len(text) > 400 else text or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint naming the entry of `known` nearest to `name`, or listing nothing when none is near."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)

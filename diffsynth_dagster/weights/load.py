@@ -8,8 +8,10 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.errors import WeightsError, reason_of
+from diffsynth_dagster.families.contract import Shapes
 from diffsynth_dagster.families.shared.architecture import build
+from diffsynth_dagster.weights.bounds import ModelBounds
 from diffsynth_dagster.weights.identify import Found
 from diffsynth_dagster.weights.torch_file import read_torch_file
 
@@ -64,28 +66,41 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def build_empty(found: Found) -> nn.Module:
     """The module of a component with its parameters on the meta device, where they take no memory.
 
+    It is tried first with nothing in memory at all, so that a configuration of other sizes than the
+    files have is refused before it costs anything.
+
     Raises:
         WeightsError: the architecture cannot be built, or lacks tensors that the files should have.
     """
+    shapes = found.shapes
+    with torch.device("meta"), ModelBounds(shapes):
+        tried = _build(found, shapes)
+    _check_names(found, shapes, tried)
+    with init_empty_weights(include_buffers=False):
+        return _build(found, shapes)
+
+
+def _build(found: Found, shapes: Shapes) -> nn.Module:
+    """The module of a component, without what its files leave out. Raises `WeightsError`."""
     try:
-        with init_empty_weights(include_buffers=False):
-            module = build(found.component, found.shapes, found.config)
+        module = build(found.component, shapes, found.config)
         for part in found.lacks:
             setattr(module, part, None)
-    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+    except Exception as error:
         raise WeightsError(
-            f"the architecture of '{found.component.name}' cannot be built: {error}",
+            f"the architecture of '{found.component.name}' cannot be built: {reason_of(error)}",
             where=found.entry.text,
-            do="check the config.json beside the files",
+            do="check the config.json beside the files"
+            if found.config is not None
+            else "name every shard of the model and nothing else",
         ) from error
-    _check_names(found, module)
     return module
 
 
-def _check_names(found: Found, module: nn.Module) -> None:
-    """Compare names and shapes of the files with the module, from headers alone."""
+def _check_names(found: Found, shapes: Shapes, module: nn.Module) -> None:
+    """Compare names and shapes of the files with the module, from headers alone. Raises
+    `WeightsError`."""
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    shapes = found.shapes
     tied = getattr(module, "all_tied_weights_keys", None) or {}
     missing = [name for name in expected if name not in shapes and name not in tied]
     unexpected = [name for name in shapes if name not in expected]
