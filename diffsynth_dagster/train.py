@@ -29,6 +29,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     """
     # Imported here: they take seconds, and a mistake in the flags is reported at once.
     from diffsynth_dagster.cache.split import with_settled
+    from diffsynth_dagster.data.media.budget import DECODING
     from diffsynth_dagster.facts import FactCache
     from diffsynth_dagster.files import require_writable, write_text
     from diffsynth_dagster.plan import check_plan
@@ -45,6 +46,7 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     # Plan: all that can be checked without a file.
     config = with_settled(config)
     check_plan(config, guess_family(config))
+    DECODING.megapixels = config.decode_megapixels
     parallel = start_parallel(config)
     output = Path(config.output_path)
     require_writable(output, "output_path")
