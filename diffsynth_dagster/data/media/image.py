@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from diffsynth_dagster.data.geometry import cover, crop_place
 from diffsynth_dagster.data.media.budget import DECODING
@@ -128,6 +128,10 @@ def media_problem(error: Exception, kind: str) -> Facts:
         return {"status": "too_large", "message": str(error)}
     if isinstance(error, FileNotFoundError):
         return {"status": "file_missing", "message": "the file does not exist"}
+    if isinstance(error, UnidentifiedImageError):
+        formats = ", ".join(IMAGE_FORMATS)
+        why = f"it is damaged, or of a format other than {formats}"
+        return {"status": "unreadable", "message": f"not a readable {kind}: {why}"}
     why = " ".join(str(error).split())[:300] or type(error).__name__
     return {"status": "unreadable", "message": f"not a readable {kind}: {why}"}
 
