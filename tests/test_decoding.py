@@ -7,18 +7,20 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 import pytest
-from media_support import VIDEOS, convert, picture, real_clip
+from conftest import Values, train
+from media_support import VIDEOS, animation_bytes, convert, picture, real_clip
 from PIL import Image, ImageOps
 
 from diffsynth_dagster.data.media.budget import DECODING, PixelBudget
 from diffsynth_dagster.data.media.decoder_pool import DecoderPool
-from diffsynth_dagster.data.media.image import read_image
-from diffsynth_dagster.data.media.video import video_facts
+from diffsynth_dagster.data.media.image import load_sample_image, read_image
+from diffsynth_dagster.data.media.video import load_sample_video, video_facts
 
 SOUND = {
     **VIDEOS,
@@ -164,3 +166,32 @@ def test_what_fails_is_counted_no_longer(tmp_path: Path) -> None:
             read_image(tmp_path / "half.png")
     with DECODING.hold(DECODING.megapixels * 1_000_000):
         pass
+
+
+def test_clips_count_with_all_their_frames(
+    tmp_path: Path, pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    hold = PixelBudget.hold
+
+    def noted(budget: PixelBudget, pixels: int) -> AbstractContextManager[None]:
+        held.append(pixels)
+        return hold(budget, pixels)
+
+    monkeypatch.setattr(PixelBudget, "hold", noted)
+    load_sample_video(real_clip(), (32, 32), 5, 2.0)
+    (tmp_path / "x.gif").write_bytes(animation_bytes("GIF", 4))
+    load_sample_video(tmp_path / "x.gif", (32, 32), 3, 1.0)
+    video_facts(tmp_path / "x.gif", pool)
+    load_sample_image(tmp_path / "x.gif", (32, 32))
+    frame = 96 * 80
+    assert held == [176 * 144 * 5, frame * 3, frame, frame]
+
+
+def test_the_parameter_is_the_budget(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DECODING, "megapixels", DECODING.megapixels)
+    assert DECODING.megapixels == 200
+    assert train(values(decode_megapixels=3), tmp_path / "a")[0] == 0
+    assert DECODING.megapixels == 3

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
+from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 from diffsynth_dagster.data.geometry import frame_indices
@@ -138,9 +140,15 @@ def _decoded_by_decord(path: Path, indices: Sequence[int]) -> Generator[np.ndarr
     reader: Any = decord.VideoReader(str(path), ctx=decord.cpu(0))
     if indices and indices[-1] >= len(reader):
         raise OSError(f"{path}: has {len(reader)} frames, not {indices[-1] + 1}")
-    height, width, _ = reader[0].shape
-    with DECODING.hold(height * width * len(indices)):
+    with DECODING.hold(_frame_pixels(path) * len(indices)):
         yield reader.get_batch(list(indices)).asnumpy()
+
+
+def _frame_pixels(path: Path) -> int:
+    """Pixels of a frame of a video, by its header: decord tells them after it decoded one."""
+    with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+        stream = container.streams.best("video")
+        return stream.width * stream.height if isinstance(stream, VideoStream) else 0
 
 
 def load_sample_video(
