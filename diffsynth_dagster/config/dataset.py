@@ -32,7 +32,7 @@ class DatasetParameters(BaseModel):
         affects="nothing",
         ge=0,
     )
-    # Of the largest pictures that are read, two at a time: about 2.4 GB.
+    # Of the largest pictures that are read, two at a time.
     decode_megapixels: int = parameter(
         200,
         "Pixels of pictures and clips, in millions, that a process decodes at a time; a file of "
