@@ -50,6 +50,7 @@ def run_alone(
     config: TrainingConfig, parallel: "Parallel", stop_asked: StopSignal
 ) -> "RunRecord | None":
     """Do what a checked config asks for, in a run folder that is held; see `run`."""
+    from diffsynth_dagster.data.media.budget import DECODING
     from diffsynth_dagster.facts import FactCache
     from diffsynth_dagster.files import require_writable, write_text
     from diffsynth_dagster.plan import check_plan
@@ -62,6 +63,7 @@ def run_alone(
     from diffsynth_dagster.weights.hub import ModelHub
     from diffsynth_dagster.weights.identify import find_model
 
+    DECODING.megapixels = config.decode_megapixels
     output = Path(config.output_path)
     require_writable(output, "output_path")
     require_writable(Path(config.cache_path), "cache_path")

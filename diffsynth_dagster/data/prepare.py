@@ -6,6 +6,7 @@ from pathlib import Path
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.settled import named_data
 from diffsynth_dagster.data.columns import Columns
+from diffsynth_dagster.data.media.budget import DECODING
 from diffsynth_dagster.data.table.check import CheckedTable, Progress, validate
 from diffsynth_dagster.data.table.checked import FILE_NAME, find_checked, write_checked
 from diffsynth_dagster.dotted import import_dotted
@@ -31,6 +32,7 @@ def prepare_data(
         OutputError: the run folder cannot be written.
     """
     assert config.dataset_metadata_path is not None
+    DECODING.megapixels = config.decode_megapixels
     named, own = Path(config.dataset_metadata_path), Path(config.output_path) / FILE_NAME
     is_own = own.exists() and named.exists() and named.samefile(own)
     checked = find_checked(named)
