@@ -11,7 +11,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.particular import ParticularParameters
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.table.check import check_columns
-from diffsynth_dagster.dotted import import_dotted
+from diffsynth_dagster.dotted import import_function
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.checkpoint import check_prefix
@@ -34,8 +34,10 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
     _check_samples(config, family)
     check_optimizer(config)
     float8_entries(config)
+    if config.customized_dataset is not None:
+        import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
     if config.customized_evaluation is not None:
-        import_dotted(config.customized_evaluation, "customized_evaluation")
+        import_function(config.customized_evaluation, "customized_evaluation", "generate")
     check_prefix(config.remove_prefix_in_ckpt, family, trained_components(config))
     _check_size(config, family)
     size_rule(config.height, config.width, config.max_pixels, family.geometry, config.bucket_step)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
+from diffsynth_dagster.dotted import check_dotted
 from diffsynth_dagster.errors import ParameterError, nearest, shown
 
 Naming = Callable[[str], str]
@@ -62,6 +63,10 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
     def refuse(what: str, do: str) -> ParameterError:
         return ParameterError(what, where=where, do=do)
 
+    for name in ("customized_dataset", "customized_optimizer", "customized_evaluation"):
+        dotted: str | None = getattr(config, name)
+        if dotted is not None:
+            check_dotted(dotted, f"{where}: {naming(name)}")
     for check in (_check_data, _check_models, _check_course, _check_needs):
         check(config, naming, refuse)
     return config
