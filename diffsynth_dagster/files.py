@@ -1,9 +1,11 @@
 """Writing files so that they are either whole or not there."""
 
 import contextlib
+import errno
 import json
 import os
 import re
+import shutil
 import socket
 import struct
 import time
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 _OLD_S = 24 * 3600.0
+_NOTHING_LEFT = 64 * 1024
+"""Bytes: with fewer of them free, it was the disk."""
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
@@ -50,11 +54,14 @@ def remove_leftovers(folder: Path) -> None:
                     path.unlink()
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> Path:
+def write_whole(path: Path, write: Callable[[Path], object], size: int | None = None) -> Path:
     """Let `write` make a hidden file beside `path`, flush it to disk, and rename it to `path`.
 
+    Args:
+        size: bytes that it will need, for the message when there is no space for them.
+
     Raises:
-        OutputError: the folder cannot be written, or the disk is full.
+        OutputError: the folder cannot be written, or the disk is full. What was there stays.
     """
     staged = hidden_beside(path)
     try:
@@ -65,15 +72,59 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> Path:
                 os.fsync(file.fileno())
             staged.chmod(0o666 & ~_UMASK)
             staged.replace(path)
+        except Exception as error:
+            # Libraries have errors of their own for a full disk, and some do not even say so.
+            if says_full(error) or shutil.disk_usage(path.parent).free < _NOTHING_LEFT:
+                written = staged.stat().st_size if staged.exists() else 0
+                raise no_space(path, size or written + 1) from error
+            raise
         finally:
             staged.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"the file cannot be written: {error}",
             where=str(path),
-            do="check the folder's permissions and the space on the disk",
+            do="check the folder's permissions and the disk",
         ) from error
     return path
+
+
+def says_full(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, says that there is no space left: on the disk, in a
+    quota, or in what one file may have."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    words = ("no space left", "os error 28", "disk is full", "disk quota exceeded", "os error 27")
+    if any(word in str(error).lower() for word in words):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and says_full(before)
+
+
+def full_disk(error: BaseException) -> OutputError | None:
+    """The error for the user, of an error that says that there is no space left; None of any other."""
+    if isinstance(error, OutputError) or not says_full(error):
+        return None
+    named = getattr(error, "filename", None)
+    return OutputError(
+        f"no space left on the disk: {error}",
+        where=str(named) if named else None,
+        do="free some space and run it again: what was written before is whole, and is kept",
+    )
+
+
+def no_space(path: Path, size: int) -> OutputError:
+    """The error for a file that does not fit on the disk.
+
+    Args:
+        size: bytes that it needs, as far as that is known.
+    """
+    free = shutil.disk_usage(path.parent).free
+    return OutputError(
+        f"no space left in {path.parent}: at least {size:,} bytes are needed, and {free:,} are free",
+        where=str(path),
+        do="free some space and run it again: what was written before is whole, and is kept",
+    )
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -101,7 +152,8 @@ def write_tensors(
         save_file(ordered, staged, metadata=dict(metadata))
         _sort_metadata(staged)
 
-    return write_whole(path, write)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in ordered.values())
+    return write_whole(path, write, size)
 
 
 def _sort_metadata(path: Path) -> None:

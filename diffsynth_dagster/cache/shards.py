@@ -168,6 +168,7 @@ class ShardWriter:
         write_whole(
             self._path / "shards" / f"{shard}.safetensors",
             lambda staged: save_file(tensors, staged, metadata=digests),
+            self._bytes,
         )
         write_whole(
             self._path / "index" / f"{shard}.parquet",
