@@ -11,18 +11,27 @@ from diffsynth_dagster.errors import ParameterError
 
 
 def check_dotted(path: str, parameter: str) -> None:
-    """Look a dotted path up as far as that goes without importing anything.
+    """Check a dotted path without looking for what it names.
 
     Raises:
-        ParameterError: it is no dotted path, is of Python's standard library, or of a package that is
-            not there.
+        ParameterError: it is no dotted path, or is of Python's standard library.
     """
     parts = path.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise _refused(f"'{path}' is no dotted path", parameter)
     _require_own(path, parts[0], parameter)
-    if parts[0] not in sys.modules and find_spec(parts[0]) is None:
-        raise _refused(f"'{path}' cannot be imported: there is no '{parts[0]}'", parameter)
+
+
+def find_dotted(path: str, parameter: str) -> None:
+    """Look for the package of a dotted path, without importing anything.
+
+    Raises:
+        ParameterError: it is not there; or see `check_dotted`.
+    """
+    check_dotted(path, parameter)
+    package = path.partition(".")[0]
+    if package not in sys.modules and find_spec(package) is None:
+        raise _refused(f"'{path}' cannot be imported: there is no '{package}'", parameter)
 
 
 def import_dotted(path: str, parameter: str) -> Any:

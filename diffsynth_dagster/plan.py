@@ -34,8 +34,6 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
     _check_samples(config, family)
     check_optimizer(config)
     float8_entries(config)
-    if config.customized_dataset is not None:
-        import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
     if config.customized_evaluation is not None:
         import_function(config.customized_evaluation, "customized_evaluation", "generate")
     check_prefix(config.remove_prefix_in_ckpt, family, trained_components(config))
@@ -123,6 +121,8 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
     """
     if not config.reads_encoded or (Path(config.dataset_base_path) / FILE_NAME).is_file():
         config = with_settled(config)
+    if config.customized_dataset is not None:
+        import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
     require_listed([*model_entries(config), *folder_entries(config)])
     family = guess_family(config)
     check_plan(config, family)

@@ -10,8 +10,10 @@ import dagster as dg
 
 import diffsynth_dagster
 from diffsynth_dagster.config import Recipe, read_recipe
+from diffsynth_dagster.config.checks import named_code
 from diffsynth_dagster.config.entries import model_entries
 from diffsynth_dagster.config.recipe import recipe_files
+from diffsynth_dagster.dotted import find_dotted
 from diffsynth_dagster.errors import ParameterError, UserError
 
 VARIABLE = "DIFFSYNTH_DAGSTER_RECIPES"
@@ -56,6 +58,8 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
         try:
             recipe = read_recipe(path)
             model_entries(recipe.config)
+            for parameter, dotted in named_code(recipe.config).items():
+                find_dotted(dotted, f"{path}: '{parameter}'")
             _check_schedule(recipe)
         except UserError as error:
             broken.append(BrokenRecipe(name, path, _naming(error, path)))

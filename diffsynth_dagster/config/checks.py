@@ -63,13 +63,18 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
     def refuse(what: str, do: str) -> ParameterError:
         return ParameterError(what, where=where, do=do)
 
-    for name in ("customized_dataset", "customized_optimizer", "customized_evaluation"):
-        dotted: str | None = getattr(config, name)
-        if dotted is not None:
-            check_dotted(dotted, f"{where}: {naming(name)}")
+    for name, path in named_code(config).items():
+        check_dotted(path, f"{where}: {naming(name)}")
     for check in (_check_data, _check_models, _check_course, _check_needs):
         check(config, naming, refuse)
     return config
+
+
+def named_code(config: TrainingConfig) -> dict[str, str]:
+    """Parameter → the dotted path of a function or class that it names."""
+    names = ("customized_dataset", "customized_optimizer", "customized_evaluation")
+    given = {name: getattr(config, name) for name in names}
+    return {name: path for name, path in given.items() if path is not None}
 
 
 def validated(
