@@ -90,11 +90,11 @@ def write_whole(path: Path, write: Callable[[Path], object], size: int | None = 
 
 
 def says_full(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, says that there is no space left: on the disk, in a
-    quota, or in what one file may have."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    """Whether an error, or one that led to it, says that there is no space left, on the disk or in a
+    quota."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    words = ("no space left", "os error 28", "disk is full", "disk quota exceeded", "os error 27")
+    words = ("no space left", "os error 28", "disk is full", "disk quota exceeded")
     if any(word in str(error).lower() for word in words):
         return True
     before = error.__cause__ or error.__context__
