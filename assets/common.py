@@ -13,6 +13,7 @@ from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.effect import Affects, names_that_affect, values_that_affect
 from diffsynth_dagster.errors import DownloadError, UserError
+from diffsynth_dagster.files import full_disk
 
 GPU_POOL = "gpu"
 Kind = Literal["metadata", "latents", "checkpoints", "exports"]
@@ -31,6 +32,11 @@ def user_errors() -> Generator[None]:
     except UserError as error:
         retry = isinstance(error, DownloadError)
         raise dg.Failure(description=str(error), allow_retries=retry) from None
+    except Exception as error:
+        full = full_disk(error)
+        if full is None:
+            raise
+        raise dg.Failure(description=str(full), allow_retries=False) from error
 
 
 def asset_key(recipe: str, kind: Kind) -> dg.AssetKey:

@@ -38,6 +38,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
         from diffsynth_dagster.errors import OutputError
         from diffsynth_dagster.export import export_run
         from diffsynth_dagster.facts import digest_of
+        from diffsynth_dagster.run_folder import owned
         from diffsynth_dagster.training.record import read_record
         from diffsynth_dagster.weights.identify import find_model
 
@@ -52,8 +53,9 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
                 )
             config = with_settled(config)
             found = find_model(config, hub.open())
-            exported = export_run(config, record, found)
-            check = _check(exported, found)
+            with owned(Path(config.output_path), "exporting"):
+                exported = export_run(config, record, found)
+                check = _check(exported, found)
         return dg.MaterializeResult(
             metadata={
                 "files": table(

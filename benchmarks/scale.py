@@ -33,7 +33,7 @@ from diffsynth_dagster.cache.keys import Keys
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.plan import plan_samples
 from diffsynth_dagster.cache.resolve import resolve
-from diffsynth_dagster.cache.store import INDEX_SCHEMA
+from diffsynth_dagster.cache.shards import INDEX_SCHEMA
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.digests import digest_column
 from diffsynth_dagster.data.prepare import prepare_data

@@ -15,6 +15,7 @@ DiffSynthError
 A broken invariant of ours is an `assert`, never one of these.
 """
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
@@ -33,6 +34,9 @@ class Stopped(DiffSynthError):
 class UserError(DiffSynthError):
     """A mistake of the person who started the run: what is wrong, where, what to do.
 
+    What comes from files and names is part of that, and may hold control characters: they are
+    escaped, so that a message is what it seems in a terminal too.
+
     Args:
         what: one sentence that says what is wrong.
         where: the file and row, or the parameter.
@@ -40,10 +44,10 @@ class UserError(DiffSynthError):
     """
 
     def __init__(self, what: str, *, where: str | None = None, do: str | None = None) -> None:
-        self.what = what
-        self.where = where
-        self.do = do
-        super().__init__(what, where, do)
+        self.what = printable(what)
+        self.where = None if where is None else printable(where)
+        self.do = None if do is None else printable(do)
+        super().__init__(self.what, self.where, self.do)
 
     def __reduce__(self) -> tuple[partial["UserError"], tuple[str]]:
         """How it is pickled, on its way between processes: with its keyword arguments."""
@@ -88,6 +92,36 @@ class StoreError(UserError):
 
 class OutputError(UserError):
     """A folder or file cannot be written."""
+
+
+def printable(text: str) -> str:
+    """A text with its control characters, and whatever else cannot be seen, escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be stored as UTF-8, and in what takes NUL for the end of a text."""
+    return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: its representation, not long."""
+    return _SHORT.repr(value)
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of a library says, in one line that is not long; its kind where it says
+    nothing."""
+    if isinstance(error, KeyError) and error.args:
+        return f"missing: {error.args[0]}"
+    text = " ".join(str(error).split())
+    return f"{text[:400]}…" if len(text) > 400 else text or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

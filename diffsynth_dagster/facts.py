@@ -2,24 +2,26 @@
 modification.
 
 A file that looks unchanged is not read again. The cache lies beside the store and may be deleted at
-any time: it is then written anew.
+any time: it is then written anew. One that is damaged is put aside.
 """
 
 import json
 import os
 import sqlite3
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 from blake3 import blake3
 
 from diffsynth_dagster.errors import OutputError
 
 Facts = dict[str, Any]
+_Result = TypeVar("_Result")
 _BATCH = 1024
 _WRITE_EVERY_S = 5.0
 """What was found out is written down so often: an interrupted run loses no more."""
@@ -51,22 +53,66 @@ class FactCache:
         Raises:
             OutputError: the folder cannot be written.
         """
+        self._path = path
+        self._lock = Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock()
-            self._database = sqlite3.connect(path, timeout=60, check_same_thread=False)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS facts (kind TEXT, path TEXT, size INTEGER,"
-                " modified INTEGER, facts TEXT, PRIMARY KEY (kind, path))"
+            self._open()
+        except sqlite3.OperationalError as error:
+            raise self._unusable(error) from error
+        except OSError as error:
+            raise self._unusable(error) from error
+        except sqlite3.DatabaseError:
+            self._renew()
+
+    def _open(self) -> None:
+        self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False)
+        self._database.text_factory = lambda text: text.decode("utf-8", "replace")
+        self._opened = self._path.stat().st_ino
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute(
+            "CREATE TABLE IF NOT EXISTS known (kind TEXT, path TEXT, size INTEGER,"
+            " modified INTEGER, facts TEXT, sum TEXT, PRIMARY KEY (kind, path))"
+        )
+        self._database.commit()
+
+    def _unusable(self, error: Exception) -> OutputError:
+        return OutputError(
+            f"the cache of facts about files cannot be used: {error}",
+            where=str(self._path),
+            do="give a cache_path that can be written, on a disk with space left; the cache itself may "
+            "be deleted",
+        )
+
+    def _renew(self) -> None:
+        """Put a damaged database aside and begin anew, unless another process did so already."""
+        self._database.close()
+        if self._path.stat().st_ino == self._opened:
+            aside = self._path.with_name(f"{self._path.name}.damaged")
+            warnings.warn(
+                f"{self._path} is damaged, and was put aside as {aside.name}; what it knew of files "
+                "is found out again",
+                stacklevel=2,
             )
-            self._database.commit()
-        except (OSError, sqlite3.Error) as error:
-            raise OutputError(
-                f"the folder of the store cannot be written: {error}",
-                where=str(path.parent),
-                do="give a cache_path that can be written",
-            ) from error
+            self._path.replace(aside)
+            for end in ("-wal", "-shm"):
+                self._path.with_name(self._path.name + end).unlink(missing_ok=True)
+        self._open()
+
+    def _run(self, work: Callable[[], _Result]) -> _Result:
+        """Do something with the database, once more if it is found to be damaged.
+
+        Raises:
+            OutputError: it cannot be read or written.
+        """
+        with self._lock:
+            try:
+                return work()
+            except sqlite3.OperationalError as error:  # locked, read-only, no space left
+                raise self._unusable(error) from error
+            except sqlite3.DatabaseError:
+                self._renew()
+                return work()
 
     def look_up(
         self,
@@ -111,7 +157,12 @@ class FactCache:
     ) -> dict[Path, Facts]:
         """Facts about the files that look as they did."""
         by_name = {str(path): path for path, stat in stats.items() if stat is not None}
-        with self._lock, self._database:
+        return self._run(lambda: self._read(kind, by_name, stats))
+
+    def _read(
+        self, kind: str, by_name: dict[str, Path], stats: dict[Path, tuple[int, int] | None]
+    ) -> dict[Path, Facts]:
+        with self._database:
             # Two short queries: how many files are asked for does not change their number.
             self._database.execute("CREATE TEMP TABLE IF NOT EXISTS asked (path TEXT PRIMARY KEY)")
             self._database.execute("DELETE FROM asked")
@@ -119,14 +170,16 @@ class FactCache:
                 "INSERT INTO asked VALUES (?)", ((name,) for name in by_name)
             )
             rows = self._database.execute(
-                "SELECT path, size, modified, facts FROM asked CROSS JOIN facts USING (path)"
+                "SELECT path, size, modified, facts, sum FROM asked CROSS JOIN known USING (path)"
                 " WHERE kind = ?",
                 (kind,),
             )
             return {
                 by_name[name]: json.loads(facts)
-                for name, size, modified, facts in rows
+                for name, size, modified, facts, check in rows
                 if stats[by_name[name]] == (size, modified)
+                # A flipped bit would be believed, and a picture be cropped at another place.
+                and check == _sum(kind, name, size, modified, facts)
             }
 
     def _remember(
@@ -142,9 +195,15 @@ class FactCache:
             for path, facts in found.items()
             if (stat := stats[path]) is not None and stat == _stat(path) and "status" not in facts
         ]
-        with self._lock, self._database:
-            self._database.executemany("DELETE FROM facts WHERE kind = ? AND path = ?", failed)
-            self._database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?)", rows)
+        summed = [(*row, _sum(*row)) for row in rows]
+        self._run(lambda: self._write(failed, summed))
+
+    def _write(self, failed: list[tuple[str, str]], rows: list[tuple[Any, ...]]) -> None:
+        with self._database:
+            self._database.executemany("DELETE FROM known WHERE kind = ? AND path = ?", failed)
+            self._database.executemany(
+                "INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?, ?)", rows
+            )
 
     def digest(self, path: Path) -> str:
         """BLAKE3 of a file's content."""
@@ -154,6 +213,11 @@ class FactCache:
     def close(self) -> None:
         """Close the database."""
         self._database.close()
+
+
+def _sum(*row: object) -> str:
+    """A checksum of a row."""
+    return digest_of(row)[:16]
 
 
 def _state(stat: tuple[int, int] | None) -> Facts:

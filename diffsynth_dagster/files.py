@@ -1,29 +1,69 @@
 """Writing files so that they are either whole or not there."""
 
+import contextlib
+import errno
 import json
 import os
+import re
+import shutil
+import socket
 import struct
+import time
 import uuid
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from diffsynth_dagster.errors import OutputError
 
 if TYPE_CHECKING:
     import torch
 
+_OLD_S = 24 * 3600.0
+_NOTHING_LEFT = 64 * 1024
+"""Bytes: with fewer of them free, it was the disk."""
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> Path:
+def hidden_beside(path: Path) -> Path:
+    """The name of a hidden file beside `path` that this process writes, and removes. If it is killed,
+    `remove_leftovers` does."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+_HIDDEN = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")
+
+
+def _host() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the hidden files that killed writers left in a folder: of processes of this machine that
+    are gone, and of any machine after a day."""
+    for path in folder.glob(".*"):
+        named = _HIDDEN.fullmatch(path.name)
+        if named is not None:
+            with contextlib.suppress(OSError):  # gone meanwhile, or not ours
+                old = time.time() - path.stat().st_mtime > _OLD_S
+                if old or (named[1] == _host() and not psutil.pid_exists(int(named[2]))):
+                    path.unlink()
+
+
+def write_whole(path: Path, write: Callable[[Path], object], size: int | None = None) -> Path:
     """Let `write` make a hidden file beside `path`, flush it to disk, and rename it to `path`.
 
+    Args:
+        size: bytes that it will need, for the message when there is no space for them.
+
     Raises:
-        OutputError: the folder cannot be written, or the disk is full.
+        OutputError: the folder cannot be written, or the disk is full. What was there stays.
     """
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    staged = hidden_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -32,15 +72,59 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> Path:
                 os.fsync(file.fileno())
             staged.chmod(0o666 & ~_UMASK)
             staged.replace(path)
+        except Exception as error:
+            # Libraries have errors of their own for a full disk, and some do not even say so.
+            if says_full(error) or shutil.disk_usage(path.parent).free < _NOTHING_LEFT:
+                written = staged.stat().st_size if staged.exists() else 0
+                raise no_space(path, size or written + 1) from error
+            raise
         finally:
             staged.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"the file cannot be written: {error}",
             where=str(path),
-            do="check the folder's permissions and the space on the disk",
+            do="check the folder's permissions and the disk",
         ) from error
     return path
+
+
+def says_full(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, says that there is no space left, on the disk or in a
+    quota."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    words = ("no space left", "os error 28", "disk is full", "disk quota exceeded")
+    if any(word in str(error).lower() for word in words):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and says_full(before)
+
+
+def full_disk(error: BaseException) -> OutputError | None:
+    """The error for the user, of an error that says that there is no space left; None of any other."""
+    if isinstance(error, OutputError) or not says_full(error):
+        return None
+    named = getattr(error, "filename", None)
+    return OutputError(
+        f"no space left on the disk: {error}",
+        where=str(named) if named else None,
+        do="free some space and run it again: what was written before is whole, and is kept",
+    )
+
+
+def no_space(path: Path, size: int) -> OutputError:
+    """The error for a file that does not fit on the disk.
+
+    Args:
+        size: bytes that it needs, as far as that is known.
+    """
+    free = shutil.disk_usage(path.parent).free
+    return OutputError(
+        f"no space left in {path.parent}: at least {size:,} bytes are needed, and {free:,} are free",
+        where=str(path),
+        do="free some space and run it again: what was written before is whole, and is kept",
+    )
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -68,7 +152,8 @@ def write_tensors(
         save_file(ordered, staged, metadata=dict(metadata))
         _sort_metadata(staged)
 
-    return write_whole(path, write)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in ordered.values())
+    return write_whole(path, write, size)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -92,7 +177,7 @@ def require_writable(folder: Path, parameter: str) -> None:
     Raises:
         OutputError: it cannot be made or written.
     """
-    probe = folder / f".probe-{uuid.uuid4().hex[:8]}"
+    probe = hidden_beside(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")

@@ -6,18 +6,19 @@ from typing import Any
 from diffsynth_dagster.cache.manifest import FILE_NAME
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.effect import trained_components
-from diffsynth_dagster.config.entries import float8_entries, model_entries
+from diffsynth_dagster.config.entries import float8_entries, folder_entries, model_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.particular import ParticularParameters
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.table.check import check_columns
-from diffsynth_dagster.dotted import import_dotted
+from diffsynth_dagster.dotted import import_function
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.checkpoint import check_prefix
-from diffsynth_dagster.training.modules import check_trainable, lora_target_names
+from diffsynth_dagster.training.modules import lora_target_names
 from diffsynth_dagster.training.optimizer import check_optimizer
 from diffsynth_dagster.training.shares import shares_of
+from diffsynth_dagster.weights.hub import require_listed
 from diffsynth_dagster.weights.identify import guess_family
 from diffsynth_dagster.weights.recognise import guess_components
 
@@ -29,13 +30,12 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
         ParameterError: a parameter does not fit the family.
     """
     check_particular(config, family)
-    check_trainable(config, family)
     _check_denoisers(config, family)
     _check_samples(config, family)
     check_optimizer(config)
     float8_entries(config)
     if config.customized_evaluation is not None:
-        import_dotted(config.customized_evaluation, "customized_evaluation")
+        import_function(config.customized_evaluation, "customized_evaluation", "generate")
     check_prefix(config.remove_prefix_in_ckpt, family, trained_components(config))
     _check_size(config, family)
     size_rule(config.height, config.width, config.max_pixels, family.geometry, config.bucket_step)
@@ -115,11 +115,15 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
     """The plan of a config as JSON values. Needs no file, loads no weight.
 
     Raises:
+        WeightsError: some of the local model files that are named are there, and others are not.
         StoreError: the encoded data set is there and damaged.
         ParameterError: see `check_plan`; or the family cannot be recognised without the files.
     """
     if not config.reads_encoded or (Path(config.dataset_base_path) / FILE_NAME).is_file():
         config = with_settled(config)
+    if config.customized_dataset is not None:
+        import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
+    require_listed([*model_entries(config), *folder_entries(config)])
     family = guess_family(config)
     check_plan(config, family)
     trained = trained_components(config)

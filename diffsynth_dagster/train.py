@@ -6,7 +6,7 @@ Exit codes: 0 done, 2 a mistake in the input (one message, no traceback), 130 st
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from diffsynth_dagster.training.guard import FailureGuard, failure_reporter
 from diffsynth_dagster.training.stop import StopSignal
 
 if TYPE_CHECKING:
+    from diffsynth_dagster.training.parallel import Parallel
     from diffsynth_dagster.training.record import RunRecord
 
 
@@ -24,28 +25,45 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     """Do what a config asks for; returns the record of the training, if there was one.
 
     Raises:
-        UserError: see the modules this goes through, in the order of the imports below.
+        UserError: see the modules that this and `run_alone` go through, in the order of the imports.
         Stopped: a signal came.
     """
     # Imported here: they take seconds, and a mistake in the flags is reported at once.
     from diffsynth_dagster.cache.split import with_settled
+    from diffsynth_dagster.plan import check_plan
+    from diffsynth_dagster.run_folder import owned
+    from diffsynth_dagster.training.parallel import start_parallel
+    from diffsynth_dagster.weights.identify import guess_family
+
+    # Plan: all that can be checked without a file.
+    config = with_settled(config)
+    check_plan(config, guess_family(config))
+    parallel = start_parallel(config)
+    # One process holds the run folder for all: the others wait for it before they use it.
+    folder = Path(config.output_path)
+    owner = owned(folder, config.task) if parallel.is_main_process else nullcontext()
+    with owner:
+        return run_alone(config, parallel, stop_asked)
+
+
+def run_alone(
+    config: TrainingConfig, parallel: "Parallel", stop_asked: StopSignal
+) -> "RunRecord | None":
+    """Do what a checked config asks for, in a run folder that is held; see `run`."""
+    from diffsynth_dagster.data.media.budget import DECODING
     from diffsynth_dagster.facts import FactCache
     from diffsynth_dagster.files import require_writable, write_text
     from diffsynth_dagster.plan import check_plan
     from diffsynth_dagster.training.dataset import checked_table, encoded_manifest, open_store
     from diffsynth_dagster.training.loop import train
     from diffsynth_dagster.training.modules import check_model
-    from diffsynth_dagster.training.parallel import start_parallel
     from diffsynth_dagster.training.record import RunFile, start_record
     from diffsynth_dagster.training.reporting import make_reporter
     from diffsynth_dagster.training.setup import Session, make_models
     from diffsynth_dagster.weights.hub import ModelHub
-    from diffsynth_dagster.weights.identify import find_model, guess_family
+    from diffsynth_dagster.weights.identify import find_model
 
-    # Plan: all that can be checked without a file.
-    config = with_settled(config)
-    check_plan(config, guess_family(config))
-    parallel = start_parallel(config)
+    DECODING.megapixels = config.decode_megapixels
     output = Path(config.output_path)
     require_writable(output, "output_path")
     require_writable(Path(config.cache_path), "cache_path")

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import dagster as dg
@@ -15,7 +16,7 @@ from pydantic import Field
 import diffsynth_dagster
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.recipe import RecipeOptions, dump_config
-from diffsynth_dagster.files import require_writable, write_text
+from diffsynth_dagster.files import hidden_beside, require_writable, write_text
 from diffsynth_dagster.training.failure import (
     EXIT_STOPPED,
     FAILURE_FOLDER,
@@ -61,18 +62,17 @@ class Launcher(dg.ConfigurableResource):
             dagster.Failure: the processes failed or were stopped.
             OutputError: the run folder cannot be written.
         """
-        output = Path(config.output_path)
+        output = Path(config.output_path).absolute()
         require_writable(output, "output_path")
-        recipe = write_text(output / "launch.yaml", dump_config(config))
-        command = [
-            *self._launch(config, options),
-            "-m",
-            "diffsynth_dagster.train",
-            "--recipe",
-            str(recipe.absolute()),
-        ]
+        # A name of its own: another run may be about to read its file in this folder.
+        recipe = hidden_beside(output / "launch.yaml")
+        command = [*self._launch(config, options), "-m", "diffsynth_dagster.train"]
+        command += ["--recipe", str(recipe)]
         context.log.debug(f"running {' '.join(command)}")
-        with tempfile.TemporaryDirectory(prefix="diffsynth-launch-") as scratch:
+        with ExitStack() as leaving:
+            scratch = leaving.enter_context(tempfile.TemporaryDirectory(prefix="diffsynth-launch-"))
+            leaving.callback(recipe.unlink, missing_ok=True)
+            write_text(recipe, dump_config(config))
             tail, failures = Path(scratch) / "stderr", Path(scratch) / "failures"
             reader = MessageReader()
             with dg.open_pipes_session(

@@ -10,8 +10,10 @@ import dagster as dg
 
 import diffsynth_dagster
 from diffsynth_dagster.config import Recipe, read_recipe
+from diffsynth_dagster.config.checks import named_code
 from diffsynth_dagster.config.entries import model_entries
 from diffsynth_dagster.config.recipe import recipe_files
+from diffsynth_dagster.dotted import find_dotted
 from diffsynth_dagster.errors import ParameterError, UserError
 
 VARIABLE = "DIFFSYNTH_DAGSTER_RECIPES"
@@ -56,9 +58,18 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
         try:
             recipe = read_recipe(path)
             model_entries(recipe.config)
+            for parameter, dotted in named_code(recipe.config).items():
+                find_dotted(dotted, f"{path}: '{parameter}'")
             _check_schedule(recipe)
         except UserError as error:
             broken.append(BrokenRecipe(name, path, _naming(error, path)))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other recipes are there
+            unforeseen = ParameterError(
+                f"the recipe cannot be used: {type(error).__name__}: {error}",
+                where=str(path),
+                do="correct it, and tell the authors of this trainer",
+            )
+            broken.append(BrokenRecipe(name, path, unforeseen))
         else:
             sound.append(Recipe(name, path, recipe.config, recipe.options))
     shared = _in_one_folder(sound)

@@ -125,9 +125,9 @@ def wait_until_training(
         return metrics.is_file() and metrics.read_text().count("\n") > 1
 
     wait_for(stepped, seconds, f"the first step in {run}")
-    return processes_about(str(run / "launch.yaml"))
+    return processes_about(str(run / ".launch.yaml"))
 
 
 def require_gone(run: Path, seconds: float = STOPPED_WITHIN) -> None:
     """Fail unless every process of the training in a run folder ends in time."""
-    wait_for(lambda: not processes_about(str(run / "launch.yaml")), seconds, "no process is left")
+    wait_for(lambda: not processes_about(str(run / ".launch.yaml")), seconds, "no process is left")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from urllib.parse import parse_qs, urlsplit
 
 from modelscope_hub import set_default_config
@@ -15,10 +15,19 @@ from modelscope_hub import set_default_config
 
 @dataclass
 class Hub:
-    """The running server: its address, and the files that were downloaded from it."""
+    """The running server: its address, and the files that were downloaded from it.
+
+    Attributes:
+        stalls: whether a list of files is begun and never ended.
+        listed: what is answered in place of the list of files, where it is not None.
+        extra: paths that are listed beside the files of the folder, and served as `b"x"`.
+    """
 
     url: str = ""
     downloads: list[str] = field(default_factory=list)
+    stalls: bool = False
+    listed: object = None
+    extra: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -26,6 +35,7 @@ def serve_hub(root: Path) -> Iterator[Hub]:
     """Serve `root/<owner>/<name>/…` as repositories."""
     set_default_config(None)  # the client remembers the first hub of a process
     hub = Hub()
+    over = Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -36,17 +46,30 @@ def serve_hub(root: Path) -> Iterator[Hub]:
                 self.reply(404, b'{"Code": 404, "Success": false, "Message": "no such model"}')
                 return
             repository = root / parts[3] / parts[4]
-            if parts[5:] == ["repo", "files"]:
-                self.reply(200, json.dumps(listing(repository)).encode())
+            if parts[5:] == ["repo", "files"] and hub.stalls:
+                self.stall()
+            elif parts[5:] == ["repo", "files"]:
+                answer = listing(repository, hub.extra) if hub.listed is None else hub.listed
+                self.reply(200, json.dumps(answer).encode())
             elif parts[5:] == ["repo"]:
-                hub.downloads.append(query["FilePath"])
-                self.reply(200, (repository / query["FilePath"]).read_bytes())
+                path = query["FilePath"]
+                hub.downloads.append(path)
+                self.reply(200, b"x" if path in hub.extra else (repository / path).read_bytes())
             else:
                 data = {"Code": 200, "Success": True, "Data": {"Revision": "master"}}
                 self.reply(200, json.dumps(data).encode())
 
         def do_HEAD(self) -> None:
             self.do_GET()
+
+        def stall(self) -> None:
+            """A byte now and then, so that no read of the client's is idle for long."""
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            while not over.wait(0.2):
+                self.wfile.write(b" ")
+                self.wfile.flush()
 
         def reply(self, status: int, body: bytes) -> None:
             span = self.headers.get("Range")
@@ -73,21 +96,26 @@ def serve_hub(root: Path) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        over.set()
         server.shutdown()
         server.server_close()
 
 
-def listing(repository: Path) -> dict[str, object]:
-    files = [
-        {
-            "Path": path.relative_to(repository).as_posix(),
-            "Name": path.name,
-            "Type": "blob",
-            "Size": path.stat().st_size,
-            "Sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "Revision": "master",
-        }
+def listing(repository: Path, extra: list[str]) -> dict[str, object]:
+    contents = {
+        path.relative_to(repository).as_posix(): path.read_bytes()
         for path in sorted(repository.rglob("*"))
         if path.is_file()
+    }
+    files = [
+        {
+            "Path": path,
+            "Name": path.rpartition("/")[2],
+            "Type": "blob",
+            "Size": len(content),
+            "Sha256": hashlib.sha256(content).hexdigest(),
+            "Revision": "master",
+        }
+        for path, content in [*contents.items(), *((path, b"x") for path in extra)]
     ]
     return {"Code": 200, "Success": True, "Data": {"Files": files, "TotalCount": len(files)}}

@@ -60,9 +60,16 @@ def real_clip() -> Path:
     return Path(spec.origin).parent / "datasets" / "data" / "carphone_pristine.mp4"
 
 
-def convert(target: Path, *options: str) -> Path:
-    """The real clip in another container or codec."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", str(real_clip())]
+def convert(
+    target: Path, *options: str, before: tuple[str, ...] = (), source: Path | None = None
+) -> Path:
+    """The real clip, or another, in another container or codec.
+
+    Args:
+        before: options of reading, which come before the file.
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *before]
+    command += ["-i", str(source or real_clip())]
     subprocess.run([*command, "-an", *options, str(target)], check=True)
     return target
 

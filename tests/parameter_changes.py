@@ -150,6 +150,7 @@ ALTERNATIVES: dict[str, Change] = {
     "metadata_encoding": {"metadata_encoding": "utf-8-sig"},
     "dataset_repeat": {"dataset_repeat": 2},
     "dataset_num_workers": {"dataset_num_workers": 1},
+    "decode_megapixels": {"decode_megapixels": 1},
     "data_file_keys": file_columns,
     "allow_outside_base_path": {"allow_outside_base_path": True},
     "verify_content": {"verify_content": True},

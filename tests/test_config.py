@@ -356,7 +356,9 @@ def test_the_stage_rule_decides_what_is_cached(capsys: pytest.CaptureFixture[str
         (["--lora_dropout", "0.3"], "--lora_dropout is given but no --lora_base_model"),
         (["--fp8_models", "foo"], "'foo' is no entry of the model list"),
         (["--customized_evaluation", "nothing.here"], "nothing.here"),
-        (["--customized_optimizer", "os.path.join"], "this is no optimizer class of torch"),
+        (["--learning_rate", "1e38"], "input should be less than or equal to 1000"),
+        (["--customized_optimizer", "os.path.join"], "is of Python's standard library"),
+        (["--customized_optimizer", "torch.nn.Linear"], "this is no optimizer class of torch"),
         (["--customized_optimizer", "torch.optim.LBFGS"], "evaluates the model several times"),
         (["--customized_optimizer", "torch.optim.SparseAdam"], "the optimizer cannot be made"),
         (

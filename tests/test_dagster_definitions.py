@@ -11,9 +11,12 @@ import dagster as dg
 import pytest
 from conftest import ROOT
 from dagster_support import definitions_of, write_recipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from assets.common import code_version
 from diffsynth_dagster.config import TrainingConfig, read_config
+from diffsynth_dagster.config.recipe import RecipeOptions
 from diffsynth_dagster.errors import ParameterError
 from resources import Parameters, load_recipes, recipes_folder
 
@@ -141,6 +144,79 @@ def test_broken_recipe_fails_by_itself(
     assert str(path) in message
     assert all(word in message for word in words)
     assert not done.get_step_success_events()
+
+
+HOSTILE = {
+    "a date that is none": "seed: 2024-02-30",
+    "a number without digits": "seed: 0x_",
+    "a number of 5,000 digits": f"seed: {'9' * 5000}",
+    "nested brackets": f"extra_inputs: {'[' * 3000}{']' * 3000}",
+    "itself": "extra_inputs: &a [*a]",
+    "an exponential list": "\n".join(
+        [
+            "sample_prompts:",
+            "  - &a0 [x, x]",
+            *(f"  - &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60)),
+        ]
+    ),
+    "a key that is a list": "? [a, b]\n: c",
+    "half of a surrogate pair": 'description: "\\ud800"',
+    "NUL": 'output_path: "a\\0b"',
+    "another tag": "seed: !!python/object/apply:os.getcwd []",
+    "bytes": "description: !!binary aGVsbG8=",
+    "no text": b"description: \xff\xfe",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_no_recipe_hides_the_others(tmp_path: Path, content: str | bytes) -> None:
+    write_recipe(tmp_path, "sound", recipe(output_path="models/sound"))
+    bad = tmp_path / "bad.yaml"
+    bad.write_bytes(content.encode() if isinstance(content, str) else content)
+    definitions = definitions_of(tmp_path)
+    dg.Definitions.validate_loadable(definitions)
+    assert {"sound/checkpoints", "bad/checkpoints"} <= keys(definitions)
+    done = definitions.resolve_job_def("train_bad").execute_in_process(raise_on_error=False)
+    failure = done.failure_data_for_node("bad__metadata")
+    assert failure is not None
+    assert failure.user_failure_data is not None
+    message = failure.user_failure_data.description or ""
+    assert str(bad) in message
+    assert len(message) < 2000
+    assert "cannot be used" not in message, "it was foreseen"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    values=st.dictionaries(
+        st.sampled_from(sorted({*TrainingConfig.model_fields, *RecipeOptions.model_fields})),
+        st.text(max_size=20)
+        | st.sampled_from(
+            ["0x_", "1e999", "2024-02-30", "~", "[", "{", "&a", "*a", "!!set {a}", ".inf"]
+        ),
+        max_size=6,
+    )
+)
+def test_any_text_for_any_parameter_is_a_recipe_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, str]
+) -> None:
+    folder = tmp_path_factory.mktemp("recipes")
+    write_recipe(folder, "sound", recipe(output_path="models/sound"))
+    lines = [f"{name}: {text}" for name, text in values.items()]
+    (folder / "bad.yaml").write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    sound, broken = load_recipes(folder)
+    assert "sound" in {r.name for r in sound}
+    assert not [b for b in broken if "cannot be used" in str(b.error)]
+
+
+@pytest.mark.parametrize("value", ["2024-02-30", "2024-02-20", "2024-02-20 12:30:45"])
+def test_what_looks_like_a_date_is_text(tmp_path: Path, value: str) -> None:
+    path = write_recipe(tmp_path, "dated", recipe())
+    path.write_text(path.read_text() + f"description: {value}\n")
+    ((dated,), broken) = load_recipes(tmp_path)
+    assert not broken
+    assert dated.options.description == value
 
 
 def test_two_recipes_with_one_folder_are_both_refused(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def place(values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pl
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "failing.py").write_text(FAILING, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"))
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
     given = {k: v for k, v in values().items() if k != "dataset_metadata_path"}
     return Place(tmp_path, {**given, "dataset_base_path": str(encoded), "task": "sft:train"})
 

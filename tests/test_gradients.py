@@ -86,17 +86,30 @@ def two_processes(config: dict[str, object], recipe: Path) -> "subprocess.Comple
     )
 
 
-def test_parameters_without_gradient_name_the_flag(values: Values, tmp_path: Path) -> None:
-    """The last block's text half gets none: DDP must be told, and says so in one message."""
-    config = values(
-        lora_target_modules=["to_add_out"], batch_size=1, output_path=str(tmp_path / "a")
-    )
-    failed = two_processes(config, tmp_path / "a.yaml")
-    assert failed.returncode != 0
-    assert "give find_unused_parameters" in failed.stderr
-    config |= {"find_unused_parameters": True, "output_path": str(tmp_path / "b")}
-    done = two_processes(config, tmp_path / "b.yaml")
-    assert done.returncode == 0, done.stderr
+def test_parameters_without_gradient_need_no_flag(values: Values, tmp_path: Path) -> None:
+    """The last block's text half gets none. The others get that of one process with all samples."""
+    given = {"lora_target_modules": ["to_add_out", "to_q"], "learning_rate": 1e-2, "num_epochs": 2}
+    alone = values(**given, batch_size=1, gradient_accumulation_steps=2)
+    assert train(alone, tmp_path / "alone")[0] == 0
+    for flag in (False, True):
+        run = tmp_path / f"flag-{flag}"
+        config = values(
+            **given,
+            batch_size=1,
+            find_unused_parameters=flag,
+            output_path=str(run),
+            lora_dropout=0.0,
+        )
+        done = two_processes(config, tmp_path / f"{flag}.yaml")
+        assert done.returncode == 0, done.stderr
+        one, two = (load_file(f / "epoch-1.safetensors") for f in (tmp_path / "alone", run))
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-3, msg=name)
+        read = [
+            pl.read_csv(f / "metrics.csv")["samples"].to_list() for f in (tmp_path / "alone", run)
+        ]
+        assert read[0] == read[1] == [2] * 8
 
 
 def test_two_processes_give_the_same_gradient(values: Values, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from conftest import ROOT, Values, train, write_images
 from diffsynth_dagster.cache.__main__ import main as maintain
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.cache.manifest import Notes, write_manifest
-from diffsynth_dagster.cache.store import Store, tensor_digest
+from diffsynth_dagster.cache.shards import tensor_digest
+from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.cache.upkeep import collect, statistics, verify
 from diffsynth_dagster.errors import StoreError
 from diffsynth_dagster.files import write_tensors, write_text
@@ -215,7 +216,7 @@ def kill_until_done(config: dict[str, Any], folder: Path, kills: int, seed: int)
     recipe.write_text(json.dumps({**config, "task": "sft:data_process"}))
     # Small shards, so that kills fall between and into their writing.
     code = (
-        "import sys, diffsynth_dagster.cache.store as store; store.SHARD_BYTES = 50_000; "
+        "import sys, diffsynth_dagster.cache.shards as shards; shards.SHARD_BYTES = 50_000; "
         "from diffsynth_dagster.train import main; sys.exit(main(sys.argv[1:]))"
     )
     source, killed = random.Random(seed), 0

@@ -19,9 +19,9 @@ def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--cache_path", default=default, help=f"the store; {default} if left out")
     commands = parser.add_subparsers(dest="command", required=True)
-    checks = commands.add_parser("verify", parents=[shared], help="check every tensor")
+    checks = commands.add_parser("verify", parents=[shared], help="check every file and tensor")
     checks.add_argument(
-        "--drop", action="store_true", help="forget damaged shards: they are encoded again"
+        "--drop", action="store_true", help="forget what is damaged: it is encoded again"
     )
     commands.add_parser("stats", parents=[shared], help="what is stored, and what uses it")
     commands.add_parser("gc", parents=[shared], help="drop what no run folder uses")
@@ -30,14 +30,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _verify(store: Store, drop: bool) -> int:
     found = verify(store, drop)
-    print(f"{found.tensors} tensors in {found.shards} shards: {len(found.damaged)} shards damaged")
+    print(f"{found.tensors} tensors in {found.shards} shards: {len(found.damaged)} files damaged")
     if found.outdated:
         print(
             f"{found.outdated} shards are of an older version, which did not notice files that "
             "changed while it encoded; nothing reads them: `gc` drops them"
         )
-    for shard, problem in found.damaged.items():
-        print(f"  {shard}: {problem}" + ("; dropped" if drop else ""))
+    for file, problem in found.damaged.items():
+        print(f"  {file}: {problem}" + ("; dropped" if drop else ""))
     if found.damaged and not drop:
         print("what to do: run it again with --drop, then encode again")
     return 1 if found.damaged and not drop else 0

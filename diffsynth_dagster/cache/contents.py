@@ -45,7 +45,7 @@ def look_into(manifest: Manifest, table: CheckedTable) -> Contents:
         samples=int(sizes["len"].sum()),
         accepted=table.counts.get("ok", 0),
         missing=len(store.missing(manifest.keys)),
-        not_finite=int(broken.collect().item()),
-        bytes=int(held.select(pl.col("bytes").sum()).collect().item()),
+        not_finite=int(store.collect(broken).item()),
+        bytes=int(store.collect(held.select(pl.col("bytes").sum())).item()),
         buckets=[(width, height, count) for width, height, count in sizes.iter_rows()],
     )

@@ -1,6 +1,6 @@
 """Fill the store: run the cacheable stages over the samples whose keys it lacks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,10 @@ from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.samples import PARTS, files_of, load_files, parse_value
 from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.families.contract import Sample, Stage
+from diffsynth_dagster.errors import MetadataError, shown
+from diffsynth_dagster.families.contract import Sample, Stage, Tensors
 from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.load import is_finite
 from diffsynth_dagster.weights.models import Models
 
 _AT_ONCE = 1 << 14
@@ -68,7 +70,8 @@ def encode_missing(
         progress: called with (stage, samples done, samples to do) of this process.
 
     Raises:
-        MetadataError: a file is no longer what was checked. What was encoded before it is kept.
+        MetadataError: a file is no longer what was checked, or what a row is encoded to is not finite.
+            What was encoded before it is kept.
         OutputError: the store cannot be written.
     """
     family = models.found.family
@@ -91,7 +94,9 @@ def encode_missing(
                     samples = _read_samples(stage, batch, store, needed)
                     outputs = stage.run(loaded, samples)
                     for row, tensors in zip(batch, outputs, strict=True):
-                        writer.add(row["key"], stage.to_store(tensors))
+                        stored = stage.to_store(tensors)
+                        _require_finite(stage, row, stored)
+                        writer.add(row["key"], stored)
                     done += len(batch)
                     progress(stage.name, done, share.height)
             del loaded  # or it would keep what is freed
@@ -99,6 +104,25 @@ def encode_missing(
             models.free(name for name in stage.uses if name not in later)
         ranks.wait_for_everyone()
     return report
+
+
+def _require_finite(stage: Stage, row: Mapping[str, Any], stored: Tensors) -> None:
+    """Refuse a row that is encoded to NaN or infinity, which nothing can be trained on.
+
+    Raises:
+        MetadataError: it names the row and its files.
+    """
+    if all(is_finite(tensor) for tensor in stored.values()):
+        return
+    said = [
+        row[f"{item.column}:path"] if item.is_file else row[item.column] for item in stage.reads
+    ]
+    raise MetadataError(
+        f"what '{stage.name}' makes of {', '.join(shown(each) for each in said)} holds NaN or infinity",
+        where=f"row {row['row']}" if row["row"] else "sample_prompts",
+        do="if other rows do too, give a mixed_precision with a wider range (bf16, or no); else take "
+        "the row out",
+    )
 
 
 def _wanted(stage: Stage, manifest: Manifest) -> pl.LazyFrame:
@@ -134,7 +158,7 @@ def _missing(wanted: pl.LazyFrame, stage: Stage, store: Store) -> pl.DataFrame:
     """What of it the store lacks, each key once."""
     stored = store.scan().filter(pl.col("output") == stage.yields[0].name).select("key")
     missing = wanted.join(stored, on="key", how="anti", maintain_order="left")
-    return missing.collect(engine="streaming").unique("key", keep="first", maintain_order=True)
+    return store.collect(missing).unique("key", keep="first", maintain_order=True)
 
 
 def _share(missing: pl.DataFrame, ranks: Ranks) -> pl.DataFrame:
@@ -153,7 +177,7 @@ def _with_places(share: pl.DataFrame, stage: Stage, store: Store) -> pl.DataFram
     for name in stage.needs:
         keys = share.lazy().select(pl.col(f"needs:{name}").alias("key")).unique()
         places = store.places(keys).rename({"key": f"needs:{name}", "shard": f"shard:{name}"})
-        share = share.join(places.collect(), on=f"needs:{name}", how="left", maintain_order="left")
+        share = share.join(places, on=f"needs:{name}", how="left", maintain_order="left")
     return share
 
 

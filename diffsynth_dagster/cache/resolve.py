@@ -116,14 +116,15 @@ def resolve(manifest: Manifest, folder: Path) -> Samples:
     """Look up where the samples of a manifest lie, and write it into the folder of a training.
 
     Raises:
-        StoreError: the store lacks a sample.
+        StoreError: the store lacks a sample, or holds one with NaN or infinity.
         OutputError: the run folder cannot be written.
     """
     names = manifest.rows.collect_schema().names()
     stages = [n.removeprefix("key:") for n in names if n.startswith("key:")]
     inputs = [n.removeprefix("input:") for n in names if n.startswith("input:")]
     store = Store(Path(manifest.store))
-    shards = sorted(p.stem for p in (store.path / "index").glob("*.parquet"))
+    shards = [file.stem for file in store.index_files]
+    _require_finite(manifest, store)
     places = {stage: _shard_numbers(manifest, store, stage, shards) for stage in stages}
     buckets = _buckets(manifest)
     sizes: list[int] = buckets["len"].to_list()
@@ -238,12 +239,32 @@ def _shard_numbers(
     places = stored.select("key", "shard").join(numbered, on="shard").select("key", "number")
     keys = manifest.rows.select(pl.col(f"key:{stage}").alias("key")).with_row_index("index")
     found = keys.join(places, on="key", how="left", maintain_order="left")
-    numbers = found.select("index", "number").collect(engine="streaming")
+    numbers = store.collect(found.select("index", "number"))
     if numbers.height > manifest.samples:  # keys that two writers wrote: either will do
         numbers = numbers.unique("index", keep="first", maintain_order=True)
     if numbers["number"].has_nulls():
         raise lacking(numbers["number"].null_count(), manifest.samples, manifest.store)
     return numbers["number"].to_numpy()
+
+
+def _require_finite(manifest: Manifest, store: Store) -> None:
+    """Refuse samples whose encoded inputs hold NaN or infinity. (Those that are encoded now are
+    refused before they are stored.) Raises `StoreError`."""
+    broken = store.collect(store.scan().filter(~pl.col("finite")).select("key").unique())
+    if not broken.height:
+        return
+    keys = pl.concat_list(pl.col("^key:.*$")).alias("key")
+    used = (
+        manifest.rows.select("row", keys).explode("key").join(broken.lazy(), on="key", how="semi")
+    )
+    rows = used.select(pl.col("row").unique().sort()).collect()["row"].to_list()
+    if rows:
+        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        raise StoreError(
+            f"what rows {', '.join(map(str, rows[:5]))}{more} are encoded to holds NaN or infinity",
+            where=manifest.store,
+            do="take them out of the table, or encode with another mixed_precision",
+        )
 
 
 def lacking(missing: int, wanted: int, store: str) -> StoreError:

@@ -12,50 +12,29 @@ of processes may write at once. Where two wrote the same key, the first by name 
 
 import fcntl
 import json
-import time
-import uuid
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import torch
-from blake3 import blake3
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
-from diffsynth_dagster.cache.layout import LAYOUT_VERSION
+from diffsynth_dagster.cache.shards import (
+    INDEX_SCHEMA,
+    POLARS_ERRORS,
+    OpenShard,
+    ShardWriter,
+    damaged,
+    read_index,
+)
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import digest_text
-from diffsynth_dagster.files import write_text, write_whole
+from diffsynth_dagster.files import write_text
 
-SHARD_BYTES = 256 * 1024 * 1024
-SHARD_SECONDS = 60.0
 _OPEN_SHARDS = 64
-_LAYOUT = "layout"
-INDEX_SCHEMA = {
-    "key": pl.String,
-    "output": pl.String,
-    "shard": pl.String,
-    "dtype": pl.String,
-    "shape": pl.List(pl.Int64),
-    "bytes": pl.Int64,
-    "digest": pl.String,
-    "finite": pl.Boolean,
-}
-
-
-def index_layout(file: Path) -> int:
-    """The `LAYOUT_VERSION` that an index file was written with; 0 where it does not say so."""
-    return int(pl.read_parquet_metadata(file).get(_LAYOUT, "0"))
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """BLAKE3 of a tensor's bytes (contiguous, on the CPU)."""
-    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return blake3(data).hexdigest()
 
 
 class Store:
@@ -67,19 +46,39 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._open: OrderedDict[str, OpenShard] = OrderedDict()
+
+    @property
+    def index_files(self) -> list[Path]:
+        """The index files, sorted."""
+        return sorted((self.path / "index").glob("*.parquet"))
 
     def scan(self) -> pl.LazyFrame:
-        """Every row of every index file, lazily."""
-        files = sorted((self.path / "index").glob("*.parquet"))
-        return pl.scan_parquet(files) if files else pl.LazyFrame(schema=INDEX_SCHEMA)
+        """Every row of every index file, lazily: to be collected with `collect`."""
+        files = self.index_files
+        # With the schema given, no file is looked into before the frame is collected.
+        none = pl.LazyFrame(schema=INDEX_SCHEMA)
+        return pl.scan_parquet(files, schema=INDEX_SCHEMA) if files else none
+
+    def collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
+        """A frame that was made from `scan`.
+
+        Raises:
+            StoreError: an index file is damaged.
+        """
+        try:
+            return frame.collect(engine="streaming")
+        except POLARS_ERRORS:
+            for file in self.index_files:
+                read_index(file)
+            raise
 
     def index(self) -> pl.DataFrame:
-        """Every row of every index file."""
-        return self.scan().collect()
+        """Every row of every index file. Raises `StoreError`."""
+        return self.collect(self.scan())
 
-    def places(self, keys: pl.LazyFrame) -> pl.LazyFrame:
-        """Where keys lie.
+    def places(self, keys: pl.LazyFrame) -> pl.DataFrame:
+        """Where keys lie. Raises `StoreError`.
 
         Args:
             keys: a column `key`, each once.
@@ -88,10 +87,11 @@ class Store:
             `key` and `shard` of those that the store holds, in no order.
         """
         stored = self.scan().select("key", "shard").join(keys, on="key", how="semi")
-        return stored.group_by("key").agg(pl.col("shard").min())
+        return self.collect(stored.group_by("key").agg(pl.col("shard").min()))
 
     def missing(self, keys: pl.LazyFrame | Iterable[str]) -> pl.Series:
         """Those of the keys that are not in the store, each once; in order where a list is given.
+        Raises `StoreError`.
 
         Args:
             keys: a column `key`, or texts.
@@ -102,7 +102,7 @@ class Store:
             listed = list(dict.fromkeys(keys))
             wanted = pl.LazyFrame({"key": listed}, schema={"key": pl.String})
         absent = wanted.join(self.scan().select("key"), on="key", how="anti", maintain_order="left")
-        return absent.select("key").collect(engine="streaming").to_series()
+        return self.collect(absent.select("key")).to_series()
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
         """The outputs stored under a key; see `read_from`. Looks through the index for it.
@@ -110,7 +110,7 @@ class Store:
         Raises:
             StoreError: the key is not in the store, or its shard is damaged.
         """
-        rows = self.scan().filter(pl.col("key") == key).select("shard", "output").collect()
+        rows = self.collect(self.scan().filter(pl.col("key") == key).select("shard", "output"))
         if rows.height == 0:
             raise StoreError(
                 f"the store lacks the sample {key[:16]}…",
@@ -122,25 +122,21 @@ class Store:
 
     def read_from(self, shard: str, key: str, outputs: Iterable[str]) -> dict[str, torch.Tensor]:
         """Outputs stored under a key in a shard: views of the memory-mapped shard where alignment
-        allows.
+        allows. Each is what was written: its digest says so.
 
         Raises:
             StoreError: the shard is damaged.
         """
         try:
-            file = self._shard(shard)
-            return {output: file.get_tensor(f"{key}.{output}") for output in outputs}
+            opened = self._shard(shard)
+            return {output: opened.read(key, output) for output in outputs}
         except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"the shard cannot be read: {error}",
-                where=str(self.path / "shards" / shard),
-                do="remove its file in index/ and run the task sft:data_process again",
-            ) from error
+            raise damaged(self.path / "shards" / f"{shard}.safetensors", str(error)) from error
 
-    def _shard(self, shard: str) -> Any:
+    def _shard(self, shard: str) -> OpenShard:
         if shard not in self._open:
             path = self.path / "shards" / f"{shard}.safetensors"
-            self._open[shard] = safe_open(path, framework="pt", device="cpu").__enter__()
+            self._open[shard] = OpenShard(path)
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
@@ -182,12 +178,20 @@ class Store:
         if not path.is_file():
             write_text(path, json.dumps({"run_folder": text}) + "\n")
 
-    def users(self) -> list[Path]:
-        """The run folders that were noted, sorted."""
-        files = (self.path / "users").glob("*.json")
-        return sorted(Path(json.loads(file.read_text())["run_folder"]) for file in files)
+    @property
+    def notes(self) -> list[Path]:
+        """The files that note run folders, sorted."""
+        return sorted((self.path / "users").glob("*.json"))
 
-    def writer(self) -> "ShardWriter":
+    def users(self) -> list[Path]:
+        """The run folders that were noted, sorted.
+
+        Raises:
+            StoreError: a note is damaged, so that it is not known what the store is used for.
+        """
+        return sorted(map(read_note, self.notes))
+
+    def writer(self) -> ShardWriter:
         """A writer of its own shards."""
         return ShardWriter(self.path)
 
@@ -196,62 +200,9 @@ class Store:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
-class ShardWriter:
-    """Collects encoded samples and writes them as shards: when one is full, when it was filled for
-    a minute, and when this context manager is left, also by an exception."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._rows: list[dict[str, Any]] = []
-        self._bytes = 0
-        self._started = time.monotonic()
-
-    def add(self, key: str, outputs: Mapping[str, torch.Tensor]) -> None:
-        """Put the outputs of a sample under a key. Raises `OutputError` when a shard is written."""
-        for output, tensor in outputs.items():
-            stored = tensor.detach().to("cpu").contiguous().clone()
-            size = stored.numel() * stored.element_size()
-            self._tensors[f"{key}.{output}"] = stored
-            self._rows.append(
-                {
-                    "key": key,
-                    "output": output,
-                    "shard": "",
-                    "dtype": str(stored.dtype).removeprefix("torch."),
-                    "shape": list(stored.shape),
-                    "bytes": size,
-                    "digest": tensor_digest(stored),
-                    "finite": bool(torch.isfinite(stored).all()),
-                }
-            )
-            self._bytes += size
-        if self._bytes >= SHARD_BYTES or time.monotonic() - self._started > SHARD_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what was collected as one shard. Raises `OutputError`."""
-        if not self._tensors:
-            return
-        shard = uuid.uuid4().hex
-        tensors, rows = self._tensors, [{**row, "shard": shard} for row in self._rows]
-        write_whole(
-            self._path / "shards" / f"{shard}.safetensors",
-            lambda staged: save_file(tensors, staged),
-        )
-        write_whole(
-            self._path / "index" / f"{shard}.parquet",
-            lambda staged: pl.DataFrame(rows, schema=INDEX_SCHEMA).write_parquet(
-                staged, metadata={_LAYOUT: str(LAYOUT_VERSION)}
-            ),
-        )
-        self._tensors, self._rows, self._bytes = {}, [], 0
-        self._started = time.monotonic()
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # What was added is whole, whatever came after; only a full disk stays a full disk.
-        if kind is None or not issubclass(kind, OutputError):
-            self.flush()
+def read_note(file: Path) -> Path:
+    """The run folder in a note of `Store.add_user`. Raises `StoreError`."""
+    try:
+        return Path(json.loads(file.read_text(encoding="utf-8"))["run_folder"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(file, f"the note of a run folder cannot be read: {error}") from error

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
-import torch
 from safetensors import SafetensorError, safe_open
 
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.cache.manifest import FILE_NAME, PLANNED, read_manifest
-from diffsynth_dagster.cache.store import Store, index_layout, tensor_digest
+from diffsynth_dagster.cache.shards import OpenShard, damaged, index_layout, index_row, read_index
+from diffsynth_dagster.cache.store import Store, read_note
 from diffsynth_dagster.errors import StoreError
 
 PART_OF_SHARD_KEPT = 0.5
@@ -23,56 +23,60 @@ class Verified:
     Attributes:
         outdated: shards of another layout: their samples may not be those that were checked. Nothing
             reads them any more.
-        damaged: shard → what is wrong with it.
+        damaged: file of the store → what is wrong with it or its shard.
     """
 
     shards: int = 0
     outdated: int = 0
     tensors: int = 0
-    damaged: dict[str, str] = field(default_factory=dict)
+    damaged: dict[Path, str] = field(default_factory=dict)
 
 
 def verify(store: Store, drop: bool = False) -> Verified:
-    """Read every tensor that the index names and compare its bytes, type and shape.
+    """Read all that trainings read of a store: every index, every tensor that it names, by its bytes,
+    type and shape, and the notes of the run folders.
 
     Args:
-        drop: remove the indices of damaged shards, so that their samples are encoded again.
+        drop: remove what is damaged: the indices of such shards, so that their samples are encoded
+            again, and such notes, which the next training in the run folder writes again.
 
     Raises:
         StoreError: `drop`, and the store is in use.
     """
     found = Verified()
-    for file in sorted((store.path / "index").glob("*.parquet")):
+    for file in store.index_files:
         found.shards += 1
         try:
-            rows = pl.read_parquet(file)
+            rows = read_index(file)
             found.outdated += index_layout(file) != LAYOUT_VERSION
-        except (OSError, pl.exceptions.PolarsError) as error:
-            found.damaged[file.stem] = f"the index cannot be read: {error}"
+        except StoreError as error:
+            found.damaged[file] = error.what
             continue
         found.tensors += rows.height
         problem = _check_shard(store.path / "shards" / f"{file.stem}.safetensors", rows)
         if problem:
-            found.damaged[file.stem] = problem
+            found.damaged[file] = problem
+    for file in store.notes:
+        try:
+            read_note(file)
+        except StoreError as error:
+            found.damaged[file] = error.what
     if drop and found.damaged:
         with store.in_use(alone=True):
-            for shard in found.damaged:
-                (store.path / "index" / f"{shard}.parquet").unlink(missing_ok=True)
+            for file in found.damaged:
+                file.unlink(missing_ok=True)
     return found
 
 
 def _check_shard(path: Path, rows: pl.DataFrame) -> str | None:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for row in rows.iter_rows(named=True):
-                tensor: torch.Tensor = file.get_tensor(f"{row['key']}.{row['output']}")
-                if tensor_digest(tensor) != row["digest"]:
-                    return f"the bytes of {row['key'][:16]}…/{row['output']} have changed"
-                if (
-                    list(tensor.shape) != row["shape"]
-                    or str(tensor.dtype) != f"torch.{row['dtype']}"
-                ):
-                    return f"the shape or type of {row['key'][:16]}…/{row['output']} has changed"
+        opened = OpenShard(path)
+        for row in rows.iter_rows(named=True):
+            tensor = opened.read(row["key"], row["output"])
+            if index_row(row["key"], row["output"], path.stem, tensor) != row:
+                return f"the index says something else of {row['key'][:16]}…/{row['output']}"
+    except StoreError as error:
+        return error.what
     except (OSError, SafetensorError) as error:
         return f"the shard cannot be read: {error}"
     return None
@@ -128,12 +132,8 @@ def statistics(store: Store) -> Statistics:
     Raises:
         StoreError: see `used_keys`.
     """
-    sizes = (
-        store.scan()
-        .unique(["key", "output"])
-        .group_by("key")
-        .agg(pl.col("bytes").sum())
-        .collect(engine="streaming")
+    sizes = store.collect(
+        store.scan().unique(["key", "output"]).group_by("key").agg(pl.col("bytes").sum())
     )
     users = used_keys(store)
     named = [
@@ -155,7 +155,7 @@ def statistics(store: Store) -> Statistics:
     found = {user: counts for user, *counts in table.iter_rows()}
     total = int(sizes["bytes"].sum())
     used = uses.unique("key").select(pl.col("bytes").sum()).collect().item()
-    stored = store.scan().select(pl.col("bytes").sum()).collect().item()
+    stored = store.collect(store.scan().select(pl.col("bytes").sum())).item()
     return Statistics(
         keys=sizes.height,
         bytes=total,
@@ -168,9 +168,11 @@ def statistics(store: Store) -> Statistics:
 
 def _stray(store: Store) -> list[Path]:
     """Files that no index names: shards of interrupted writers, and half-written files."""
-    indexed = {file.stem for file in (store.path / "index").glob("*.parquet")}
+    indexed = {file.stem for file in store.index_files}
     shards = [p for p in (store.path / "shards").glob("*") if p.stem not in indexed]
-    staged = [p for folder in ("shards", "index") for p in (store.path / folder).glob(".*")]
+    staged = [
+        p for folder in ("shards", "index", "users") for p in (store.path / folder).glob(".*")
+    ]
     return sorted({*shards, *staged})
 
 
@@ -209,8 +211,8 @@ def collect(store: Store) -> Collected:
             path.unlink()
         removed: list[pl.Series] = []
         files = len(stray)
-        for file in sorted((store.path / "index").glob("*.parquet")):
-            rows = pl.read_parquet(file)
+        for file in store.index_files:
+            rows = read_index(file)
             kept = rows.join(used, on="key", how="semi", maintain_order="left")
             if (
                 int(rows["bytes"].sum()) * PART_OF_SHARD_KEPT <= int(kept["bytes"].sum())
@@ -233,11 +235,7 @@ def _rewrite(store: Store, shard: str, kept: pl.DataFrame) -> None:
                 for key, outputs in kept.group_by("key").agg("output").iter_rows():
                     writer.add(key, {o: file.get_tensor(f"{key}.{o}") for o in outputs})
         except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"the shard cannot be read: {error}",
-                where=str(path),
-                do="run `python -m diffsynth_dagster.cache verify --drop` first",
-            ) from error
+            raise damaged(path, f"the shard cannot be read: {error}") from error
     # Without its index a shard is not read: so first the index.
     (store.path / "index" / f"{shard}.parquet").unlink()
     path.unlink(missing_ok=True)

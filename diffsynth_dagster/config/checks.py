@@ -1,14 +1,16 @@
 """From named values to a `TrainingConfig`, or one message that says what is wrong."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
-from diffsynth_dagster.errors import ParameterError, nearest
+from diffsynth_dagster.dotted import check_dotted
+from diffsynth_dagster.errors import ParameterError, nearest, shown
 
 Naming = Callable[[str], str]
+_Model = TypeVar("_Model", bound=BaseModel)
 Refuse = Callable[[str, str], ParameterError]
 """(What is wrong, what to do) → the error."""
 
@@ -49,10 +51,7 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
     for name in values:
         if name not in fields:
             refuse_unknown(name, fields, where, naming)
-    try:
-        config = TrainingConfig.model_validate(dict(values))
-    except ValidationError as error:
-        raise _worded(error, where, naming) from None
+    config = validated(TrainingConfig, values, where, naming)
     for name in fields:
         if MARKS[name].planned and _is_given(config, name):
             raise ParameterError(
@@ -64,9 +63,30 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
     def refuse(what: str, do: str) -> ParameterError:
         return ParameterError(what, where=where, do=do)
 
+    for name, path in named_code(config).items():
+        check_dotted(path, f"{where}: {naming(name)}")
     for check in (_check_data, _check_models, _check_course, _check_needs):
         check(config, naming, refuse)
     return config
+
+
+def named_code(config: TrainingConfig) -> dict[str, str]:
+    """Parameter → the dotted path of a function or class that it names."""
+    names = ("customized_dataset", "customized_optimizer", "customized_evaluation")
+    given = {name: getattr(config, name) for name in names}
+    return {name: path for name, path in given.items() if path is not None}
+
+
+def validated(
+    model: type[_Model], values: Mapping[str, Any], where: str, naming: Naming = as_key
+) -> _Model:
+    """A model of pydantic's from values by name. Raises `ParameterError`."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        wrong = _worded(error, where, naming)
+    # Out of the block, so that the error has no memory of pydantic's: its text may have no end.
+    raise wrong
 
 
 def _worded(error: ValidationError, where: str, naming: Naming) -> ParameterError:
@@ -75,7 +95,7 @@ def _worded(error: ValidationError, where: str, naming: Naming) -> ParameterErro
         name = str(detail["loc"][0]) if detail["loc"] else "?"
         message = detail["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
-        problem = f"{naming(name)} = {detail['input']!r}: {message}"
+        problem = f"{naming(name)} = {shown(detail['input'])}: {message}"
         if problem not in problems:
             problems.append(problem)
     return ParameterError("; ".join(problems), where=where, do="correct the value")

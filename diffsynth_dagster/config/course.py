@@ -47,6 +47,7 @@ class TrainingParameters(BaseModel):
         "Learning rate; 1e-4 is usual for LoRA, 1e-5 for full training.",
         affects="training",
         gt=0.0,
+        le=1000.0,
     )
     num_epochs: int = parameter(1, "Number of epochs.", affects="training", ge=1)
     # Encoding takes as many at once too, but keys and what is trained do not depend on that.
@@ -70,7 +71,8 @@ class TrainingParameters(BaseModel):
     # How gradients are collected decides in which order they are added.
     find_unused_parameters: bool = parameter(
         False,
-        "For multi-GPU training of models that have parameters without a gradient.",
+        "Look in every step for parameters without a gradient, on several GPUs. What a training needs "
+        "of this is found out by itself.",
         affects="training",
     )
     weight_decay: float = parameter(

@@ -32,6 +32,14 @@ class DatasetParameters(BaseModel):
         affects="nothing",
         ge=0,
     )
+    # Of the largest pictures that are read, two at a time.
+    decode_megapixels: int = parameter(
+        200,
+        "Pixels of pictures and clips, in millions, that a process decodes at a time; a file of "
+        "more is decoded alone. A million take up to 12 MB of memory.",
+        affects="nothing",
+        ge=1,
+    )
     data_file_keys: CommaList = parameter(
         ("image", "video"),
         "Columns of the metadata that name files, separated by commas.",

@@ -6,10 +6,11 @@ from pathlib import Path, PurePosixPath
 
 from diffsynth_dagster.config.kinds import names_model_folder
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import ParameterError, nearest
+from diffsynth_dagster.errors import ParameterError, is_text, nearest
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 """Number of a shard and of all, in the name of its file."""
+_REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 _USUAL_NAME = re.compile(r"((diffusion_)?(pytorch_)?model([.-].*)?)?")
 """How diffusers and transformers call the file of any component; or nothing but a wildcard."""
 
@@ -72,18 +73,25 @@ def parse_hub_entry(text: str, parameter: str) -> ModelEntry:
     """`owner/name:pattern` → entry.
 
     Raises:
-        ParameterError: there is no pattern, or no repository.
+        ParameterError: there is no pattern, or no repository; or one of them would name a file
+            outside the folder of models, or a name that no file can have.
     """
     repository, colon, pattern = text.partition(":")
-    if not colon or not pattern or repository.count("/") != 1:
+    named = _REPOSITORY.fullmatch(repository) and {".", ".."}.isdisjoint(repository.split("/"))
+    if not colon or not pattern or not named:
         raise ParameterError(
             f"'{text}' is not repository:pattern",
             where=parameter,
-            do="write it like Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors",
+            do="write it like Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors; a "
+            "repository is owner/name in letters, digits, '.', '_' and '-'",
         )
-    if pattern.startswith("/") or ".." in PurePosixPath(pattern).parts:
+    if pattern.startswith("/") or ".." in PurePosixPath(pattern).parts or "\\" in pattern:
         raise ParameterError(
             f"the pattern '{pattern}' leaves the repository", where=parameter, do="correct it"
+        )
+    if not is_text(pattern):
+        raise ParameterError(
+            f"no file can be called '{pattern}'", where=parameter, do="correct the pattern"
         )
     return ModelEntry(parameter, repository, pattern)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from diffsynth_dagster.config.checks import as_key, read_config, refuse_unknown
+from diffsynth_dagster.config.checks import as_key, read_config, refuse_unknown, validated
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.errors import ParameterError, is_text
 
 
 class RecipeOptions(BaseModel):
@@ -39,8 +39,26 @@ class Recipe:
     options: RecipeOptions
 
 
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, which YAML's own loader lets the later one win."""
+    """Refuses a key that stands twice, which YAML's own loader lets the later one win, and characters
+    that no file can be named with and no database keeps. Reads a date as text: no parameter is one.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class declares it
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        text = super().construct_scalar(node)
+        if not is_text(str(text)):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a NUL, or half of a surrogate pair, is no text", node.start_mark
+            )
+        return text
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -68,10 +86,16 @@ def read_values(path: Path) -> tuple[dict[str, Any], RecipeOptions]:
         raise ParameterError(
             f"the recipe cannot be read: {reason}", where=where, do="name a YAML file"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: 0x_, or a number of 5,000 digits
         message = " ".join(str(error).split())
         raise ParameterError(
             f"the recipe is not YAML: {message}", where=where, do="correct that line"
+        ) from error
+    except RecursionError as error:
+        raise ParameterError(
+            "the recipe has too many brackets inside each other",
+            where=where,
+            do="write one `name: value` in each line",
         ) from error
     if not isinstance(loaded, dict):
         raise ParameterError(
@@ -85,16 +109,7 @@ def read_values(path: Path) -> tuple[dict[str, Any], RecipeOptions]:
         if name not in known:
             refuse_unknown(name, known, where, as_key)
     raw = {name: values.pop(name) for name in RecipeOptions.model_fields if name in values}
-    try:
-        options = RecipeOptions.model_validate(raw)
-    except ValidationError as error:
-        detail = error.errors()[0]
-        raise ParameterError(
-            f"'{detail['loc'][0]}' = {detail['input']!r}: {detail['msg']}",
-            where=where,
-            do="correct the value",
-        ) from None
-    return values, options
+    return values, validated(RecipeOptions, raw, where)
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -6,9 +6,10 @@ from pathlib import Path
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.settled import named_data
 from diffsynth_dagster.data.columns import Columns
+from diffsynth_dagster.data.media.budget import DECODING
 from diffsynth_dagster.data.table.check import CheckedTable, Progress, validate
 from diffsynth_dagster.data.table.checked import FILE_NAME, find_checked, write_checked
-from diffsynth_dagster.dotted import import_dotted
+from diffsynth_dagster.dotted import import_function
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache
 
@@ -31,6 +32,7 @@ def prepare_data(
         OutputError: the run folder cannot be written.
     """
     assert config.dataset_metadata_path is not None
+    DECODING.megapixels = config.decode_megapixels
     named, own = Path(config.dataset_metadata_path), Path(config.output_path) / FILE_NAME
     is_own = own.exists() and named.exists() and named.samefile(own)
     checked = find_checked(named)
@@ -46,7 +48,7 @@ def prepare_data(
             do="give another output_path",
         )
     if config.customized_dataset is not None:
-        make = import_dotted(config.customized_dataset, "customized_dataset")
+        make = import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
         make(Path(config.dataset_base_path))
     return write_checked(validate(config, columns, fact_cache, progress), Path(config.output_path))
 

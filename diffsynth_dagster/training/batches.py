@@ -97,6 +97,14 @@ class StepDataset(Dataset[list[Batch]]):
             config.seed,
         )
 
+    def samples_in(self, step: int) -> int:
+        """How many samples an optimizer step looks at, on all processes together.
+
+        Args:
+            step: counted from 0.
+        """
+        return sum(len(micro) for micro in self.order.step(step))
+
     def __getitem__(self, step: int) -> list[Batch]:
         """The micro-batches of this process for an optimizer step.
 

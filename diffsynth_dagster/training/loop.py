@@ -93,7 +93,7 @@ def train_step(work: Work, step: int, batches: list[Batch]) -> StepMetrics:
         learning_rate=learning_rate,
         grad_norm=norm,
         seconds=time.perf_counter() - began,
-        samples=sum(len(batch.samples) for batch in batches if batch.scale),
+        samples=work.data.samples_in(step - 1),
     )
 
 

@@ -15,7 +15,7 @@ from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, TargetError, WeightsError, nearest
 from diffsynth_dagster.families.contract import Family, Part, Tensors
-from diffsynth_dagster.weights.identify import Found, FoundModel, unknown_model
+from diffsynth_dagster.weights.identify import Found, FoundModel
 from diffsynth_dagster.weights.load import build_empty
 from diffsynth_dagster.weights.lora import (
     LoraFile,
@@ -30,20 +30,6 @@ from diffsynth_dagster.weights.models import require_component
 AUTO_MIN_FEATURES = 512
 _ADAPTER = "default"
 _LORA_KEY = re.compile(rf"\.(lora_[A-Za-z_]+)\.{_ADAPTER}(?=\.|$)")
-
-
-def check_trainable(config: TrainingConfig, family: Family) -> None:
-    """Check that what is trained are components of the family.
-
-    Raises:
-        ParameterError: a name is none of them.
-    """
-    named = [("trainable_models", name) for name in config.trainable_models]
-    named += [("lora_base_model", name) for name in config.lora_base_model]
-    named.append(("preset_lora_model", config.preset_lora_model or family.denoiser))
-    for parameter, name in named:
-        if name not in family.trainable:
-            raise unknown_model(name, family, parameter)
 
 
 def check_model(config: TrainingConfig, found: FoundModel) -> None:

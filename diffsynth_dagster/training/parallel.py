@@ -105,6 +105,30 @@ class Parallel:
         name = torch.cuda.get_device_name(self.device) if on_gpu else self.device.type
         return gather_object([name])
 
+    @property
+    def synchronises_gradients(self) -> bool:
+        """Whether gradients are averaged over processes by DDP, which must know before the first step
+        which parameters get one."""
+        return self.num_processes > 1 and not self._uses_deepspeed
+
+    def expect_gradients(self, module: nn.Module, got_one: Mapping[str, bool] | None) -> None:
+        """Say which parameters get a gradient in a step; before `prepare`. Collective.
+
+        Args:
+            got_one: name of a trained parameter in `module` → whether it got a gradient from a batch
+                of this process; None where that is not the same in every step.
+        """
+        everywhere = [] if got_one is None else gather_object([dict(got_one)])
+        counts = {n: sum(here[n] for here in everywhere) for n in got_one or {}}
+        if got_one is None or any(0 < count < len(everywhere) for count in counts.values()):
+            # Looked for in every step, which takes some milliseconds.
+            handler = self._accelerator.ddp_handler
+            assert handler is not None, "start_parallel gives one"
+            handler.find_unused_parameters = True
+        for name, parameter in module.named_parameters():
+            if counts.get(name) == 0:
+                parameter.requires_grad_(False)  # nothing reaches it, so that nothing changes
+
     def prepare(
         self, config: TrainingConfig, module: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -154,7 +178,7 @@ class Parallel:
             if "find_unused_parameters" not in str(error):
                 raise
             raise ParameterError(
-                "some trained parameters get no gradient, which several processes must know beforehand",
+                "some trained parameters get no gradient in this step, but did in the first one",
                 where="find_unused_parameters",
                 do="give find_unused_parameters",
             ) from error

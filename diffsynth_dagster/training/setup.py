@@ -91,8 +91,32 @@ def set_up(session: Session) -> Work:
     )
     total_steps = data.order.steps_per_epoch * config.num_epochs
     schedule = make_schedule(config, optimizer, total_steps)
+    if parallel.synchronises_gradients and not config.find_unused_parameters:
+        parallel.expect_gradients(step_module, _who_gets_gradients(session, step_module, data))
     model, optimizer = parallel.prepare(config, step_module, optimizer)
     return Work(session, step_module, model, trained, optimizer, schedule, data, total_steps)
+
+
+def _who_gets_gradients(
+    session: Session, step_module: TrainingStep, data: StepDataset
+) -> dict[str, bool] | None:
+    """Name of each trained parameter → whether it gets a gradient, by the first batch of this process;
+    None where that differs from step to step: between denoisers, and where a sample may lack a
+    target."""
+    family, parallel = session.models.found.family, session.parallel
+    outputs = [output for stage in family.stages for output in stage.yields]
+    at_work = family.at_work(trained_components(session.config))
+    if len(at_work) > 1 or any(output.optional for output in outputs):
+        return None
+    batch = data[0][0].to(parallel.device)
+    on_gpu = parallel.device.type == "cuda"
+    # Random numbers of the training, such as those of dropout, are drawn as without this.
+    with torch.random.fork_rng([parallel.device] if on_gpu else []), parallel.autocast():
+        step_module(batch).sum().backward()
+    trained = {n: p for n, p in step_module.named_parameters() if p.requires_grad}
+    got_one = {name: parameter.grad is not None for name, parameter in trained.items()}
+    step_module.zero_grad(set_to_none=True)
+    return got_one
 
 
 def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtype) -> TrainingStep:

@@ -7,14 +7,17 @@ modelscope package.
 
 import glob
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from diffsynth_dagster.config.entries import ModelEntry
-from diffsynth_dagster.errors import DownloadError, WeightsError
+from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.weights.download import download
 
 _TRUE = {"1", "true", "yes", "on"}
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_BESIDE = ("config.json", "*.index.json")
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,11 @@ class ModelHub:
             return [file for text in entry.paths for file in _local_files(text, entry.parameter)]
         self._download(entry)
         folder = self.base_path / entry.repository
-        found = sorted(p for p in folder.glob(entry.pattern) if p.is_file())
         if entry.pattern.endswith("/"):
             found = _weights_in(folder / entry.pattern)
+        else:
+            found = sorted(folder / name for name in glob.glob(entry.pattern, root_dir=folder))
+            found = [path for path in found if path.is_file()]
         if not found:
             raise WeightsError(
                 f"no file matches '{entry.text}'",
@@ -64,7 +69,7 @@ class ModelHub:
         if entry.repository is not None:
             self._download(entry)
             path = self.base_path / entry.repository / entry.pattern
-        if not path.is_dir() or not any(path.iterdir()):
+        if not os.path.isdir(path) or not any(path.iterdir()):
             raise WeightsError(
                 "the folder does not exist or is empty",
                 where=f"{entry.parameter} = {path}",
@@ -75,31 +80,45 @@ class ModelHub:
     def _download(self, entry: ModelEntry) -> None:
         if self.skip_download:
             return
-        from modelscope.hub.snapshot_download import snapshot_download
-        from modelscope_hub.errors import HubError
-        from requests import RequestException
-
         assert entry.repository is not None
-        folder = PurePosixPath(entry.pattern)
-        parent = "" if str(folder.parent) == "." else f"{folder.parent}/"
+        folder = PurePosixPath(entry.pattern).parent
         schedule = "scheduler/scheduler_config.json"  # beside a denoiser's folder
-        wanted = [entry.pattern, f"{parent}config.json", f"{parent}*.index.json", schedule]
+        wanted = [entry.pattern, *(str(folder / name) for name in _BESIDE), schedule]
         if entry.pattern.endswith("/"):
             wanted = [f"{entry.pattern}*", schedule]
-        try:
-            snapshot_download(
-                entry.repository,
-                local_dir=str(self.base_path / entry.repository),
-                allow_patterns=wanted,
-            )
-        except (HubError, RequestException, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise DownloadError(
-                f"'{entry.repository}' could not be downloaded: {reason}",
-                where=f"{entry.parameter} = {entry.text}",
-                do="check the repository's name and the network; with all files there, set "
-                "DIFFSYNTH_SKIP_DOWNLOAD=True",
-            ) from error
+        download(
+            entry.repository,
+            wanted,
+            self.base_path / entry.repository,
+            f"{entry.parameter} = {entry.text}",
+        )
+
+
+def require_listed(entries: Iterable[ModelEntry]) -> None:
+    """Check that all local files and folders are there, unless none is: then the entries are for
+    another machine.
+
+    Raises:
+        WeightsError: some are there, and one is not.
+    """
+    listed = [(text, entry.parameter) for entry in entries for text in entry.paths]
+    missing = [(text, parameter) for text, parameter in listed if not _is_there(text)]
+    if missing and len(missing) < len(listed):
+        raise _no_file(*missing[0])
+
+
+def _is_there(text: str) -> bool:
+    """Whether a path or a pattern names a file or a folder."""
+    return os.path.exists(text) or bool(glob.glob(text))
+
+
+def _no_file(text: str, parameter: str) -> WeightsError:
+    """The error for a path or a pattern that names none."""
+    return WeightsError(
+        "the model file does not exist",
+        where=f"{parameter} = {text}",
+        do="correct the path, or download the model",
+    )
 
 
 def _weights_in(folder: Path) -> list[Path]:
@@ -108,13 +127,9 @@ def _weights_in(folder: Path) -> list[Path]:
 
 def _local_files(text: str, parameter: str) -> list[Path]:
     path = Path(text)
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    found = _weights_in(path) if path.is_dir() else sorted(Path(p) for p in glob.glob(text))
+    found = _weights_in(path) if os.path.isdir(path) else sorted(Path(p) for p in glob.glob(text))
     if not found:
-        raise WeightsError(
-            "the model file does not exist",
-            where=f"{parameter} = {text}",
-            do="correct the path, or download the model",
-        )
+        raise _no_file(text, parameter)
     return found

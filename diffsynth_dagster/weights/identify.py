@@ -14,7 +14,7 @@ from diffsynth_dagster.config.entries import (
     model_entries,
 )
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import ParameterError, WeightsError, nearest
+from diffsynth_dagster.errors import ParameterError, WeightsError, nearest, reason_of
 from diffsynth_dagster.families import each_family, family_names, find_family
 from diffsynth_dagster.families.contract import Component, Family, Settings, Shapes, Tokenizer
 from diffsynth_dagster.families.usage import as_used
@@ -158,11 +158,29 @@ def _find_components(config: TrainingConfig, hub: ModelHub) -> tuple[Family, dic
         for place in recognise_components(headers[entry], family, entry)
     ]
     found = _each_once(_told_apart(parts, family))
-    given = {name: f.shapes for name, f in found.items()}
-    family = as_used(family, config, given)
+    family = _as_used(family, config, found)
     # The config may change the architecture of a component.
     found = {name: replace(f, component=family.component(name)) for name, f in found.items()}
     return family, found
+
+
+def _as_used(family: Family, config: TrainingConfig, found: Mapping[str, Found]) -> Family:
+    """The family as the config uses it with these files.
+
+    Raises:
+        ParameterError: see `check_trainable`, or the family refuses the config.
+        WeightsError: tensors that the family goes by are missing or have other dimensions.
+    """
+    check_trainable(config, family)
+    given = {name: f.shapes for name, f in found.items()}
+    try:
+        return as_used(family, config, given)
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+        raise WeightsError(
+            f"the files are not whole models of {family.name}: {reason_of(error)}",
+            where=", ".join(f.entry.text for f in found.values()),
+            do="name every shard of each model and nothing else",
+        ) from error
 
 
 def _told_apart(parts: Sequence[Found], family: Family) -> list[Found]:
@@ -244,14 +262,23 @@ def _float8(config: TrainingConfig, family: Family, found: Mapping[str, Found]) 
     return stored
 
 
-def unknown_model(name: str, family: Family, parameter: str) -> ParameterError:
-    """The error for a name that is none of what a family can train."""
-    hint = nearest(name, family.trainable)
-    return ParameterError(
-        f"{family.name} has no model '{name}'" + (f"; {hint}" if hint else ""),
-        where=parameter,
-        do=f"its models are {', '.join(family.trainable)}",
-    )
+def check_trainable(config: TrainingConfig, family: Family) -> None:
+    """Check that what is trained, or gets a LoRA, are models of the family.
+
+    Raises:
+        ParameterError: a name is none of them.
+    """
+    named = [("trainable_models", name) for name in config.trainable_models]
+    named += [("lora_base_model", name) for name in config.lora_base_model]
+    named.append(("preset_lora_model", config.preset_lora_model or family.denoiser))
+    for parameter, name in named:
+        if name not in family.trainable:
+            hint = nearest(name, family.trainable)
+            raise ParameterError(
+                f"{family.name} has no model '{name}'" + (f"; {hint}" if hint else ""),
+                where=parameter,
+                do=f"its models are {', '.join(family.trainable)}",
+            )
 
 
 def _presets(
@@ -261,8 +288,6 @@ def _presets(
     if config.preset_lora_path is None:
         return {}
     trained = config.preset_lora_model or family.denoiser
-    if trained not in family.trainable:
-        raise unknown_model(trained, family, "preset_lora_model")
     name = family.part(trained).of
     path = Path(config.preset_lora_path)
     if name not in found:
@@ -306,6 +331,7 @@ def guess_family(config: TrainingConfig) -> Family:
 
 def _guessed(family: Family, config: TrainingConfig, entries: Sequence[ModelEntry]) -> Family:
     """The family as a config uses it, with the components that the text of its model list names."""
+    check_trainable(config, family)
     names = guess_components(entries, family)
     return as_used(family, config, {name: {} for name in names if name is not None})
 

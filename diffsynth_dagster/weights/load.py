@@ -8,8 +8,10 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.errors import WeightsError, reason_of
+from diffsynth_dagster.families.contract import Shapes
 from diffsynth_dagster.families.shared.architecture import build
+from diffsynth_dagster.weights.bounds import ModelBounds
 from diffsynth_dagster.weights.identify import Found
 from diffsynth_dagster.weights.torch_file import read_torch_file
 
@@ -21,15 +23,16 @@ def read_tensors(paths: Sequence[Path], start: str = "") -> dict[str, torch.Tens
         start: only those whose names start so are read, by the rest of their names.
 
     Raises:
-        WeightsError: a shard is damaged.
+        WeightsError: a shard is damaged, or a weight in it is NaN or infinite.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:
+        own: dict[str, torch.Tensor]
         if path.suffix == ".safetensors":
             try:
                 with safe_open(path, "pt") as file:
                     names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118
-                    tensors |= {name: file.get_tensor(name) for name in names}
+                    own = {name: file.get_tensor(name) for name in names}
             except (SafetensorError, OSError) as error:
                 raise WeightsError(
                     f"the model file cannot be read: {error}",
@@ -38,35 +41,66 @@ def read_tensors(paths: Sequence[Path], start: str = "") -> dict[str, torch.Tens
                 ) from error
         else:
             whole = read_torch_file(path)
-            tensors |= {name: whole[name] for name in whole if name.startswith(start)}
+            own = {name: whole[name] for name in whole if name.startswith(start)}
+        for name, tensor in own.items():
+            if not is_finite(tensor):
+                raise WeightsError(
+                    f"the weights of '{name}' hold NaN or infinity",
+                    where=str(path),
+                    do="download or copy the file again; the training that wrote it may have diverged",
+                )
+        tensors |= own
     return {name.removeprefix(start): tensor for name, tensor in tensors.items()}
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:  # float8 cannot be added
+        tensor = tensor.to(torch.float16)
+    # NaN and infinity stay in a sum, which costs no memory; and what is finite may add up to more.
+    return bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())
 
 
 def build_empty(found: Found) -> nn.Module:
     """The module of a component with its parameters on the meta device, where they take no memory.
 
+    It is tried first with nothing in memory at all, so that a configuration of other sizes than the
+    files have is refused before it costs anything.
+
     Raises:
         WeightsError: the architecture cannot be built, or lacks tensors that the files should have.
     """
+    shapes = found.shapes
+    with torch.device("meta"), ModelBounds(shapes):
+        tried = _build(found, shapes)
+    _check_names(found, shapes, tried)
+    with init_empty_weights(include_buffers=False):
+        return _build(found, shapes)
+
+
+def _build(found: Found, shapes: Shapes) -> nn.Module:
+    """The module of a component, without what its files leave out. Raises `WeightsError`."""
     try:
-        with init_empty_weights(include_buffers=False):
-            module = build(found.component, found.shapes, found.config)
+        module = build(found.component, shapes, found.config)
         for part in found.lacks:
             setattr(module, part, None)
-    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+    except Exception as error:
         raise WeightsError(
-            f"the architecture of '{found.component.name}' cannot be built: {error}",
+            f"the architecture of '{found.component.name}' cannot be built: {reason_of(error)}",
             where=found.entry.text,
-            do="check the config.json beside the files",
+            do="check the config.json beside the files"
+            if found.config is not None
+            else "name every shard of the model and nothing else",
         ) from error
-    _check_names(found, module)
     return module
 
 
-def _check_names(found: Found, module: nn.Module) -> None:
-    """Compare names and shapes of the files with the module, from headers alone."""
+def _check_names(found: Found, shapes: Shapes, module: nn.Module) -> None:
+    """Compare names and shapes of the files with the module, from headers alone. Raises
+    `WeightsError`."""
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    shapes = found.shapes
     tied = getattr(module, "all_tied_weights_keys", None) or {}
     missing = [name for name in expected if name not in shapes and name not in tied]
     unexpected = [name for name in shapes if name not in expected]

@@ -8,13 +8,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.errors import WeightsError, reason_of
 from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
@@ -30,6 +31,8 @@ _BEYOND_LORA = re.compile(
     r"|lora_[AB](?:\.default)?\.bias)$"
 )
 _AS_HERE = {"down": "A", "up": "B"}
+_NONSENSE = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, re.error)
+"""What reading JSON, patterns and numbers of another form than expected raises."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +85,14 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
             do="give a checkpoint of a LoRA training, or its export",
         )
     notes = read_metadata(path) if path.suffix == ".safetensors" else {}
-    provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
-    made_for = provenance.get("family", family.name)
-    for layer, a in down.items():
-        own = tensors.get(f"{layer}.alpha")
-        noted = provenance["lora"]["alpha"] if provenance.get("lora") else None
-        noted = noted or _adapter_alpha(notes, folder, layer, len(a))
-        # As in kohya's scripts, an alpha of 0 counts as none.
-        alpha = (own is not None and float(own)) or noted or float(len(a))
-        tensors[f"{layer}.alpha"] = torch.tensor(alpha, dtype=torch.float64)
+    try:
+        made_for = _add_alphas(tensors, down, notes, folder) or family.name
+    except _NONSENSE as error:
+        raise WeightsError(
+            f"what the file says about its alpha cannot be read: {reason_of(error)}",
+            where=where,
+            do="give a LoRA with a whole header, or without notes in it",
+        ) from error
     if owner in family.from_authors:
         try:
             tensors = family.from_authors[owner](tensors)
@@ -107,6 +109,41 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
         {layer: float(tensors[f"{layer}.alpha"]) / len(a) for layer, a in down.items()},
         made_for if made_for != family.name else None,
     )
+
+
+def _add_alphas(
+    tensors: Tensors, down: Tensors, notes: Mapping[str, str], folder: str
+) -> str | None:
+    """Add the alpha of each layer to the tensors of a LoRA in the usual spelling.
+
+    Args:
+        down: layer → A.
+        notes: the text entries of the file's header.
+        folder: how the names start in peft's settings.
+
+    Returns:
+        The family that the notes name, if they do.
+
+    Raises:
+        the errors of `_NONSENSE`: the notes are of another form, or an alpha is no number.
+    """
+    provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
+    settings: dict[str, Any] = json.loads(notes.get(ADAPTER_KEY, "{}"))
+    noted = provenance["lora"]["alpha"] if provenance.get("lora") else None
+    for layer, a in down.items():
+        own = tensors.get(f"{layer}.alpha")
+        # As in kohya's scripts, an alpha of 0 counts as none.
+        alpha = float(
+            (own is not None and own.item())
+            or noted
+            or _adapter_alpha(settings, folder, layer, len(a))
+            or len(a)
+        )
+        if not isfinite(alpha):
+            raise ValueError(f"the alpha of '{layer}' is {alpha}")
+        tensors[f"{layer}.alpha"] = torch.tensor(alpha, dtype=torch.float64)
+    family = provenance.get("family")
+    return None if family is None else str(family)
 
 
 def usual_spelling(tensors: Tensors, starts: Sequence[str] = ()) -> Tensors:
@@ -154,14 +191,14 @@ def for_diffusers(
 def _are_halves(down: Tensors, up: Tensors) -> bool:
     """Whether each layer has an A (rank, …) and a B (…, rank) of one rank."""
     return down.keys() == up.keys() and all(
-        min(a.ndim, up[n].ndim) > 1 and len(a) == up[n].shape[1] for n, a in down.items()
+        min(a.ndim, up[n].ndim) > 1 and len(a) == up[n].shape[1] and a.numel() and up[n].numel()
+        for n, a in down.items()
     )
 
 
-def _adapter_alpha(notes: Mapping[str, str], folder: str, layer: str, rank: int) -> float | None:
+def _adapter_alpha(settings: Mapping[str, Any], folder: str, layer: str, rank: int) -> float | None:
     """The alpha of a layer by peft's settings in the header of an export, for a scale of
     alpha / rank; None where there are none."""
-    settings: dict[str, Any] = json.loads(notes.get(ADAPTER_KEY, "{}"))
     own = {
         k.removeprefix(f"{folder}."): v for k, v in settings.items() if k.startswith(f"{folder}.")
     }

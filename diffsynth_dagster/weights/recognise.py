@@ -5,15 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
 from diffsynth_dagster.config.entries import ModelEntry
-from diffsynth_dagster.errors import ParameterError, WeightsError
+from diffsynth_dagster.errors import ParameterError, WeightsError, reason_of
 from diffsynth_dagster.families import each_family
 from diffsynth_dagster.families.contract import Component, Family, Settings, Shapes
+from diffsynth_dagster.weights.bounds import too_large
 from diffsynth_dagster.weights.header import Header
+
+_Settings = Literal["architecture", "scheduler"]
+_NAMES_CODE = ("attn_implementation", "experts_implementation", "auto_map")
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,9 @@ def converted_shapes(header: Header, component: Component, where: str) -> Shapes
     tensors = {name: torch.empty(i.shape, device="meta") for name, i in header.items()}
     try:
         return {name: tuple(t.shape) for name, t in component.convert(tensors).items()}
-    except (KeyError, IndexError, RuntimeError) as error:
+    except Exception as error:
         raise WeightsError(
-            f"the files are not a whole '{component.name}': missing: {error.args[0]}",
+            f"the files are not a whole '{component.name}': {reason_of(error)}",
             where=where,
             do="name every shard of the model and nothing else",
         ) from error
@@ -169,10 +173,16 @@ def read_architecture(folder: Path, component: Component) -> Mapping[str, object
     path = folder / "config.json"
     if not path.is_file():
         return None
-    instead = ", or remove it: the settings then come from the shapes"
-    loaded = _read_mapping(path, "architecture", instead)
-    named = [loaded.get("_class_name"), *(loaded.get("architectures") or [])]
-    return loaded if any(name in component.classes for name in named) else None
+    loaded = _read_mapping(path, "architecture")
+    known, given = loaded.get("_class_name", ""), loaded.get("architectures") or []
+    if not isinstance(known, str) or not isinstance(given, list):
+        raise _damaged(path, "architecture", "it names no architecture")
+    if not any(name in component.classes for name in (known, *cast(list[object], given))):
+        return None
+    large = too_large(loaded)
+    if large is not None:
+        raise _damaged(path, "architecture", f"no model has a number of such a size: '{large}'")
+    return loaded
 
 
 def read_schedule(folder: Path, header: Header, family: Family) -> Settings:
@@ -195,28 +205,37 @@ def read_schedule(folder: Path, header: Header, family: Family) -> Settings:
     return _read_mapping(path, "scheduler")
 
 
-def _read_mapping(path: Path, what: str, instead: str = "") -> dict[str, Any]:
+def _read_mapping(path: Path, what: _Settings) -> dict[str, Any]:
     """The settings in a JSON file.
 
     Args:
         what: they are of, for messages.
-        instead: what else can be done about a damaged file, for messages.
 
     Raises:
         WeightsError: the file is damaged.
     """
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_code)
+    except RecursionError as error:
+        raise _damaged(path, what, "they are nested too deeply") from error
     except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"the settings of the {what} cannot be read: {error}",
-            where=str(path),
-            do=f"download the file again{instead}",
-        ) from error
+        raise _damaged(path, what, str(error)) from error
     if not isinstance(loaded, dict):
-        raise WeightsError(
-            f"the settings of the {what} are not a mapping",
-            where=str(path),
-            do=f"download the file again{instead}",
-        )
+        raise _damaged(path, what, "they are not a mapping")
     return cast(dict[str, Any], loaded)
+
+
+def _without_code(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that name the code to compute with: libraries would look for it on a
+    hub, and it is no part of what a model is."""
+    return {n: v for n, v in settings.items() if not n.strip("_").startswith(_NAMES_CODE)}
+
+
+def _damaged(path: Path, what: _Settings, reason: str) -> WeightsError:
+    """The error for a JSON file whose settings are none."""
+    instead = ", or remove it: the settings then come from the shapes"
+    return WeightsError(
+        f"the settings of the {what} cannot be read: {reason}",
+        where=str(path),
+        do="download the file again" + (instead if what == "architecture" else ""),
+    )

@@ -1,6 +1,5 @@
 """PyTorch state dicts, read without running code that a file may hold."""
 
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
         # Only the zip format can be memory-mapped; the older one is read.
         mapped = zipfile.is_zipfile(path)
         loaded: Any = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:
         raise WeightsError(
             "the file is no PyTorch state dict, or holds more than tensors",
             where=str(path),
@@ -29,9 +28,18 @@ def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(
-        isinstance(value, torch.Tensor) for value in loaded.values()
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
     ):
         raise WeightsError(
             "the file holds more than tensors", where=str(path), do="get the safetensors form"
         )
+    size = path.stat().st_size
+    for name, tensor in loaded.items():
+        # A view that repeats its elements, or a sparse tensor, can be larger than any memory.
+        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > size:
+            raise WeightsError(
+                f"the tensor '{name}' is larger than its file",
+                where=str(path),
+                do="get the safetensors form of the model",
+            )
     return loaded

@@ -72,7 +72,34 @@ def _decode_video(path: str, report: Callable[[int], None]) -> dict[str, object]
         shape = reader.next().shape
         report(index + 1)
     rate = float(reader.get_avg_fps())
+    del reader
+    damaged = _damaged_frame(path, report)
+    if damaged is not None:
+        return {"error": f"frame {damaged} is damaged"}
     return {"width": shape[1], "height": shape[0], "frames": frames, "rate": rate}
+
+
+def _damaged_frame(path: str, report: Callable[[int], None]) -> int | None:
+    """The first frame (from 1) that holds what the decoder made up for data that it could not read.
+
+    Decord shows such frames as if they were sound. Decoders know them by codes that mean nothing,
+    so how many they find depends on the codec. They are not told to fail at every error
+    (`err_detect=explode`): the first frames of a clip that was cut without encoding it again may
+    refer to ones that were left out, which is no damage.
+    """
+    import av
+    from av.video.stream import VideoStream
+
+    with av.open(path, options={"protocol_whitelist": "file"}) as container:
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream):
+            return None
+        stream.codec_context.thread_count = 1
+        for number, frame in enumerate(container.decode(stream), 1):
+            if frame.is_corrupt:
+                return number
+            report(number)
+    return None
 
 
 def _decode_audio(path: str, report: Callable[[int], None]) -> dict[str, object]:

@@ -8,13 +8,16 @@ an animation the first frame is taken; `video` reads all of them.
 import struct
 import warnings
 import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from diffsynth_dagster.data.geometry import cover, crop_place
+from diffsynth_dagster.data.media.budget import DECODING
 from diffsynth_dagster.data.media.containers import cut_short
 from diffsynth_dagster.facts import Facts, digest_file
 
@@ -38,6 +41,9 @@ IMAGE_ERRORS = (
 )
 """What Pillow's decoders raise for damaged files; warnings where these are made errors."""
 _WANTED = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM PSD QOI SGI SUN TGA TIFF WEBP XBM"
+
+_STRIP = 1 << 20
+"""Pixels that are converted together."""
 
 Image.init()
 IMAGE_FORMATS = tuple(name for name in _WANTED.split() if name in Image.OPEN)
@@ -66,11 +72,31 @@ def open_image(path: Path) -> Image.Image:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """A decoded image (or frame) in RGB of 8 bits, upright."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):
-        values = np.asarray(upright).astype(np.int64)
-        return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    return upright.convert("RGB")
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = _without_low_bits(image)
+    return image.convert("RGB")
+
+
+def _without_low_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, in 16 or 32, as grey of 8: a strip at a time, in the depth that it has."""
+    grey = Image.new("L", image.size)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        high = (np.asarray(strip) >> 8).clip(0, 255).astype(np.uint8)
+        grey.paste(Image.fromarray(high), (0, top))
+    return grey
+
+
+@contextmanager
+def decoded(path: Path) -> Generator[Image.Image]:
+    """An image as `read_image` reads it, counted in the budget `DECODING` while the block runs."""
+    with open_image(path) as image, DECODING.hold(image.width * image.height):
+        image.load()
+        yield as_rgb(image)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -80,19 +106,18 @@ def read_image(path: Path) -> Image.Image:
         PIL.Image.DecompressionBombError: it claims more pixels than Pillow deems safe.
         OSError, SyntaxError, ValueError, …: see `IMAGE_ERRORS`; it is damaged or of no known format.
     """
-    with open_image(path) as image:
-        image.load()
-        return as_rgb(image)
+    with decoded(path) as image:
+        return image
 
 
 def image_facts(path: Path) -> Facts:
     """What a check of an image finds: `digest`, `width` and `height`, or `status` and `message`."""
     try:
-        image = read_image(path)
+        width, height = read_image(path).size
         missing = cut_short(path)
         if missing is not None:
             return {"status": "unreadable", "message": f"not a readable image: {missing}"}
-        return {"digest": digest_file(path), "width": image.width, "height": image.height}
+        return {"digest": digest_file(path), "width": width, "height": height}
     except IMAGE_ERRORS as error:
         return media_problem(error, "image")
 
@@ -103,6 +128,10 @@ def media_problem(error: Exception, kind: str) -> Facts:
         return {"status": "too_large", "message": str(error)}
     if isinstance(error, FileNotFoundError):
         return {"status": "file_missing", "message": "the file does not exist"}
+    if isinstance(error, UnidentifiedImageError):
+        formats = ", ".join(IMAGE_FORMATS)
+        why = f"it is damaged, or of a format other than {formats}"
+        return {"status": "unreadable", "message": f"not a readable {kind}: {why}"}
     why = " ".join(str(error).split())[:300] or type(error).__name__
     return {"status": "unreadable", "message": f"not a readable {kind}: {why}"}
 
@@ -125,4 +154,5 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 def load_sample_image(path: Path, target: tuple[int, int]) -> torch.Tensor:
     """An image file at its trained size (width, height): float32 (3, height, width) in [-1, 1]."""
-    return to_tensor(fit(read_image(path), target))
+    with decoded(path) as image:
+        return to_tensor(fit(image, target))

@@ -5,15 +5,19 @@ everything else is read by decord. Frames are RGB of 8 bits.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
+from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 from diffsynth_dagster.data.geometry import frame_indices
+from diffsynth_dagster.data.media.budget import DECODING
 from diffsynth_dagster.data.media.containers import cut_short
 from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import (
@@ -66,7 +70,7 @@ def _animation_facts(path: Path) -> Facts | None:
         opened = open_image(path)
     except UnidentifiedImageError:
         return None
-    with opened as image:
+    with opened as image, DECODING.hold(image.width * image.height):
         frames = _frame_count(image)
         duration_ms = 0
         for index in range(frames):
@@ -94,18 +98,27 @@ def read_frames(path: Path, indices: Sequence[int]) -> list[Image.Image]:
     Raises:
         OSError, ValueError, …: see `IMAGE_ERRORS`; the file is damaged or has fewer frames.
     """
+    with _decoded(path, indices) as frames:
+        return frames
+
+
+@contextmanager
+def _decoded(path: Path, indices: Sequence[int]) -> Generator[list[Image.Image]]:
+    """What `read_frames` reads, counted in the budget `DECODING` while the block runs."""
     try:
         opened = open_image(path)
     except UnidentifiedImageError:
-        return [Image.fromarray(frame) for frame in decode_frames(path, indices)]
-    with opened as image:
-        frames: dict[int, Image.Image] = {}
-        for index in dict.fromkeys(indices):
+        with _decoded_by_decord(path, indices) as frames:
+            yield [Image.fromarray(frame) for frame in frames]
+        return
+    chosen = dict.fromkeys(indices)
+    with opened as image, DECODING.hold(image.width * image.height * len(chosen)):
+        found: dict[int, Image.Image] = {}
+        for index in chosen:
             if _frame_count(image) > 1:
                 image.seek(index)
-            image.load()
-            frames[index] = as_rgb(image)
-    return [frames[index] for index in indices]
+            found[index] = as_rgb(image)
+        yield [found[index] for index in indices]
 
 
 def decode_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
@@ -115,12 +128,27 @@ def decode_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
         OSError: it has fewer frames.
         RuntimeError, decord.DECORDError: it is damaged.
     """
+    with _decoded_by_decord(path, indices) as frames:
+        return frames
+
+
+@contextmanager
+def _decoded_by_decord(path: Path, indices: Sequence[int]) -> Generator[np.ndarray]:
+    """What `decode_frames` reads, counted in the budget `DECODING` while the block runs."""
     import decord
 
     reader: Any = decord.VideoReader(str(path), ctx=decord.cpu(0))
     if indices and indices[-1] >= len(reader):
         raise OSError(f"{path}: has {len(reader)} frames, not {indices[-1] + 1}")
-    return reader.get_batch(list(indices)).asnumpy()
+    with DECODING.hold(_frame_pixels(path) * len(indices)):
+        yield reader.get_batch(list(indices)).asnumpy()
+
+
+def _frame_pixels(path: Path) -> int:
+    """Pixels of a frame of a video, by its header: decord tells them after it decoded one."""
+    with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+        stream = container.streams.best("video")
+        return stream.width * stream.height if isinstance(stream, VideoStream) else 0
 
 
 def load_sample_video(
@@ -134,5 +162,5 @@ def load_sample_video(
     Returns:
         float32 (3, F, height, width) in [-1, 1].
     """
-    images = read_frames(path, frame_indices(frames, stride))
-    return torch.stack([to_tensor(fit(image, target)) for image in images], dim=1)
+    with _decoded(path, frame_indices(frames, stride)) as images:
+        return torch.stack([to_tensor(fit(image, target)) for image in images], dim=1)

@@ -23,11 +23,14 @@ from diffsynth_dagster.data.table.shapes import (
     with_size_facts,
 )
 from diffsynth_dagster.data.table.values import REASONS, check_structure, require_columns
-from diffsynth_dagster.errors import MetadataError, ParameterError, nearest
+from diffsynth_dagster.errors import MetadataError, ParameterError, nearest, printable
 from diffsynth_dagster.facts import FactCache
 
 BOOKKEEPING = ("row", "status", "message", "width", "height", "frames", "shape")
 """Columns of a checked table that are not the family's."""
+
+_UNPRINTABLE = r"[\p{C}\p{Z}--\x20]"
+"""What `str.isprintable` calls unprintable, as a regular expression."""
 
 
 @dataclass(frozen=True)
@@ -172,12 +175,19 @@ def validate(
     for item in (i for i in columns.inputs if i.kind == "sizes"):
         frame = with_size_facts(frame, columns.files[0], item)
     return CheckedTable(
-        with_shape(frame, columns.files).lazy(),
+        _with_printable_messages(with_shape(frame, columns.files)).lazy(),
         str(source),
         settled_by_checking(config),
         named_data(config),
         columns.described,
     )
+
+
+def _with_printable_messages(frame: pl.DataFrame) -> pl.DataFrame:
+    """The frame with control characters escaped in its messages, which name what a table holds."""
+    odd = frame["message"].unique()
+    odd = odd.filter(odd.str.contains(_UNPRINTABLE))
+    return frame.with_columns(pl.col("message").replace({m: printable(m) for m in odd}))
 
 
 __all__ = [

@@ -197,13 +197,15 @@ class FileCheck:
             path = self._real_path(value)
             if not self._anywhere and not path.is_relative_to(self._root):
                 return None, "outside_base_path"
-            return (path, "ok") if path.is_file() else (None, "file_missing")
+            if path.is_file():
+                return path, "ok"
+            return None, "not_a_file" if path.exists() else "file_missing"
         except (OSError, ValueError, RuntimeError):
             return None, "bad_path"
 
     def _lost(self, value: str, status: str) -> Facts:
         """What is said of a value that names no file."""
-        if status != "file_missing":
+        if status not in ("file_missing", "not_a_file"):
             return {"status": status}
         place = os.path.join(self._root, value)
         return {"status": status, "message": f"{REASONS[status]}: {place[:300]}"}

@@ -1,6 +1,7 @@
 """A JSON array of any length, rewritten to one element for each line."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -37,7 +38,7 @@ class _Reader:
 
     def copy(self, lines: TextIO) -> int:
         if self._next() != "[":
-            raise ValueError("it is not a JSON list of rows, line 1")
+            raise ValueError(self._other_form())
         self._at += 1
         count = 0
         mark = self._next()
@@ -54,6 +55,15 @@ class _Reader:
         if self._next():
             raise ValueError(f"something follows the list, line {self._here()}")
         return count
+
+    def _other_form(self) -> str:
+        """What is wrong with a file that does not begin with a bracket."""
+        if self._next() == "{":
+            with suppress(ValueError):
+                self._element(1)
+                if self._next() == "{":
+                    return "it holds an object on each line, not one list: call the file .jsonl"
+        return "it is not a JSON list of rows, line 1"
 
     def _more(self) -> bool:
         """Read on; whether there was more."""

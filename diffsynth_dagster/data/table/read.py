@@ -15,13 +15,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import polars as pl
 
 from diffsynth_dagster.data.table.json_array import json_array_to_lines
+from diffsynth_dagster.data.table.json_rows import lines_of, mended, odd_rows
 from diffsynth_dagster.errors import MetadataError, ParameterError
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
@@ -30,6 +31,7 @@ EXTRA = "\x00extra"
 """Column of what a csv row has beyond the named columns. No csv header can be called so."""
 _CHUNK = 1 << 22
 _SAMPLED_ROWS = 1000
+_DELIMITERS = {";": "';'", "\t": "tabs", "|": "'|'"}
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -55,6 +57,7 @@ class Table:
         columns: names of the columns, in order.
         uneven: csv: row index → what is wrong with it; reads the file once more.
         values: json: (row indices) → row index → the row as it stands; reads the file once more.
+        odd: json: row index → reason and message of a row that no table can hold.
         fail: raises the `MetadataError` for what Polars could not read.
     """
 
@@ -63,6 +66,7 @@ class Table:
     fail: Callable[[Exception], NoReturn]
     uneven: Callable[[], dict[int, Uneven]] | None = None
     values: Callable[[Sequence[int]], dict[int, Mapping[str, Any]]] | None = None
+    odd: Mapping[int, tuple[str, str]] = field(default_factory=dict[int, tuple[str, str]])
 
     def collect(self, rows: pl.LazyFrame) -> pl.DataFrame:
         """Run a query over `rows` in batches.
@@ -99,9 +103,8 @@ def open_table(
             do="give a " + ", ".join(s[1:] for s in SUFFIXES) + " file",
         )
     if not path.is_file():
-        raise MetadataError(
-            "the metadata file does not exist", where=_where(path), do="correct the path"
-        )
+        what = "is not a regular file" if path.exists() else "does not exist"
+        raise MetadataError(f"the metadata file {what}", where=_where(path), do="correct the path")
     with tempfile.TemporaryDirectory(prefix="metadata-") as folder:
         if suffix == ".parquet":
             yield _open_parquet(path, wanted)
@@ -259,10 +262,27 @@ class _Csv:
         return found
 
 
+def _other_delimiter(header: Sequence[str], wanted: Sequence[str]) -> str | None:
+    """What separates the columns, as a message shows it, if it is not the comma."""
+    line, named = ",".join(header), len({*header} & {*wanted})
+    for mark, shown in _DELIMITERS.items():
+        names = [name.strip(' "') for name in line.split(mark)]
+        if len({*names} & {*wanted}) > named or (len(header) == 1 < len(names) and not named):
+            return shown
+    return None
+
+
 def _open_csv(path: Path, text: Path, wanted: Sequence[str]) -> Table:
     csv.field_size_limit(sys.maxsize)
     file = _Csv(path, text)
     header = file.header()
+    mark = _other_delimiter(header, wanted)
+    if mark is not None:
+        raise MetadataError(
+            f"the columns are separated by {mark}, not by ','",
+            where=_where(path, ", line 1"),
+            do="write the table with commas, and with quotes around values that hold one",
+        )
     twice = next((name for name in wanted if header.count(name) > 1), None)
     if twice is not None:
         _refuse(path, f"two columns are called '{twice}'", ", line 1")
@@ -287,17 +307,9 @@ def _open_csv(path: Path, text: Path, wanted: Sequence[str]) -> Table:
     return Table(rows, tuple(header), file.fail, file.uneven)
 
 
-def _lines(text: Path) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and text of the lines that are not empty."""
-    with text.open("rb") as source:
-        for number, line in enumerate(source, 1):
-            if line.strip():
-                yield number, line
-
-
 def _refuse_line(path: Path, text: Path, unit: str, error: Exception) -> NoReturn:
     """Name the first line of a jsonl file that is no row."""
-    for number, line in _lines(text):
+    for number, line in lines_of(text):
         place = f", {unit} {number}"
         try:
             value = json.loads(line, parse_constant=_no_constant)
@@ -321,10 +333,13 @@ def _open_lines(
 
     def values(indices: Sequence[int]) -> dict[int, Mapping[str, Any]]:
         asked = set(indices)
-        return {i: json.loads(line) for i, (_, line) in enumerate(_lines(text)) if i in asked}
+        return {i: json.loads(line) for i, (_, line) in enumerate(lines_of(text)) if i in asked}
 
+    odd = odd_rows(text, wanted)
+    if odd.broken:
+        text = mended(text, folder / "mended.jsonl", odd.broken)
     columns: dict[str, None] = {}
-    for count, (_, line) in enumerate(_lines(text)):
+    for count, (_, line) in enumerate(lines_of(text)):
         try:
             columns |= dict.fromkeys(json.loads(line))
         except (ValueError, TypeError, RecursionError) as error:
@@ -347,13 +362,13 @@ def _open_lines(
     if columns and late:
         found = table.collect(rows.select(pl.col(name).is_not_null().any() for name in late))
         columns |= dict.fromkeys(name for name in late if found[name].item())
-    return Table(rows, tuple(columns), fail, values=values)
+    return Table(rows, tuple(columns), fail, values=values, odd=odd.problems)
 
 
 def _with_lists(text: Path, copy: Path, columns: Sequence[str]) -> Path:
     """A copy of a jsonl file in which the columns hold nothing but lists of text, and nulls."""
     with copy.open("w", encoding="utf-8") as target:
-        for _, line in _lines(text):
+        for _, line in lines_of(text):
             row: dict[str, Any] = json.loads(line)
             row |= {name: as_list(row.get(name)) for name in columns}
             target.write(json.dumps(row) + "\n")

@@ -17,8 +17,10 @@ from diffsynth_dagster.errors import MetadataError, nearest
 
 REASONS = {
     "uneven_row": "the csv row has more or fewer values than there are columns",
+    "repeated_key": "the JSON object has a key twice",
+    "lone_surrogate": "the value holds half a character, a lone surrogate",
     "missing_value": "the column has no value",
-    "empty_caption": "the caption is empty",
+    "empty_caption": "the caption is empty: it holds nothing that can be seen",
     "not_a_number": "the value is no number",
     "not_taken": "the value is none that the column takes",
     "wrong_type": "the value is of another type than the column's",
@@ -26,6 +28,7 @@ REASONS = {
     "bad_path": "the value is no path",
     "outside_base_path": "the file lies outside dataset_base_path",
     "file_missing": "the file does not exist",
+    "not_a_file": "this is not a regular file but a folder, a pipe, a socket or a device",
     "unreadable": "the file cannot be decoded",
     "too_large": "the image claims more pixels than is safe to decode",
     "too_small": "the image is smaller than the family's smallest size",
@@ -42,6 +45,8 @@ _URL = r"^\s*(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)"
 _FINE, _CODE, _NOW, _WHY = "\x00fine", "\x00code", "\x00now", "\x00why"
 _SPACE = r"\s\x1c-\x1f"
 """What `str.isspace` calls space, inside the brackets of a regular expression."""
+_UNSEEN = _SPACE + r"\p{Cc}\p{Cf}\p{DI}"
+"""What cannot be seen, in the same way: space, control and format characters."""
 _NUMBER = r"^\s*-?\d+(?:\.\d*)?\s*$"
 _LOOKS_TYPED = r"^(?:[\[{]|true$|false$)"
 _Check = tuple[str, str, pl.Expr]
@@ -94,6 +99,7 @@ def check_structure(table: Table, inputs: Sequence[Input], source: str) -> pl.Da
     frame = _with_reasons(frame, checks)
     if table.uneven is not None:
         frame = _look_at_lines(frame, table)
+    frame = with_problems(frame, table.odd)
     if table.values is not None:
         frame = _look_at_types(frame, table, inputs)
     if frame.height == 0:
@@ -136,7 +142,7 @@ def _surely_fine(item: Input, dtype: pl.DataType) -> pl.Expr:
         return value.str.contains(item.pattern)
     if item.kind == "number":
         return value.str.contains(_NUMBER)
-    return value.str.contains(rf"^[^{_SPACE}:\x00][^:\x00]*$" if item.is_file else f"^[^{_SPACE}]")
+    return value.str.contains(rf"^[^{_SPACE}:\x00][^:\x00]*$" if item.is_file else f"^[^{_UNSEEN}]")
 
 
 def _as_declared(item: Input, dtype: pl.DataType) -> pl.Expr:
@@ -194,9 +200,9 @@ def _list(cell: str) -> list[str | None]:
     return as_list(value) or []
 
 
-def _is_blank(text: pl.Expr) -> pl.Expr:
-    """Whether a text is empty or nothing but space."""
-    return ~text.str.contains(f"[^{_SPACE}]")
+def _is_blank(text: pl.Expr, blank: str = _SPACE) -> pl.Expr:
+    """Whether a text is empty or nothing but space, or of other such characters."""
+    return ~text.str.contains(f"[^{blank}]")
 
 
 def _checks(item: Input, dtype: pl.DataType) -> list[_Check]:
@@ -215,7 +221,7 @@ def _checks(item: Input, dtype: pl.DataType) -> list[_Check]:
             *taken,
         ]
     if item.kind == "text":
-        empty = value.is_null() | _is_blank(value)
+        empty = value.is_null() | _is_blank(value, _UNSEEN)
         return [(name, "empty_caption", empty), *taken]
 
     def anywhere(test: pl.Expr) -> pl.Expr:

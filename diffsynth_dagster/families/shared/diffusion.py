@@ -10,7 +10,7 @@ from diffusers import EulerDiscreteScheduler
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import ParameterError, WeightsError
+from diffsynth_dagster.errors import ParameterError, WeightsError, shown
 from diffsynth_dagster.families.contract import Settings
 from diffsynth_dagster.objective.ddpm import (
     BetaSchedule,
@@ -68,7 +68,7 @@ def path(config: TrainingConfig, published: Settings) -> DDPMPath:
     except ValidationError as error:
         detail = error.errors()[0]
         raise WeightsError(
-            f"the model's scheduler is not supported: {detail['loc'][0]} = {detail['input']!r}: "
+            f"the model's scheduler is not supported: {detail['loc'][0]} = {shown(detail['input'])}: "
             f"{detail['msg']}",
             where="scheduler/scheduler_config.json, or the tensors of a whole checkpoint",
             do="give a model of this family, with the scheduler that is published with it",

@@ -237,7 +237,7 @@ def test_direct_distillation_of_experts_is_refused(values: dict[str, Any]) -> No
 
 def test_two_processes_train_both(values: dict[str, Any], tmp_path: Path) -> None:
     """Each step of both processes goes to one expert, whose gradients they share."""
-    given = {**values, "find_unused_parameters": True, "offload_idle_denoiser": True}
+    given = {**values, "offload_idle_denoiser": True}
     recipe = tmp_path / "both.yaml"
     recipe.write_text(yaml.safe_dump({**given, "output_path": str(tmp_path / "run")}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

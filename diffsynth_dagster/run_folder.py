@@ -1,0 +1,71 @@
+"""A run folder has one owner at a time."""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from diffsynth_dagster.errors import OutputError
+from diffsynth_dagster.files import remove_leftovers, require_writable, write_text
+
+LOCK, OWNER = ".lock", ".owner.json"
+_WRITTEN = ("", "samples", "exports", "exports/*")
+"""The folders that an owner writes into."""
+
+
+@contextmanager
+def owned(folder: Path, doing: str) -> Generator[None]:
+    """Hold a run folder, alone, and remove what killed writers left in it.
+
+    The lock is the operating system's, and ends with the process however that ends: after a crash
+    nothing has to be removed by hand.
+
+    Args:
+        doing: what the owner does, for whoever is refused meanwhile.
+
+    Raises:
+        OutputError: someone else holds the folder; or it cannot be written.
+    """
+    require_writable(folder, "output_path")
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"the run folder is in use{_owner(folder)}",
+            where=f"output_path = {folder}",
+            do="wait until that is done, or give another output_path",
+        ) from None
+    except OSError as error:
+        raise OutputError(
+            f"the run folder cannot be locked: {error.strerror or error}",
+            where=f"output_path = {folder}",
+            do="give a folder on a file system that knows locks",
+        ) from error
+    try:
+        for name in _WRITTEN:
+            for place in folder.glob(name) if name else [folder]:
+                remove_leftovers(place)
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        owner = {"doing": doing, "process": os.getpid(), "host": socket.gethostname()}
+        write_text(folder / OWNER, json.dumps({**owner, "since": since}) + "\n")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / OWNER).unlink()
+        lock.release()
+
+
+def _owner(folder: Path) -> str:
+    """Who holds a folder, for a message; nothing where that cannot be read."""
+    try:
+        said = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        return ": {doing} by process {process} on {host}, since {since}".format(**said)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,60 @@
+"""What a dry run says of names and files that are not there."""
+
+from pathlib import Path
+
+import pytest
+from conftest import Values, train
+
+from diffsynth_dagster.families import family_names
+
+GONE = "/nowhere/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("more", [(), ("--align_to_opensource_format",)])
+def test_a_model_that_the_family_lacks_is_named_first(
+    values: Values,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    family: str,
+    more: tuple[str, ...],
+) -> None:
+    """Whatever else the name would be wrong for."""
+    given = values(family=family, lora_base_model="vaee", model_paths=[GONE], tokenizer_path=None)
+    assert train(given, tmp_path / "run", "--dry_run", *more)[0] == 2
+    error = capsys.readouterr().err
+    assert f"{family} has no model 'vaee'; did you mean 'vae'?" in error
+    assert "lora_base_model" in error
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_file_that_is_not_there_is_named(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str], index: int
+) -> None:
+    given = values()
+    files = list(given["model_paths"])
+    files[index] = GONE
+    for paths in (files, [*given["model_paths"][:index], [given["model_paths"][index], GONE]]):
+        assert train({**given, "model_paths": paths}, tmp_path / "run", "--dry_run")[0] == 2
+        error = capsys.readouterr().err
+        assert "the model file does not exist" in error
+        assert f"model_paths = {GONE}" in error
+
+
+def test_a_tokenizer_that_is_not_there_is_named(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = values(tokenizer_path="/nowhere/tokenizer")
+    assert train(given, tmp_path / "run", "--dry_run")[0] == 2
+    assert "tokenizer_path = /nowhere/tokenizer" in capsys.readouterr().err
+
+
+def test_a_plan_for_another_machine_needs_no_file(values: Values, tmp_path: Path) -> None:
+    given = values(model_paths=[GONE, "/nowhere/vae/*.safetensors"], tokenizer_path="/nowhere/t")
+    assert train(given, tmp_path / "run", "--dry_run")[0] == 0
+
+
+def test_a_plan_with_all_files_is_made(values: Values, tmp_path: Path) -> None:
+    given = values()
+    given["model_paths"] = [f"{Path(p).parent!s}/*.safetensors" for p in given["model_paths"]]
+    assert train(given, tmp_path / "run", "--dry_run")[0] == 0

@@ -1,0 +1,89 @@
+"""A disk that fills up: one message, nothing half written, and the run goes on when there is space.
+
+On a small file system of memory, mounted in a namespace of the test's own.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Values, train
+
+FULL = """
+import contextlib, io, json, os, subprocess, sys
+from pathlib import Path
+
+recipe, disk, frees = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], check=True)
+from diffsynth_dagster.train import main
+
+def fill(free):
+    ballast = disk / "ballast"
+    space = os.statvfs(disk)
+    with ballast.open("wb") as file, contextlib.suppress(OSError):
+        file.write(bytes(max(0, space.f_bavail * space.f_frsize - free)))
+
+said = []
+for free in [*frees, None]:
+    (disk / "ballast").unlink(missing_ok=True)
+    if free is not None:
+        fill(free)
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+        code = main(["--recipe", recipe])
+    hidden = [str(p) for p in disk.rglob(".*.*-*") if p.is_file()]
+    said.append({"free": free, "code": code, "error": error.getvalue(), "hidden": hidden})
+print(json.dumps(said))
+import shutil
+shutil.copy(disk / "run" / "epoch-0.safetensors", sys.argv[4])
+"""
+
+
+def can_mount() -> bool:
+    """Whether a test may mount a file system in a namespace of its own."""
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="a file system cannot be mounted here")
+def test_a_full_disk_is_one_message_and_loses_nothing(values: Values, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config: dict[str, Any] = values(
+        cache_path=str(disk / "store"), output_path=str(disk / "run"), num_epochs=1
+    )
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(config))
+    frees = [0, 4096, 20_000, 60_000, 100_000, 150_000, 200_000, 300_000]
+    script = [sys.executable, "-c", FULL, str(recipe), str(disk), json.dumps(frees)]
+    done = subprocess.run(
+        ["unshare", "-rm", *script, str(tmp_path / "lora.safetensors")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *full, last = json.loads(done.stdout.splitlines()[-1])
+    failed = [each for each in full if each["code"] != 0]
+    assert len(failed) >= 3
+    for each in failed:
+        assert each["code"] == 2, each
+        assert "no space left" in each["error"] or "on a disk with space left" in each["error"], (
+            each
+        )
+        assert each["error"].count("error: ") == 1
+        assert "Traceback" not in each["error"]
+        assert each["hidden"] == []
+    assert last["code"] == 0, last
+    code, undisturbed = train(
+        values(cache_path=str(tmp_path / "store"), num_epochs=1), tmp_path / "undisturbed"
+    )
+    assert code == 0
+    wanted = (undisturbed / "epoch-0.safetensors").read_bytes()
+    assert (tmp_path / "lora.safetensors").read_bytes() == wanted
