@@ -33,7 +33,8 @@ def user_errors() -> Generator[None]:
         retry = isinstance(error, DownloadError)
         raise dg.Failure(description=str(error), allow_retries=retry) from None
     except Exception as error:
-        full = full_disk(error)
+        # What a training process said of its failure is its message already.
+        full = None if isinstance(error, dg.Failure) else full_disk(error)
         if full is None:
             raise
         raise dg.Failure(description=str(full), allow_retries=False) from error

@@ -127,13 +127,36 @@ def no_space(path: Path, size: int) -> OutputError:
     )
 
 
+def require_space(path: Path, size: int) -> None:
+    """Refuse a file that does not fit on the disk, before it is made.
+
+    Raises:
+        OutputError: fewer than `size` bytes are free.
+    """
+    if shutil.disk_usage(path.parent).free < size:
+        raise no_space(path, size)
+
+
+def short_of_space(folder: Path, size: int, what: str) -> str | None:
+    """A warning where something will need more space than is free; None where it fits.
+
+    Args:
+        size: bytes, about.
+        what: needs them.
+    """
+    free = shutil.disk_usage(folder).free
+    if size <= free:
+        return None
+    return f"{what} will need about {size:,} bytes in {folder}, and {free:,} are free"
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write a text file whole. Raises `OutputError`."""
 
     def write(staged: Path) -> None:
         staged.write_text(text, encoding="utf-8")
 
-    return write_whole(path, write)
+    return write_whole(path, write, len(text.encode()))
 
 
 def write_tensors(

@@ -52,7 +52,7 @@ def run_alone(
     """Do what a checked config asks for, in a run folder that is held; see `run`."""
     from diffsynth_dagster.data.media.budget import DECODING
     from diffsynth_dagster.facts import FactCache
-    from diffsynth_dagster.files import require_writable, write_text
+    from diffsynth_dagster.files import require_space, require_writable, write_text
     from diffsynth_dagster.plan import check_plan
     from diffsynth_dagster.training.dataset import checked_table, encoded_manifest, open_store
     from diffsynth_dagster.training.loop import train
@@ -76,7 +76,9 @@ def run_alone(
     with parallel.node_main_first():
         found = find_model(config, ModelHub.from_environment())
         check_plan(config, found.family)  # the files may say more than their names
-        check_model(config, found)
+        size = check_model(config, found, parallel.trained_dtype)
+        if parallel.is_main_process:
+            require_space(output / "checkpoint.safetensors", size)
     parallel.seed(config.seed)
     models = make_models(config, found, parallel)
 

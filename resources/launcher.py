@@ -83,12 +83,12 @@ class Launcher(dg.ConfigurableResource):
                 processes = Processes(command, _environment(variables), tail, self.grace_seconds)
                 try:
                     while processes.code() is None:
-                        yield from reader.new()
+                        yield from _told(context, reader)
                         _require_parent()
                         time.sleep(POLL_SECONDS)
                 finally:
                     processes.stop()
-            yield from reader.new()
+            yield from _told(context, reader)
             _require_success(processes.code(), read_failures(failures), tail, config.task)
 
     def _launch(self, config: TrainingConfig, options: RecipeOptions) -> list[str]:
@@ -158,6 +158,15 @@ class Processes:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _told(context: dg.AssetExecutionContext, reader: MessageReader) -> Iterator[Message]:
+    """What the processes said since the last time; their warnings go into the run's log."""
+    for message in reader.new():
+        if message["event"] == "warning":
+            context.log.warning(message["text"])
+        else:
+            yield message
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:

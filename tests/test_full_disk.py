@@ -1,24 +1,17 @@
-"""A disk that fills up: one message, nothing half written, and the run goes on when there is space.
-
-On a small file system of memory, mounted in a namespace of the test's own.
-"""
+"""A disk that fills up: one message, nothing half written, and the run goes on when there is space."""
 
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-from conftest import ROOT, Values, train
+from conftest import Values, train
+from disk_support import needs_a_disk, on_a_small_disk
 
 FULL = """
-import contextlib, io, json, os, subprocess, sys
+import contextlib, io, json, os, sys
 from pathlib import Path
 
 recipe, disk, frees = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], check=True)
 from diffsynth_dagster.train import main
 
 def fill(free):
@@ -43,31 +36,17 @@ shutil.copy(disk / "run" / "epoch-0.safetensors", sys.argv[4])
 """
 
 
-def can_mount() -> bool:
-    """Whether a test may mount a file system in a namespace of its own."""
-    if shutil.which("unshare") is None:
-        return False
-    return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
-
-
-@pytest.mark.skipif(not can_mount(), reason="a file system cannot be mounted here")
+@needs_a_disk
 def test_a_full_disk_is_one_message_and_loses_nothing(values: Values, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
-    disk.mkdir()
     config: dict[str, Any] = values(
         cache_path=str(disk / "store"), output_path=str(disk / "run"), num_epochs=1
     )
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(config))
     frees = [0, 4096, 20_000, 60_000, 100_000, 150_000, 200_000, 300_000]
-    script = [sys.executable, "-c", FULL, str(recipe), str(disk), json.dumps(frees)]
-    done = subprocess.run(
-        ["unshare", "-rm", *script, str(tmp_path / "lora.safetensors")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    script = ["-c", FULL, str(recipe), str(disk), json.dumps(frees)]
+    done = on_a_small_disk(40 << 20, disk, *script, str(tmp_path / "lora.safetensors"))
     assert done.returncode == 0, done.stderr
     *full, last = json.loads(done.stdout.splitlines()[-1])
     failed = [each for each in full if each["code"] != 0]

@@ -17,6 +17,7 @@ from diffsynth_dagster.data.samples import PARTS, files_of, load_files, parse_va
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.errors import MetadataError, shown
 from diffsynth_dagster.families.contract import Sample, Stage, Tensors
+from diffsynth_dagster.files import short_of_space
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import is_finite
 from diffsynth_dagster.weights.models import Models
@@ -60,6 +61,7 @@ def encode_missing(
     table: CheckedTable,
     ranks: Ranks,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    warn: Callable[[str], None] = lambda warning: None,
 ) -> EncodeReport:
     """Run each cached stage over the samples that the store lacks.
 
@@ -68,6 +70,7 @@ def encode_missing(
 
     Args:
         progress: called with (stage, samples done, samples to do) of this process.
+        warn: called when a stage will need more space than is free, by its first batch.
 
     Raises:
         MetadataError: a file is no longer what was checked, or what a row is encoded to is not finite.
@@ -92,11 +95,12 @@ def encode_missing(
                 done = 0
                 for batch in _batches(share, stage, table, config.batch_size):
                     samples = _read_samples(stage, batch, store, needed)
-                    outputs = stage.run(loaded, samples)
-                    for row, tensors in zip(batch, outputs, strict=True):
-                        stored = stage.to_store(tensors)
+                    made = [stage.to_store(outputs) for outputs in stage.run(loaded, samples)]
+                    for row, stored in zip(batch, made, strict=True):
                         _require_finite(stage, row, stored)
                         writer.add(row["key"], stored)
+                    if not done:
+                        _warn_of_space(stage, batch, made, missing, store, warn)
                     done += len(batch)
                     progress(stage.name, done, share.height)
             del loaded  # or it would keep what is freed
@@ -104,6 +108,31 @@ def encode_missing(
             models.free(name for name in stage.uses if name not in later)
         ranks.wait_for_everyone()
     return report
+
+
+def _warn_of_space(
+    stage: Stage,
+    batch: Sequence[Mapping[str, Any]],
+    made: Sequence[Tensors],
+    missing: pl.DataFrame,
+    store: Store,
+    warn: Callable[[str], None],
+) -> None:
+    """Warn where all that a stage will encode does not fit on the disk, by what its first batch takes.
+
+    Args:
+        batch: the first rows that were encoded, to `made`.
+        missing: all that will be, by every process.
+    """
+    of_files = any(item.is_file for item in stage.reads)
+    # What is made of a picture or a clip grows with it; what is made of a text does not.
+    units = max(1, int(missing["tokens"].sum())) if of_files else missing.height
+    done = max(1, sum(row["tokens"] for row in batch)) if of_files else len(batch)
+    size = sum(tensor.nbytes for stored in made for tensor in stored.values())
+    expected = size * units // done
+    warning = short_of_space(store.path, expected, f"what '{stage.name}' encodes")
+    if warning is not None:
+        warn(warning)
 
 
 def _require_finite(stage: Stage, row: Mapping[str, Any], stored: Tensors) -> None:
@@ -131,7 +160,12 @@ def _wanted(stage: Stage, manifest: Manifest) -> pl.LazyFrame:
     key = f"key:{stage.name}"
     needs = [pl.col(f"key:{name}").alias(f"needs:{name}") for name in stage.needs]
     rows = manifest.rows.select(
-        pl.col(key).alias("key"), "row", pl.lit(None, pl.String).alias("prompt"), *_SHAPE, *needs
+        pl.col(key).alias("key"),
+        "row",
+        pl.lit(None, pl.String).alias("prompt"),
+        *_SHAPE,
+        "tokens",
+        *needs,
     )
     prompts = [
         {
@@ -142,7 +176,7 @@ def _wanted(stage: Stage, manifest: Manifest) -> pl.LazyFrame:
         for prompt, keys in manifest.prompts.items()
         if stage.name in keys
     ]
-    alone = {"row": 0, "width": 0, "height": 0, "frames": 0, "shape": ""}
+    alone = {"row": 0, "width": 0, "height": 0, "frames": 0, "shape": "", "tokens": 0}
     schema = rows.collect_schema()
     more = pl.LazyFrame([{**alone, **p} for p in prompts], schema=schema)
     return pl.concat([rows, more])

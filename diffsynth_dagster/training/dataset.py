@@ -114,7 +114,9 @@ def _encode(
             if stop_asked():
                 raise Stopped
 
-        reporter.encoded(encode_missing(config, models, planned, table, parallel, progress))
+        reporter.encoded(
+            encode_missing(config, models, planned, table, parallel, progress, reporter.warned)
+        )
     parallel.wait_for_everyone()
     with parallel.node_main_first():
         if parallel.is_node_main:

@@ -36,7 +36,9 @@ def train(session: Session) -> RunRecord:
     before = fingerprints(work.trained.items())
     pictures = Pictures(work)
     points = SavePoints(config, work.data.order.steps_per_epoch, work.total_steps)
-    periodic: list[Periodic] = [Checkpoints(points), SamplePictures(points, pictures)]
+    checkpoints = Checkpoints(points)
+    checkpoints.warn_of_space(work)
+    periodic: list[Periodic] = [checkpoints, SamplePictures(points, pictures)]
     run_due(periodic, work, 0)
     pictures.evaluate("before")
 

@@ -32,9 +32,15 @@ _ADAPTER = "default"
 _LORA_KEY = re.compile(rf"\.(lora_[A-Za-z_]+)\.{_ADAPTER}(?=\.|$)")
 
 
-def check_model(config: TrainingConfig, found: FoundModel) -> None:
+def check_model(config: TrainingConfig, found: FoundModel, trained_dtype: torch.dtype) -> int:
     """Check before anything is encoded that the files are whole, that the LoRA targets match, and
     that the LoRAs that are given fit.
+
+    Args:
+        trained_dtype: element type of weights that are trained as a whole; a LoRA is float32.
+
+    Returns:
+        Bytes of the trained weights, which are those of a checkpoint.
 
     Raises:
         WeightsError: a component is missing, its files are not whole, or a LoRA does not fit: see
@@ -46,10 +52,13 @@ def check_model(config: TrainingConfig, found: FoundModel) -> None:
             require_component(found, name)
     if config.sample_prompts or config.customized_evaluation:
         _require_decoders(found)
+    size = 0
     for name, item in found.components.items():
         module = build_empty(item)
         for part in (found.family.part(n) for n in config.trainable_models):
-            _require_part(part, name, module, f"trainable_models; {item.entry.text}")
+            if part.of == name:
+                held = _held(part, module, f"trainable_models; {item.entry.text}")
+                size += sum(p.numel() for p in held) * trained_dtype.itemsize
         if name in found.presets:
             preset = found.presets[name]
             lora = read_lora(preset.path, found.family, preset.name, "preset_lora_path")
@@ -58,11 +67,21 @@ def check_model(config: TrainingConfig, found: FoundModel) -> None:
             part = found.family.part(base)
             if part.of != name:
                 continue
-            _require_part(part, name, module, f"lora_base_model; {item.entry.text}")
+            _held(part, module, f"lora_base_model; {item.entry.text}")
             targets = lora_targets(config, found.family, module, base)
             _read_start(config, found.family, module, base, targets)
             layers = {name: module.get_submodule(name) for name in targets}
             _check_export(config, found.family, item, layers)
+            size += lora_bytes(layers.values(), config.lora_rank)
+    return size
+
+
+def lora_bytes(layers: Iterable[nn.Module], rank: int) -> int:
+    """Bytes of a LoRA in float32: of A (rank, in) and B (out, rank) of each layer; of convolutions,
+    `in` counts the kernel too."""
+    weights: list[Any] = [layer.weight for layer in layers]
+    numbers = sum(len(weight) + weight.numel() // len(weight) for weight in weights)
+    return numbers * rank * torch.float32.itemsize
 
 
 def _require_decoders(found: FoundModel) -> None:
@@ -77,13 +96,16 @@ def _require_decoders(found: FoundModel) -> None:
             )
 
 
-def _require_part(part: Part, name: str, module: nn.Module, where: str) -> None:
-    if part.of == name and not any(part.holds(n) for n, _ in module.named_parameters()):
+def _held(part: Part, module: nn.Module, where: str) -> list[nn.Parameter]:
+    """The weights of a part of a component. Raises `ParameterError` where the model has none."""
+    held = [p for n, p in module.named_parameters() if part.holds(n)]
+    if not held:
         raise ParameterError(
             f"the model has no '{part.name}'",
             where=where,
             do="leave it out there, or give the files of a model that has it",
         )
+    return held
 
 
 def _check_export(

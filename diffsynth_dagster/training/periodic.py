@@ -6,6 +6,7 @@ from typing import Protocol
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.facts import digest_file
+from diffsynth_dagster.files import short_of_space
 from diffsynth_dagster.training.checkpoint import (
     checkpoint_files,
     strip_prefix,
@@ -47,6 +48,11 @@ class SavePoints:
         self._epoch_steps = epoch_steps
         self._total_steps = total_steps
 
+    @property
+    def count(self) -> int:
+        """How many checkpoints the training leaves."""
+        return -(-self._total_steps // (self._every or self._epoch_steps))
+
     def name(self, step: int) -> str | None:
         """Name of the checkpoint that is due after a step. The last step always leaves one."""
         if step == 0:
@@ -62,6 +68,21 @@ class Checkpoints:
 
     def __init__(self, points: SavePoints) -> None:
         self._points = points
+
+    def warn_of_space(self, work: Work) -> None:
+        """Warn before the first step where not all that will be written fits on the disk.
+
+        Checkpoints of an older training are replaced one by one.
+        """
+        folder = Path(work.session.config.output_path)
+        size = sum(parameter.nbytes for parameter in work.trained.values())
+        count = self._points.count
+        older = [p for kind in ("epoch", "step") for p in folder.glob(f"{kind}-*.safetensors")]
+        replaced = sum(path.stat().st_size for path in older[:count])
+        needed = max(size, size * count - replaced)
+        warning = short_of_space(folder, needed, f"the {count} checkpoints of the training")
+        if warning is not None:
+            work.session.reporter.warned(warning)
 
     def due(self, step: int) -> bool:
         """Whether a step leaves a checkpoint."""

@@ -45,6 +45,9 @@ class StepMetrics:
 class Reporter:
     """Listens to a training. Every method may be left as it is."""
 
+    def warned(self, warning: str) -> None:
+        """Something may go wrong later that can be mended now."""
+
     def started(self, total_steps: int, config: "TrainingConfig") -> None:
         """The loop starts."""
 
@@ -78,6 +81,10 @@ class Reporters(Reporter):
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:
         self._reporters = reporters
+
+    def warned(self, warning: str) -> None:
+        for reporter in self._reporters:
+            reporter.warned(warning)
 
     def started(self, total_steps: int, config: "TrainingConfig") -> None:
         for reporter in self._reporters:
@@ -209,6 +216,9 @@ class TerminalReporter(Reporter):
         self._progress = kind(title, total, unit)
         return self._progress
 
+    def warned(self, warning: str) -> None:
+        tqdm.write(f"warning: {warning}", file=sys.stderr)
+
     def encoding(self, stage: str, done: int, total: int) -> None:
         if self._progress is None or self._stage != stage:
             self._begin(f"encode {stage}", total, "sample")
@@ -299,6 +309,9 @@ class PipesReporter(Reporter):
 
     def _send(self, event: str, **values: Any) -> None:
         self._context.report_custom_message({"event": event, **values})
+
+    def warned(self, warning: str) -> None:
+        self._send("warning", text=warning)
 
     def encoding(self, stage: str, done: int, total: int) -> None:
         if self._stage != stage:
