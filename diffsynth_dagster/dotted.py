@@ -2,12 +2,13 @@
 
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.errors import ParameterError, reason_of
 
 
 def check_dotted(path: str, parameter: str) -> None:
@@ -44,11 +45,23 @@ def import_dotted(path: str, parameter: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise _refused(f"'{path}' cannot be imported: {error}", parameter) from error
-    # Other packages show what they import themselves.
-    _require_own(path, str(getattr(found, "__module__", "")).partition(".")[0], parameter)
+    except (Exception, SystemExit) as error:  # the module is code, which may do anything
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise _refused(
+            f"'{path}' cannot be imported: {type(error).__name__}: {reason_of(error)} "
+            f"({last.filename}, line {last.lineno})",
+            parameter,
+        ) from error
+    _require_own(path, _home(found), parameter)
     return found
+
+
+def _home(found: Any) -> str:
+    """The package that an object is of, where it is the very one that its module has: other modules
+    show what they import, and what wraps a function says it is of that one's module."""
+    module, name = getattr(found, "__module__", None), getattr(found, "__name__", "")
+    there = getattr(sys.modules.get(str(module)), str(name), None)
+    return str(module).partition(".")[0] if there is found else ""
 
 
 def import_function(path: str, parameter: str, *arguments: str) -> Callable[..., Any]:

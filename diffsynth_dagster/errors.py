@@ -106,16 +106,19 @@ def is_text(text: str) -> bool:
     return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
+_LARGEST = 10**4000
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def shown(value: object) -> str:
     """A value as a message shows it: its representation, not long."""
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        return "a number of very many digits"  # which Python refuses to write down
     return _SHORT.repr(value)
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """What an error of a library says, in one line that is not long; its kind where it says
     nothing."""
     if isinstance(error, KeyError) and error.args:

@@ -20,6 +20,21 @@ from blake3 import blake3
 
 from diffsynth_dagster.errors import OutputError
 
+_DAMAGE = (sqlite3.Error, UnicodeDecodeError, TypeError)
+"""What reading a damaged database raises: its own errors, of names that are no text, of values of
+other types."""
+_OUTSIDE = (
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+)
+"""The kinds of its errors that say nothing of what is in the file."""
+
 Facts = dict[str, Any]
 _Result = TypeVar("_Result")
 _BATCH = 1024
@@ -58,12 +73,10 @@ class FactCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
-        except sqlite3.OperationalError as error:
-            raise self._unusable(error) from error
         except OSError as error:
             raise self._unusable(error) from error
-        except sqlite3.DatabaseError:
-            self._renew()
+        except _DAMAGE as error:
+            self._renew(error)
 
     def _open(self) -> None:
         self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False)
@@ -84,20 +97,29 @@ class FactCache:
             "be deleted",
         )
 
-    def _renew(self) -> None:
-        """Put a damaged database aside and begin anew, unless another process did so already."""
+    def _renew(self, why: Exception) -> None:
+        """Put a damaged database aside and begin anew, unless another process did so already.
+
+        Raises:
+            OutputError: it is not damaged, but cannot be read or written; or a new one cannot.
+        """
+        if getattr(why, "sqlite_errorcode", 0) & 0xFF in _OUTSIDE:
+            raise self._unusable(why) from why
         self._database.close()
-        if self._path.stat().st_ino == self._opened:
-            aside = self._path.with_name(f"{self._path.name}.damaged")
-            warnings.warn(
-                f"{self._path} is damaged, and was put aside as {aside.name}; what it knew of files "
-                "is found out again",
-                stacklevel=2,
-            )
-            self._path.replace(aside)
-            for end in ("-wal", "-shm"):
-                self._path.with_name(self._path.name + end).unlink(missing_ok=True)
-        self._open()
+        try:
+            if self._path.stat().st_ino == self._opened:
+                aside = self._path.with_name(f"{self._path.name}.damaged")
+                warnings.warn(
+                    f"{self._path} is damaged, and was put aside as {aside.name}; what it knew of "
+                    "files is found out again",
+                    stacklevel=2,
+                )
+                self._path.replace(aside)
+                for end in ("-wal", "-shm"):
+                    self._path.with_name(self._path.name + end).unlink(missing_ok=True)
+            self._open()
+        except (OSError, sqlite3.Error) as error:
+            raise self._unusable(error) from error
 
     def _run(self, work: Callable[[], _Result]) -> _Result:
         """Do something with the database, once more if it is found to be damaged.
@@ -108,10 +130,8 @@ class FactCache:
         with self._lock:
             try:
                 return work()
-            except sqlite3.OperationalError as error:  # locked, read-only, no space left
-                raise self._unusable(error) from error
-            except sqlite3.DatabaseError:
-                self._renew()
+            except _DAMAGE as error:
+                self._renew(error)
                 return work()
 
     def look_up(

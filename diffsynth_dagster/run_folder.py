@@ -1,6 +1,7 @@
 """A run folder has one owner at a time."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.files import remove_leftovers, require_writable, write_text
 
 LOCK, OWNER = ".lock", ".owner.json"
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 _WRITTEN = ("", "samples", "exports", "exports/*")
 """The folders that an owner writes into."""
 
@@ -42,11 +44,14 @@ def owned(folder: Path, doing: str) -> Generator[None]:
             where=f"output_path = {folder}",
             do="wait until that is done, or give another output_path",
         ) from None
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
+        known = not isinstance(error, OSError) or error.errno in _WITHOUT_LOCKS
         raise OutputError(
-            f"the run folder cannot be locked: {error.strerror or error}",
-            where=f"output_path = {folder}",
-            do="give a folder on a file system that knows locks",
+            f"the run folder cannot be locked: {error}",
+            where=f"output_path = {folder}" if known else str(folder / LOCK),
+            do="give a folder on a file system that knows locks"
+            if known
+            else "remove it, if no training runs in that folder",
         ) from error
     try:
         for name in _WRITTEN:

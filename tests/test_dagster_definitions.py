@@ -150,6 +150,8 @@ HOSTILE = {
     "a date that is none": "seed: 2024-02-30",
     "a number without digits": "seed: 0x_",
     "a number of 5,000 digits": f"seed: {'9' * 5000}",
+    "a hexadecimal number of 50,000 digits": f"seed: 0x{'f' * 50_000}",
+    "a number of base 60 that is too large": f"learning_rate: {':'.join(['1'] * 500)}.0",
     "nested brackets": f"extra_inputs: {'[' * 3000}{']' * 3000}",
     "itself": "extra_inputs: &a [*a]",
     "an exponential list": "\n".join(

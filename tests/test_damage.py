@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from diffsynth_dagster.cache.__main__ import main as maintain
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.cache.upkeep import verify
-from diffsynth_dagster.errors import StoreError
+from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.weights.load import is_finite
 
@@ -254,3 +254,36 @@ def test_a_damaged_cache_is_put_aside_with_a_warning(tmp_path: Path) -> None:
         FactCache(database).close()
     assert (tmp_path / "facts.sqlite.damaged").read_bytes().startswith(b"this is no")
     assert sqlite3.connect(database).execute("SELECT count(*) FROM known").fetchone() == (0,)
+
+
+def test_no_flipped_bit_of_what_says_the_columns_stops_a_run(tmp_path: Path) -> None:
+    """The first page of the database holds its header, and the names and types of the columns."""
+    source, database = random.Random(0), tmp_path / "facts.sqlite"
+    files = [tmp_path / "a.txt", tmp_path / "bb.txt"]
+    for path in files:
+        path.write_text(path.name)
+    with closing(FactCache(database)) as cache:
+        wanted = facts_of(cache, files, [])
+    whole = database.read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for place in [*range(100), *range(100, 4096, 11), *range(3700, 4096, 3)]:
+            changed = bytearray(whole)
+            changed[place] ^= 1 << source.randrange(8)
+            database.write_bytes(changed)
+            with closing(FactCache(database)) as cache:
+                assert facts_of(cache, files, []) == wanted, place
+
+
+def test_a_cache_that_cannot_be_written_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "facts.sqlite").mkdir()
+    with pytest.raises(OutputError, match="cannot be used: unable to open"):
+        FactCache(tmp_path / "facts.sqlite")
+    damaged = tmp_path / "other.sqlite"
+    damaged.write_bytes(b"this is no database at all" * 100)
+    (tmp_path / "other.sqlite.damaged").mkdir()
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(OutputError, match=r"cannot be used: .*directory"),
+    ):
+        FactCache(damaged)

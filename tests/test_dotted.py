@@ -1,7 +1,9 @@
 """Functions and classes that a recipe names: looked up when it is read, never of Python itself."""
 
+import os
 import subprocess
 import sys
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,14 @@ RECIPE: dict[str, Any] = {
     "lora_base_model": "dit",
     "output_path": "models/a",
 }
+
+
+always_here = partial(Path.joinpath, Path("here"))
+
+
+@wraps(os.listdir)
+def wrapped(folder: Path) -> Path:
+    return folder
 
 
 def takes_nothing() -> None:
@@ -67,6 +77,7 @@ def test_nothing_is_imported_when_a_recipe_is_loaded(tmp_path: Path) -> None:
     [
         # What another package has imported itself is Python's too.
         ("diffsynth_dagster.dotted.find_spec", "is of Python's standard library"),
+        ("test_dotted.wraps", "is of Python's standard library"),
         ("diffsynth_dagster.dotted.no_such_name", "cannot be imported"),
         ("test_dotted.NOT_A_FUNCTION", "is no function"),
         ("test_dotted.takes_nothing", r"cannot be called with \(folder\)"),
@@ -79,3 +90,29 @@ def test_what_cannot_be_called_so_is_refused(path: str, words: str) -> None:
 
 def test_a_function_of_yours_is_found() -> None:
     assert import_function("test_dotted.takes_one", "a", "folder")(Path("x")) == Path("x")
+
+
+def test_a_function_of_yours_may_wrap_one_of_pythons() -> None:
+    assert import_function("test_dotted.always_here", "a", "folder")(Path("x")) == Path("here/x")
+    assert import_function("test_dotted.wrapped", "a", "folder")(Path("x")) == Path("x")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("def make(:", r"SyntaxError: invalid syntax \(broken_module.py, line 1\)"),
+        (
+            "x = 1\nraise RuntimeError('no luck')",
+            r"RuntimeError: no luck \(.*broken_module.py, line 2\)",
+        ),
+        ("import sys\nsys.exit(3)", r"SystemExit: 3 \(.*broken_module.py, line 2\)"),
+        ("import no_such_package_here", "ModuleNotFoundError: No module named"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, words: str
+) -> None:
+    (tmp_path / "broken_module.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ParameterError, match=words):
+        import_function("broken_module.make", "customized_dataset", "folder")

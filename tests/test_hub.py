@@ -88,6 +88,7 @@ def test_a_file_outside_the_repository_is_refused_before_any_download(
         {"Data": {"Files": [{"Path": 5}]}},
         {"Data": {"Files": [{"Path": ["vae/model.safetensors"]}]}},
         {"Data": {"Files": [{"Path": "vae/x", "Size": "many"}]}},
+        {"Data": {"Files": [{"Path": "vae/x", "Size": float("inf")}]}},
         {"Data": None},
     ],
 )

@@ -115,6 +115,16 @@ def test_only_what_nobody_writes_any_more_is_removed(tmp_path: Path) -> None:
     assert not elsewhere.exists()
 
 
+def test_a_lock_that_is_no_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    with (
+        pytest.raises(OutputError, match=r"cannot be locked: .*\.lock") as raised,
+        owned(tmp_path, ""),
+    ):
+        pass
+    assert "remove it" in str(raised.value)
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"), owned(tmp_path / "file", "a test"):

@@ -86,7 +86,8 @@ def read_values(path: Path) -> tuple[dict[str, Any], RecipeOptions]:
         raise ParameterError(
             f"the recipe cannot be read: {reason}", where=where, do="name a YAML file"
         ) from error
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: 0x_, or a number of 5,000 digits
+    # A ValueError: 0x_, or a number of 5,000 digits; an OverflowError: 1:1:1:…:1.0.
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         message = " ".join(str(error).split())
         raise ParameterError(
             f"the recipe is not YAML: {message}", where=where, do="correct that line"

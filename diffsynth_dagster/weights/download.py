@@ -82,7 +82,7 @@ def _list_files(repository: str) -> "tuple[HubApi, list[FileInfo]]":
         api = HubApi(endpoint=api.resolve_endpoint_for_read(repository))
     try:
         listed = api.list_repo_files(repository, "model")
-    except (AttributeError, TypeError, KeyError, RecursionError) as error:
+    except (AttributeError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(f"the hub's list of files is malformed ({error})") from error
     paths: list[object] = [f.path for f in listed]  # the client passes on any type of JSON's
     if not all(isinstance(path, str) for path in paths):
