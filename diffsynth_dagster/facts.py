@@ -183,24 +183,25 @@ class FactCache:
         self, kind: str, by_name: dict[str, Path], stats: dict[Path, tuple[int, int] | None]
     ) -> dict[Path, Facts]:
         with self._database:
-            # Two short queries: how many files are asked for does not change their number.
-            self._database.execute("CREATE TEMP TABLE IF NOT EXISTS asked (path TEXT PRIMARY KEY)")
-            self._database.execute("DELETE FROM asked")
-            self._database.executemany(
-                "INSERT INTO asked VALUES (?)", ((name,) for name in by_name)
-            )
-            rows = self._database.execute(
-                "SELECT path, size, modified, facts, sum FROM asked CROSS JOIN known USING (path)"
-                " WHERE kind = ?",
-                (kind,),
-            )
             return {
                 by_name[name]: json.loads(facts)
-                for name, size, modified, facts, check in rows
+                for name, size, modified, facts, check in self._rows(kind, by_name)
                 if stats[by_name[name]] == (size, modified)
                 # A flipped bit would be believed, and a picture be cropped at another place.
                 and check == _sum(kind, name, size, modified, facts)
             }
+
+    def _rows(self, kind: str, names: Iterable[str]) -> sqlite3.Cursor:
+        """What is known of paths: path, size, time of modification, facts, checksum."""
+        # Two short queries: how many files are asked for does not change their number.
+        self._database.execute("CREATE TEMP TABLE IF NOT EXISTS asked (path TEXT PRIMARY KEY)")
+        self._database.execute("DELETE FROM asked")
+        self._database.executemany("INSERT INTO asked VALUES (?)", ((name,) for name in names))
+        return self._database.execute(
+            "SELECT path, size, modified, facts, sum FROM asked CROSS JOIN known USING (path)"
+            " WHERE kind = ?",
+            (kind,),
+        )
 
     def _remember(
         self,
@@ -216,14 +217,19 @@ class FactCache:
             if (stat := stats[path]) is not None and stat == _stat(path) and "status" not in facts
         ]
         summed = [(*row, _sum(*row)) for row in rows]
-        self._run(lambda: self._write(failed, summed))
+        self._run(lambda: self._write(kind, failed, summed))
 
-    def _write(self, failed: list[tuple[str, str]], rows: list[tuple[Any, ...]]) -> None:
+    def _write(
+        self, kind: str, failed: list[tuple[str, str]], rows: list[tuple[Any, ...]]
+    ) -> None:
         with self._database:
             self._database.executemany("DELETE FROM known WHERE kind = ? AND path = ?", failed)
             self._database.executemany(
                 "INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?, ?)", rows
             )
+            # With a damaged index they would not be found, and be found out again in every run.
+            if len(self._rows(kind, [row[1] for row in rows]).fetchall()) < len(rows):
+                raise sqlite3.DatabaseError("what was written is not found")
 
     def digest(self, path: Path) -> str:
         """BLAKE3 of a file's content."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from diffsynth_dagster.errors import OutputError
+from diffsynth_dagster.errors import OutputError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -94,8 +94,10 @@ def says_full(error: BaseException) -> bool:
     quota."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
+    # Those of libraries have no number. What others say may be the name of a file.
     words = ("no space left", "os error 28", "disk is full", "disk quota exceeded")
-    if any(word in str(error).lower() for word in words):
+    of_library = type(error).__module__.partition(".")[0] in ("safetensors", "polars", "sqlite3")
+    if of_library and any(word in str(error).lower() for word in words):
         return True
     before = error.__cause__ or error.__context__
     return before is not None and says_full(before)
@@ -103,7 +105,7 @@ def says_full(error: BaseException) -> bool:
 
 def full_disk(error: BaseException) -> OutputError | None:
     """The error for the user, of an error that says that there is no space left; None of any other."""
-    if isinstance(error, OutputError) or not says_full(error):
+    if isinstance(error, UserError) or not says_full(error):
         return None
     named = getattr(error, "filename", None)
     return OutputError(

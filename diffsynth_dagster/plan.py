@@ -6,7 +6,12 @@ from typing import Any
 from diffsynth_dagster.cache.manifest import FILE_NAME
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.effect import trained_components
-from diffsynth_dagster.config.entries import float8_entries, folder_entries, model_entries
+from diffsynth_dagster.config.entries import (
+    ModelEntry,
+    float8_entries,
+    folder_entries,
+    model_entries,
+)
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.particular import ParticularParameters
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
@@ -123,7 +128,9 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
         config = with_settled(config)
     if config.customized_dataset is not None:
         import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
-    require_listed([*model_entries(config), *folder_entries(config)])
+    loras = {name: getattr(config, name) for name in ("lora_checkpoint", "preset_lora_path")}
+    entries = [ModelEntry(name, paths=(path,)) for name, path in loras.items() if path is not None]
+    require_listed([*model_entries(config), *folder_entries(config), *entries])
     family = guess_family(config)
     check_plan(config, family)
     trained = trained_components(config)

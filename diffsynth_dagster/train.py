@@ -6,7 +6,7 @@ Exit codes: 0 done, 2 a mistake in the input (one message, no traceback), 130 st
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,10 +39,10 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
     config = with_settled(config)
     check_plan(config, guess_family(config))
     parallel = start_parallel(config)
-    # One process holds the run folder for all: the others wait for it before they use it.
-    folder = Path(config.output_path)
-    owner = owned(folder, config.task) if parallel.is_main_process else nullcontext()
-    with owner:
+    with ExitStack() as leaving:
+        # One process holds the run folder for all.
+        held = owned(Path(config.output_path), config.task)
+        parallel.from_main(lambda: leaving.enter_context(held))
         return run_alone(config, parallel, stop_asked)
 
 

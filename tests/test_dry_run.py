@@ -41,6 +41,14 @@ def test_a_file_that_is_not_there_is_named(
         assert f"model_paths = {GONE}" in error
 
 
+@pytest.mark.parametrize("name", ["lora_checkpoint", "preset_lora_path"])
+def test_a_lora_that_is_not_there_is_named(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert train(values(**{name: GONE}), tmp_path / "run", "--dry_run")[0] == 2
+    assert f"{name} = {GONE}" in capsys.readouterr().err
+
+
 def test_a_tokenizer_that_is_not_there_is_named(
     values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

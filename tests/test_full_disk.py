@@ -1,11 +1,16 @@
 """A disk that fills up: one message, nothing half written, and the run goes on when there is space."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 from conftest import Values, train
 from disk_support import needs_a_disk, on_a_small_disk
+from safetensors import SafetensorError
+
+from diffsynth_dagster.errors import MetadataError
+from diffsynth_dagster.files import full_disk
 
 FULL = """
 import contextlib, io, json, os, sys
@@ -66,3 +71,13 @@ def test_a_full_disk_is_one_message_and_loses_nothing(values: Values, tmp_path: 
     assert code == 0
     wanted = (undisturbed / "epoch-0.safetensors").read_bytes()
     assert (tmp_path / "lora.safetensors").read_bytes() == wanted
+
+
+def test_the_name_of_a_file_is_no_full_disk() -> None:
+    named = MetadataError("no space left on the bus.png is damaged", where="row 1", do="remove it")
+    assert full_disk(named) is None
+    assert full_disk(RuntimeError("no space left on the bus.png")) is None
+    assert full_disk(OSError(errno.ENOSPC, "no space left on device")) is not None
+    assert (
+        full_disk(SafetensorError("I/O error: No space left on device (os error 28)")) is not None
+    )

@@ -219,7 +219,7 @@ def test_a_table_that_no_file_holds_is_bounded_too(model: Path) -> None:
         ({"architectures": 5, "_class_name": None}, "names no architecture"),
         ({"_class_name": 5}, "names no architecture"),
         ({"num_layers": 10**9}, "a number of such a size: 'num_layers'"),
-        ({"more": [{"deep": [10**9]}]}, "a number of such a size: 'deep'"),
+        ({"more": [{"num_blocks": [10**9]}]}, "a number of such a size: 'num_blocks'"),
         ("[" * 100_000, "nested too deeply"),
         ("[]", "not a mapping"),
         ("9" * 5000, "cannot be read"),
@@ -230,6 +230,43 @@ def test_a_configuration_of_nonsense_is_named(model: Path, change: Any, message:
     with pytest.raises(WeightsError, match=message) as error:
         build_with(model, "transformer", change)
     assert "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("folder", "change"),
+    [
+        ("transformer", {"training_tokens": 2 * 10**12, "_seen": 10**10, "note": [10**9]}),
+        ("text_encoder", {"num_labels": 2**24, "rope_theta": 100_000_000}),
+    ],
+)
+def test_what_makes_no_model_larger_is_passed_over(
+    model: Path, folder: str, change: dict[str, object]
+) -> None:
+    start = time.monotonic()
+    built = build_with(model, folder, change)
+    assert {n: t.shape for n, t in built.state_dict().items()} == {
+        n: t.shape for n, t in build_with(model, folder, {}).state_dict().items()
+    }
+    assert time.monotonic() - start < 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"latents_mean": "a"},
+        {"latents_mean": None},
+        {"latents_mean": [0.0] * 3},
+        {"latents_mean": [float("nan")] * 16},
+        {"latents_std": [0.0] * 16},
+        {"latents_std": ["a"] * 16},
+    ],
+    ids=str,
+)
+def test_statistics_of_latents_that_are_none_are_named(
+    model: Path, change: dict[str, object]
+) -> None:
+    with pytest.raises(WeightsError, match=f"give {next(iter(change))} = "):
+        build_with(model, "vae", change)
 
 
 def test_a_configuration_names_no_code(model: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,20 @@ def test_a_table_that_is_encoded_stays_what_it_is(project: Project) -> None:
     assert project.run("metadata").success  # which paints other pictures
     assert not read_checked(project.run_folder).frame.equals(before)
     assert read_checked(project.run_folder, PINNED).frame.equals(before)
+
+
+def test_who_owns_the_folder_goes_on_with_what_it_checked(values: Values, tmp_path: Path) -> None:
+    """Whatever someone else checks into the same folder between two of its steps."""
+    columns = find_family("qwen_image").columns
+    mine, data = make_config(values()), write_images(tmp_path / "data", 3)
+    other = values(dataset_base_path=str(data), dataset_metadata_path=str(data / "metadata.csv"))
+    run = Path(mine.output_path)
+    with closing(FactCache(tmp_path / "facts.sqlite")) as cache:
+        checked = prepare_data(mine, columns, cache, pinned=True).frame
+        assert prepare_data(make_config(other), columns, cache).frame.height == 3
+    assert read_checked(run).frame.height == 3
+    assert read_checked(run, PINNED).frame.equals(checked)
+    assert checked.height == 8
 
 
 def test_a_table_of_other_columns_or_an_older_stage_is_refused(

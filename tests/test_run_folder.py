@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, Values, train
 from dagster_support import definitions_of, endless, start, wait_until_training, write_recipe
+from test_gradients import two_processes
 
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.files import hidden_beside
@@ -68,6 +69,14 @@ def test_two_trainings_never_share_a_folder(
     assert train(values(), run)[0] == 0
     assert not half.exists()
     assert [p.name for p in run.glob(".*") if "-" in p.name] == []
+
+
+def test_all_processes_are_refused_by_one_message(values: Values, tmp_path: Path) -> None:
+    with owned(tmp_path / "run", "a training"):
+        done = two_processes(values(output_path=str(tmp_path / "run")), tmp_path / "recipe.json")
+    assert done.returncode != 0
+    assert done.stderr.count("error: the run folder is in use: a training by process") == 1
+    assert "diffsynth_dagster/train.py" not in done.stderr, "no process crashed"
 
 
 def test_dagster_is_refused_what_a_command_line_holds(values: Values, tmp_path: Path) -> None:

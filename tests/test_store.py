@@ -181,18 +181,52 @@ def test_gc_of_a_moved_store_keeps_what_is_used(
     assert statistics(moved).keys == 16
 
 
-def test_gc_writes_a_shard_anew_when_little_of_it_is_used(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
+def one_used_of_ten(folder: Path) -> Store:
+    """A store of ten keys in one shard, of which a run folder uses one."""
+    store = Store(folder / "store")
     fill(store, [str(i) for i in range(10)])
     frame = pl.DataFrame({"sample": ["s"], "row": [1], "width": [1], "height": [1], "key:a": ["7"]})
-    notes = Notes(str(tmp_path / "store"), "f", "digest", 1, layout=LAYOUT_VERSION)
-    write_manifest(frame.lazy(), notes, tmp_path / "run" / "samples.parquet")
-    store.add_user(tmp_path / "run")
-    assert collect(store).removed_keys == 9
+    notes = Notes(str(folder / "store"), "f", "digest", 1, layout=LAYOUT_VERSION)
+    write_manifest(frame.lazy(), notes, folder / "run" / "samples.parquet")
+    store.add_user(folder / "run")
+    return store
+
+
+def test_gc_writes_a_shard_anew_when_little_of_it_is_used(tmp_path: Path) -> None:
+    assert collect(one_used_of_ten(tmp_path)).removed_keys == 9
     fresh = Store(tmp_path / "store")
     assert float(fresh.read("7")["image"].mean()) == 7.0
     assert fresh.missing(["7", "8"]).to_list() == ["8"]
     assert not verify(fresh).damaged
+
+
+def test_gc_writes_no_damage_anew(tmp_path: Path) -> None:
+    store = one_used_of_ten(tmp_path)
+    (shard,) = (tmp_path / "store" / "shards").iterdir()
+    content = bytearray(shard.read_bytes())
+    place = content.index(store.read("7")["image"].numpy().tobytes())
+    content[place] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(StoreError, match="the bytes of 7…/image have changed"):
+        collect(Store(tmp_path / "store"))
+    assert shard.read_bytes() == content
+    assert verify(Store(tmp_path / "store")).damaged
+
+
+def test_gc_removes_nothing_while_it_is_not_known_what_is_used(tmp_path: Path) -> None:
+    """The advice for a damaged note does not lead to a lost store."""
+    store = one_used_of_ten(tmp_path)
+    (note,) = store.notes
+    note.write_text('{"run_folder": ')
+    with pytest.raises(StoreError, match="cache verify --drop"):
+        collect(store)
+    assert list(verify(store, drop=True).damaged) == [note]
+    with pytest.raises(StoreError, match="it is not known of every run folder"):
+        collect(store)
+    assert verify(store).damaged == {}
+    store.add_user(tmp_path / "run")  # as its next training does
+    assert collect(store).removed_keys == 9
+    assert float(Store(tmp_path / "store").read("7")["image"].mean()) == 7.0
 
 
 def test_gc_waits_for_no_one(encoded: tuple[dict[str, Any], Path]) -> None:

@@ -39,7 +39,10 @@ def _verify(store: Store, drop: bool) -> int:
     for file, problem in found.damaged.items():
         print(f"  {file}: {problem}" + ("; dropped" if drop else ""))
     if found.damaged and not drop:
-        print("what to do: run it again with --drop, then encode again")
+        print(
+            "what to do: run it again with --drop, then start the trainings that use the store again: "
+            "only what was lost is encoded"
+        )
     return 1 if found.damaged and not drop else 0
 
 

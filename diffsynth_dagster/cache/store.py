@@ -34,6 +34,8 @@ from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import digest_text
 from diffsynth_dagster.files import write_text
 
+LOST = ".lost"
+"""How the name of a damaged note ends after it was put aside."""
 _OPEN_SHARDS = 64
 
 
@@ -177,11 +179,17 @@ class Store:
         path = self.path / "users" / f"{digest_text(text)[:32]}.json"
         if not path.is_file():
             write_text(path, json.dumps({"run_folder": text}) + "\n")
+        path.with_suffix(LOST).unlink(missing_ok=True)
 
     @property
     def notes(self) -> list[Path]:
         """The files that note run folders, sorted."""
         return sorted((self.path / "users").glob("*.json"))
+
+    @property
+    def lost_notes(self) -> list[Path]:
+        """Damaged notes that were put aside, sorted."""
+        return sorted((self.path / "users").glob(f"*{LOST}"))
 
     def users(self) -> list[Path]:
         """The run folders that were noted, sorted.

@@ -4,12 +4,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.cache.manifest import FILE_NAME, PLANNED, read_manifest
-from diffsynth_dagster.cache.shards import OpenShard, damaged, index_layout, index_row, read_index
-from diffsynth_dagster.cache.store import Store, read_note
+from diffsynth_dagster.cache.shards import (
+    OpenShard,
+    damaged,
+    index_layout,
+    index_row,
+    read_index,
+    tensor_digest,
+)
+from diffsynth_dagster.cache.store import LOST, Store, read_note
 from diffsynth_dagster.errors import StoreError
 
 PART_OF_SHARD_KEPT = 0.5
@@ -38,7 +45,8 @@ def verify(store: Store, drop: bool = False) -> Verified:
 
     Args:
         drop: remove what is damaged: the indices of such shards, so that their samples are encoded
-            again, and such notes, which the next training in the run folder writes again.
+            again. Such notes are put aside, until the next training in the run folder writes them
+            again.
 
     Raises:
         StoreError: `drop`, and the store is in use.
@@ -64,7 +72,10 @@ def verify(store: Store, drop: bool = False) -> Verified:
     if drop and found.damaged:
         with store.in_use(alone=True):
             for file in found.damaged:
-                file.unlink(missing_ok=True)
+                if file in store.notes:
+                    file.replace(file.with_suffix(LOST))
+                else:
+                    file.unlink(missing_ok=True)
     return found
 
 
@@ -192,12 +203,20 @@ def collect(store: Store) -> Collected:
     stays as it is.
 
     Raises:
-        StoreError: the store is in use; or none of its run folders is there; or see `used_keys`.
+        StoreError: the store is in use; or none of its run folders is there; or damage leaves open
+            what they use: see `used_keys`; or what is used is damaged.
         OutputError: the store cannot be written.
     """
     with store.in_use(alone=True):
         before = _size(store)
         users = used_keys(store)
+        if store.lost_notes:
+            raise StoreError(
+                "it is not known of every run folder what it uses of this store: notes were damaged",
+                where=", ".join(str(path) for path in store.lost_notes),
+                do="start the trainings of its run folders once more, which writes the notes again; "
+                "remove those that are left when every run folder is among the users in `stats`",
+            )
         if store.users() and not users:
             raise StoreError(
                 "none of the run folders that use this store is there",
@@ -231,9 +250,14 @@ def _rewrite(store: Store, shard: str, kept: pl.DataFrame) -> None:
     path = store.path / "shards" / f"{shard}.safetensors"
     if kept.height:
         try:
-            with safe_open(path, framework="pt", device="cpu") as file, store.writer() as writer:
-                for key, outputs in kept.group_by("key").agg("output").iter_rows():
-                    writer.add(key, {o: file.get_tensor(f"{key}.{o}") for o in outputs})
+            opened = OpenShard(path)
+            with store.writer() as writer:
+                for key, *named in kept.group_by("key").agg("output", "digest").iter_rows():
+                    outputs = {output: opened.read(key, output) for output in named[0]}
+                    # Or damage would get a digest of its own.
+                    if [tensor_digest(tensor) for tensor in outputs.values()] != named[1]:
+                        raise damaged(path, f"the index says something else of {key[:16]}…")
+                    writer.add(key, outputs)
         except (OSError, SafetensorError) as error:
             raise damaged(path, f"the shard cannot be read: {error}") from error
     # Without its index a shard is not read: so first the index.

@@ -8,7 +8,14 @@ from diffsynth_dagster.config.settled import named_data
 from diffsynth_dagster.data.columns import Columns
 from diffsynth_dagster.data.media.budget import DECODING
 from diffsynth_dagster.data.table.check import CheckedTable, Progress, validate
-from diffsynth_dagster.data.table.checked import FILE_NAME, find_checked, write_checked
+from diffsynth_dagster.data.table.checked import (
+    FILE_NAME,
+    PINNED,
+    find_checked,
+    pin,
+    read_checked,
+    write_checked,
+)
 from diffsynth_dagster.dotted import import_function
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache
@@ -19,12 +26,17 @@ def prepare_data(
     columns: Columns,
     fact_cache: FactCache,
     progress: Progress = lambda n: None,
+    pinned: bool = False,
 ) -> CheckedTable:
     """The checked table of a config.
 
     A checked table that `dataset_metadata_path` names is taken as it is. Otherwise
     `customized_dataset` is called, and every row is checked. The table lies in the run folder
     afterwards. Rejected rows are not refused here: see `CheckedTable.require_accepted`.
+
+    Args:
+        pinned: whether it is for the owner of the run folder, who goes on with it whatever others
+            check meanwhile: see `table.checked.PINNED`.
 
     Raises:
         MetadataError, ParameterError: see `validate`; or the checked table is for other columns or
@@ -38,9 +50,12 @@ def prepare_data(
     checked = find_checked(named)
     if checked is not None:
         _require_fit(config, columns, checked)
-        if is_own:
+        if not is_own:
+            return write_checked(replace(checked, data=named_data(config)), own.parent, pinned)
+        if not pinned:
             return checked
-        return write_checked(replace(checked, data=named_data(config)), own.parent)
+        pin(own.parent)
+        return read_checked(own.parent, PINNED)
     if is_own:
         raise ParameterError(
             "the checked table would take the place of the data set's own",
@@ -50,7 +65,8 @@ def prepare_data(
     if config.customized_dataset is not None:
         make = import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
         make(Path(config.dataset_base_path))
-    return write_checked(validate(config, columns, fact_cache, progress), Path(config.output_path))
+    checked = validate(config, columns, fact_cache, progress)
+    return write_checked(checked, own.parent, pinned)
 
 
 def _require_fit(config: TrainingConfig, columns: Columns, checked: CheckedTable) -> None:

@@ -19,7 +19,7 @@ from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.checked import PINNED, pin, read_checked
+from diffsynth_dagster.data.table.checked import PINNED, read_checked
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.training.parallel import Parallel
@@ -49,9 +49,10 @@ def checked_table(
         return None
     with parallel.node_main_first():
         if not parallel.is_node_main:
-            return read_checked(Path(config.output_path))
+            return read_checked(Path(config.output_path), PINNED)
         with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
-            table = prepare_data(config, guess_family(config).columns, fact_cache, bar.update)
+            columns = guess_family(config).columns
+            table = prepare_data(config, columns, fact_cache, bar.update, pinned=True)
         table.require_accepted(config.max_rejected_fraction)
         return table
 
@@ -99,7 +100,6 @@ def _encode(
     output = Path(config.output_path)
     with parallel.node_main_first():
         if parallel.is_node_main:
-            pin(output)
             keys = Keys(models.found, fact_cache, models.dtype)
             plan_samples(config, models.found, read_checked(output, PINNED), keys)
         table, planned = read_checked(output, PINNED), read_manifest(output, PLANNED)

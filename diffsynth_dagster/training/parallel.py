@@ -6,10 +6,10 @@ and reads the same for one process on a CPU as for many GPUs on several machines
 
 import logging
 import os
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     gather_object,
     is_bf16_available,
     set_seed,
@@ -25,7 +26,9 @@ from accelerate.utils import (
 from torch import nn
 
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.errors import EXIT_USER_ERROR, ParameterError, UserError
+
+T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
 """How long processes wait for each other: one may be downloading, checking files or sampling."""
@@ -98,6 +101,23 @@ class Parallel:
         yield
         for _ in range(turn, 2):
             self.wait_for_everyone()
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What the main process makes, on every process. Collective.
+
+        Where it raises a `UserError`, that is the main process's to report: the others end.
+        """
+        made: list[Any] = [None, True]
+        if self.is_main_process:
+            try:
+                made = [make(), False]
+            except UserError:
+                broadcast_object_list(made)
+                raise
+        value, failed = broadcast_object_list(made)
+        if failed:
+            raise SystemExit(EXIT_USER_ERROR)
+        return cast(T, value)
 
     def device_names(self) -> list[str]:
         """Names of the devices of all processes. Collective."""

@@ -1,7 +1,8 @@
 """Bounds of what a configuration may build, told from the tensors of the files."""
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,8 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffsynth_dagster.families.contract import Shapes
 
 LARGEST_SETTING = 2**24
-"""No integer in the configuration of a model is larger: not a vocabulary, nor the base of a rotary
-embedding."""
+"""No size and no count in the configuration of a model is larger, such as that of a vocabulary."""
+_COUNTS = re.compile(
+    r"(^|_)(num|n|size|dims?|layers?|channels?|heads?|depths?|blocks?|width|window|experts?|positions?"
+    r"|embeddings?|vocab|patch|groups?|rank|length)(_|$)"
+)
 # Published models take 2 calls for each tensor.
 _CALLS, _CALLS_EACH = 10_000, 20
 _LARGEST_TABLES = 2**28
@@ -45,22 +49,18 @@ class ModelBounds(TorchDispatchMode):
         return result
 
 
-def too_large(settings: object) -> str | None:
-    """The name of a setting whose number, or one within, no model has; None where there is none.
+def too_large(settings: object, name: str = "") -> str | None:
+    """The name of a size or a count, in settings or within, that no model has; None where there is
+    none.
 
     Args:
-        settings: values of JSON.
+        settings: values of JSON, of this name.
     """
     if isinstance(settings, Mapping):
-        items = [(str(name), value) for name, value in settings.items()]
+        named = [(str(key), value) for key, value in cast(Mapping[Any, Any], settings).items()]
     elif isinstance(settings, list):
-        items = [("", value) for value in settings]
+        named = [(name, value) for value in cast(list[Any], settings)]
     else:
-        return None
-    for name, value in items:
-        inner = too_large(value)
-        if inner is not None:
-            return inner or name
-        if isinstance(value, int) and abs(value) > LARGEST_SETTING:
-            return name
-    return None
+        is_count = isinstance(settings, int) and _COUNTS.search(name) is not None
+        return name if is_count and abs(cast(int, settings)) > LARGEST_SETTING else None
+    return next((found for key, value in named if (found := too_large(value, key))), None)

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from diffsynth_dagster.errors import WeightsError, reason_of
+from diffsynth_dagster.errors import WeightsError, reason_of, shown
 from diffsynth_dagster.families.contract import Shapes
 from diffsynth_dagster.families.shared.architecture import build
 from diffsynth_dagster.weights.bounds import ModelBounds
@@ -56,10 +57,12 @@ def read_tensors(paths: Sequence[Path], start: str = "") -> dict[str, torch.Tens
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.element_size() == 1:  # float8 cannot be compared
-        tensor = tensor.to(torch.float16)
+        tensor = tensor.to(torch.float32)
     # NaN goes through both, as fast as memory is read.
     least, most = torch.aminmax(tensor)
     return math.isfinite(least) and math.isfinite(most)
@@ -78,6 +81,7 @@ def build_empty(found: Found) -> nn.Module:
     with torch.device("meta"), ModelBounds(shapes):
         tried = _build(found, shapes)
     _check_names(found, shapes, tried)
+    _check_statistics(found, tried)
     with init_empty_weights(include_buffers=False):
         return _build(found, shapes)
 
@@ -122,6 +126,28 @@ def _check_names(found: Found, shapes: Shapes, module: nn.Module) -> None:
             where=found.entry.text,
             do="name every shard of the model and nothing else",
         )
+
+
+def _check_statistics(found: Found, module: nn.Module) -> None:
+    """Check the mean and the deviation of each latent channel in a VAE's configuration, which nothing
+    uses before the first picture is encoded. Raises `WeightsError`."""
+    config: Any = getattr(module, "config", None)
+    settings: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
+    given = {name: settings.get(name) for name in ("latents_mean", "latents_std")}
+    channels = settings.get("z_dim")
+    if channels is None or not any(name in settings for name in given):
+        return
+    for name, values in given.items():
+        is_list = isinstance(values, (list, tuple)) and len(cast(list[Any], values)) == channels
+        numbers = cast(list[Any], values) if is_list else []
+        sound = all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
+        if not is_list or not sound or (name == "latents_std" and min(numbers) <= 0):
+            raise WeightsError(
+                f"the settings of '{found.component.name}' give {name} = {shown(values)}, which is "
+                f"not a number for each of its {channels} channels",
+                where=found.entry.text,
+                do="download the config.json beside the files again",
+            )
 
 
 def load_component(found: Found, device: torch.device | str, dtype: torch.dtype) -> nn.Module:

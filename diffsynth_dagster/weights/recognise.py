@@ -17,7 +17,14 @@ from diffsynth_dagster.weights.bounds import too_large
 from diffsynth_dagster.weights.header import Header
 
 _Settings = Literal["architecture", "scheduler"]
-_NAMES_CODE = ("attn_implementation", "experts_implementation", "auto_map")
+_NO_PART = (
+    "attn_implementation",
+    "experts_implementation",
+    "auto_map",
+    "num_labels",
+    "id2label",
+    "label2id",
+)
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ def _read_mapping(path: Path, what: _Settings) -> dict[str, Any]:
         WeightsError: the file is damaged.
     """
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_code)
+        loaded = json.loads(path.read_text(encoding="utf-8"), object_hook=_of_the_model)
     except RecursionError as error:
         raise _damaged(path, what, "they are nested too deeply") from error
     except (OSError, ValueError) as error:
@@ -225,10 +232,10 @@ def _read_mapping(path: Path, what: _Settings) -> dict[str, Any]:
     return cast(dict[str, Any], loaded)
 
 
-def _without_code(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without those that name the code to compute with: libraries would look for it on a
-    hub, and it is no part of what a model is."""
-    return {n: v for n, v in settings.items() if not n.strip("_").startswith(_NAMES_CODE)}
+def _of_the_model(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that are no part of what a model is here: the code to compute with,
+    which libraries would look for on a hub, and the labels of a classifier."""
+    return {n: v for n, v in settings.items() if not n.strip("_").startswith(_NO_PART)}
 
 
 def _damaged(path: Path, what: _Settings, reason: str) -> WeightsError:

@@ -6,7 +6,7 @@ nothing, eight of the largest ones take more memory than many machines have.
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from threading import Condition, Lock
+from threading import Condition, Lock, local
 
 from diffsynth_dagster.config.dataset import DatasetParameters
 
@@ -23,6 +23,7 @@ class PixelBudget:
         self._used = 0
         self._turn = Lock()
         self._changed = Condition()
+        self._here = local()
 
     @contextmanager
     def hold(self, pixels: int) -> Generator[None]:
@@ -31,12 +32,17 @@ class PixelBudget:
         More than the whole budget are let in when no others are. Threads are let in one after the
         other, so that small files do not keep a large one waiting. A thread holds one at a time.
         """
+        assert not getattr(self._here, "holds", False), (
+            "a thread that holds some would wait for itself"
+        )
         with self._turn, self._changed:
             self._changed.wait_for(lambda: self._fits(pixels))
             self._used += pixels
+        self._here.holds = True
         try:
             yield
         finally:
+            self._here.holds = False
             with self._changed:
                 self._used -= pixels
                 self._changed.notify_all()

@@ -24,8 +24,11 @@ _NOTES = "diffsynth_dagster"
 _NOTED = ("source", "parameters", "data", "read_as")
 
 
-def write_checked(table: CheckedTable, folder: Path) -> CheckedTable:
+def write_checked(table: CheckedTable, folder: Path, pinned: bool = False) -> CheckedTable:
     """Write `metadata.parquet` (every row) and `rejected.csv` into a run folder.
+
+    Args:
+        pinned: whether it is what the owner of the folder goes on with: see `PINNED`.
 
     Returns:
         The table as it lies there.
@@ -36,8 +39,11 @@ def write_checked(table: CheckedTable, folder: Path) -> CheckedTable:
     values = {name: getattr(table, name) for name in _NOTED}
     notes = {_NOTES: json.dumps(values)}
     path = write_whole(
-        folder / FILE_NAME, lambda staged: table.rows.sink_parquet(staged, metadata=notes)
+        folder / (PINNED if pinned else FILE_NAME),
+        lambda staged: table.rows.sink_parquet(staged, metadata=notes),
     )
+    if pinned:
+        _copy(path, folder / FILE_NAME)
     rejected = table.rejected.select("row", "status", "message").collect()
     write_whole(folder / "rejected.csv", rejected.write_csv)
     return replace(table, rows=pl.scan_parquet(path))
@@ -76,11 +82,16 @@ def pin(folder: Path) -> None:
     Raises:
         OutputError: the folder cannot be written.
     """
+    _copy(folder / FILE_NAME, folder / PINNED)
+
+
+def _copy(path: Path, other: Path) -> None:
+    """Let a file have another name too. Raises `OutputError`."""
 
     def link(staged: Path) -> None:
         try:
-            os.link(folder / FILE_NAME, staged)
+            os.link(path, staged)
         except OSError:  # not every file system has links
-            shutil.copyfile(folder / FILE_NAME, staged)
+            shutil.copyfile(path, staged)
 
-    write_whole(folder / PINNED, link)
+    write_whole(other, link)
