@@ -68,7 +68,7 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
         launcher: Launcher,
     ) -> Iterator[dg.AssetObservation | dg.MaterializeResult]:
         from diffsynth_dagster.cache.split import second_half
-        from diffsynth_dagster.training.uptodate import finished_training
+        from diffsynth_dagster.training.uptodate import changed_metrics, finished_training
 
         with user_errors():
             settings = second_half(parameters.apply(recipe.config))
@@ -85,8 +85,14 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
                 record = _finished_record(settings)
             else:
                 context.log.info("nothing that the training depends on has changed")
+            changed = changed_metrics(Path(settings.output_path), record)
+            if changed is not None:
+                context.log.warning(str(changed))
         yield dg.MaterializeResult(
-            metadata={"trained_in_this_run": trained, **_describe(settings, record)},
+            metadata={
+                "trained_in_this_run": trained,
+                **_describe(settings, record, with_losses=changed is None),
+            },
             data_version=dg.DataVersion(record.newest_digest),
             check_results=[_check(record)],
         )
@@ -165,7 +171,7 @@ def _check(record: "RunRecord") -> dg.AssetCheckResult:
     )
 
 
-def _describe(config: TrainingConfig, record: "RunRecord") -> dict[str, Any]:
+def _describe(config: TrainingConfig, record: "RunRecord", with_losses: bool) -> dict[str, Any]:
     folder = Path(config.output_path)
     facts: dict[str, Any] = {
         "steps": record.steps,
@@ -184,7 +190,7 @@ def _describe(config: TrainingConfig, record: "RunRecord") -> dict[str, Any]:
     if record.final_loss is not None:
         facts["final_loss"] = record.final_loss
     pictures = {
-        "loss_curve": loss_curve(folder / "metrics.csv"),
+        "loss_curve": loss_curve(folder / "metrics.csv") if with_losses else None,
         "samples": stacked(_pictures(record, folder, evaluated=False)),
         "evaluation": stacked(_pictures(record, folder, evaluated=True)),
     }

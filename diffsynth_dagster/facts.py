@@ -219,9 +219,7 @@ class FactCache:
         summed = [(*row, _sum(*row)) for row in rows]
         self._run(lambda: self._write(kind, failed, summed))
 
-    def _write(
-        self, kind: str, failed: list[tuple[str, str]], rows: list[tuple[Any, ...]]
-    ) -> None:
+    def _write(self, kind: str, failed: list[tuple[str, str]], rows: list[tuple[Any, ...]]) -> None:
         with self._database:
             self._database.executemany("DELETE FROM known WHERE kind = ? AND path = ?", failed)
             self._database.executemany(

@@ -11,7 +11,7 @@ import struct
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,17 @@ def hidden_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
+@contextlib.contextmanager
+def hidden_folder(path: Path) -> Generator[Path]:
+    """A folder for a while, named by `hidden_beside`."""
+    folder = hidden_beside(path)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 _HIDDEN = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")
 
 
@@ -43,7 +54,7 @@ def _host() -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the hidden files that killed writers left in a folder: of processes of this machine that
+    """Remove the hidden files and folders that killed writers left in a folder: of processes of this machine that
     are gone, and of any machine after a day."""
     for path in folder.glob(".*"):
         named = _HIDDEN.fullmatch(path.name)
@@ -51,7 +62,7 @@ def remove_leftovers(folder: Path) -> None:
             with contextlib.suppress(OSError):  # gone meanwhile, or not ours
                 old = time.time() - path.stat().st_mtime > _OLD_S
                 if old or (named[1] == _host() and not psutil.pid_exists(int(named[2]))):
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_whole(path: Path, write: Callable[[Path], object], size: int | None = None) -> Path:

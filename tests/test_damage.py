@@ -4,7 +4,6 @@ import random
 import shutil
 import sqlite3
 import warnings
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import polars as pl
 import pytest
 import torch
 from conftest import Values, train
+from damage_support import DAMAGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -23,28 +23,6 @@ from diffsynth_dagster.cache.upkeep import verify
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.weights.load import is_finite
-
-
-def truncated(content: bytes, source: random.Random) -> bytes:
-    return content[: source.randrange(len(content))]
-
-
-def zeroed(content: bytes, source: random.Random) -> bytes:
-    start = source.randrange(len(content))
-    length = min(len(content) - start, 64)
-    return content[:start] + bytes(length) + content[start + length :]
-
-
-def flipped(content: bytes, source: random.Random) -> bytes:
-    place = source.randrange(len(content))
-    return (
-        content[:place]
-        + bytes([content[place] ^ (1 << source.randrange(8))])
-        + content[place + 1 :]
-    )
-
-
-DAMAGE: list[Callable[[bytes, random.Random], bytes]] = [truncated, zeroed, flipped]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import polars as pl
 
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.errors import StoreError
-from diffsynth_dagster.files import write_whole
+from diffsynth_dagster.seal import seal_is_broken, write_sealed
 
 FILE_NAME = "samples.parquet"
 PLANNED = ".samples.planned.parquet"
@@ -108,7 +108,7 @@ def write_manifest(rows: pl.LazyFrame, notes: Notes, path: Path) -> Manifest:
     """Write a manifest whole, its rows in batches. Raises `OutputError`."""
     values: dict[str, Any] = asdict(notes)
     text = {_NOTES: json.dumps(values)}
-    write_whole(path, lambda staged: rows.sink_parquet(staged, metadata=text))
+    write_sealed(path, lambda staged, said: rows.sink_parquet(staged, metadata=said), text)
     return Manifest(**values, path=path)
 
 
@@ -124,6 +124,12 @@ def read_manifest(folder: Path, name: str = FILE_NAME, any_layout: bool = False)
     """
     path = folder / name
     try:
+        if path.is_file() and seal_is_broken(path):
+            raise StoreError(
+                "the list of encoded samples is damaged: its bytes have changed",
+                where=str(path),
+                do=_DO,
+            )
         given: dict[str, Any] = json.loads(pl.read_parquet_metadata(path)[_NOTES])
         notes: dict[str, Any] = {"digest": "", "samples": 0, **given}
         manifest = Manifest(**notes, path=path)

@@ -4,7 +4,6 @@ The table is read in batches and the manifest written in batches: ten million ro
 memory than a hundred thousand, but for a number each.
 """
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from diffsynth_dagster.data.digests import digest_rows
 from diffsynth_dagster.data.samples import PARTS, files_as_json
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.families.contract import Stage
-from diffsynth_dagster.files import write_whole
+from diffsynth_dagster.files import hidden_folder, write_whole
 from diffsynth_dagster.weights.identify import FoundModel
 
 _SIZES = {"row": pl.UInt32, "width": pl.Int64, "height": pl.Int64, "frames": pl.Int64}
@@ -47,9 +46,8 @@ def plan_samples(
     cached, in_step = family.cached_stages(trained), family.step_stages(trained)
     step_inputs = list(dict.fromkeys(i for stage in in_step for i in stage.reads))
     output = Path(config.output_path)
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".plan-", dir=output) as folder:
-        draft = Path(folder) / "draft.parquet"
+    with hidden_folder(output / "plan") as folder:
+        draft = folder / "draft.parquet"
         make_rows = _row_maker(family.columns, cached, step_inputs, keys)
         made = table.accepted.select(_read_columns(family.columns)).map_batches(
             make_rows,

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.files import write_whole
+from diffsynth_dagster.seal import seal_is_broken, write_sealed
 
 SHARD_BYTES = 256 * 1024 * 1024
 SHARD_SECONDS = 60.0
@@ -49,12 +50,27 @@ def damaged(file: Path, why: str) -> StoreError:
     )
 
 
+def require_whole(file: Path) -> None:
+    """Compare an index file with its seal.
+
+    Raises:
+        StoreError: it has other bytes than those that were written.
+    """
+    try:
+        broken = seal_is_broken(file)
+    except OSError as error:
+        raise damaged(file, f"the index cannot be read: {error}") from error
+    if broken:
+        raise damaged(file, "the bytes of the index have changed")
+
+
 def read_index(file: Path) -> pl.DataFrame:
     """The rows of an index file.
 
     Raises:
         StoreError: it is damaged.
     """
+    require_whole(file)
     try:
         rows = pl.read_parquet(file)
     except POLARS_ERRORS as error:
@@ -170,11 +186,11 @@ class ShardWriter:
             lambda staged: save_file(tensors, staged, metadata=digests),
             self._bytes,
         )
-        write_whole(
+        index = pl.DataFrame(rows, schema=INDEX_SCHEMA)
+        write_sealed(
             self._path / "index" / f"{shard}.parquet",
-            lambda staged: pl.DataFrame(rows, schema=INDEX_SCHEMA).write_parquet(
-                staged, metadata={_LAYOUT: str(LAYOUT_VERSION)}
-            ),
+            lambda staged, said: index.write_parquet(staged, metadata=said),
+            {_LAYOUT: str(LAYOUT_VERSION)},
         )
         self._tensors, self._rows, self._bytes = {}, [], 0
         self._started = time.monotonic()

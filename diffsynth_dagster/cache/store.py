@@ -29,6 +29,7 @@ from diffsynth_dagster.cache.shards import (
     ShardWriter,
     damaged,
     read_index,
+    require_whole,
 )
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import digest_text
@@ -49,6 +50,7 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
+        self._whole: set[Path] = set()
 
     @property
     def index_files(self) -> list[Path]:
@@ -56,8 +58,16 @@ class Store:
         return sorted((self.path / "index").glob("*.parquet"))
 
     def scan(self) -> pl.LazyFrame:
-        """Every row of every index file, lazily: to be collected with `collect`."""
+        """Every row of every index file, lazily: to be collected with `collect`.
+
+        Raises:
+            StoreError: an index file is damaged.
+        """
         files = self.index_files
+        for file in files:
+            if file not in self._whole:
+                require_whole(file)
+                self._whole.add(file)
         # With the schema given, no file is looked into before the frame is collected.
         none = pl.LazyFrame(schema=INDEX_SCHEMA)
         return pl.scan_parquet(files, schema=INDEX_SCHEMA) if files else none

@@ -12,12 +12,15 @@ from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.effect import trained_components, values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError, WeightsError
-from diffsynth_dagster.facts import FactCache, digest_of
+from diffsynth_dagster.facts import FactCache, digest_file, digest_of
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
 FILE_NAME = "run.json"
+METRICS = "metrics.csv"
+_DIGEST = "digest"
+"""Of all else that the file says; those of older versions have none."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class RunRecord:
         evaluation: metrics of `customized_evaluation`, named before/… and after/….
         pictures: name → file name under samples/.
         clips: the same of sampled videos, named step-<step>-<place of the prompt, from 0>.
+        metrics: digest of `metrics.csv` at the end of the training.
         finished: whether the training reached its end.
     """
 
@@ -60,6 +64,7 @@ class RunRecord:
     evaluation: dict[str, float] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
     clips: dict[str, str] = field(default_factory=dict)
+    metrics: str = ""
     finished: bool = False
     version: str = __version__
 
@@ -97,7 +102,9 @@ class RunFile:
     def _update(self, write: bool = True, **facts: Any) -> None:
         self.record = replace(self.record, **facts)
         if write and self._writes:
-            write_text(self._path, json.dumps(asdict(self.record), indent=2) + "\n")
+            said = asdict(self.record)
+            text = json.dumps({**said, _DIGEST: digest_of(said)}, indent=2)
+            write_text(self._path, text + "\n")
 
     def saved(self, files: Mapping[str, str]) -> None:
         """A checkpoint was written: file name → digest."""
@@ -142,8 +149,12 @@ class RunFile:
 
     def finished(self, trained_tensors: int, changed_tensors: int) -> None:
         """The training reached its end, and so many of the trained tensors changed."""
+        metrics = self._path.with_name(METRICS)
         self._update(
-            trained_tensors=trained_tensors, changed_tensors=changed_tensors, finished=True
+            trained_tensors=trained_tensors,
+            changed_tensors=changed_tensors,
+            metrics=digest_file(metrics) if self._writes and metrics.is_file() else "",
+            finished=True,
         )
 
 
@@ -214,8 +225,12 @@ def read_record(folder: Path) -> RunRecord | None:
     if not path.is_file():
         return None
     try:
-        return RunRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        digest = facts.pop(_DIGEST, None)
+        if digest is not None and digest != digest_of(facts):
+            raise ValueError("its content has changed since it was written")
+        return RunRecord(**facts)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise OutputError(
             f"the record of the run cannot be read: {error}",
             where=str(path),

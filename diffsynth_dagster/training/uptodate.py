@@ -1,4 +1,5 @@
-"""Whether a training is up to date: done before, with all that its result depends on unchanged."""
+"""Whether a training is up to date: done before, with all that its result depends on unchanged; and
+whether what it left is what it wrote."""
 
 from contextlib import closing
 from pathlib import Path
@@ -6,8 +7,9 @@ from pathlib import Path
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.facts import FactCache, digest_file
-from diffsynth_dagster.training.record import RunRecord, read_record, start_record
+from diffsynth_dagster.training.record import METRICS, RunRecord, read_record, start_record
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 
@@ -40,3 +42,18 @@ def finished_training(
         if not (folder / name).is_file() or digest_file(folder / name) != digest:
             return None
     return record if identity == record.identity else None
+
+
+def changed_metrics(folder: Path, record: RunRecord) -> OutputError | None:
+    """What to say of the `metrics.csv` of a finished training if it is not as the training left it.
+
+    No reason to train again: nothing is made from it but pictures of the loss.
+    """
+    path = folder / METRICS
+    if not record.metrics or (path.is_file() and digest_file(path) == record.metrics):
+        return None
+    return OutputError(
+        "the losses of the training are missing or were changed since it wrote them",
+        where=str(path),
+        do="nothing, if you do not need them: the checkpoints are whole; else train again",
+    )

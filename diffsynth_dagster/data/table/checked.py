@@ -16,6 +16,7 @@ import polars as pl
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.files import write_whole
+from diffsynth_dagster.seal import seal_is_broken, write_sealed
 
 FILE_NAME = "metadata.parquet"
 PINNED = ".metadata.encoded.parquet"
@@ -38,9 +39,10 @@ def write_checked(table: CheckedTable, folder: Path, pinned: bool = False) -> Ch
     """
     values = {name: getattr(table, name) for name in _NOTED}
     notes = {_NOTES: json.dumps(values)}
-    path = write_whole(
+    path = write_sealed(
         folder / (PINNED if pinned else FILE_NAME),
-        lambda staged: table.rows.sink_parquet(staged, metadata=notes),
+        lambda staged, said: table.rows.sink_parquet(staged, metadata=said),
+        notes,
     )
     if pinned:
         _copy(path, folder / FILE_NAME)
@@ -50,10 +52,20 @@ def write_checked(table: CheckedTable, folder: Path, pinned: bool = False) -> Ch
 
 
 def find_checked(path: Path) -> CheckedTable | None:
-    """The checked table that a file is; None for any other metadata table, or no file."""
+    """The checked table that a file is; None for any other metadata table, or no file.
+
+    Raises:
+        MetadataError: it was one, and is damaged.
+    """
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return None
     try:
+        if seal_is_broken(path):
+            raise MetadataError(
+                "the checked table is damaged: its bytes have changed",
+                where=str(path),
+                do="check the data set again: materialize the metadata, or name the original table",
+            )
         notes = pl.read_parquet_metadata(path).get(_NOTES)
         return None if notes is None else CheckedTable(pl.scan_parquet(path), **json.loads(notes))
     except (OSError, pl.exceptions.PolarsError, ValueError, TypeError):

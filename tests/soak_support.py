@@ -1,0 +1,213 @@
+"""What the soak kills: the steps of a pipeline, each in a process of its own.
+
+A process is forked from a server that has imported the large libraries, so that it starts in a
+second and not in ten. (Not polars, which starts threads that a fork would lose.) A step does what
+the asset of its name does, up to Dagster: it prints one message for a mistake, and its exit code is
+the trainer's.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+HEAVY = [
+    *("accelerate", "av", "blake3", "dagster_pipes", "decord", "diffusers", "numpy", "peft"),
+    *("PIL.Image", "pydantic", "safetensors.torch", "torch", "transformers", "yaml"),
+    "diffusers.models.transformers.transformer_qwenimage",
+    "diffusers.models.autoencoders.autoencoder_kl_qwenimage",
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "transformers.models.qwen2.tokenization_qwen2",
+]
+SHARD_BYTES = 20_000
+"""Of the soak's stores: several shards for a few pictures."""
+LONGEST_S = 120.0
+"""A step that takes longer hangs."""
+
+
+def check_table(config: Any) -> int:
+    from diffsynth_dagster.cache.split import with_settled
+    from diffsynth_dagster.data.prepare import prepare_data
+    from diffsynth_dagster.facts import FactCache
+    from diffsynth_dagster.weights.identify import guess_family
+
+    config = with_settled(config)
+    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+        prepare_data(config, guess_family(config).columns, facts)
+    return 0
+
+
+def encode(config: Any) -> int:
+    from diffsynth_dagster.cache.split import first_half
+
+    return launch(first_half(config))
+
+
+def train(config: Any) -> int:
+    from diffsynth_dagster.cache.split import second_half
+    from diffsynth_dagster.training.uptodate import changed_metrics, finished_training
+    from diffsynth_dagster.weights.hub import ModelHub
+
+    config = second_half(config)
+    record = finished_training(config, ModelHub.from_environment(), None)
+    if record is None:
+        return launch(config)
+    print(changed_metrics(Path(config.output_path), record) or "up to date", file=sys.stderr)
+    return 0
+
+
+def export(config: Any) -> int:
+    from diffsynth_dagster.cache.split import with_settled
+    from diffsynth_dagster.errors import OutputError
+    from diffsynth_dagster.export import export_run, verify_export
+    from diffsynth_dagster.run_folder import owned
+    from diffsynth_dagster.training.record import read_record
+    from diffsynth_dagster.weights.hub import ModelHub
+    from diffsynth_dagster.weights.identify import find_model
+
+    record = read_record(Path(config.output_path))
+    if record is None or not record.finished:
+        raise OutputError(
+            "the run folder holds no finished training",
+            where=config.output_path,
+            do="materialize the checkpoints first",
+        )
+    config = with_settled(config)
+    found = find_model(config, ModelHub.from_environment())
+    with owned(Path(config.output_path), "exporting"):
+        for exported in export_run(config, record, found):
+            verify_export(exported, found)
+    return 0
+
+
+def launch(config: Any) -> int:
+    """The trainer's command line, on a recipe that is written as the launcher writes it."""
+    from diffsynth_dagster.config.recipe import dump_config
+    from diffsynth_dagster.files import hidden_beside, write_text
+    from diffsynth_dagster.train import main
+
+    recipe = hidden_beside(Path(config.output_path) / "launch.yaml")
+    write_text(recipe, dump_config(config))
+    try:
+        return main(["--recipe", str(recipe)])
+    finally:
+        recipe.unlink(missing_ok=True)
+
+
+STEPS: dict[str, Callable[[Any], int]] = {
+    "table": check_table,
+    "latents": encode,
+    "checkpoints": train,
+    "exports": export,
+    "command": launch,
+}
+"""Name of a step → what it does with the config of a recipe."""
+
+
+def attempt(step: str, recipe: Path, dies_at: int | None, started: Connection) -> None:
+    """The process that makes one attempt at a step.
+
+    Args:
+        dies_at: kill it just before it touches files of the recipe's folder for the n-th time.
+        started: told when all is imported.
+    """
+    os.setsid()
+    log = os.open(recipe.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.environ["ACCELERATE_USE_CPU"] = "1"
+    import diffsynth_dagster.training.loop  # noqa: F401
+    from diffsynth_dagster.cache import shards
+    from diffsynth_dagster.config.recipe import read_recipe
+    from diffsynth_dagster.training.guard import FailureGuard, PrintedFailures
+
+    shards.SHARD_BYTES = SHARD_BYTES
+    started.send(None)
+    touched = watch(str(recipe.parent), dies_at)
+    with FailureGuard(PrintedFailures()) as guard:
+        guard.code = STEPS[step](read_recipe(recipe).config)
+    (recipe.parent / "touched").write_text(json.dumps(touched))
+    sys.exit(guard.code)
+
+
+def watch(folder: str, dies_at: int | None) -> list[int]:
+    """Count, in a list of one number, how often Python touches files in a folder."""
+    count = [0]
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        touches = event.startswith(("open", "os.", "sqlite3.")) and arguments
+        if touches and isinstance(arguments[0], (str, Path)):
+            count[0] += str(arguments[0]).startswith(folder)
+            if count[0] == dies_at:
+                os.killpg(0, signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return count
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How an attempt ended.
+
+    Attributes:
+        code: None where it was killed.
+        said: what it printed.
+        seconds, touched: how long it took, and how often it touched files, where it came to its end.
+    """
+
+    code: int | None
+    said: str
+    seconds: float = 0.0
+    touched: int = 0
+
+
+def start_server() -> Any:
+    """Where attempts are forked; see the module."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    return context
+
+
+def make_attempt(
+    server: Any,
+    step: str,
+    recipe: Path,
+    dies_at: int | None = None,
+    dies_after: float | None = None,
+) -> Attempt:
+    """Try a step of a recipe once.
+
+    Args:
+        dies_at, dies_after: it is killed at the n-th touch of a file, or after so many seconds, if it
+            is not done before.
+    """
+    (recipe.parent / "touched").unlink(missing_ok=True)
+    hears, says = server.Pipe(duplex=False)
+    process = server.Process(target=attempt, args=(step, recipe, dies_at, says))
+    process.start()
+    says.close()
+    with suppress(EOFError):
+        hears.recv()
+    began = time.monotonic()
+    done = wait([process.sentinel], LONGEST_S if dies_after is None else dies_after)
+    seconds = time.monotonic() - began
+    if not done:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    said = (recipe.parent / "log").read_text(encoding="utf-8", errors="replace")
+    assert done or dies_after is not None, f"{step} hangs:\n{said}"
+    if process.exitcode == -signal.SIGKILL:
+        return Attempt(None, said)
+    file = recipe.parent / "touched"
+    touched = json.loads(file.read_text())[0] if file.exists() else 0
+    return Attempt(process.exitcode, said, seconds, touched)
