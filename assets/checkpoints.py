@@ -68,7 +68,11 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
         launcher: Launcher,
     ) -> Iterator[dg.AssetObservation | dg.MaterializeResult]:
         from diffsynth_dagster.cache.split import second_half
-        from diffsynth_dagster.training.uptodate import changed_metrics, finished_training
+        from diffsynth_dagster.training.uptodate import (
+            changed_beside,
+            finished_training,
+            say_changed,
+        )
 
         with user_errors():
             settings = second_half(parameters.apply(recipe.config))
@@ -85,14 +89,11 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
                 record = _finished_record(settings)
             else:
                 context.log.info("nothing that the training depends on has changed")
-            changed = changed_metrics(Path(settings.output_path), record)
-            if changed is not None:
-                context.log.warning(str(changed))
+            changed = changed_beside(Path(settings.output_path), record)
+            if changed:
+                context.log.warning(say_changed(changed))
         yield dg.MaterializeResult(
-            metadata={
-                "trained_in_this_run": trained,
-                **_describe(settings, record, with_losses=changed is None),
-            },
+            metadata={"trained_in_this_run": trained, **_describe(settings, record, changed)},
             data_version=dg.DataVersion(record.newest_digest),
             check_results=[_check(record)],
         )
@@ -171,7 +172,12 @@ def _check(record: "RunRecord") -> dg.AssetCheckResult:
     )
 
 
-def _describe(config: TrainingConfig, record: "RunRecord", with_losses: bool) -> dict[str, Any]:
+def _describe(config: TrainingConfig, record: "RunRecord", changed: list[Path]) -> dict[str, Any]:
+    """What a training did, with the pictures that it left.
+
+    Args:
+        changed: files that are not as it left them, and may not even be read.
+    """
     folder = Path(config.output_path)
     facts: dict[str, Any] = {
         "steps": record.steps,
@@ -189,12 +195,17 @@ def _describe(config: TrainingConfig, record: "RunRecord", with_losses: bool) ->
     }
     if record.final_loss is not None:
         facts["final_loss"] = record.final_loss
+    losses = folder / "metrics.csv"
+    sampled, evaluated = (
+        [(title, path) for title, path in _pictures(record, folder, kind) if path not in changed]
+        for kind in (False, True)
+    )
     pictures = {
-        "loss_curve": loss_curve(folder / "metrics.csv") if with_losses else None,
-        "samples": stacked(_pictures(record, folder, evaluated=False)),
-        "evaluation": stacked(_pictures(record, folder, evaluated=True)),
+        "loss_curve": loss_curve(losses) if losses not in changed else None,
+        "samples": stacked(sampled),
+        "evaluation": stacked(evaluated),
     }
-    clips = _newest_clips(record, folder)
+    clips = [clip for clip in _newest_clips(record, folder) if clip not in changed]
     shown = {name: inline(p) for name, p in pictures.items() if p is not None}
     playing = animation(clips)
     return {

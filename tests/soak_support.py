@@ -54,14 +54,20 @@ def encode(config: Any) -> int:
 
 def train(config: Any) -> int:
     from diffsynth_dagster.cache.split import second_half
-    from diffsynth_dagster.training.uptodate import changed_metrics, finished_training
+    from diffsynth_dagster.training.uptodate import (
+        changed_beside,
+        finished_training,
+        say_changed,
+    )
     from diffsynth_dagster.weights.hub import ModelHub
 
     config = second_half(config)
     record = finished_training(config, ModelHub.from_environment(), None)
     if record is None:
         return launch(config)
-    print(changed_metrics(Path(config.output_path), record) or "up to date", file=sys.stderr)
+    changed = changed_beside(Path(config.output_path), record)
+    if changed:
+        print(f"warning: {say_changed(changed)}", file=sys.stderr)
     return 0
 
 

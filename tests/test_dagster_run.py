@@ -208,6 +208,25 @@ def test_a_recipe_for_each_half(place: Place) -> None:
         assert metadata["trained_in_this_run"].value is trains
 
 
+def test_what_is_looked_at_may_be_damaged(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    """Losses and pictures that are not as the training left them are named, not shown, and no reason to
+    train again."""
+    place.recipe("looked_at")
+    assert place.run("looked_at").success
+    run = place.folder / "looked_at"
+    damaged = [run / "metrics.csv", *sorted((run / "samples").iterdir())]
+    for path in damaged:
+        path.write_bytes(bytes(8) + path.read_bytes()[8:])
+    capfd.readouterr()
+    result = place.run("looked_at")
+    assert result.success
+    facts = metadata_of(result, "checkpoints", "looked_at")
+    assert facts["trained_in_this_run"].value is False
+    assert not {"loss_curve", "samples"} & facts.keys()
+    said = capfd.readouterr().err
+    assert all(str(path) in said for path in damaged)
+
+
 def refuse_to_launch(*arguments: Any, **options: Any) -> Any:
     raise AssertionError("nothing may be launched")
 

@@ -35,10 +35,12 @@ def end(process: subprocess.Popen[bytes], how: int = signal.SIGKILL) -> None:
 
 
 def of_a_dead_process(path: Path) -> Path:
-    """A hidden file that a process which is gone was writing."""
+    """A hidden file, or folder of a plan, that a process which is gone was writing."""
     write = "import sys; from pathlib import Path\n"
     write += "from diffsynth_dagster.files import hidden_beside\n"
-    write += "path = hidden_beside(Path(sys.argv[1])); path.write_text('half'); print(path)"
+    write += "path = hidden_beside(Path(sys.argv[1])); print(path)\n"
+    write += "path.mkdir() if path.name.startswith('.plan') else path\n"
+    write += "(path / 'draft' if path.is_dir() else path).write_text('half')"
     command = [sys.executable, "-c", write, str(path)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return Path(done.stdout.strip())
@@ -111,6 +113,8 @@ def test_only_what_nobody_writes_any_more_is_removed(tmp_path: Path) -> None:
     pictures = tmp_path / "samples"
     pictures.mkdir()
     dead = [of_a_dead_process(tmp_path / "a.json"), of_a_dead_process(pictures / "b.png")]
+    dead.append(of_a_dead_process(tmp_path / "plan"))
+    assert dead[-1].is_dir()
     # Of another machine, where a process cannot be asked for: kept for a day.
     elsewhere = tmp_path / f".c.json.00000000-{os.getpid()}-01234567"
     elsewhere.write_text("kept")

@@ -35,7 +35,7 @@ WAYS = {
 """A step that fails by damage done before it is tried anew, as Dagster does it: not those before it."""
 _KILLED = {"table": 1, "latents": 4, "checkpoints": 4, "exports": 2, "command": 6}
 """How often each step is killed, in proportion."""
-_MEASURED = ("seconds", "samples_per_second", "peak_memory_bytes", "metrics", "digest")
+_MEASURED = ("seconds", "samples_per_second", "peak_memory_bytes", "beside", "digest")
 _AGAIN: list[tuple[str, str]] = [
     ("materialize the metadata", "table"),
     ("check it again", "table"),
@@ -102,7 +102,7 @@ class Soak:
         self._source = random.Random(seed)
         self._wanted = wanted or {}
         self._lengths = lengths or {}
-        self._damaged: list[Path] = []
+        self._damaged: dict[Path, bytes | None] = {}  # and what was left of them
         self._unneeded: set[str] = set()
         self._to_kill: Counter[str] = Counter()
 
@@ -121,7 +121,7 @@ class Soak:
         for folder, names in ((self.run, ("the store", "nothing")), (self.store, ("nothing",))):
             if kept in names:
                 shutil.rmtree(folder, ignore_errors=True)
-                self._damaged = [path for path in self._damaged if folder not in path.parents]
+                self._keep_damage(lambda path, folder=folder: folder not in path.parents)
         weights = [_KILLED[step] for step in WAYS[way]]
         self._to_kill = Counter(self._source.choices(WAYS[way], weights, k=kills))
         self._complete(way, 0)
@@ -131,12 +131,16 @@ class Soak:
             self._complete(way, self._source.randrange(len(WAYS[way])))
             self._compare(way)
 
-    def _complete(self, way: str, step: int) -> None:
-        """Try the steps of a way, from one of them on, until the last one is done."""
+    def _complete(self, way: str, step: int, quietly: bool = False) -> None:
+        """Try the steps of a way, from one of them on, until the last one is done.
+
+        Args:
+            quietly: without kills and new damage.
+        """
         refused = 0
         while step < len(WAYS[way]):
             name = WAYS[way][step]
-            moment = self._moment(name) if self._to_kill[name] else {}
+            moment = self._moment(name) if self._to_kill[name] and not quietly else {}
             attempt = make_attempt(self._server, name, self.recipe, **moment)
             self.figures.attempts += 1
             self.history.append(f"{name} {moment}: {attempt.code}")
@@ -148,7 +152,7 @@ class Soak:
             elif attempt.code == 0:
                 self._hear(attempt.said)
                 step, refused = step + 1, 0
-                if step < len(WAYS[way]) and self._source.random() < 0.3:
+                if step < len(WAYS[way]) and not quietly and self._source.random() < 0.3:
                     self._damage(written_by_run=True)  # what the next step reads
             else:
                 refused += 1
@@ -193,7 +197,7 @@ class Soak:
             return
         kind = self._source.choice(sorted(files))
         path = self._source.choice(files[kind])
-        content = path.read_bytes()
+        content, node = path.read_bytes(), path.stat().st_ino
         how = self._source.choice([*DAMAGE, None]) if content else None
         if how is None:
             path.unlink()
@@ -202,16 +206,29 @@ class Soak:
         done = "deleted" if how is None else how.__name__
         self.figures.damage[done] += 1
         self.figures.files[kind] += 1
-        self._damaged.append(path)
+        if how is None:
+            self._damaged[path] = None
+        else:  # a file may have several names
+            same = [p for paths in self._files().values() for p in paths if p.stat().st_ino == node]
+            self._damaged |= dict.fromkeys(same, path.read_bytes())
         self.history.append(f"  {done}: {path.relative_to(self.run.parent)}")
 
+    def _keep_damage(self, where: Callable[[Path], bool]) -> None:
+        """Forget damage elsewhere, and what was written anew since."""
+        self._damaged = {
+            path: left
+            for path, left in self._damaged.items()
+            if where(path) and left == (path.read_bytes() if path.exists() else None)
+        }
+
     def _hear(self, said: str) -> None:
-        """Do what a step says of damage that it does not mind: the losses are not made anew."""
-        losses = self.run / "metrics.csv"
-        if f"where: {losses}" in said:
-            assert losses in self._damaged, self._story("the losses are as they were", said)
-            self.figures.messages["that name the losses"] += 1
-            self._unneeded.add(losses.name)
+        """Take in what a step says of damage that it does not mind: what is for people to look at is not
+        made anew."""
+        named = re.findall(r"warning: .*\n  where: (.*)", said)
+        for path in (Path(each) for line in named for each in line.split(", ")):
+            assert path in self._damaged, self._story(f"{path} is as it was", said)
+            self.figures.messages["that name what is not made anew"] += 1
+            self._unneeded.add(str(path.relative_to(self.run)))
 
     def _heed(self, way: str, attempt: Attempt) -> int:
         """Do what a message says; returns the step to go on with."""
@@ -251,7 +268,7 @@ class Soak:
         differs = self._differing()
         if differs and all(self.run / name in self._damaged for name in differs):
             self.history.append(f"{sorted(differs)} differ: again from the start")
-            self._complete(way, 0)
+            self._complete(way, 0, quietly=True)
             differs = self._differing()
         differs -= self._unneeded
         assert not differs, self._story(f"these differ: {sorted(differs)}", "")
@@ -259,7 +276,7 @@ class Soak:
             str(path) for path in self._files().get("leftovers", []) if self.run in path.parents
         ]
         assert not left, self._story(f"left behind: {left}", "")
-        self._damaged = [path for path in self._damaged if self.store in path.parents]
+        self._keep_damage(lambda path: True)
         self._unneeded = set()
         self.history = []
         self.figures.compared += 1
@@ -276,7 +293,7 @@ class Soak:
 
 def result(run: Path) -> dict[str, Any]:
     """What a finished run leaves for its user, without what was measured: name → content."""
-    files = [*run.glob("*.safetensors"), *(p for p in run.glob("exports/**/*") if p.is_file())]
+    files = [*run.glob("*.safetensors"), *run.glob("samples/*"), *run.glob("exports/*/*")]
     found: dict[str, Any] = {str(p.relative_to(run)): p.read_bytes() for p in files}
     for name, read in (("run.json", _facts), ("metrics.csv", _steps)):
         if (run / name).is_file():
@@ -302,6 +319,8 @@ def soak(tiny_qwen: Path, folder: Path, kills: int, seed: int) -> Figures:
     """So many kills, and what came of them."""
     data = write_images(folder / "data", 12)
     values = {**lora_values(tiny_qwen, data, folder), "num_epochs": 4}
+    values |= {"sample_prompts": ["a picture"], "sample_num_inference_steps": 1}
+    values |= {"height": 32, "width": 32}
     server = start_server()
     undisturbed = {way: Soak(server, folder / way, values, 0) for way in WAYS}
     lengths: dict[str, Attempt] = {}

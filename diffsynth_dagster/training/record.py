@@ -18,7 +18,7 @@ from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
 FILE_NAME = "run.json"
-METRICS = "metrics.csv"
+METRICS, PICTURES = "metrics.csv", "samples"
 _DIGEST = "digest"
 """Of all else that the file says; those of older versions have none."""
 
@@ -36,7 +36,8 @@ class RunRecord:
         evaluation: metrics of `customized_evaluation`, named before/… and after/….
         pictures: name → file name under samples/.
         clips: the same of sampled videos, named step-<step>-<place of the prompt, from 0>.
-        metrics: digest of `metrics.csv` at the end of the training.
+        beside: file beside the checkpoints, as a path from the run folder → digest of its bytes: the
+            pictures and clips, and, at the end of the training, its losses.
         finished: whether the training reached its end.
     """
 
@@ -64,7 +65,7 @@ class RunRecord:
     evaluation: dict[str, float] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
     clips: dict[str, str] = field(default_factory=dict)
-    metrics: str = ""
+    beside: dict[str, str] = field(default_factory=dict)
     finished: bool = False
     version: str = __version__
 
@@ -112,11 +113,13 @@ class RunFile:
 
     def pictured(self, name: str, file: str) -> None:
         """A picture was written, as this file under samples/."""
-        self._update(pictures={**self.record.pictures, name: file})
+        pictures = {**self.record.pictures, name: file}
+        self._update(pictures=pictures, beside=self._with_digest(f"{PICTURES}/{file}"))
 
     def filmed(self, name: str, file: str) -> None:
         """A sampled video was written, as this file under samples/."""
-        self._update(clips={**self.record.clips, name: file})
+        clips = {**self.record.clips, name: file}
+        self._update(clips=clips, beside=self._with_digest(f"{PICTURES}/{file}"))
 
     def evaluated(self, when: str, metrics: Mapping[str, float]) -> None:
         """The model was evaluated, before or after the training."""
@@ -149,13 +152,19 @@ class RunFile:
 
     def finished(self, trained_tensors: int, changed_tensors: int) -> None:
         """The training reached its end, and so many of the trained tensors changed."""
-        metrics = self._path.with_name(METRICS)
         self._update(
             trained_tensors=trained_tensors,
             changed_tensors=changed_tensors,
-            metrics=digest_file(metrics) if self._writes and metrics.is_file() else "",
+            beside=self._with_digest(METRICS),
             finished=True,
         )
+
+    def _with_digest(self, name: str) -> dict[str, str]:
+        """The digests of the files beside the checkpoints, with that of one more."""
+        path = self._path.parent / name
+        if not (self._writes and path.is_file()):
+            return self.record.beside
+        return {**self.record.beside, name: digest_file(path)}
 
 
 def config_digest(config: TrainingConfig) -> str:

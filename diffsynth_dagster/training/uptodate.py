@@ -1,6 +1,7 @@
 """Whether a training is up to date: done before, with all that its result depends on unchanged; and
 whether what it left is what it wrote."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.facts import FactCache, digest_file
-from diffsynth_dagster.training.record import METRICS, RunRecord, read_record, start_record
+from diffsynth_dagster.training.record import RunRecord, read_record, start_record
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 
@@ -44,16 +45,18 @@ def finished_training(
     return record if identity == record.identity else None
 
 
-def changed_metrics(folder: Path, record: RunRecord) -> OutputError | None:
-    """What to say of the `metrics.csv` of a finished training if it is not as the training left it.
+def changed_beside(folder: Path, record: RunRecord) -> list[Path]:
+    """The files beside the checkpoints of a finished training that are not as it left them: its losses,
+    pictures and clips. No reason to train again: nothing is made from them."""
+    paths = {folder / name: digest for name, digest in record.beside.items()}
+    return [p for p, digest in paths.items() if not p.is_file() or digest_file(p) != digest]
 
-    No reason to train again: nothing is made from it but pictures of the loss.
-    """
-    path = folder / METRICS
-    if not record.metrics or (path.is_file() and digest_file(path) == record.metrics):
-        return None
-    return OutputError(
-        "the losses of the training are missing or were changed since it wrote them",
-        where=str(path),
-        do="nothing, if you do not need them: the checkpoints are whole; else train again",
+
+def say_changed(paths: Sequence[Path]) -> str:
+    """What to say of such files."""
+    error = OutputError(
+        "files that the training wrote for people to look at are missing or were changed since",
+        where=", ".join(map(str, paths)),
+        do="nothing, if you do not need them: the checkpoints are whole; else train again (in Dagster, with `retrain`)",
     )
+    return str(error)

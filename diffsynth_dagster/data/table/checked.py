@@ -80,9 +80,12 @@ def read_checked(folder: Path, name: str = FILE_NAME) -> CheckedTable:
     """
     found = find_checked(folder / name)
     if found is None:
+        path = folder / name
         raise MetadataError(
-            "the folder holds no checked table",
-            where=str(folder / name),
+            "the checked table cannot be read"
+            if path.is_file()
+            else "the folder holds no checked table",
+            where=str(path),
             do="materialize the metadata of this recipe first",
         )
     return found
