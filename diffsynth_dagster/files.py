@@ -132,7 +132,7 @@ def no_space(path: Path, size: int) -> OutputError:
     Args:
         size: bytes that it needs, as far as that is known.
     """
-    free = shutil.disk_usage(path.parent).free
+    free = _free(path.parent)
     return OutputError(
         f"no space left in {path.parent}: at least {size:,} bytes are needed, and {free:,} are free",
         where=str(path),
@@ -146,7 +146,7 @@ def require_space(path: Path, size: int) -> None:
     Raises:
         OutputError: fewer than `size` bytes are free.
     """
-    if shutil.disk_usage(path.parent).free < size:
+    if _free(path.parent) < size:
         raise no_space(path, size)
 
 
@@ -157,10 +157,18 @@ def short_of_space(folder: Path, size: int, what: str) -> str | None:
         size: bytes, about.
         what: needs them.
     """
-    free = shutil.disk_usage(folder).free
+    free = _free(folder)
     if size <= free:
         return None
     return f"{what} will need about {size:,} bytes in {folder}, and {free:,} are free"
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    there = next(
+        place for place in (folder.absolute(), *folder.absolute().parents) if place.exists()
+    )
+    return shutil.disk_usage(there).free
 
 
 def write_text(path: Path, text: str) -> Path:
