@@ -19,9 +19,9 @@ from typing import Any
 
 import report
 import torch
+from cache import config_of, encode
 from step import SUBJECTS
 
-from cache import config_of, encode
 from diffsynth_dagster.cache import encode as encoding
 from diffsynth_dagster.cache import shards
 from diffsynth_dagster.config import TrainingConfig
