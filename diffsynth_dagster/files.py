@@ -54,8 +54,8 @@ def _host() -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the hidden files and folders that killed writers left in a folder: of processes of this machine that
-    are gone, and of any machine after a day."""
+    """Remove the hidden files and folders that killed writers left in a folder: of processes of this
+    machine that are gone, and of any machine after a day."""
     for path in folder.glob(".*"):
         named = _HIDDEN.fullmatch(path.name)
         if named is not None:

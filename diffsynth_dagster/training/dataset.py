@@ -99,10 +99,11 @@ def _encode(
     """The manifest of the run folder's checked table, after encoding what the store lacks of it."""
     output = Path(config.output_path)
     with parallel.node_main_first():
+        table = read_checked(output, PINNED)
         if parallel.is_node_main:
             keys = Keys(models.found, fact_cache, models.dtype)
-            plan_samples(config, models.found, read_checked(output, PINNED), keys)
-        table, planned = read_checked(output, PINNED), read_manifest(output, PLANNED)
+            plan_samples(config, models.found, table, keys)
+        planned = read_manifest(output, PLANNED)
     if parallel.is_main_process:  # so that a clean-up spares what an interrupted run encoded
         Store(Path(planned.store)).add_user(output)
     if config.trains_only:

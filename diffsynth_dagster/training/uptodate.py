@@ -57,6 +57,7 @@ def say_changed(paths: Sequence[Path]) -> str:
     error = OutputError(
         "files that the training wrote for people to look at are missing or were changed since",
         where=", ".join(map(str, paths)),
-        do="nothing, if you do not need them: the checkpoints are whole; else train again (in Dagster, with `retrain`)",
+        do="nothing, if you do not need them: the checkpoints are whole; else train again (in Dagster, "
+        "with `retrain`)",
     )
     return str(error)
