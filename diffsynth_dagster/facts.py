@@ -153,6 +153,7 @@ class FactCache:
             again: find out again whatever is remembered.
             progress: called with the number of files done since the last call.
         """
+        opened = self._opened
         stats = {path: _stat(path) for path in dict.fromkeys(paths)}
         known = {} if again else self._remembered(kind, stats)
         progress(len(known))
@@ -170,6 +171,8 @@ class FactCache:
                         known |= found
                         found, written = {}, time.monotonic()
         self._remember(kind, stats, found)
+        if self._opened != opened:  # damage was found when it was written: what was read is sound
+            self._remember(kind, stats, known)
         return {path: {**facts, **_state(stats[path])} for path, facts in (known | found).items()}
 
     def _remembered(
