@@ -14,11 +14,13 @@ from assets.common import (
     code_version,
     description,
     table,
+    tried_again,
     user_errors,
 )
+from assets.losses import hardest_facts, held_out_facts
 from assets.pictures import animation, inline, loss_curve, stacked
 from diffsynth_dagster.config import Recipe, TrainingConfig
-from diffsynth_dagster.training.reporting import every_line
+from diffsynth_dagster.training.progress import every_line
 from resources import Hub, Launcher, Parameters
 
 if TYPE_CHECKING:
@@ -26,7 +28,18 @@ if TYPE_CHECKING:
 
 CHECK = "loss_finite_and_parameters_changed"
 OBSERVE_SECONDS = 5.0
-_OBSERVED = ("loss", "learning_rate", "grad_norm", "seconds")
+_OBSERVED = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "seconds",
+    "data_seconds",
+    "forward_backward_seconds",
+    "optimizer_seconds",
+    "samples_per_second",
+    "tokens_per_second",
+    "peak_memory_bytes",
+)
 _MEBIBYTE = 1024 * 1024
 
 
@@ -74,15 +87,18 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
             say_changed,
         )
 
-        with user_errors():
+        with tried_again(recipe.options.retries), user_errors():
             settings = second_half(parameters.apply(recipe.config))
             processes = launcher.num_processes or recipe.options.num_processes
+            began = _began(context, recipe, Path(settings.output_path))
             record = None
-            if not config.retrain:
+            if began or not config.retrain:
                 record = finished_training(settings, hub.open(), processes)
             trained = record is None
             if record is None:
                 progress = Progress(context)
+                resume = _resume(settings, config.retrain, began)
+                settings = settings.model_copy(update={"resume": resume})
                 for message in launcher.run(context, settings, recipe.options):
                     yield from progress.hear(message)
                 yield from progress.last()
@@ -94,11 +110,40 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
                 context.log.warning(say_changed(changed))
         yield dg.MaterializeResult(
             metadata={"trained_in_this_run": trained, **_describe(settings, record, changed)},
-            data_version=dg.DataVersion(record.newest_digest),
+            data_version=dg.DataVersion(record.chosen_digest),
             check_results=[_check(record)],
         )
 
     return checkpoints
+
+
+def _began(context: dg.AssetExecutionContext, recipe: Recipe, folder: Path) -> bool:
+    """Whether an earlier trial of this step began its training: the record in the run folder is not
+    the one that was there when the run came."""
+    from diffsynth_dagster.facts import digest_file
+    from diffsynth_dagster.training.record import FILE_NAME
+
+    path, tag = folder / FILE_NAME, f"diffsynth/{recipe.name}/record_before"
+    digest = digest_file(path) if path.is_file() else "none"
+    run = context.instance.get_run_by_id(context.run.run_id)
+    before = run.tags.get(tag) if run is not None else None
+    if context.retry_number == 0 or before is None:
+        context.instance.add_run_tags(context.run.run_id, {tag: digest})
+        return False
+    return before != digest
+
+
+def _resume(config: TrainingConfig, retrain: bool, began: bool) -> str:
+    """What the training is told of a state in its run folder.
+
+    What a run is to make follows from its inputs: a state of other ones is no reason to refuse it. And
+    what an earlier trial left is to be gone on with, whatever else is asked for.
+    """
+    if began:
+        return "same"
+    if retrain:
+        return "never"
+    return "same" if config.resume == "auto" else config.resume
 
 
 class Progress:
@@ -121,14 +166,33 @@ class Progress:
         if event == "started":
             self._total = message["total_steps"]
             log.info(f"training {self._total} steps")
+            if message["first"]:
+                log.info(f"going on after step {message['first']}")
         elif event == "checkpoint":
             log.info(f"step {message['step']}: wrote {message['path']}")
         elif event == "sample":
             log.info(f"step {message['step']}: sampled {message['path']}")
+            yield from self._picture(message["step"], Path(message["path"]))
+        elif event == "held_out":
+            log.info(
+                f"step {message['step']}: held-out loss {message['loss']:.4f}, of trained samples "
+                f"{message['trained_loss']:.4f}"
+            )
         elif event == "step":
             self._waiting = message
             if time.monotonic() - self._observed >= OBSERVE_SECONDS:
                 yield from self.last()
+
+    def _picture(self, step: int, path: Path) -> Iterator[dg.AssetObservation]:
+        """An observation with the sample picture of a step, as soon as there is one."""
+        from PIL import Image
+
+        if path.suffix == ".png" and path.is_file():  # a clip is in the picture of its step
+            with Image.open(path) as picture:
+                shown = inline(picture.convert("RGB"))
+            yield dg.AssetObservation(
+                self._context.asset_key, metadata={"step": step, "samples": shown}
+            )
 
     def last(self) -> Iterator[dg.AssetObservation]:
         """An observation of the newest step, unless it was observed."""
@@ -192,6 +256,7 @@ def _describe(config: TrainingConfig, record: "RunRecord", changed: list[Path]) 
         ),
         "run_folder": dg.MetadataValue.path(str(folder.absolute())),
         **record.evaluation,
+        **({"resumed_after_step": record.resumed_from[-1]} if record.resumed_from else {}),
     }
     if record.final_loss is not None:
         facts["final_loss"] = record.final_loss
@@ -205,12 +270,15 @@ def _describe(config: TrainingConfig, record: "RunRecord", changed: list[Path]) 
         "samples": stacked(sampled),
         "evaluation": stacked(evaluated),
     }
+    hardest = hardest_facts(config, changed)
     clips = [clip for clip in _newest_clips(record, folder) if clip not in changed]
     shown = {name: inline(p) for name, p in pictures.items() if p is not None}
     playing = animation(clips)
     return {
         **facts,
         **shown,
+        **held_out_facts(record),
+        **hardest,
         **({} if playing is None else {"clips": playing}),
         **{f"clip/{i}": dg.MetadataValue.path(str(p.absolute())) for i, p in enumerate(clips)},
     }

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,8 +14,11 @@ from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.effect import Affects, names_that_affect, values_that_affect
 from diffsynth_dagster.errors import DownloadError, UserError
 from diffsynth_dagster.files import full_disk
+from diffsynth_dagster.training.shortage import out_of_memory
 
 GPU_POOL = "gpu"
+RETRY_DELAY_S = 5.0
+"""A GPU that was lost may be back."""
 Kind = Literal["metadata", "latents", "checkpoints", "exports"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """The assets that a recipe has of its own, in their order."""
@@ -34,10 +37,28 @@ def user_errors() -> Generator[None]:
         raise dg.Failure(description=str(error), allow_retries=retry) from None
     except Exception as error:
         # What a training process said of its failure is its message already.
-        full = None if isinstance(error, dg.Failure) else full_disk(error)
+        full = None if isinstance(error, dg.Failure) else (full_disk(error) or out_of_memory(error))
         if full is None:
             raise
         raise dg.Failure(description=str(full), allow_retries=False) from error
+
+
+@contextmanager
+def tried_again(times: int, delay: float = RETRY_DELAY_S) -> Generator[None]:
+    """Let Dagster try a step again after a crash. Entered outside of `user_errors`.
+
+    Not by a retry policy: with one, Dagster tries a step that was cancelled again as well.
+
+    Args:
+        delay: before that, in seconds.
+    """
+    try:
+        yield
+    except Exception as error:
+        final = isinstance(error, dg.Failure) and not error.allow_retries
+        if final or not times:
+            raise
+        raise dg.RetryRequested(times, delay) from error
 
 
 def asset_key(recipe: str, kind: Kind) -> dg.AssetKey:
@@ -83,6 +104,6 @@ def fact_cache_path(config: TrainingConfig) -> Path:
     return Path(config.cache_path) / "facts.sqlite"
 
 
-def table(records: Iterable[dict[str, str | int | float]]) -> dg.TableMetadataValue:
+def table(records: Iterable[Mapping[str, str | int | float]]) -> dg.TableMetadataValue:
     """Rows as a table in the UI."""
-    return dg.MetadataValue.table([dg.TableRecord(record) for record in records])
+    return dg.MetadataValue.table([dg.TableRecord(dict(record)) for record in records])

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from assets.common import GPU_POOL, asset_key, code_version, description, table, user_errors
+from assets.common import (
+    GPU_POOL,
+    asset_key,
+    code_version,
+    description,
+    table,
+    tried_again,
+    user_errors,
+)
 from diffsynth_dagster.config import Recipe
 from resources import Launcher, Parameters
 
@@ -42,12 +50,14 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
         context: dg.AssetExecutionContext, parameters: Parameters, launcher: Launcher
     ) -> Iterator[dg.MaterializeResult]:
         from diffsynth_dagster.cache.contents import look_into
+        from diffsynth_dagster.cache.held_out import held_out_config
         from diffsynth_dagster.cache.manifest import read_manifest
         from diffsynth_dagster.cache.split import first_half
         from diffsynth_dagster.data.table.checked import read_checked
+        from diffsynth_dagster.facts import digest_of
 
         report: dict[str, Any] = {}
-        with user_errors():
+        with tried_again(recipe.options.retries), user_errors():
             config = first_half(parameters.apply(recipe.config))
             checked = read_checked(Path(config.output_path))
             for message in launcher.run(context, config, recipe.options):
@@ -57,14 +67,20 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
                 elif message["event"] == "encoded":
                     report = message
             manifest = read_manifest(Path(config.output_path))
-            facts, check = _describe(manifest, look_into(manifest, checked))
+            contents = [look_into(manifest, checked)]
+            version, own = manifest.digest, held_out_config(config)
+            if own is not None:
+                held_out = read_manifest(Path(own.output_path))
+                contents.append(look_into(held_out, read_checked(Path(own.output_path))))
+                version = digest_of([manifest.digest, held_out.digest])
+            facts, check = _describe(manifest, contents)
         for kind in ("hits", "misses"):
             counts: dict[str, int] = report.get(kind, {})
             facts |= {f"{kind}/{stage}": count for stage, count in counts.items()}
             context.log.info(f"{kind}: {counts}")
         yield dg.MaterializeResult(
             metadata=facts,
-            data_version=dg.DataVersion(manifest.digest),
+            data_version=dg.DataVersion(version),
             check_results=[check],
         )
 
@@ -72,27 +88,35 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
 
 
 def _describe(
-    manifest: "Manifest", contents: "Contents"
+    manifest: "Manifest", contents: "list[Contents]"
 ) -> tuple[dict[str, Any], dg.AssetCheckResult]:
-    """What the store holds for a manifest, and whether that is all and sound."""
+    """What the store holds for a manifest, and whether that is all and sound.
+
+    Args:
+        contents: of the manifest, and of that of what is held out as a table of its own, if it is.
+    """
+    missing, not_finite, samples, accepted = (
+        sum(getattr(each, name) for each in contents)
+        for name in ("missing", "not_finite", "samples", "accepted")
+    )
     facts: dict[str, Any] = {
-        "dagster/row_count": contents.samples,
-        "store_bytes": contents.bytes,
+        "dagster/row_count": contents[0].samples,
+        "store_bytes": sum(each.bytes for each in contents),
         "store": dg.MetadataValue.path(manifest.store),
         "buckets": table(
             {"width": width, "height": height, "samples": count}
-            for width, height, count in contents.buckets
+            for width, height, count in contents[0].buckets
         ),
     }
     return facts, dg.AssetCheckResult(
         check_name=CHECK,
-        passed=contents.sound,
-        description=f"{contents.missing} keys are missing, {contents.not_finite} hold NaN or "
-        f"infinity; {contents.samples} samples for {contents.accepted} accepted rows",
+        passed=all(each.sound for each in contents),
+        description=f"{missing} keys are missing, {not_finite} hold NaN or "
+        f"infinity; {samples} samples for {accepted} accepted rows",
         metadata={
-            "missing_keys": contents.missing,
-            "keys_not_finite": contents.not_finite,
-            "samples": contents.samples,
-            "accepted_rows": contents.accepted,
+            "missing_keys": missing,
+            "keys_not_finite": not_finite,
+            "samples": samples,
+            "accepted_rows": accepted,
         },
     )

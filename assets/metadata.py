@@ -2,12 +2,13 @@
 
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from assets.common import asset_key, code_version, description, fact_cache_path, user_errors
 from assets.pictures import Shown, contact_sheet, inline
+from assets.rows import cell, files_of_rows
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from resources import Parameters
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 CHECK = "every_row_valid"
 _SHOWN_ROWS = 20
 _SHOWN_PICTURES = 48
-_STRIP = 4
-"""Frames of a clip on the contact sheet."""
-_SHOWN_CHARACTERS = 80
 
 
 def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
@@ -44,8 +42,8 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
         ],
     )
     def metadata(context: dg.AssetExecutionContext, parameters: Parameters) -> dg.MaterializeResult:
+        from diffsynth_dagster.cache.held_out import held_out_config
         from diffsynth_dagster.cache.split import with_settled
-        from diffsynth_dagster.data.digests import digest_rows
         from diffsynth_dagster.data.prepare import prepare_data
         from diffsynth_dagster.facts import FactCache
         from diffsynth_dagster.weights.identify import guess_family
@@ -53,17 +51,35 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
         with user_errors():
             config = with_settled(parameters.apply(recipe.config))
             columns = guess_family(config).columns
+            own = held_out_config(config)
             with closing(FactCache(fact_cache_path(config))) as fact_cache:
                 checked = prepare_data(config, columns, fact_cache)
+                held_out = None if own is None else prepare_data(own, columns, fact_cache)
         counts = checked.counts
         context.log.info(f"rows by status: {counts}")
         return dg.MaterializeResult(
-            metadata=_describe(config, checked, counts),
-            data_version=dg.DataVersion(digest_rows(checked.rows.select(_content(checked)))),
-            check_results=[_check(key, config, checked, counts)],
+            metadata={**_describe(config, checked, counts), **_held_out(held_out)},
+            data_version=_version(checked, held_out),
+            check_results=[_check(key, config, checked, held_out)],
         )
 
     return metadata
+
+
+def _version(checked: "CheckedTable", held_out: "CheckedTable | None") -> dg.DataVersion:
+    """What the rows are, and those that are held out as a table of their own."""
+    from diffsynth_dagster.data.digests import digest_rows
+    from diffsynth_dagster.facts import digest_of
+
+    tables = [checked] if held_out is None else [checked, held_out]
+    digests = [digest_rows(each.rows.select(_content(each))) for each in tables]
+    return dg.DataVersion(digests[0] if held_out is None else digest_of(digests))
+
+
+def _held_out(held_out: "CheckedTable | None") -> dict[str, int]:
+    """How many rows of a held-out table are of each status."""
+    counts = {} if held_out is None else held_out.counts
+    return {f"held_out/{status}": count for status, count in counts.items()}
 
 
 def _content(checked: "CheckedTable") -> list[str]:
@@ -73,23 +89,29 @@ def _content(checked: "CheckedTable") -> list[str]:
 
 
 def _check(
-    key: dg.AssetKey, config: TrainingConfig, checked: "CheckedTable", counts: dict[str, int]
+    key: dg.AssetKey,
+    config: TrainingConfig,
+    checked: "CheckedTable",
+    held_out: "CheckedTable | None",
 ) -> dg.AssetCheckResult:
     from diffsynth_dagster.errors import MetadataError
 
     reason = "every row is usable, or few enough are not"
+    tables = [checked] if held_out is None else [checked, held_out]
     try:
-        checked.require_accepted(config.max_rejected_fraction)
+        for each in tables:
+            each.require_accepted(config.max_rejected_fraction)
         passed = True
     except MetadataError as error:
         passed, reason = False, str(error)
-    rows = sum(counts.values())
+    rows = sum(sum(each.counts.values()) for each in tables)
+    accepted = sum(each.counts.get("ok", 0) for each in tables)
     return dg.AssetCheckResult(
         asset_key=key,
         check_name=CHECK,
         passed=passed,
         description=reason,
-        metadata={"rejected_rows": rows - counts.get("ok", 0), "rows": rows},
+        metadata={"rejected_rows": rows - accepted, "rows": rows},
     )
 
 
@@ -117,32 +139,9 @@ def _files(checked: "CheckedTable") -> list[Shown]:
     A clip whose row is rejected may not be safe to decode and is left out.
     """
     files: list[Shown] = []
-    names = checked.rows.collect_schema().names()
-    columns = [c.removesuffix(":path") for c in names if c.endswith(":path")]
     for rows, accepted in ((checked.rejected, False), (checked.accepted, True)):
-        for row in rows.head(_SHOWN_PICTURES).collect().iter_rows(named=True):
-            for column in columns:
-                if isinstance(row.get(f"{column}:seconds"), float):
-                    continue  # sound
-                parts = [_listed(row[f"{column}:{part}"]) for part in ("path", "frames", "stride")]
-                for path, frames, stride in zip(*parts, strict=True):
-                    is_clip = (frames or 1) > 1
-                    if path is not None and (accepted or not is_clip):
-                        shown = _frames(frames, stride) if is_clip else None
-                        files.append(Shown(Path(path), accepted, shown))
+        files += files_of_rows(rows.head(_SHOWN_PICTURES).collect(), accepted)
     return files[:_SHOWN_PICTURES]
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _frames(count: int, stride: float) -> tuple[int, ...]:
-    """The frames of a strip: the first, the last, and evenly between."""
-    from diffsynth_dagster.data.geometry import frame_indices
-
-    taken, shown = frame_indices(count, stride), min(count, _STRIP)
-    return tuple(taken[round(i * (count - 1) / (shown - 1))] for i in range(shown))
 
 
 def _markdown(checked: "CheckedTable", counts: dict[str, int]) -> str:
@@ -157,11 +156,6 @@ def _markdown(checked: "CheckedTable", counts: dict[str, int]) -> str:
     ]
     rows = pl.concat(parts).head(_SHOWN_ROWS).collect()
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows.iter_rows()]
+    lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows.iter_rows()]
     more = sum(counts.values()) - rows.height
     return "\n".join(lines) + (f"\n\nand {more} more" if more > 0 else "")
-
-
-def _cell(value: object) -> str:
-    text = " ".join(str("" if value is None else value).split()).replace("|", "\\|")
-    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ MAX_ANIMATION_FRAMES = 240
 _ANIMATION_WIDTH, _ANIMATION_COLUMNS = 640, 4
 _BORDER = 2
 _RED = (200, 40, 40)
+_LINES = ("#1f4e9c", "#d0651b", "#3b8a3e")
 
 
 def inline(image: "Image") -> dg.MarkdownMetadataValue:
@@ -160,22 +161,40 @@ def stacked(titled: Sequence[tuple[str, Path]]) -> "Image | None":
 def loss_curve(metrics: Path) -> "Image | None":
     """The loss of each step and its running mean, from `metrics.csv`; None without a step."""
     import polars as pl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
 
     if not metrics.is_file():
         return None
     steps = pl.read_csv(metrics, columns=["step", "loss"])
     if steps.height == 0:
         return None
-    window = max(2, steps.height // 20)
-    mean = steps["loss"].rolling_mean(window, min_samples=1)
+    mean = steps["loss"].rolling_mean(max(2, steps.height // 20), min_samples=1)
+    numbers = steps["step"].to_list()
+    lines = {"": (numbers, steps["loss"].to_list()), "mean": (numbers, mean.to_list())}
+    return curves(lines, pale="")
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], pale: str | None = None
+) -> "Image":
+    """Losses over steps.
+
+    Args:
+        lines: name → steps, and losses. An empty name is not shown.
+        pale: name of a line in the background.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
     figure = Figure(figsize=(7, 3), dpi=90, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(steps["step"].to_list(), steps["loss"].to_list(), color="#b8c4d6", linewidth=0.8)
-    axes.plot(steps["step"].to_list(), mean.to_list(), color="#1f4e9c", linewidth=1.6)
+    colors = iter(_LINES)
+    for name, (steps, losses) in lines.items():
+        color, width = ("#b8c4d6", 0.8) if name == pale else (next(colors), 1.6)
+        axes.plot(steps, losses, color=color, linewidth=width, label=name or None)
+    if len(lines) > 1 and pale is None:
+        axes.legend()
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)

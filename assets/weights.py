@@ -8,7 +8,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets.common import fact_cache_path, table, user_errors
+from assets.common import RETRY_DELAY_S, fact_cache_path, table, tried_again, user_errors
 from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.entries import (
@@ -20,7 +20,7 @@ from diffsynth_dagster.config.entries import (
 from resources import Hub
 
 GROUP = "weights"
-_RETRIES = dg.RetryPolicy(max_retries=3, delay=5, backoff=dg.Backoff.EXPONENTIAL)
+_RETRIES = 3
 
 
 class WeightsAssets:
@@ -80,12 +80,15 @@ def _make_weights(
         kinds={"modelscope" if entry.repository else "file", "safetensors"},
         description=f"{entry.text}\n\nUsed by: {users}",
         code_version=f"{__version__} {_mark(entry.text)}",
-        retry_policy=_RETRIES,
     )
-    def weights(hub: Hub) -> dg.MaterializeResult:
+    def weights(context: dg.AssetExecutionContext, hub: Hub) -> dg.MaterializeResult:
         from diffsynth_dagster.facts import FactCache, digest_of
 
-        with user_errors(), closing(FactCache(fact_cache_path(config))) as fact_cache:
+        with (
+            tried_again(_RETRIES, RETRY_DELAY_S * 2**context.retry_number),
+            user_errors(),
+            closing(FactCache(fact_cache_path(config))) as fact_cache,
+        ):
             model_hub = hub.open()
             if entry.parameter in MODEL_FOLDERS:
                 folder = model_hub.folder(entry)

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ _REPEATS = 50
 
 
 class Timed:
-    """A function of a module, which counts the seconds that are spent in it while this is entered."""
+    """A function of a module, or method of a class, which counts the seconds that are spent in it while this is entered."""
 
     def __init__(self, module: Any, name: str) -> None:
         self._module, self._name = module, name
@@ -50,6 +51,10 @@ class Timed:
 
     def __exit__(self, *_: object) -> None:
         setattr(self._module, self._name, self._original)
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
+        """A method of an object, where the function is one of a class."""
+        return self if instance is None else partial(self, instance)
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the function."""

@@ -173,7 +173,8 @@ def batch_of(found: FoundModel, subject: Subject, shape: Shape) -> Batch:
         sample["pooled_prompt_embeds"] = torch.randn(shape.pooled)
     cached = found.family.cached_stages(frozenset({found.family.denoiser}))
     outputs = [output for stage in cached for output in stage.yields]
-    return Batch(["sample"], [0], collate(outputs, [sample]), [], found.family.denoiser, 1.0)
+    together, denoiser = collate(outputs, [sample]), found.family.denoiser
+    return Batch(["sample"], [0], [0], [0], 0, together, [], denoiser, 1.0)
 
 
 def finish(device: torch.device) -> None:

@@ -47,9 +47,9 @@ def import_dotted(path: str, parameter: str) -> Any:
         found = getattr(import_module(module), name)
     except (Exception, SystemExit) as error:  # the module is code, which may do anything
         last = traceback.extract_tb(error.__traceback__)[-1]
+        place = "" if last.filename == __file__ else f" ({last.filename}, line {last.lineno})"
         raise _refused(
-            f"'{path}' cannot be imported: {type(error).__name__}: {reason_of(error)} "
-            f"({last.filename}, line {last.lineno})",
+            f"'{path}' cannot be imported: {type(error).__name__}: {reason_of(error)}{place}",
             parameter,
         ) from error
     _require_own(path, _home(found), parameter)

@@ -10,7 +10,9 @@ DiffSynthError
     ├── TargetError      LoRA targets or trainable modules that match nothing
     ├── TrainingError    a training that went wrong by its parameters or data
     ├── StoreError       the cache of encoded samples
-    └── OutputError      a folder or file that cannot be written
+    ├── OutputError      a folder or file that cannot be written
+    │   └── DamagedError     one that is not as it was written
+    └── OutOfMemory      what a training takes does not fit into the memory
 
 A broken invariant of ours is an `assert`, never one of these.
 """
@@ -92,6 +94,14 @@ class StoreError(UserError):
 
 class OutputError(UserError):
     """A folder or file cannot be written."""
+
+
+class DamagedError(OutputError):
+    """A folder or file of a run is not as it was written."""
+
+
+class OutOfMemory(UserError):
+    """What is asked for does not fit into the memory of the device, or of the machine."""
 
 
 def printable(text: str) -> str:

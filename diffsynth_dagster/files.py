@@ -12,6 +12,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def hidden_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def hidden_folder(path: Path) -> Generator[Path]:
     """A folder for a while, named by `hidden_beside`."""
     folder = hidden_beside(path)
@@ -62,7 +63,7 @@ def remove_leftovers(folder: Path) -> None:
             with contextlib.suppress(OSError):  # gone meanwhile, or not ours
                 old = time.time() - path.stat().st_mtime > _OLD_S
                 if old or (named[1] == _host() and not psutil.pid_exists(int(named[2]))):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    _remove(path)
 
 
 def write_whole(path: Path, write: Callable[[Path], object], size: int | None = None) -> Path:
@@ -74,30 +75,68 @@ def write_whole(path: Path, write: Callable[[Path], object], size: int | None = 
     Raises:
         OutputError: the folder cannot be written, or the disk is full. What was there stays.
     """
+    with _staged(path, size) as staged:
+        write(staged)
+        _flush(staged)
+        staged.chmod(0o666 & ~_UMASK)
+    return path
+
+
+def write_folder(path: Path, write: Callable[[Path], object], size: int) -> Path:
+    """Let `write` fill a hidden folder beside `path`, with files that are each written whole, and
+    rename it to `path`, which is not there yet.
+
+    Raises:
+        OutputError: see `write_whole`.
+    """
+    with _staged(path, size) as staged:
+        staged.mkdir()
+        write(staged)
+        _flush(staged)
+    _flush(path.parent)
+    return path
+
+
+@contextmanager
+def _staged(path: Path, size: int | None) -> Generator[Path]:
+    """A hidden name beside `path` that is renamed to it at the end, or removed."""
     staged = hidden_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write(staged)
-            with staged.open("rb") as file:
-                os.fsync(file.fileno())
-            staged.chmod(0o666 & ~_UMASK)
+            yield staged
             staged.replace(path)
         except Exception as error:
             # Libraries have errors of their own for a full disk, and some do not even say so.
             if says_full(error) or shutil.disk_usage(path.parent).free < _NOTHING_LEFT:
                 written = staged.stat().st_size if staged.exists() else 0
-                raise no_space(path, size or written + 1) from error
+                raise _no_space(path.parent, size or written + 1, str(path)) from error
             raise
         finally:
-            staged.unlink(missing_ok=True)
+            _remove(staged)
     except OSError as error:
         raise OutputError(
             f"the file cannot be written: {error}",
             where=str(path),
             do="check the folder's permissions and the disk",
         ) from error
-    return path
+
+
+def _flush(path: Path) -> None:
+    """Let a file, or the names in a folder, reach the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def says_full(error: BaseException) -> bool:
@@ -126,28 +165,32 @@ def full_disk(error: BaseException) -> OutputError | None:
     )
 
 
-def no_space(path: Path, size: int) -> OutputError:
-    """The error for a file that does not fit on the disk.
+def _no_space(folder: Path, size: int, where: str) -> OutputError:
+    """The error for what does not fit on the disk.
 
     Args:
         size: bytes that it needs, as far as that is known.
     """
-    free = _free(path.parent)
+    free = _free(folder)
     return OutputError(
-        f"no space left in {path.parent}: at least {size:,} bytes are needed, and {free:,} are free",
-        where=str(path),
+        f"no space left in {folder}: at least {size:,} bytes are needed, and {free:,} are free",
+        where=where,
         do="free some space and run it again: what was written before is whole, and is kept",
     )
 
 
-def require_space(path: Path, size: int) -> None:
-    """Refuse a file that does not fit on the disk, before it is made.
+def require_space(folder: Path, size: int, parameter: str) -> None:
+    """Refuse to begin what does not fit on the disk.
+
+    Args:
+        size: bytes that will be written into the folder at the least.
+        parameter: names the folder.
 
     Raises:
-        OutputError: fewer than `size` bytes are free.
+        OutputError: fewer are free.
     """
-    if _free(path.parent) < size:
-        raise no_space(path, size)
+    if _free(folder) < size:
+        raise _no_space(folder, size, f"{parameter} = {folder}")
 
 
 def short_of_space(folder: Path, size: int, what: str) -> str | None:

@@ -21,7 +21,7 @@ from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.checkpoint import check_prefix
 from diffsynth_dagster.training.modules import lora_target_names
-from diffsynth_dagster.training.optimizer import check_optimizer
+from diffsynth_dagster.training.optimizer import OPTIMIZERS, check_optimizer
 from diffsynth_dagster.training.shares import shares_of
 from diffsynth_dagster.weights.hub import require_listed
 from diffsynth_dagster.weights.identify import guess_family
@@ -37,7 +37,7 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
     check_particular(config, family)
     _check_denoisers(config, family)
     _check_samples(config, family)
-    check_optimizer(config)
+    check_optimizer(config, family)
     float8_entries(config)
     if config.customized_evaluation is not None:
         import_function(config.customized_evaluation, "customized_evaluation", "generate")
@@ -107,12 +107,16 @@ def check_particular(config: TrainingConfig, family: Family) -> None:
 
 
 def _check_samples(config: TrainingConfig, family: Family) -> None:
-    if (config.sample_prompts or config.customized_evaluation) and not family.samples_from_text:
-        needed = ", ".join(i.column for i in family.file_inputs[1:]) or "a file of its own"
+    if (config.sample_texts or config.customized_evaluation) and not family.samples_from_text:
+        reads = (i for stage in family.sample_stages for i in stage.reads)
+        needed = dict.fromkeys(i.column for i in reads if i.kind not in ("text", "sizes"))
+        listed = ", ".join(needed)
         raise ParameterError(
-            f"a prompt alone makes no sample here: the model also needs {needed}",
-            where="sample_prompts",
-            do="leave the samples out",
+            f"a prompt alone makes no sample here: the model also needs {listed}",
+            where="sample_prompts" if config.sample_texts else "customized_evaluation",
+            do=f"give a table with the columns prompt, {listed} as sample_prompts"
+            if config.sample_texts
+            else "leave it out",
         )
 
 
@@ -128,8 +132,9 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
         config = with_settled(config)
     if config.customized_dataset is not None:
         import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
-    loras = {name: getattr(config, name) for name in ("lora_checkpoint", "preset_lora_path")}
-    entries = [ModelEntry(name, paths=(path,)) for name, path in loras.items() if path is not None]
+    starts = ("lora_checkpoint", "preset_lora_path", "resume_from_checkpoint")
+    given = {name: getattr(config, name) for name in starts}
+    entries = [ModelEntry(name, paths=(path,)) for name, path in given.items() if path is not None]
     require_listed([*model_entries(config), *folder_entries(config), *entries])
     family = guess_family(config)
     check_plan(config, family)
@@ -144,7 +149,11 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
         "components": sources,
         "float8": [name for name, text in sources.items() if text in stored],
         "trained": {"full": list(config.trainable_models), "lora": _lora(config, family)},
-        "starts_from": {"fused": config.preset_lora_path, "lora": config.lora_checkpoint},
+        "starts_from": {
+            "fused": config.preset_lora_path,
+            "lora": config.lora_checkpoint,
+            "weights": config.resume_from_checkpoint,
+        },
         "stages": {
             "cached": [stage.name for stage in family.cached_stages(trained)],
             "in_step": [stage.name for stage in family.step_stages(trained)],
@@ -156,7 +165,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
         },
         "gradient_checkpointing": family.checkpoints_gradients if asked is None else asked,
-        "optimizer": config.customized_optimizer or "torch.optim.AdamW",
+        "optimizer": config.customized_optimizer or OPTIMIZERS[config.optimizer].path,
         "outputs": {
             "folder": config.output_path,
             "checkpoints": f"{file}.safetensors",
@@ -193,8 +202,7 @@ def _lora(config: TrainingConfig, family: Family) -> dict[str, Any] | None:
     return {
         "base_model": ", ".join(targets),
         "target_modules": targets if len(targets) > 1 else next(iter(targets.values())),
-        "rank": config.lora_rank,
-        "alpha": config.alpha,
+        **config.adapter,
     }
 
 
@@ -228,4 +236,9 @@ def _objective(config: TrainingConfig, family: Family) -> str:
     described = path.description
     if family.scheduler_marks:
         described += ", unless the scheduler published with the model says otherwise"
-    return described if whole else f"{described}; {', '.join(worded)}"
+    described = described if whole else f"{described}; {', '.join(worded)}"
+    if config.timestep_sampling != "uniform":
+        described += f"; drawn by {config.timestep_sampling}"
+    if config.timestep_shift is not None:
+        described += f"; drawn with the shift {config.timestep_shift}"
+    return described

@@ -17,7 +17,7 @@ from diffsynth_dagster.files import remove_leftovers, require_writable, write_te
 
 LOCK, OWNER = ".lock", ".owner.json"
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
-_WRITTEN = ("", "samples", "exports", "exports/*")
+_WRITTEN = ("", "samples", "state", "held_out", ".prompts", "exports", "exports/*")
 """The folders that an owner writes into."""
 
 

@@ -7,12 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffsynth_dagster.config.flags import read_arguments
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.config.recipe import dump_config
 from diffsynth_dagster.training.guard import FailureGuard, failure_reporter
 from diffsynth_dagster.training.stop import StopSignal
 
@@ -52,14 +52,23 @@ def run_alone(
     """Do what a checked config asks for, in a run folder that is held; see `run`."""
     from diffsynth_dagster.data.media.budget import DECODING
     from diffsynth_dagster.facts import FactCache
-    from diffsynth_dagster.files import require_space, require_writable, write_text
+    from diffsynth_dagster.files import require_space, require_writable
     from diffsynth_dagster.plan import check_plan
-    from diffsynth_dagster.training.dataset import checked_table, encoded_manifest, open_store
+    from diffsynth_dagster.training.batches import StepDataset
+    from diffsynth_dagster.training.dataset import (
+        checked_table,
+        encoded_manifest,
+        open_store,
+        resolved_samples,
+    )
     from diffsynth_dagster.training.loop import train
+    from diffsynth_dagster.training.memory import Memory
     from diffsynth_dagster.training.modules import check_model
-    from diffsynth_dagster.training.record import RunFile, start_record
+    from diffsynth_dagster.training.record import RunFile
     from diffsynth_dagster.training.reporting import make_reporter
+    from diffsynth_dagster.training.resume import choose_state, going_on
     from diffsynth_dagster.training.setup import Session, make_models
+    from diffsynth_dagster.training.start import start_record
     from diffsynth_dagster.weights.hub import ModelHub
     from diffsynth_dagster.weights.identify import find_model
 
@@ -77,13 +86,14 @@ def run_alone(
         found = find_model(config, ModelHub.from_environment())
         check_plan(config, found.family)  # the files may say more than their names
         size = check_model(config, found, parallel.trained_dtype)
-        if parallel.is_main_process:
-            require_space(output / "checkpoint.safetensors", size)
+        if parallel.is_main_process and not config.encodes_only:
+            require_space(output, size, "output_path")
     parallel.seed(config.seed)
     models = make_models(config, found, parallel)
+    memory = Memory(config, models)
 
     reporter = make_reporter(parallel, config)
-    with closing(reporter), open_store(config).in_use():
+    with closing(reporter), open_store(config).in_use(), memory.explained():
         # Latents: all in the store, and the manifest that names them.
         manifest = encoded_manifest(
             config, parallel, models, table, fact_cache, reporter, stop_asked
@@ -94,10 +104,30 @@ def run_alone(
         # Training, from the manifest alone.
         devices, mixed_precision = parallel.device_names(), parallel.mixed_precision
         record = start_record(config, found, manifest, fact_cache, devices, mixed_precision)
-        if parallel.is_main_process:
-            write_text(output / "config.yaml", dump_config(config))
+        samples = resolved_samples(config, manifest, parallel)
+        record = replace(record, samples=len(samples.trained))
+        place = (parallel.process_index, parallel.num_processes)
+        data = StepDataset(config, found, samples.trained, *place)
+        state = parallel.from_main(
+            lambda: choose_state(config, record, data, parallel.can_save_state, reporter.warned)
+        )
+        record = going_on(record, state)
         run_file = RunFile(output, record, writes=parallel.is_main_process)
-        return train(Session(config, parallel, models, manifest, run_file, reporter, stop_asked))
+        return train(
+            Session(
+                config,
+                parallel,
+                models,
+                manifest,
+                run_file,
+                reporter,
+                stop_asked,
+                state,
+                samples,
+                data,
+                memory,
+            )
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -107,17 +107,15 @@ class ConsoleHandler(logging.Handler):
         if data.user_failure_data is not None:
             yield f"{name}: failed: {data.user_failure_data.description or ''}"
         elif data.error is not None:
-            cause = data.error
-            while cause.cause is not None:
-                cause = cause.cause
+            cause = _root(data.error)
             yield f"{name}: failed: {cause.message.strip()}"
             if cause.cls_name != dg.DagsterAssetCheckFailedError.__name__:
                 yield "".join(cause.stack[-_SHOWN_FRAMES:]).rstrip()
 
     def _retry(self, event: dg.DagsterEvent) -> Iterator[str]:
-        data = event.step_retry_data
-        why = data.error.message.strip()
-        yield f"{self._asset(event.step_key)}: tried again in {data.seconds_to_wait or 0} s: {why}"
+        seconds = event.step_retry_data.seconds_to_wait or 0
+        why = _root(event.step_retry_data.error).message.strip()
+        yield f"{self._asset(event.step_key)}: tried again in {seconds:g} s: {why}"
 
     def _run_success(self, event: dg.DagsterEvent) -> Iterator[str]:
         yield (
@@ -138,6 +136,13 @@ class ConsoleHandler(logging.Handler):
 
     def _seconds(self) -> str:
         return f"{time.monotonic() - self._began:.0f} s"
+
+
+def _root(error: Any) -> Any:
+    """The error that the others are consequences of. (Dagster exports no name of their type.)"""
+    while error.cause is not None:
+        error = error.cause
+    return error
 
 
 def _short(value: dg.MetadataValue[Any]) -> str | None:

@@ -213,7 +213,6 @@ def _require_success(code: int | None, failures: Sequence[Failure], tail: Path, 
         words = tail.read_text(errors="replace") if tail.is_file() else ""
     raise dg.Failure(
         f"{who} failed with exit code {code}; its last words:\n{_last_lines(words)}",
-        allow_retries=False,
     )
 
 

@@ -33,6 +33,7 @@ class Case:
             predicts from x_t for this row, by target and without a batch dimension, and the
             timestep in [0, 1000] at which it did.
         base: what the LoRA is put into.
+        decoders: files of models that only samples need, relative to the model's folder.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case:
     aliases: tuple[str, ...]
     published: Callable[[Path, Mapping[str, Any], Tensors, Path | None], tuple[Tensors, float]]
     base: str = "dit"
+    decoders: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def models(self, folder: Path, layout: str) -> dict[str, Any]:

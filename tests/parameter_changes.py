@@ -1,6 +1,5 @@
 """Another value for every parameter, and what a change of it comes to; for `test_marks.py`."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -16,7 +15,9 @@ from families.wanvideo.cases import CASES as WAN
 from family_case import Case
 
 from assets.common import KINDS, code_version
+from diffsynth_dagster.cache.held_out import held_out_config
 from diffsynth_dagster.cache.keys import Keys
+from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.plan import plan_samples
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.parameters import MARKS
@@ -24,7 +25,7 @@ from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.plan import check_plan
-from diffsynth_dagster.training.record import start_record
+from diffsynth_dagster.training.start import start_record
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model, guess_family
 
@@ -105,17 +106,25 @@ def outcome_of(config: TrainingConfig, place: Place) -> Outcome:
     with closing(FactCache(place.folder / "facts.sqlite")) as fact_cache:
         validated = prepare_data(config, found.family.columns, fact_cache)
         dtype = PRECISIONS.get(config.mixed_precision or "", torch.float32)
-        manifest = plan_samples(config, found, validated, Keys(found, fact_cache, dtype))
+        keys_of = Keys(found, fact_cache, dtype)
+        manifest, planned = plan_samples(config, found, validated, keys_of), list[Manifest]()
+        own = held_out_config(config)
+        if own is not None:
+            table = prepare_data(own, found.family.columns, fact_cache)
+            planned.append(plan_samples(own, found, table, keys_of).publish())
         identity = start_record(config, found, manifest, fact_cache).identity
     versions = {kind: code_version(config, kind) for kind in KINDS}
-    keys = frozenset(manifest.keys.collect().to_series())
+    keys = frozenset(k for m in (manifest, *planned) for k in m.keys.collect().to_series())
     return Outcome(versions, keys, identity)
 
 
 def with_columns(table: Path) -> None:
-    """Add the columns that distillation reads."""
+    """Add the columns that distillation reads, one of them also as weights, and one of no masks."""
     head, *rows = table.read_text(encoding="utf-8").splitlines()
-    lines = [f"{head},seed,num_inference_steps", *(f"{row},{i},4" for i, row in enumerate(rows))]
+    lines = [
+        f"{head},seed,num_inference_steps,mask",
+        *(f"{row},{i},4," for i, row in enumerate(rows)),
+    ]
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -143,7 +152,13 @@ def preset(place: Place) -> dict[str, Any]:
     return {"preset_lora_path": str(place.folder / "one.safetensors")}
 
 
-BEFORE: dict[str, Change] = {"preset_lora_model": preset}
+BEFORE: dict[str, Change] = {
+    "preset_lora_model": preset,
+    "lokr_decompose_factor": {"lora_method": "lokr"},
+    "lokr_decompose_both": {"lora_method": "lokr"},
+    "oft_block_size": {"lora_method": "oft"},
+    "sample_steps": {"sample_prompts": ["a cat"]},
+}
 """Parameter → what a config has before its value is changed."""
 ALTERNATIVES: dict[str, Change] = {
     # dataset
@@ -178,12 +193,26 @@ ALTERNATIVES: dict[str, Change] = {
     "lora_rank": {"lora_rank": 8},
     "lora_alpha": {"lora_alpha": 1.0},
     "lora_dropout": {"lora_dropout": 0.5},
+    "lora_method": {"lora_method": "lokr"},
+    "use_rslora": {"use_rslora": True},
+    "lokr_decompose_factor": {"lora_method": "lokr", "lokr_decompose_factor": 4},
+    "lokr_decompose_both": {"lora_method": "lokr", "lokr_decompose_both": True},
+    "oft_block_size": {"lora_method": "oft", "oft_block_size": 8},
     "preset_lora_model": lambda place: {**preset(place), "preset_lora_model": "text_encoder"},
     "align_to_opensource_format": {"align_to_opensource_format": True},
     # course
     "task": {"task": "direct_distill"},
     "min_timestep_boundary": {"min_timestep_boundary": 0.25},
     "max_timestep_boundary": {"max_timestep_boundary": 0.75},
+    "timestep_sampling": {"timestep_sampling": "logit_normal"},
+    "logit_mean": {"timestep_sampling": "logit_normal", "logit_mean": 1.0},
+    "logit_std": {"timestep_sampling": "logit_normal", "logit_std": 2.0},
+    "mode_scale": {"timestep_sampling": "mode", "mode_scale": 0.5},
+    "timestep_shift": {"timestep_shift": "resolution"},
+    "caption_dropout_rate": {"caption_dropout_rate": 0.1},
+    "caption_lists": {"caption_lists": True},
+    "sample_weight_column": {"sample_weight_column": "seed"},
+    "loss_mask_column": {"loss_mask_column": "mask"},
     "learning_rate": {"learning_rate": 0.5},
     "num_epochs": {"num_epochs": 2},
     "batch_size": {"batch_size": 2},
@@ -194,6 +223,12 @@ ALTERNATIVES: dict[str, Change] = {
     "customized_optimizer": {"customized_optimizer": "torch.optim.Adam"},
     "lr_scheduler": {"lr_scheduler": "cosine"},
     "lr_warmup_steps": {"lr_warmup_steps": 1},
+    "optimizer": {"optimizer": "adafactor"},
+    "optimizer_arguments": {"optimizer_arguments": {"eps": 1e-6}},
+    "learning_rates": lambda place: {
+        "learning_rates": dict.fromkeys(make_config(place.values({})).lora_base_model, 0.5)
+    },
+    "ema_sigma_rel": {"ema_sigma_rel": 0.1},
     "max_grad_norm": {"max_grad_norm": 1.0},
     "mixed_precision": {"mixed_precision": "bf16"},
     "use_gradient_checkpointing": {"use_gradient_checkpointing": True},
@@ -203,14 +238,29 @@ ALTERNATIVES: dict[str, Change] = {
     "output_path": lambda place: {"output_path": str(place.folder / "elsewhere")},
     "remove_prefix_in_ckpt": {"remove_prefix_in_ckpt": ""},
     "save_steps": {"save_steps": 1},
+    "validation_split": {"validation_split": 1},
+    "validation_steps": {"validation_split": 1, "validation_steps": 1},
+    "validation_timesteps": {"validation_split": 1, "validation_timesteps": 2},
+    "keep_best": {"validation_split": 1, "keep_best": True},
+    "early_stopping_patience": {"validation_split": 1, "early_stopping_patience": 1},
+    "save_keep": {"save_keep": 1},
+    "state_steps": {"state_steps": 1},
+    "state_minutes": {"state_minutes": 1.0},
+    "state_keep": {"state_keep": 1},
+    "resume": {"resume": "never"},
     "enable_csv_log": {"enable_csv_log": True},
     "enable_tensorboard_log": {"enable_tensorboard_log": True},
     "enable_swanlab_log": {"enable_swanlab_log": True},
     "swanlab_project": {"swanlab_project": "another"},
     "enable_wandb_log": {"enable_wandb_log": True},
     "wandb_project": {"wandb_project": "another"},
+    "enable_trackio_log": {"enable_trackio_log": True},
+    "trackio_project": {"trackio_project": "another"},
+    "enable_mlflow_log": {"enable_mlflow_log": True},
+    "mlflow_project": {"mlflow_project": "another"},
     "sample_prompts": {"sample_prompts": ["a cat"]},
     "sample_num_inference_steps": {"sample_num_inference_steps": 1},
+    "sample_steps": {"sample_steps": 1, "sample_prompts": ["a cat"]},
     "sample_cfg_scale": {"sample_cfg_scale": 2.0},
     "customized_evaluation": {"customized_evaluation": "parameter_changes.unchanged"},
     # planned: any other value is refused
@@ -220,7 +270,6 @@ ALTERNATIVES: dict[str, Change] = {
     "offload_idle_denoiser": {"offload_idle_denoiser": True},
     "offload_models": {"offload_models": ["a"]},
     "quant_options": {"quant_options": "a"},
-    "resume_from_checkpoint": {"resume_from_checkpoint": "a"},
     "template_model_id_or_path": {"template_model_id_or_path": "a"},
     "enable_lora_hot_loading": {"enable_lora_hot_loading": True},
     "enable_model_cpu_offload": {"enable_model_cpu_offload": True},
@@ -228,101 +277,6 @@ ALTERNATIVES: dict[str, Change] = {
     "cpu_offload_split_threshold": {"cpu_offload_split_threshold": 1.0},
 }
 """Parameter → another value of it, with what must go with it."""
-
-
-@dataclass(frozen=True)
-class FileChange:
-    """What a parameter names before; the same content under another name; other content."""
-
-    before: Mapping[str, Any]
-    renamed: Mapping[str, Any]
-    changed: Mapping[str, Any] | None
-
-
-def copied(source: Path, target: Path, change: Callable[[Path], None] | None = None) -> str:
-    """A copy of a folder, or of a file and its neighbours; changed where it is asked for."""
-    shutil.copytree(source if source.is_dir() else source.parent, target, dirs_exist_ok=True)
-    copy = target if source.is_dir() else target / source.name
-    if change is not None:
-        change(copy)
-    return str(copy)
-
-
-def flip_last_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-def swap_first_file(folder: Path) -> None:
-    (first,) = folder.glob("0.*")
-    shutil.copy(first.with_stem("1"), first)
-
-
-def rewrite_captions(table: Path) -> None:
-    table.write_text(table.read_text(encoding="utf-8").replace("number", "count"))
-
-
-def add_file(folder: Path) -> None:
-    (folder / "more.json").write_text("{}")
-
-
-def file_change(place: Place, name: str) -> FileChange:
-    """The change of a parameter that counts by content."""
-    values, new = place.values({}), place.folder / name
-    if name == "family":  # No other family takes these files.
-        return FileChange({}, {"family": None}, None)
-    if name in ("lora_checkpoint", "preset_lora_path"):
-        one, same, two = (str(place.folder / f"{n}.safetensors") for n in ("one", "same", "two"))
-        more = {"preset_lora_model": "text_encoder"} if name == "preset_lora_path" else {}
-        return FileChange({name: one, **more}, {name: same, **more}, {name: two, **more})
-    if name == "model_paths":
-        return FileChange({}, *(with_other_vae(place, new / n / "vae", c) for n, c in COPIES))
-    if name == "model_id_with_origin_paths":
-        return FileChange(*(with_hub_vae(place, f"a/{n}", c) for n, c in (("z", None), *COPIES)))
-    if name == "fp8_models":
-        (encoder,) = (p for p in values["model_paths"] if "/text_encoder/" in str(p))
-        copy = copied(Path(encoder), new)
-        paths = [copy if path == encoder else path for path in values["model_paths"]]
-        stored = {name: [encoder]}
-        return FileChange(stored, {"model_paths": paths, name: [copy]}, {"model_paths": paths})
-    changes = {"dataset_base_path": swap_first_file, "dataset_metadata_path": rewrite_captions}
-    source = Path(values.get(name) or place.model / "diffusers" / "tokenizer")
-    change = changes.get(name, add_file)
-    return FileChange(
-        {},
-        {name: copied(source, new / "renamed")},
-        {name: copied(source, new / "changed", change)},
-    )
-
-
-COPIES = (("renamed", None), ("changed", flip_last_byte))
-
-
-def vae_of(place: Place) -> str:
-    (vae,) = (p for p in place.values({})["model_paths"] if "/vae" in str(p))
-    return vae
-
-
-def with_other_vae(
-    place: Place, folder: Path, change: Callable[[Path], None] | None
-) -> dict[str, Any]:
-    """The model list with a copy of the VAE in place of its own."""
-    vae = vae_of(place)
-    copy = copied(Path(vae), folder, change)
-    paths = place.values({})["model_paths"]
-    return {"model_paths": [copy if path == vae else path for path in paths]}
-
-
-def with_hub_vae(
-    place: Place, repository: str, change: Callable[[Path], None] | None
-) -> dict[str, Any]:
-    """The model list with the VAE from a repository."""
-    vae = Path(vae_of(place))
-    copied(vae, place.folder / "hub" / repository / "vae", change)
-    paths = [path for path in place.values({})["model_paths"] if path != str(vae)]
-    entry = f"{repository}:vae/{vae.name}"
-    return {"model_paths": paths, "model_id_with_origin_paths": [entry]}
 
 
 STALE = {
@@ -346,7 +300,8 @@ BY_VALUE = [n for n, mark in MARKS.items() if not mark.by_content and not mark.p
 BY_CONTENT = [n for n, mark in MARKS.items() if mark.by_content and not mark.planned]
 IMAGES = dict.fromkeys(("num_frames", "frame_rate"), "is trained on images")
 NO_SAMPLES = dict.fromkeys(
-    ("sample_prompts", "customized_evaluation"), "a prompt alone makes no sample here"
+    ("sample_prompts", "sample_steps", "customized_evaluation"),
+    "a prompt alone makes no sample here",
 )
 NO_EDIT = dict.fromkeys(
     ("zero_cond_t", "edit_plus", "processor_path"), "is about edit images, which are not trained on"
@@ -359,6 +314,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "flux_kontext": {**ALONE, **IMAGES, **NO_SAMPLES},
     "sd15": {
         **ALONE,
+        "timestep_shift": "no sigmas that are shifted",
         **IMAGES,
         "task": "cannot be distilled",
         "extra_inputs": "controlnet_image is given but no ControlNet",

@@ -6,6 +6,7 @@ the asset of its name does, up to Dagster: it prints one message for a mistake, 
 the trainer's.
 """
 
+import csv
 import json
 import multiprocessing
 import os
@@ -30,6 +31,10 @@ HEAVY = [
 ]
 SHARD_BYTES = 20_000
 """Of the soak's stores: several shards for a few pictures."""
+MEASURED = (
+    *("seconds", "samples_per_second", "peak_memory_bytes", "beside", "digest", "resumed_from"),
+)
+"""Fields of the record that differ between two runs of the same training."""
 LONGEST_S = 120.0
 """A step that takes longer hangs."""
 
@@ -119,11 +124,30 @@ STEPS: dict[str, Callable[[Any], int]] = {
 """Name of a step → what it does with the config of a recipe."""
 
 
-def attempt(step: str, recipe: Path, dies_at: int | None, started: Connection) -> None:
+@dataclass(frozen=True)
+class Death:
+    """When an attempt is killed, if it is not done before, and how.
+
+    Attributes:
+        touch: just before it touches files in a folder for the n-th time.
+        folder: within the recipe's folder; that itself when left out.
+        seconds: after so many seconds, where no touch is given.
+        by: the signal.
+    """
+
+    touch: int | None = None
+    folder: str = ""
+    seconds: float | None = None
+    by: signal.Signals = signal.SIGKILL
+
+
+NO_DEATH = Death()
+
+
+def attempt(step: str, recipe: Path, death: Death, started: Connection) -> None:
     """The process that makes one attempt at a step.
 
     Args:
-        dies_at: kill it just before it touches files of the recipe's folder for the n-th time.
         started: told when all is imported.
     """
     os.setsid()
@@ -138,14 +162,14 @@ def attempt(step: str, recipe: Path, dies_at: int | None, started: Connection) -
 
     shards.SHARD_BYTES = SHARD_BYTES
     started.send(None)
-    touched = watch(str(recipe.parent), dies_at)
+    touched = watch(str(recipe.parent / death.folder), death)
     with FailureGuard(PrintedFailures()) as guard:
         guard.code = STEPS[step](read_recipe(recipe).config)
     (recipe.parent / "touched").write_text(json.dumps(touched))
     sys.exit(guard.code)
 
 
-def watch(folder: str, dies_at: int | None) -> list[int]:
+def watch(folder: str, death: Death) -> list[int]:
     """Count, in a list of one number, how often Python touches files in a folder."""
     count = [0]
 
@@ -153,8 +177,9 @@ def watch(folder: str, dies_at: int | None) -> list[int]:
         touches = event.startswith(("open", "os.", "sqlite3.")) and arguments
         if touches and isinstance(arguments[0], (str, Path)):
             count[0] += str(arguments[0]).startswith(folder)
-            if count[0] == dies_at:
-                os.killpg(0, signal.SIGKILL)
+            if count[0] == death.touch:
+                count[0] += 1  # once: a signal may be survived
+                os.killpg(0, death.by)
 
     sys.addaudithook(hook)
     return count
@@ -165,7 +190,7 @@ class Attempt:
     """How an attempt ended.
 
     Attributes:
-        code: None where it was killed.
+        code: None where SIGKILL ended it.
         said: what it printed.
         seconds, touched: how long it took, and how often it touched files, where it came to its end.
     """
@@ -183,37 +208,61 @@ def start_server() -> Any:
     return context
 
 
-def make_attempt(
-    server: Any,
-    step: str,
-    recipe: Path,
-    dies_at: int | None = None,
-    dies_after: float | None = None,
-) -> Attempt:
-    """Try a step of a recipe once.
-
-    Args:
-        dies_at, dies_after: it is killed at the n-th touch of a file, or after so many seconds, if it
-            is not done before.
-    """
+def make_attempt(server: Any, step: str, recipe: Path, death: Death = NO_DEATH) -> Attempt:
+    """Try a step of a recipe once."""
     (recipe.parent / "touched").unlink(missing_ok=True)
     hears, says = server.Pipe(duplex=False)
-    process = server.Process(target=attempt, args=(step, recipe, dies_at, says))
+    process = server.Process(target=attempt, args=(step, recipe, death, says))
     process.start()
     says.close()
     with suppress(EOFError):
         hears.recv()
     began = time.monotonic()
-    done = wait([process.sentinel], LONGEST_S if dies_after is None else dies_after)
+    if death.seconds is not None and not wait([process.sentinel], death.seconds):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, death.by)
+    done = wait([process.sentinel], LONGEST_S)
     seconds = time.monotonic() - began
     if not done:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
     process.join()
     said = (recipe.parent / "log").read_text(encoding="utf-8", errors="replace")
-    assert done or dies_after is not None, f"{step} hangs:\n{said}"
+    assert done, f"{step} hangs:\n{said}"
     if process.exitcode == -signal.SIGKILL:
         return Attempt(None, said)
     file = recipe.parent / "touched"
     touched = json.loads(file.read_text())[0] if file.exists() else 0
     return Attempt(process.exitcode, said, seconds, touched)
+
+
+def result(run: Path) -> dict[str, Any]:
+    """What a finished run leaves for its user, without what was measured: name → content."""
+    patterns = (
+        "*.safetensors",
+        "samples/*",
+        "exports/*/*",
+        "sample_losses.parquet",
+        "held_out.csv",
+    )
+    files = [path for pattern in patterns for path in run.glob(pattern)]
+    found: dict[str, Any] = {str(p.relative_to(run)): p.read_bytes() for p in files}
+    for name, read in (("run.json", _facts), ("metrics.csv", _steps)):
+        if (run / name).is_file():
+            found[name] = read(run / name)
+    return found
+
+
+def _facts(path: Path) -> Any:
+    content = path.read_bytes()
+    try:
+        return {k: v for k, v in json.loads(content).items() if k not in MEASURED}
+    except ValueError:
+        return content
+
+
+def _steps(path: Path) -> Any:
+    from diffsynth_dagster.training.metrics import MEASURED as OF_STEPS
+
+    text = path.read_text(encoding="utf-8", errors="replace")
+    rows = csv.DictReader(text.replace("\0", "?").splitlines())
+    return [{k: v for k, v in row.items() if k not in OF_STEPS} for row in rows]

@@ -31,7 +31,7 @@ def test_an_error_survives_the_way_between_processes(kind: type[UserError]) -> N
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_step_that_cannot_be_read_raises_the_error_itself(workers: int) -> None:
-    steps = steps_of(Damaged(), 5, workers)
+    steps = steps_of(Damaged(), 0, 5, workers)
     assert [next(steps), next(steps)] == [(1, []), (2, [])]
     with pytest.raises(StoreError) as caught:
         next(steps)

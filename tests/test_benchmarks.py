@@ -10,7 +10,13 @@ from conftest import ROOT
 SCRIPT = ROOT / "benchmarks" / "step.py"
 
 
-@pytest.mark.parametrize("name", ["Qwen-Image", "FLUX.1-dev", "Wan2.1-T2V-1.3B"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Wan2.1-T2V-1.3B",
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("Qwen-Image", "FLUX.1-dev")),
+    ],
+)
 def test_a_step_is_measured(name: str) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "tiny", name], capture_output=True, text=True, check=True

@@ -10,8 +10,10 @@ import pytest
 from conftest import Values
 from dagster_support import environment, home, job, start, write_recipe
 
-from diffsynth_dagster.training import reporting
-from diffsynth_dagster.training.reporting import Every, StepMetrics, TerminalReporter
+from diffsynth_dagster.training import progress
+from diffsynth_dagster.training.metrics import StepMetrics
+from diffsynth_dagster.training.progress import Every
+from diffsynth_dagster.training.reporting import TerminalReporter
 
 MOST_LINES = 60
 
@@ -70,17 +72,17 @@ def test_console_shows_what_a_person_follows(values: Values, tmp_path: Path) -> 
 
 
 def step(number: int) -> StepMetrics:
-    return StepMetrics(number, 0, 0.5, 1e-3, 1.0, 0.1, 4)
+    return StepMetrics(number, 0, 0.5, 1e-3, 1.0, 0.1, 4, samples_per_second=40.0)
 
 
 def follow(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Report ten steps of some seconds each to a terminal."""
     now = SimpleNamespace(monotonic=lambda: clock)
-    monkeypatch.setattr(reporting, "time", now)
+    monkeypatch.setattr(progress, "time", now)
     clock = 0.0
     reporter = TerminalReporter()
     nothing: Any = None
-    reporter.started(10, nothing)
+    reporter.started(10, nothing, 0)
     for number in range(1, 11):
         clock += seconds
         reporter.stepped(step(number))
@@ -94,10 +96,10 @@ def test_progress_in_a_file_is_a_plain_line_now_and_then(
     text = capsys.readouterr().err
     assert "\r" not in text
     assert text.splitlines() == [
-        "train: step 1 of 10, loss 0.5000, lr 1.0e-03, 00:02 passed, 00:18 left",
-        "train: step 4 of 10, loss 0.5000, lr 1.0e-03, 00:08 passed, 00:12 left",
-        "train: step 7 of 10, loss 0.5000, lr 1.0e-03, 00:14 passed, 00:06 left",
-        "train: step 10 of 10, loss 0.5000, lr 1.0e-03, 00:20 passed, 00:00 left",
+        "train: step 1 of 10, loss 0.5000, lr 1.0e-03, samples/s 40, 00:02 passed, 00:18 left",
+        "train: step 4 of 10, loss 0.5000, lr 1.0e-03, samples/s 40, 00:08 passed, 00:12 left",
+        "train: step 7 of 10, loss 0.5000, lr 1.0e-03, samples/s 40, 00:14 passed, 00:06 left",
+        "train: step 10 of 10, loss 0.5000, lr 1.0e-03, samples/s 40, 00:20 passed, 00:00 left",
     ]
 
 
@@ -129,7 +131,7 @@ def test_progress_in_a_terminal_is_a_bar(
 
 def test_a_long_work_is_reported_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
-    monkeypatch.setattr(reporting, "time", SimpleNamespace(monotonic=lambda: clock))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock))
     every, times = Every(5, 60), list[float]()
     for second in range(1, 10_001):
         clock = float(second)

@@ -32,6 +32,12 @@ class Stopping(torch.optim.SGD):
     def step(self, closure=None):
         os.kill(os.getpid(), signal.SIGINT)
 
+class Hungry(torch.optim.SGD):
+    def step(self, closure=None):
+        with open("{tries}", "a") as file:
+            file.write("again ")
+        torch.empty(2**46)
+
 class MistakenOnOne(torch.optim.SGD):
     def __init__(self, *arguments, **options):
         if os.environ["RANK"] == "1":
@@ -49,7 +55,8 @@ class Place:
 
     def failure(self, **overrides: Any) -> str:
         """Run a recipe's training as its asset does; returns how it failed."""
-        values = {**self.values, "output_path": str(self.folder / "run"), **overrides}
+        run = {"output_path": str(self.folder / "run"), "retries": 0}
+        values = {**self.values, **run, **overrides}
         write_recipe(self.folder / "recipes", "failing", values)
         job = definitions_of(self.folder / "recipes").resolve_job_def("train_failing")
         with dg.DagsterInstance.ephemeral() as instance:
@@ -68,7 +75,8 @@ def place(values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pl
     code, encoded = train(values(), tmp_path / "encoded", "--task", "sft:data_process")
     assert code == 0
     (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "failing.py").write_text(FAILING, encoding="utf-8")
+    code = FAILING.replace("{tries}", str(tmp_path / "tries"))
+    (tmp_path / "code" / "failing.py").write_text(code, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"))
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
     given = {k: v for k, v in values().items() if k != "dataset_metadata_path"}
@@ -91,6 +99,15 @@ def test_crash_in_training_shows_its_traceback(place: Place) -> None:
     assert message.startswith("process 0 of sft:train failed with exit code 1; its last words:")
     assert "failing.py" in message
     assert message.endswith("ZeroDivisionError: nothing is left")
+
+
+def test_too_little_memory_is_said_and_not_tried_again(place: Place) -> None:
+    message = place.failure(customized_optimizer="failing.Hungry", retries=2)
+    what, where, do = message.splitlines()
+    assert what.startswith("the memory of the CPU is not enough in the training: 256.0 TiB more")
+    assert where.startswith("  where: it was taken by: weights ")
+    assert do.startswith("  what to do: try, in this order: use_gradient_checkpointing: true; ")
+    assert (place.folder / "tries").read_text() == "again "
 
 
 def test_killed_trainer_shows_the_end_of_standard_error(place: Place) -> None:

@@ -145,6 +145,12 @@ def test_progress_becomes_observations(place: Place, first: dg.ExecuteInProcessR
     assert seen
     assert seen[0]["step"].value == 2
     assert isinstance(seen[0]["loss"].value, float)
+    assert seen[0]["samples_per_second"].value > 0  # pyright: ignore[reportOperatorIssue]
+    pictured = {m["step"].value: m["samples"].value for m in seen if "samples" in m}
+    assert list(pictured) == [2, 0]
+    for value in pictured.values():
+        assert str(value).startswith("![](data:image/")
+        assert len(str(value)) < MAX_EVENT
     assert first.success
 
 
@@ -340,7 +346,8 @@ def test_download_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) 
         raise DownloadError("the hub did not answer")
 
     monkeypatch.setattr(ModelHub, "files", unreachable)
-    monkeypatch.setattr("assets.weights._RETRIES", dg.RetryPolicy(max_retries=2))
+    monkeypatch.setattr("assets.weights._RETRIES", 2)
+    monkeypatch.setattr("assets.weights.RETRY_DELAY_S", 0.0)
     place.recipe("away", model_paths=None, model_id_with_origin_paths=["a/b:c.safetensors"])
     key = dg.AssetKey(["weights", "b", "c"])
     result = place.run("away", asset_selection=[key])
@@ -374,7 +381,7 @@ def test_manifest_is_checked_against_the_store(place: Place, first: Any) -> None
         path = place.folder / "other.parquet"
         frame.write_parquet(path)
         other: Manifest = replace(manifest, path=path, **notes)
-        return _describe(other, look_into(other, table))[1]
+        return _describe(other, [look_into(other, table)])[1]
 
     assert check_of(manifest.frame).passed
     check = check_of(manifest.frame.with_columns(pl.col("key:image") + "x"), prompts={})

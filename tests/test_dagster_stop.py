@@ -29,7 +29,9 @@ definitions = dg.Definitions(
 """
 
 
-@pytest.mark.parametrize("executor", ["in_process", "multiprocess"])
+@pytest.mark.parametrize(
+    "executor", ["in_process", pytest.param("multiprocess", marks=pytest.mark.soak)]
+)
 def test_kill_of_job_execute_is_the_end_of_the_training(
     values: Values, tmp_path: Path, executor: str
 ) -> None:

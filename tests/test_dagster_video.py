@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import dagster as dg
+import pytest
 from dagster_support import execute_job
 from families.wanvideo.cases import CASES
 from media_support import real_clip
@@ -21,6 +22,7 @@ CLIPS = {
 }
 
 
+@pytest.mark.soak
 def test_real_clips_become_a_lora(tmp_path: Path) -> None:
     case, data = CASES[0], tmp_path / "data"
     case.write(tmp_path / "model")

@@ -169,7 +169,8 @@ def test_tables_of_the_usage_page_are_taken(kind: str, text: str, tmp_path: Path
         name = "ltx2"
     extra = columns & {*find_family(name).extra_inputs, "rand_device", "cfg_scale"}
     files = columns - {"prompt", "seed", "num_inference_steps", "controlnet_processor_id"}
-    files -= {"in_context_downsample_factor", "frame_rate"}
+    files -= {"in_context_downsample_factor", "frame_rate", "weight", "mask"}
+    named = {"sample_weight_column": "weight", "loss_mask_column": "mask"}
     values = {
         "family": name,
         "task": "direct_distill" if "seed" in columns else "sft",
@@ -179,6 +180,8 @@ def test_tables_of_the_usage_page_are_taken(kind: str, text: str, tmp_path: Path
         "extra_inputs": sorted(extra),
         "model_id_with_origin_paths": "a/b:c",
         "lora_base_model": "dit",
+        "caption_lists": '"[""' in text,
+        **{name: column for name, column in named.items() if column in columns},
     }
     config = read_config(values, "the test")
     inputs = check_columns(config, guess_family(config).columns)

@@ -1,15 +1,12 @@
 """The gradient of a step is that of its samples, however they are batched and shared out."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
-from conftest import ROOT, Values, make_config, samples_of, train, write_images
+from conftest import Values, make_config, samples_of, train, write_images
+from process_support import two_processes
 from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
@@ -69,21 +66,6 @@ def test_gradients_are_checkpointed_all_the_way(values: Values, tmp_path: Path) 
     step = build_step(config, models, torch.float32)
     assert step.loaded["dit"].gradient_checkpointing
     assert not any(p.requires_grad for p in step.loaded["dit"].parameters())
-
-
-def two_processes(config: dict[str, object], recipe: Path) -> "subprocess.CompletedProcess[str]":
-    """Train with two processes on the CPU."""
-    recipe.write_text(json.dumps(config), encoding="utf-8")
-    command = "torch.distributed.run --standalone --nproc_per_node 2 -m diffsynth_dagster.train"
-    return subprocess.run(
-        [sys.executable, "-m", *command.split(), "--recipe", str(recipe)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        timeout=120,
-        check=False,
-    )
 
 
 def test_parameters_without_gradient_need_no_flag(values: Values, tmp_path: Path) -> None:

@@ -163,11 +163,11 @@ REFUSED = [
     ("wan21_t2v_1.3b", "--extra_inputs", "input_audio", "'input_audio'"),
     ("wan21_t2v_1.3b", "--num_frames", "50", "num_frames = 50 is no length"),
     ("wan21_t2v_1.3b", "--min_timestep_boundary", "1", "--min_timestep_boundary"),
+    ("wan21_t2v_1.3b", "--resume_from_checkpoint", "a", "is given but no --trainable_models"),
     *(
         ("wan21_t2v_1.3b", flag, value, f"{flag} is not supported yet")
         for flag, value in (
             ("--offload_models", "a:b"),
-            ("--resume_from_checkpoint", "a"),
             ("--quant_options", "a:bitsandbytes_nf4"),
             ("--template_model_id_or_path", "a"),
             ("--enable_lora_hot_loading", ""),

@@ -1,7 +1,7 @@
 """Every parameter in turn: what changes with it is what its mark says, for each family.
 
-A new parameter joins with a row in `parameter_changes.ALTERNATIVES` (or `file_change`, if it counts by
-content).
+A new parameter joins with a row in `parameter_changes.ALTERNATIVES` (or `file_changes.file_change`, if it
+counts by content).
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import Values, make_config, train
 from family_case import Case
+from file_changes import file_change
 from parameter_changes import (
     ALTERNATIVES,
     BEFORE,
@@ -23,14 +24,18 @@ from parameter_changes import (
     STALE,
     Change,
     Place,
-    file_change,
     with_columns,
 )
 from pydantic import BaseModel
 
 from assets.common import code_version
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.config.effect import AFFECTS, settled_by_encoding, values_that_affect
+from diffsynth_dagster.config.effect import (
+    AFFECTS,
+    names_that_affect,
+    settled_by_encoding,
+    values_that_affect,
+)
 from diffsynth_dagster.config.kinds import marks_of, parameter
 from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.config.particular import ParticularParameters
@@ -153,7 +158,8 @@ def test_the_marks_are_the_fields_and_hold_each_kind() -> None:
     for mark in MARKS.values():
         assert mark.needs is None or mark.needs in MARKS
     values = values_that_affect(TrainingConfig(task="sft:train"), *AFFECTS)
-    assert values.keys() == {name for name, mark in MARKS.items() if not mark.by_content}
+    off = {name for name, mark in MARKS.items() if mark.off_by_default}
+    assert values.keys() == {n for n, mark in MARKS.items() if not mark.by_content} - off
     assert values["task"] == "sft"
 
 
@@ -205,3 +211,11 @@ def test_a_training_does_not_depend_on_what_affects_exports_or_nothing(
         assert code == 0
         written.append((run / "epoch-0.safetensors").read_bytes())
     assert written[0] == written[1]
+
+
+def test_what_is_off_by_default_makes_no_older_result_out_of_date() -> None:
+    """Nothing says its name while it is off, so that digests are those of before it was there."""
+    off = {name for name, mark in MARKS.items() if mark.off_by_default}
+    config = TrainingConfig(timestep_sampling="mode")
+    assert off & values_that_affect(config, *AFFECTS).keys() == {"timestep_sampling"}
+    assert not off & names_that_affect(config, *AFFECTS).keys()

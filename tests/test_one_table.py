@@ -15,9 +15,9 @@ from dagster_support import definitions_of, write_recipe
 from PIL import Image
 
 from diffsynth_dagster.cache.__main__ import main as maintain
+from diffsynth_dagster.cache.encoded_for import require_encoded_for
 from diffsynth_dagster.cache.keys import sample_identity, with_contents
 from diffsynth_dagster.cache.manifest import read_manifest
-from diffsynth_dagster.cache.split import require_encoded_for
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.checked import PINNED, pin, read_checked

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, Values, train
 from dagster_support import definitions_of, endless, start, wait_until_training, write_recipe
-from test_gradients import two_processes
+from process_support import two_processes
 
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.files import hidden_beside

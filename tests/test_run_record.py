@@ -73,7 +73,10 @@ def test_a_checkpoint_is_named_as_soon_as_it_is_written(
     values: Values, tmp_path: Path, watched: list[RunRecord]
 ) -> None:
     config = values(
-        customized_optimizer="test_run_record.LooksAtRunJson", weight_decay=0, save_steps=1
+        customized_optimizer="test_run_record.LooksAtRunJson",
+        weight_decay=0,
+        save_steps=1,
+        resume="never",
     )
     run = tmp_path / "run"
     for _ in range(2):  # the second time over the record of a finished training

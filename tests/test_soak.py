@@ -7,8 +7,6 @@ on the disk: what a new kind of file needs is nothing, what a new step needs is 
 `soak_support` and in `WAYS`.
 """
 
-import csv
-import json
 import os
 import random
 import re
@@ -24,7 +22,7 @@ import pytest
 import yaml
 from conftest import lora_values, write_images
 from damage_support import DAMAGE
-from soak_support import Attempt, make_attempt, start_server
+from soak_support import NO_DEATH, Attempt, Death, make_attempt, result, start_server
 
 from diffsynth_dagster.cache.__main__ import main as maintain
 
@@ -35,7 +33,6 @@ WAYS = {
 """A step that fails by damage done before it is tried anew, as Dagster does it: not those before it."""
 _KILLED = {"table": 1, "latents": 4, "checkpoints": 4, "exports": 2, "command": 6}
 """How often each step is killed, in proportion."""
-_MEASURED = ("seconds", "samples_per_second", "peak_memory_bytes", "beside", "digest")
 _AGAIN: list[tuple[str, str]] = [
     ("materialize the metadata", "table"),
     ("check it again", "table"),
@@ -140,10 +137,10 @@ class Soak:
         refused = 0
         while step < len(WAYS[way]):
             name = WAYS[way][step]
-            moment = self._moment(name) if self._to_kill[name] and not quietly else {}
-            attempt = make_attempt(self._server, name, self.recipe, **moment)
+            death = self._death(name) if self._to_kill[name] and not quietly else NO_DEATH
+            attempt = make_attempt(self._server, name, self.recipe, death)
             self.figures.attempts += 1
-            self.history.append(f"{name} {moment}: {attempt.code}")
+            self.history.append(f"{name} {death}: {attempt.code}")
             if attempt.code is None:
                 self._to_kill[name] -= 1
                 self.figures.kills[self._stage(name)] += 1
@@ -159,12 +156,12 @@ class Soak:
                 assert refused < 4, self._story("what the messages say does not cure", attempt.said)
                 step = self._heed(way, attempt)
 
-    def _moment(self, step: str) -> dict[str, Any]:
+    def _death(self, step: str) -> Death:
         """When to kill: at a touch of a file, or after some time."""
         length = self._lengths[step]
         if self._source.random() < 0.5:
-            return {"dies_at": self._source.randint(1, length.touched)}
-        return {"dies_after": self._source.uniform(0.0, length.seconds)}
+            return Death(touch=self._source.randint(1, length.touched))
+        return Death(seconds=self._source.uniform(0.0, length.seconds))
 
     def _stage(self, step: str) -> str:
         """What an attempt that was killed was about."""
@@ -291,34 +288,10 @@ class Soak:
         return "\n".join([what, *self.history, said])
 
 
-def result(run: Path) -> dict[str, Any]:
-    """What a finished run leaves for its user, without what was measured: name → content."""
-    files = [*run.glob("*.safetensors"), *run.glob("samples/*"), *run.glob("exports/*/*")]
-    found: dict[str, Any] = {str(p.relative_to(run)): p.read_bytes() for p in files}
-    for name, read in (("run.json", _facts), ("metrics.csv", _steps)):
-        if (run / name).is_file():
-            found[name] = read(run / name)
-    return found
-
-
-def _facts(path: Path) -> Any:
-    content = path.read_bytes()
-    try:
-        return {k: v for k, v in json.loads(content).items() if k not in _MEASURED}
-    except ValueError:
-        return content
-
-
-def _steps(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    rows = csv.DictReader(text.replace("\0", "?").splitlines())
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
 def soak(tiny_qwen: Path, folder: Path, kills: int, seed: int) -> Figures:
     """So many kills, and what came of them."""
     data = write_images(folder / "data", 12)
-    values = {**lora_values(tiny_qwen, data, folder), "num_epochs": 4}
+    values = {**lora_values(tiny_qwen, data, folder), "num_epochs": 4, "state_steps": 2}
     values |= {"sample_prompts": ["a picture"], "sample_num_inference_steps": 1}
     values |= {"height": 32, "width": 32}
     server = start_server()
@@ -335,17 +308,6 @@ def soak(tiny_qwen: Path, folder: Path, kills: int, seed: int) -> Figures:
     assert maintain(["verify", "--drop", "--cache_path", str(tried.store)]) == 0
     assert maintain(["gc", "--cache_path", str(tried.store)]) == 0
     return tried.figures
-
-
-@pytest.fixture
-def show(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Prints past the capture of what tests print."""
-
-    def printed(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n{text}", flush=True)
-
-    return printed
 
 
 def test_what_was_killed_and_damaged_comes_to_the_same_result(

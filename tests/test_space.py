@@ -73,9 +73,11 @@ def test_checkpoints_that_will_not_all_fit_are_warned_of(values: Values, tmp_pat
     warning, error = done.stderr.index("warning: the 100 checkpoints"), done.stderr.index("error: ")
     assert warning < error
     assert "no space left in" in done.stderr[error:]
-    (needed,) = re.findall(r"the 100 checkpoints .* about ([\d,]+) bytes", done.stderr)
+    (needed,) = re.findall(r"the 100 checkpoints and 2 states .* ([\d,]+) bytes", done.stderr)
+    (state,) = (run / "state").glob("*/*.safetensors")
+    kept_and_new = 3 * tensor_bytes(state)
     assert int(needed.replace(",", "")) == pytest.approx(
-        100 * tensor_bytes(run / "epoch-0.safetensors")
+        100 * tensor_bytes(run / "epoch-0.safetensors") + kept_and_new, rel=0.03
     )
 
 
@@ -114,7 +116,10 @@ def test_dagster_logs_the_warning(values: Values, tmp_path: Path) -> None:
     write_recipe(tmp_path / "recipes", "tiny", config)
     env = environment(home(tmp_path / "home"), tmp_path / "recipes")
     done = on_a_small_disk(400_000, disk, *job("train_tiny"), env=env)
-    assert "tiny/checkpoints: warning: the 1000 checkpoints of the training will" in done.stderr
+    assert (
+        "tiny/checkpoints: warning: the 1000 checkpoints and 2 states of the training will"
+        in done.stderr
+    )
     # And when it came to that, the failure is the trainer's own message.
     (said,) = (x for x in done.stderr.splitlines() if "checkpoints: failed: " in x)
     assert re.search(r"failed: no space left in \S+/run: at least [\d,]{3,} bytes are needed", said)

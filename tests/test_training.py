@@ -2,21 +2,23 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
 import torch
-from conftest import ROOT, Values, make_config, train, write_images
+from conftest import Values, make_config, train, write_images
+from process_support import in_processes
 from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.families import find_family
+from diffsynth_dagster.training.adapters import saved_name
 from diffsynth_dagster.training.batches import collate
-from diffsynth_dagster.training.modules import add_lora, saved_name
+from diffsynth_dagster.training.metrics import MEASURED
+from diffsynth_dagster.training.modules import add_lora
 from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.hub import ModelHub
@@ -239,6 +241,25 @@ def test_sample_pictures_and_logs(values: Values, tmp_path: Path) -> None:
     assert metrics["learning_rate"].to_list() == [0.0, 5e-4]
 
 
+def test_the_time_of_a_step_is_split(values: Values, tmp_path: Path) -> None:
+    """Tokens are those of the samples' latents: patches of 16x16 pixels."""
+    _, run = train(values(batch_size=3, height=32, width=64), tmp_path / "run")
+    metrics = pl.read_csv(run / "metrics.csv")
+    assert sorted(metrics["samples"]) == [2, 3, 3]
+    assert metrics["tokens"].to_list() == [8 * count for count in metrics["samples"]]
+    parts = metrics["forward_backward_seconds"] + metrics["optimizer_seconds"]
+    assert (parts - metrics["seconds"]).abs().max() == pytest.approx(0.0, abs=1e-6)
+    whole = metrics["seconds"] + metrics["data_seconds"]
+    for name in ("samples", "tokens"):
+        wanted = metrics[name] / whole
+        assert metrics[f"{name}_per_second"].to_list() == pytest.approx(wanted.to_list())
+    for name in MEASURED:
+        assert (metrics[name] > 0).all()
+    # No process has less memory than its interpreter, nor more than the machine.
+    assert metrics["peak_memory_bytes"].is_sorted()
+    assert 1e8 < metrics["peak_memory_bytes"][0] < psutil.virtual_memory().total
+
+
 def test_automatic_targets(tmp_path: Path) -> None:
     from diffusers import QwenImageTransformer2DModel
 
@@ -281,15 +302,8 @@ def test_a_seed_may_be_large_and_bf16_samples(values: Values, tmp_path: Path) ->
         height=32,
         width=32,
     )
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(json.dumps({**config, "output_path": str(tmp_path / "run")}))
     # A process of its own: accelerate's precision is one for each process.
-    done = subprocess.run(
-        [sys.executable, "-m", "diffsynth_dagster.train", "--recipe", str(recipe)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = {**config, "output_path": str(tmp_path / "run")}
+    done = in_processes(1, run, tmp_path / "recipe.json")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "samples" / "step-2.png").is_file()

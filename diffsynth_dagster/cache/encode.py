@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import polars as pl
 import torch
 
+from diffsynth_dagster.cache.captions import Captions, captions_of
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.effect import trained_components
@@ -80,7 +81,12 @@ def encode_missing(
     family = models.found.family
     store = Store(Path(manifest.store))
     report = EncodeReport()
-    cached = family.cached_stages(trained_components(config))
+    cached = [
+        stage
+        for stage in family.cached_stages(trained_components(config))
+        if stage.name in manifest.outputs
+    ]
+    captions = captions_of(config, family)
     for number, stage in enumerate(cached):
         wanted = _wanted(stage, manifest)
         missing = _missing(wanted, stage, store)
@@ -93,7 +99,8 @@ def encode_missing(
             loaded = models.get(stage.uses)
             with store.writer() as writer, torch.no_grad():
                 done = 0
-                for batch in _batches(share, stage, table, config.batch_size):
+                told = captions if captions is not None and captions.told(stage) else None
+                for batch in _batches(share, stage, table, config.batch_size, told):
                     samples = _read_samples(stage, batch, store, needed)
                     made = [stage.to_store(outputs) for outputs in stage.run(loaded, samples)]
                     for row, stored in zip(batch, made, strict=True):
@@ -156,17 +163,27 @@ def _require_finite(stage: Stage, row: Mapping[str, Any], stored: Tensors) -> No
 
 def _wanted(stage: Stage, manifest: Manifest) -> pl.LazyFrame:
     """What a stage has to yield: `key`, the `row` that yields it (0 for a prompt of a sample image),
-    its `prompt`, its shape, and `needs:<stage>`, keys of the stages it needs."""
+    its `prompt`, or which `caption` of the row it is, counted from 0 (null where the stage depends on
+    none, or the row has one alone), its shape, and `needs:<stage>`, keys of the stages it needs."""
     key = f"key:{stage.name}"
     needs = [pl.col(f"key:{name}").alias(f"needs:{name}") for name in stage.needs]
+    listed = manifest.listed
+    of_row = pl.lit(None, pl.Int64)
+    if key in listed:
+        of_row = pl.int_ranges(pl.col(key).list.len().cast(pl.Int64))
     rows = manifest.rows.select(
         pl.col(key).alias("key"),
         "row",
         pl.lit(None, pl.String).alias("prompt"),
+        of_row.alias("caption"),
         *_SHAPE,
         "tokens",
         *needs,
     )
+    if key in listed:
+        rows = rows.explode(
+            "key", "caption", *(f"needs:{n}" for n in stage.needs if f"key:{n}" in listed)
+        )
     prompts = [
         {
             "key": keys[stage.name],
@@ -216,9 +233,13 @@ def _with_places(share: pl.DataFrame, stage: Stage, store: Store) -> pl.DataFram
 
 
 def _batches(
-    share: pl.DataFrame, stage: Stage, table: CheckedTable, size: int
+    share: pl.DataFrame, stage: Stage, table: CheckedTable, size: int, captions: Captions | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Runs of at most `size` samples of equal shape, each with the columns that the stage reads."""
+    """Runs of at most `size` samples of equal shape, each with the columns that the stage reads.
+
+    Args:
+        captions: those of the rows, where they may have several and the stage depends on them.
+    """
     columns = [i.column for i in stage.reads if not i.is_file]
     columns += [f"{i.column}:{part}" for i in stage.reads if i.is_file for part in PARTS]
     read = [pl.col("row").cast(share.schema["row"]), *columns]
@@ -228,6 +249,8 @@ def _batches(
         said = table.accepted.join(wanted.lazy(), on="row", how="semi").select(read).collect()
         # A sample image has a prompt and no row; the table may have a column of this name too.
         both = chunk.join(said, on="row", how="left", maintain_order="left", suffix=":said")
+        if captions is not None and f"{captions.column}:said" in both.columns:
+            both = captions.with_told(both, f"{captions.column}:said")
         if "prompt:said" in both.columns:
             both = both.with_columns(pl.coalesce("prompt", "prompt:said").alias("prompt"))
         for row in both.iter_rows(named=True):

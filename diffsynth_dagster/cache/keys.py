@@ -22,13 +22,14 @@ from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
 KEY_DIGITS = 32
-_CONTENT, _SIZES = "\x00content:", "\x00sizes:"
+CONTENT, READ_AS = "\x00content:", "\x00sizes:"
+"""How the columns of `with_contents` begin."""
 
 
 def with_contents(rows: pl.DataFrame, inputs: Sequence[Input]) -> pl.DataFrame:
     """Rows of a checked table with what keys are made of: for each input the digest of its content,
     and for files how they are read, as JSON text."""
-    contents = [_content(item).alias(_CONTENT + item.column) for item in inputs]
+    contents = [_content(item).alias(CONTENT + item.column) for item in inputs]
     sizes = [_sizes_read(rows, item) for item in inputs if item.is_file]
     return rows.with_columns(*contents, *sizes)
 
@@ -51,7 +52,7 @@ def _sizes_read(rows: pl.DataFrame, item: Input) -> pl.Series:
         json.dumps(trained_sizes(json.loads(t), item), separators=(",", ":")) for t in distinct
     ]
     return texts.replace_strict(distinct, worded, return_dtype=pl.String).alias(
-        _SIZES + item.column
+        READ_AS + item.column
     )
 
 
@@ -60,16 +61,26 @@ def sample_identity(inputs: Sequence[Input]) -> pl.Expr:
 
     Noise and timesteps are drawn from it, so that it must stay what it is: the digest of the JSON
     value [{column: content}, {file column: sizes and frames}], with sorted keys and without spaces.
+    What only weighs the sample's loss is not in it.
     """
+    inputs = [item for item in inputs if not item.weighs]
     parts: list[pl.Expr] = []
     for start, listed in (("[{", inputs), ("},{", [i for i in inputs if i.is_file])):
         parts.append(pl.lit(start))
         for index, item in enumerate(sorted(listed, key=lambda i: i.column)):
             name = json.dumps(item.column)
             parts.append(pl.lit(("," if index else "") + name + ":"))
-            content = pl.format('"{}"', pl.col(_CONTENT + item.column))
-            parts.append(content if start == "[{" else pl.col(_SIZES + item.column))
+            content = pl.format('"{}"', pl.col(CONTENT + item.column))
+            parts.append(content if start == "[{" else pl.col(READ_AS + item.column))
     return digest_column(pl.concat_str(*parts, pl.lit("}]"))).str.slice(0, KEY_DIGITS)
+
+
+def content_number(inputs: Sequence[Input]) -> pl.Expr:
+    """A number between 0 and 2 to the 64 that follows from the content of the file that is trained on,
+    the first that a row names, and of nothing else."""
+    first = next((i for i in inputs if i.is_file), inputs[0])
+    digest = digest_column(pl.concat_str(pl.lit("content="), pl.col(CONTENT + first.column)))
+    return digest.str.slice(0, 16).str.to_integer(base=16, dtype=pl.UInt64)
 
 
 def all_reads(stage: Stage, family: Family) -> list[Input]:
@@ -114,9 +125,9 @@ class Keys:
         """
         parts = [pl.lit(self._context(stage))]
         for item in all_reads(stage, self._found.family):
-            parts += [pl.lit(f"\n{item.column}="), pl.col(_CONTENT + item.column)]
+            parts += [pl.lit(f"\n{item.column}="), pl.col(CONTENT + item.column)]
             if item.is_file:
-                parts.append(pl.col(_SIZES + item.column))
+                parts.append(pl.col(READ_AS + item.column))
         return digest_column(pl.concat_str(parts)).str.slice(0, KEY_DIGITS)
 
     def of_prompt(self, stage: Stage, prompt: str) -> str:

@@ -1,31 +1,47 @@
 """Which samples a training sees, and under which keys the store holds them.
 
-`samples.parquet` in a run folder has a row for each sample: `sample` (its identity), `row`,
+`samples.parquet` in a run folder has a row for each sample: `sample` (its identity), `content` (a
+number between 0 and 2 to the 64 that follows from what is trained on alone), `row`,
 `width`, `height`, `frames` and `shape` as the checked table has them, `tokens` (patches of its
 latents), `key:<stage>` for each cached stage, and `input:<column>` for what the stages of the
-training step read: a text, or files as JSON (see `data.samples`). It is read in
-parts, where it is needed: a manifest may be larger than memory.
+training step read: a text, or files as JSON (see `data.samples`). Where a row has several captions,
+some of these are lists (see `cache.captions`). It is read in parts, where it is needed: a manifest may be larger
+than memory.
 """
 
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import polars as pl
 
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.errors import StoreError
+from diffsynth_dagster.facts import digest_of
 from diffsynth_dagster.seal import seal_is_broken, write_sealed
 
 FILE_NAME = "samples.parquet"
 PLANNED = ".samples.planned.parquet"
 """The manifest of samples of which the store may still lack some."""
+CONTENT_NUMBER = "content"
 _NOTES = "diffsynth_dagster"
+_OF_A_TABLE = ("sample_rows", "unprompted_rows", "sample_table")
 _DO = (
     "encode it first: materialize the recipe's latents, or run the task sft:data_process with this "
     "folder as output_path"
 )
+
+
+class SampleRow(TypedDict):
+    """A row of the table of `sample_prompts`: the size of what is made of it (0 where its files have
+    none), stage → key, and column → text or files as JSON, for the stages of the training step."""
+
+    width: int
+    height: int
+    frames: int
+    keys: dict[str, str]
+    inputs: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,9 @@ class Notes:
         samples: how many there are.
         outputs: cached stage → name of its first output, by which the store's index is searched.
         prompts: sample prompt → stage → key, for the images made during training.
+        sample_rows: what they are made of where a table names them.
+        unprompted_rows: the same rows with the empty prompt, where there is guidance.
+        sample_table: digest of this table.
         weights: component → digest of the files that it was encoded with.
         parameters: what encoding has settled: see `config.effect.settled_by_encoding`.
         data: the data set, as absolute paths: see `config.settled.named_data`.
@@ -57,6 +76,24 @@ class Notes:
     data: dict[str, str] = field(default_factory=dict[str, str])
     stages: dict[str, str] = field(default_factory=dict[str, str])
     layout: int = 0
+    sample_rows: list[SampleRow] = field(default_factory=list[SampleRow])
+    unprompted_rows: list[SampleRow] = field(default_factory=list[SampleRow])
+    sample_table: str = ""
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """What samples are made of where `sample_prompts` names a table: see `Notes`."""
+
+    rows: list[SampleRow]
+    unprompted: list[SampleRow]
+    table: str
+
+    def noted(self, notes: Notes) -> Notes:
+        """The notes with these rows: what is trained on is another data set with others."""
+        rows = {"sample_rows": self.rows, "unprompted_rows": self.unprompted}
+        digest = digest_of([notes.digest, rows])
+        return replace(notes, digest=digest, sample_table=self.table, **rows)
 
 
 @dataclass(frozen=True)
@@ -88,10 +125,22 @@ class Manifest(Notes):
     def keys(self) -> pl.LazyFrame:
         """Every key of the store that the training reads, each once: a column `key`."""
         columns = [c for c in self.rows.collect_schema().names() if c.startswith("key:")]
+        listed = self.listed
         prompts = [key for stages in self.prompts.values() for key in stages.values()]
-        parts = [self.rows.select(pl.col(c).alias("key")) for c in columns]
+        for row in (*self.sample_rows, *self.unprompted_rows):
+            prompts += row["keys"].values()
+        parts = [
+            self.rows.select((pl.col(c).explode() if c in listed else pl.col(c)).alias("key"))
+            for c in columns
+        ]
         parts.append(pl.LazyFrame({"key": prompts}, schema={"key": pl.String}))
         return pl.concat(parts).unique()
+
+    @property
+    def listed(self) -> list[str]:
+        """The columns that have a text for each caption of a row: see `cache.captions`."""
+        kinds = self.rows.collect_schema()
+        return [name for name, kind in kinds.items() if isinstance(kind, pl.List)]
 
     def publish(self) -> "Manifest":
         """Put the planned manifest in the place of the run folder's: its samples are encoded.
@@ -107,7 +156,8 @@ class Manifest(Notes):
 def write_manifest(rows: pl.LazyFrame, notes: Notes, path: Path) -> Manifest:
     """Write a manifest whole, its rows in batches. Raises `OutputError`."""
     values: dict[str, Any] = asdict(notes)
-    text = {_NOTES: json.dumps(values)}
+    said = {n: value for n, value in values.items() if value or n not in _OF_A_TABLE}
+    text = {_NOTES: json.dumps(said)}
     write_sealed(path, lambda staged, said: rows.sink_parquet(staged, metadata=said), text)
     return Manifest(**values, path=path)
 

@@ -10,15 +10,26 @@ from typing import Any
 
 import polars as pl
 
+from diffsynth_dagster.cache.captions import Captions, captions_of
 from diffsynth_dagster.cache.keys import (
+    CONTENT,
+    READ_AS,
     Keys,
+    content_number,
     prompt_keys,
     sample_identity,
     stage_digest,
     with_contents,
 )
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
-from diffsynth_dagster.cache.manifest import PLANNED, Manifest, Notes, write_manifest
+from diffsynth_dagster.cache.manifest import (
+    CONTENT_NUMBER,
+    PLANNED,
+    Manifest,
+    Notes,
+    SampleRows,
+    write_manifest,
+)
 from diffsynth_dagster.config.effect import settled_by_encoding, trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
@@ -29,13 +40,23 @@ from diffsynth_dagster.families.contract import Stage
 from diffsynth_dagster.files import hidden_folder, write_whole
 from diffsynth_dagster.weights.identify import FoundModel
 
+_NUMBER = "\x00number"
+_AT_ONCE = 1 << 14
+"""Rows whose captions are taken apart together."""
 _SIZES = {"row": pl.UInt32, "width": pl.Int64, "height": pl.Int64, "frames": pl.Int64}
 
 
 def plan_samples(
-    config: TrainingConfig, found: FoundModel, table: CheckedTable, keys: Keys
+    config: TrainingConfig,
+    found: FoundModel,
+    table: CheckedTable,
+    keys: Keys,
+    sampled: SampleRows | None = None,
 ) -> Manifest:
     """Write the planned manifest of a checked table into the run folder: nothing is encoded yet.
+
+    Args:
+        sampled: the rows of the table that `sample_prompts` names, if it names one.
 
     Raises:
         WeightsError: a component that a cached stage uses is missing.
@@ -45,13 +66,14 @@ def plan_samples(
     trained = trained_components(config)
     cached, in_step = family.cached_stages(trained), family.step_stages(trained)
     step_inputs = list(dict.fromkeys(i for stage in in_step for i in stage.reads))
+    captions = captions_of(config, family)
     output = Path(config.output_path)
     with hidden_folder(output / "plan") as folder:
         draft = folder / "draft.parquet"
-        make_rows = _row_maker(family.columns, cached, step_inputs, keys)
+        make_rows = _row_maker(family.columns, cached, step_inputs, keys, captions)
         made = table.accepted.select(_read_columns(family.columns)).map_batches(
             make_rows,
-            schema=_schema(cached, step_inputs),
+            schema=_schema(cached, step_inputs, captions),
             streamable=True,
             predicate_pushdown=False,
             projection_pushdown=False,
@@ -74,6 +96,8 @@ def plan_samples(
             stages={s.name: stage_digest(s) for s in cached},
             layout=LAYOUT_VERSION,
         )
+        if sampled is not None:
+            notes = sampled.noted(notes)
         return write_manifest(rows, notes, output / PLANNED)
 
 
@@ -85,25 +109,45 @@ def _read_columns(columns: Columns) -> list[str]:
 
 def _prompts(config: TrainingConfig) -> list[str]:
     """The prompts of sample images, and the empty one where guidance needs it."""
-    prompts = list(config.sample_prompts)
+    prompts = list(config.sample_texts)
     return [*prompts, ""] if prompts and config.sample_cfg_scale > 1 else prompts
 
 
-def _schema(cached: Sequence[Stage], step_inputs: Sequence[Input]) -> dict[str, Any]:
+def _schema(
+    cached: Sequence[Stage], step_inputs: Sequence[Input], captions: Captions | None
+) -> dict[str, Any]:
     texts = [
         "shape",
         *(f"key:{s.name}" for s in cached),
         *(f"input:{i.column}" for i in step_inputs),
     ]
-    return {"sample": pl.String, **_SIZES, "tokens": pl.Int64, **dict.fromkeys(texts, pl.String)}
+    listed = dict.fromkeys(_listed(cached, step_inputs, captions), pl.List(pl.String))
+    plain = dict.fromkeys(texts, pl.String)
+    own = {"sample": pl.String, CONTENT_NUMBER: pl.UInt64}
+    return {**own, **_SIZES, "tokens": pl.Int64, **plain, **listed}
+
+
+def _listed(
+    cached: Sequence[Stage], step_inputs: Sequence[Input], captions: Captions | None
+) -> list[str]:
+    """The columns of a manifest that have a text for each caption of a row."""
+    if captions is None:
+        return []
+    keys = [f"key:{stage.name}" for stage in cached if captions.told(stage)]
+    return keys + [f"input:{i.column}" for i in step_inputs if i.column == captions.column]
 
 
 def _row_maker(
-    columns: Columns, cached: Sequence[Stage], step_inputs: Sequence[Input], keys: Keys
+    columns: Columns,
+    cached: Sequence[Stage],
+    step_inputs: Sequence[Input],
+    keys: Keys,
+    captions: Captions | None,
 ) -> Any:
     """Makes rows of a manifest from rows of a checked table."""
-    wanted = [
-        sample_identity(columns.inputs).alias("sample"),
+    identity = sample_identity(columns.inputs).alias("sample")
+    said = [
+        content_number(columns.inputs).alias(CONTENT_NUMBER),
         *(pl.col(name).cast(kind) for name, kind in _SIZES.items()),
         tokens(columns).alias("tokens"),
         pl.col("shape"),
@@ -113,11 +157,35 @@ def _row_maker(
             for i in step_inputs
         ),
     ]
+    names = [*_schema(cached, step_inputs, captions)]
+    listed = _listed(cached, step_inputs, captions)
 
     def make(rows: pl.DataFrame) -> pl.DataFrame:
-        return with_contents(rows, columns.inputs).select(wanted)
+        return with_contents(rows, columns.inputs).select(identity, *said)
 
-    return make
+    def make_told(rows: pl.DataFrame) -> pl.DataFrame:
+        assert captions is not None
+        # A row for each caption, and then one with a list of what differs between them.
+        texts = captions.of_rows(rows, captions.column)
+        each = rows.with_row_index(_NUMBER).with_columns(texts).explode(captions.column)
+        contents = [pl.col(CONTENT + i.column) for i in columns.inputs]
+        read = pl.col("^" + READ_AS + ".*$")
+        each = with_contents(each, columns.inputs).select(_NUMBER, *contents, read, *said)
+        own = pl.col(CONTENT + captions.column)
+        if captions.empty:
+            own = own.head(pl.len() - 1)
+        together = each.group_by(_NUMBER, maintain_order=True).agg(
+            own.str.join(",").alias(CONTENT + captions.column),
+            pl.col(listed),
+            pl.exclude(_NUMBER, CONTENT + captions.column, *listed).first(),
+        )
+        return together.with_columns(identity).select(names)
+
+    def make_all_told(rows: pl.DataFrame) -> pl.DataFrame:
+        parts = [make_told(part) for part in rows.iter_slices(_AT_ONCE)]
+        return pl.concat(parts) if parts else make_told(rows)
+
+    return make if captions is None else make_all_told
 
 
 def tokens(columns: Columns) -> pl.Expr:
@@ -135,7 +203,7 @@ def tokens(columns: Columns) -> pl.Expr:
         return area * ((frames + step - 1) // step)
 
     total: pl.Expr = pl.lit(0, pl.Int64)
-    for item in (i for i in columns.files if i.kind != "audio"):
+    for item in (i for i in columns.files if i.kind != "audio" and not i.weighs):
         target, frames = pl.col(f"{item.column}:target"), pl.col(f"{item.column}:frames")
         if item.many:
             # Files of a column that takes many are pictures, of one frame each.

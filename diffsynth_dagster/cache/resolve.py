@@ -2,7 +2,10 @@
 
     .samples.records  a record for each sample, samples of equal shape next to each other
     .samples.bin      the texts and lists of files that the training step reads, one after another
+    .samples.captions a record for each caption of each sample, where samples may have several
     .samples.json     buckets, shards, columns
+
+Those of held-out samples are called after them.
 
 The keys are looked up in the store once, for all samples together. The files are mapped into memory
 by every process and worker of a node: a sample costs none of them a Python object.
@@ -11,7 +14,7 @@ by every process and worker of a node: a sample costs none of them a Python obje
 import json
 import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,16 +23,18 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from diffsynth_dagster.cache.keys import KEY_DIGITS
 from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.cache.records import (
+    Columns,
+    buckets_of,
+    columns_of,
+    place_type,
+    record_type,
+    write_records,
+)
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.errors import StoreError
 from diffsynth_dagster.files import write_text, write_whole
-
-RECORDS, TEXTS, FACTS = ".samples.records", ".samples.bin", ".samples.json"
-_SHAPE = ("height", "width", "frames", "shape")
-_SAMPLE_DIGITS = KEY_DIGITS + 11
-"""Of `<identity>-<n>`, with n below 2 to the 32."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +45,25 @@ class _Facts:
         store: folder of the store.
         digest: of the manifest.
         buckets: number of samples of each shape, in the order of the records.
+        pixels: of a picture or frame of each shape.
         shards: names, by the numbers that the records hold.
-        stages, inputs: the cached stages, and the columns that the step reads.
+        columns: what the records hold.
     """
 
     store: str
     digest: str
     buckets: list[int]
+    pixels: list[int]
     shards: list[str]
-    stages: list[str]
-    inputs: list[str]
+    columns: Columns
+
+
+@dataclass(frozen=True)
+class Told:
+    """What of a sample depends on the caption that it is told: see `Sample`."""
+
+    places: Mapping[str, tuple[str, str]]
+    inputs: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -59,25 +73,47 @@ class Sample:
     Attributes:
         sample: its identity.
         row: its number in the metadata, from 1.
+        place: where it is in the order of the records.
         places: stage → shard and key.
         inputs: column → text, or files as JSON.
+        captions: where samples may have several captions: what depends on them, for each.
     """
 
     sample: str
     row: int
+    place: int
     places: Mapping[str, tuple[str, str]]
     inputs: Mapping[str, str]
+    captions: tuple[Told, ...] = ()
+
+    def told(self, number: int) -> "Sample":
+        """The sample with one of its captions, counted from 0; itself where samples have one alone."""
+        if not self.captions:
+            return self
+        told = self.captions[number]
+        places, inputs = {**self.places, **told.places}, {**self.inputs, **told.inputs}
+        return replace(self, places=places, inputs=inputs, captions=())
 
 
 class Samples:
-    """The resolved samples in a run folder. Copies for worker processes map the files anew."""
+    """The resolved samples in a run folder. Copies for worker processes map the files anew.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._facts = _Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
-        kind = _record_type(len(self._facts.stages), len(self._facts.inputs))
-        self._records: Any = np.memmap(folder / RECORDS, kind, mode="r")
-        with (folder / TEXTS).open("rb") as file:
+    Args:
+        name: of the files; see the module.
+    """
+
+    def __init__(self, folder: Path, name: str = "samples") -> None:
+        self._folder, self._name = folder, name
+        records, texts, captions, facts_file = _files(folder, name)
+        facts = json.loads(facts_file.read_text(encoding="utf-8"))
+        columns = Columns(**facts.pop("columns"))
+        self._facts = _Facts(**facts, columns=columns)
+        kind = record_type(len(columns.stages), len(columns.inputs), columns.has_captions)
+        self._records: Any = np.memmap(records, kind, mode="r")
+        if columns.has_captions:
+            kind = place_type(len(columns.told_stages), len(columns.told_inputs))
+            self._captions: Any = np.memmap(captions, kind, mode="r")
+        with texts.open("rb") as file:
             empty = file.seek(0, 2) == 0
             self._texts: Any = b"" if empty else mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         self.store = Path(self._facts.store)
@@ -91,142 +127,98 @@ class Samples:
         """Patches of each sample's latents, in the order of the records."""
         return cast("NDArray[np.uint32]", self._records["tokens"])
 
+    def pixels(self, bucket: int) -> int:
+        """Pixels of the pictures of a bucket, or of a frame of its clips."""
+        return self._facts.pixels[bucket]
+
+    def rows(self) -> NDArray[np.uint32]:
+        """Number of each sample in the metadata, in the order of the records."""
+        return cast("NDArray[np.uint32]", self._records["row"])
+
+    def tokens_at(self, bucket: int, index: int) -> int:
+        """Patches of a sample's latents, by its bucket and its place in it."""
+        return int(self._records["tokens"][int(self._starts[bucket]) + index])
+
     def at(self, bucket: int, index: int) -> Sample:
         """A sample by its bucket and its place in it."""
-        record = self._records[int(self._starts[bucket]) + index]
-        inputs: dict[str, str] = {}
-        for number, column in enumerate(self._facts.inputs):
-            start, length = int(record["at"][number]), int(record["length"][number])
-            inputs[column] = self._texts[start : start + length].decode("utf-8")
+        columns, place = self._facts.columns, int(self._starts[bucket]) + index
+        record = self._records[place]
+        captions: list[Told] = []
+        if columns.has_captions:
+            first, count = int(record["captions_at"]), int(record["captions"])
+            captions = [
+                Told(*self._places(own, columns.told_stages, columns.told_inputs))
+                for own in self._captions[first : first + count]
+            ]
+        places, inputs = self._places(record, columns.stages, columns.inputs)
         return Sample(
-            record["sample"].decode(),
-            int(record["row"]),
-            {
-                stage: (self._facts.shards[record["shard"][n]], record["key"][n].decode())
-                for n, stage in enumerate(self._facts.stages)
-            },
-            inputs,
+            record["sample"].decode(), int(record["row"]), place, places, inputs, tuple(captions)
         )
 
+    def _places(
+        self, record: Any, stages: Sequence[str], inputs: Sequence[str]
+    ) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+        """Shard and key of each stage, and the text of each input, of a record."""
+        texts: dict[str, str] = {}
+        for number, column in enumerate(inputs):
+            start, length = int(record["at"][number]), int(record["length"][number])
+            texts[column] = self._texts[start : start + length].decode("utf-8")
+        places = {
+            stage: (self._facts.shards[record["shard"][n]], record["key"][n].decode())
+            for n, stage in enumerate(stages)
+        }
+        return places, texts
+
     def __reduce__(self) -> Any:
-        return Samples, (self._folder,)
+        return Samples, (self._folder, self._name)
 
 
-def resolve(manifest: Manifest, folder: Path) -> Samples:
+def _files(folder: Path, name: str) -> list[Path]:
+    return [folder / f".{name}.{kind}" for kind in ("records", "bin", "captions", "json")]
+
+
+def resolve(manifest: Manifest, folder: Path, name: str = "samples") -> Samples:
     """Look up where the samples of a manifest lie, and write it into the folder of a training.
+
+    Args:
+        name: of the files; see the module.
 
     Raises:
         StoreError: the store lacks a sample, or holds one with NaN or infinity.
         OutputError: the run folder cannot be written.
     """
-    names = manifest.rows.collect_schema().names()
-    stages = [n.removeprefix("key:") for n in names if n.startswith("key:")]
-    inputs = [n.removeprefix("input:") for n in names if n.startswith("input:")]
+    columns = columns_of(manifest)
     store = Store(Path(manifest.store))
     shards = [file.stem for file in store.index_files]
     _require_finite(manifest, store)
-    places = {stage: _shard_numbers(manifest, store, stage, shards) for stage in stages}
-    buckets = _buckets(manifest)
+    places = {
+        stage: _shard_numbers(manifest, store, stage, shards)
+        for stage in (*columns.stages, *columns.told_stages)
+    }
+    buckets = buckets_of(manifest)
     sizes: list[int] = buckets["len"].to_list()
 
-    def write(records: Path) -> None:
-        fill = partial(_write_records, manifest, places, buckets, records)
-        write_whole(folder / TEXTS, fill)
+    records_file, texts, captions_file, facts_file = _files(folder, name)
 
-    write_whole(folder / RECORDS, write)
-    facts = _Facts(manifest.store, manifest.digest, sizes, shards, stages, inputs)
-    write_text(folder / FACTS, json.dumps(asdict(facts)))
-    return Samples(folder)
+    def write(records: Path, captions: Path | None = None) -> None:
+        fill = partial(write_records, manifest, columns, places, buckets, records, captions)
+        write_whole(texts, fill)
 
+    def write_both(records: Path) -> None:
+        write_whole(captions_file, lambda captions: write(records, captions))
 
-def _write_records(
-    manifest: Manifest,
-    places: Mapping[str, NDArray[np.uint32]],
-    buckets: pl.DataFrame,
-    records: Path,
-    texts: Path,
-) -> None:
-    """Write the records of a manifest bucket after bucket, and their texts in any order.
-
-    The manifest is read once, in batches: what a batch adds to a bucket is written behind what the
-    bucket has already.
-    """
-    names = manifest.rows.collect_schema().names()
-    inputs = [n.removeprefix("input:") for n in names if n.startswith("input:")]
-    kind = _record_type(len(places), len(inputs))
-    ends = np.cumsum([0, *buckets["len"]])[:-1]
-    done = written = 0
-    with records.open("wb") as file, texts.open("wb") as text_file:
-        for batch in manifest.rows.collect_batches(maintain_order=True):
-            made, text = _records(batch, kind, [*places], inputs, written)
-            for number, shard in enumerate(places.values()):
-                made["shard"][:, number] = shard[done : done + batch.height]
-            numbered = batch.join(buckets, on=_SHAPE, how="left", maintain_order="left")
-            bucket = numbered["bucket"].to_numpy()
-            for own in np.unique(bucket):
-                added = made[bucket == own]
-                file.seek(int(ends[own]) * kind.itemsize)
-                file.write(added.tobytes())
-                ends[own] += len(added)
-            text_file.write(text)
-            done, written = done + batch.height, written + len(text)
-
-
-def _record_type(stages: int, inputs: int) -> np.dtype[Any]:
-    return np.dtype(
-        [
-            ("sample", f"S{_SAMPLE_DIGITS}"),
-            ("row", "<u4"),
-            ("tokens", "<u4"),
-            ("key", f"S{KEY_DIGITS}", (stages,)),
-            ("shard", "<u4", (stages,)),
-            ("at", "<u8", (inputs,)),
-            ("length", "<u4", (inputs,)),
-        ]
-    )
-
-
-def _records(
-    batch: pl.DataFrame, kind: np.dtype[Any], stages: Sequence[str], inputs: Sequence[str], at: int
-) -> tuple[Any, bytes]:
-    """Records of a batch of the manifest's rows, and their texts.
-
-    Args:
-        at: where the texts begin in their file.
-    """
-    records: Any = np.zeros(batch.height, dtype=kind)
-    records["sample"] = _fixed(batch["sample"], _SAMPLE_DIGITS)
-    records["row"] = batch["row"].to_numpy()
-    records["tokens"] = batch["tokens"].to_numpy()
-    for number, stage in enumerate(stages):
-        records["key"][:, number] = _fixed(batch[f"key:{stage}"], KEY_DIGITS)
-    parts: list[bytes] = []
-    for number, column in enumerate(inputs):
-        texts = batch[f"input:{column}"]
-        lengths = texts.str.len_bytes().to_numpy().astype(np.int64)
-        records["length"][:, number] = lengths
-        records["at"][:, number] = at + np.cumsum(lengths) - lengths
-        parts.append(texts.str.join("").item().encode("utf-8"))
-        at += len(parts[-1])
-    return records, b"".join(parts)
-
-
-def _fixed(texts: pl.Series, size: int) -> Any:
-    """ASCII texts of at most `size` characters as an array of bytes of that size."""
-    padded = texts.str.pad_end(size, "\0").str.join("").item().encode("ascii")
-    return np.frombuffer(padded, dtype=f"S{size}")
-
-
-def _buckets(manifest: Manifest) -> pl.DataFrame:
-    """The shapes of the samples in order of size: `_SHAPE`, `len` and number (`bucket`) of each."""
-    counted = manifest.rows.group_by(_SHAPE).len().collect(engine="streaming").sort(_SHAPE)
-    return counted.with_row_index("bucket")
+    write_whole(records_file, write_both if columns.has_captions else write)
+    pixels: list[int] = (buckets["width"] * buckets["height"]).to_list()
+    facts = _Facts(manifest.store, manifest.digest, sizes, pixels, shards, columns)
+    write_text(facts_file, json.dumps(asdict(facts)))
+    return Samples(folder, name)
 
 
 def _shard_numbers(
     manifest: Manifest, store: Store, stage: str, shards: Sequence[str]
 ) -> NDArray[np.uint32]:
-    """For each row of the manifest the number of the shard that holds its outputs of a stage.
+    """For each row of the manifest, or each of its captions where the stage depends on them, the number
+    of the shard that holds its outputs of a stage.
 
     Raises:
         StoreError: the store lacks some.
@@ -237,10 +229,14 @@ def _shard_numbers(
         schema={"shard": pl.String, "number": pl.UInt32},
     )
     places = stored.select("key", "shard").join(numbered, on="shard").select("key", "number")
-    keys = manifest.rows.select(pl.col(f"key:{stage}").alias("key")).with_row_index("index")
+    own = pl.col(f"key:{stage}")
+    keys = manifest.rows.select(
+        (own.explode() if own.meta.output_name() in manifest.listed else own).alias("key")
+    ).with_row_index("index")
     found = keys.join(places, on="key", how="left", maintain_order="left")
     numbers = store.collect(found.select("index", "number"))
-    if numbers.height > manifest.samples:  # keys that two writers wrote: either will do
+    # Of keys that two writers wrote either will do.
+    if not numbers["index"].is_unique().all():
         numbers = numbers.unique("index", keep="first", maintain_order=True)
     if numbers["number"].has_nulls():
         raise lacking(numbers["number"].null_count(), manifest.samples, manifest.store)

@@ -1,23 +1,23 @@
-"""Split training: the config of each half, what the second takes over from the first, and what must
-agree."""
+"""Split training: the config of each half, and what the second takes over from the first.
+
+Nothing of torch's libraries is imported here: Dagster's process asks for the configs alone.
+"""
 
 from pathlib import Path
+from typing import Any
 
-from diffsynth_dagster.cache.keys import stage_digest
+from diffsynth_dagster.cache.held_out import held_out_config, held_out_manifest
 from diffsynth_dagster.cache.manifest import Manifest, read_manifest
 from diffsynth_dagster.config.effect import (
+    off_values,
     settled_by_checking,
     settled_by_encoding,
-    trained_components,
 )
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.settled import named_data, require_same, take_over
+from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED_TABLE
 from diffsynth_dagster.data.table.checked import find_checked, read_checked
-from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.facts import FactCache
-from diffsynth_dagster.weights.identify import FoundModel
-from diffsynth_dagster.weights.models import component_digest
 
 
 def with_settled(config: TrainingConfig) -> TrainingConfig:
@@ -32,7 +32,7 @@ def with_settled(config: TrainingConfig) -> TrainingConfig:
     """
     if config.reads_encoded:
         where = f"dataset_base_path = {config.dataset_base_path}"
-        settled = read_manifest(Path(config.dataset_base_path)).parameters
+        settled = _encoded_with(read_manifest(Path(config.dataset_base_path)))
         return take_over(config, settled, "the data set was encoded", where)
     if config.dataset_metadata_path is None:
         return config
@@ -40,7 +40,17 @@ def with_settled(config: TrainingConfig) -> TrainingConfig:
     if checked is None:
         return config
     where = f"dataset_metadata_path = {config.dataset_metadata_path}"
-    return take_over(config, checked.parameters, "the table was checked", where)
+    return take_over(config, _checked_with(checked), "the table was checked", where)
+
+
+def _checked_with(table: CheckedTable) -> dict[str, Any]:
+    """What a table was checked with; parameters that are younger than it were off."""
+    return {**off_values("rows"), **table.parameters}
+
+
+def _encoded_with(manifest: Manifest) -> dict[str, Any]:
+    """What a data set was encoded with; parameters that are younger than it were off."""
+    return {**off_values("rows", "latents"), **manifest.parameters}
 
 
 def first_half(config: TrainingConfig) -> TrainingConfig:
@@ -54,12 +64,18 @@ def first_half(config: TrainingConfig) -> TrainingConfig:
     folder = Path(config.output_path)
     checked = read_checked(folder)
     given = {**named_data(config), **settled_by_checking(config)}
-    settled = {**checked.data, **checked.parameters}
+    settled = {**checked.data, **_checked_with(checked)}
     where, do = str(folder / CHECKED_TABLE), "check it again: materialize the metadata first"
     require_same(given, settled, "the table was checked", where, do)
+    tables = {"dataset_metadata_path": str(folder / CHECKED_TABLE)}
+    own = held_out_config(config)
+    if own is not None:
+        path = Path(own.output_path) / CHECKED_TABLE
+        checked = read_checked(path.parent)
+        require_same(named_data(own), checked.data, "the table was checked", str(path), do)
+        tables["validation_metadata_path"] = str(path)
     task = config.task.split(":")[0] + ":data_process"
-    table = {"dataset_metadata_path": str(folder / CHECKED_TABLE)}
-    return config.model_copy(update={"task": task, **table})
+    return config.model_copy(update={"task": task, **tables})
 
 
 def second_half(config: TrainingConfig) -> TrainingConfig:
@@ -75,57 +91,9 @@ def second_half(config: TrainingConfig) -> TrainingConfig:
     config = with_settled(config)
     manifest = read_manifest(Path(config.output_path))
     given = {**named_data(config), **settled_by_encoding(config)}
-    settled = {**manifest.data, **manifest.parameters}
+    settled = {**manifest.data, **_encoded_with(manifest)}
     do = "encode it again: materialize the latents first"
     require_same(given, settled, "the data set was encoded", str(manifest.path), do)
+    held_out_manifest(config, manifest)
     encoded = {"dataset_metadata_path": None, "dataset_base_path": config.output_path}
     return config.model_copy(update={"task": task, **encoded})
-
-
-def require_encoded_for(
-    config: TrainingConfig, found: FoundModel, manifest: Manifest, fact_cache: FactCache
-) -> None:
-    """Refuse a data set that was encoded for another family, variant or task, or by other weights.
-
-    Raises:
-        ParameterError: it was.
-    """
-    family = found.family
-    if manifest.family != family.name:
-        raise _refuse(
-            config,
-            f"the data set was encoded for {manifest.family}",
-            f"train {manifest.family}, or encode it for {family.name}",
-        )
-    known = {stage.name: stage_digest(stage) for stage in family.stages}
-    for name, digest in manifest.stages.items():
-        if known.get(name, digest) != digest:
-            raise _refuse(
-                config,
-                f"the data set was encoded by another version of the stage '{name}'",
-                "encode it again",
-            )
-    trained = trained_components(config)
-    wanted = {f"key:{stage.name}" for stage in family.cached_stages(trained)}
-    wanted |= {f"input:{i.column}" for s in family.step_stages(trained) for i in s.reads}
-    lacks = sorted(
-        name.partition(":")[2] for name in wanted - set(manifest.rows.collect_schema().names())
-    )
-    if lacks:
-        raise _refuse(
-            config,
-            f"the data set was encoded without what this training reads: {', '.join(lacks)}",
-            "give both halves of split training the same models, columns and trained modules",
-        )
-    for name, digest in manifest.weights.items():
-        named = found.components.get(name)
-        if named is not None and component_digest(found, name, fact_cache) != digest:
-            raise _refuse(
-                config,
-                f"the data set was encoded with another '{name}' than {named.entry.text}",
-                "name the one that it was encoded with, or none",
-            )
-
-
-def _refuse(config: TrainingConfig, what: str, do: str) -> ParameterError:
-    return ParameterError(what, where=f"dataset_base_path = {config.dataset_base_path}", do=do)

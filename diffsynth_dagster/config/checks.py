@@ -11,6 +11,8 @@ from diffsynth_dagster.errors import ParameterError, nearest, shown
 
 Naming = Callable[[str], str]
 _Model = TypeVar("_Model", bound=BaseModel)
+TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "mlflow")
+"""The trackers that `enable_<name>_log` switches on. All but the first have `<name>_project`."""
 Refuse = Callable[[str, str], ParameterError]
 """(What is wrong, what to do) → the error."""
 
@@ -65,7 +67,8 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
 
     for name, path in named_code(config).items():
         check_dotted(path, f"{where}: {naming(name)}")
-    for check in (_check_data, _check_models, _check_course, _check_needs):
+    course = (_check_course, _check_learning, _check_objective, _check_held_out)
+    for check in (_check_data, _check_models, _check_lora, *course, _check_needs):
         check(config, naming, refuse)
     return config
 
@@ -152,6 +155,41 @@ def _check_models(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
             "nothing is trained",
             f"give {n('trainable_models')} or {n('lora_base_model')}",
         )
+    one_in_full = len(config.trainable_models) == 1 and not config.lora_base_model
+    if config.resume_from_checkpoint is not None and config.trainable_models and not one_in_full:
+        raise refuse(
+            f"{n('resume_from_checkpoint')} holds one model, and more than one is trained",
+            "train one model in full; a LoRA starts from `lora_checkpoint`, and a whole training "
+            "that was stopped goes on by itself",
+        )
+
+
+_METHODS: Mapping[str, tuple[str, ...]] = {
+    "use_rslora": ("lora", "dora"),
+    "lora_rank": ("lora", "dora", "lokr"),
+    "lora_alpha": ("lora", "dora", "lokr"),
+    "lora_dropout": ("lora", "dora"),
+    "lokr_decompose_factor": ("lokr",),
+    "lokr_decompose_both": ("lokr",),
+    "oft_block_size": ("oft",),
+    "align_to_opensource_format": ("lora",),
+}
+"""Parameter → the methods that it means something for."""
+
+
+def _check_lora(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
+    """Refuse what means nothing for the method that is trained in the layers."""
+    for name, methods in _METHODS.items():
+        if _is_given(config, name) and config.lora_method not in methods:
+            raise refuse(
+                f"{n(name)} means nothing for {n('lora_method')} = {config.lora_method}",
+                f"leave {n(name)} out, or give {n('lora_method')} as {' or '.join(methods)}",
+            )
+    if config.lokr_decompose_factor == 0:
+        raise refuse(
+            f"{n('lokr_decompose_factor')} = 0 divides nothing",
+            "give a divisor of the layers' widths, or leave it out",
+        )
 
 
 def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
@@ -175,11 +213,101 @@ def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
             f"{n('use_gradient_checkpointing')} switches off",
             "leave one of them out",
         )
-    both = config.enable_wandb_log and config.enable_swanlab_log
-    if both and config.wandb_project != config.swanlab_project:
+    enabled = [name for name in TRACKERS if getattr(config, f"enable_{name}_log")]
+    projects = {f"{name}_project" for name in enabled if name != "tensorboard"}
+    if len({getattr(config, name) for name in projects}) > 1:
         raise refuse(
-            f"{n('wandb_project')} and {n('swanlab_project')} differ, and a run has one project",
-            "give both the same name, or enable one of them",
+            f"{' and '.join(n(name) for name in sorted(projects))} differ, and a run has one project",
+            "give all the same name, or enable one of them",
+        )
+
+
+def _check_learning(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
+    """Check what changes the weights."""
+    if config.customized_optimizer is not None and config.optimizer != "adamw":
+        raise refuse(
+            f"{n('optimizer')} and {n('customized_optimizer')} both name an optimizer",
+            "give one of them",
+        )
+    for name, own in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+        if name in config.optimizer_arguments:
+            raise refuse(
+                f"'{name}' is in {n('optimizer_arguments')}, and {n(own)} says it", f"give {n(own)}"
+            )
+    trained = (*config.trainable_models, *config.lora_base_model)
+    for name in config.learning_rates:
+        if name not in trained and not config.encodes_only:
+            hint = nearest(name, trained)
+            raise refuse(
+                f"{n('learning_rates')} names '{name}', which is not trained"
+                + (f"; {hint}" if hint else ""),
+                f"name what is trained: {', '.join(trained)}",
+            )
+    if config.optimizer == "prodigy" and (config.learning_rate < 0.01 or config.learning_rates):
+        raise refuse(
+            f"prodigy finds one learning rate by itself, which {n('learning_rate')} multiplies",
+            f"give {n('learning_rate')} 1, and no {n('learning_rates')}",
+        )
+    if config.optimizer != "adamw_schedule_free":
+        return
+    if config.ema_sigma_rel is not None:
+        raise refuse(
+            f"adamw_schedule_free keeps an average by itself, and {n('ema_sigma_rel')} another one",
+            "give one of them",
+        )
+    if config.lr_scheduler not in ("constant", "constant_with_warmup"):
+        raise refuse(
+            f"{n('lr_scheduler')} = {config.lr_scheduler} with adamw_schedule_free, whose average "
+            "takes the place of such a course",
+            f"leave {n('lr_scheduler')} out; {n('lr_warmup_steps')} may be given",
+        )
+
+
+def _check_objective(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
+    """Check what a visit of a sample is drawn from."""
+    of = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+    for name, sampling in of.items():
+        if _is_given(config, name) and config.timestep_sampling != sampling:
+            raise refuse(
+                f"{n(name)} is of {n('timestep_sampling')} = {sampling}, which is "
+                f"{config.timestep_sampling}",
+                f"leave {n(name)} out, or give {sampling}",
+            )
+    drawn = ("timestep_sampling", "timestep_shift")
+    given = [name for name in drawn if _is_given(config, name)]
+    if given and config.distills:
+        raise refuse(
+            f"{n(given[0])} has no effect on direct distillation, which samples over the whole schedule",
+            "leave it out",
+        )
+    told = [name for name in ("caption_dropout_rate", "caption_lists") if _is_given(config, name)]
+    if told and config.distills:
+        raise refuse(
+            f"{n(told[0])} does not go with direct distillation: the teacher made each sample from one "
+            "caption",
+            "leave it out",
+        )
+
+
+def _check_held_out(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
+    """Check which samples are held out, and what depends on them."""
+    split = config.validation_split
+    if config.validation_metadata_path is not None and split is not None:
+        raise refuse(
+            f"{n('validation_metadata_path')} and {n('validation_split')} both hold out samples",
+            "leave one of them out",
+        )
+    if split is not None and split >= 1 and not split.is_integer():
+        raise refuse(
+            f"{n('validation_split')} = {split} is neither a fraction nor a number of samples",
+            "give a number below 1, or a whole one",
+        )
+    others = ("validation_steps", "validation_timesteps", "keep_best", "early_stopping_patience")
+    given = [name for name in others if _is_given(config, name)]
+    if given and not config.holds_out:
+        raise refuse(
+            f"{n(given[0])} is given, and no samples are held out",
+            f"give {n('validation_split')} or {n('validation_metadata_path')}, or leave it out",
         )
 
 

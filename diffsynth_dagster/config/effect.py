@@ -9,6 +9,7 @@ __all__ = [
     "AFFECTS",
     "Affects",
     "names_that_affect",
+    "off_values",
     "settled_by_checking",
     "settled_by_encoding",
     "trained_components",
@@ -19,9 +20,10 @@ __all__ = [
 def values_that_affect(config: TrainingConfig, *kinds: Affects) -> dict[str, Any]:
     """Parameter name → JSON value, of those that affect one of the kinds first and count by value.
 
-    The task is without its half, which has no effect.
+    The task is without its half, which has no effect. What is off by default is left out where it
+    is off: see `Mark`.
     """
-    return _chosen(config, kinds, by_content=False)
+    return {n: v for n, v in _chosen(config, kinds, by_content=False).items() if not _is_off(n, v)}
 
 
 def names_that_affect(config: TrainingConfig, *kinds: Affects) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def names_that_affect(config: TrainingConfig, *kinds: Affects) -> dict[str, Any]
     For what must notice that another file is named before the file is read; the same content
     under another name then looks like a change.
     """
-    return _chosen(config, kinds, by_content=True)
+    return {n: v for n, v in _chosen(config, kinds, by_content=True).items() if not _is_off(n, v)}
 
 
 def settled_by_checking(config: TrainingConfig) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def settled_by_encoding(config: TrainingConfig) -> dict[str, Any]:
 def _settled(config: TrainingConfig, *kinds: Affects) -> dict[str, Any]:
     return {
         name: value
-        for name, value in values_that_affect(config, *kinds).items()
+        for name, value in _chosen(config, kinds, by_content=False).items()
         if not MARKS[name].each_half and not MARKS[name].planned
     }
 
@@ -61,6 +63,20 @@ def _settled(config: TrainingConfig, *kinds: Affects) -> dict[str, Any]:
 def trained_components(config: TrainingConfig) -> frozenset[str]:
     """The components whose weights change: in full, or through a LoRA."""
     return frozenset({*config.trainable_models, *config.lora_base_model})
+
+
+def off_values(*kinds: Affects) -> dict[str, Any]:
+    """Parameter name → its default as a JSON value, of those that are off by default and settled
+    once: what a result that does not know the parameter was made with."""
+    off = _chosen(TrainingConfig.model_validate({}), kinds, by_content=False)
+    settled = [n for n, mark in MARKS.items() if mark.off_by_default and not mark.each_half]
+    return {name: value for name, value in off.items() if name in settled}
+
+
+def _is_off(name: str, value: Any) -> bool:
+    default = TrainingConfig.model_fields[name].default
+    as_json = list(default) if isinstance(default, tuple) else default
+    return MARKS[name].off_by_default and value == as_json
 
 
 def _chosen(config: TrainingConfig, kinds: tuple[Affects, ...], by_content: bool) -> dict[str, Any]:

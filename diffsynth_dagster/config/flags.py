@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 def _help(name: str, field: FieldInfo) -> str:
     mark = MARKS[name]
     default = field.default
-    shown = "" if default in (None, (), False, "") else f" Default: {_text(default)}."
+    shown = "" if default in (None, (), False, "", {}) else f" Default: {_text(default)}."
     soon = " (not supported yet)" if mark.planned else ""
     effect = f" [{mark.affects}{', by content' if mark.by_content else ''}]"
     return f"{field.description}{shown}{soon}{effect}".replace("%", "%%")

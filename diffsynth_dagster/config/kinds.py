@@ -37,6 +37,8 @@ class Mark:
         set_by_asset: whether each Dagster asset sets it, so that a run cannot.
         planned: whether its feature does not exist yet: only the default is accepted.
         needs: a parameter without which this one means nothing.
+        off_by_default: whether its default leaves everything as it was before there was this
+            parameter: it then counts only with another value, so that older results stay up to date.
     """
 
     affects: Affects
@@ -45,6 +47,7 @@ class Mark:
     set_by_asset: bool = False
     planned: bool = False
     needs: str | None = None
+    off_by_default: bool = False
 
 
 class Limits(TypedDict, total=False):
@@ -67,10 +70,11 @@ def parameter(
     set_by_asset: bool = False,
     planned: bool = False,
     needs: str | None = None,
+    off_by_default: bool = False,
     **limits: Unpack[Limits],
 ) -> T:
     """A field of a group of parameters. For the marks see `Mark`."""
-    mark = Mark(affects, by_content, each_half, set_by_asset, planned, needs)
+    mark = Mark(affects, by_content, each_half, set_by_asset, planned, needs, off_by_default)
     # What type checkers see is the default, as with pydantic's own `Field`.
     field: Any = Field(default, description=description, json_schema_extra=asdict(mark), **limits)
     return cast(T, field)

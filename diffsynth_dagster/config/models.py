@@ -1,5 +1,7 @@
 """Which weights are loaded, and the LoRA that is trained on them."""
 
+from typing import Literal
+
 from pydantic import BaseModel
 
 from diffsynth_dagster.config.kinds import CommaList, ModelList, PathTree, parameter
@@ -56,10 +58,12 @@ class ModelParameters(BaseModel):
     )
     resume_from_checkpoint: str | None = parameter(
         None,
-        "Weights of one model to go on from.",
+        "File with the weights of the one model that is trained in full, to go on from: a "
+        "checkpoint, an export, or a file of the model's authors. Weights only: for the optimizer "
+        "and the step as well see `resume`.",
         affects="training",
         by_content=True,
-        planned=True,
+        needs="trainable_models",
     )
     template_model_id_or_path: str | None = parameter(
         None, "Template model.", affects="weights", by_content=True, planned=True
@@ -84,8 +88,11 @@ class ModelParameters(BaseModel):
     )
 
 
+LoraMethod = Literal["lora", "dora", "lokr", "oft"]
+
+
 class LoraParameters(BaseModel):
-    """The LoRA, when one is trained."""
+    """The LoRA, when one is trained, or what takes its place."""
 
     # Latents, since what comes of a trained model is not encoded beforehand.
     lora_base_model: CommaList = parameter(
@@ -101,19 +108,64 @@ class LoraParameters(BaseModel):
         affects="training",
         needs="lora_base_model",
     )
+    lora_method: LoraMethod = parameter(
+        "lora",
+        "What is trained in each layer: lora (W + BA), dora (its length for each output as well), "
+        "lokr (W + a Kronecker product), or oft (W times a rotation of its inputs).",
+        affects="training",
+        needs="lora_base_model",
+        off_by_default=True,
+    )
     lora_rank: int = parameter(
-        32, "Rank of the LoRA.", affects="training", needs="lora_base_model", ge=1
+        32,
+        "Rank of the LoRA; of lokr, that of its right factor, where that is smaller than half of "
+        "the factor's longer side. Not for oft.",
+        affects="training",
+        needs="lora_base_model",
+        ge=1,
     )
     lora_alpha: float | None = parameter(
         None,
-        "Scale of the LoRA times its rank; the rank when left out.",
+        "Scale of the LoRA times its rank; the rank when left out. Not for oft.",
         affects="training",
         needs="lora_base_model",
         gt=0.0,
     )
+    use_rslora: bool = parameter(
+        False,
+        "Scale the LoRA by alpha / sqrt(rank) and not by alpha / rank. For lora and dora.",
+        affects="training",
+        needs="lora_base_model",
+        off_by_default=True,
+    )
+    lokr_decompose_factor: int = parameter(
+        -1,
+        "Size of lokr's left factor: the divisor of a layer's width that is nearest to it from "
+        "below; -1: nearest to the square root.",
+        affects="training",
+        needs="lora_base_model",
+        off_by_default=True,
+        ge=-1,
+    )
+    lokr_decompose_both: bool = parameter(
+        False,
+        "Give lokr's left factor the rank too, where that is smaller than half of its longer side.",
+        affects="training",
+        needs="lora_base_model",
+        off_by_default=True,
+    )
+    oft_block_size: int = parameter(
+        32,
+        "How many inputs of a layer each rotation of oft mixes; the width of every layer must be a "
+        "multiple of it.",
+        affects="training",
+        needs="lora_base_model",
+        off_by_default=True,
+        ge=2,
+    )
     lora_dropout: float = parameter(
         0.0,
-        "Dropout probability on the input of the LoRA layers.",
+        "Dropout probability on the input of the LoRA layers. For lora and dora.",
         affects="training",
         needs="lora_base_model",
         ge=0.0,

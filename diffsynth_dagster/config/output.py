@@ -1,5 +1,7 @@
 """What a training writes: checkpoints, logs, and pictures to look at."""
 
+from typing import Literal
+
 from pydantic import BaseModel
 
 from diffsynth_dagster.config.kinds import Texts, parameter
@@ -20,6 +22,34 @@ class OutputParameters(BaseModel):
         affects="training",
         ge=1,
     )
+    save_keep: int | None = parameter(
+        None,
+        "Checkpoints that are kept, the newest; left out, all.",
+        affects="training",
+        ge=1,
+    )
+    state_steps: int | None = parameter(
+        None,
+        "Optimizer steps between two resumable states, in state/.",
+        affects="nothing",
+        ge=1,
+    )
+    state_minutes: float = parameter(
+        15.0,
+        "Minutes between two resumable states; 0 for none by time.",
+        affects="nothing",
+        ge=0.0,
+    )
+    state_keep: int = parameter(
+        2, "Resumable states that are kept; at the end, the last one.", affects="nothing", ge=1
+    )
+    resume: Literal["auto", "same", "must", "never"] = parameter(
+        "auto",
+        "auto: go on from the newest state in the run folder, if there is one, and refuse one of another "
+        "training; same: go on from one of the same training, else train from the beginning; must: "
+        "refuse to start without one; never: train from the beginning, and remove what an older training wrote.",
+        affects="nothing",
+    )
     enable_csv_log: bool = parameter(
         False, "Write loss.csv (step, loss) beside metrics.csv.", affects="nothing"
     )
@@ -30,17 +60,42 @@ class OutputParameters(BaseModel):
     )
     enable_wandb_log: bool = parameter(False, "Report to Weights & Biases.", affects="nothing")
     wandb_project: str = parameter("DiffSynth-Studio", "Project name in W&B.", affects="nothing")
+    enable_trackio_log: bool = parameter(False, "Report to Trackio.", affects="nothing")
+    trackio_project: str = parameter(
+        "DiffSynth-Studio", "Project name in Trackio.", affects="nothing"
+    )
+    enable_mlflow_log: bool = parameter(
+        False,
+        "Report to MLflow, where MLFLOW_TRACKING_URI says.",
+        affects="nothing",
+    )
+    mlflow_project: str = parameter(
+        "DiffSynth-Studio", "Name of the experiment in MLflow.", affects="nothing"
+    )
+
+
+TABLES = (".csv", ".json", ".jsonl", ".parquet")
+"""How the names of files end that metadata tables are read from."""
 
 
 class SamplingParameters(BaseModel):
-    """Images made before training, and whenever a checkpoint is written, to look at."""
+    """Images made before, during and after training, to look at."""
 
     # Latents: the prompts are encoded with the captions, and the empty one where there is guidance.
     sample_prompts: Texts = parameter(
         (),
-        "Prompts of the sample images; as a flag, a JSON list or one prompt.",
+        "Prompts of the sample images; as a flag, a JSON list or one prompt. Or a table (csv, json, "
+        "jsonl or parquet) with the columns of the metadata: prompt, and the further inputs; its "
+        "paths start at its own folder.",
         affects="latents",
         each_half=True,
+    )
+    sample_steps: int | None = parameter(
+        None,
+        "Optimizer steps between two sample pictures; left out, each checkpoint comes with one.",
+        affects="training",
+        needs="sample_prompts",
+        ge=1,
     )
     sample_num_inference_steps: int = parameter(
         20, "Denoising steps of a sample image.", affects="training", ge=1
@@ -58,3 +113,14 @@ class SamplingParameters(BaseModel):
         "by the images that it makes.",
         affects="training",
     )
+
+    @property
+    def sample_table(self) -> str | None:
+        """The table that `sample_prompts` names, if it names one."""
+        named = self.sample_prompts[0] if len(self.sample_prompts) == 1 else ""
+        return named if named.lower().endswith(TABLES) else None
+
+    @property
+    def sample_texts(self) -> tuple[str, ...]:
+        """The prompts of `sample_prompts`, if it lists some."""
+        return self.sample_prompts if self.sample_table is None else ()

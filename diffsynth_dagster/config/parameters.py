@@ -14,9 +14,12 @@ from pydantic.fields import FieldInfo
 from diffsynth_dagster.config.course import GradientParameters, TrainingParameters
 from diffsynth_dagster.config.dataset import DatasetParameters, SizeParameters
 from diffsynth_dagster.config.kinds import marks_of, names_model_folder
+from diffsynth_dagster.config.learning import LearningParameters
 from diffsynth_dagster.config.models import LoraParameters, ModelParameters
+from diffsynth_dagster.config.objective import ObjectiveParameters
 from diffsynth_dagster.config.output import OutputParameters, SamplingParameters
 from diffsynth_dagster.config.particular import ParticularParameters
+from diffsynth_dagster.config.validation import ValidationParameters
 
 
 def _is_text(field: FieldInfo) -> bool:
@@ -29,11 +32,14 @@ class TrainingConfig(
     ModelParameters,
     ParticularParameters,
     TrainingParameters,
+    ObjectiveParameters,
+    LearningParameters,
     LoraParameters,
     GradientParameters,
     SizeParameters,
     OutputParameters,
     SamplingParameters,
+    ValidationParameters,
 ):
     """All parameters of one training, flat. Made by `read_config`, which checks what belongs
     together and words the errors."""
@@ -52,6 +58,11 @@ class TrainingConfig(
     def checkpoints_gradients(self) -> bool | None:
         """Whether activations are recomputed, wherever the kept ones lie; None: as usual."""
         return self.use_gradient_checkpointing_offload or self.use_gradient_checkpointing
+
+    @property
+    def writes_states(self) -> bool:
+        """Whether a training leaves states that it can go on from."""
+        return self.state_steps is not None or self.state_minutes > 0
 
     @property
     def distills(self) -> bool:
@@ -75,8 +86,36 @@ class TrainingConfig(
 
     @property
     def alpha(self) -> float:
-        """The LoRA's alpha: the update is scaled by alpha / rank."""
-        return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+        """The LoRA's alpha: the update is scaled by alpha / rank, whatever it was given as.
+
+        That of rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732), which is scaled by
+        alpha / sqrt(rank), is brought to this form, in which every tool reads it.
+        """
+        alpha = float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+        return alpha * self.lora_rank**0.5 if self.use_rslora else alpha
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """What is trained in the layers, as files say it: all that the tensors in them do not tell.
+
+        The names are peft's but for `method` (left out for a plain LoRA), `rank` and `alpha`.
+        """
+        scale = {"rank": self.lora_rank, "alpha": self.alpha}
+        match self.lora_method:
+            case "lora":
+                return scale
+            case "dora":
+                return {"method": "dora", **scale}
+            case "lokr":
+                factors = {
+                    "decompose_factor": self.lokr_decompose_factor,
+                    "decompose_both": self.lokr_decompose_both,
+                }
+                return {"method": "lokr", **scale, **factors}
+            case "oft":
+                # R = (1 + Q)(1 - Q)^-1, its inverse by five terms of Neumann's series.
+                series = {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5}
+                return {"method": "oft", "oft_block_size": self.oft_block_size, **series}
 
 
 GROUPS: tuple[type[BaseModel], ...] = (
@@ -84,11 +123,14 @@ GROUPS: tuple[type[BaseModel], ...] = (
     ModelParameters,
     ParticularParameters,
     TrainingParameters,
+    ObjectiveParameters,
+    LearningParameters,
     LoraParameters,
     GradientParameters,
     SizeParameters,
     OutputParameters,
     SamplingParameters,
+    ValidationParameters,
 )
 
 MARKS = marks_of(TrainingConfig)

@@ -24,6 +24,12 @@ class RecipeOptions(BaseModel):
     num_processes: int | None = Field(
         None, ge=1, description="Training processes; accelerate's own choice when left out."
     )
+    retries: int = Field(
+        2,
+        ge=0,
+        description="How often Dagster starts the processes again after a crash; they go on from the "
+        "newest state. A mistake is never tried again.",
+    )
     accelerate_config: str | None = Field(
         None, description="Configuration file handed to `accelerate launch --config_file`."
     )

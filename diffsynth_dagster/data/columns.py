@@ -21,13 +21,17 @@ class Input:
             it was resized, and the trained height and width, all in pixels. Every file has the
             trained size of its own; the first file column of a family decides the size of the
             sample.
-        many: files only: a row may name several. They are passed on as a list, and a row that
-            names one gives a list of one.
+        many: a row may name several. Files are passed on as a list, and a row that names one gives
+            a list of one. Of captions, each visit of a sample is passed one.
         same_size: the file is read at the size and length of the sample.
         pattern: text and numbers only: a regular expression that a value must match, as it is
             written; `wants` says it in words.
         area: pictures only: their trained size has this area in pixels and keeps the picture's
             aspect; see `data.geometry.area_size`.
+        caption: text only: it says what the sample shows, so that a visit may be passed another such
+            text or none; one column of a family at most.
+        weighs: it says how much the sample counts in the loss, not what the sample is: its noise
+            and timesteps do not depend on it.
         optional: a row may leave the column empty: then the sample has None.
         divided_by: with `same_size`: the number column whose value both sides are divided by.
         rate, channels: audio only: samples of a channel per second, and channels, that it is read
@@ -45,6 +49,8 @@ class Input:
     divided_by: str | None = None
     rate: int = 0
     channels: int = 0
+    caption: bool = False
+    weighs: bool = False
 
     @property
     def is_file(self) -> bool:

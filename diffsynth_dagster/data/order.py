@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from diffsynth_dagster.data.permutation import Permutation
 
@@ -56,6 +57,13 @@ class StepOrder:
         ]
         self.samples_per_epoch = sum(sizes) * repeat
         self.steps_per_epoch = self._ends[-1] + -(-len(self._rest) // slots)
+
+    @property
+    def key(self) -> list[Any]:
+        """What every step depends on. Equal keys give equal steps, with the samples in the same order,
+        however these are split among processes."""
+        rest = [self._batch, self._slots] if self._rest else []
+        return [self._sizes, self._repeat, self._seed, self._block, rest]
 
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step`, counted from 0 over all epochs."""

@@ -93,11 +93,14 @@ def scan_of(image: Image.Image) -> NDArray[np.float64]:
 
 
 def write_new_digits(dataset_base_path: Path) -> None:
-    """Write the LoRA's data: every eight and nine of the training split, and some old digits.
+    """Write the LoRA's data: every eight and nine of the training split, and some old digits; and
+    the eights and nines of the held-out split, as `held_out.csv`.
 
     Old digits are rehearsed with `REHEARSED_PER_DIGIT` rows each. Nothing is touched when the
     folder already holds the same content.
     """
+    unseen = load_scans(held_out=True)
+    write_scans(unseen.where(np.isin(unseen.digit, NEW_DIGITS)), dataset_base_path, "held_out.csv")
     scans = load_scans()
     chosen = np.isin(scans.digit, NEW_DIGITS)
     for digit in OLD_DIGITS:
@@ -115,8 +118,8 @@ def write_old_digits(dataset_base_path: Path) -> None:
     write_scans(scans.where(np.isin(scans.digit, OLD_DIGITS)), dataset_base_path)
 
 
-def write_scans(scans: Scans, dataset_base_path: Path) -> None:
-    """Write one PNG per scan under `images/`, then `metadata.csv` (columns: image, prompt).
+def write_scans(scans: Scans, dataset_base_path: Path, name: str = "metadata.csv") -> None:
+    """Write one PNG per scan under `images/`, then a table of this name (columns: image, prompt).
 
     The table is written last and moved into place, so a folder with a table is complete.
     """
@@ -125,9 +128,9 @@ def write_scans(scans: Scans, dataset_base_path: Path) -> None:
         (f"images/{DIGIT_NAMES[digit]}_{index:04d}.png", prompt_of(digit))
         for digit, index in zip(scans.digit.tolist(), scans.index.tolist(), strict=True)
     ]
-    for (name, _), content in zip(rows, _png_files(scans), strict=True):
-        _write_if_changed(dataset_base_path / name, content)
-    _write_if_changed(dataset_base_path / "metadata.csv", _table(rows))
+    for (file, _), content in zip(rows, _png_files(scans), strict=True):
+        _write_if_changed(dataset_base_path / file, content)
+    _write_if_changed(dataset_base_path / name, _table(rows))
 
 
 def _png_files(scans: Scans) -> Iterator[bytes]:

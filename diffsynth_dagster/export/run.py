@@ -1,18 +1,22 @@
-"""Split the newest checkpoint into one file for each module, in the layout of diffusers.
+"""Split the chosen checkpoint into one file for each module, in the layout of diffusers.
 
 exports/diffusers/pytorch_lora_weights.safetensors             LoRAs, for load_lora_weights
 exports/diffusers/<folder>/pytorch_lora_weights.safetensors    one each, where a file cannot hold
                                                                them all: the experts of Wan2.2
 exports/diffusers/<folder>/diffusion_pytorch_model.safetensors a module trained in full
+exports/peft/<folder>/adapter_model.safetensors                a LoKr or OFT, which diffusers'
+                                                               pipelines do not load, for peft
 """
 
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin
+from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,8 +25,10 @@ from diffsynth_dagster.errors import OutputError, WeightsError
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.files import write_tensors, write_text
+from diffsynth_dagster.training.adapters import ADAPTER, is_adapter, peft_settings
 from diffsynth_dagster.training.checkpoint import checkpoint_files
 from diffsynth_dagster.training.record import RunRecord
+from diffsynth_dagster.weights.adapter_files import PEFT_START, layer_of
 from diffsynth_dagster.weights.header import read_header, read_metadata
 from diffsynth_dagster.weights.identify import Found, FoundModel
 from diffsynth_dagster.weights.load import build_empty, read_tensors
@@ -31,6 +37,9 @@ from diffsynth_dagster.weights.models import Models
 from diffsynth_dagster.weights.recognise import read_architecture
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+IN_DIFFUSERS = ("lora", "dora")
+"""The methods that the pipelines of diffusers load. Those of two other families load LoKr too."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Exported:
     """A file that another tool loads.
 
     Attributes:
+        format: of which tool: "diffusers", "kohya" or "peft".
         components: what it holds: one component, or the LoRAs of several.
         kind: "lora" or "full".
         digest: BLAKE3 of the file.
@@ -52,16 +62,16 @@ class Exported:
     bytes: int
 
 
-def newest_checkpoint(config: TrainingConfig, record: RunRecord) -> list[Path]:
-    """The files of the checkpoint that was written last.
+def chosen_checkpoint(config: TrainingConfig, record: RunRecord) -> list[Path]:
+    """The files of the checkpoint that is exported: see `RunRecord.chosen`.
 
     Raises:
         OutputError: there is none, or its bytes are not those that the training wrote.
     """
     folder = Path(config.output_path)
-    if not record.newest:
+    if not record.chosen:
         raise OutputError("the training wrote no checkpoint", where=str(folder), do="train again")
-    paths = [folder / name for name in record.newest]
+    paths = [folder / name for name in record.chosen]
     for path in paths:
         if not path.is_file() or digest_file(path) != record.checkpoints[path.name]:
             raise OutputError(
@@ -95,10 +105,10 @@ def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> 
     Equal checkpoints give equal bytes.
 
     Raises:
-        OutputError: see `newest_checkpoint`; or the folder cannot be written.
+        OutputError: see `chosen_checkpoint`; or the folder cannot be written.
     """
-    paths = newest_checkpoint(config, record)
-    provenance = {**record.provenance, "checkpoint": record.newest_digest}
+    paths = chosen_checkpoint(config, record)
+    provenance = {**record.provenance, "checkpoint": record.chosen_digest}
     folder = Path(config.output_path) / "exports"
     family = found.family
     prefixes = {name: family.prefix(name) for name in record.trained}
@@ -113,6 +123,11 @@ def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> 
         kind = loras if name in config.lora_base_model else whole
         kind.setdefault(family.part(name).of, {}).update(modules[name])
     exported: list[Exported] = []
+    method = (record.lora or {}).get("method", "lora")
+    if method not in IN_DIFFUSERS:
+        for component, tensors in loras.items():
+            exported.append(_export_peft(folder / "peft", found, component, tensors, record))
+        loras = {}
     for place, together in _in_files(found, loras).items():
         target = folder / "diffusers" / place
         exported.append(_export_lora(target, found, together, record, provenance))
@@ -172,6 +187,23 @@ def _export_kohya(
     notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
     path = write_tensors(folder / LORA_FILE, named, notes)
     return _exported(path, loras, "lora", "kohya")
+
+
+def _export_peft(
+    folder: Path, found: FoundModel, name: str, tensors: Tensors, record: RunRecord
+) -> Exported:
+    """Write what is trained in the layers of a component as peft's `PeftModel` loads it."""
+    assert record.lora is not None
+    target = folder / found.family.component(name).folder
+    settings = peft_settings(record.lora, sorted({layer_of(tensor) for tensor in tensors}))
+    named = {PEFT_START + tensor: values for tensor, values in tensors.items()}
+    provenance = {**record.provenance, "checkpoint": record.chosen_digest}
+    notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
+    path = write_tensors(target / PEFT_FILE, named, notes)
+    said = {n: sorted(v) if isinstance(v, set) else v for n, v in settings.to_dict().items()}
+    said["inference_mode"] = True
+    write_text(target / "adapter_config.json", json.dumps(said, indent=2, sort_keys=True) + "\n")
+    return _exported(path, [name], "lora", "peft")
 
 
 def _export_full(
@@ -239,6 +271,9 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
             raise _unloadable(exported, f"tensors differ from the architecture: {wrong[:3]}")
         return
     tensors = read_tensors([exported.path])
+    if exported.format == "peft":
+        _load_by_peft(exported, found, tensors)
+        return
     adapter = json.loads(read_metadata(exported.path).get(ADAPTER_KEY, "{}"))
     taken = 0
     for component in exported.components:
@@ -250,6 +285,20 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
         taken += sum(".lora_" in name for name, _ in module.named_parameters())
     if exported.format == "diffusers" and taken != len(tensors):
         raise _unloadable(exported, f"it takes {taken} of {len(tensors)} tensors")
+
+
+def _load_by_peft(exported: Exported, found: FoundModel, tensors: Tensors) -> None:
+    """Load an exported file as peft does. Raises `WeightsError`: it leaves tensors out."""
+    module = build_empty(found.components[exported.components[0]])
+    try:
+        settings = PeftConfig.from_pretrained(str(exported.path.parent))
+        inject_adapter_in_model(settings, module, ADAPTER, low_cpu_mem_usage=True)
+        loaded: Any = set_peft_model_state_dict(module, tensors, ADAPTER, low_cpu_mem_usage=True)
+    except (ValueError, KeyError, RuntimeError, TypeError, AssertionError) as error:
+        raise _unloadable(exported, str(error)) from error
+    wrong = [*filter(is_adapter, loaded.missing_keys), *loaded.unexpected_keys]
+    if wrong:
+        raise _unloadable(exported, f"tensors are missing or unknown: {wrong[:3]}")
 
 
 def _unloadable(exported: Exported, why: str) -> WeightsError:

@@ -15,7 +15,7 @@ from torch import nn
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import Geometry
-from diffsynth_dagster.families.making import Clip, SampleRequest, Tensors
+from diffsynth_dagster.families.making import Clip, SampleRequest, Sampling, Tensors
 from diffsynth_dagster.families.requirements import Refusal, Shapes
 from diffsynth_dagster.objective.path import NoisingPath
 
@@ -34,6 +34,7 @@ __all__ = [
     "Part",
     "Sample",
     "SampleRequest",
+    "Sampling",
     "Settings",
     "Shapes",
     "Stage",
@@ -158,7 +159,9 @@ class Output:
             `denoise`; "known": mask of the elements of the target called `of` that are given,
             not predicted (1 = known): there x_t = x_0 and the loss does not count, and the mask
             is passed to `denoise` as well; "start": the noise from which a teacher made the target
-            called `of`; "steps": how many steps the teacher took.
+            called `of`; "steps": how many steps the teacher took; "weight": () what the loss of the
+            sample is multiplied by; "mask": how much each element of the target called `of` counts
+            in the loss, of its shape or broadcast to it.
         ragged: the first dimension differs between samples: a batch is padded with zeros and gets
             a boolean mask (B, L) under the name + "_mask".
         of: the target that a mask belongs to.
@@ -168,7 +171,7 @@ class Output:
     """
 
     name: str
-    role: Literal["target", "condition", "known", "start", "steps"]
+    role: Literal["target", "condition", "known", "start", "steps", "weight", "mask"]
     ragged: bool = False
     of: str | None = None
     optional: bool = False
@@ -230,8 +233,7 @@ class Family:
     """A model family. See `families/qwen_image/` for the example to copy.
 
     Attributes:
-        denoisers: the components whose prediction is trained: one, or several that share the
-            schedule. An optimizer step goes to one of them.
+        denoisers: the components whose prediction is trained: one, or several that share the schedule.
         denoise: (the denoiser at work, loaded components, conditions, x_t by target, t (B,) in
             [0, 1000]) → prediction by target.
         path: (config, settings of the scheduler that is published with the denoiser; empty where
@@ -239,19 +241,16 @@ class Family:
         inference_sigmas: (number of steps, clean latents by target) → sigmas of the published
             sampler, float32 (steps + 1,) from the most noise down to 0. None: the family cannot be
             distilled.
-        sample: (loaded components, request) → a clip for each prompt, through the family's own
-            diffusers pipeline.
+        sampling: how samples are made of noise: their sizes, the published sampler, the decoder.
         load_lora: (component, its meta module, LoRA tensors, header metadata): loads an exported
             LoRA the way the family's diffusers pipeline does; raises what that raises.
         lora_targets: component or part → the layers that get a LoRA when none are named.
-        lora_aliases: component or part → name of a layer in other tools → globs of the full names
-            of layers here.
+        lora_aliases: component or part → name of a layer in other tools → globs of its names here.
         to_kohya: component → (its LoRA by the module's names, the alpha) → the tensors under the
             names of kohya's scripts, which `align_to_opensource_format` asks for.
         from_authors: component → (its LoRA in the form of `weights.lora.usual_spelling`, with an
-            alpha for each layer, by the names that the model's authors and other tools give the
-            layers) → by the module's names; unknown names stay. RuntimeError: tensors have sizes
-            that such layers cannot have.
+            alpha for each layer, by the names of the model's authors and of other tools) → by the
+            module's names; unknown ones stay. RuntimeError: such layers cannot have these sizes.
         denoise_uses: components that `denoise` uses beside the denoiser where they are given:
             conditioners that see x_t and t, such as a ControlNet.
         parts: tensors of a component that are trained under a name of their own.
@@ -263,7 +262,7 @@ class Family:
             is named but whose files are not there. The columns must depend on the config alone.
             Called after `refusals` were checked.
         checkpoints_gradients: whether activations are recomputed where the config leaves it open.
-        decoder: components that `sample` needs and no stage of the text uses.
+        decoder: components that `sampling` decodes with.
         repositories: how the names of the family's repositories on the hub start. They show the
             family of a model list before any file is there.
         scheduler_marks: name of a tensor in a whole checkpoint that nothing computes with → what
@@ -278,7 +277,7 @@ class Family:
     denoise: Callable[[Any, Loaded, Tensors, Tensors, torch.Tensor], Tensors]
     path: Callable[[TrainingConfig, Settings], NoisingPath]
     geometry: Geometry
-    sample: Callable[[Loaded, SampleRequest], list[Clip]]
+    sampling: Sampling
     load_lora: Callable[[str, nn.Module, Tensors, Mapping[str, object]], None]
     lora_targets: Mapping[str, tuple[str, ...]]
     inference_sigmas: Callable[[int, Tensors], torch.Tensor] | None = None
@@ -361,19 +360,34 @@ class Family:
         return tuple(s for s in self.stages if all(i.kind == "text" for i in s.reads) and s.reads)
 
     @property
+    def sample_stages(self) -> tuple[Stage, ...]:
+        """The stages of what `denoise` needs for a sample, and of targets that are given in part."""
+        given = {o.of for s in self.stages for o in s.yields if o.role == "known"}
+        wanted: set[str] = set()
+        for stage in reversed(self.stages):  # a stage stands behind those that it needs
+            handed = (o.role in ("condition", "known") or o.name in given for o in stage.yields)
+            if stage.name in wanted or any(handed):
+                wanted |= {stage.name, *stage.needs}
+        return tuple(s for s in self.stages if s.name in wanted)
+
+    @property
     def samples_from_text(self) -> bool:
         """Whether everything that `denoise` needs can be made from a prompt alone. Size facts are:
         those of the sample that is made."""
-        return all(
-            all(i.kind in ("text", "sizes") for i in s.reads)
-            or not any(o.role in ("condition", "known") for o in s.yields)
-            for s in self.stages
-        )
+        reads = (i.kind for stage in self.sample_stages for i in stage.reads)
+        return all(kind in ("text", "sizes") for kind in reads)
 
     @property
     def inputs(self) -> tuple[Input, ...]:
         """Every column that a stage reads, once."""
         return tuple(dict.fromkeys(i for stage in self.stages for i in stage.reads))
+
+    @property
+    def caption(self) -> Input | None:
+        """The column that says what a sample shows."""
+        captions = [i for i in self.inputs if i.caption]
+        assert len(captions) <= 1, "a visit of a sample is told one caption"
+        return captions[0] if captions else None
 
     @property
     def file_inputs(self) -> tuple[Input, ...]:

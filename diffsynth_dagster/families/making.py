@@ -1,6 +1,12 @@
-"""What is asked of a model while it is trained, and what it makes: images, and clips with sound."""
+"""What is asked of a model while it is trained, and what it makes: images, and clips with sound.
 
-from dataclasses import dataclass
+A family says what it makes samples of (`Sampling`); `training.sampling` goes from noise to data with
+it, by the same `denoise` and with the same conditions as a training step.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -12,12 +18,13 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Images or clips to make with the model in its present state, one for each prompt.
+    """Images or clips to make with the model in its present state, of one size.
 
-    `conditions` are the stacked outputs of the stages that read nothing but text, and `negative`
-    the same for the empty prompt when cfg_scale is above 1. `num_frames` is 1 and `frame_rate` None
-    for a family without videos. `path` is the noising path that the model is trained on: its sampler
-    has to undo the same.
+    `conditions` are what `denoise` is handed, stacked (B, …), and `negative` the same with the empty
+    prompt when cfg_scale is above 1. `known` are masks of what is given of a target, and `given` the
+    clean latents of these targets. `num_frames` is 1 and `frame_rate` None for a family without
+    videos. `path` is the noising path that the model is trained on: its sampler has to undo the
+    same.
     """
 
     conditions: Tensors
@@ -30,6 +37,8 @@ class SampleRequest:
     cfg_scale: float
     generators: list[torch.Generator]
     path: NoisingPath
+    known: Tensors = field(default_factory=Tensors)
+    given: Tensors = field(default_factory=Tensors)
 
 
 @dataclass(frozen=True)
@@ -46,3 +55,58 @@ class Clip:
     frame_rate: float | None = None
     sound: torch.Tensor | None = None
     sound_rate: int = 0
+
+
+class Solver(Protocol):
+    """Solves the differential equation that leads from noise to data, step by step.
+
+    What it carries from step to step is called x here: x_t, or x_t on another scale.
+    """
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """t of each step, (steps,) in [0, 1000], falling."""
+        ...
+
+    def start(self, noise: Tensors) -> Tensors:
+        """x of the first step, from standard normal noise (B, …)."""
+        ...
+
+    def seen(self, x: Tensors, index: int) -> Tensors:
+        """x_t, as the denoiser sees x in a step."""
+        ...
+
+    def step(self, prediction: Tensors, x: Tensors, index: int) -> Tensors:
+        """x of the next step; after the last one, the clean latents."""
+        ...
+
+
+Guide = Callable[[Tensors, Tensors, float], Tensors]
+"""(prediction with the prompt, without it, scale) → the guided prediction, by target."""
+
+
+def guide(prompted: Tensors, unprompted: Tensors, scale: float) -> Tensors:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598), with a scale of 1 for none."""
+    return {n: unprompted[n] + scale * (prompted[n] - unprompted[n]) for n in prompted}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a family makes samples.
+
+    Attributes:
+        shapes: (loaded components, request) → target → shape of the latents of one sample.
+        solver: (request, noise by target (B, …)) → the published sampler.
+        decode: (loaded components, request, clean latents by target (B, …)) → a clip for each sample.
+        guide: how guidance combines two predictions.
+        unprompted: (conditions with the empty prompt) → those that guidance leads away from.
+        constants: name → number: conditions that `denoise` takes and that the training has at another
+            value, such as the guidance that a distilled model is told.
+    """
+
+    shapes: Callable[[Mapping[str, Any], SampleRequest], dict[str, tuple[int, ...]]]
+    solver: Callable[[SampleRequest, Tensors], Solver]
+    decode: Callable[[Mapping[str, Any], SampleRequest, Tensors], list[Clip]]
+    guide: Guide = guide
+    unprompted: Callable[[Tensors], Tensors] = lambda conditions: conditions
+    constants: Mapping[str, float] = field(default_factory=dict[str, float])

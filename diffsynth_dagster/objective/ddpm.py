@@ -69,6 +69,11 @@ class DDPMPath:
     zero_terminal_snr: bool
     description: str
 
+    @property
+    def sigmas(self) -> None:
+        """None: this path is not the straight one."""
+        return None
+
     def noised(self, x_0: torch.Tensor, epsilon: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) epsilon."""
         return at_index(self.signal, index, x_0) * x_0 + at_index(self.noise, index, x_0) * epsilon

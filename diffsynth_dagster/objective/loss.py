@@ -8,20 +8,26 @@ def sample_losses(
     target: torch.Tensor,
     weight: torch.Tensor,
     known: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weighted mean squared error of each sample.
+    """Weighted mean squared error of each sample: of the elements that count, each as much as it does.
 
     Args:
         prediction, target: (B, …).
         weight: (B,), the weight of each sample's timestep.
         known: (B, …) or broadcastable, 1 where the element is given and does not count.
+        mask: (B, …) or broadcastable, how much the element counts, 0 or more. Where nothing of a
+            sample counts its loss is 0.
 
     Returns:
         (B,) float32.
     """
     error = (prediction.float() - target.float()) ** 2
-    if known is None:
+    if known is None and mask is None:
         return error.flatten(1).mean(1) * weight
-    counted = (1.0 - known.float()).expand_as(error)
+    counted = torch.ones_like(error) if known is None else (1.0 - known.float()).expand_as(error)
+    least = 1.0
+    if mask is not None:
+        counted, least = counted * mask.float(), torch.finfo(torch.float32).tiny
     total = (error * counted).flatten(1).sum(1)
-    return total / counted.flatten(1).sum(1).clamp(min=1.0) * weight
+    return total / counted.flatten(1).sum(1).clamp(min=least) * weight

@@ -18,6 +18,11 @@ class NoisingPath(Protocol):
         ...
 
     @property
+    def sigmas(self) -> torch.Tensor | None:
+        """(n,) float32, decreasing, where x_t = (1 - sigma) x_0 + sigma epsilon; None for others."""
+        ...
+
+    @property
     def weights(self) -> torch.Tensor:
         """(n,) float32, what the loss at each timestep is multiplied by."""
         ...

@@ -12,11 +12,12 @@ from diffsynth_dagster.cache.resolve import Sample, Samples
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.order import MicroBatch, StepOrder
+from diffsynth_dagster.data.order import MicroBatch, StepOrder, Visit
 from diffsynth_dagster.data.samples import load_files, parse_value
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families.contract import Output, Tensors
-from diffsynth_dagster.training.shares import share_of_step, shares_of
+from diffsynth_dagster.objective.captions import caption_index
+from diffsynth_dagster.training.shares import Timesteps, share_of_step
 from diffsynth_dagster.weights.identify import FoundModel
 
 
@@ -26,8 +27,11 @@ class Batch:
 
     Attributes:
         samples, visits: identity of each sample, and how often it was seen before.
+        places: of each sample in the order of `Samples`.
         outputs: stacked outputs of the cached stages (B, …), padded and with masks where ragged.
         inputs: column → value of each sample, for the stages that run in the step.
+        indices: the timestep of each sample, as an index of the schedule; of no use to distillation.
+        seed: of the noise.
         denoiser: the component that predicts: the same for all micro-batches of a step.
         scale: what the sum of the samples' losses is multiplied by, so that the gradients of an
             optimizer step add up to those of the mean over its samples; 0 for a batch that only
@@ -36,6 +40,9 @@ class Batch:
 
     samples: list[str]
     visits: list[int]
+    places: list[int]
+    indices: list[int]
+    seed: int
     outputs: Tensors
     inputs: list[dict[str, Any]]
     denoiser: str
@@ -79,8 +86,9 @@ class StepDataset(Dataset[list[Batch]]):
         world: int,
     ) -> None:
         trained, family = trained_components(config), found.family
-        self._shares = shares_of(config, family, found.path)
+        self._timesteps = Timesteps(config, family, found.path)
         self._seed = config.seed
+        self._caption_dropout = config.caption_dropout_rate
         self._cached = family.cached_stages(trained)
         self._step_inputs = list(
             dict.fromkeys(i for s in family.step_stages(trained) for i in s.reads)
@@ -96,14 +104,17 @@ class StepDataset(Dataset[list[Batch]]):
             config.gradient_accumulation_steps * world,
             config.seed,
         )
+        self._step: tuple[int, list[MicroBatch]] | None = None
 
-    def samples_in(self, step: int) -> int:
-        """How many samples an optimizer step looks at, on all processes together.
+    def counts(self, step: int) -> tuple[int, int]:
+        """How many samples an optimizer step looks at, on all processes together, and how many patches
+        their latents have together.
 
         Args:
             step: counted from 0.
         """
-        return sum(len(micro) for micro in self.order.step(step))
+        visits = [visit for micro in self._micros(step) for visit in micro]
+        return len(visits), sum(self._samples.tokens_at(v.bucket, v.index) for v in visits)
 
     def __getitem__(self, step: int) -> list[Batch]:
         """The micro-batches of this process for an optimizer step.
@@ -112,16 +123,50 @@ class StepDataset(Dataset[list[Batch]]):
             StoreError: a shard is damaged.
             MetadataError: a file that the step reads is no longer what was checked.
         """
-        micros = self.order.step(step)
+        micros = self._micros(step)
         scale = self._world / sum(len(micro) for micro in micros)
-        work = share_of_step(self._shares, self._seed, step).component
-        mine = [self._batch(micro, work, scale) for micro in micros[self._rank :: self._world]]
+        share = share_of_step(self._timesteps.shares, self._seed, step)
+        mine = micros[self._rank :: self._world]
+        scales = [scale] * len(mine)
         if len(mine) < -(-len(micros) // self._world):
-            mine.append(self._batch(micros[0], work, 0.0))
-        return mine
+            mine, scales = [*mine, micros[0]], [*scales, 0.0]
+        work = share.component
+        return [self._batch(micro, work, scale) for micro, scale in zip(mine, scales, strict=True)]
+
+    def _micros(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of a step, of all processes. Those of the last one asked for are kept."""
+        if self._step is None or self._step[0] != step:
+            self._step = step, self.order.step(step)
+        return self._step[1]
 
     def _batch(self, micro: MicroBatch, denoiser: str, scale: float) -> Batch:
-        samples = [self._samples.at(visit.bucket, visit.index) for visit in micro]
+        """A micro-batch of a step, with the timesteps that are drawn for its visits."""
+        share = next(s for s in self._timesteps.shares if s.component == denoiser)
+        samples = [self._sample(visit) for visit in micro]
+        visits = [visit.visit for visit in micro]
+        pixels = self._samples.pixels(micro[0].bucket)
+        indices = [
+            self._timesteps.index(share, sample.sample, visit, pixels)
+            for sample, visit in zip(samples, visits, strict=True)
+        ]
+        return self.read(samples, visits, indices, self._seed, denoiser, scale)
+
+    def read(
+        self,
+        samples: Sequence[Sample],
+        visits: list[int],
+        indices: list[int],
+        seed: int,
+        denoiser: str,
+        scale: float,
+    ) -> Batch:
+        """A micro-batch of samples of equal shape, told their first caption where they have several. For
+        the other arguments see `Batch`.
+
+        Raises:
+            StoreError, MetadataError: see `__getitem__`.
+        """
+        samples = [sample.told(0) for sample in samples]
         outputs = [output for stage in self._cached for output in stage.yields]
         tensors: list[Tensors] = []
         for sample in samples:
@@ -133,12 +178,25 @@ class StepDataset(Dataset[list[Batch]]):
             tensors.append(read)
         return Batch(
             [sample.sample for sample in samples],
-            [visit.visit for visit in micro],
+            visits,
+            [sample.place for sample in samples],
+            indices,
+            seed,
             collate(outputs, tensors),
             [self._inputs(sample) for sample in samples],
             denoiser,
             scale,
         )
+
+    def _sample(self, visit: Visit) -> Sample:
+        """A sample with the caption that it is told in this visit."""
+        sample = self._samples.at(visit.bucket, visit.index)
+        if not sample.captions:
+            return sample
+        dropout = self._caption_dropout
+        count = len(sample.captions) - (dropout > 0.0)  # the last is the empty one
+        number = caption_index(self._seed, sample.sample, visit.visit, count, dropout)
+        return sample.told(number)
 
     def _inputs(self, sample: Sample) -> dict[str, Any]:
         values = {i: sample.inputs[i.column] for i in self._step_inputs}
@@ -151,24 +209,34 @@ class StepDataset(Dataset[list[Batch]]):
 
 
 def steps_of(
-    data: Dataset[list[Batch]], total_steps: int, workers: int
+    data: Dataset[list[Batch]], first: int, total_steps: int, workers: int
 ) -> Iterator[tuple[int, list[Batch]]]:
     """Optimizer step, counted from 1 → its micro-batches, one step after the other.
 
     Args:
         data: step, counted from 0 → its micro-batches.
+        first: steps that were made before.
         workers: processes that read ahead; with 0, this process reads.
 
     Raises:
         UserError: as reading the step raised it, whoever read it.
     """
     loader = DataLoader(
-        _ErrorsAsValues(data), batch_size=None, sampler=range(total_steps), num_workers=workers
+        _ErrorsAsValues(data),
+        batch_size=None,
+        sampler=range(first, total_steps),
+        num_workers=workers,
     )
-    for step, batches in enumerate(loader, start=1):
-        if isinstance(batches, UserError):
-            raise batches
-        yield step, batches
+    # Now, since it draws a random number: not when the first step is asked for.
+    batches_of = iter(loader)
+
+    def numbered() -> Iterator[tuple[int, list[Batch]]]:
+        for step, batches in enumerate(batches_of, start=first + 1):
+            if isinstance(batches, UserError):
+                raise batches
+            yield step, batches
+
+    return numbered()
 
 
 class _ErrorsAsValues(Dataset[list[Batch] | UserError]):

@@ -12,7 +12,7 @@ from diffsynth_dagster.config.parameters import OutputParameters
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.files import write_tensors
-from diffsynth_dagster.training.modules import saved_name
+from diffsynth_dagster.training.adapters import saved_name
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY
 
 

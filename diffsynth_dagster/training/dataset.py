@@ -5,16 +5,29 @@ the table, the latents asset encodes it, and the checkpoints asset starts from w
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from diffsynth_dagster.cache.encode import encode_missing
+from diffsynth_dagster.cache.encoded_for import require_encoded_for
+from diffsynth_dagster.cache.held_out import (
+    forget_held_out,
+    held_out_config,
+    held_out_manifest,
+    parts_of,
+)
 from diffsynth_dagster.cache.keys import Keys
 from diffsynth_dagster.cache.manifest import PLANNED, Manifest, read_manifest
 from diffsynth_dagster.cache.plan import plan_samples
 from diffsynth_dagster.cache.resolve import Samples, lacking, resolve
-from diffsynth_dagster.cache.split import require_encoded_for
+from diffsynth_dagster.cache.sample_rows import (
+    plan_sample_rows,
+    planned_sample_rows,
+    require_sample_rows,
+    sample_rows_config,
+)
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.prepare import prepare_data
@@ -26,6 +39,8 @@ from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.reporting import Reporter
 from diffsynth_dagster.weights.identify import guess_family
 from diffsynth_dagster.weights.models import Models
+
+_HELD_OUT, _COMPARED = "held_out", "compared"
 
 
 def open_store(config: TrainingConfig) -> Store:
@@ -40,7 +55,8 @@ def checked_table(
 ) -> CheckedTable | None:
     """The checked table of a config; None where the data set was encoded before. Collective.
 
-    One process of each node makes and checks it; the others read what that one wrote.
+    One process of each node makes and checks it; the others read what that one wrote. So is the table
+    of what is held out, where there is one.
 
     Raises:
         MetadataError: too many rows are rejected; or see `prepare_data`.
@@ -50,11 +66,14 @@ def checked_table(
     with parallel.node_main_first():
         if not parallel.is_node_main:
             return read_checked(Path(config.output_path), PINNED)
-        with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
-            columns = guess_family(config).columns
-            table = prepare_data(config, columns, fact_cache, bar.update, pinned=True)
-        table.require_accepted(config.max_rejected_fraction)
-        return table
+        own = held_out_config(config)
+        tables: list[CheckedTable] = []
+        for each in [config] if own is None else [config, own]:
+            with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
+                columns = guess_family(config).columns
+                tables.append(prepare_data(each, columns, fact_cache, bar.update, pinned=True))
+            tables[-1].require_accepted(config.max_rejected_fraction)
+        return tables[0]
 
 
 def encoded_manifest(
@@ -79,12 +98,22 @@ def encoded_manifest(
     """
     if table is None:
         manifest = read_manifest(Path(config.dataset_base_path))
-        require_encoded_for(config, models.found, manifest, fact_cache)
-        _require_stored(manifest)
+        held_out = held_out_manifest(config, manifest)
+        for each in [manifest] if held_out is None else [manifest, held_out]:
+            require_encoded_for(config, models.found, each, fact_cache)
+            _require_stored(each)
+        require_sample_rows(config, manifest)
     else:
+        own = held_out_config(config)
+        held_out = None
+        if own is not None:
+            held_out = _encode(own, parallel, models, fact_cache, reporter, stop_asked)
         manifest = _encode(config, parallel, models, fact_cache, reporter, stop_asked)
+        if own is None and parallel.is_node_main:
+            forget_held_out(config)
     if parallel.is_main_process:
-        Store(Path(manifest.store)).add_user(manifest.folder)
+        for each in [manifest] if held_out is None else [manifest, held_out]:
+            Store(Path(each.store)).add_user(each.folder)
     return manifest
 
 
@@ -102,8 +131,10 @@ def _encode(
         table = read_checked(output, PINNED)
         if parallel.is_node_main:
             keys = Keys(models.found, fact_cache, models.dtype)
-            plan_samples(config, models.found, table, keys)
+            rows = plan_sample_rows(config, models.found, keys, fact_cache)
+            plan_samples(config, models.found, table, keys, rows)
         planned = read_manifest(output, PLANNED)
+        sampled = planned_sample_rows(output)
     if parallel.is_main_process:  # so that a clean-up spares what an interrupted run encoded
         Store(Path(planned.store)).add_user(output)
     if config.trains_only:
@@ -115,9 +146,11 @@ def _encode(
             if stop_asked():
                 raise Stopped
 
-        reporter.encoded(
-            encode_missing(config, models, planned, table, parallel, progress, reporter.warned)
-        )
+        report = encode_missing(config, models, planned, table, parallel, progress, reporter.warned)
+        if sampled is not None:
+            own = sample_rows_config(config)
+            encode_missing(own, models, sampled.manifest, sampled.table, parallel, progress)
+        reporter.encoded(report)
     parallel.wait_for_everyone()
     with parallel.node_main_first():
         if parallel.is_node_main:
@@ -133,13 +166,32 @@ def _require_stored(manifest: Manifest) -> None:
         raise lacking(missing, wanted, manifest.store)
 
 
-def resolved_samples(config: TrainingConfig, manifest: Manifest, parallel: Parallel) -> Samples:
+@dataclass(frozen=True)
+class Resolved:
+    """Where the samples of a training lie: those that it is trained on, and those of its held-out loss;
+    see `Parts`."""
+
+    trained: Samples
+    held_out: Samples | None
+    compared: Samples | None
+
+
+def resolved_samples(config: TrainingConfig, manifest: Manifest, parallel: Parallel) -> Resolved:
     """Where each sample of a manifest lies. Collective: one process of a node writes it, all map
     it.
 
     Raises:
         StoreError: the store lacks a sample.
+        ParameterError, MetadataError: see `parts_of`.
     """
     folder = Path(config.output_path)
     with parallel.node_main_first():
-        return resolve(manifest, folder) if parallel.is_node_main else Samples(folder)
+        if parallel.is_node_main:
+            parts = parts_of(config, manifest, folder)
+            resolve(parts.trained, folder)
+            if parts.held_out is not None and parts.compared is not None:
+                resolve(parts.held_out, folder, _HELD_OUT)
+                resolve(parts.compared, folder, _COMPARED)
+        more = (_HELD_OUT, _COMPARED) if config.holds_out else ()
+        held_out, compared = [Samples(folder, name) for name in more] or [None, None]
+        return Resolved(Samples(folder), held_out, compared)

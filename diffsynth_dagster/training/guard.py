@@ -14,6 +14,7 @@ from diffsynth_dagster.errors import EXIT_USER_ERROR, OutputError, Stopped, User
 from diffsynth_dagster.files import full_disk, write_text
 from diffsynth_dagster.training.failure import EXIT_STOPPED, FAILURE_FOLDER, Failure, failure_of
 from diffsynth_dagster.training.reporting import Reporter
+from diffsynth_dagster.training.shortage import out_of_memory
 
 
 class PrintedFailures(Reporter):
@@ -67,7 +68,7 @@ class FailureGuard:
     ) -> bool:
         if error is None or isinstance(error, SystemExit):
             return False
-        error = full_disk(error) or error
+        error = full_disk(error) or out_of_memory(error) or error
         self._reporter.failed(failure_of(error))
         self.code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_STOPPED
         return isinstance(error, (UserError, Stopped))

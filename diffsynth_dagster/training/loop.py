@@ -3,24 +3,30 @@
 import math
 import resource
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 
 import torch
 
+from diffsynth_dagster.config.recipe import dump_config
 from diffsynth_dagster.errors import Stopped, TrainingError
+from diffsynth_dagster.files import write_text
 from diffsynth_dagster.training.batches import Batch, steps_of
+from diffsynth_dagster.training.held_out import HeldOut
 from diffsynth_dagster.training.modules import fingerprints
+from diffsynth_dagster.training.optimizer import current_rates
 from diffsynth_dagster.training.periodic import (
     Checkpoints,
-    Periodic,
     SamplePictures,
     SavePoints,
+    end_early,
     run_due,
 )
 from diffsynth_dagster.training.pictures import Pictures
 from diffsynth_dagster.training.record import RunRecord
 from diffsynth_dagster.training.reporting import StepMetrics
+from diffsynth_dagster.training.resume import make_ready, restore
 from diffsynth_dagster.training.setup import Session, Work, set_up
+from diffsynth_dagster.training.states import States
 
 
 def train(session: Session) -> RunRecord:
@@ -32,45 +38,78 @@ def train(session: Session) -> RunRecord:
         UserError: see `set_up`, and `StepDataset` for the data of a step.
     """
     config, reporter, run_file = session.config, session.reporter, session.run_file
-    work = set_up(session)
+    work = session.memory.work = set_up(session)
     before = fingerprints(work.trained.items())
+    state = session.state
+    random = None if state is None else restore(work, state)
+    # From here on nothing of an older training is left.
+    if session.parallel.is_main_process:
+        make_ready(run_file.folder, state, reporter.warned)
+        write_text(run_file.folder / "config.yaml", dump_config(config))
+    run_file.begin()
     pictures = Pictures(work)
     points = SavePoints(config, work.data.order.steps_per_epoch, work.total_steps)
     checkpoints = Checkpoints(points)
     checkpoints.warn_of_space(work)
-    periodic: list[Periodic] = [checkpoints, SamplePictures(points, pictures)]
-    run_due(periodic, work, 0)
-    pictures.evaluate("before")
+    states = States(work)
+    held_out = HeldOut(work, points)
+    beside = [held_out, checkpoints, SamplePictures(points, pictures, config.sample_steps)]
+    first, done = (0, 0) if state is None else (state.step, state.done)
+    if run_due(beside, work, first, done) < len(beside):
+        raise Stopped
+    if state is None:
+        pictures.evaluate("before")
 
-    reporter.started(work.total_steps, config)
-    started = time.perf_counter()
-    for step, batches in steps_of(work.data, work.total_steps, config.dataset_num_workers):
-        if session.stop_asked():
-            raise Stopped
-        metrics = train_step(work, step, batches)
-        reporter.stepped(metrics)
-        _require_finite(session, metrics)
-        run_file.stepped(metrics.loss)
-        run_due(periodic, work, step)
+    reporter.started(work.total_steps, config, first)
+    last = first
+    steps = steps_of(work.data, first, work.total_steps, config.dataset_num_workers)
+    if random is not None:
+        session.parallel.restore_random(random)
+    with closing(states):
+        waiting = time.perf_counter()
+        for step, batches in steps:
+            if held_out.stops:
+                break
+            metrics = train_step(work, step, batches, time.perf_counter() - waiting)
+            reporter.stepped(metrics)
+            _require_finite(session, metrics)
+            run_file.stepped(metrics.loss)
+            done = run_due(beside, work, step)
+            asked = session.parallel.any(session.stop_asked()) or done < len(beside)
+            if asked or states.due(step):
+                states.run(work, step, done)
+            if asked:
+                raise Stopped
+            last = step
+            waiting = time.perf_counter()
+        if last < work.total_steps:
+            # Before what may be stopped: going on from there ends early at once.
+            states.run(work, last, len(beside))
+            end_early(beside, work, last)
+        states.finish()
 
     run_file.measured(
-        steps=work.total_steps,
-        seconds=time.perf_counter() - started,
-        samples=work.data.order.samples_per_epoch * config.num_epochs,
+        steps=last,
+        seconds=states.seconds,
+        samples=work.data.order.samples_per_epoch * config.num_epochs * last // work.total_steps,
         peak_memory_bytes=_peak_memory(session.parallel.device),
     )
     after = fingerprints(work.trained.items())
     pictures.evaluate("after")
+    work.losses.write(run_file.folder, session.parallel)
     run_file.finished(len(after), sum(before[name] != after[name] for name in after))
     reporter.finished(run_file.record)
     return run_file.record
 
 
-def train_step(work: Work, step: int, batches: list[Batch]) -> StepMetrics:
+def train_step(
+    work: Work, step: int, batches: list[Batch], data_seconds: float = 0.0
+) -> StepMetrics:
     """One optimizer step over the micro-batches of this process. Collective.
 
     Args:
         step: counted from 1.
+        data_seconds: that this process waited for the micro-batches.
     """
     config, parallel = work.session.config, work.session.parallel
     began = time.perf_counter()
@@ -78,24 +117,40 @@ def train_step(work: Work, step: int, batches: list[Batch]) -> StepMetrics:
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with parallel.micro_batch(work.model, last), _saved_tensors(work):
-            losses: torch.Tensor = work.model(batch.to(parallel.device))
+            batch = batch.to(parallel.device)
+            losses: torch.Tensor = work.model(batch)
             weighted = losses.sum() * batch.scale
             parallel.backward(weighted)
         loss += weighted.detach()
+        work.losses.add(batch, losses, work.step_module.row_weights(batch))
     norm = parallel.clip(work.trained.values(), config.max_grad_norm)
-    learning_rate = work.optimizer.param_groups[0]["lr"]
+    differentiated = time.perf_counter()
+    rates = current_rates(work.optimizer)
     work.optimizer.step()
     work.optimizer.zero_grad()
     if not parallel.step_was_skipped:
         work.schedule.step()
+    work.average.update(step)
+    mean = parallel.mean(loss)
+    ended = time.perf_counter()
+    samples, tokens = work.data.counts(step - 1)
+    whole = data_seconds + ended - began
     return StepMetrics(
         step=step,
         epoch=(step - 1) // work.data.order.steps_per_epoch,
-        loss=parallel.mean(loss),
-        learning_rate=learning_rate,
+        loss=mean,
+        learning_rate=next(iter(rates.values())),
         grad_norm=norm,
-        seconds=time.perf_counter() - began,
-        samples=work.data.samples_in(step - 1),
+        seconds=ended - began,
+        samples=samples,
+        tokens=tokens,
+        data_seconds=data_seconds,
+        forward_backward_seconds=differentiated - began,
+        optimizer_seconds=ended - differentiated,
+        samples_per_second=samples / whole,
+        tokens_per_second=tokens / whole,
+        learning_rates={name: rate for name, rate in rates.items() if name},
+        peak_memory_bytes=_peak_memory(parallel.device),
     )
 
 

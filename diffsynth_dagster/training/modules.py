@@ -1,13 +1,13 @@
 """What is trained: whole components, and LoRA layers inside a component."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from diffsynth_dagster.cache.encode import step_components
@@ -15,6 +15,13 @@ from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, TargetError, WeightsError, nearest
 from diffsynth_dagster.families.contract import Family, Part, Tensors
+from diffsynth_dagster.training.adapters import adapter_shapes, add_adapter, is_adapter, saved_name
+from diffsynth_dagster.weights.adapter_files import (
+    AdapterFile,
+    read_adapter,
+    require_values,
+    start_adapter,
+)
 from diffsynth_dagster.weights.identify import Found, FoundModel
 from diffsynth_dagster.weights.load import build_empty
 from diffsynth_dagster.weights.lora import (
@@ -26,15 +33,14 @@ from diffsynth_dagster.weights.lora import (
     start_lora,
 )
 from diffsynth_dagster.weights.models import require_component
+from diffsynth_dagster.weights.whole import require_weights
 
 AUTO_MIN_FEATURES = 512
-_ADAPTER = "default"
-_LORA_KEY = re.compile(rf"\.(lora_[A-Za-z_]+)\.{_ADAPTER}(?=\.|$)")
 
 
 def check_model(config: TrainingConfig, found: FoundModel, trained_dtype: torch.dtype) -> int:
     """Check before anything is encoded that the files are whole, that the LoRA targets match, and
-    that the LoRAs that are given fit.
+    that the LoRAs and the weights to go on from fit.
 
     Args:
         trained_dtype: element type of weights that are trained as a whole; a LoRA is float32.
@@ -59,6 +65,10 @@ def check_model(config: TrainingConfig, found: FoundModel, trained_dtype: torch.
             if part.of == name:
                 held = _held(part, module, f"trainable_models; {item.entry.text}")
                 size += sum(p.numel() for p in held) * trained_dtype.itemsize
+                if config.resume_from_checkpoint is not None:
+                    path = Path(config.resume_from_checkpoint)
+                    where = f"resume_from_checkpoint = {path}"
+                    require_weights(module, path, found.family, part.name, where)
         if name in found.presets:
             preset = found.presets[name]
             lora = read_lora(preset.path, found.family, preset.name, "preset_lora_path")
@@ -69,19 +79,15 @@ def check_model(config: TrainingConfig, found: FoundModel, trained_dtype: torch.
                 continue
             _held(part, module, f"lora_base_model; {item.entry.text}")
             targets = lora_targets(config, found.family, module, base)
-            _read_start(config, found.family, module, base, targets)
-            layers = {name: module.get_submodule(name) for name in targets}
-            _check_export(config, found.family, item, layers)
-            size += lora_bytes(layers.values(), config.lora_rank)
+            lora = _read_start(config, found.family, module, base, targets)
+            if config.lora_method in ("lora", "dora"):
+                layers = {name: module.get_submodule(name) for name in targets}
+                _check_export(config, found.family, item, layers)
+            shapes = adapter_shapes(config, module, targets)
+            if isinstance(lora, AdapterFile):
+                require_values(lora, config.adapter, shapes, _start_of(config))
+            size += sum(map(math.prod, shapes.values())) * torch.float32.itemsize
     return size
-
-
-def lora_bytes(layers: Iterable[nn.Module], rank: int) -> int:
-    """Bytes of a LoRA in float32: of A (rank, in) and B (out, rank) of each layer; of convolutions,
-    `in` counts the kernel too."""
-    weights: list[Any] = [layer.weight for layer in layers]
-    numbers = sum(len(weight) + weight.numel() // len(weight) for weight in weights)
-    return numbers * rank * torch.float32.itemsize
 
 
 def _require_decoders(found: FoundModel) -> None:
@@ -120,7 +126,11 @@ def _check_export(
     for name, layer in layers.items():
         weight: Any = layer.weight
         lora[f"{name}.lora_A.weight"] = torch.ones(1, *weight.shape[1:])
-        lora[f"{name}.lora_B.weight"] = torch.ones(len(weight), 1, *(1,) * (weight.ndim - 2))
+        ones = (1,) * (weight.ndim - 2)
+        lora[f"{name}.lora_B.weight"] = torch.ones(len(weight), 1, *ones)
+        if config.lora_method == "dora":
+            size = (1, len(weight), *ones) if ones else (len(weight),)
+            lora[f"{name}.lora_magnitude_vector"] = torch.ones(size)
     component = found.component
     formats: dict[str, tuple[Tensors, dict[str, Any]]] = {
         "diffusers": for_diffusers(lora, component.lora_start, 1, 1.0)
@@ -228,51 +238,55 @@ def _automatic_targets(module: nn.Module) -> list[str]:
 
 
 def add_lora(config: TrainingConfig, family: Family, module: nn.Module, base: str) -> list[str]:
-    """Put LoRA layers (float32) into the module of a component, or into a part of it; returns the
-    names of the layers that got one.
+    """Put LoRA layers, or those of another method (float32), into the module of a component, or into
+    a part of it; returns the names of the layers that got one.
 
     The initial values depend on the seed alone, or are those of `lora_checkpoint`.
 
     Raises:
         TargetError: see `lora_targets`.
-        WeightsError: see `require_start`.
+        WeightsError: see `_read_start`.
     """
     targets = lora_targets(config, family, module, base)
     start = _read_start(config, family, module, base, targets)
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (peft divides by r)
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        inject_adapter_in_model(lora, module, adapter_name=_ADAPTER)
-    for name, parameter in module.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
-    if start is not None:
+    add_adapter(config, module, targets)
+    if isinstance(start, LoraFile):
         start_lora(module, start, config.alpha / config.lora_rank)
+    elif start is not None:
+        trained = {saved_name(n): p for n, p in module.named_parameters() if is_adapter(n)}
+        shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
+        require_values(start, config.adapter, shapes, _start_of(config))
+        start_adapter(trained, start, config.adapter)
     return targets
 
 
 def _read_start(
     config: TrainingConfig, family: Family, module: nn.Module, base: str, targets: Sequence[str]
-) -> LoraFile | None:
-    """The LoRA of `lora_checkpoint`, where one is given. Raises `WeightsError` if it is not one of
-    these targets and of `lora_rank`."""
+) -> LoraFile | AdapterFile | None:
+    """What `lora_checkpoint` names, where it is given.
+
+    Raises:
+        WeightsError: it is not a LoRA of these targets and of `lora_rank`; or, where `lora_method` is
+            another, it cannot be read: whether it fits is for `require_values`.
+    """
     if config.lora_checkpoint is None:
         return None
-    path, where = Path(config.lora_checkpoint), f"lora_checkpoint = {config.lora_checkpoint}"
+    path = Path(config.lora_checkpoint)
+    if config.lora_method != "lora":
+        return read_adapter(path, family, base, "lora_checkpoint")
     lora = read_lora(path, family, base, "lora_checkpoint")
-    require_start(module, lora, targets, config.lora_rank, where)
+    require_start(module, lora, targets, config.lora_rank, _start_of(config))
     return lora
+
+
+def _start_of(config: TrainingConfig) -> str:
+    return f"lora_checkpoint = {config.lora_checkpoint}"
 
 
 def train_fully(module: nn.Module, part: Part, dtype: torch.dtype = torch.float32) -> None:
     """Make the parameters of a component, or of a part of it, trainable, in an element type."""
     for name, parameter in module.named_parameters():
-        if part.holds(name) and ".lora_" not in name:
+        if part.holds(name) and not is_adapter(name):
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(True)
 
@@ -297,9 +311,16 @@ def checkpoint_gradients(module: nn.Module, required: bool = True) -> None:
     )
 
 
-def saved_name(name: str) -> str:
-    """Name of a parameter in saved files: without the adapter's own name."""
-    return _LORA_KEY.sub(r".\1", name)
+@contextmanager
+def evaluating(module: nn.Module) -> Generator[None]:
+    """A module in evaluation mode; afterwards each module inside has its own mode back."""
+    modes = {inside: inside.training for inside in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for inside, mode in modes.items():
+            inside.training = mode
 
 
 def fingerprints(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[float, float]]:

@@ -1,39 +1,165 @@
 """The optimizer and the course of the learning rate that a config asks for."""
 
 import inspect
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from io import StringIO
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch import nn
 
+from diffsynth_dagster.config.effect import trained_components
+from diffsynth_dagster.config.learning import Optimizer
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.dotted import import_dotted
-from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.errors import ParameterError, reason_of
+from diffsynth_dagster.families.contract import Family
+
+Group = dict[str, Any]
+"""Parameters with a learning rate of their own, as torch's optimizers take them: `params`, `lr`, and
+the `name` of the trained component or part."""
+
+
+@dataclass(frozen=True)
+class NamedOptimizer:
+    """What a name of `optimizer` stands for.
+
+    Attributes:
+        path: dotted path of the class.
+        arguments: what it is given where `optimizer_arguments` says nothing else.
+        extra: the extra of this project that installs it.
+        elementwise: whether a weight is changed by what is known of it alone, so that it does not
+            matter where tensors are cut.
+        counts_together: whether all weights count the same steps, so that every step must change
+            all of them.
+        spares_embeddings: whether it takes the embedding tables as `embeddings`.
+    """
+
+    path: str
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    extra: str | None = None
+    elementwise: bool = False
+    counts_together: bool = False
+    spares_embeddings: bool = False
+
+
+OPTIMIZERS: Mapping[Optimizer, NamedOptimizer] = {
+    "adamw": NamedOptimizer("torch.optim.AdamW", elementwise=True),
+    "adamw_fused": NamedOptimizer("torch.optim.AdamW", {"fused": True}, elementwise=True),
+    "adamw8bit": NamedOptimizer(
+        "bitsandbytes.optim.AdamW8bit", extra="bitsandbytes", elementwise=True
+    ),
+    # Not torch's: its steps are small where weights are, and those of a LoRA begin at zero.
+    "adafactor": NamedOptimizer(
+        "transformers.optimization.Adafactor",
+        {"scale_parameter": False, "relative_step": False, "warmup_init": False},
+    ),
+    "prodigy": NamedOptimizer("prodigyopt.Prodigy", counts_together=True),
+    "muon": NamedOptimizer("diffsynth_dagster.training.muon.MuonWithAdamW", spares_embeddings=True),
+    "adamw_schedule_free": NamedOptimizer("schedulefree.AdamWScheduleFree", counts_together=True),
+}
+
+
+def parameter_groups(
+    config: TrainingConfig, family: Family, trained: Mapping[str, nn.Parameter]
+) -> list[nn.Parameter] | list[Group]:
+    """The trained parameters; where `learning_rates` is given, a group for each trained component or
+    part, in the order of the config.
+
+    Args:
+        trained: name in `TrainingStep` (`components.<component>.<tensor>`) → parameter.
+    """
+    if not config.learning_rates:
+        return list(trained.values())
+    parts = [family.part(name) for name in (*config.trainable_models, *config.lora_base_model)]
+    groups: dict[str, list[nn.Parameter]] = {part.name: [] for part in parts}
+    for name, parameter in trained.items():
+        _, component, rest = name.split(".", 2)
+        part = next(p for p in parts if p.of == component and p.holds(rest))
+        groups[part.name].append(parameter)
+    return [
+        {"params": held, "lr": config.learning_rates.get(name, config.learning_rate), "name": name}
+        for name, held in groups.items()
+        if held
+    ]
 
 
 def make_optimizer(
-    config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]
+    config: TrainingConfig,
+    parameters: Sequence[nn.Parameter] | Sequence[Group],
+    embeddings: Iterable[torch.Tensor] = (),
 ) -> torch.optim.Optimizer:
-    """AdamW, or the class of `customized_optimizer`.
+    """The optimizer of `optimizer`, or the class of `customized_optimizer`.
+
+    Args:
+        parameters: see `parameter_groups`.
+        embeddings: those that are tables of embeddings.
 
     Raises:
         ParameterError: it cannot be imported, is no optimizer, or does not take what it is given.
     """
-    dotted = config.customized_optimizer
+    dotted, named = config.customized_optimizer, OPTIMIZERS[config.optimizer]
+    given = {name: _as_tuple(value) for name, value in config.optimizer_arguments.items()}
     if dotted is None:
-        kind: Any = torch.optim.AdamW
+        kind, given = _import_named(config.optimizer), {**named.arguments, **given}
+        if named.spares_embeddings:
+            given["embeddings"] = list(embeddings)
     else:
         kind = import_dotted(dotted, "customized_optimizer")
         _require_optimizer(kind, dotted)
     try:
-        return kind(list(parameters), lr=config.learning_rate, weight_decay=config.weight_decay)
+        with redirect_stdout(StringIO()):  # where a plan is printed, and Prodigy what it does
+            made = kind(
+                list(parameters),
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                **given,
+            )
     except (TypeError, ValueError) as error:
+        raise _cannot_be_made(config, error) from error
+    if averages_by_itself(made):
+        made.train()
+    if getattr(made, "_step_supports_amp_scaling", False):
+        # Else it would skip a step of float16 by itself, and nobody would know of it.
+        made._step_supports_amp_scaling = False
+    return made
+
+
+def _cannot_be_made(config: TrainingConfig, error: Exception) -> ParameterError:
+    dotted, given = config.customized_optimizer, config.optimizer_arguments
+    names = (
+        f"optimizer = {config.optimizer}" if dotted is None else f"customized_optimizer = {dotted}"
+    )
+    return ParameterError(
+        f"the optimizer cannot be made: {reason_of(error)}",
+        where=names + (f", optimizer_arguments = {given}" if given else ""),
+        do="give arguments that its class takes"
+        if given
+        else "name a class that takes parameters, lr and weight_decay",
+    )
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _import_named(name: Optimizer) -> Any:
+    """The class of a name. Raises `ParameterError` where its package is not installed."""
+    named = OPTIMIZERS[name]
+    module, _, attribute = named.path.rpartition(".")
+    try:
+        return getattr(import_module(module), attribute)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        install = package if named.extra is None else f"'diffsynth-dagster[{named.extra}]'"
         raise ParameterError(
-            f"the optimizer cannot be made: {error}",
-            where=f"customized_optimizer = {dotted}",
-            do="name a class that takes parameters, lr and weight_decay",
+            f"{package} cannot be imported: {reason_of(error)}",
+            where=f"optimizer = {name}",
+            do=f"pip install {install}, or choose another optimizer",
         ) from error
 
 
@@ -50,6 +176,29 @@ def _require_optimizer(kind: Any, dotted: str) -> None:
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise refuse("this optimizer evaluates the model several times in a step")
+
+
+def averages_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is schedule-free: the weights that it trains are not those to look at,
+    which it puts in their place with `eval` and takes away again with `train`."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("eval", "train"))
+
+
+def needs_whole_tensors(config: TrainingConfig, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer makes no sense on pieces of tensors, or changes weights beside its step."""
+    named = config.customized_optimizer is None and not OPTIMIZERS[config.optimizer].elementwise
+    return named or averages_by_itself(optimizer)
+
+
+def current_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Name of a group → its learning rate in the next step; what has no name is called "".
+
+    Of Prodigy it is the one that it found, times that of the config.
+    """
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        rates.setdefault(group.get("name", ""), float(group["lr"]) * float(group.get("d", 1.0)))
+    return rates
 
 
 def make_schedule(
@@ -76,10 +225,40 @@ def make_schedule(
         ) from error
 
 
-def check_optimizer(config: TrainingConfig) -> None:
-    """Try both on one number. Raises `ParameterError`, see `make_optimizer`, `make_schedule`."""
-    number = [torch.nn.Parameter(torch.zeros(1))]
+def check_optimizer(config: TrainingConfig, family: Family) -> None:
+    """Try both on a few numbers.
+
+    Raises:
+        ParameterError: see `make_optimizer`, `make_schedule`; or the optimizer does not suit several
+            denoisers, of which a step changes one.
+    """
+    several = len(family.at_work(trained_components(config))) > 1
+    if (
+        several
+        and config.customized_optimizer is None
+        and OPTIMIZERS[config.optimizer].counts_together
+    ):
+        raise ParameterError(
+            "this optimizer counts the steps of all weights together, and a step changes one expert",
+            where=f"optimizer = {config.optimizer}",
+            do="choose another one, or train one expert",
+        )
+    numbers = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, 1))]
     # One that needs a GPU may be planned where there is none.
     with suppress(RuntimeError, ImportError, AssertionError):
-        make_optimizer(config, number)
-    make_schedule(config, torch.optim.AdamW(number, lr=config.learning_rate), 1)
+        made = make_optimizer(config, numbers)
+        if config.customized_optimizer is None and config.optimizer_arguments:
+            _try_step(config, made, numbers)
+    make_schedule(config, torch.optim.AdamW(numbers, lr=config.learning_rate), 1)
+
+
+def _try_step(
+    config: TrainingConfig, optimizer: torch.optim.Optimizer, numbers: Iterable[nn.Parameter]
+) -> None:
+    """Let an optimizer make a step, since some look at their arguments then only."""
+    for number in numbers:
+        number.grad = torch.ones_like(number)
+    try:
+        optimizer.step()
+    except (TypeError, ValueError, IndexError) as error:
+        raise _cannot_be_made(config, error) from error

@@ -6,9 +6,10 @@ and reads the same for one process on a CPU as for many GPUs on several machines
 
 import logging
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,15 +19,20 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    broadcast,
     broadcast_object_list,
     gather_object,
     is_bf16_available,
     set_seed,
 )
+from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import EXIT_USER_ERROR, ParameterError, UserError
+from diffsynth_dagster.training.randomness import random_state, set_random_state
+from diffsynth_dagster.training.trackers import show_picture, tracker_names
 
 T = TypeVar("T")
 
@@ -163,7 +169,7 @@ class Parallel:
         assert plugin is not None
         settings = plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = config.batch_size
-        if config.customized_optimizer is not None:
+        if config.customized_optimizer is not None or config.optimizer != "adamw":
             # Or it would be replaced by DeepSpeed's own where its state lies in CPU memory.
             settings["zero_force_ds_cpu_optimizer"] = False
         if config.max_grad_norm is not None:
@@ -218,6 +224,17 @@ class Parallel:
         reduced: Any = self._accelerator.reduce(value, "mean")
         return float(reduced)
 
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor on the CPU over the processes, as a new one on the CPU. Collective."""
+        if self.num_processes == 1:
+            return values.clone()
+        reduced: Any = self._accelerator.reduce(values.to(self.device), "sum")
+        return reduced.cpu()
+
+    def gathered(self, values: list[T]) -> list[T]:
+        """The values of all processes, those of the first one first. Collective."""
+        return gather_object(values)
+
     def whole_weights(self, model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Parameters by their name in the module given to `prepare`, each one whole. Collective.
 
@@ -229,8 +246,81 @@ class Parallel:
         return {name: parameters[name] for name in names}
 
     @property
+    def updates_whole_tensors(self) -> bool:
+        """Whether an optimizer step changes the parameters of the module themselves: DeepSpeed gives
+        the optimizer flat pieces of copies of them."""
+        return not self._uses_deepspeed
+
+    @property
+    def can_save_state(self) -> bool:
+        """Whether `pieces` has all that goes on from step to step: DeepSpeed keeps that in parts."""
+        return not self._uses_deepspeed
+
+    def any(self, here: bool) -> bool:
+        """Whether something is so on any process. Collective."""
+        if self.num_processes == 1:
+            return here
+        flag = torch.tensor(float(here), device=self.device)
+        reduced: Any = self._accelerator.reduce(flag, "sum")
+        return bool(reduced)
+
+    def pieces(
+        self, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
+    ) -> dict[str, Any]:
+        """What the next steps depend on beside the weights: the states of the optimizer, of the
+        learning rate, of the scale of float16, and of the random numbers of every process.
+        Collective."""
+        scaler = self._accelerator.scaler
+        return {
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": gather_object([random_state(self.device)]),
+        }
+
+    def restore(
+        self,
+        pieces: Mapping[str, Any],
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        """Give them back, but for the random numbers: see `restore_random`.
+
+        Raises:
+            ValueError: the state is that of another optimizer.
+        """
+        optimizer.load_state_dict(pieces["optimizer"])
+        schedule.load_state_dict(pieces["schedule"])
+        if self._accelerator.scaler is not None and pieces["scaler"] is not None:
+            self._accelerator.scaler.load_state_dict(pieces["scaler"])
+
+    def restore_random(self, states: Sequence[Any]) -> None:
+        """Give this process its random numbers back, if as many processes wrote the state.
+
+        Args:
+            states: the random numbers of each of them.
+        """
+        if len(states) == self.num_processes:
+            set_random_state(states[self.process_index], self.device)
+
+    def tensors_from_main(self, path: Path) -> dict[str, torch.Tensor]:
+        """The tensors of a file that the main process sees, in CPU memory of every process, one after the
+        other. Collective."""
+        if self.num_processes == 1:
+            return load_file(path)
+        found = load_file(path) if self.is_main_process else {}
+        kinds = self.from_main(lambda: [(n, t.shape, t.dtype) for n, t in found.items()])
+        for name, shape, dtype in kinds:
+            tensor = found[name] if name in found else torch.empty(shape, dtype=dtype)
+            # As bytes, since not every way between processes takes every type.
+            sent: Any = broadcast(tensor.reshape(-1).view(torch.uint8).to(self.device))
+            if not self.is_main_process:
+                found[name] = sent.cpu().view(dtype).reshape(shape)
+        return found
+
+    @property
     def has_trackers(self) -> bool:
-        """Whether a tracker (TensorBoard, W&B, SwanLab) is switched on."""
+        """Whether a tracker (TensorBoard, W&B, …) is switched on."""
         return bool(self._accelerator.log_with)
 
     def start_trackers(self, project: str) -> None:
@@ -240,6 +330,11 @@ class Parallel:
     def track(self, values: Mapping[str, float], step: int) -> None:
         """Log values of a step to the trackers."""
         self._accelerator.log(dict(values), step=step)
+
+    def track_picture(self, name: str, picture: Image.Image, step: int) -> None:
+        """Log a picture of a step to the trackers."""
+        for tracker in self._accelerator.trackers:
+            show_picture(tracker, name, picture, step)
 
     def end_trackers(self) -> None:
         """Close the trackers. Called by the process that logs."""
@@ -254,9 +349,10 @@ def start_parallel(config: TrainingConfig) -> Parallel:
             config switches on is not installed.
     """
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    available = {str(getattr(t, "value", t)) for t in get_available_trackers()}
     accelerator = Accelerator(
         mixed_precision=precision(config.mixed_precision, _gpu_has_bf16()),
-        log_with=[*_tracker_names(config)] or None,
+        log_with=[*tracker_names(config, available)] or None,
         project_dir=config.output_path,
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
@@ -265,22 +361,6 @@ def start_parallel(config: TrainingConfig) -> Parallel:
     )
     _require_whole_weights(accelerator)
     return Parallel(accelerator)
-
-
-def _tracker_names(config: TrainingConfig) -> list[str]:
-    """The trackers that a config switches on.
-
-    Raises:
-        ParameterError: the package of one is not installed.
-    """
-    available = {str(getattr(t, "value", t)) for t in get_available_trackers()}
-    wanted = [n for n in ("tensorboard", "wandb", "swanlab") if getattr(config, f"enable_{n}_log")]
-    for name in wanted:
-        if name not in available:
-            raise ParameterError(
-                f"{name} is not installed", where=f"enable_{name}_log", do=f"pip install {name}"
-            )
-    return wanted
 
 
 def _require_whole_weights(accelerator: Accelerator) -> None:

@@ -1,10 +1,11 @@
 """What happens beside the steps of a training, whenever it is due: checkpoints, sample pictures."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.files import short_of_space
 from diffsynth_dagster.training.checkpoint import (
@@ -13,8 +14,9 @@ from diffsynth_dagster.training.checkpoint import (
     trained_state,
     write_checkpoint,
 )
+from diffsynth_dagster.training.ema import evaluated_weights
 from diffsynth_dagster.training.pictures import Pictures
-from diffsynth_dagster.training.setup import Work
+from diffsynth_dagster.training.setup import Session, Work
 
 
 class Periodic(Protocol):
@@ -25,14 +27,40 @@ class Periodic(Protocol):
         ...
 
     def run(self, work: Work, step: int) -> None:
-        """Do it. Collective: it may wait for the other processes."""
+        """Do it. Collective: it may wait for the other processes.
+
+        Raises:
+            Stopped: the run was asked to stop, and this can be done again from its beginning.
+        """
         ...
 
 
-def run_due(things: Iterable[Periodic], work: Work, step: int) -> None:
-    """Do those of the things that are due after a step, in their order."""
-    for thing in things:
+def run_due(things: Sequence[Periodic], work: Work, step: int, done: int = 0) -> int:
+    """Do those of the things that are due after a step, in their order. Collective.
+
+    Args:
+        done: how many of the things were done before.
+
+    Returns:
+        How many are done: fewer than there are where the run was asked to stop.
+    """
+    for number, thing in enumerate(things[done:], start=done):
         if thing.due(step):
+            try:
+                thing.run(work, step)
+            except Stopped:
+                return number
+    return len(things)
+
+
+def end_early(things: Iterable[Periodic], work: Work, step: int) -> None:
+    """Do what the last step leaves, after a step that became the last: all that was not due.
+
+    Raises:
+        Stopped: the run was asked to stop.
+    """
+    for thing in things:
+        if not thing.due(step):
             thing.run(work, step)
 
 
@@ -52,6 +80,10 @@ class SavePoints:
     def count(self) -> int:
         """How many checkpoints the training leaves."""
         return -(-self._total_steps // (self._every or self._epoch_steps))
+
+    def is_last(self, step: int) -> bool:
+        """Whether a step is the last one."""
+        return step == self._total_steps
 
     def name(self, step: int) -> str | None:
         """Name of the checkpoint that is due after a step. The last step always leaves one."""
@@ -75,12 +107,18 @@ class Checkpoints:
         Checkpoints of an older training are replaced one by one.
         """
         folder = Path(work.session.config.output_path)
+        config = work.session.config
         size = sum(parameter.nbytes for parameter in work.trained.values())
-        count = self._points.count
+        count = min(self._points.count, config.save_keep or self._points.count)
         older = [p for kind in ("epoch", "step") for p in folder.glob(f"{kind}-*.safetensors")]
         replaced = sum(path.stat().st_size for path in older[:count])
         needed = max(size, size * count - replaced)
-        warning = short_of_space(folder, needed, f"the {count} checkpoints of the training")
+        # AdamW keeps two numbers for each trained one. A new state is written before an old one goes.
+        numbers = 3 if config.ema_sigma_rel is None else 4
+        states = numbers * size * (config.state_keep + 1) if config.writes_states else 0
+        what = "the checkpoint" if count == 1 else f"the {count} checkpoints"
+        what += f" and {config.state_keep} states" if states else ""
+        warning = short_of_space(folder, needed + states, f"{what} of the training")
         if warning is not None:
             work.session.reporter.warned(warning)
 
@@ -91,37 +129,73 @@ class Checkpoints:
     def run(self, work: Work, step: int) -> None:
         """Write one. Raises `OutputError`."""
         session = work.session
-        config, parallel, run_file = session.config, session.parallel, session.run_file
-        weights = parallel.whole_weights(work.model, work.trained)
-        if parallel.is_main_process:
-            record = run_file.record
-            family, name = session.models.found.family, self._points.name(step)
-            assert name is not None
-            removed = config.remove_prefix_in_ckpt
-            written: dict[Path, str] = {}
-            for file in checkpoint_files(name, family, record.trained, removed):
-                state = trained_state(weights, family, file.trained)
-                tensors = strip_prefix(state, file.removed)
-                path = Path(config.output_path) / file.name
-                write_checkpoint(path, tensors, {**record.provenance, "step": step})
-                written[path] = digest_file(path)
-            run_file.saved({path.name: digest for path, digest in written.items()})
+        # A training that ends early leaves one whose step no other would have.
+        written = save_weights(work, step, self._points.name(step) or f"step-{step}")
+        session.run_file.saved({path.name: digest for path, digest in written.items()})
+        if session.parallel.is_main_process:
             for path in written:
                 session.reporter.saved(step, path)
-        parallel.wait_for_everyone()
+            _drop_older(session, len(written))
+        session.parallel.wait_for_everyone()
+
+
+def save_weights(work: Work, step: int, name: str) -> dict[Path, str]:
+    """Write the files of a checkpoint; returns each with its digest, which only the main process knows.
+    Collective.
+
+    Raises:
+        OutputError: the run folder cannot be written.
+    """
+    session = work.session
+    config, parallel, record = session.config, session.parallel, session.run_file.record
+    family, removed = session.models.found.family, config.remove_prefix_in_ckpt
+    written: dict[Path, str] = {}
+    with evaluated_weights(work):
+        weights = parallel.whole_weights(work.model, work.trained)
+        files = checkpoint_files(name, family, record.trained, removed)
+        session.run_file.saving(file.name for file in files)
+        for file in files:
+            path = Path(config.output_path) / file.name
+            written[path] = ""
+            if parallel.is_main_process:
+                state = trained_state(weights, family, file.trained)
+                tensors = strip_prefix(state, file.removed)
+                write_checkpoint(path, tensors, {**record.provenance, "step": step})
+                written[path] = digest_file(path)
+    return written
+
+
+def _drop_older(session: Session, files: int) -> None:
+    """Remove all but the newest checkpoints, as `save_keep` says.
+
+    Args:
+        files: of a checkpoint.
+    """
+    keep = session.config.save_keep
+    record = session.run_file.record
+    names = [name for name in record.checkpoints if name not in record.best]
+    older = names[: -keep * files] if keep is not None else []
+    if older:  # first from the record, which names no file that is not there
+        session.run_file.dropped(older)
+        for name in older:
+            (Path(session.config.output_path) / name).unlink(missing_ok=True)
 
 
 class SamplePictures:
-    """Makes the sample pictures of the recipe: before the first step, and with each checkpoint."""
+    """Makes the sample pictures of the recipe: before the first step and after the last, and between
+    them as often as the recipe says, or else with each checkpoint."""
 
-    def __init__(self, points: SavePoints, pictures: Pictures) -> None:
+    def __init__(self, points: SavePoints, pictures: Pictures, every: int | None) -> None:
         self._points = points
         self._pictures = pictures
+        self._every = every
 
     def due(self, step: int) -> bool:
-        """Whether a step is the start or leaves a checkpoint."""
-        return step == 0 or self._points.name(step) is not None
+        """Whether pictures belong to a step."""
+        if self._every is None:
+            return step == 0 or self._points.name(step) is not None
+        return step % self._every == 0 or self._points.is_last(step)
 
     def run(self, work: Work, step: int) -> None:
-        """Make one picture of all prompts. Raises `OutputError`."""
+        """Make one picture of all prompts. Raises `OutputError`, `Stopped`."""
         self._pictures.sample(step)

@@ -1,15 +1,17 @@
 """Samples and evaluations: what the model makes as it stands, written by one process."""
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from diffsynth_dagster.dotted import import_dotted
+from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.families.contract import Clip
 from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.training.clips import write_clip
+from diffsynth_dagster.training.ema import evaluated_weights
+from diffsynth_dagster.training.modules import evaluating
 from diffsynth_dagster.training.sampling import Sampler, grid, strip
 from diffsynth_dagster.training.setup import Work
 
@@ -22,62 +24,78 @@ class Pictures:
     folder."""
 
     def __init__(self, work: Work) -> None:
-        session = work.session
+        session, self._work = work.session, work
         self._config, self._parallel = session.config, session.parallel
         self._run_file, self._reporter = session.run_file, session.reporter
         self._module = work.step_module
         self._sampler = Sampler(
-            session.config, session.manifest, session.models, session.parallel.autocast
+            session.config,
+            session.manifest,
+            session.models,
+            session.parallel.autocast,
+            session.stop_asked,
         )
         self._folder = Path(session.config.output_path) / "samples"
 
     def sample(self, step: int) -> None:
-        """Write one picture with an image for each of `sample_prompts`, and each video. Collective.
+        """Write one picture with an image for each of `sample_prompts`, or for each row of the table
+        that it names, and each video. Collective.
 
         A video is in the picture as the strip of its frames.
+
+        Raises:
+            OutputError: the run folder cannot be written.
+            Stopped: the run was asked to stop. What was made is made again with the others.
         """
-        prompts = self._config.sample_prompts
-        if prompts and self._parallel.is_main_process:
-            images: list[Image.Image] = []
-            with self._evaluating():
-                clips = self._sampler(self._module.loaded, prompts, self._config.seed)
-                for index, clip in enumerate(clips):
-                    images.append(strip(clip.frames))
-                    if len(clip.frames) > 1:
-                        self._reporter.sampled(step, self._write_clip(f"step-{step}-{index}", clip))
-            picture = self._write(f"step-{step}", grid(images, columns=min(COLUMNS, len(images))))
-            self._reporter.sampled(step, picture)
-        self._parallel.wait_for_everyone()
+        if self._config.sample_prompts:
+            self._on_main(lambda: self._sample(step))
+
+    def _sample(self, step: int) -> None:
+        images: list[Image.Image] = []
+        with evaluated_weights(self._work), evaluating(self._module):
+            clips = self._sampler.named(self._module.loaded, self._config.seed)
+            for index, clip in enumerate(clips):
+                images.append(strip(clip.frames))
+                if len(clip.frames) > 1:
+                    self._reporter.sampled(step, self._write_clip(f"step-{step}-{index}", clip))
+        picture = self._write(f"step-{step}", grid(images, columns=min(COLUMNS, len(images))))
+        self._reporter.sampled(step, picture)
 
     def evaluate(self, when: str) -> None:
         """Call `customized_evaluation` and keep what it found under `when`. Collective.
 
         Args:
             when: "before" or "after" the training.
+
+        Raises:
+            OutputError, Stopped: see `sample`.
         """
         dotted = self._config.customized_evaluation
-        if dotted is not None and self._parallel.is_main_process:
-            found = import_dotted(dotted, "customized_evaluation")(self._generate)
-            self._run_file.evaluated(when, found.metrics)
-            for name, picture in found.pictures.items():
-                self._write(f"{when}-{name}", picture)
-        self._parallel.wait_for_everyone()
+        if dotted is not None:
+            self._on_main(lambda: self._evaluate(dotted, when))
+
+    def _evaluate(self, dotted: str, when: str) -> None:
+        found = import_dotted(dotted, "customized_evaluation")(self._generate)
+        self._run_file.evaluated(when, found.metrics)
+        for name, picture in found.pictures.items():
+            self._write(f"{when}-{name}", picture)
+
+    def _on_main(self, make: Callable[[], None]) -> None:
+        """Let the main process make something, while the others wait; where it is stopped, all are.
+        Collective."""
+        stopped = False
+        if self._parallel.is_main_process:
+            try:
+                make()
+            except Stopped:
+                stopped = True
+        if self._parallel.any(stopped):
+            raise Stopped
 
     def _generate(self, prompts: Sequence[str], seed: int) -> list[Image.Image]:
-        with self._evaluating():
+        with evaluated_weights(self._work), evaluating(self._module):
             clips = self._sampler(self._module.loaded, prompts, seed)
             return [strip(clip.frames) for clip in clips]
-
-    @contextmanager
-    def _evaluating(self) -> Generator[None]:
-        """The modules in evaluation mode; each gets its own mode back."""
-        modes = {module: module.training for module in self._module.modules()}
-        self._module.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
     def _write(self, name: str, picture: Image.Image) -> Path:
         path = self._folder / f"{name}.png"

@@ -1,24 +1,21 @@
 """`run.json`: what a training did, for people and for the step that exports it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster import __version__
-from diffsynth_dagster.cache.encode import step_components
-from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.config.effect import trained_components, values_that_affect
-from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import OutputError, WeightsError
-from diffsynth_dagster.facts import FactCache, digest_file, digest_of
+from diffsynth_dagster.errors import OutputError
+from diffsynth_dagster.facts import digest_file, digest_of
 from diffsynth_dagster.files import write_text
-from diffsynth_dagster.weights.identify import FoundModel
-from diffsynth_dagster.weights.models import component_digest
 
 FILE_NAME = "run.json"
-METRICS, PICTURES = "metrics.csv", "samples"
+PICTURES = "samples"
+LOGS = ("metrics.csv", "loss.csv", "held_out.csv")
+"""Files that grow with the steps."""
+SAMPLE_LOSSES = "sample_losses.parquet"
 _DIGEST = "digest"
 """Of all else that the file says; those of older versions have none."""
 
@@ -32,12 +29,17 @@ class RunRecord:
         base: component → digest of its files.
         checkpoints: file name → digest of its bytes, in the order they were written.
         newest: the files of the checkpoint that was written last.
-        lora: rank and alpha, when a LoRA was trained.
+        writing: the files of one that is about to be written.
+        lora: rank and alpha, when a LoRA was trained; see `TrainingConfig.adapter` for others.
         evaluation: metrics of `customized_evaluation`, named before/… and after/….
         pictures: name → file name under samples/.
         clips: the same of sampled videos, named step-<step>-<place of the prompt, from 0>.
         beside: file beside the checkpoints, as a path from the run folder → digest of its bytes: the
             pictures and clips, and, at the end of the training, its losses.
+        held_out_digest: of the samples that are held out as a table of their own, if they are.
+        held_out: each measurement of the held-out loss: see `metrics.HeldOutMetrics`.
+        best: the files of the checkpoint with the smallest held-out loss, where it is kept.
+        resumed_from: the steps after which it was stopped, and gone on with.
         finished: whether the training reached its end.
     """
 
@@ -62,17 +64,27 @@ class RunRecord:
     trained_tensors: int = 0
     checkpoints: dict[str, str] = field(default_factory=dict)
     newest: list[str] = field(default_factory=list)
+    writing: list[str] = field(default_factory=list)
     evaluation: dict[str, float] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
     clips: dict[str, str] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)
+    held_out_digest: str | None = None
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    best: list[str] = field(default_factory=list)
+    resumed_from: list[int] = field(default_factory=list)
     finished: bool = False
     version: str = __version__
 
     @property
-    def newest_digest(self) -> str:
-        """Digest of the checkpoint that was written last: of its file, or of its files."""
-        digests = [self.checkpoints[name] for name in self.newest]
+    def chosen(self) -> list[str]:
+        """The files of the checkpoint that is exported: the best where it is kept, else the newest."""
+        return self.best or self.newest
+
+    @property
+    def chosen_digest(self) -> str:
+        """Digest of the checkpoint that is exported: of its file, or of its files."""
+        digests = [self.checkpoints[name] for name in self.chosen]
         return digests[0] if len(digests) == 1 else digest_of(digests)
 
     @property
@@ -90,36 +102,65 @@ class RunFile:
     after a crash too. Every method may raise `OutputError`.
 
     Args:
-        folder: the run folder. A record that is there, of an older training, is replaced at once.
+        folder: the run folder.
         writes: whether this process writes: one of a job does, the others only keep the facts.
     """
 
     def __init__(self, folder: Path, record: RunRecord, writes: bool) -> None:
+        self.folder = folder
         self._path = folder / FILE_NAME
         self._writes = writes
-        self.record = record
+        self._record = record
+        self._final_loss = record.final_loss
+
+    @property
+    def record(self) -> RunRecord:
+        """What is known so far."""
+        return replace(self._record, final_loss=self._final_loss)
+
+    def begin(self) -> None:
+        """Put the record in the place of that of an older training."""
         self._update()
 
     def _update(self, write: bool = True, **facts: Any) -> None:
-        self.record = replace(self.record, **facts)
+        self._record = replace(self._record, **facts)
         if write and self._writes:
             said = asdict(self.record)
             text = json.dumps({**said, _DIGEST: digest_of(said)}, indent=2)
             write_text(self._path, text + "\n")
 
+    def saving(self, names: Iterable[str]) -> None:
+        """Files of a checkpoint are about to be written."""
+        self._update(writing=list(names))
+
     def saved(self, files: Mapping[str, str]) -> None:
         """A checkpoint was written: file name → digest."""
-        self._update(checkpoints={**self.record.checkpoints, **files}, newest=list(files))
+        checkpoints = {**self.record.checkpoints, **files}
+        self._update(checkpoints=checkpoints, newest=list(files), writing=[])
+
+    def held_out(self, metrics: Mapping[str, Any]) -> None:
+        """The held-out loss was measured."""
+        self._update(held_out=[*self.record.held_out, dict(metrics)])
+
+    def saved_best(self, files: Mapping[str, str]) -> None:
+        """The best checkpoint so far was written, in place of the one before."""
+        left = {n: d for n, d in self.record.checkpoints.items() if n not in self.record.best}
+        self._update(checkpoints={**left, **files}, best=list(files), writing=[])
+
+    def dropped(self, names: Iterable[str]) -> None:
+        """Files of checkpoints are about to be removed."""
+        left = {n: d for n, d in self.record.checkpoints.items() if n not in set(names)}
+        self._update(checkpoints=left)
 
     def pictured(self, name: str, file: str) -> None:
         """A picture was written, as this file under samples/."""
         pictures = {**self.record.pictures, name: file}
-        self._update(pictures=pictures, beside=self._with_digest(f"{PICTURES}/{file}"))
+        self._update(pictures=pictures, beside=self._with_digests(f"{PICTURES}/{file}"))
 
     def filmed(self, name: str, file: str) -> None:
         """A sampled video was written, as this file under samples/."""
         clips = {**self.record.clips, name: file}
-        self._update(clips=clips, beside=self._with_digest(f"{PICTURES}/{file}"))
+        self._update(clips=clips, beside=self._with_digests(f"{PICTURES}/{file}"))
 
     def evaluated(self, when: str, metrics: Mapping[str, float]) -> None:
         """The model was evaluated, before or after the training."""
@@ -128,8 +169,9 @@ class RunFile:
 
     def stepped(self, loss: float) -> None:
         """An optimizer step was made. Written with what comes next: a step writes no file."""
-        first = loss if self.record.first_loss is None else self.record.first_loss
-        self._update(write=False, first_loss=first, final_loss=loss)
+        self._final_loss = loss
+        if self._record.first_loss is None:
+            self._update(write=False, first_loss=loss)
 
     def diverged(self) -> None:
         """A loss, or the norm of gradients that changed the weights, was not finite."""
@@ -155,73 +197,15 @@ class RunFile:
         self._update(
             trained_tensors=trained_tensors,
             changed_tensors=changed_tensors,
-            beside=self._with_digest(METRICS),
+            beside=self._with_digests(*LOGS, SAMPLE_LOSSES),
             finished=True,
         )
 
-    def _with_digest(self, name: str) -> dict[str, str]:
-        """The digests of the files beside the checkpoints, with that of one more."""
-        path = self._path.parent / name
-        if not (self._writes and path.is_file()):
-            return self.record.beside
-        return {**self.record.beside, name: digest_file(path)}
-
-
-def config_digest(config: TrainingConfig) -> str:
-    """Digest of the parameters that count by value, up to those that affect the training.
-
-    What counts by content is in the digests of files beside it.
-    """
-    return digest_of(values_that_affect(config, "weights", "rows", "latents", "training"))
-
-
-def start_record(
-    config: TrainingConfig,
-    found: FoundModel,
-    manifest: Manifest,
-    fact_cache: FactCache,
-    devices: Sequence[str] = (),
-    mixed_precision: str = "no",
-) -> RunRecord:
-    """The record of a training that is about to start.
-
-    Args:
-        devices: name of the device of each process.
-        mixed_precision: what is computed in. Neither of the two is part of the identity.
-
-    Raises:
-        WeightsError: the file of `lora_checkpoint` is missing.
-    """
-    names = step_components(found, trained_components(config))
-    base = manifest.weights | {name: component_digest(found, name, fact_cache) for name in names}
-    if config.lora_checkpoint is not None:
-        base["lora_checkpoint"] = _digest_of_lora(Path(config.lora_checkpoint), fact_cache)
-    lora = {"rank": config.lora_rank, "alpha": config.alpha} if config.lora_base_model else None
-    settings = config_digest(config)
-    stages = [stage.name for stage in found.family.stages]
-    path = found.path.description
-    return RunRecord(
-        identity=digest_of([__version__, settings, manifest.digest, base, stages, path]),
-        family=found.family.name,
-        trained=[*config.trainable_models, *config.lora_base_model],
-        base=dict(sorted(base.items())),
-        samples=manifest.samples,
-        samples_digest=manifest.digest,
-        config_digest=settings,
-        lora=lora,
-        devices=list(devices),
-        mixed_precision=mixed_precision,
-    )
-
-
-def _digest_of_lora(path: Path, fact_cache: FactCache) -> str:
-    if not path.is_file():
-        raise WeightsError(
-            "the LoRA file does not exist",
-            where=f"lora_checkpoint = {path}",
-            do="correct the path",
-        )
-    return fact_cache.digest(path)
+    def _with_digests(self, *names: str) -> dict[str, str]:
+        """The digests of the files beside the checkpoints, with those of some more that are there."""
+        paths = {name: self.folder / name for name in names if self._writes}
+        found = {name: digest_file(path) for name, path in paths.items() if path.is_file()}
+        return {**self.record.beside, **found}
 
 
 def read_record(folder: Path) -> RunRecord | None:

@@ -6,14 +6,21 @@ Nothing heavy is imported here: `failure.py` reports with it before anything els
 import csv
 import os
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+from diffsynth_dagster.training.metrics import HeldOutMetrics, StepMetrics
+from diffsynth_dagster.training.progress import (
+    Every,
+    Progress,
+    ProgressBar,
+    ProgressLines,
+    every_line,
+)
 
 if TYPE_CHECKING:
     from diffsynth_dagster.cache.encode import EncodeReport
@@ -22,24 +29,8 @@ if TYPE_CHECKING:
     from diffsynth_dagster.training.parallel import Parallel
     from diffsynth_dagster.training.record import RunRecord
 
-LINE_SECONDS, MOST_LINE_SECONDS = 5.0, 60.0
-"""Between two lines of progress, at first and in a long training."""
 STEP_SECONDS = 1.0
 """Between two steps that are sent to Dagster, which plots some of them."""
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """One optimizer step. `loss` is the mean over the step's samples on all processes, `seconds`
-    the time of the step, `epoch` counts from 0 and `step` from 1."""
-
-    step: int
-    epoch: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    seconds: float
-    samples: int
 
 
 class Reporter:
@@ -48,8 +39,8 @@ class Reporter:
     def warned(self, warning: str) -> None:
         """Something may go wrong later that can be mended now."""
 
-    def started(self, total_steps: int, config: "TrainingConfig") -> None:
-        """The loop starts."""
+    def started(self, total_steps: int, config: "TrainingConfig", first: int) -> None:
+        """The loop starts, after so many steps that were made before."""
 
     def encoding(self, stage: str, done: int, total: int) -> None:
         """Samples of a stage were encoded into the store."""
@@ -59,6 +50,9 @@ class Reporter:
 
     def stepped(self, metrics: StepMetrics) -> None:
         """An optimizer step was made."""
+
+    def held_out(self, metrics: HeldOutMetrics) -> None:
+        """The held-out loss was measured."""
 
     def sampled(self, step: int, file: Path) -> None:
         """Samples were written: all images of a step as one picture, or one clip."""
@@ -86,9 +80,9 @@ class Reporters(Reporter):
         for reporter in self._reporters:
             reporter.warned(warning)
 
-    def started(self, total_steps: int, config: "TrainingConfig") -> None:
+    def started(self, total_steps: int, config: "TrainingConfig", first: int) -> None:
         for reporter in self._reporters:
-            reporter.started(total_steps, config)
+            reporter.started(total_steps, config, first)
 
     def encoding(self, stage: str, done: int, total: int) -> None:
         for reporter in self._reporters:
@@ -101,6 +95,10 @@ class Reporters(Reporter):
     def stepped(self, metrics: StepMetrics) -> None:
         for reporter in self._reporters:
             reporter.stepped(metrics)
+
+    def held_out(self, metrics: HeldOutMetrics) -> None:
+        for reporter in self._reporters:
+            reporter.held_out(metrics)
 
     def sampled(self, step: int, file: Path) -> None:
         for reporter in self._reporters:
@@ -117,90 +115,6 @@ class Reporters(Reporter):
     def close(self) -> None:
         for reporter in self._reporters:
             reporter.close()
-
-
-class Every:
-    """Says when progress is due: at its first part, at its last, and now and then between.
-
-    Args:
-        seconds: between two times.
-        most: seconds up to which that grows in a long work, to a tenth of the time so far; it
-            stays as it is when left out.
-    """
-
-    def __init__(self, seconds: float, most: float | None = None) -> None:
-        self._seconds = seconds
-        self._most = seconds if most is None else most
-        self._began = time.monotonic()
-        self._last: float | None = None
-
-    def due(self, done: int, total: int) -> bool:
-        """Whether to show that `done` of `total` is done; it counts as shown if so."""
-        now = time.monotonic()
-        pause = min(max(self._seconds, (now - self._began) / 10), self._most)
-        if done < total and self._last is not None and now - self._last < pause:
-            return False
-        self._last = now
-        return True
-
-
-def every_line() -> Every:
-    """When a line of progress is due in a log, which nobody wants to be full of them."""
-    return Every(LINE_SECONDS, MOST_LINE_SECONDS)
-
-
-class Progress(Protocol):
-    """Shows how far a piece of work is."""
-
-    def reached(self, done: int, facts: dict[str, str]) -> None:
-        """`done` of the whole is done; `facts` are values to show beside it."""
-        ...
-
-    def close(self) -> None:
-        """The work is over, or ended early."""
-        ...
-
-
-class ProgressBar:
-    """A bar that is redrawn in place: for a terminal."""
-
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        self._bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True)
-
-    def reached(self, done: int, facts: dict[str, str]) -> None:
-        """See `Progress`."""
-        # Drawn with the next update: set_postfix would draw the bar for every step.
-        self._bar.set_postfix(facts, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        """See `Progress`."""
-        self._bar.close()
-
-
-class ProgressLines:
-    """A plain line now and then: for a file or a pipe, where nothing can be redrawn."""
-
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        self._title, self._total, self._unit = title, total, unit
-        self._every = every_line()
-        self._began = time.monotonic()
-
-    def reached(self, done: int, facts: dict[str, str]) -> None:
-        """See `Progress`."""
-        if not self._every.due(done, self._total):
-            return
-        seconds = time.monotonic() - self._began
-        left = tqdm.format_interval(seconds / max(done, 1) * (self._total - done))
-        parts = [
-            f"{self._title}: {self._unit} {done} of {self._total}",
-            *(f"{name} {value}" for name, value in facts.items()),
-            f"{tqdm.format_interval(seconds)} passed, {left} left",
-        ]
-        print(", ".join(parts), file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """See `Progress`."""
 
 
 class TerminalReporter(Reporter):
@@ -231,13 +145,26 @@ class TerminalReporter(Reporter):
         for stage, misses in report.misses.items():
             print(f"{stage}: {report.hits[stage]} in the store, {misses} encoded", flush=True)
 
-    def started(self, total_steps: int, config: "TrainingConfig") -> None:
-        self._begin("train", total_steps, "step")
+    def started(self, total_steps: int, config: "TrainingConfig", first: int) -> None:
+        progress = self._begin("train", total_steps, "step")
+        if first:
+            tqdm.write(f"going on after step {first}")
+            progress.reached(first, {})
 
     def stepped(self, metrics: StepMetrics) -> None:
         assert self._progress is not None, "a training starts before its first step"
-        facts = {"loss": f"{metrics.loss:.4f}", "lr": f"{metrics.learning_rate:.1e}"}
+        facts = {
+            "loss": f"{metrics.loss:.4f}",
+            "lr": f"{metrics.learning_rate:.1e}",
+            "samples/s": f"{metrics.samples_per_second:.3g}",
+        }
         self._progress.reached(metrics.step, facts)
+
+    def held_out(self, metrics: HeldOutMetrics) -> None:
+        tqdm.write(
+            f"step {metrics.step}: held-out loss {metrics.loss:.4f}, of trained samples "
+            f"{metrics.trained_loss:.4f}"
+        )
 
     def saved(self, step: int, checkpoint: Path) -> None:
         tqdm.write(f"step {step}: wrote {checkpoint}")
@@ -254,41 +181,70 @@ class TerminalReporter(Reporter):
 
 
 class CsvReporter(Reporter):
-    """`metrics.csv` with every step; with `enable_csv_log` also `loss.csv` (step, loss)."""
+    """`metrics.csv` with every step, and `held_out.csv` with every measurement of the held-out loss;
+    with `enable_csv_log` also `loss.csv` (step, loss)."""
 
     def __init__(self, config: "TrainingConfig") -> None:
         self._stack = ExitStack()
-        folder = Path(config.output_path)
-        self._metrics = self._table(folder / "metrics.csv", list(StepMetrics.__annotations__))
-        self._loss = None
+        trained = (*config.trainable_models, *config.lora_base_model)
+        rates = dict.fromkeys(trained if config.learning_rates else (), 0.0)
+        columns = StepMetrics(0, 0, 0.0, 0.0, 0.0, 0.0, 0, learning_rates=rates).row()
+        self._columns = {"metrics.csv": list(columns)}
         if config.enable_csv_log:
-            self._loss = self._table(folder / "loss.csv", ["step", "loss"])
+            self._columns["loss.csv"] = ["step", "loss"]
+        self._folder = Path(config.output_path)
+        self._tables: list[Any] = []
+        self._held_out: Any = None
 
-    def _table(self, path: Path, columns: list[str]) -> Any:
-        file = self._stack.enter_context(path.open("w", newline="", buffering=1))
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        return writer
+    def started(self, total_steps: int, config: "TrainingConfig", first: int) -> None:
+        self._tables = [self._open(name, columns) for name, columns in self._columns.items()]
+
+    def _open(self, name: str, columns: Sequence[str]) -> Any:
+        path = self._folder / name
+        file = self._stack.enter_context(path.open("a", newline="", buffering=1))
+        table = csv.DictWriter(file, columns, extrasaction="ignore")
+        if file.tell() == 0:
+            table.writeheader()
+        return table
 
     def stepped(self, metrics: StepMetrics) -> None:
-        for table in (self._metrics, self._loss):
-            if table is not None:
-                table.writerow(asdict(metrics))
+        row = metrics.row()
+        for table in self._tables:
+            table.writerow(row)
+
+    def held_out(self, metrics: HeldOutMetrics) -> None:
+        row = metrics.row()
+        if self._held_out is None:
+            self._held_out = self._open("held_out.csv", list(row))
+        self._held_out.writerow(row)
 
     def close(self) -> None:
         self._stack.close()
 
 
 class TrackerReporter(Reporter):
-    """TensorBoard, W&B and SwanLab, where a config switches them on."""
+    """TensorBoard, W&B, SwanLab, Trackio and MLflow, where a config switches them on."""
 
     def __init__(self, parallel: "Parallel") -> None:
         self._parallel = parallel
 
     def stepped(self, metrics: StepMetrics) -> None:
-        values = asdict(metrics)
+        values = metrics.row()
         step = values.pop("step")
         self._parallel.track(values, step)
+
+    def held_out(self, metrics: HeldOutMetrics) -> None:
+        values = metrics.row()
+        step = int(values.pop("step"))
+        self._parallel.track({f"held_out/{name}": value for name, value in values.items()}, step)
+
+    def sampled(self, step: int, file: Path) -> None:
+        if file.suffix == ".png":  # the frames of a clip are in its step's picture
+            from PIL import Image
+
+            with Image.open(file) as picture:
+                # Not `samples`: a number of each step is called so.
+                self._parallel.track_picture("sample_pictures", picture.convert("RGB"), step)
 
     def close(self) -> None:
         self._parallel.end_trackers()
@@ -322,13 +278,16 @@ class PipesReporter(Reporter):
     def encoded(self, report: "EncodeReport") -> None:
         self._send("encoded", hits=report.hits, misses=report.misses)
 
-    def started(self, total_steps: int, config: "TrainingConfig") -> None:
+    def started(self, total_steps: int, config: "TrainingConfig", first: int) -> None:
         self._total, self._every = total_steps, Every(STEP_SECONDS)
-        self._send("started", total_steps=total_steps)
+        self._send("started", total_steps=total_steps, first=first)
 
     def stepped(self, metrics: StepMetrics) -> None:
         if self._every.due(metrics.step, self._total):
-            self._send("step", **asdict(metrics))
+            self._send("step", **metrics.row())
+
+    def held_out(self, metrics: HeldOutMetrics) -> None:
+        self._send("held_out", **metrics.row())
 
     def sampled(self, step: int, file: Path) -> None:
         self._send("sample", step=step, path=str(file))
@@ -343,16 +302,12 @@ class PipesReporter(Reporter):
         self._stack.close()
 
 
-def _project(config: "TrainingConfig") -> str:
-    """Name of the project in the trackers."""
-    swanlab = config.enable_swanlab_log and not config.enable_wandb_log
-    return (config.swanlab_project if swanlab else config.wandb_project).replace("/", "-")
-
-
 def make_reporter(parallel: "Parallel", config: "TrainingConfig") -> Reporter:
     """The reporters of a run: all on the main process, none on the others. Collective."""
     if parallel.has_trackers:
-        parallel.start_trackers(_project(config))
+        from diffsynth_dagster.training.trackers import project_of
+
+        parallel.start_trackers(project_of(config))
     if not parallel.is_main_process:
         return Reporter()
     # Dagster logs what it receives: printed too, everything would be said twice.

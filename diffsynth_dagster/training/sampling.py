@@ -1,25 +1,35 @@
-"""Images and clips made with the model as it stands, and functions that measure it by them."""
+"""Images and clips made with the model as it stands, and functions that measure it by them.
 
+A sample is made as the model is trained: by the same `denoise`, with the same conditions and the same
+given parts of a target, from noise to data by the published sampler.
+"""
+
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.cache.manifest import Manifest, SampleRow
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import clip_rule
-from diffsynth_dagster.families.contract import Clip, SampleRequest, Tensors
+from diffsynth_dagster.data.samples import load_files, parse_value
+from diffsynth_dagster.errors import Stopped
+from diffsynth_dagster.families.contract import Clip, Family, Loaded, SampleRequest, Stage, Tensors
 from diffsynth_dagster.objective.noise import generator
 from diffsynth_dagster.training.batches import collate
 from diffsynth_dagster.training.step import weight_dtype
 from diffsynth_dagster.weights.models import Models
 
 SAMPLE_BATCH = 50
+"""Images that are made together. Clips are made one by one."""
 STRIP_FRAMES = 8
 """Frames of a sampled video that its picture shows."""
 
@@ -41,14 +51,100 @@ class Evaluation:
     pictures: dict[str, Image.Image]
 
 
+def make_clips(
+    family: Family,
+    loaded: Loaded,
+    request: SampleRequest,
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> list[Clip]:
+    """A clip for each sample of a request.
+
+    Args:
+        loaded: the denoisers, what they use beside, and the family's `decoder`.
+        stop_asked: whether to stop, asked at each step.
+
+    Raises:
+        Stopped: it said so.
+    """
+    sampling = family.sampling
+    device = next(iter(request.conditions.values())).device
+    noise = {
+        name: torch.stack([torch.randn(shape, generator=g) for g in request.generators]).to(device)
+        for name, shape in sampling.shapes(loaded, request).items()
+    }
+    solver = sampling.solver(request, noise)
+    count = len(request.generators)
+    constants = {n: torch.full((count,), v, device=device) for n, v in sampling.constants.items()}
+    handed = [{**request.conditions, **constants}]
+    if request.negative is not None:
+        handed.append({**sampling.unprompted(request.negative), **constants})
+    x = solver.start(noise)
+    for index, t in enumerate(solver.timesteps):
+        if stop_asked():
+            raise Stopped
+        x_t = _with_given(solver.seen(x, index), request)
+        each = t.float().expand(count).to(device)
+        predictions = [_predict(family, loaded, conditions, x_t, each) for conditions in handed]
+        prediction = predictions[0]
+        if len(predictions) > 1:
+            prediction = sampling.guide(*predictions, request.cfg_scale)
+        x = solver.step(prediction, x, index)
+    return sampling.decode(loaded, request, _with_given(x, request))
+
+
+def _with_given(x: Tensors, request: SampleRequest) -> Tensors:
+    """Latents, but clean where they are given."""
+    given, known = request.given, request.known
+    return {
+        n: torch.where(known[n].bool(), given[n].float(), each) if n in known else each
+        for n, each in x.items()
+    }
+
+
+def _predict(
+    family: Family, loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor
+) -> Tensors:
+    """The prediction float32 of the denoiser that is at work at t, which is the same for all."""
+    now = float(t[0])
+    at_work = (d.component for d in family.denoisers if d.low <= now < d.high)
+    model = loaded[next(at_work, family.denoiser)]
+    dtype = weight_dtype(model)
+    prediction = family.denoise(
+        model,
+        loaded,
+        {n: c.to(dtype) if c.is_floating_point() else c for n, c in conditions.items()},
+        {name: noisy.to(dtype) for name, noisy in x_t.items()},
+        t,
+    )
+    return {name: each.float() for name, each in prediction.items()}
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A sample to make.
+
+    Attributes:
+        inputs: column → text, or files as JSON: of the stages without a key.
+        keys: stage → key of its outputs in the store.
+        width, height, frames: in pixels and frames.
+    """
+
+    inputs: Mapping[str, str]
+    keys: Mapping[str, str]
+    width: int
+    height: int
+    frames: int
+
+
 class Sampler:
     """Makes images and clips with the components as they stand.
 
-    Prompts named in the recipe are read from the store; others are encoded when they are asked for.
+    What the recipe names is read from the store; other prompts are encoded when they are asked for.
 
     Args:
         autocast: entered around what uses trained modules, as in a training step: their weights are
             float32, and the others may not be.
+        stop_asked: see `make_clips`. What makes clips may raise `Stopped`.
     """
 
     def __init__(
@@ -57,17 +153,30 @@ class Sampler:
         manifest: Manifest,
         models: Models,
         autocast: Callable[[], AbstractContextManager[Any]],
+        stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._stop_asked = stop_asked
         self._autocast = autocast
         self._config = config
         self._manifest = manifest
         self._models = models
         self._store = Store(Path(manifest.store))
-        self._family = models.found.family
-        geometry = self._family.geometry
-        clip = clip_rule(config.num_frames, config.frame_rate, geometry, self._family.name)
+        self._family = family = models.found.family
+        self._stages = family.sample_stages
+        self._outputs = {o.name: o for stage in self._stages for o in stage.yields}
+        clip = clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
         self._frames = 1 if clip is None else clip.num_frames
         self._frame_rate = None if clip is None else clip.frame_rate
+        self._guided = config.sample_cfg_scale > 1
+
+    def named(self, live: Mapping[str, Any], seed: int) -> Iterator[Clip]:
+        """One clip for each prompt, or row of a table, that `sample_prompts` names."""
+        if self._config.sample_table is None:
+            yield from self(live, self._config.sample_texts, seed)
+            return
+        items = [self._row(row) for row in self._manifest.sample_rows]
+        negative = [self._row(row) for row in self._manifest.unprompted_rows]
+        yield from self._make(live, items, negative if self._guided else None, seed)
 
     def __call__(
         self, live: Mapping[str, Any], prompts: Sequence[str], seed: int
@@ -76,60 +185,139 @@ class Sampler:
 
         They come as they are made, so that not all of them are in memory at once.
         """
-        negative = self._config.sample_cfg_scale > 1
-        encoded = self._encode(live, [*dict.fromkeys(prompts), *([""] if negative else [])])
+        items = [self._prompt(prompt) for prompt in prompts]
+        negative = [self._prompt("")] * len(items) if self._guided else None
+        yield from self._make(live, items, negative, seed)
+
+    def _prompt(self, prompt: str) -> _Item:
+        width, height = self._size(0, 0)
+        keys = self._manifest.prompts.get(prompt, {})
+        return _Item({"prompt": prompt}, keys, width, height, self._frames)
+
+    def _row(self, row: SampleRow) -> _Item:
+        width, height = self._size(row["width"], row["height"])
+        return _Item(row["inputs"], row["keys"], width, height, row["frames"])
+
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of a sample: those given, unless they are 0."""
+        usual = self._family.geometry.sample_size
+        return (
+            width or self._config.width or usual[0],
+            height or self._config.height or usual[1],
+        )
+
+    def _make(
+        self,
+        live: Mapping[str, Any],
+        items: Sequence[_Item],
+        negative: Sequence[_Item] | None,
+        seed: int,
+    ) -> Iterator[Clip]:
+        """One clip for each item; noise is drawn by its place."""
+        encoded = self._encode(live, [*items, *(negative or [])])
         denoisers = [denoiser.component for denoiser in self._family.denoisers]
-        others = [name for name in (*self._family.decoder, *denoisers) if name not in live]
-        loaded = {**self._models.get(others), **live}
-        dtype = weight_dtype(next(live[name] for name in denoisers if name in live))
-        for start in range(0, len(prompts), SAMPLE_BATCH):
-            part = prompts[start : start + SAMPLE_BATCH]
+        beside = [n for n in self._family.denoise_uses if n in self._models.found.components]
+        wanted = (*self._family.decoder, *denoisers, *beside)
+        loaded = {**self._models.get([name for name in wanted if name not in live]), **live}
+        for part in self._batches(items, encoded):
+            first = items[part[0]]
+            outputs = self._stack([encoded[i] for i in part])
+            without = [encoded[len(items) + i] for i in part] if negative is not None else None
             request = SampleRequest(
-                conditions=self._stack([encoded[prompt] for prompt in part], dtype),
-                negative=self._stack([encoded[""]] * len(part), dtype) if negative else None,
-                height=self._config.height or self._family.geometry.sample_size[1],
-                width=self._config.width or self._family.geometry.sample_size[0],
-                num_frames=self._frames,
+                conditions=self._handed(outputs),
+                negative=None if without is None else self._handed(self._stack(without)),
+                height=first.height,
+                width=first.width,
+                num_frames=first.frames,
                 frame_rate=self._frame_rate,
                 num_inference_steps=self._config.sample_num_inference_steps,
                 cfg_scale=self._config.sample_cfg_scale,
-                generators=[generator(seed, "image", start + i) for i in range(len(part))],
+                generators=[generator(seed, "image", i) for i in part],
                 path=self._models.found.path,
+                known={
+                    of: tensor
+                    for name, tensor in outputs.items()
+                    if (of := self._of_known(name)) is not None
+                },
+                given={n: t for n, t in outputs.items() if self._role(n) == "target"},
             )
             with torch.no_grad(), self._autocast():
-                clips = self._family.sample(loaded, request)
+                clips = make_clips(self._family, loaded, request, self._stop_asked)
             yield from clips
 
-    def _stack(self, samples: list[Tensors], dtype: torch.dtype) -> Tensors:
-        outputs = [output for stage in self._family.text_stages for output in stage.yields]
-        stacked = collate(outputs, samples)
-        return {
-            name: t.to(self._models.device, dtype if t.is_floating_point() else None)
-            for name, t in stacked.items()
-        }
+    def _batches(self, items: Sequence[_Item], encoded: Sequence[Tensors]) -> Iterator[list[int]]:
+        """The places of items that are made together: neighbours with outputs of equal shapes."""
 
-    def _encode(self, live: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensors]:
-        """Prompt → outputs of the text stages: from the store where it has them."""
-        encoded: dict[str, Tensors] = {prompt: {} for prompt in prompts}
-        for stage in self._family.text_stages:
-            fresh: list[str] = []
-            for prompt in prompts:
-                key = self._manifest.prompts.get(prompt, {}).get(stage.name)
+        def alike(place: int) -> Any:
+            item, ragged = items[place], [n for n, o in self._outputs.items() if o.ragged]
+            shapes = [(n, () if n in ragged else t.shape) for n, t in encoded[place].items()]
+            return item.width, item.height, item.frames, shapes
+
+        for _, places in groupby(range(len(items)), alike):
+            listed = list(places)
+            size = SAMPLE_BATCH if items[listed[0]].frames == 1 else 1
+            yield from (listed[at : at + size] for at in range(0, len(listed), size))
+
+    def _stack(self, samples: list[Tensors]) -> Tensors:
+        stacked = collate([o for o in self._outputs.values() if o.name in samples[0]], samples)
+        return {name: tensor.to(self._models.device) for name, tensor in stacked.items()}
+
+    def _role(self, name: str) -> str:
+        return self._outputs[name].role if name in self._outputs else "condition"
+
+    def _of_known(self, name: str) -> str | None:
+        return self._outputs[name].of if self._role(name) == "known" else None
+
+    def _handed(self, outputs: Tensors) -> Tensors:
+        """What `denoise` is handed, as in a training step."""
+        return {n: t for n, t in outputs.items() if self._role(n) in ("condition", "known")}
+
+    def _encode(self, live: Mapping[str, Any], items: Sequence[_Item]) -> list[Tensors]:
+        """The outputs of the stages for each item: from the store where it has them."""
+        encoded: list[Tensors] = [{} for _ in items]
+        for stage in self._stages:
+            fresh: list[int] = []
+            for place, item in enumerate(items):
+                key = item.keys.get(stage.name)
                 if key is None:
-                    fresh.append(prompt)
+                    fresh.append(place)
                 else:
-                    encoded[prompt] |= self._store.read(key)
-            if not fresh:
-                continue
-            needed = [name for name in stage.uses if name not in live]
-            loaded = {**self._models.get(needed), **live}
-            is_live = len(needed) < len(stage.uses)
-            with torch.no_grad(), self._autocast() if is_live else nullcontext():
-                results = stage.run(loaded, [{"prompt": p, **encoded[p]} for p in fresh])
-            for prompt, result in zip(fresh, results, strict=True):
-                encoded[prompt] |= {name: tensor.cpu() for name, tensor in result.items()}
-            self._models.free(needed)
+                    encoded[place] |= stage.from_store(self._store.read(key))
+            if fresh:
+                results = self._run(stage, live, [(items[i], encoded[i]) for i in fresh])
+                for place, made in zip(fresh, results, strict=True):
+                    encoded[place] |= {name: tensor.cpu() for name, tensor in made.items()}
         return encoded
+
+    def _run(
+        self, stage: Stage, live: Mapping[str, Any], items: Sequence[tuple[_Item, Tensors]]
+    ) -> list[Tensors]:
+        """The outputs of a stage for items, each with the outputs of the stages before it."""
+        needs = {o.name for name in stage.needs for o in self._family.stage(name).yields}
+        samples = [
+            {i.column: _value(item, i) for i in stage.reads}
+            | {name: tensor for name, tensor in before.items() if name in needs}
+            for item, before in items
+        ]
+        needed = [name for name in stage.uses if name not in live]
+        loaded = {**self._models.get(needed), **live}
+        is_live = len(needed) < len(stage.uses)
+        # Samples of a batch have files of equal size, which nobody says here.
+        size = 1 if any(i.is_file for i in stage.reads) else max(1, len(samples))
+        results: list[Tensors] = []
+        with torch.no_grad(), self._autocast() if is_live else nullcontext():
+            for at in range(0, len(samples), size):
+                results += stage.run(loaded, samples[at : at + size])
+        self._models.free(needed)
+        return results
+
+
+def _value(item: _Item, column: Input) -> Any:
+    """What an item says in a column that a stage reads."""
+    if column.kind == "sizes":  # a picture of its own size, of which nothing was cropped
+        return item.height, item.width, 0, 0, item.height, item.width
+    said = item.inputs[column.column]
+    return load_files(json.loads(said), column, 0) if column.is_file else parse_value(said, column)
 
 
 def strip(frames: Sequence[Image.Image], most: int = STRIP_FRAMES) -> Image.Image:
@@ -140,8 +328,8 @@ def strip(frames: Sequence[Image.Image], most: int = STRIP_FRAMES) -> Image.Imag
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Images of one size side by side, row by row, on white."""
-    width, height = images[0].size
+    """Images side by side, row by row, on white: each in a place of the size of the largest."""
+    width, height = (max(image.size[side] for image in images) for side in (0, 1))
     rows = -(-len(images) // columns)
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
     sheet = Image.new("RGB", size, "white")

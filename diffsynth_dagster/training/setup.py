@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,21 +13,38 @@ from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.training.batches import StepDataset
-from diffsynth_dagster.training.dataset import resolved_samples
+from diffsynth_dagster.training.dataset import Resolved
+from diffsynth_dagster.training.ema import Average, make_average
 from diffsynth_dagster.training.idle import take_turns
 from diffsynth_dagster.training.modules import add_lora, checkpoint_gradients, train_fully
-from diffsynth_dagster.training.optimizer import make_optimizer, make_schedule
+from diffsynth_dagster.training.optimizer import (
+    make_optimizer,
+    make_schedule,
+    parameter_groups,
+)
 from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.record import RunFile
 from diffsynth_dagster.training.reporting import Reporter
+from diffsynth_dagster.training.sample_losses import SampleLosses
+from diffsynth_dagster.training.state import WrittenState
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import Models, store_in_float8
+from diffsynth_dagster.weights.whole import load_weights
+
+if TYPE_CHECKING:
+    from diffsynth_dagster.training.memory import Memory
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a training is given."""
+    """What a training is given.
+
+    Attributes:
+        state: what it goes on from; None from the beginning.
+        samples, data: what it is trained on, and step by step.
+        memory: what says what takes the memory, where there is not enough.
+    """
 
     config: TrainingConfig
     parallel: Parallel
@@ -34,6 +53,10 @@ class Session:
     run_file: RunFile
     reporter: Reporter
     stop_asked: Callable[[], bool]
+    state: WrittenState | None
+    samples: Resolved
+    data: StepDataset
+    memory: "Memory"
 
 
 @dataclass(frozen=True)
@@ -45,7 +68,10 @@ class Work:
         model: the same as all processes run it together.
         trained: name in `step_module` → parameter, for those that are trained.
         data: step, counted from 0 → the micro-batches of this process.
+        samples: what is trained on, and what is held out.
+        losses: of the samples, visit by visit.
         total_steps: optimizer steps of the whole training.
+        average: of the trained weights over the steps; see `ema.evaluated_weights`.
     """
 
     session: Session
@@ -55,7 +81,10 @@ class Work:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     data: StepDataset
+    samples: Resolved
+    losses: SampleLosses
     total_steps: int
+    average: Average
 
 
 def make_models(config: TrainingConfig, found: FoundModel, parallel: Parallel) -> Models:
@@ -75,26 +104,35 @@ def set_up(session: Session) -> Work:
     """Build everything that a training needs. Collective: every process calls it.
 
     Raises:
-        UserError: see `build_step`, `make_optimizer`, `make_schedule`, `resolved_samples`.
+        UserError: see `build_step`, `make_optimizer`, `make_schedule`.
     """
     config, parallel = session.config, session.parallel
     step_module = build_step(config, session.models, parallel.trained_dtype)
     trained = {n: p for n, p in step_module.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(config, trained.values())
-    samples = resolved_samples(config, session.manifest, parallel)
-    data = StepDataset(
-        config,
-        session.models.found,
-        samples,
-        parallel.process_index,
-        parallel.num_processes,
-    )
+    groups = parameter_groups(config, session.models.found.family, trained)
+    tables = [m.weight for m in step_module.modules() if isinstance(m, nn.Embedding)]
+    optimizer = make_optimizer(config, groups, tables)
+    samples, data = session.samples, session.data
     total_steps = data.order.steps_per_epoch * config.num_epochs
     schedule = make_schedule(config, optimizer, total_steps)
     if parallel.synchronises_gradients and not config.find_unused_parameters:
         parallel.expect_gradients(step_module, _who_gets_gradients(session, step_module, data))
+    average = make_average(config, parallel, trained, optimizer)
     model, optimizer = parallel.prepare(config, step_module, optimizer)
-    return Work(session, step_module, model, trained, optimizer, schedule, data, total_steps)
+    losses = SampleLosses(samples.trained, len(session.models.found.path.timesteps))
+    return Work(
+        session,
+        step_module,
+        model,
+        trained,
+        optimizer,
+        schedule,
+        data,
+        samples,
+        losses,
+        total_steps,
+        average,
+    )
 
 
 def _who_gets_gradients(
@@ -140,6 +178,10 @@ def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtyp
     for name in config.trainable_models:
         part = family.part(name)
         train_fully(loaded[part.of], part, trained_dtype)
+        if config.resume_from_checkpoint is not None:
+            path = Path(config.resume_from_checkpoint)
+            where = f"resume_from_checkpoint = {path}"
+            load_weights(loaded[part.of], path, family, name, where)
     asked = config.checkpoints_gradients
     if family.checkpoints_gradients if asked is None else asked:
         # Gradients of what conditions the denoiser go through all of it.

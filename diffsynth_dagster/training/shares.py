@@ -1,4 +1,5 @@
-"""How denoisers share a schedule: the timesteps of each, and the optimizer steps that go to it."""
+"""How denoisers share a schedule: the timesteps of each, how they are drawn, and the optimizer steps
+that go to it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,43 +12,129 @@ from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.objective.noise import generator
 from diffsynth_dagster.objective.path import NoisingPath
+from diffsynth_dagster.objective.timesteps import (
+    Density,
+    draw_index,
+    even_edges,
+    mass,
+    scaled_edges,
+    shifted_edges,
+)
 
 
 @dataclass(frozen=True)
 class Share:
-    """The indices [low, high) of the schedule that timesteps are drawn from for a denoiser."""
+    """The indices [low, high) of the schedule that timesteps are drawn from for a denoiser.
+
+    Attributes:
+        drawn: how much of the density of timesteps lies in it; None where that is uniform over the
+            schedule.
+    """
 
     component: str
     low: int
     high: int
+    drawn: float | None = None
+
+    @property
+    def weight(self) -> float:
+        """How often steps go to it, beside the other shares'."""
+        return float(self.high - self.low) if self.drawn is None else self.drawn
+
+
+class Timesteps:
+    """Draws the timesteps of a training: see `objective.timesteps`.
+
+    Args:
+        path: its schedule.
+
+    Raises:
+        ParameterError: the config leaves a denoiser no timestep, or asks for what the schedule does
+            not have.
+    """
+
+    def __init__(self, config: TrainingConfig, family: Family, path: NoisingPath) -> None:
+        self._seed = config.seed
+        self._density = Density(
+            config.timestep_sampling, config.logit_mean, config.logit_std, config.mode_scale
+        )
+        self._sigmas = path.sigmas
+        self._usual_pixels = 0
+        self._edges: torch.Tensor | None = None
+        if config.timestep_shift is not None and path.sigmas is None:
+            raise ParameterError(
+                f"the schedule of {family.name} has no sigmas that are shifted: it is one of betas",
+                where="timestep_shift",
+                do="leave it out",
+            )
+        if config.timestep_shift == "resolution":
+            width, height = family.geometry.sample_size
+            self._usual_pixels = width * height
+        elif config.timestep_shift is not None:
+            assert path.sigmas is not None
+            self._edges = shifted_edges(path.sigmas, config.timestep_shift)
+        elif config.timestep_sampling != "uniform":
+            self._edges = even_edges(len(path.timesteps))
+        self.shares = self._shares(config, family, path)
+
+    def index(self, share: Share, sample: str, visit: int, pixels: int) -> int:
+        """The index of a visit of a sample.
+
+        Args:
+            pixels: of the sample's picture, or of a frame of its clip.
+        """
+        edges = self._edges
+        if self._usual_pixels:
+            assert self._sigmas is not None
+            edges = scaled_edges(self._sigmas, (pixels / self._usual_pixels) ** 0.5)
+        return draw_index(self._seed, sample, visit, (share.low, share.high), self._density, edges)
+
+    def _shares(
+        self, config: TrainingConfig, family: Family, path: NoisingPath
+    ) -> tuple[Share, ...]:
+        count = len(path.timesteps)
+        low = int(config.min_timestep_boundary * count)
+        high = int(config.max_timestep_boundary * count)
+        at_work = family.at_work(trained_components(config))
+        if self._usual_pixels and len(at_work) > 1:
+            raise ParameterError(
+                "the denoisers would share the steps otherwise for every size of a sample",
+                where="timestep_shift = resolution",
+                do="give a number, or train one of them",
+            )
+        shares: list[Share] = []
+        for denoiser in at_work:
+            own = (path.timesteps >= denoiser.low) & (path.timesteps < denoiser.high)
+            indices = torch.nonzero(own).flatten().tolist()
+            first, last = max(low, indices[0]), min(high, indices[-1] + 1)
+            if first >= last:
+                raise ParameterError(
+                    f"no timestep is left for '{denoiser.component}'",
+                    where="min_timestep_boundary, max_timestep_boundary",
+                    do="leave them out: each expert has its own part of the schedule; or train one",
+                )
+            shares.append(Share(denoiser.component, first, last, self._drawn(first, last)))
+            if shares[-1].weight <= 0.0:
+                raise ParameterError(
+                    f"the timesteps of '{denoiser.component}' are never drawn",
+                    where="timestep_sampling, timestep_shift",
+                    do="give a logit_mean nearer to 0, a larger logit_std, or other boundaries",
+                )
+        return tuple(shares)
+
+    def _drawn(self, low: int, high: int) -> float | None:
+        # Samples of different sizes have edges of their own, but then there is one share alone.
+        return None if self._edges is None else mass(self._density, self._edges, low, high)
 
 
 def shares_of(config: TrainingConfig, family: Family, path: NoisingPath) -> tuple[Share, ...]:
-    """The denoisers at work, each with its part of the schedule that the config trains.
-
-    Raises:
-        ParameterError: the config leaves one of them no timestep.
-    """
-    count = len(path.timesteps)
-    low = int(config.min_timestep_boundary * count)
-    high = int(config.max_timestep_boundary * count)
-    shares: list[Share] = []
-    for denoiser in family.at_work(trained_components(config)):
-        own = (path.timesteps >= denoiser.low) & (path.timesteps < denoiser.high)
-        indices = torch.nonzero(own).flatten().tolist()
-        share = Share(denoiser.component, max(low, indices[0]), min(high, indices[-1] + 1))
-        if share.low >= share.high:
-            raise ParameterError(
-                f"no timestep is left for '{denoiser.component}'",
-                where="min_timestep_boundary, max_timestep_boundary",
-                do="leave them out: each expert has its own part of the schedule; or train one",
-            )
-        shares.append(share)
-    return tuple(shares)
+    """The denoisers at work, each with its part of the schedule that the config trains. Raises as
+    `Timesteps` does."""
+    return Timesteps(config, family, path).shares
 
 
 def share_of_step(shares: Sequence[Share], seed: int, step: int) -> Share:
-    """The share that an optimizer step goes to: as often as it has timesteps.
+    """The share that an optimizer step goes to: as often as its timesteps are drawn.
 
     All micro-batches of a step go to one denoiser, however they are split among processes. So each
     process has gradients for the same weights, and weights change places once a step at most.
@@ -57,6 +144,6 @@ def share_of_step(shares: Sequence[Share], seed: int, step: int) -> Share:
     """
     if len(shares) == 1:
         return shares[0]
-    sizes = torch.tensor([float(share.high - share.low) for share in shares])
+    sizes = torch.tensor([share.weight for share in shares])
     source = generator(seed, "denoiser", step)
     return shares[int(torch.multinomial(sizes, 1, generator=source))]

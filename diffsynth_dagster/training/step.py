@@ -11,9 +11,9 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.families.contract import Output, Tensors
 from diffsynth_dagster.objective.flow import NUM_TRAIN_TIMESTEPS
 from diffsynth_dagster.objective.loss import sample_losses
-from diffsynth_dagster.objective.noise import noise, timestep_index
+from diffsynth_dagster.objective.noise import noise
+from diffsynth_dagster.training.adapters import is_adapter
 from diffsynth_dagster.training.batches import Batch, collate
-from diffsynth_dagster.training.shares import shares_of
 from diffsynth_dagster.weights.identify import FoundModel
 
 
@@ -44,8 +44,6 @@ class TrainingStep(nn.Module):
             if o.role == "target"
         }
         self._path = found.path
-        self._seed = config.seed
-        self._shares = {s.component: s for s in shares_of(config, family, found.path)}
         self._distills = config.distills
 
     @property
@@ -53,20 +51,29 @@ class TrainingStep(nn.Module):
         """Component name → module or tokenizer."""
         return {**dict(self.components.items()), **self._tokenizers}
 
+    def row_weights(self, batch: Batch) -> torch.Tensor | None:
+        """The weights (B,) of the rows of a batch in the loss; None where they have none."""
+        found = [t for name, t in batch.outputs.items() if self._role(name) == "weight"]
+        return torch.stack(found).prod(0).float() if found else None
+
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Losses (B,) float32 of the samples of a batch, each weighted by its timestep."""
+        """Losses (B,) float32 of the samples of a batch, each weighted by its timestep, and by its row
+        where that has a weight."""
         outputs = self._run_stages(batch)
         if self._distills:
-            return self._distilled(outputs, batch.denoiser)
+            losses = self._distilled(outputs, batch.denoiser)
+        else:
+            losses = self._supervised(batch, outputs)
+        for weight in (t for name, t in outputs.items() if self._role(name) == "weight"):
+            losses = losses * weight
+        return losses
+
+    def _supervised(self, batch: Batch, outputs: Tensors) -> torch.Tensor:
+        """Losses (B,) of the predictions at timesteps that are drawn."""
         x_0, known, conditions = self._by_role(outputs)
+        masks = self._of_targets(outputs, "mask")
         device = next(iter(x_0.values())).device
-        share = self._shares[batch.denoiser]
-        index = torch.tensor(
-            [
-                timestep_index(self._seed, sample, visit, share.low, share.high)
-                for sample, visit in zip(batch.samples, batch.visits, strict=True)
-            ]
-        )
+        index = torch.tensor(batch.indices)
         epsilon = {name: self._noise(batch, name, clean) for name, clean in x_0.items()}
         x_t: Tensors = {}
         for name, clean in x_0.items():
@@ -81,6 +88,7 @@ class TrainingStep(nn.Module):
                 self._path.target(clean.float(), epsilon[name], index),
                 weight * self._loss_weights[name],
                 known.get(name),
+                masks.get(name),
             )
             for name, clean in x_0.items()
         ]
@@ -109,7 +117,7 @@ class TrainingStep(nn.Module):
             members = (steps == count).nonzero()[:, 0]
             part = {name: tensor[members] for name, tensor in outputs.items()}
             x_0, known, conditions = self._by_role(part)
-            start = {self._outputs[n].of: t for n, t in part.items() if self._role(n) == "start"}
+            start, masks = self._of_targets(part, "start"), self._of_targets(part, "mask")
             x_t = {name: start[name].float() for name in x_0}
             assert self._family.inference_sigmas is not None
             sigmas = self._family.inference_sigmas(count, x_0).to(steps.device)
@@ -119,7 +127,7 @@ class TrainingStep(nn.Module):
                 velocity = self._denoise(denoiser, conditions, x_t, t)
                 x_t = {n: x + (after - sigma) * velocity[n].float() for n, x in x_t.items()}
             ones = torch.ones(len(members), device=steps.device)
-            found = [sample_losses(x_t[n], x_0[n], ones, known.get(n)) for n in x_0]
+            found = [sample_losses(x_t[n], x_0[n], ones, known.get(n), masks.get(n)) for n in x_0]
             losses = losses.index_copy(0, members, torch.stack(found).sum(0))
         return losses
 
@@ -141,14 +149,18 @@ class TrainingStep(nn.Module):
     def _by_role(self, outputs: Tensors) -> tuple[Tensors, Tensors, Tensors]:
         """Targets, known masks by target, and what `denoise` is handed."""
         targets = {n: t for n, t in outputs.items() if self._role(n) == "target"}
-        known = {
-            of: t
-            for n, t in outputs.items()
-            if self._role(n) == "known" and (of := self._outputs[n].of) is not None
-        }
+        known = self._of_targets(outputs, "known")
         handed = ("condition", "known")
         conditions = {n: t for n, t in outputs.items() if self._role(n) in handed}
         return targets, known, conditions
+
+    def _of_targets(self, outputs: Tensors, role: str) -> Tensors:
+        """The outputs of a role, by the target that they belong to."""
+        return {
+            of: t
+            for n, t in outputs.items()
+            if self._role(n) == role and (of := self._outputs[n].of) is not None
+        }
 
     def _role(self, name: str) -> str:
         return self._outputs[name].role if name in self._outputs else "condition"
@@ -156,7 +168,7 @@ class TrainingStep(nn.Module):
     def _noise(self, batch: Batch, name: str, clean: torch.Tensor) -> torch.Tensor:
         shape = tuple(clean.shape[1:])
         drawn = [
-            noise(self._seed, sample, visit, name, shape)
+            noise(batch.seed, sample, visit, name, shape)
             for sample, visit in zip(batch.samples, batch.visits, strict=True)
         ]
         return torch.stack(drawn).to(clean.device)
@@ -187,6 +199,6 @@ def weight_dtype(module: nn.Module) -> torch.dtype:
     """
     for name, parameter in module.named_parameters():
         stored = parameter.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
-        if ".lora_" not in name and parameter.is_floating_point() and not stored:
+        if not is_adapter(name) and parameter.is_floating_point() and not stored:
             return parameter.dtype
     raise AssertionError("a denoiser has weights")

@@ -1,5 +1,9 @@
 """Whether a training is up to date: done before, with all that its result depends on unchanged; and
-whether what it left is what it wrote."""
+whether what it left is what it wrote.
+
+What is imported only to compare is imported then: it takes seconds, and a first training has nothing to
+compare with.
+"""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -10,9 +14,8 @@ from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.facts import FactCache, digest_file
-from diffsynth_dagster.training.record import RunRecord, read_record, start_record
+from diffsynth_dagster.training.record import RunRecord, read_record
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import find_model
 
 
 def finished_training(
@@ -34,15 +37,21 @@ def finished_training(
         return None
     if processes is not None and processes != len(record.devices):
         return None
-    config = with_settled(config)
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
-        found = find_model(config, hub)
-        manifest = read_manifest(Path(config.dataset_base_path))
-        identity = start_record(config, found, manifest, fact_cache).identity
+    identity = _record_of(with_settled(config), hub).identity
     for name, digest in record.checkpoints.items():
         if not (folder / name).is_file() or digest_file(folder / name) != digest:
             return None
     return record if identity == record.identity else None
+
+
+def _record_of(config: TrainingConfig, hub: ModelHub) -> RunRecord:
+    """The record of a training that would start now."""
+    from diffsynth_dagster.training.start import start_record
+    from diffsynth_dagster.weights.identify import find_model
+
+    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
+        manifest = read_manifest(Path(config.dataset_base_path))
+        return start_record(config, find_model(config, hub), manifest, fact_cache)
 
 
 def changed_beside(folder: Path, record: RunRecord) -> list[Path]:

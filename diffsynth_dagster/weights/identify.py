@@ -241,7 +241,7 @@ def _require_shards(entry: ModelEntry, files: Sequence[Path]) -> None:
 
 def _needed_tokenizers(config: TrainingConfig, family: Family) -> list[Tokenizer]:
     """All of them; those that the training step uses when the captions are already encoded."""
-    if not config.reads_encoded or config.sample_prompts or config.customized_evaluation:
+    if not config.reads_encoded or config.sample_texts or config.customized_evaluation:
         return list(family.tokenizers)
     stages = family.step_stages(trained_components(config))
     used = {name for stage in stages for name in stage.uses}
@@ -258,6 +258,13 @@ def _float8(config: TrainingConfig, family: Family, found: Mapping[str, Found]) 
             f"'{name}' is trained, and float8 is too coarse for weights that change",
             where="fp8_models",
             do="leave it out there, or train it through a LoRA",
+        )
+    measured = {family.part(n).of for n in config.lora_base_model if config.lora_method == "dora"}
+    for name in sorted(measured & stored):
+        raise ParameterError(
+            f"a DoRA measures the weights of '{name}', which cannot be done in float8",
+            where="fp8_models",
+            do="leave it out there, or give another lora_method",
         )
     return stored
 
@@ -301,6 +308,13 @@ def _presets(
             "the LoRA file does not exist",
             where=f"preset_lora_path = {path}",
             do="correct the path",
+        )
+    in_full = {family.part(n).of for n in config.trainable_models if n in family.trainable}
+    if config.resume_from_checkpoint is not None and name in in_full:
+        raise ParameterError(
+            f"all weights of '{name}' come from a checkpoint, and the LoRA would be lost",
+            where="resume_from_checkpoint, preset_lora_path",
+            do="give one of the two: a training that started from the LoRA has it in its checkpoints",
         )
     return {name: Preset(trained, path)}
 

@@ -11,11 +11,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from diffsynth_dagster.errors import WeightsError, reason_of, shown
+from diffsynth_dagster.facts import digest_of
 from diffsynth_dagster.families.contract import Shapes
 from diffsynth_dagster.families.shared.architecture import build
 from diffsynth_dagster.weights.bounds import ModelBounds
 from diffsynth_dagster.weights.identify import Found
 from diffsynth_dagster.weights.torch_file import read_torch_file
+
+_TRIED: set[str] = set()
+"""The architectures that were tried in this process, and fit their files: see `build_empty`."""
 
 
 def read_tensors(paths: Sequence[Path], start: str = "") -> dict[str, torch.Tensor]:
@@ -71,19 +75,31 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def build_empty(found: Found) -> nn.Module:
     """The module of a component with its parameters on the meta device, where they take no memory.
 
-    It is tried first with nothing in memory at all, so that a configuration of other sizes than the
-    files have is refused before it costs anything.
+    The first time, it is tried with nothing in memory at all, so that a configuration of other sizes
+    than the files have is refused before it costs anything.
 
     Raises:
         WeightsError: the architecture cannot be built, or lacks tensors that the files should have.
     """
     shapes = found.shapes
-    with torch.device("meta"), ModelBounds(shapes):
-        tried = _build(found, shapes)
-    _check_names(found, shapes, tried)
-    _check_statistics(found, tried)
+    architecture = _architecture(found, shapes)
+    if architecture not in _TRIED:
+        with torch.device("meta"), ModelBounds(shapes):
+            tried = _build(found, shapes)
+        _check_names(found, shapes, tried)
+        _check_statistics(found, tried)
+        _TRIED.add(architecture)
     with init_empty_weights(include_buffers=False):
         return _build(found, shapes)
+
+
+def _architecture(found: Found, shapes: Shapes) -> str:
+    """Digest of all that the module is built from."""
+    component = found.component
+    kind = component.kind_of(shapes)
+    fixed = {name: repr(value) for name, value in component.fixed.items()}
+    said = [component.name, kind.__module__, kind.__qualname__, fixed, found.config]
+    return digest_of([*said, found.lacks, sorted(shapes.items())])
 
 
 def _build(found: Found, shapes: Shapes) -> nn.Module:

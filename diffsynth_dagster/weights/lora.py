@@ -27,11 +27,11 @@ FOREIGN_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "pipe.")
 
 _HALF = re.compile(r"(?P<layer>.+)\.lora_(?P<half>A|B|down|up)(?:\.default)?\.weight")
 _BEYOND_LORA = re.compile(
-    r"\.(?:diff|diff_b|dora_scale|lora_magnitude_vector.*|hada_\w+|lokr_\w+|lora_mid.*"
+    r"\.(?:diff|diff_b|dora_scale|lora_magnitude_vector.*|hada_\w+|lokr_\w+|oft_.*|lora_mid.*"
     r"|lora_[AB](?:\.default)?\.bias)$"
 )
 _AS_HERE = {"down": "A", "up": "B"}
-_NONSENSE = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, re.error)
+NONSENSE = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, re.error)
 """What reading JSON, patterns and numbers of another form than expected raises."""
 
 
@@ -74,7 +74,8 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
         raise WeightsError(
             f"the file changes weights in another way than by a plain LoRA: {beyond}",
             where=where,
-            do="give a plain LoRA (no DoRA, LoHa, LoKr or added weights), or convert it to one",
+            do="give a plain LoRA (no DoRA, LoHa, LoKr, OFT or added weights); as lora_checkpoint, a "
+            "DoRA, LoKr or OFT goes with its lora_method",
         )
     tensors = usual_spelling(tensors, starts)
     down, up = _half(tensors, "A"), _half(tensors, "B")
@@ -86,8 +87,8 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
         )
     notes = read_metadata(path) if path.suffix == ".safetensors" else {}
     try:
-        made_for = _add_alphas(tensors, down, notes, folder) or family.name
-    except _NONSENSE as error:
+        made_for = add_alphas(tensors, down, notes, folder) or family.name
+    except NONSENSE as error:
         raise WeightsError(
             f"what the file says about its alpha cannot be read: {reason_of(error)}",
             where=where,
@@ -111,7 +112,7 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
     )
 
 
-def _add_alphas(
+def add_alphas(
     tensors: Tensors, down: Tensors, notes: Mapping[str, str], folder: str
 ) -> str | None:
     """Add the alpha of each layer to the tensors of a LoRA in the usual spelling.
@@ -125,7 +126,7 @@ def _add_alphas(
         The family that the notes name, if they do.
 
     Raises:
-        the errors of `_NONSENSE`: the notes are of another form, or an alpha is no number.
+        the errors of `NONSENSE`: the notes are of another form, or an alpha is no number.
     """
     provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
     settings: dict[str, Any] = json.loads(notes.get(ADAPTER_KEY, "{}"))
@@ -175,7 +176,7 @@ def _half(tensors: Tensors, half: str) -> Tensors:
 def for_diffusers(
     tensors: Tensors, folder: str, rank: int, alpha: float
 ) -> tuple[Tensors, dict[str, object]]:
-    """A LoRA by the names of its module → as diffusers' pipelines load it, and its settings.
+    """A LoRA or DoRA by the names of its module → as diffusers' pipelines load it, and its settings.
 
     Args:
         folder: of the component in the layout of diffusers.
@@ -185,6 +186,8 @@ def for_diffusers(
         f"{folder}.lora_alpha": alpha,
         f"{folder}.target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in tensors}),
     }
+    if any(name.endswith(".lora_magnitude_vector") for name in tensors):
+        settings[f"{folder}.use_dora"] = True
     return {f"{folder}.{name}": tensor for name, tensor in tensors.items()}, settings
 
 
@@ -223,7 +226,7 @@ def require_fit(module: nn.Module, lora: LoraFile, where: str) -> None:
     strange = sorted(name for name in lora.down if not hasattr(layers.get(name), "weight"))
     if strange:
         raise _unfit(
-            lora, f"the LoRA is for layers that the model lacks: {_some(strange)}", where=where
+            lora, f"the LoRA is for layers that the model lacks: {some(strange)}", where=where
         )
     for name, a in lora.down.items():
         weight: Any = layers[name].weight
@@ -253,7 +256,7 @@ def require_start(
     ):
         if names:
             do = "give lora_target_modules as in the training that made it"
-            raise _unfit(lora, f"the LoRA file {what} {_some(names)}", where, do)
+            raise _unfit(lora, f"the LoRA file {what} {some(names)}", where, do)
     for name, a in lora.down.items():
         if len(a) != rank:
             size = tuple(a.shape)
@@ -265,7 +268,7 @@ def require_start(
             )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 

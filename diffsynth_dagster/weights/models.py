@@ -17,7 +17,10 @@ from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import load_component
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
 
-_NOT_IN_FLOAT8 = ("pos_embed", "patch_embed", "norm", "embed_tokens", "shared", "lora_")
+_NOT_IN_FLOAT8 = (
+    *("pos_embed", "patch_embed", "norm", "embed_tokens", "shared"),
+    *("lora_", "lokr_", "oft_"),
+)
 
 
 class Models:
@@ -45,6 +48,11 @@ class Models:
         self._on_cpu_first = on_cpu_first
         self._float8_later = float8_later
         self._loaded: dict[str, Any] = {}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The components that are loaded."""
+        return {n: m for n, m in self._loaded.items() if isinstance(m, nn.Module)}
 
     def get(self, names: Iterable[str]) -> dict[str, Any]:
         """The components of these names, in the order given.
@@ -89,8 +97,10 @@ class Models:
 
     def free(self, names: Iterable[str]) -> None:
         """Drop components, so that their memory is free again."""
-        for name in names:
-            self._loaded.pop(name, None)
+        dropped = [self._loaded.pop(name, None) for name in names]
+        if not any(module is not None for module in dropped):
+            return
+        del dropped
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -103,14 +103,22 @@ def read_frames(path: Path, indices: Sequence[int]) -> list[Image.Image]:
 
 
 @contextmanager
-def _decoded(path: Path, indices: Sequence[int]) -> Generator[list[Image.Image]]:
-    """What `read_frames` reads, counted in the budget `DECODING` while the block runs."""
+def _decoded(
+    path: Path, indices: Sequence[int], holds: bool = False
+) -> Generator[list[Image.Image]]:
+    """What `read_frames` reads, counted in the budget `DECODING` while the block runs.
+
+    Args:
+        holds: whether the last frame stands for those that the file does not have.
+    """
     try:
         opened = open_image(path)
     except UnidentifiedImageError:
-        with _decoded_by_decord(path, indices) as frames:
+        with _decoded_by_decord(path, indices, holds) as frames:
             yield [Image.fromarray(frame) for frame in frames]
         return
+    if holds:
+        indices = _held(indices, _frame_count(opened))
     chosen = dict.fromkeys(indices)
     with opened as image, DECODING.hold(image.width * image.height * len(chosen)):
         found: dict[int, Image.Image] = {}
@@ -133,15 +141,24 @@ def decode_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
 
 
 @contextmanager
-def _decoded_by_decord(path: Path, indices: Sequence[int]) -> Generator[np.ndarray]:
+def _decoded_by_decord(
+    path: Path, indices: Sequence[int], holds: bool = False
+) -> Generator[np.ndarray]:
     """What `decode_frames` reads, counted in the budget `DECODING` while the block runs."""
     import decord
 
     reader: Any = decord.VideoReader(str(path), ctx=decord.cpu(0))
+    if holds:
+        indices = _held(indices, len(reader))
     if indices and indices[-1] >= len(reader):
         raise OSError(f"{path}: has {len(reader)} frames, not {indices[-1] + 1}")
     with DECODING.hold(_frame_pixels(path) * len(indices)):
         yield reader.get_batch(list(indices)).asnumpy()
+
+
+def _held(indices: Sequence[int], frames: int) -> list[int]:
+    """The indices, with that of the last of so many frames in place of later ones."""
+    return [min(index, frames - 1) for index in indices]
 
 
 def _frame_pixels(path: Path) -> int:
@@ -154,7 +171,8 @@ def _frame_pixels(path: Path) -> int:
 def load_sample_video(
     path: Path, target: tuple[int, int], frames: int, stride: float
 ) -> torch.Tensor:
-    """A video file at its trained size (width, height) and length.
+    """A video file at its trained size (width, height) and length. One that is shorter stands still
+    after its last frame.
 
     Args:
         frames, stride: which frames are taken; see `frame_indices`.
@@ -162,5 +180,5 @@ def load_sample_video(
     Returns:
         float32 (3, F, height, width) in [-1, 1].
     """
-    with _decoded(path, frame_indices(frames, stride)) as images:
+    with _decoded(path, frame_indices(frames, stride), holds=True) as images:
         return torch.stack([to_tensor(fit(image, target)) for image in images], dim=1)

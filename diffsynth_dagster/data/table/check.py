@@ -18,6 +18,7 @@ from diffsynth_dagster.data.table.files import FileCheck, Progress, TrainedShape
 from diffsynth_dagster.data.table.read import open_table
 from diffsynth_dagster.data.table.shapes import (
     with_length_of,
+    with_same_aspect,
     with_same_size,
     with_shape,
     with_size_facts,
@@ -132,7 +133,7 @@ def check_columns(config: TrainingConfig, columns: Columns) -> tuple[Input, ...]
                     do=f"{columns.reader} knows {', '.join(dict.fromkeys(extra))}",
                 )
     for column, item in known.items():
-        if item.is_file and column not in config.data_file_keys:
+        if item.is_file and not item.weighs and column not in config.data_file_keys:
             raise ParameterError(
                 f"{columns.reader} reads files from the column '{column}'",
                 where="data_file_keys",
@@ -170,6 +171,8 @@ def validate(
             frame = files.check(frame, item)
             if item.same_size:
                 frame = with_same_size(frame, columns.files[0], item, geometry.side_factor)
+            if item.weighs:
+                frame = with_same_aspect(frame, columns.files[0], item)
             if item.kind == "audio":
                 frame = with_length_of(frame, columns.files[0], item)
     for item in (i for i in columns.inputs if i.kind == "sizes"):

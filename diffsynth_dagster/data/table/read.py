@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 
 import polars as pl
 
+from diffsynth_dagster.config.output import TABLES
 from diffsynth_dagster.data.table.json_array import json_array_to_lines
 from diffsynth_dagster.data.table.json_rows import lines_of, mended, odd_rows
 from diffsynth_dagster.errors import MetadataError, ParameterError
 
-SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 INDEX = "row"
 EXTRA = "\x00extra"
 """Column of what a csv row has beyond the named columns. No csv header can be called so."""
@@ -96,11 +96,11 @@ def open_table(
         ParameterError: there is no such encoding.
     """
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in TABLES:
         raise MetadataError(
             f"'{path.suffix or path.name}' is no metadata format",
             where=_where(path),
-            do="give a " + ", ".join(s[1:] for s in SUFFIXES) + " file",
+            do="give a " + ", ".join(s[1:] for s in TABLES) + " file",
         )
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"

@@ -54,6 +54,23 @@ def with_same_size(frame: pl.DataFrame, main: Input, item: Input, side_factor: i
     )
 
 
+def with_same_aspect(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFrame:
+    """The frame with rows rejected whose picture in a column has other proportions than the main
+    column's file: resized and cropped alike, it would show another part.
+
+    A side may be a pixel longer or shorter than the other one asks for.
+    """
+    assert [main.many, item.many] == [False, False], "one file each"
+    width, height = (pl.col(f"{main.column}:{side}") for side in ("width", "height"))
+    wide, tall = (pl.col(f"{item.column}:{side}") for side in ("width", "height"))
+    far = ((wide * height / width - tall).abs() > 1) & ((tall * width / height - wide).abs() > 1)
+    why = pl.format(
+        "{}: {}x{} pixels have other proportions than the {}x{} of {}",
+        *(pl.lit(item.column), wide, tall, width, height, pl.lit(main.column)),
+    )
+    return _rejected(frame, far, "other_proportions", why)
+
+
 def with_length_of(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFrame:
     """The frame with the sound of a column as long as the clip of the main column: `:frames` is the
     number of samples.

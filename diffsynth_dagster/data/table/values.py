@@ -32,6 +32,7 @@ REASONS = {
     "unreadable": "the file cannot be decoded",
     "too_large": "the image claims more pixels than is safe to decode",
     "too_small": "the image is smaller than the family's smallest size",
+    "other_proportions": "the picture has other proportions than the sample",
     "too_short": "the video has fewer frames than the family's shortest clip",
     "bad_frame_rate": "the video's frame rate is not above zero",
     "no_audio": "the file has no sound",
@@ -133,9 +134,12 @@ def _with_reasons(frame: pl.DataFrame, checks: Sequence[_Check]) -> pl.DataFrame
 
 def _surely_fine(item: Input, dtype: pl.DataType) -> pl.Expr:
     """A quick test that only fine values pass; most of them do."""
+    value = pl.col(item.column)
+    if item.many and item.kind == "text":
+        shown = pl.element().str.contains(f"^[^{_UNSEEN}]").fill_null(False)
+        return (value.list.len() > 0) & value.list.eval(shown).list.all()
     if item.many or not _is_plain(dtype):
         return pl.lit(False)
-    value = pl.col(item.column)
     if item.optional:
         return value.is_null()
     if item.pattern:
@@ -220,14 +224,15 @@ def _checks(item: Input, dtype: pl.DataType) -> list[_Check]:
             (name, "not_a_number", ~number),
             *taken,
         ]
-    if item.kind == "text":
-        empty = value.is_null() | _is_blank(value, _UNSEEN)
-        return [(name, "empty_caption", empty), *taken]
 
     def anywhere(test: pl.Expr) -> pl.Expr:
         return value.list.eval(test).list.any() if item.many else test
 
     each = pl.element() if item.many else value
+    if item.kind == "text":
+        unseen = anywhere(_is_blank(each, _UNSEEN).fill_null(True))
+        none = value.list.len() == 0 if item.many else pl.lit(False)
+        return [(name, "empty_caption", value.is_null() | none | unseen), *taken]
     blank = anywhere(_is_blank(each).fill_null(True))
     empty = value.is_null() | (value.list.len() == 0) if item.many else value.is_null()
     missing = pl.lit(False) if item.optional else empty | blank

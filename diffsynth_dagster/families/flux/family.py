@@ -16,11 +16,9 @@ from torch import nn
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import Geometry
 from diffsynth_dagster.families.contract import (
-    Clip,
     Denoiser,
     Family,
-    Loaded,
-    SampleRequest,
+    Sampling,
     Settings,
     Tensors,
 )
@@ -28,9 +26,12 @@ from diffsynth_dagster.families.flux import stages, variant
 from diffsynth_dagster.families.flux.modules import COMPONENTS
 from diffsynth_dagster.families.flux.names import LORA_ALIASES, NAMES
 from diffsynth_dagster.families.shared import clip
-from diffsynth_dagster.families.shared.latents import encode_scaled
-from diffsynth_dagster.families.shared.pipeline import make_pipeline, sample_images
-from diffsynth_dagster.families.shared.schedule import dynamic_sigmas
+from diffsynth_dagster.families.shared.latents import (
+    decode_images,
+    encode_scaled,
+    image_shapes,
+)
+from diffsynth_dagster.families.shared.schedule import dynamic_sigmas, euler
 from diffsynth_dagster.families.shared.stages import image_stage, prompt_stage
 from diffsynth_dagster.families.shared.t5 import t5_tokenizer
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift
@@ -45,6 +46,7 @@ SCHEDULER = {
     "shift": 3.0,
     "use_dynamic_shifting": True,
 }
+SIGMAS = partial(dynamic_sigmas, SCHEDULER)
 TRAINING_SHIFT = 3.0
 LAST_SIGMA = 0.003 / 1.002
 SAMPLING_GUIDANCE = 3.5
@@ -56,12 +58,6 @@ def path(config: TrainingConfig, published: Settings) -> FlowPath:
     return flow_path(
         linear_shift(sigmas, TRAINING_SHIFT), f"flow matching, shift {TRAINING_SHIFT:g}"
     )
-
-
-def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
-    """Images by diffusers' own pipeline."""
-    pipeline = make_pipeline(FluxPipeline, SCHEDULER, loaded)
-    return sample_images(pipeline, request, guidance_scale=SAMPLING_GUIDANCE)
 
 
 def load_lora(
@@ -101,9 +97,11 @@ FAMILY = Family(
     denoise=stages.denoise,
     path=path,
     geometry=Geometry(side_factor=16),
-    sample=sample,
+    sampling=Sampling(
+        image_shapes, euler(SIGMAS), decode_images, constants={stages.GUIDANCE: SAMPLING_GUIDANCE}
+    ),
     load_lora=load_lora,
-    inference_sigmas=partial(dynamic_sigmas, SCHEDULER),
+    inference_sigmas=SIGMAS,
     lora_targets={"dit": tuple(LORA_ALIASES), "text_encoder": clip.LORA_TARGETS},
     lora_aliases={"dit": LORA_ALIASES},
     to_kohya={"dit": NAMES.to_kohya},

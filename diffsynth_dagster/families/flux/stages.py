@@ -14,6 +14,8 @@ from diffsynth_dagster.families.shared.t5 import encode_padded
 
 MAX_T5_TOKENS = 512
 TRAINING_GUIDANCE = 1.0
+GUIDANCE = "guidance"
+"""What the model is told of the guidance that it was distilled from, where a sample says it."""
 KONTEXT, CONTROL, MODE = "kontext_images", "controlnet_image", "controlnet_processor_id"
 MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")
 """What the image of a union ControlNet shows, in the order of its modes."""
@@ -67,7 +69,7 @@ def denoise(
     height, width = latents.shape[-2:]
     tokens, ids = pack(latents), position_ids(grid_of(latents), latents.device)
     embeds = conditions["prompt_embeds"]
-    guidance = torch.full_like(t, TRAINING_GUIDANCE)
+    guidance = conditions.get(GUIDANCE, torch.full_like(t, TRAINING_GUIDANCE)).to(t)
     more: dict[str, Any] = {
         "timestep": t / 1000,
         "encoder_hidden_states": embeds,

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from diffusers import LTX2Pipeline
@@ -19,15 +18,14 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import FrameRule, Geometry
 from diffsynth_dagster.families.contract import (
-    Clip,
     Denoiser,
     Family,
-    Loaded,
     Output,
-    SampleRequest,
+    Sampling,
     Settings,
     Shapes,
     Stage,
+    Tensors,
 )
 from diffsynth_dagster.families.ltx2 import stages
 from diffsynth_dagster.families.ltx2.modules import COMPONENTS, convert_dit
@@ -42,7 +40,8 @@ from diffsynth_dagster.families.shared.frames import known_frame_stage
 from diffsynth_dagster.families.shared.gemma import GEMMA_TOKENIZER
 from diffsynth_dagster.families.shared.ltx_text import PROMPT_STAGE
 from diffsynth_dagster.families.shared.ltx_vae import SOUND, SOUND_STAGE, VIDEO, VIDEO_STAGE
-from diffsynth_dagster.families.shared.pipeline import load_into_transformer, make_pipeline
+from diffsynth_dagster.families.shared.pipeline import load_into_transformer
+from diffsynth_dagster.families.shared.schedule import euler, sigmas_at
 from diffsynth_dagster.objective.flow import (
     FlowPath,
     exponential_shift,
@@ -60,7 +59,6 @@ SCHEDULER = {
     "use_dynamic_shifting": True,
 }
 TRAINING_MU, TERMINAL = 2.05, 0.1
-FRAME_RATE, FRAMES_PER_LATENT = 24.0, 8
 FACTOR = Input(stages.FACTOR, "number", pattern=r"^\s*[1-9]\d*(?:\.0*)?\s*$", wants="1, 2, 3, …")
 CONTEXT = Input(stages.CONTEXT, "video", many=True, same_size=True, divided_by=stages.FACTOR)
 
@@ -73,60 +71,19 @@ def path(config: TrainingConfig, published: Settings) -> FlowPath:
     )
 
 
-def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
-    """Videos with sound by diffusers' own pipeline."""
-    # A single step has nothing to stretch to the terminal sigma: diffusers divides by zero.
-    alone = {"shift_terminal": None} if request.num_inference_steps == 1 else {}
-    names = {name: loaded[name] for name in ("audio_vae", "vocoder")}
-    pipeline = make_pipeline(LTX2Pipeline, {**SCHEDULER, **alone}, loaded, **names)
-    width = request.conditions["prompt_embeds"].shape[-1]
-
-    def connectors(both: torch.Tensor, mask: torch.Tensor, padding_side: str) -> Any:
-        # The prompts come as the connectors made them, those of video and sound side by side.
-        return both[..., :width], both[..., width:], mask
-
-    vars(pipeline)["connectors"] = connectors
-    prompts: dict[str, torch.Tensor] = {}
-    for start, given in (("", request.conditions), ("negative_", request.negative)):
-        if given is not None:
-            both = torch.cat([given["prompt_embeds"], given["audio_prompt_embeds"]], dim=-1)
-            prompts[f"{start}prompt_embeds"] = both
-            prompts[f"{start}prompt_attention_mask"] = both.new_ones(both.shape[:2])
-    rate = request.frame_rate or FRAME_RATE
-    made = pipeline(
-        **prompts,
-        height=request.height,
-        width=request.width,
-        num_frames=request.num_frames,
-        frame_rate=rate,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.cfg_scale,
-        audio_guidance_scale=request.cfg_scale,
-        stg_scale=0.0,
-        modality_scale=1.0,
-        audio_modality_scale=1.0,
-        guidance_rescale=0.0,
-        audio_guidance_rescale=0.0,
-        audio_stg_scale=0.0,
-        spatio_temporal_guidance_blocks=None,
-        generator=request.generators,
-        output_type="pil",
-    )
-    sound_rate = loaded["vocoder"].config.output_sampling_rate
-    return [
-        Clip(frames, rate, sound.float().cpu().clamp(-1.0, 1.0), sound_rate)
-        for frames, sound in zip(made.frames, made.audio, strict=True)
-    ]
+def inference_sigmas(steps: int, noise: Tensors) -> torch.Tensor:
+    """The sigmas of the published sampler, whose shift grows with the tokens of the video."""
+    return sigmas_at(SCHEDULER, steps, noise["video"][0, 0].numel())
 
 
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
     """LTX-2 with the stages of what `extra_inputs` names."""
     extra, wanted = config.extra_inputs, list(family.stages)
-    frame_rate = config.frame_rate or FRAME_RATE
+    frame_rate = config.frame_rate or stages.FRAME_RATE
     if SOUND.column in extra:
         wanted.append(SOUND_STAGE)
     if "input_image" in extra:
-        wanted.append(known_frame_stage(VIDEO, FRAMES_PER_LATENT))
+        wanted.append(known_frame_stage(VIDEO, stages.FRAMES_PER_LATENT))
     if CONTEXT.column in extra:
         names = ("context", "context_grids", "context_factor")
         outputs = tuple(Output(name, "condition") for name in names)
@@ -139,8 +96,8 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
         at = wanted.index(VIDEO_STAGE)
         wanted[at] = replace(VIDEO_STAGE, reads=(*VIDEO_STAGE.reads, column))
     # Beside a first frame that is given there must be one to predict.
-    least = 1 + FRAMES_PER_LATENT if "input_image" in extra else 1
-    frames = FrameRule(FRAMES_PER_LATENT, 1, least)
+    least = 1 + stages.FRAMES_PER_LATENT if "input_image" in extra else 1
+    frames = FrameRule(stages.FRAMES_PER_LATENT, 1, least)
     denoise = partial(stages.denoise, frame_rate=frame_rate)
     geometry = replace(family.geometry, frames=frames)
     return replace(family, stages=tuple(wanted), denoise=denoise, geometry=geometry)
@@ -155,10 +112,12 @@ FAMILY = Family(
         VIDEO_STAGE,
     ),
     denoisers=(Denoiser("dit"),),
-    denoise=partial(stages.denoise, frame_rate=FRAME_RATE),
+    denoise=partial(stages.denoise, frame_rate=stages.FRAME_RATE),
     path=path,
-    geometry=Geometry(32, FrameRule(FRAMES_PER_LATENT, 1), 121, FRAME_RATE, (768, 512)),
-    sample=sample,
+    geometry=Geometry(
+        32, FrameRule(stages.FRAMES_PER_LATENT, 1), 121, stages.FRAME_RATE, (768, 512)
+    ),
+    sampling=Sampling(stages.shapes, euler(inference_sigmas), stages.decode),
     load_lora=partial(load_into_transformer, LTX2Pipeline),
     lora_targets={"dit": ("to_k", "to_q", "to_v", "to_out.0")},
     from_authors={"dit": convert_dit},

@@ -5,9 +5,18 @@ from typing import Any
 
 import torch
 
-from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
-from diffsynth_dagster.families.shared.ltx_vae import encode_clips
+from diffsynth_dagster.families.contract import Clip, Loaded, Sample, SampleRequest, Tensors
+from diffsynth_dagster.families.shared.latents import pictures
+from diffsynth_dagster.families.shared.ltx_vae import (
+    HOP,
+    MEL_BINS,
+    SOUND_RATE,
+    decode_clips,
+    decode_sound,
+    encode_clips,
+)
 
+FRAME_RATE, FRAMES_PER_LATENT = 24.0, 8
 CONTEXT, FACTOR, RATE = "in_context_videos", "in_context_downsample_factor", "frame_rate"
 
 
@@ -100,3 +109,31 @@ def denoise(
     )
     velocity = {"video": video[:, :count].transpose(1, 2).unflatten(2, grid)}
     return velocity if sound is None else velocity | {"audio": audio}
+
+
+def shapes(loaded: Loaded, request: SampleRequest) -> dict[str, tuple[int, ...]]:
+    """The latents of `video` and the tokens of `audio`: see `Sampling.shapes`."""
+    vae, sound = loaded["vae"], loaded["audio_vae"]
+    frames = 1 + (request.num_frames - 1) // FRAMES_PER_LATENT
+    factor = vae.spatial_compression_ratio
+    grid = (frames, request.height // factor, request.width // factor)
+    seconds = request.num_frames / (request.frame_rate or FRAME_RATE)
+    length = round(seconds * SOUND_RATE / HOP / sound.temporal_compression_ratio)
+    width = sound.config.latent_channels * (MEL_BINS // sound.mel_compression_ratio)
+    return {"video": (vae.config.latent_channels, *grid), "audio": (length, width)}
+
+
+def decode(loaded: Loaded, request: SampleRequest, latents: Tensors) -> list[Clip]:
+    """Videos with sound: see `Sampling.decode`."""
+    videos = decode_clips(loaded["vae"], latents["video"])
+    sounds = loaded["vocoder"](decode_sound(loaded["audio_vae"], latents["audio"]))
+    sound_rate = loaded["vocoder"].config.output_sampling_rate
+    return [
+        Clip(
+            pictures(video.transpose(0, 1)),
+            request.frame_rate or FRAME_RATE,
+            sound.float().cpu().clamp(-1.0, 1.0),
+            sound_rate,
+        )
+        for video, sound in zip(videos, sounds, strict=True)
+    ]

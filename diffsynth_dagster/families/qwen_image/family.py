@@ -11,23 +11,17 @@ from transformers import Qwen2Tokenizer
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import Geometry
 from diffsynth_dagster.families.contract import (
-    Clip,
     Denoiser,
     Family,
-    Loaded,
-    SampleRequest,
+    Sampling,
     Settings,
     Tokenizer,
 )
 from diffsynth_dagster.families.qwen_image import edit, stages
 from diffsynth_dagster.families.qwen_image.modules import COMPONENTS
-from diffsynth_dagster.families.shared.pipeline import (
-    load_into_transformer,
-    make_pipeline,
-    sample_images,
-)
+from diffsynth_dagster.families.shared.pipeline import load_into_transformer
 from diffsynth_dagster.families.shared.qwen_vl import MARKERS
-from diffsynth_dagster.families.shared.schedule import dynamic_sigmas
+from diffsynth_dagster.families.shared.schedule import dynamic_sigmas, euler
 from diffsynth_dagster.families.shared.stages import image_stage, prompt_stage
 from diffsynth_dagster.objective.flow import (
     FlowPath,
@@ -48,6 +42,7 @@ SCHEDULER = {
     "time_shift_type": "exponential",
     "use_dynamic_shifting": True,
 }
+SIGMAS = partial(dynamic_sigmas, SCHEDULER)
 TRAINING_MU = 0.8
 
 LORA_TARGETS = (
@@ -60,14 +55,6 @@ def path(config: TrainingConfig, published: Settings) -> FlowPath:
     """Exponential shift with mu = 0.8, stretched so that the last sigma is 0.02."""
     sigmas = stretch_to(exponential_shift(linear_sigmas(), TRAINING_MU), 0.02)
     return flow_path(sigmas, f"flow matching, exponential shift mu={TRAINING_MU}, terminal 0.02")
-
-
-def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
-    """Images by diffusers' own pipeline."""
-    # A single step has nothing to stretch to the terminal sigma: diffusers divides by zero.
-    alone = {"shift_terminal": None} if request.num_inference_steps == 1 else {}
-    pipeline = make_pipeline(QwenImagePipeline, {**SCHEDULER, **alone}, loaded)
-    return sample_images(pipeline, request, max_sequence_length=stages.MAX_PROMPT_TOKENS)
 
 
 FAMILY = Family(
@@ -90,9 +77,9 @@ FAMILY = Family(
     denoise=stages.denoise,
     path=path,
     geometry=Geometry(side_factor=16),
-    sample=sample,
+    sampling=Sampling(stages.shapes, euler(SIGMAS), stages.decode, stages.guide),
     load_lora=partial(load_into_transformer, QwenImagePipeline),
-    inference_sigmas=partial(dynamic_sigmas, SCHEDULER),
+    inference_sigmas=SIGMAS,
     lora_targets={"dit": tuple(LORA_TARGETS.split(","))},
     parameters=("tokenizer_path", "processor_path", "zero_cond_t", "edit_plus"),
     extra_inputs=(edit.COLUMN,),

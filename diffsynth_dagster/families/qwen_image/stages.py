@@ -6,8 +6,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage
 
-from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
-from diffsynth_dagster.families.shared.latents import encode_standardised
+from diffsynth_dagster.families import making
+from diffsynth_dagster.families.contract import Clip, Loaded, Sample, SampleRequest, Tensors
+from diffsynth_dagster.families.shared.latents import (
+    decode_standardised,
+    encode_standardised,
+    pictures,
+)
 from diffsynth_dagster.families.shared.packing import grid_of, pack, unpack
 from diffsynth_dagster.families.shared.qwen_vl import encode_templated
 
@@ -59,3 +64,25 @@ def denoise(
         return_dict=False,
     )[0]
     return {"image": unpack(predicted[:, :count], height, width)}
+
+
+def shapes(loaded: Loaded, request: SampleRequest) -> dict[str, tuple[int, ...]]:
+    """The latents of `image`: see `Sampling.shapes`."""
+    config: Any = loaded["vae"].config
+    factor = 2 ** len(config.temperal_downsample)
+    return {"image": (config.z_dim, request.height // factor, request.width // factor)}
+
+
+def decode(loaded: Loaded, request: SampleRequest, latents: Tensors) -> list[Clip]:
+    """Images: see `Sampling.decode`."""
+    pixels = decode_standardised(loaded["vae"], latents["image"].unsqueeze(2))
+    return [Clip([image]) for image in pictures(pixels[:, :, 0])]
+
+
+def guide(prompted: Tensors, unprompted: Tensors, scale: float) -> Tensors:
+    """Guidance that leaves each token as long as it was without, as the published pipelines do."""
+    one = prompted["image"]
+    guided = pack(making.guide(prompted, unprompted, scale)["image"])
+    length = pack(one).norm(dim=-1, keepdim=True)
+    tokens = guided * (length / guided.norm(dim=-1, keepdim=True))
+    return {"image": unpack(tokens, *one.shape[-2:])}

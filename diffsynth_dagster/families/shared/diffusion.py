@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from inspect import signature
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import diffusers
 import torch
@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, WeightsError, shown
-from diffsynth_dagster.families.contract import Settings
+from diffsynth_dagster.families.contract import SampleRequest, Settings, Tensors
 from diffsynth_dagster.objective.ddpm import (
     BetaSchedule,
     DDPMPath,
@@ -91,6 +91,41 @@ def path(config: TrainingConfig, published: Settings) -> DDPMPath:
         zero,
         config.min_snr_gamma,
     )
+
+
+class EulerDDPM:
+    """Euler's method as `EulerDiscreteScheduler` takes its steps; x has the variance 1 + sigma^2
+    (Karras et al. 2022, arXiv:2206.00364)."""
+
+    def __init__(self, scheduler: Any, steps: int) -> None:
+        scheduler.set_timesteps(steps)
+        self._scheduler = scheduler
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """See `Solver`."""
+        return self._scheduler.timesteps
+
+    def start(self, noise: Tensors) -> Tensors:
+        """See `Solver`."""
+        return {name: each * self._scheduler.init_noise_sigma for name, each in noise.items()}
+
+    def seen(self, x: Tensors, index: int) -> Tensors:
+        """See `Solver`."""
+        scale = (1 + self._scheduler.sigmas[index] ** 2) ** 0.5
+        return {name: each / scale for name, each in x.items()}
+
+    def step(self, prediction: Tensors, x: Tensors, index: int) -> Tensors:
+        """See `Solver`."""
+        (name,) = x
+        t = self.timesteps[index]
+        self._scheduler.is_scale_input_called = True  # `seen` scaled it
+        return {name: self._scheduler.step(prediction[name], t, x[name], return_dict=False)[0]}
+
+
+def solver(request: SampleRequest, noise: Tensors) -> EulerDDPM:
+    """The published sampler for the path of a request: see `Sampling.solver`."""
+    return EulerDDPM(sampler(request.path), request.num_inference_steps)
 
 
 def sampler(noising: NoisingPath) -> EulerDiscreteScheduler:

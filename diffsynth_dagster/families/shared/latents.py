@@ -1,12 +1,14 @@
-"""Pictures and videos → latents: the mode of the VAE's posterior, brought to the model's scale."""
+"""Pictures and videos → latents: the mode of the VAE's posterior, brought to the model's scale; and
+latents → pictures and videos."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
+from PIL import Image
 
-from diffsynth_dagster.families.contract import Sample
+from diffsynth_dagster.families.contract import Clip, Loaded, Sample, SampleRequest, Tensors
 
 
 def stacked(samples: Sequence[Sample], column: str) -> torch.Tensor:
@@ -31,6 +33,45 @@ def encode_standardised(
     mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
     std = torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
     return (latents - mean) / std
+
+
+def decode_scaled(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) as `encode_scaled` gives them → images (B, 3, H, W)."""
+    config: Any = vae.config
+    scaled = latents / config.scaling_factor + config.shift_factor
+    decoder: Any = vae
+    return decoder.decode(scaled.to(vae.dtype), return_dict=False)[0]
+
+
+def decode_standardised(
+    vae: AutoencoderKLWan | AutoencoderKLQwenImage, latents: torch.Tensor
+) -> torch.Tensor:
+    """Latents (B, C, F', h, w) as `encode_standardised` gives them → videos (B, 3, F, H, W)."""
+    config: Any = vae.config
+    mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
+    decoder: Any = vae
+    return decoder.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+
+
+def pictures(pixels: torch.Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W) in [-1, 1] → pictures of 8 bits."""
+    bytes_ = ((pixels.float() / 2 + 0.5).clamp(0.0, 1.0) * 255).round().to(torch.uint8)
+    return [Image.fromarray(each.numpy()) for each in bytes_.permute(0, 2, 3, 1).cpu()]
+
+
+def image_shapes(loaded: Loaded, request: SampleRequest) -> dict[str, tuple[int, ...]]:
+    """The latents of `image` in a VAE of images: see `Sampling.shapes`."""
+    config: Any = loaded["vae"].config
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    sides = request.height // factor, request.width // factor
+    return {"image": (config.latent_channels, *sides)}
+
+
+def decode_images(loaded: Loaded, request: SampleRequest, latents: Tensors) -> list[Clip]:
+    """Images by a VAE of images: see `Sampling.decode`."""
+    images = pictures(decode_scaled(loaded["vae"], latents["image"]))
+    return [Clip([image]) for image in images]
 
 
 def _mode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:

@@ -176,6 +176,24 @@ def encode_sound(vae: Any, sound: torch.Tensor) -> torch.Tensor:
     return (tokens - vae.latents_mean.float()) / vae.latents_std.float()
 
 
+def decode_clips(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents as `encode_clips` gives them → videos (B, 3, F, H, W)."""
+    mean, std = (t.float().view(-1, 1, 1, 1) for t in (vae.latents_mean, vae.latents_std))
+    clean = latents * std / vae.config.scaling_factor + mean
+    # A decoder that takes a timestep is told that nothing of the noise is left.
+    asks = vae.config.timestep_conditioning
+    timestep = torch.zeros(len(latents), device=vae.device, dtype=vae.dtype) if asks else None
+    return vae.decode(clean.to(vae.dtype), timestep, return_dict=False)[0]
+
+
+def decode_sound(vae: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens as `encode_sound` gives them → log-mel spectrograms (B, 2, T, 64)."""
+    clean = tokens * vae.latents_std.float() + vae.latents_mean.float()
+    bins = MEL_BINS // vae.mel_compression_ratio
+    mel = clean.unflatten(2, (-1, bins)).transpose(1, 2)
+    return vae.decode(mel.to(vae.dtype), return_dict=False)[0]
+
+
 def log_mel(sound: torch.Tensor) -> torch.Tensor:
     """Sound (B, 2, samples) at 16 kHz → its log-mel spectrogram (B, 2, 1 + samples / 160, 64): of
     magnitudes, by the mel scale and with the filters of Slaney's auditory toolbox (1998)."""

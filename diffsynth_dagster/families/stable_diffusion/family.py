@@ -12,19 +12,21 @@ from diffusers import StableDiffusionPipeline
 
 from diffsynth_dagster.data.geometry import Geometry
 from diffsynth_dagster.families.contract import (
-    Clip,
     Denoiser,
     Family,
     Loaded,
     Sample,
-    SampleRequest,
+    Sampling,
     Tensors,
 )
 from diffsynth_dagster.families.requirements import refused_model
 from diffsynth_dagster.families.shared import clip, controlnet, diffusion, kohya, unet
 from diffsynth_dagster.families.shared.image_vae import image_vae
-from diffsynth_dagster.families.shared.latents import encode_scaled
-from diffsynth_dagster.families.shared.pipeline import make_pipeline, sample_images
+from diffsynth_dagster.families.shared.latents import (
+    decode_images,
+    encode_scaled,
+    image_shapes,
+)
 from diffsynth_dagster.families.shared.stages import image_stage, prompt_stage
 
 NAME = "Stable Diffusion 1.5"
@@ -44,17 +46,6 @@ def denoise(
     call = {"timestep": t, "encoder_hidden_states": conditions["prompt_embeds"]}
     added = controlnet.residuals(loaded, conditions, x_t["image"], **call)
     return {"image": model(x_t["image"], **call, **added).sample}
-
-
-def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
-    """Images by diffusers' own pipeline."""
-    pipeline = make_pipeline(
-        StableDiffusionPipeline,
-        diffusion.sampler(request.path),
-        loaded,
-        requires_safety_checker=False,
-    )
-    return sample_images(pipeline, request, guidance="guidance_scale")
 
 
 FAMILY = Family(
@@ -77,7 +68,7 @@ FAMILY = Family(
     denoise=denoise,
     path=diffusion.path,
     geometry=Geometry(side_factor=32, sample_size=(512, 512)),
-    sample=sample,
+    sampling=Sampling(image_shapes, diffusion.solver, decode_images),
     load_lora=partial(kohya.load_lora, StableDiffusionPipeline),
     lora_targets={"unet": unet.LORA_TARGETS, "text_encoder": clip.LORA_TARGETS},
     to_kohya={

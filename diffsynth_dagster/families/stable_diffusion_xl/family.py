@@ -3,8 +3,8 @@
 Files are the folders of diffusers, or one file such as `sd_xl_base_1.0.safetensors`.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,14 +21,18 @@ from diffsynth_dagster.families.contract import (
     Output,
     Sample,
     SampleRequest,
+    Sampling,
     Stage,
     Tensors,
 )
 from diffsynth_dagster.families.requirements import refused_model
 from diffsynth_dagster.families.shared import clip, controlnet, diffusion, kohya, unet
 from diffsynth_dagster.families.shared.image_vae import image_vae
-from diffsynth_dagster.families.shared.latents import encode_scaled
-from diffsynth_dagster.families.shared.pipeline import make_pipeline, sample_images
+from diffsynth_dagster.families.shared.latents import (
+    decode_images,
+    encode_scaled,
+    image_shapes,
+)
 from diffsynth_dagster.families.shared.stages import PROMPT, image_stage, prompt_stage
 
 NAME = "Stable Diffusion XL"
@@ -55,9 +59,19 @@ def encode_prompt_2(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
 def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, H, W) → latents (B, C, H/8, W/8), in float32 where the VAE would overflow in
     float16, as the published one does."""
+    with _upcast(vae):
+        return encode_scaled(vae, pixels)
+
+
+@contextmanager
+def _upcast(vae: AutoencoderKL) -> Generator[None]:
+    """The VAE in float32, whatever is computed in around it, where it would overflow in float16."""
     config: Any = vae.config
-    overflows = vae.dtype == torch.float16 and config.force_upcast
-    return encode_scaled(vae.float() if overflows else vae, pixels)
+    if config.force_upcast and vae.dtype == torch.float16:
+        vae.float()
+    is_whole = vae.dtype == torch.float32
+    with torch.autocast(vae.device.type, enabled=False) if is_whole else nullcontext():
+        yield
 
 
 def encode_sizes(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
@@ -84,18 +98,17 @@ def denoise(
     return {"image": model(x_t["image"], **call, **added).sample}
 
 
-def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
-    """Images by diffusers' own pipeline."""
-    pooled = request.conditions["pooled_prompt_embeds"]
-    conditions = {"prompt_embeds": _both(request.conditions), "pooled_prompt_embeds": pooled}
-    # The model was trained on zeros for the empty prompt, and the published pipeline gives it them.
-    negative = {name: torch.zeros_like(tensor) for name, tensor in conditions.items()}
-    guided = negative if request.negative is not None else None
-    pipeline = make_pipeline(
-        StableDiffusionXLPipeline, diffusion.sampler(request.path), loaded, add_watermarker=False
-    )
-    request = replace(request, conditions=conditions, negative=guided)
-    return sample_images(pipeline, request, guidance="guidance_scale")
+def decode(loaded: Loaded, request: SampleRequest, latents: Tensors) -> list[Clip]:
+    """Images, by the VAE in float32 where it would overflow: see `encode_pixels`."""
+    with _upcast(loaded["vae"]):
+        return decode_images(loaded, request, latents)
+
+
+def unprompted(conditions: Tensors) -> Tensors:
+    """The conditions of the empty prompt with zeros for it: the model was trained on these, and the
+    published pipeline gives it them."""
+    embeds = ("prompt_embeds", "prompt_embeds_2", "pooled_prompt_embeds")
+    return {n: torch.zeros_like(t) if n in embeds else t for n, t in conditions.items()}
 
 
 FAMILY = Family(
@@ -127,7 +140,7 @@ FAMILY = Family(
     denoise=denoise,
     path=diffusion.path,
     geometry=Geometry(side_factor=32),
-    sample=sample,
+    sampling=Sampling(image_shapes, diffusion.solver, decode, unprompted=unprompted),
     load_lora=partial(kohya.load_lora, StableDiffusionXLPipeline),
     lora_targets={
         "unet": unet.LORA_TARGETS,

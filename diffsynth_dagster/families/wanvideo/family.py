@@ -26,28 +26,24 @@ from torch import nn
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import FrameRule, Geometry
 from diffsynth_dagster.families.contract import (
-    Clip,
     Denoiser,
     Family,
-    Loaded,
     Output,
     Part,
-    SampleRequest,
+    Sampling,
     Settings,
     Stage,
     Tensors,
 )
-from diffsynth_dagster.families.shared.pipeline import load_into_transformer, make_pipeline
+from diffsynth_dagster.families.shared.pipeline import load_into_transformer
+from diffsynth_dagster.families.shared.schedule import euler
 from diffsynth_dagster.families.shared.stages import prompt_stage
 from diffsynth_dagster.families.shared.t5 import umt5_tokenizer
-from diffsynth_dagster.families.shared.wan_vae import WIDE_LATENTS
 from diffsynth_dagster.families.wanvideo import names, stages, variant
 from diffsynth_dagster.families.wanvideo.modules import COMPONENTS
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift, linear_sigmas
 
 SHIFT = 5.0
-RATE, WIDE_RATE = 16.0, 24.0
-"""Frames per second of what the models make: of 16 channels, and of TI2V-5B."""
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 
 
@@ -59,33 +55,6 @@ def path(config: TrainingConfig, published: Settings) -> FlowPath:
 def inference_sigmas(steps: int, x_0: Tensors) -> torch.Tensor:
     """The sigmas of the published sampler, whatever the size of `x_0`."""
     return linear_shift(torch.linspace(1.0, 0.0, steps + 1), SHIFT)
-
-
-def sample(loaded: Loaded, request: SampleRequest) -> list[Clip]:
-    """Videos from text by diffusers' own pipeline."""
-    second, wide = loaded.get("dit2"), loaded["dit"].config.in_channels == WIDE_LATENTS
-    pipeline = make_pipeline(
-        WanPipeline,
-        {"shift": SHIFT},
-        loaded,
-        transformer_2=second,
-        boundary_ratio=None if second is None else variant.TEXT_BOUNDARY / 1000,
-        expand_timesteps=wide,
-    )
-    negative = request.negative
-    clips = pipeline(
-        prompt_embeds=stages.full_length(request.conditions["prompt_embeds"]),
-        negative_prompt_embeds=negative and stages.full_length(negative["prompt_embeds"]),
-        guidance_scale=request.cfg_scale,
-        height=request.height,
-        width=request.width,
-        num_frames=request.num_frames,
-        num_inference_steps=request.num_inference_steps,
-        generator=request.generators,
-        output_type="pil",
-    ).frames
-    rate = request.frame_rate or (WIDE_RATE if wide else RATE)
-    return [Clip(frames, rate) for frames in clips]
 
 
 def load_lora(
@@ -116,7 +85,7 @@ FAMILY = Family(
     denoise=stages.denoise,
     path=path,
     geometry=Geometry(16, FrameRule(stages.FRAMES_PER_LATENT, 1), sample_size=(832, 480)),
-    sample=sample,
+    sampling=Sampling(stages.shapes, euler(inference_sigmas), stages.decode),
     load_lora=load_lora,
     inference_sigmas=inference_sigmas,
     lora_targets=dict.fromkeys(("dit", "dit2", "vace"), LORA_TARGETS),

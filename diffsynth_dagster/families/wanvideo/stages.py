@@ -8,15 +8,23 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch.nn import functional
 
-from diffsynth_dagster.families.contract import Loaded, Sample, Tensors
+from diffsynth_dagster.families.contract import Clip, Loaded, Sample, SampleRequest, Tensors
 from diffsynth_dagster.families.shared.frames import encode_given, picture_of
-from diffsynth_dagster.families.shared.latents import encode_standardised, stacked
+from diffsynth_dagster.families.shared.latents import (
+    decode_standardised,
+    encode_standardised,
+    pictures,
+    stacked,
+)
 from diffsynth_dagster.families.shared.t5 import encode_unpadded
 from diffsynth_dagster.families.shared.vision_tower import penultimate_states
+from diffsynth_dagster.families.shared.wan_vae import WIDE_LATENTS
 from diffsynth_dagster.families.wanvideo.modules import PATCH
 
 PROMPT_TOKENS = 512
 FRAMES_PER_LATENT = 4
+RATE, WIDE_RATE = 16.0, 24.0
+"""Frames per second of what the models make: of 16 channels, and of TI2V-5B."""
 
 
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
@@ -119,3 +127,25 @@ def denoise(
         **options,
     )[0]
     return {"video": velocity}
+
+
+def _latent_frames(request: SampleRequest) -> int:
+    """Latent frames of what is made, without that of a reference image."""
+    return 1 + (request.num_frames - 1) // FRAMES_PER_LATENT
+
+
+def shapes(loaded: Loaded, request: SampleRequest) -> dict[str, tuple[int, ...]]:
+    """The latents of `video`: see `Sampling.shapes`. VACE's reference has a frame before them."""
+    config: Any = loaded["vae"].config
+    factor: int = config.scale_factor_spatial
+    control = request.conditions.get("vace")
+    frames = _latent_frames(request) if control is None else control.shape[2]
+    return {"video": (config.z_dim, frames, request.height // factor, request.width // factor)}
+
+
+def decode(loaded: Loaded, request: SampleRequest, latents: Tensors) -> list[Clip]:
+    """Videos: see `Sampling.decode`."""
+    video = latents["video"][:, :, -_latent_frames(request) :]
+    made = decode_standardised(loaded["vae"], video)
+    rate = request.frame_rate or (WIDE_RATE if video.shape[1] == WIDE_LATENTS else RATE)
+    return [Clip(pictures(each.transpose(0, 1)), rate) for each in made]

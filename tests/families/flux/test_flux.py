@@ -1,15 +1,12 @@
 """FLUX.1: names of other tools, LoRAs as a start, several modules at once, and what is refused."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 import torch
-from conftest import ROOT, make_config, samples_of, train
+from conftest import make_config, samples_of, train
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -18,6 +15,7 @@ from diffusers import (
 from families.flux.cases import ARCHITECTURE, write
 from families.flux.training import HUB, Values, exports, make_values
 from PIL import Image
+from process_support import in_processes
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
@@ -221,11 +219,8 @@ def test_images_are_sampled_on_the_way(values: Values, kind: str, tmp_path: Path
         del given["lora_base_model"], given["lora_rank"]
         given["trainable_models"] = ["dit"]
     run = tmp_path / "run"
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(json.dumps({**given, "output_path": str(run)}))
     # A process of its own: accelerate's precision is one for each process.
-    command = [sys.executable, "-m", "diffsynth_dagster.train", "--recipe", str(recipe)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = in_processes(1, {**given, "output_path": str(run)}, tmp_path / "recipe.json")
     assert done.returncode == 0, done.stderr
     pictures = sorted((run / "samples").rglob("*.png"))
     assert pictures

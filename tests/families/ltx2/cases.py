@@ -322,6 +322,7 @@ def _case(name: str, parameters: Mapping[str, Any] | None = None, **others: Any)
             "targets": TARGETS,
             "aliases": TARGETS,
             "published": published,
+            "decoders": (f"diffusers/vocoder/{WEIGHTS}",),
             **others,
         }
     )

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import ROOT, make_config, samples_of, train
+from conftest import make_config, samples_of, train
 from diffusers import LTX2VideoTransformer3DModel
 from diffusers.pipelines.ltx2 import LTX2Vocoder, LTX2VocoderWithBWE
 from families.ltx2.cases import (
@@ -25,6 +22,7 @@ from families.ltx2.cases import (
     write,
 )
 from families.ltx2.original import authors_vocoder_name, original_dit
+from process_support import two_processes
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.errors import UserError
@@ -33,6 +31,7 @@ from diffsynth_dagster.families.ltx2.modules import convert_dit, dit_settings
 from diffsynth_dagster.families.shared.ltx_vae import log_mel
 from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.training.batches import StepDataset
+from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
@@ -110,17 +109,9 @@ def test_two_processes_train_clips_with_and_without_sound(
     """Which weights get a gradient differs from step to step, and from process to process."""
     given = {**values, "batch_size": 1, "num_epochs": 2}
     assert train({**given, "gradient_accumulation_steps": 2}, tmp_path / "one")[0] == 0
-    recipe = tmp_path / "two.yaml"
-    recipe.write_text(json.dumps({**given, "output_path": str(tmp_path / "two")}))
-    command = "torch.distributed.run --standalone --nproc_per_node 2 -m diffsynth_dagster.train"
-    alone = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-m", *command.split(), "--recipe", str(recipe)],
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, **alone},
-        timeout=240,
-    )
+    config = {**given, "output_path": str(tmp_path / "two")}
+    done = two_processes(config, tmp_path / "two.json")
+    assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / "epoch-1.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
@@ -285,7 +276,7 @@ def test_samples_are_clips_with_sound(model: Path, values: dict[str, Any], tmp_p
         path=found.path,
     )
     with torch.no_grad():
-        clips = found.family.sample(loaded, request)
+        clips = make_clips(found.family, loaded, request)
     assert [len(clip.frames) for clip in clips] == [FRAMES, FRAMES]
     for clip in clips:
         assert clip.frames[0].size == (SIDE, SIDE)

@@ -24,6 +24,7 @@ from diffsynth_dagster.families.wanvideo import family as wanvideo
 from diffsynth_dagster.families.wanvideo import stages
 from diffsynth_dagster.plan import check_plan
 from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model, guess_family
 from diffsynth_dagster.weights.load import build_empty, load_component
@@ -315,7 +316,7 @@ def test_samples_are_videos(
         path=found.path,
     )
     with torch.no_grad():
-        videos = [clip.frames for clip in found.family.sample(loaded, request)]
+        videos = [clip.frames for clip in make_clips(found.family, loaded, request)]
     assert [len(frames) for frames in videos] == [FRAMES, FRAMES]
     assert videos[0][0].size == (64, 64)
     assert videos[0][0].tobytes() != videos[1][0].tobytes()

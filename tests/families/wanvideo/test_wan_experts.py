@@ -1,18 +1,15 @@
 """Both experts of Wan2.2 A14B in one training."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT, make_config, samples_of, train
+from conftest import make_config, samples_of, train
 from diffusers import WanPipeline, WanTransformer3DModel
 from families.wanvideo.cases import CASES, parts, rows, write
 from family_case import first_call
+from process_support import two_processes
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.config import TrainingConfig
@@ -23,6 +20,7 @@ from diffsynth_dagster.families.contract import SampleRequest
 from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.training.setup import build_step
 from diffsynth_dagster.training.shares import Share, share_of_step, shares_of
 from diffsynth_dagster.weights.hub import ModelHub
@@ -215,7 +213,7 @@ def test_samples_are_made_by_both(values: dict[str, Any]) -> None:
         path=found.path,
     )
     with torch.no_grad():
-        (clip,) = found.family.sample(loaded, request)
+        (clip,) = make_clips(found.family, loaded, request)
     assert len(clip.frames) == 5
     assert len(seen["dit"]) + len(seen["dit2"]) == 6
     assert min(seen["dit"]) >= 875 > max(seen["dit2"])
@@ -238,12 +236,9 @@ def test_direct_distillation_of_experts_is_refused(values: dict[str, Any]) -> No
 def test_two_processes_train_both(values: dict[str, Any], tmp_path: Path) -> None:
     """Each step of both processes goes to one expert, whose gradients they share."""
     given = {**values, "offload_idle_denoiser": True}
-    recipe = tmp_path / "both.yaml"
-    recipe.write_text(yaml.safe_dump({**given, "output_path": str(tmp_path / "run")}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "-m", "diffsynth_dagster.train", "--recipe", str(recipe)]
-    alone = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **alone}, timeout=240)
+    config = {**given, "output_path": str(tmp_path / "run")}
+    done = two_processes(config, tmp_path / "both.json")
+    assert done.returncode == 0, done.stderr
     assert train({**values, "gradient_accumulation_steps": 2}, tmp_path / "one")[0] == 0
     for name in FILES:
         two, one = load_file(tmp_path / "run" / name), load_file(tmp_path / "one" / name)

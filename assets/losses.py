@@ -1,0 +1,71 @@
+"""The held-out loss of a training, and its hardest samples, as the page of the checkpoints shows them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from assets.common import table
+from assets.pictures import contact_sheet, curves, inline
+from assets.rows import cell, files_of_rows
+
+if TYPE_CHECKING:
+    from diffsynth_dagster.config import TrainingConfig
+    from diffsynth_dagster.training.record import RunRecord
+
+_HARDEST = 24
+"""Samples that are shown."""
+
+
+def held_out_facts(record: "RunRecord") -> dict[str, Any]:
+    """The last measurement, all of them as a table, and their curves; nothing where nothing is held out."""
+    from diffsynth_dagster.training.metrics import HeldOutMetrics
+
+    if not record.held_out:
+        return {}
+    rows = [HeldOutMetrics(**said).row() for said in record.held_out]
+    steps = [row["step"] for row in rows]
+    lines = {
+        name.replace("_", " "): (steps, [row[name] for row in rows])
+        for name in ("loss", "trained_loss")
+    }
+    return {
+        "held_out_loss": rows[-1]["loss"],
+        "held_out_loss_before": rows[0]["loss"],
+        "held_out_gap": rows[-1]["gap"],
+        "held_out_best_step": int(rows[-1]["best_step"]),
+        "held_out": table(rows),
+        "held_out_curve": inline(curves(lines)),
+    }
+
+
+def hardest_facts(config: "TrainingConfig", changed: list[Path]) -> dict[str, Any]:
+    """The samples with the largest losses, and their pictures; nothing where their losses are not there.
+
+    Args:
+        config: of the training.
+        changed: files that are not as the training left them.
+    """
+    import polars as pl
+
+    from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
+    from diffsynth_dagster.data.table.checked import find_checked
+    from diffsynth_dagster.training.record import SAMPLE_LOSSES
+
+    losses = Path(config.output_path) / SAMPLE_LOSSES
+    checked = find_checked(Path(config.output_path) / CHECKED)
+    if losses in changed or not losses.is_file() or checked is None:
+        return {}
+    hardest = pl.read_parquet(losses).head(_HARDEST)
+    rows = checked.accepted.join(hardest.lazy(), on="row", how="semi").collect()
+    rows = hardest.join(rows, on="row", how="inner", maintain_order="left")
+    texts = [c for c in rows.columns if ":" not in c and rows.schema[c] == pl.String]
+    texts = [c for c in texts if c not in ("status", "message", "shape")]
+    names = ["row", "difficulty", "visits", *texts]
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    for row in rows.select(names).iter_rows():
+        shown = [f"{value:.3f}" if isinstance(value, float) else cell(value) for value in row]
+        lines.append("| " + " | ".join(shown) + " |")
+    found: dict[str, Any] = {"hardest_samples": dg.MetadataValue.md("\n".join(lines))}
+    sheet = contact_sheet(files_of_rows(rows, accepted=True))
+    return found if sheet is None else {**found, "hardest_pictures": inline(sheet)}

@@ -1,0 +1,52 @@
+"""Rows of a checked table as they are shown: their texts, and pictures of their files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from assets.pictures import Shown
+
+if TYPE_CHECKING:
+    from polars import DataFrame
+
+_STRIP = 4
+"""Frames of a clip on the contact sheet."""
+_SHOWN_CHARACTERS = 80
+
+
+def files_of_rows(rows: "DataFrame", accepted: bool) -> list[Shown]:
+    """The files of rows: images, and a strip of frames of each clip.
+
+    Args:
+        accepted: whether the rows are. A clip of another row may not be safe to decode and is left out.
+    """
+    files: list[Shown] = []
+    columns = [c.removesuffix(":path") for c in rows.columns if c.endswith(":path")]
+    for row in rows.iter_rows(named=True):
+        for column in columns:
+            if isinstance(row.get(f"{column}:seconds"), float):
+                continue  # sound
+            parts = [_listed(row[f"{column}:{part}"]) for part in ("path", "frames", "stride")]
+            for path, frames, stride in zip(*parts, strict=True):
+                is_clip = (frames or 1) > 1
+                if path is not None and (accepted or not is_clip):
+                    shown = _frames(frames, stride) if is_clip else None
+                    files.append(Shown(Path(path), accepted, shown))
+    return files
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _frames(count: int, stride: float) -> tuple[int, ...]:
+    """The frames of a strip: the first, the last, and evenly between."""
+    from diffsynth_dagster.data.geometry import frame_indices
+
+    taken, shown = frame_indices(count, stride), min(count, _STRIP)
+    return tuple(taken[round(i * (count - 1) / (shown - 1))] for i in range(shown))
+
+
+def cell(value: object) -> str:
+    """A value as it stands in a table of markdown."""
+    text = " ".join(str("" if value is None else value).split()).replace("|", "\\|")
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"

@@ -1,0 +1,59 @@
+"""What the two halves of split training must agree in: the family, the models, the trained modules."""
+
+from diffsynth_dagster.cache.keys import stage_digest
+from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.config.effect import trained_components
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.models import component_digest
+
+
+def require_encoded_for(
+    config: TrainingConfig, found: FoundModel, manifest: Manifest, fact_cache: FactCache
+) -> None:
+    """Refuse a data set that was encoded for another family, variant or task, or by other weights.
+
+    Raises:
+        ParameterError: it was.
+    """
+    family = found.family
+    if manifest.family != family.name:
+        raise _refuse(
+            config,
+            f"the data set was encoded for {manifest.family}",
+            f"train {manifest.family}, or encode it for {family.name}",
+        )
+    known = {stage.name: stage_digest(stage) for stage in family.stages}
+    for name, digest in manifest.stages.items():
+        if known.get(name, digest) != digest:
+            raise _refuse(
+                config,
+                f"the data set was encoded by another version of the stage '{name}'",
+                "encode it again",
+            )
+    trained = trained_components(config)
+    wanted = {f"key:{stage.name}" for stage in family.cached_stages(trained)}
+    wanted |= {f"input:{i.column}" for s in family.step_stages(trained) for i in s.reads}
+    lacks = sorted(
+        name.partition(":")[2] for name in wanted - set(manifest.rows.collect_schema().names())
+    )
+    if lacks:
+        raise _refuse(
+            config,
+            f"the data set was encoded without what this training reads: {', '.join(lacks)}",
+            "give both halves of split training the same models, columns and trained modules",
+        )
+    for name, digest in manifest.weights.items():
+        named = found.components.get(name)
+        if named is not None and component_digest(found, name, fact_cache) != digest:
+            raise _refuse(
+                config,
+                f"the data set was encoded with another '{name}' than {named.entry.text}",
+                "name the one that it was encoded with, or none",
+            )
+
+
+def _refuse(config: TrainingConfig, what: str, do: str) -> ParameterError:
+    return ParameterError(what, where=f"dataset_base_path = {config.dataset_base_path}", do=do)

@@ -1,0 +1,145 @@
+"""The rows of the table that `sample_prompts` names, encoded as samples of the data set are.
+
+They have a checked table and a manifest of their own, in a folder inside the run folder; both are
+about the stages that samples need. What a training reads of them goes into its own manifest.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shutil import rmtree
+
+import polars as pl
+
+from diffsynth_dagster.cache.keys import Keys
+from diffsynth_dagster.cache.manifest import (
+    PLANNED,
+    Manifest,
+    SampleRow,
+    SampleRows,
+    read_manifest,
+)
+from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.table.check import CheckedTable
+from diffsynth_dagster.data.table.checked import read_checked, write_checked
+from diffsynth_dagster.data.table.sample_rows import check_sample_rows
+from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.facts import FactCache, digest_file
+from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.weights.identify import FoundModel
+
+FOLDER = ".prompts"
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """The table in a run folder: its rows, checked, and their keys."""
+
+    manifest: Manifest
+    table: CheckedTable
+
+
+def sample_rows_config(config: TrainingConfig) -> TrainingConfig:
+    """The config that rows of samples are encoded with: each has one caption."""
+    plain = {"sample_prompts": (), "caption_lists": False, "caption_dropout_rate": 0.0}
+    return config.model_copy(update=plain)
+
+
+def plan_sample_rows(
+    config: TrainingConfig, found: FoundModel, keys: Keys, fact_cache: FactCache
+) -> SampleRows | None:
+    """Check the table that `sample_prompts` names, and plan its rows; None where it names none.
+
+    With guidance, each row is there with the empty prompt as well, behind all others.
+
+    Raises:
+        MetadataError: see `check_sample_rows`.
+        OutputError: the run folder cannot be written.
+    """
+    folder = Path(config.output_path) / FOLDER
+    rmtree(folder, ignore_errors=True)
+    if config.sample_table is None:
+        return None
+    family = reduced(found.family)
+    files = found.family.file_inputs
+    trained = files[0] if files and files[0] not in family.inputs else None
+    table = check_sample_rows(config, family.columns, trained, fact_cache)
+    if config.sample_cfg_scale > 1:
+        table = replace(table, rows=_doubled(table.rows))
+    table = write_checked(table, folder)
+    own = sample_rows_config(config).model_copy(update={"output_path": str(folder)})
+    planned = plan_samples(own, replace(found, family=family), table, keys)
+    rows = _sample_rows(planned)
+    count = len(rows) // 2 if config.sample_cfg_scale > 1 else len(rows)
+    return SampleRows(rows[:count], rows[count:], digest_file(Path(config.sample_table)))
+
+
+def planned_sample_rows(folder: Path) -> SampleTable | None:
+    """What `plan_sample_rows` wrote into a run folder; None where it wrote nothing."""
+    own = folder / FOLDER
+    if not own.is_dir():
+        return None
+    return SampleTable(read_manifest(own, PLANNED), read_checked(own))
+
+
+def reduced(family: Family) -> Family:
+    """The family with the stages that samples need. Those that read nothing but size facts are run
+    when a sample is made, which has sizes of its own."""
+    stages = (s for s in family.sample_stages if not all(i.kind == "sizes" for i in s.reads))
+    return replace(family, stages=tuple(stages))
+
+
+def require_sample_rows(config: TrainingConfig, manifest: Manifest) -> None:
+    """Refuse a data set that was encoded without the table that `sample_prompts` names.
+
+    Raises:
+        ParameterError: it was, or with another content of the table, or without the empty prompt that
+            guidance needs.
+    """
+    if config.sample_table is None:
+        return
+    path = Path(config.sample_table)
+    checks: tuple[tuple[str, Callable[[], bool]], ...] = (
+        ("without a table of samples", lambda: not manifest.sample_rows),
+        (
+            "with another table of samples",
+            lambda: not path.is_file() or digest_file(path) != manifest.sample_table,
+        ),
+        (
+            "for samples without guidance",
+            lambda: config.sample_cfg_scale > 1 and not manifest.unprompted_rows,
+        ),
+    )
+    for said, holds in checks:
+        if holds():
+            raise ParameterError(
+                f"the data set was encoded {said}",
+                where=f"sample_prompts = {path}",
+                do="give both halves of split training the same sample_prompts and sample_cfg_scale, "
+                "or leave them out in the second",
+            )
+
+
+def _doubled(rows: pl.LazyFrame) -> pl.LazyFrame:
+    """The rows, and behind them the same with the empty prompt."""
+    unprompted = rows.with_columns(
+        pl.lit("").alias("prompt"), (pl.col("row") + pl.len()).cast(pl.UInt32).alias("row")
+    )
+    return pl.concat([rows, unprompted])
+
+
+def _sample_rows(planned: Manifest) -> list[SampleRow]:
+    def part(row: dict[str, str], start: str) -> dict[str, str]:
+        return {n.removeprefix(start): v for n, v in row.items() if n.startswith(start)}
+
+    return [
+        SampleRow(
+            width=row["width"],
+            height=row["height"],
+            frames=row["frames"],
+            keys=part(row, "key:"),
+            inputs=part(row, "input:"),
+        )
+        for row in planned.frame.sort("row").iter_rows(named=True)
+    ]

@@ -1,0 +1,94 @@
+"""How much a sample counts in the loss, and which parts of it: stages that read it from the row."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.table.check import BOOKKEEPING
+from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.families.contract import Family, Loaded, Output, Sample, Stage, Tensors
+
+_TAKEN = (*BOOKKEEPING, "sample", "key", "tokens", "prompt", "caption")
+"""Names that tables and manifests have columns of their own for."""
+
+
+def with_counted(family: Family, config: TrainingConfig) -> Family:
+    """The family with stages for `sample_weight_column` and `loss_mask_column`, where they are given.
+
+    Raises:
+        ParameterError: a name is that of another column, or the family has nothing to be masked.
+    """
+    for parameter in ("sample_weight_column", "loss_mask_column"):
+        column: str | None = getattr(config, parameter)
+        if column is None:
+            continue
+        if ":" in column or column in (*_TAKEN, *(item.column for item in family.inputs)):
+            raise ParameterError(
+                f"the column '{column}' is read as something else",
+                where=parameter,
+                do="give the column another name",
+            )
+        make = _weight_stage if parameter == "sample_weight_column" else _mask_stage
+        family = replace(family, stages=(*family.stages, make(family, column)))
+    return family
+
+
+def _weight_stage(family: Family, column: str) -> Stage:
+    number = Input(
+        column,
+        "number",
+        pattern=r"^\s*\d{1,6}(?:\.\d*)?\s*$",
+        wants="a number from 0 to 999999",
+        weighs=True,
+    )
+    run = partial(_read_weights, column=column)
+    return Stage("sample_weight", (number,), (), (Output("sample_weight", "weight"),), run)
+
+
+def _read_weights(loaded: Loaded, samples: Sequence[Sample], column: str) -> list[Tensors]:
+    return [{"sample_weight": torch.tensor(float(sample[column]))} for sample in samples]
+
+
+def _mask_stage(family: Family, column: str) -> Stage:
+    """The stage of the mask of the target that is made of the first file. Raises `ParameterError`."""
+    main = family.columns.files[0]
+    made = [s for s in family.stages if main in s.reads and _target(s) is not None]
+    if main.kind not in ("image", "video") or main.many or not made:
+        raise ParameterError(
+            f"{family.name} is trained on no picture that could be masked",
+            where="loss_mask_column",
+            do="leave it out",
+        )
+    target = _target(made[0])
+    assert target is not None
+    picture = Input(column, "image", same_size=True, optional=True, weighs=True)
+    output = Output("loss_mask", "mask", of=target)
+    run = partial(_read_masks, column=column, target=target)
+    return Stage("loss_mask", (picture,), (), (output,), run, needs=(made[0].name,))
+
+
+def _target(stage: Stage) -> str | None:
+    return next((o.name for o in stage.yields if o.role == "target"), None)
+
+
+def _read_masks(
+    loaded: Loaded, samples: Sequence[Sample], column: str, target: str
+) -> list[Tensors]:
+    """Pictures (3, H, W) in [-1, 1] beside latents (C, …, h, w) → `loss_mask` (1, …, 1, h, w): the mean
+    grey in [0, 1] of the pixels of each place; 1 where a row has no picture."""
+    masks: list[Tensors] = []
+    for sample in samples:
+        latents = sample[target]
+        size = latents.shape[-2:]
+        if sample[column] is None:
+            mask = torch.ones(size)
+        else:
+            grey = (sample[column].mean(0) + 1.0) / 2.0
+            mask = functional.interpolate(grey[None, None], size=tuple(size), mode="area")[0, 0]
+        masks.append({"loss_mask": mask.view(*(1,) * (latents.ndim - 2), *size)})
+    return masks

@@ -1,0 +1,136 @@
+"""What a config may change so that a training takes less memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+
+from diffsynth_dagster.config.entries import float8_entries
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.geometry import clip_rule
+from diffsynth_dagster.weights.models import Models
+
+Part = Literal["activations", "weights", "optimizer"]
+Moment = Literal[
+    "while models were loaded",
+    "while samples were encoded",
+    "while samples were made",
+    "in the training",
+]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A parameter to change.
+
+    Attributes:
+        part: what it makes smaller. "optimizer" is its state, the gradients, and an average.
+        said: the parameter and its value, as a recipe has it.
+    """
+
+    part: Part
+    said: str
+
+
+def remedies(config: TrainingConfig, models: Models, moment: Moment) -> list[Remedy]:
+    """What is not done yet, of what helps at a moment; what costs least is first.
+
+    Only what the config and its family take is named.
+    """
+    found = [*_of_weights(config, models)]
+    if moment == "while samples were encoded":
+        found = [*_of_batches(config), *_of_sizes(config, models), *found]
+    elif moment == "while samples were made":
+        found = [*_of_samples(config), *_of_sizes(config, models), *found]
+    elif moment == "in the training":
+        found = [
+            *_of_activations(config, models),
+            *_of_sizes(config, models),
+            *found,
+            *_of_optimizer(config),
+        ]
+    return found
+
+
+def _of_batches(config: TrainingConfig) -> Iterator[Remedy]:
+    if config.batch_size > 1:
+        # The most that divides it: the steps then have the same samples.
+        size = config.batch_size
+        fewer = next(n for n in range(size // 2, 0, -1) if size % n == 0)
+        steps = config.gradient_accumulation_steps * size // fewer
+        yield Remedy(
+            "activations", f"batch_size: {fewer} with gradient_accumulation_steps: {steps}"
+        )
+
+
+def _of_samples(config: TrainingConfig) -> Iterator[Remedy]:
+    if len(config.sample_prompts) > 1:
+        yield Remedy("activations", f"sample_prompts: fewer than {len(config.sample_prompts)}")
+
+
+def _of_activations(config: TrainingConfig, models: Models) -> Iterator[Remedy]:
+    asked, usual = config.checkpoints_gradients, models.found.family.checkpoints_gradients
+    checkpoints = usual if asked is None else asked
+    if not checkpoints:
+        yield Remedy("activations", "use_gradient_checkpointing: true")
+    yield from _of_batches(config)
+    on_gpu = models.device.type == "cuda"
+    if on_gpu and not config.use_gradient_checkpointing_offload:
+        yield Remedy("activations", "use_gradient_checkpointing_offload: true")
+
+
+def _of_sizes(config: TrainingConfig, models: Models) -> Iterator[Remedy]:
+    family = models.found.family
+    clip = clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
+    if clip is not None and clip.num_frames > clip.rule.smallest:
+        frames = clip.rule.longest(max(clip.rule.smallest, clip.num_frames // 2))
+        yield Remedy("activations", f"num_frames: {frames}")
+    if config.height is not None and config.width is not None:
+        factor = family.geometry.side_factor
+        height, width = (
+            max(side // 2 // factor, 1) * factor for side in (config.height, config.width)
+        )
+        if (height, width) != (config.height, config.width):
+            yield Remedy("activations", f"height: {height}, width: {width}")
+    elif config.max_pixels // 2 >= family.geometry.side_factor**2:
+        yield Remedy("activations", f"max_pixels: {config.max_pixels // 2}")
+
+
+def _of_weights(config: TrainingConfig, models: Models) -> Iterator[Remedy]:
+    if models.dtype == torch.float32:
+        yield Remedy("weights", "mixed_precision: bf16")
+    stored = {entry.text for entry in float8_entries(config)}
+    family = models.found.family
+    full = {family.part(name).of for name in config.trainable_models}
+    lora = {family.part(name).of for name in config.lora_base_model}
+    # A DoRA measures the weights, which it cannot do in float8.
+    fine = full | lora if config.lora_method == "dora" else full
+    components = models.found.components
+    frozen = {
+        name: sum(prod(info.shape) for info in found.header.values())
+        for name, found in components.items()
+        if name not in fine and found.entry.text not in stored
+    }
+    there = {name: count for name, count in frozen.items() if name in models.modules} or frozen
+    if there:
+        largest = max(there, key=lambda name: there[name])
+        yield Remedy("weights", f"fp8_models with {components[largest].entry.text} ('{largest}')")
+    idle = len(family.at_work(frozenset(lora))) > 1 and not full
+    on_gpu = models.device.type == "cuda"
+    if on_gpu and idle and not config.offload_idle_denoiser:
+        yield Remedy("weights", "offload_idle_denoiser: true")
+
+
+def _of_optimizer(config: TrainingConfig) -> Iterator[Remedy]:
+    small = config.optimizer in ("adamw8bit", "adafactor")
+    if config.customized_optimizer is None and not small:
+        yield Remedy("optimizer", "optimizer: adamw8bit")
+    if config.ema_sigma_rel is not None:
+        yield Remedy("optimizer", "ema_sigma_rel: left out")
+    if config.lora_base_model and config.lora_method != "oft" and config.lora_rank > 1:
+        yield Remedy("optimizer", f"lora_rank: {config.lora_rank // 2}")
+    if config.trainable_models:
+        names = ", ".join(config.trainable_models)
+        yield Remedy("optimizer", f"lora_base_model: {names} in place of trainable_models")

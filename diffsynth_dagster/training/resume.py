@@ -1,0 +1,277 @@
+"""Going on from a state of the run folder: which one, and whether it is of the same training."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from diffsynth_dagster.config.effect import values_that_affect
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import DamagedError, OutputError, ParameterError, shown
+from diffsynth_dagster.facts import digest_file
+from diffsynth_dagster.training.batches import StepDataset
+from diffsynth_dagster.training.record import LOGS, SAMPLE_LOSSES, RunRecord, read_record
+from diffsynth_dagster.training.setup import Work
+from diffsynth_dagster.training.state import Notes, WrittenState, read_state, state_folders
+
+_BY_STEPS = ("num_epochs", "batch_size", "gradient_accumulation_steps")
+"""More epochs go on where fewer ended; the others may change where a step has the same samples."""
+_SAME_COURSE = ("constant", "constant_with_warmup")
+"""Courses of the learning rate that do not depend on how many steps there are."""
+_CARRIED = (
+    "first_loss",
+    "final_loss",
+    "all_losses_finite",
+    "checkpoints",
+    "newest",
+    "held_out",
+    "best",
+    "evaluation",
+    "beside",
+    "pictures",
+    "clips",
+)
+
+
+def identity_of(config: TrainingConfig, record: RunRecord) -> dict[str, Any]:
+    """What the steps of a training depend on, by name: JSON values."""
+    values = values_that_affect(config, "weights", "rows", "latents", "training")
+    held_out = record.held_out_digest
+    values["mixed_precision"] = record.mixed_precision  # asked for by the launcher, where not here
+    if config.lr_scheduler not in _SAME_COURSE:
+        values["the number of epochs, on which the learning rate depends"] = config.num_epochs
+    return {
+        **{name: value for name, value in values.items() if name not in _BY_STEPS},
+        "the samples": record.samples_digest,
+        **({"the held-out samples": held_out} if held_out is not None else {}),
+        **{f"the weights of {name}": digest for name, digest in record.base.items()},
+        "the version of this program": record.version,
+    }
+
+
+def choose_state(
+    config: TrainingConfig,
+    record: RunRecord,
+    data: StepDataset,
+    can_restore: bool,
+    warn: Callable[[str], None],
+) -> WrittenState | None:
+    """The newest whole state of the run folder, if the training is to go on from one.
+
+    Checkpoints that were removed are not made again. Where one was changed, an older state is taken, if
+    there is one from before it.
+
+    Args:
+        record: of the training that is about to start.
+        data: its steps.
+        can_restore: see `Parallel.can_save_state`.
+
+    Raises:
+        ParameterError: the state is of another training; or there is none, and there must be.
+        OutputError: a state cannot be read, though it may be whole.
+    """
+    if config.resume == "never":
+        return None
+    output = Path(config.output_path)
+    newest: tuple[WrittenState, list[str]] | None = None
+    for _, folder in state_folders(output):
+        try:
+            state = read_state(folder)
+        except DamagedError as error:
+            warn(f"{error.what}; where: {folder}; an older state is looked for")
+            continue
+        names = differing(state.identity, identity_of(config, record))
+        names += _differing_steps(config, state, data)
+        if not can_restore:
+            names.append("DeepSpeed, which keeps the optimizer's state in parts")
+        if names and config.resume == "same":
+            warn(f"training from the beginning: changed since the last state: {', '.join(names)}")
+            return None
+        if names:
+            raise ParameterError(
+                "the run folder holds the state of another training, which differs in: "
+                + ", ".join(names),
+                where=f"output_path = {output}",
+                do="give another output_path; or resume: never, which trains from the beginning and "
+                "removes what the other training wrote",
+            )
+        changed = _changed_checkpoints(output, state)
+        if not changed:
+            return _with_what_is_left(output, state, config.save_keep is not None, warn)
+        newest = newest or (state, changed)
+        warn(f"{changed[0]} is not what was written; an older state than {folder} is looked for")
+    if newest is not None:
+        state, changed = newest
+        warn(f"no state is older than {changed[0]}, which is removed and not made again")
+        return _with_what_is_left(output, state, config.save_keep is not None, warn, changed)
+    if config.resume == "must":
+        raise ParameterError(
+            "there is no whole state to go on from",
+            where=f"resume = must, output_path = {output}",
+            do="leave resume out, or correct output_path",
+        )
+    return None
+
+
+def _differing_steps(config: TrainingConfig, state: Notes, data: StepDataset) -> list[str]:
+    """In what the steps of a state differ from those of a training."""
+    names: list[str] = []
+    if state.order != data.order.key:
+        names.append(
+            "the samples of each step (batch_size, gradient_accumulation_steps and the number of "
+            "processes, whose product must stay the same)"
+        )
+    steps = data.order.steps_per_epoch * config.num_epochs
+    if state.step > steps:
+        names.append(f"num_epochs ({state.step} steps are made, and it gives {steps})")
+    return names
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two identities differ in: parameters with their value before, and what counts by content."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [n if n.startswith("the ") else f"{n} (was {shown(before.get(n))})" for n in names]
+
+
+def _changed_checkpoints(output: Path, state: Notes) -> list[str]:
+    """The checkpoints of a state that are there, and not as they were written."""
+    known: Mapping[str, str] = state.record["checkpoints"]
+    there = {name: output / name for name in known if (output / name).is_file()}
+    return [name for name, path in there.items() if digest_file(path) != known[name]]
+
+
+def _with_what_is_left(
+    output: Path,
+    state: WrittenState,
+    may_be_gone: bool,
+    warn: Callable[[str], None],
+    changed: Sequence[str] = (),
+) -> WrittenState:
+    """A state whose record names no checkpoint that is not there any more.
+
+    Args:
+        may_be_gone: whether older checkpoints make place for newer ones, which are written again.
+        changed: checkpoints that are not to be named either.
+    """
+    record, best = state.record, state.record["best"]
+    gone = [name for name in record["checkpoints"] if not (output / name).is_file()]
+    removed = [name for name in gone if name not in best] if not may_be_gone else []
+    if removed:
+        warn(f"{', '.join(removed)} were removed since, and are not made again")
+    without = {*gone, *changed}
+    left = {
+        "checkpoints": {n: d for n, d in record["checkpoints"].items() if n not in without},
+        "best": [name for name in best if name not in without],
+        "newest": [name for name in record["newest"] if name not in without],
+    }
+    return replace(state, record={**record, **left})
+
+
+def going_on(record: RunRecord, state: WrittenState | None) -> RunRecord:
+    """The record of a training that goes on from a state, or starts."""
+    if state is None:
+        return record
+    carried = {name: state.record[name] for name in _CARRIED}
+    before = [*state.record["resumed_from"], state.step]
+    return replace(record, **carried, resumed_from=before)
+
+
+def restore(work: Work, written: WrittenState) -> list[Any]:
+    """Bring a training to where it was after a step, but for the random numbers. Collective.
+
+    Returns:
+        For each process that wrote the state, its random numbers: see `Parallel.restore_random`.
+    """
+    parallel = work.session.parallel
+    state = written.whole(parallel.tensors_from_main(written.tensors))
+    with torch.no_grad():
+        for name, parameter in work.trained.items():
+            parameter.copy_(state.weights[name])
+    parallel.restore(state.pieces, work.optimizer, work.schedule)
+    work.losses.restore(state.pieces["losses"], parallel.is_main_process)
+    work.average.restore(state.pieces["average"])
+    return state.pieces["random"]
+
+
+class Logs:
+    """The logs of a run folder as they grow, each read once."""
+
+    def __init__(self, output: Path) -> None:
+        self._read = {output / name: (0, blake3()) for name in LOGS}
+
+    def positions(self) -> dict[str, Any]:
+        """Name of each log that is there → its bytes, and their digest."""
+        for path, (size, digest) in self._read.items():
+            if path.is_file():
+                with path.open("rb") as file:
+                    file.seek(size)
+                    more = file.read()
+                digest.update(more)
+                self._read[path] = (size + len(more), digest)
+        return {
+            path.name: {"bytes": size, "digest": digest.hexdigest()}
+            for path, (size, digest) in self._read.items()
+            if path.is_file()
+        }
+
+
+def make_ready(output: Path, state: Notes | None, warn: Callable[[str], None]) -> None:
+    """Remove from a run folder what the training that starts would not have written up to where it
+    starts: what is newer than the state, or all of an older training.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    try:
+        for step, folder in state_folders(output):
+            if state is None or step > state.step:
+                shutil.rmtree(folder)
+        _remove_older(output, state)
+        if state is not None:
+            _cut_logs(output, state, warn)
+    except OSError as error:
+        raise OutputError(
+            f"what an older training left cannot be removed: {error}",
+            where=str(output),
+            do="check the folder's permissions",
+        ) from error
+
+
+def _remove_older(output: Path, state: Notes | None) -> None:
+    """Remove what an older training wrote, by its record, but for what a state goes on with."""
+    try:
+        older = read_record(output)
+    except OutputError:  # damaged: it will be replaced
+        older = None
+    written = set() if older is None else _written(asdict(older))
+    if state is not None:
+        written -= _written(state.record)
+    else:
+        written |= {*LOGS, SAMPLE_LOSSES}
+    for name in written:
+        (output / name).unlink(missing_ok=True)
+
+
+def _written(record: Mapping[str, Any]) -> set[str]:
+    """The checkpoints and samples that a record names, as paths from the run folder."""
+    samples = [*record["pictures"].values(), *record["clips"].values()]
+    checkpoints = {Path(name).name for name in [*record["checkpoints"], *record["writing"]]}
+    return checkpoints | {f"samples/{Path(name).name}" for name in samples}
+
+
+def _cut_logs(output: Path, state: Notes, warn: Callable[[str], None]) -> None:
+    """Cut off what logs say of later steps. One that is not what was written is begun anew."""
+    for name in LOGS:
+        path, known = output / name, state.logs.get(name)
+        said = path.read_bytes() if path.is_file() else b""
+        kept = said[: known["bytes"]] if known is not None else b""
+        if known is not None and blake3(kept).hexdigest() != known["digest"]:
+            warn(f"{path} is damaged; what it said of the first {state.step} steps is lost")
+            kept = b""
+        if path.is_file():
+            with path.open("r+b") as file:
+                file.truncate(len(kept))

@@ -1,0 +1,80 @@
+"""The record of a training that is about to start, with all that its result depends on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffsynth_dagster import __version__
+from diffsynth_dagster.cache.encode import step_components
+from diffsynth_dagster.cache.held_out import held_out_manifest
+from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.config.effect import trained_components, values_that_affect
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.facts import FactCache, digest_of
+from diffsynth_dagster.training.record import RunRecord
+from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.models import component_digest
+
+
+def config_digest(config: TrainingConfig) -> str:
+    """Digest of the parameters that count by value, up to those that affect the training.
+
+    What counts by content is in the digests of files beside it.
+    """
+    return digest_of(values_that_affect(config, "weights", "rows", "latents", "training"))
+
+
+def start_record(
+    config: TrainingConfig,
+    found: FoundModel,
+    manifest: Manifest,
+    fact_cache: FactCache,
+    devices: Sequence[str] = (),
+    mixed_precision: str = "no",
+) -> RunRecord:
+    """The record of a training that is about to start.
+
+    Args:
+        devices: name of the device of each process.
+        mixed_precision: what is computed in. Neither of the two is part of the identity.
+
+    Raises:
+        WeightsError: the file of `lora_checkpoint` or `resume_from_checkpoint` is missing.
+        StoreError: see `held_out_manifest`.
+    """
+    names = step_components(found, trained_components(config))
+    base = manifest.weights | {name: component_digest(found, name, fact_cache) for name in names}
+    for parameter in ("lora_checkpoint", "resume_from_checkpoint"):
+        path = getattr(config, parameter)
+        if path is not None:
+            base[parameter] = _digest_of_start(parameter, Path(path), fact_cache)
+    held_out = held_out_manifest(config, manifest)
+    held_out_digest = None if held_out is None else held_out.digest
+    lora = config.adapter if config.lora_base_model else None
+    settings = config_digest(config)
+    stages = [stage.name for stage in found.family.stages]
+    path = found.path.description
+    samples = manifest.digest if held_out is None else [manifest.digest, held_out_digest]
+    return RunRecord(
+        identity=digest_of([__version__, settings, samples, base, stages, path]),
+        family=found.family.name,
+        trained=[*config.trainable_models, *config.lora_base_model],
+        base=dict(sorted(base.items())),
+        samples=manifest.samples,
+        samples_digest=manifest.digest,
+        config_digest=settings,
+        lora=lora,
+        held_out_digest=held_out_digest,
+        devices=list(devices),
+        mixed_precision=mixed_precision,
+    )
+
+
+def _digest_of_start(parameter: str, path: Path, fact_cache: FactCache) -> str:
+    if not path.is_file():
+        raise WeightsError(
+            "the file to start from does not exist",
+            where=f"{parameter} = {path}",
+            do="correct the path",
+        )
+    return fact_cache.digest(path)

@@ -1,0 +1,130 @@
+"""Writes the states of a training now and then, beside its steps."""
+
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from diffsynth_dagster.errors import OutputError, ParameterError
+from diffsynth_dagster.training.resume import Logs, identity_of
+from diffsynth_dagster.training.setup import Work
+from diffsynth_dagster.training.state import PackedState, State, keep_states
+
+
+class States:
+    """A state every `state_steps` or `state_minutes`, and after the last step.
+
+    A step waits for the copy of a state only; a thread writes it. Where it cannot be written, the
+    training goes on with a warning, and the state before stays.
+
+    Raises:
+        ParameterError: `state_steps` is given, and states cannot be written.
+    """
+
+    def __init__(self, work: Work) -> None:
+        config, parallel = work.session.config, work.session.parallel
+        self._every = config.state_steps
+        self._seconds = config.state_minutes * 60
+        self._total = work.total_steps
+        self._writes = config.writes_states and parallel.can_save_state
+        if self._every is not None and not self._writes:
+            raise ParameterError(
+                "DeepSpeed keeps the optimizer's state in parts, which cannot be written as a state",
+                where=f"state_steps = {self._every}",
+                do="leave it out, or train without DeepSpeed",
+            )
+        self._parallel = parallel
+        self._thread: threading.Thread | None = None
+        self._failed: list[str] = []
+        self._reporter = work.session.reporter
+        self._output = Path(config.output_path)
+        self._logs = Logs(self._output)
+        self._began = self._written = time.monotonic()
+        state = work.session.state
+        self._newest, self._before = (0, 0.0) if state is None else (state.step, state.seconds)
+
+    @property
+    def seconds(self) -> float:
+        """What the steps took, with those before a stop."""
+        return self._before + time.monotonic() - self._began
+
+    def due(self, step: int) -> bool:
+        """Whether a state is written after a step. Collective."""
+        self._warn()
+        if not self._writes or step == 0:
+            return False
+        if step == self._total or (self._every is not None and step % self._every == 0):
+            return True
+        late = time.monotonic() - self._written >= self._seconds
+        return self._seconds > 0 and self._parallel.any(late)
+
+    def run(self, work: Work, step: int, done: int) -> None:
+        """Copy the state after a step, and begin to write it. Collective.
+
+        Args:
+            done: see `Notes`.
+        """
+        if not self._writes or step == self._newest:
+            return
+        session = work.session
+        self._newest, self._written = step, time.monotonic()
+        pieces = self._parallel.pieces(work.optimizer, work.schedule)
+        pieces["losses"] = work.losses.pieces(self._parallel)
+        pieces["average"] = work.average.weights
+        weights = self._parallel.whole_weights(work.model, work.trained)
+        if not self._parallel.is_main_process:
+            return
+        self.close()  # what is written still
+        record = session.run_file.record
+        state = State(
+            step=step,
+            done=done,
+            identity=identity_of(session.config, record),
+            order=work.data.order.key,
+            record=asdict(record),
+            seconds=self.seconds,
+            logs=self._logs.positions(),
+            pieces=pieces,
+            weights=weights,
+        )
+        try:
+            packed = PackedState(state)
+        except TypeError as error:
+            session.reporter.warned(f"the state after step {step} is not written: {error}")
+            return
+
+        def write() -> None:
+            try:
+                packed.write(self._output)
+            except OutputError as error:
+                self._failed.append(f"the state after step {step} is not written: {error.what}")
+            else:
+                self._keep(session.config.state_keep)
+
+        self._thread = threading.Thread(target=write, name=f"state-{step}")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Keep the newest state alone: the training has ended, and more epochs may go on from there."""
+        self.close()
+        if self._writes and self._parallel.is_main_process:
+            self._keep(1)
+            self._warn()
+
+    def _keep(self, count: int) -> None:
+        try:
+            keep_states(self._output, count)
+        except OutputError as error:
+            self._failed.append(f"{error.what}; where: {error.where}")
+
+    def close(self) -> None:
+        """Wait until what was begun is written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._warn()
+
+    def _warn(self) -> None:
+        """Say what the thread could not write."""
+        while self._failed:
+            self._reporter.warned(self._failed.pop())

@@ -1,0 +1,81 @@
+"""Trackers of experiments, through accelerate: which are switched on, and how each shows a picture.
+
+accelerate hands numbers over to all of them alike. It has no call for pictures that all of them have,
+so that each is called here as its own documentation says.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffsynth_dagster.config.checks import TRACKERS
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import ParameterError
+
+Show = Callable[[Any, str, Image.Image, int], None]
+"""(accelerate's tracker, name, picture, step): log the picture."""
+
+
+def tracker_names(config: TrainingConfig, available: Collection[str]) -> list[str]:
+    """The trackers that a config switches on, by accelerate's names.
+
+    Args:
+        available: the trackers that accelerate finds installed.
+
+    Raises:
+        ParameterError: the package of one is not installed.
+    """
+    wanted = [n for n in TRACKERS if getattr(config, f"enable_{n}_log")]
+    for name in wanted:
+        if name not in available:
+            raise ParameterError(
+                f"{name} is not installed", where=f"enable_{name}_log", do=f"pip install {name}"
+            )
+    return wanted
+
+
+def project_of(config: TrainingConfig) -> str:
+    """Name of the project in the trackers, which is the same in all."""
+    named = (getattr(config, f"{n}_project") for n in TRACKERS[1:] if _is_on(config, n))
+    return next(named, config.wandb_project).replace("/", "-")
+
+
+def _is_on(config: TrainingConfig, name: str) -> bool:
+    return getattr(config, f"enable_{name}_log")
+
+
+def show_picture(tracker: Any, name: str, picture: Image.Image, step: int) -> None:
+    """Log a picture to one of accelerate's trackers."""
+    _SHOWS[tracker.name](tracker, name, picture, step)
+
+
+def _to_tensorboard(tracker: Any, name: str, picture: Image.Image, step: int) -> None:
+    pixels = np.asarray(picture.convert("RGB"))
+    tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+
+
+def _to_log_images(tracker: Any, name: str, picture: Image.Image, step: int) -> None:
+    tracker.log_images({name: [picture]}, step=step)
+
+
+def _to_trackio(tracker: Any, name: str, picture: Image.Image, step: int) -> None:
+    import trackio  # pyright: ignore[reportMissingImports]
+
+    tracker.log({name: trackio.Image(picture)}, step=step)
+
+
+def _to_mlflow(tracker: Any, name: str, picture: Image.Image, step: int) -> None:
+    import mlflow  # pyright: ignore[reportMissingImports]
+
+    mlflow.log_image(picture.convert("RGB"), key=name, step=step)
+
+
+_SHOWS: Mapping[str, Show] = {
+    "tensorboard": _to_tensorboard,
+    "wandb": _to_log_images,
+    "swanlab": _to_log_images,
+    "trackio": _to_trackio,
+    "mlflow": _to_mlflow,
+}

@@ -1,0 +1,118 @@
+"""Through Dagster: what is killed goes on from its last state, by a retry or by the next run."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from conftest import Values, make_config, train
+from dagster_support import (
+    environment,
+    home,
+    job,
+    processes_about,
+    start,
+    wait_for,
+    wait_until_training,
+    write_recipe,
+)
+from safetensors.torch import load_file
+
+from diffsynth_dagster.cache.split import second_half
+from diffsynth_dagster.training.uptodate import finished_training
+from diffsynth_dagster.weights.hub import ModelHub
+
+LONG = {"num_epochs": 150, "save_steps": 200, "state_steps": 20, "learning_rate": 1e-3}
+
+
+def wait_for_state(run: Path, after: int, process: "subprocess.Popen[bytes]", log: Path) -> int:
+    """Wait until there is a state after more steps than that; returns its step."""
+
+    def newest() -> int:
+        assert process.poll() is None, log.read_text()
+        steps = [int(p.name.removeprefix("step-")) for p in (run / "state").glob("step-*")]
+        return max((step for step in steps if step > after), default=0)
+
+    return wait_for(newest, 120, f"a state after step {after}")
+
+
+def kill_training(run: Path) -> None:
+    """SIGKILL to the process that trains: not to those that wait for it."""
+    ours = [p for p in processes_about(str(run)) if "diffsynth_dagster.train" in p.cmdline()]
+    (process,) = [p for p in ours if not p.children()]
+    process.send_signal(signal.SIGKILL)
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """What the last materialization of the checkpoints says."""
+    with dg.DagsterInstance.from_config(str(folder / "home")) as instance:
+        event = instance.get_latest_materialization_event(dg.AssetKey(["tiny", "checkpoints"]))
+        assert event is not None
+        assert event.asset_materialization is not None
+        return dict(event.asset_materialization.metadata)
+
+
+def test_a_training_that_dies_before_it_begins_is_not_taken_for_done(
+    values: Values, tmp_path: Path
+) -> None:
+    """`retrain`: what the older run left is there still when the retry looks."""
+    code, run = train(values(num_epochs=2), tmp_path / "run")
+    assert code == 0
+    config = {**values(num_epochs=2), "output_path": str(run)}
+    hub = ModelHub.from_environment()
+    assert finished_training(second_half(make_config(config)), hub, None) is not None
+    before = (run / "run.json").read_bytes()
+    write_recipe(tmp_path / "recipes", "tiny", config)
+    env, log = environment(home(tmp_path / "home"), tmp_path / "recipes"), tmp_path / "log"
+    given = tmp_path / "retrain.yaml"
+    given.write_text("ops: {tiny__checkpoints: {config: {retrain: true}}}\n", encoding="utf-8")
+    process = start([*job("train_tiny"), "-c", str(given)], env, log)
+
+    def trains() -> bool:
+        """The supervisor, the launcher, and a training that has not begun."""
+        recipes = [p.read_text() for p in run.glob(".launch.yaml*")]
+        return any("sft:train" in text for text in recipes) and len(processes_about(str(run))) == 3
+
+    wait_for(trains, 120, "the training")
+    kill_training(run)
+    assert process.wait(240) == 0, log.read_text()
+    assert "tried again in 5 s" in log.read_text()
+    assert told(tmp_path)["trained_in_this_run"].value
+    assert (run / "run.json").read_bytes() != before
+
+
+def test_killed_trainings_go_on(values: Values, tmp_path: Path) -> None:
+    """First all of `dagster job execute` is killed, then the training of the next one."""
+    code, undisturbed = train(values(**LONG), tmp_path / "undisturbed")
+    assert code == 0
+    folder, run = tmp_path / "b", tmp_path / "b" / "run"
+    write_recipe(folder / "recipes", "tiny", {**values(**LONG), "output_path": str(run)})
+    env, log = environment(home(folder / "home"), folder / "recipes"), folder / "log"
+
+    process = start(job("train_tiny"), env, log)
+    wait_until_training(run, process, log)
+    first = wait_for_state(run, 0, process, log)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
+    wait_for(lambda: not processes_about(str(run)), 60, "no process is left")
+
+    process = start(job("train_tiny"), env, log)
+    second = wait_for_state(run, first + 20, process, log)
+    kill_training(run)
+    assert process.wait(240) == 0, log.read_text()
+    said = log.read_text()
+    assert "tried again in 5 s" in said
+    assert "going on after step" in said
+
+    record, facts = json.loads((run / "run.json").read_text()), told(folder)
+    assert len(record["resumed_from"]) == 2
+    assert record["resumed_from"][0] >= first
+    assert record["resumed_from"][1] >= second
+    assert facts["resumed_after_step"].value == record["resumed_from"][1]
+    assert facts["trained_in_this_run"].value
+    for name in record["checkpoints"]:
+        one, other = (load_file(f / name) for f in (undisturbed, run))
+        assert all(bool((one[tensor] == other[tensor]).all()) for tensor in one)

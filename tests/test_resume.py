@@ -1,0 +1,375 @@
+"""A training that is stopped goes on exactly where it was: the final files are those of one that was not."""
+
+import contextlib
+import errno
+import io
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Values, make_config, train, write_images
+from damage_support import DAMAGE
+from safetensors.torch import load_file
+from soak_support import result
+
+from diffsynth_dagster.errors import Stopped
+from diffsynth_dagster.train import run as run_training
+from diffsynth_dagster.training.parallel import Parallel
+from diffsynth_dagster.training.record import RunFile
+from diffsynth_dagster.training.sampling import Evaluation, Generate
+from diffsynth_dagster.training.state import read_state
+
+LONG = {
+    "num_epochs": 4,
+    "save_steps": 3,
+    "lr_scheduler": "cosine",
+    "lora_dropout": 0.2,
+    "sample_prompts": ["a picture"],
+    "sample_num_inference_steps": 1,
+    "height": 32,
+    "width": 32,
+    "enable_csv_log": True,
+}
+STEPS = 8
+
+
+def after(run: Path, step: int) -> Callable[[], bool]:
+    """Asks to stop once a training has made so many steps."""
+    metrics = run / "metrics.csv"
+    return lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > step
+
+
+def never() -> bool:
+    return False
+
+
+def contents(run: Path) -> dict[str, Any]:
+    """What a training leaves, without what it took."""
+    return {**result(run), "loss.csv": (run / "loss.csv").read_text()}
+
+
+@pytest.fixture
+def undisturbed(values: Values, tmp_path: Path) -> dict[str, Any]:
+    code, run = train(values(**LONG), tmp_path / "undisturbed")
+    assert code == 0
+    return contents(run)
+
+
+def stop_after(config: dict[str, Any], *steps: int) -> None:
+    """Start a training again and again, and stop it each time after so many steps more."""
+    for number in range(len(steps)):
+        stop = after(Path(config["output_path"]), sum(steps[: number + 1]))
+        with pytest.raises(Stopped):
+            run_training(make_config(config), stop)
+
+
+@pytest.mark.parametrize("steps", [[1], [3], [7], [8], [1, 1, 1, 1, 1, 1, 1], [2, 4]])
+def test_a_stopped_training_ends_with_the_same_files(
+    values: Values, tmp_path: Path, undisturbed: dict[str, Any], steps: list[int]
+) -> None:
+    config = values(**LONG, output_path=str(tmp_path / "run"))
+    stop_after(config, *steps)
+    record = run_training(make_config(config), never)
+    assert contents(tmp_path / "run") == undisturbed
+    assert record is not None
+    assert record.resumed_from == [sum(steps[: i + 1]) for i in range(len(steps))]
+
+
+def refusal(config: dict[str, Any], *flags: str) -> str:
+    """What the command line says of a training that it refuses."""
+    folder = Path(config["output_path"])
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        assert train(config, folder, *flags)[0] == 2
+    assert "Traceback" not in error.getvalue()
+    return error.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"learning_rate": 1e-4}, r"differs in: learning_rate \(was 0.001\)"),
+        ({"lora_rank": 2}, r"differs in: lora_rank \(was 4\)"),
+        ({"seed": 1, "weight_decay": 0.0}, r"seed \(was 0\), weight_decay"),
+        ({"num_epochs": 1}, "the number of epochs, on which the learning rate depends"),
+        ({"batch_size": 2}, "the samples of each step"),
+    ],
+)
+def test_a_state_of_another_training_is_refused_and_stays(
+    values: Values, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    config = values(**LONG, output_path=str(tmp_path / "run"))
+    stop_after(config, 3)
+    before = {p: p.read_bytes() for p in (tmp_path / "run" / "state").rglob("*") if p.is_file()}
+    said = refusal({**config, **change})
+    assert re.search(words, said), said
+    assert "never" in said
+    assert {p: p.read_bytes() for p in before} == before
+    if "num_epochs" not in change:  # what it would take: the same again
+        run_training(make_config(config), never)
+
+
+def test_the_precision_is_compared_wherever_it_was_asked_for(
+    values: Values, tmp_path: Path
+) -> None:
+    """The launcher's counts where the config has none."""
+    config = values(**LONG, output_path=str(tmp_path / "run"))
+    assert config.get("mixed_precision") is None
+    stop_after(config, 1)
+    state = read_state(tmp_path / "run" / "state" / "step-1")
+    assert state.identity["mixed_precision"] == "no"
+
+
+def test_other_data_and_weights_are_named(values: Values, tmp_path: Path) -> None:
+    config = values(**LONG, output_path=str(tmp_path / "run"))
+    stop_after(config, 3)
+    data = write_images(tmp_path / "data", 5)
+    moved = {"dataset_base_path": str(data), "dataset_metadata_path": str(data / "metadata.csv")}
+    assert "differs in: the samples" in refusal({**config, **moved})
+
+
+def test_what_affects_no_result_may_change(
+    values: Values, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    config = values(**LONG, output_path=str(tmp_path / "run"))
+    stop_after(config, 3)
+    moved = shutil.move(tmp_path / "run", tmp_path / "moved")
+    other = {"dataset_num_workers": 1, "state_steps": 2, "state_keep": 5, "output_path": str(moved)}
+    run_training(make_config({**config, **other}), never)
+    assert contents(Path(moved)) == undisturbed
+
+
+def test_one_process_may_take_the_steps_of_several(values: Values, tmp_path: Path) -> None:
+    """The same samples in each step, in other micro-batches: no mismatch, and nearly the same sums."""
+    long = {**LONG, "lora_dropout": 0.0}
+    assert train(values(**long, batch_size=4), tmp_path / "whole")[0] == 0
+    config = values(**long, batch_size=4, output_path=str(tmp_path / "run"))
+    stop_after(config, 3)
+    halves = {**config, "batch_size": 2, "gradient_accumulation_steps": 2}
+    run_training(make_config(halves), never)
+    first, second = (load_file(tmp_path / name / "step-8.safetensors") for name in ("whole", "run"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_more_epochs_go_on_where_fewer_ended(values: Values, tmp_path: Path) -> None:
+    long = {**LONG, "lr_scheduler": "constant", "save_steps": None}
+    assert train(values(**long), tmp_path / "whole")[0] == 0
+    config = values(**{**long, "num_epochs": 2}, output_path=str(tmp_path / "run"))
+    run_training(make_config(config), never)
+    record = run_training(make_config({**config, "num_epochs": 4}), never)
+    assert record is not None
+    assert record.resumed_from == [4]
+    assert list(record.checkpoints) == [f"epoch-{n}.safetensors" for n in range(4)]
+    for name in record.checkpoints:
+        whole, longer = (load_file(tmp_path / run / name) for run in ("whole", "run"))
+        assert all(torch.equal(whole[tensor], longer[tensor]) for tensor in whole)
+
+
+def test_a_finished_training_ends_at_once(
+    values: Values, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    record = run_training(
+        make_config(values(**LONG, output_path=str(tmp_path / "undisturbed"))), never
+    )
+    assert record is not None
+    assert record.resumed_from == [STEPS]
+    assert contents(tmp_path / "undisturbed") == undisturbed
+
+
+def test_a_training_from_the_beginning_leaves_nothing_of_an_older_one(
+    values: Values, tmp_path: Path
+) -> None:
+    config = values(**LONG, output_path=str(tmp_path / "run"))
+    run_training(make_config(config), never)
+    mine = tmp_path / "run" / "step-3-mine.safetensors"
+    mine.write_bytes(b"a file of the user's")
+    fresh = {**config, "num_epochs": 1, "save_steps": None, "sample_prompts": [], "resume": "never"}
+    record = run_training(make_config(fresh), never)
+    assert record is not None
+    assert record.resumed_from == []
+    assert mine.exists()
+    found = {p.name for p in (tmp_path / "run").glob("*.safetensors")}
+    assert found == {"epoch-0.safetensors", mine.name}
+    assert not list((tmp_path / "run" / "samples").glob("*"))
+    assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-2"]
+
+
+def test_there_must_be_a_state(values: Values, tmp_path: Path) -> None:
+    config = values(**LONG, output_path=str(tmp_path / "run"), resume="must")
+    assert "there is no whole state to go on from" in refusal(config)
+
+
+@pytest.mark.parametrize("file", ["state.json", "tensors.safetensors"])
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_state_is_named_and_an_older_one_taken(
+    values: Values,
+    tmp_path: Path,
+    undisturbed: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    how: Callable[[bytes, random.Random], bytes],
+) -> None:
+    config = values(**LONG, output_path=str(tmp_path / "run"), state_steps=2)
+    stop_after(config, 5)
+    assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir()) == ["step-4", "step-5"]
+    path = tmp_path / "run" / "state" / "step-5" / file
+    path.write_bytes(how(path.read_bytes(), random.Random(0)))
+    record = run_training(make_config(config), never)
+    assert record is not None
+    assert record.resumed_from == [4]
+    assert f"where: {path.parent}; an older state is looked for" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == undisturbed
+
+
+def test_a_checkpoint_that_was_changed_is_made_again(
+    values: Values, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    config = values(**LONG, output_path=str(tmp_path / "run"), state_steps=2)
+    stop_after(config, 4)
+    (tmp_path / "run" / "step-3.safetensors").write_bytes(b"something else")
+    record = run_training(make_config(config), never)
+    assert record is not None
+    assert record.resumed_from == [2]
+    assert contents(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_what_is_older_than_every_state_costs_no_step(
+    values: Values,
+    tmp_path: Path,
+    undisturbed: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    is_there: bool,
+) -> None:
+    """A checkpoint that someone removed, to make space, or changed: the training goes on without it."""
+    config = values(**LONG, output_path=str(tmp_path / "run"))
+    stop_after(config, 4)
+    file = tmp_path / "run" / "step-3.safetensors"
+    file.write_bytes(b"something else") if is_there else file.unlink()
+    record = run_training(make_config(config), never)
+    assert record is not None
+    assert record.resumed_from == [4]
+    said = capsys.readouterr().err
+    assert ("which is removed and not made again" if is_there else "were removed since") in said
+    assert list(record.checkpoints) == ["step-6.safetensors", "step-8.safetensors"]
+    assert not file.exists()
+    last = (tmp_path / "run" / "step-8.safetensors").read_bytes()
+    assert last == undisturbed["step-8.safetensors"]
+
+
+def test_a_state_that_cannot_be_read_now_is_no_reason_to_begin_anew(
+    values: Values, tmp_path: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = values(**LONG, output_path=str(tmp_path / "run"))
+    stop_after(config, 4)
+
+    def fails(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffsynth_dagster.training.state.digest_file", fails)
+        assert "a state of the training cannot be read" in refusal(config)
+    run_training(make_config(config), never)
+    assert contents(tmp_path / "run") == undisturbed
+
+
+def test_deepspeed_is_refused_the_state_of_a_training_without_it(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = values(**LONG, output_path=str(tmp_path / "run"))
+    stop_after(config, 4)
+    monkeypatch.setattr(Parallel, "can_save_state", False)
+    assert "differs in: DeepSpeed, which keeps the optimizer's state in parts" in refusal(config)
+
+
+def test_no_file_is_left_that_a_killed_training_did_not_come_to_name(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies when a checkpoint is written, and its record not yet."""
+    config = values(**LONG, output_path=str(tmp_path / "run"))
+
+    def dies(*_: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFile, "saved", dies)
+        with pytest.raises(Stopped):
+            run_training(make_config(config), never)
+    assert (tmp_path / "run" / "step-3.safetensors").is_file()
+    record = run_training(make_config({**config, "resume": "never", "save_steps": 4}), never)
+    assert record is not None
+    files = [p.name for p in (tmp_path / "run").glob("*.safetensors")]
+    assert (
+        sorted(files) == sorted(record.checkpoints) == ["step-4.safetensors", "step-8.safetensors"]
+    )
+
+
+def test_states_can_be_switched_off(values: Values, tmp_path: Path) -> None:
+    config = values(**LONG, output_path=str(tmp_path / "run"), state_minutes=0)
+    stop_after(config, 4)
+    assert not (tmp_path / "run" / "state").exists()
+
+
+@pytest.mark.parametrize("stops", [[], [1], [4], [5], [7, 1], [2, 2, 2]])
+def test_the_newest_checkpoints_are_kept(
+    values: Values, tmp_path: Path, undisturbed: dict[str, Any], stops: list[int]
+) -> None:
+    config = values(**LONG, output_path=str(tmp_path / "run"), save_keep=1)
+    stop_after(config, *stops)
+    record = run_training(make_config(config), never)
+    assert record is not None
+    assert list(record.checkpoints) == ["step-8.safetensors"]
+    (kept,) = (tmp_path / "run").glob("*.safetensors")
+    assert load_file(kept).keys() == load_file(tmp_path / "undisturbed" / kept.name).keys()
+    for name, tensor in load_file(kept).items():
+        assert torch.equal(tensor, load_file(tmp_path / "undisturbed" / kept.name)[name])
+
+
+def look(generate: Generate) -> Evaluation:
+    """For `customized_evaluation`."""
+    (picture,) = generate(["an evaluation"], 3)
+    return Evaluation({"brightness": float(np.asarray(picture).mean())}, {"look": picture})
+
+
+def test_a_training_may_be_stopped_whenever_it_asks(values: Values, tmp_path: Path) -> None:
+    """Also in a measurement, a sample or an evaluation: what is not whole is done again."""
+    config = values(
+        num_epochs=1,
+        validation_split=3,
+        validation_steps=1,
+        keep_best=True,
+        sample_prompts=["a picture", "another"],
+        sample_num_inference_steps=2,
+        height=32,
+        width=32,
+        customized_evaluation="test_resume.look",
+    )
+
+    def run(folder: Path, stops_at: int | None) -> int:
+        """How often it asked."""
+        asked = 0
+
+        def stop() -> bool:
+            nonlocal asked
+            asked += 1
+            return stops_at is not None and asked >= stops_at
+
+        with pytest.raises(Stopped) if stops_at is not None else contextlib.nullcontext():
+            run_training(make_config({**config, "output_path": str(folder)}), stop)
+        return asked
+
+    run(tmp_path / "encoded", None)
+    times = run(tmp_path / "undisturbed", None)
+    assert times > 20
+    for question in range(1, times + 1, 5):
+        folder = tmp_path / f"stopped-{question}"
+        run(folder, question)
+        run(folder, None)
+        assert result(folder) == result(tmp_path / "undisturbed"), question

@@ -1,0 +1,119 @@
+"""The demo's training, killed at random moments and started again, ends with the bytes that it would have."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from soak_support import Attempt, Death, make_attempt, result, start_server
+
+from diffsynth_dagster.config.recipe import read_recipe
+
+STOPPED = 130
+
+
+def demo(folder: Path, **changes: Any) -> Path:
+    """The demo's recipe, which writes into a folder."""
+    config = read_recipe(ROOT / "recipes" / "demo.yaml").config.model_dump(
+        mode="json", exclude_unset=True
+    )
+    data = ROOT / config["dataset_base_path"]
+    config |= {
+        "dataset_base_path": str(folder / data.name),
+        "dataset_metadata_path": str(folder / data.name / "metadata.csv"),
+        "validation_metadata_path": str(folder / data.name / "held_out.csv"),
+        "model_paths": [str(ROOT / path) for path in config["model_paths"]],
+        "tokenizer_path": str(ROOT / config["tokenizer_path"]),
+        "cache_path": str(folder / "store"),
+        "output_path": str(folder / "run"),
+    }
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**config, **changes}), encoding="utf-8")
+    return recipe
+
+
+def deaths(source: random.Random, whole: Attempt, kills: int, terms: int) -> list[Death]:
+    """When the training is killed: a while after a start, at a touch of any file, or of a state's."""
+    chosen = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
+    source.shuffle(chosen)
+    found: list[Death] = []
+    for by in chosen:
+        kind = source.randrange(3)
+        if kind == 0:
+            found.append(Death(seconds=source.uniform(0.0, whole.seconds / 2), by=by))
+        elif kind == 1:
+            found.append(Death(touch=source.randint(1, whole.touched // 2), by=by))
+        else:
+            found.append(Death(touch=source.randint(1, 40), folder="run/state", by=by))
+    return found
+
+
+def killed(folder: Path, seed: int, kills: int, terms: int, **changes: Any) -> Counter[str]:
+    """Kill so many times, and start again each time until the training is done; how it went."""
+    server, run = start_server(), folder / "run"
+    recipe = demo(folder, **changes)
+    assert make_attempt(server, "command", recipe).code == 0
+    wanted = result(run)
+    shutil.rmtree(run)
+    whole = make_attempt(server, "command", recipe)  # from the store
+    assert result(run) == wanted
+    counted: Counter[str] = Counter()
+    left = deaths(random.Random(seed), whole, kills, terms)
+    while left:
+        shutil.rmtree(run)
+        code = None
+        while code != 0:
+            death = left.pop() if left else Death()
+            attempt = make_attempt(server, "command", recipe, death)
+            code = attempt.code
+            assert code in (None, 0, STOPPED, -signal.SIGTERM), (death, attempt)
+            counted["killed"] += code is None
+            counted["stopped"] += code in (STOPPED, -signal.SIGTERM)
+            counted["went on"] += "going on after step" in attempt.said
+            counted["while a state was written"] += code != 0 and death.folder != ""
+            if code == 0 and death != Death():
+                left.append(death)  # it was done before
+        counted["compared"] += 1
+        assert result(run) == wanted
+    return counted
+
+
+@pytest.mark.parametrize(("kills", "terms"), [(9, 3), pytest.param(30, 10, marks=pytest.mark.soak)])
+def test_kills_change_no_byte(
+    tmp_path: Path, show: Callable[[str], None], kills: int, terms: int
+) -> None:
+    counted = killed(
+        tmp_path,
+        0,
+        kills,
+        terms,
+        dataset_repeat=1,
+        customized_evaluation=None,
+        state_steps=2,
+        validation_timesteps=1,
+        sample_num_inference_steps=1,
+    )
+    show(f"{kills} kills and {terms} signals: {dict(counted)}")
+    assert counted["killed"] == kills
+    assert counted["stopped"] == terms
+    assert counted["while a state was written"] >= kills // 6
+    assert counted["went on"] >= (kills + terms) // 3
+
+
+@pytest.mark.soak
+def test_three_hundred_kills(tmp_path: Path, show: Callable[[str], None]) -> None:
+    """The whole demo. `SOAK_SEED` and `SOAK_KILLS` in the environment choose others."""
+    seed = int(os.environ.get("SOAK_SEED", random.randrange(1 << 32)))
+    kills, began = int(os.environ.get("SOAK_KILLS", "300")), time.monotonic()
+    show(f"SOAK_SEED={seed}")
+    counted = killed(tmp_path, seed, kills - kills // 4, kills // 4, state_steps=20)
+    show(f"{time.monotonic() - began:.0f} s with SOAK_SEED={seed}: {dict(counted)}")
+    assert counted["killed"] + counted["stopped"] == kills
