@@ -5,7 +5,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
+from process_support import forked_launches
 
 from diffsynth_dagster.definitions import make_definitions
 
@@ -66,16 +68,16 @@ def job(name: str, *source: str) -> list[str]:
     return ["-m", "dagster", "job", "execute", *source, "-j", name]
 
 
-def execute_job(folder: Path, name: str, values: Mapping[str, Any], seconds: float) -> str:
-    """Run the job of a recipe by `dagster job execute` to its success; returns its DAGSTER_HOME."""
+@contextmanager
+def executed(folder: Path, name: str, values: Mapping[str, Any]) -> Iterator[dg.DagsterInstance]:
+    """Run the job of a recipe to its success, with its training processes forked; the instance that
+    knows what came of it."""
     write_recipe(folder / "recipes", name, values)
-    env, log = environment(home(folder / "home"), folder / "recipes"), folder / "log"
-    process = start(job(f"train_{name}"), env, log)
-    try:
-        assert process.wait(seconds) == 0, log.read_text()
-    finally:
-        process.kill()
-    return env["DAGSTER_HOME"]
+    job_of_recipe = definitions_of(folder / "recipes").resolve_job_def(f"train_{name}")
+    with dg.DagsterInstance.from_config(str(home(folder / "home"))) as instance:
+        with forked_launches():
+            assert job_of_recipe.execute_in_process(instance=instance).success
+        yield instance
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:

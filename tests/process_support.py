@@ -2,14 +2,20 @@
 
 import json
 import os
+import runpy
+import signal
 import socket
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 from soak_support import start_server
 
 
@@ -19,6 +25,7 @@ class Done:
 
     returncode: int
     stderr: str
+    stdout: str = ""
 
 
 def train_in_process(recipe: Path, environment: dict[str, str], log: Path) -> None:
@@ -32,6 +39,40 @@ def train_in_process(recipe: Path, environment: dict[str, str], log: Path) -> No
     code = main(["--recipe", str(recipe)])
     sys.stderr.flush()
     sys.exit(code)
+
+
+def run_python(
+    arguments: Sequence[str], first: tuple[Any, ...], log: Path
+) -> None:
+    """What `python` does in its process."""
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    prepare, *given = first
+    prepare(*given)
+    kind, code, *rest = arguments
+    if kind == "-m":
+        sys.argv[:] = [code, *rest]
+        runpy.run_module(code, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = ["-c", *rest]
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    sys.stdout.flush()
+
+
+def python(*arguments: str, first: tuple[Any, ...] = (bool,)) -> Done:
+    """Run `python -m module …` or `python -c code …`, forked where the large libraries are imported.
+
+    Args:
+        first: a function and its arguments, called in the process before.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        process = start_server().Process(target=run_python, args=(arguments, first, log))
+        process.start()
+        process.join(240)
+        assert process.exitcode is not None, f"it hangs: {arguments}"
+        said = {name: Path(f"{log}.{name}").read_text(errors="replace") for name in ("out", "err")}
+    return Done(process.exitcode, said["err"], said["out"])
 
 
 def in_processes(count: int, config: dict[str, Any], recipe: Path, seconds: float = 120) -> Done:
@@ -74,3 +115,60 @@ def in_processes(count: int, config: dict[str, Any], recipe: Path, seconds: floa
 def two_processes(config: dict[str, Any], recipe: Path) -> Done:
     """Train with two processes on the CPU."""
     return in_processes(2, config, recipe)
+
+
+def launched(arguments: Sequence[str], variables: Mapping[str, str], said: Path) -> None:
+    """What a launched process does: the trainer's command line, with the launcher's variables.
+
+    Args:
+        said: file that gets its standard error.
+    """
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(variables)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    from diffsynth_dagster.train import main
+
+    code = main(arguments)
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+class ForkedProcesses:
+    """In the place of the launcher's `Processes`: one training process, forked where all is imported.
+
+    It is for tests of what a run makes: it saves the ten seconds that `accelerate launch` and the
+    imports take. How processes are started and stopped is tested with the real ones.
+    """
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], tail: Path, grace: float
+    ) -> None:
+        self._grace = grace
+        arguments = command[command.index("diffsynth_dagster.train") + 1 :]
+        variables = {**env, "ACCELERATE_MIXED_PRECISION": "no"}
+        self._process = start_server().Process(
+            target=launched, args=(list(arguments), variables, tail)
+        )
+        self._process.start()
+
+    def code(self) -> int | None:
+        """The exit code; None while the process runs."""
+        code = self._process.exitcode
+        return code if code is None or code >= 0 else 128 - code
+
+    def stop(self) -> None:
+        """Interrupt the process, and kill it if it does not end."""
+        if self._process.exitcode is None:
+            os.kill(self._process.pid, signal.SIGINT)
+            self._process.join(self._grace)
+            self._process.kill()
+        self._process.join()
+
+
+@contextmanager
+def forked_launches() -> Iterator[None]:
+    """Let the launcher of this process fork its trainings; see `ForkedProcesses`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("resources.launcher.Processes", ForkedProcesses)
+        yield

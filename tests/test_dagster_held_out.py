@@ -7,6 +7,7 @@ import dagster as dg
 import polars as pl
 from conftest import Values, write_images
 from dagster_support import definitions_of, write_recipe
+from process_support import forked_launches
 
 
 def test_other_held_out_rows_are_trained_with(values: Values, tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_other_held_out_rows_are_trained_with(values: Values, tmp_path: Path) ->
     }
     write_recipe(tmp_path / "recipes", "tiny", recipe)
     job = definitions_of(tmp_path / "recipes").resolve_job_def("train_tiny")
-    with dg.instance_for_test(temp_dir=str(tmp_path)) as instance:
+    with forked_launches(), dg.instance_for_test(temp_dir=str(tmp_path)) as instance:
 
         def run() -> dict[str, dg.AssetMaterialization]:
             done = job.execute_in_process(instance=instance, raise_on_error=False)

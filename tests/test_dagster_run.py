@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 from conftest import lora_values, write_images
 from dagster_support import definitions_of, write_recipe
+from process_support import forked_launches
 
 from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
@@ -52,7 +53,7 @@ def place(
         "sample_prompts": ["a picture"],
         "sample_num_inference_steps": 1,
     }
-    with dg.instance_for_test(temp_dir=str(folder)) as instance:
+    with forked_launches(), dg.instance_for_test(temp_dir=str(folder)) as instance:
         yield Place(folder, values, instance)
 
 

@@ -1,4 +1,4 @@
-"""A short training of LTX-2 on real clips with sound, from the command line of Dagster."""
+"""A short training of LTX-2 on real clips with sound, through Dagster."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ import av
 import dagster as dg
 import numpy as np
 import pytest
-from dagster_support import execute_job
+from dagster_support import executed
 from families.ltx2.cases import CASES
 from media_support import real_clip
 
@@ -58,8 +58,7 @@ def test_real_clips_with_sound_become_a_lora(tmp_path: Path) -> None:
         "cache_path": str(tmp_path / "cache"),
         "output_path": str(tmp_path / "run"),
     }
-    dagster_home = execute_job(tmp_path, "sound", recipe, 300)
-    with dg.DagsterInstance.from_config(dagster_home) as instance:
+    with executed(tmp_path, "sound", recipe) as instance:
         metadata, training = facts(instance, "metadata"), facts(instance, "checkpoints")
     assert metadata["status/ok"].value == 2
     assert metadata["status/wrong_channels"].value == 1

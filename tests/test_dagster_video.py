@@ -1,4 +1,4 @@
-"""A short training on real clips from the command line of Dagster, and what the UI shows of it."""
+"""A short training on real clips through Dagster, and what the UI shows of it."""
 
 import base64
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import dagster as dg
 import pytest
-from dagster_support import execute_job
+from dagster_support import executed
 from families.wanvideo.cases import CASES
 from media_support import real_clip
 from PIL import Image
@@ -48,8 +48,7 @@ def test_real_clips_become_a_lora(tmp_path: Path) -> None:
         "cache_path": str(tmp_path / "cache"),
         "output_path": str(tmp_path / "run"),
     }
-    dagster_home = execute_job(tmp_path, "clips", recipe, 240)
-    with dg.DagsterInstance.from_config(dagster_home) as instance:
+    with executed(tmp_path, "clips", recipe) as instance:
         metadata = facts(instance, "metadata")
         latents, training = facts(instance, "latents"), facts(instance, "checkpoints")
         exports = facts(instance, "exports")

@@ -13,6 +13,7 @@ import pytest
 from conftest import Values, keys_of, lora_values, make_config, train, write_images
 from dagster_support import definitions_of, write_recipe
 from PIL import Image
+from process_support import forked_launches
 
 from diffsynth_dagster.cache.__main__ import main as maintain
 from diffsynth_dagster.cache.encoded_for import require_encoded_for
@@ -78,7 +79,8 @@ class Project:
 @pytest.fixture
 def project(tmp_path: Path, tiny_qwen: Path) -> Iterator[Project]:
     (tmp_path / "home").mkdir()
-    with dg.instance_for_test(temp_dir=str(tmp_path / "home")) as instance:
+    home = str(tmp_path / "home")
+    with forked_launches(), dg.instance_for_test(temp_dir=home) as instance:
         yield Project(tmp_path, tiny_qwen, instance)
 
 

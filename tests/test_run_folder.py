@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, Values, train
 from dagster_support import definitions_of, endless, start, wait_until_training, write_recipe
-from process_support import two_processes
+from process_support import forked_launches, two_processes
 
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.files import hidden_beside
@@ -85,7 +85,7 @@ def test_dagster_is_refused_what_a_command_line_holds(values: Values, tmp_path: 
     """And the other way round: what its own trainings hold is held by the same lock."""
     write_recipe(tmp_path / "recipes", "tiny", {**values(), "output_path": str(tmp_path / "run")})
     job = definitions_of(tmp_path / "recipes").resolve_job_def("train_tiny")
-    with owned(tmp_path / "run", "a training on the command line"):
+    with forked_launches(), owned(tmp_path / "run", "a training on the command line"):
         done = job.execute_in_process(raise_on_error=False)
     failure = done.failure_data_for_node("tiny__latents")
     assert failure is not None

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Values, make_config, train, write_images
-from dagster_support import environment, home, job, write_recipe
+from dagster_support import definitions_of, write_recipe
 from disk_support import needs_a_disk, on_a_small_disk
+from process_support import forked_launches
 from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.store import Store
+from diffsynth_dagster.errors import TrainingError
 from diffsynth_dagster.training.modules import check_model
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
@@ -109,17 +111,23 @@ def test_what_the_store_will_need_is_warned_of_by_the_first_batch(
         assert int(needed.replace(",", "")) == pytest.approx(wrote, rel=0.3), stage
 
 
-@needs_a_disk
-def test_dagster_logs_the_warning(values: Values, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    config = {**values(num_epochs=1000), "output_path": str(disk / "run")}
+class Failing(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        raise TrainingError("it ends here")
+
+
+def test_dagster_logs_the_warning(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More checkpoints than any disk holds; the training ends in its first step."""
+    config = values(num_epochs=10**12, customized_optimizer="test_space.Failing")
     write_recipe(tmp_path / "recipes", "tiny", config)
-    env = environment(home(tmp_path / "home"), tmp_path / "recipes")
-    done = on_a_small_disk(400_000, disk, *job("train_tiny"), env=env)
-    assert (
-        "tiny/checkpoints: warning: the 1000 checkpoints and 2 states of the training will"
-        in done.stderr
-    )
-    # And when it came to that, the failure is the trainer's own message.
-    (said,) = (x for x in done.stderr.splitlines() if "checkpoints: failed: " in x)
-    assert re.search(r"failed: no space left in \S+/run: at least [\d,]{3,} bytes are needed", said)
+    job = definitions_of(tmp_path / "recipes").resolve_job_def("train_tiny")
+    with forked_launches():
+        done = job.execute_in_process(raise_on_error=False)
+    said = capsys.readouterr().err
+    assert "tiny/checkpoints: warning: the 1000000000000 checkpoints and 2 states of the" in said
+    failure = done.failure_data_for_node("tiny__checkpoints")
+    assert failure is not None
+    assert failure.user_failure_data is not None
+    assert failure.user_failure_data.description == "it ends here"
