@@ -5,12 +5,14 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from diffsynth_dagster.families.contract import Component, Settings, Shapes
 
 
 def build(component: Component, shapes: Shapes, config: Mapping[str, object] | None) -> nn.Module:
-    """The module of a component, of diffusers or transformers, with random weights.
+    """The module of a component, of diffusers or transformers, whose weights are not initialised: that
+    takes most of the time, and they come from files.
 
     Args:
         shapes: of the tensors by the module's names.
@@ -22,13 +24,14 @@ def build(component: Component, shapes: Shapes, config: Mapping[str, object] | N
     kind: Any = component.kind_of(shapes)
     settings = component.settings(shapes) if config is None else dict(config)
     settings |= component.fixed
-    if issubclass(kind, PreTrainedModel):
-        make: Any = kind.config_class
-        return kind(make(**settings) if config is None else make.from_dict(settings))
-    if config is None:
-        return kind(**settings)
-    # Names with an underscore are diffusers' notes about the file, not settings.
-    return kind.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
+    with no_init_weights():
+        if issubclass(kind, PreTrainedModel):
+            make: Any = kind.config_class
+            return kind(make(**settings) if config is None else make.from_dict(settings))
+        if config is None:
+            return kind(**settings)
+        # Names with an underscore are diffusers' notes about the file, not settings.
+        return kind.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
