@@ -12,8 +12,8 @@ import dagster as dg
 from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.effect import Affects, names_that_affect, values_that_affect
+from diffsynth_dagster.disk import disk_error
 from diffsynth_dagster.errors import DownloadError, UserError
-from diffsynth_dagster.files import full_disk
 from diffsynth_dagster.training.shortage import out_of_memory
 
 GPU_POOL = "gpu"
@@ -37,10 +37,10 @@ def user_errors() -> Generator[None]:
         raise dg.Failure(description=str(error), allow_retries=retry) from None
     except Exception as error:
         # What a training process said of its failure is its message already.
-        full = None if isinstance(error, dg.Failure) else (full_disk(error) or out_of_memory(error))
-        if full is None:
+        known = None if isinstance(error, dg.Failure) else disk_error(error) or out_of_memory(error)
+        if known is None:
             raise
-        raise dg.Failure(description=str(full), allow_retries=False) from error
+        raise dg.Failure(description=str(known), allow_retries=False) from error
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import os
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -38,6 +39,8 @@ _OUTSIDE = (
 Facts = dict[str, Any]
 _Result = TypeVar("_Result")
 _BATCH = 1024
+_PATIENCE_S, _LOOK_EVERY_S = 60.0, 1.0
+"""While another process holds the database."""
 _WRITE_EVERY_S = 5.0
 """What was found out is written down so often: an interrupted run loses no more."""
 
@@ -72,14 +75,14 @@ class FactCache:
         self._lock = Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._open()
+            self._patiently(self._open)
         except OSError as error:
             raise self._unusable(error) from error
         except _DAMAGE as error:
             self._renew(error)
 
     def _open(self) -> None:
-        self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False)
+        self._database = sqlite3.connect(self._path, timeout=_LOOK_EVERY_S, check_same_thread=False)
         self._database.text_factory = lambda text: text.decode("utf-8", "replace")
         self._opened = self._path.stat().st_ino
         self._database.execute("PRAGMA journal_mode=WAL")
@@ -90,6 +93,13 @@ class FactCache:
         self._database.commit()
 
     def _unusable(self, error: Exception) -> OutputError:
+        if _is_busy(error):
+            return OutputError(
+                f"another process holds the cache of facts about files: {error}",
+                where=str(self._path),
+                do=f"wait until it is done, or end it (`fuser {self._path}` says which it is), and run "
+                "this again",
+            )
         return OutputError(
             f"the cache of facts about files cannot be used: {error}",
             where=str(self._path),
@@ -129,10 +139,24 @@ class FactCache:
         """
         with self._lock:
             try:
-                return work()
+                return self._patiently(work)
             except _DAMAGE as error:
                 self._renew(error)
+                return self._patiently(work)
+
+    def _patiently(self, work: Callable[[], _Result]) -> _Result:
+        """Do something with the database, again while another process holds it, for a minute. (SQLite
+        itself would wait without hearing a signal.)"""
+        began = time.monotonic()
+        while True:
+            try:
                 return work()
+            except sqlite3.Error as error:
+                waited = time.monotonic() - began
+                if not _is_busy(error) or waited > _PATIENCE_S:
+                    raise
+                if waited < 2 * _LOOK_EVERY_S:
+                    warnings.warn(f"waiting for {self._path}: {error}", stacklevel=2)
 
     def look_up(
         self,
@@ -160,7 +184,7 @@ class FactCache:
         missing = [path for path in stats if path not in known]
         found: dict[Path, Facts] = {}
         written = time.monotonic()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with _threads() as pool:
             for start in range(0, len(missing), _BATCH):
                 chunk = missing[start : start + _BATCH]
                 for path, facts in zip(chunk, pool.map(find_out, chunk), strict=True):
@@ -179,7 +203,7 @@ class FactCache:
         self, kind: str, stats: dict[Path, tuple[int, int] | None]
     ) -> dict[Path, Facts]:
         """Facts about the files that look as they did."""
-        by_name = {str(path): path for path, stat in stats.items() if stat is not None}
+        by_name = {_name(path): path for path, stat in stats.items() if stat is not None}
         return self._run(lambda: self._read(kind, by_name, stats))
 
     def _read(
@@ -213,9 +237,9 @@ class FactCache:
         found: dict[Path, Facts],
     ) -> None:
         # What failed is looked at again: a permission or a disk may have been the reason.
-        failed = [(kind, str(path)) for path, facts in found.items() if "status" in facts]
+        failed = [(kind, _name(path)) for path, facts in found.items() if "status" in facts]
         rows = [
-            (kind, str(path), *stat, json.dumps(facts))
+            (kind, _name(path), *stat, json.dumps(facts))
             for path, facts in found.items()
             if (stat := stats[path]) is not None and stat == _stat(path) and "status" not in facts
         ]
@@ -242,9 +266,33 @@ class FactCache:
         self._database.close()
 
 
+def _is_busy(error: Exception) -> bool:
+    """Whether an error says that another process holds the database."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+@contextmanager
+def _threads() -> Generator[ThreadPoolExecutor]:
+    """As many threads as CPUs. Where an error or a signal ends the block, nothing more is begun, and what
+    runs is not waited for."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
 def _sum(*row: object) -> str:
     """A checksum of a row."""
     return digest_of(row)[:16]
+
+
+def _name(path: Path) -> str:
+    """A path as text, also where its bytes are none."""
+    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _state(stat: tuple[int, int] | None) -> Facts:

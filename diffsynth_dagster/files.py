@@ -1,7 +1,6 @@
 """Writing files so that they are either whole or not there."""
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from diffsynth_dagster.disk import not_written, says_full
 from diffsynth_dagster.errors import OutputError, UserError
 
 if TYPE_CHECKING:
@@ -63,22 +63,52 @@ def remove_leftovers(folder: Path) -> None:
             with contextlib.suppress(OSError):  # gone meanwhile, or not ours
                 old = time.time() - path.stat().st_mtime > _OLD_S
                 if old or (named[1] == _host() and not psutil.pid_exists(int(named[2]))):
-                    _remove(path)
+                    remove(path)
+
+
+_HELD: dict[Path, Callable[[], None]] = {}
+"""Folder that this process holds → raises where it does not any more."""
+
+
+@contextmanager
+def held(folder: Path, check: Callable[[], None]) -> Generator[None]:
+    """While the block runs, let `check` be called before anything in a folder is written or replaced."""
+    folder = folder.absolute()
+    _HELD[folder] = check
+    try:
+        yield
+    finally:
+        del _HELD[folder]
+
+
+def require_held(path: Path) -> None:
+    """Refuse to go on where this process holds a folder that a path lies in, and the folder is another
+    one by now. Every writer here calls it; whoever removes or renames files there calls it too.
+
+    Raises:
+        OutputError: see `run_folder.owned`.
+    """
+    place = path.absolute()
+    for folder, check in [*_HELD.items()]:
+        if place.is_relative_to(folder):
+            check()
 
 
 def write_whole(path: Path, write: Callable[[Path], object], size: int | None = None) -> Path:
-    """Let `write` make a hidden file beside `path`, flush it to disk, and rename it to `path`.
+    """Let `write` make a file in a hidden folder beside `path`, flush it, and rename it to `path`.
 
     Args:
         size: bytes that it will need, for the message when there is no space for them.
 
     Raises:
-        OutputError: the folder cannot be written, or the disk is full. What was there stays.
+        OutputError: the folder cannot be written, the disk is full, or another process took the folder
+            (see `require_held`). What was there stays.
     """
     with _staged(path, size) as staged:
         write(staged)
         _flush(staged)
-        staged.chmod(0o666 & ~_UMASK)
+        with contextlib.suppress(PermissionError):  # FAT and many shares keep no permissions
+            staged.chmod(0o666 & ~_UMASK)
     return path
 
 
@@ -99,27 +129,41 @@ def write_folder(path: Path, write: Callable[[Path], object], size: int) -> Path
 
 @contextmanager
 def _staged(path: Path, size: int | None) -> Generator[Path]:
-    """A hidden name beside `path` that is renamed to it at the end, or removed."""
-    staged = hidden_beside(path)
+    """A name in a hidden folder beside `path` that is renamed to it at the end, or removed.
+
+    In a folder of its own, since libraries write hidden files beside what they are asked for: these are
+    removed with it too.
+    """
+    require_held(path)
+    folder = hidden_beside(path)
+    staged = folder / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield staged
-            staged.replace(path)
-        except Exception as error:
-            # Libraries have errors of their own for a full disk, and some do not even say so.
-            if says_full(error) or shutil.disk_usage(path.parent).free < _NOTHING_LEFT:
-                written = staged.stat().st_size if staged.exists() else 0
-                raise _no_space(path.parent, size or written + 1, str(path)) from error
+        folder.mkdir(parents=True)
+        yield staged
+        require_held(path)  # writing may have taken minutes
+        staged.replace(path)
+    except Exception as error:
+        require_held(path)  # or it would be said that a hidden file is not there
+        refused = _refused(error, path, staged, size)
+        if refused is None:
             raise
-        finally:
-            _remove(staged)
-    except OSError as error:
-        raise OutputError(
-            f"the file cannot be written: {error}",
-            where=str(path),
-            do="check the folder's permissions and the disk",
-        ) from error
+        raise refused from error
+    finally:
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # what cannot be removed is left to the next owner
+
+
+def _refused(error: Exception, path: Path, staged: Path, size: int | None) -> OutputError | None:
+    """The error for the user, of one that came while a file was written; None where it is no refusal
+    of the file system."""
+    if isinstance(error, UserError) and not isinstance(error, OutputError):
+        return None
+    # Some libraries do not even say that the disk is full.
+    if says_full(error) or _free(path.parent) < _NOTHING_LEFT:
+        written = staged.stat().st_size if staged.exists() else 0
+        return _no_space(path.parent, size or written + 1, str(path))
+    return not_written(error, str(path))
 
 
 def _flush(path: Path) -> None:
@@ -131,38 +175,12 @@ def _flush(path: Path) -> None:
         os.close(opened)
 
 
-def _remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there. Raises `OSError`."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def says_full(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, says that there is no space left, on the disk or in a
-    quota."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    # Those of libraries have no number. What others say may be the name of a file.
-    words = ("no space left", "os error 28", "disk is full", "disk quota exceeded")
-    of_library = type(error).__module__.partition(".")[0] in ("safetensors", "polars", "sqlite3")
-    if of_library and any(word in str(error).lower() for word in words):
-        return True
-    before = error.__cause__ or error.__context__
-    return before is not None and says_full(before)
-
-
-def full_disk(error: BaseException) -> OutputError | None:
-    """The error for the user, of an error that says that there is no space left; None of any other."""
-    if isinstance(error, UserError) or not says_full(error):
-        return None
-    named = getattr(error, "filename", None)
-    return OutputError(
-        f"no space left on the disk: {error}",
-        where=str(named) if named else None,
-        do="free some space and run it again: what was written before is whole, and is kept",
-    )
 
 
 def _no_space(folder: Path, size: int, where: str) -> OutputError:

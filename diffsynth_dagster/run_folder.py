@@ -13,11 +13,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from diffsynth_dagster.errors import OutputError
-from diffsynth_dagster.files import remove_leftovers, require_writable, write_text
+from diffsynth_dagster.files import held, remove_leftovers, require_writable, write_text
 
 LOCK, OWNER = ".lock", ".owner.json"
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
-_WRITTEN = ("", "samples", "state", "held_out", ".prompts", "exports", "exports/*")
+_WRITTEN = ("", "samples", "state", "held_out", ".prompts", "exports", "exports/*", "exports/*/*")
 """The folders that an owner writes into."""
 
 
@@ -25,14 +25,16 @@ _WRITTEN = ("", "samples", "state", "held_out", ".prompts", "exports", "exports/
 def owned(folder: Path, doing: str) -> Generator[None]:
     """Hold a run folder, alone, and remove what killed writers left in it.
 
-    The lock is the operating system's, and ends with the process however that ends: after a crash
+    Whoever removes or renames the folder meanwhile takes it away: then nothing is written any more (see
+    `files.require_held`), also where another training made it anew. The lock is the operating system's, and ends with the process however that ends: after a crash
     nothing has to be removed by hand.
 
     Args:
         doing: what the owner does, for whoever is refused meanwhile.
 
     Raises:
-        OutputError: someone else holds the folder; or it cannot be written.
+        OutputError: someone else holds the folder; it cannot be written; or, by whatever writes into it in
+            the block, it was taken away.
     """
     require_writable(folder, "output_path")
     lock = FileLock(folder / LOCK, blocking=False)
@@ -53,18 +55,44 @@ def owned(folder: Path, doing: str) -> Generator[None]:
             if known
             else "remove it, if no training runs in that folder",
         ) from error
+    path = (folder / LOCK).absolute()
+    locked = path.stat()
+
+    def check() -> None:
+        if not _is(path, locked):
+            raise OutputError(
+                f"the run folder was removed or renamed while it was used for {doing}",
+                where=f"output_path = {folder}",
+                do="start it again, and leave the folder where it is meanwhile; nothing was written into "
+                "what is at that path now",
+            )
+
     try:
-        for name in _WRITTEN:
-            for place in folder.glob(name) if name else [folder]:
-                remove_leftovers(place)
-        since = datetime.now().astimezone().isoformat(" ", "seconds")
-        owner = {"doing": doing, "process": os.getpid(), "host": socket.gethostname()}
-        write_text(folder / OWNER, json.dumps({**owner, "since": since}) + "\n")
-        yield
+        with held(folder, check):
+            for name in _WRITTEN:
+                for place in folder.glob(name) if name else [folder]:
+                    remove_leftovers(place)
+            since = datetime.now().astimezone().isoformat(" ", "seconds")
+            owner = {"doing": doing, "process": os.getpid(), "host": socket.gethostname()}
+            write_text(folder / OWNER, json.dumps({**owner, "since": since}) + "\n")
+            yield
     finally:
-        with contextlib.suppress(OSError):
-            (folder / OWNER).unlink()
+        if _is(path, locked):
+            with contextlib.suppress(OSError):
+                (folder / OWNER).unlink()
         lock.release()
+
+
+def _is(path: Path, known: os.stat_result) -> bool:
+    """Whether a path leads to a known file still, which is open and so keeps its number.
+
+    Raises:
+        OSError: that cannot be found out.
+    """
+    try:
+        return os.path.samestat(path.stat(), known)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _owner(folder: Path) -> str:

@@ -93,7 +93,8 @@ def run_alone(
     memory = Memory(config, models)
 
     reporter = make_reporter(parallel, config)
-    with closing(reporter), open_store(config).in_use(), memory.explained():
+    store = open_store(config)
+    with closing(reporter), store.in_use(waiting=reporter.warned), memory.explained():
         # Latents: all in the store, and the manifest that names them.
         manifest = encoded_manifest(
             config, parallel, models, table, fact_cache, reporter, stop_asked

@@ -11,8 +11,8 @@ from disk_support import needs_a_disk, on_a_small_disk
 from safetensors import SafetensorError
 from soak_support import result
 
+from diffsynth_dagster.disk import disk_error
 from diffsynth_dagster.errors import MetadataError
-from diffsynth_dagster.files import full_disk
 
 FULL = """
 import contextlib, io, json, os, sys
@@ -35,7 +35,7 @@ for free in [*frees, None]:
     error = io.StringIO()
     with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
         code = main(["--recipe", recipe])
-    hidden = [str(p) for p in disk.rglob(".*.*-*") if p.is_file()]
+    hidden = [str(p) for p in disk.rglob(".*.*-*")]
     said.append({"free": free, "code": code, "error": error.getvalue(), "hidden": hidden})
 print(json.dumps(said))
 import shutil
@@ -138,11 +138,11 @@ def test_a_full_disk_is_one_message_and_loses_nothing(values: Values, tmp_path: 
     assert (tmp_path / "lora.safetensors").read_bytes() == wanted
 
 
-def test_the_name_of_a_file_is_no_full_disk() -> None:
+def test_the_name_of_a_file_is_no_disk_error() -> None:
     named = MetadataError("no space left on the bus.png is damaged", where="row 1", do="remove it")
-    assert full_disk(named) is None
-    assert full_disk(RuntimeError("no space left on the bus.png")) is None
-    assert full_disk(OSError(errno.ENOSPC, "no space left on device")) is not None
+    assert disk_error(named) is None
+    assert disk_error(RuntimeError("no space left on the bus.png")) is None
+    assert disk_error(OSError(errno.ENOSPC, "no space left on device")) is not None
     assert (
-        full_disk(SafetensorError("I/O error: No space left on device (os error 28)")) is not None
+        disk_error(SafetensorError("I/O error: No space left on device (os error 28)")) is not None
     )

@@ -216,3 +216,17 @@ def test_pictures_of_a_format_that_is_not_read(tmp_path: Path) -> None:
         assert facts["status"] == "unreadable"
         assert all(known in facts["message"] for known in IMAGE_FORMATS)
         assert str(tmp_path) not in facts["message"]
+
+
+def test_names_that_are_no_text_are_named(tmp_path: Path) -> None:
+    """A file system takes any bytes for a name; a table holds text alone."""
+    data = write_images(tmp_path / "data", 2)
+    os.rename(data / "1.png", os.fsencode(data) + b"/\xff.png")
+    os.symlink(b"\xff.png", os.fsencode(data / "link.png"))
+    frame = check(data, [{"image": name, "prompt": "a"} for name in ("0.png", "link.png")]).frame
+    assert frame["status"].to_list() == ["ok", "bad_path"]
+    assert "links to a name that is not UTF-8" in frame["message"][1]
+    os.rename(data, os.fsencode(tmp_path) + b"/\xff")
+    os.symlink(b"\xff", os.fsencode(tmp_path / "data"))
+    with pytest.raises(MetadataError, match=r"/\\udcff, has a name that is not UTF-8"):
+        check(tmp_path / "data", [{"image": "0.png", "prompt": "a"}])

@@ -1,21 +1,25 @@
 """A run folder has one owner: among command lines, and between them and Dagster."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
-from conftest import ROOT, Values, train
+from conftest import ROOT, Values, make_config, train
 from dagster_support import definitions_of, endless, start, wait_until_training, write_recipe
 from process_support import forked_launches, two_processes
 
 from diffsynth_dagster.errors import OutputError
-from diffsynth_dagster.files import hidden_beside
+from diffsynth_dagster.files import hidden_beside, write_folder, write_text
 from diffsynth_dagster.run_folder import owned
+from diffsynth_dagster.train import run
+from diffsynth_dagster.training.stop import StopSignal
 
 
 def start_training(folder: Path, values: Values, encoded: Path) -> subprocess.Popen[bytes]:
@@ -104,6 +108,67 @@ def test_a_folder_is_held_until_its_owner_leaves(tmp_path: Path) -> None:
         raise KeyError
     with owned(tmp_path, "five"):
         pass
+
+
+ANEW = """
+import sys
+from pathlib import Path
+from diffsynth_dagster.files import write_text
+from diffsynth_dagster.run_folder import owned
+with owned(Path(sys.argv[1]), "another training"):
+    write_text(Path(sys.argv[1]) / "run.json", "of another training")
+    print(Path(sys.argv[1], ".owner.json").read_text(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "made anew"])
+def test_an_owner_whose_folder_is_taken_away_writes_no_more(how: str, tmp_path: Path) -> None:
+    run, aside = tmp_path / "run", tmp_path / "aside"
+    other = None
+    writers = (write_text, lambda path, text: write_folder(path, Path.mkdir, 0))
+    with owned(run, "a test"):
+        write_text(run / "run.json", "of this test")
+        run.rename(aside) if how == "renamed" else shutil.rmtree(run)
+        if how == "made anew":
+            command = [sys.executable, "-c", ANEW, str(run)]
+            other = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            assert other.stdout is not None
+            assert b"another training" in other.stdout.readline()
+        for write in writers:
+            with pytest.raises(
+                OutputError, match="removed or renamed while it was used for a test"
+            ):
+                write(run / "run.json", "of this test, again")
+    if other is None:
+        assert not run.exists()
+    else:  # and its note of who holds the folder is there still
+        assert (run / "run.json").read_text() == "of another training"
+        assert "another training" in (run / ".owner.json").read_text()
+        other.communicate()
+    if how == "renamed":
+        assert (aside / "run.json").read_text() == "of this test"
+
+
+def test_a_training_whose_folder_is_taken_away_ends_with_a_message(
+    values: Values, tmp_path: Path
+) -> None:
+    """With its next state, long before its next checkpoint."""
+    run_folder = tmp_path / "run"
+    asked = 0
+
+    def take_after_a_step() -> bool:
+        nonlocal asked
+        if (run_folder / "metrics.csv").is_file() and (asked := asked + 1) == 2:
+            run_folder.rename(tmp_path / "aside")
+        return False
+
+    config = make_config(values(num_epochs=4, save_steps=8, state_steps=1))
+    with pytest.raises(OutputError, match="removed or renamed while it was used for sft"):
+        run(config, cast(StopSignal, take_after_a_step))
+    assert not run_folder.exists()
 
 
 def test_only_what_nobody_writes_any_more_is_removed(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import polars as pl
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.errors import StoreError
 from diffsynth_dagster.facts import digest_of
+from diffsynth_dagster.files import require_held
 from diffsynth_dagster.seal import seal_is_broken, write_sealed
 
 FILE_NAME = "samples.parquet"
@@ -145,8 +146,9 @@ class Manifest(Notes):
     def publish(self) -> "Manifest":
         """Put the planned manifest in the place of the run folder's: its samples are encoded.
 
-        Does nothing where another node that shares the folder did it.
+        Does nothing where another node that shares the folder did it. Raises `OutputError`.
         """
+        require_held(self.folder)
         path = self.folder / FILE_NAME
         if self.path.exists():
             self.path.replace(path)

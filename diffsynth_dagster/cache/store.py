@@ -10,13 +10,18 @@ interrupted writer leaves nothing that is read. Writers never touch each other's
 of processes may write at once. Where two wrote the same key, the first by name is read.
 """
 
+import contextlib
+import errno
 import fcntl
 import json
+import os
+import socket
+import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import polars as pl
 import torch
@@ -33,11 +38,13 @@ from diffsynth_dagster.cache.shards import (
 )
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import digest_text
-from diffsynth_dagster.files import write_text
+from diffsynth_dagster.files import remove_leftovers, write_text
 
 LOST = ".lost"
 """How the name of a damaged note ends after it was put aside."""
 _OPEN_SHARDS = 64
+_LOOK_EVERY_S, _SAY_EVERY_S = 0.2, 60.0
+"""While a clean-up is waited for."""
 
 
 class Store:
@@ -155,33 +162,64 @@ class Store:
         return self._open[shard]
 
     @contextmanager
-    def in_use(self, alone: bool = False) -> Generator[None]:
+    def in_use(
+        self, alone: bool = False, waiting: Callable[[str], object] = lambda text: None
+    ) -> Generator[None]:
         """Hold the store: together with others, after waiting for a clean-up to end; or `alone`,
-        as the clean-up does.
+        as the clean-up does. What killed writers left in it is removed.
+
+        Args:
+            waiting: called with what is waited for: at once, and every minute.
 
         Raises:
             StoreError: `alone`, while others hold it.
             OutputError: the folder cannot be written.
         """
+        with self._open_lock() as lock:
+            if not alone:
+                self._wait_for(lock, waiting)
+            elif not _taken(lock, fcntl.LOCK_EX):
+                raise StoreError(
+                    "the store is in use",
+                    where=str(self.path),
+                    do="try again when the other run is done",
+                )
+            else:
+                with contextlib.suppress(OSError):  # a full disk is what a clean-up is for
+                    lock.truncate(0)
+                    os.write(
+                        lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode()
+                    )
+            for folder in ("shards", "index", "users"):
+                remove_leftovers(self.path / folder)
+            yield
+
+    def _open_lock(self) -> IO[str]:
+        """The file that is locked. Raises `OutputError`."""
+        path = self.path / "lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / "lock").open("w")
+            # What is no file may let nobody open it before someone else does.
+            if path.exists() and not path.is_file():
+                raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+            return path.open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise OutputError(
                 f"the store cannot be written: {error}",
                 where=str(self.path),
                 do="give a cache_path that can be written",
             ) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
-            except BlockingIOError as error:
-                raise StoreError(
-                    "the store is in use",
-                    where=str(self.path),
-                    do="try again when the other run is done",
-                ) from error
-            yield
+
+    def _wait_for(self, lock: IO[str], waiting: Callable[[str], object]) -> None:
+        """Wait until no clean-up holds the store."""
+        said = None
+        while not _taken(lock, fcntl.LOCK_SH):
+            if said is None or time.monotonic() - said > _SAY_EVERY_S:
+                lock.seek(0)
+                owner = lock.read(200) or "another process"
+                waiting(f"waiting for the clean-up of the store {self.path} by {owner}")
+                said = time.monotonic()
+            time.sleep(_LOOK_EVERY_S)
 
     def add_user(self, folder: Path) -> None:
         """Note that a run folder's samples lie here. Raises `OutputError`."""
@@ -224,3 +262,12 @@ def read_note(file: Path) -> Path:
         return Path(json.loads(file.read_text(encoding="utf-8"))["run_folder"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(file, f"the note of a run folder cannot be read: {error}") from error
+
+
+def _taken(lock: IO[str], how: int) -> bool:
+    """Take a lock, if others leave it. Raises `OSError`."""
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

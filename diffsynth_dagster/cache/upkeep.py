@@ -18,6 +18,7 @@ from diffsynth_dagster.cache.shards import (
 )
 from diffsynth_dagster.cache.store import LOST, Store, read_note
 from diffsynth_dagster.errors import StoreError
+from diffsynth_dagster.files import remove
 
 PART_OF_SHARD_KEPT = 0.5
 """A shard is written anew when less of it than this is still used."""
@@ -227,7 +228,7 @@ def collect(store: Store) -> Collected:
         used = pl.concat([none, *users.values()]).unique().collect(engine="streaming")
         stray = _stray(store)
         for path in stray:
-            path.unlink()
+            remove(path)
         removed: list[pl.Series] = []
         files = len(stray)
         for file in store.index_files:
@@ -267,4 +268,4 @@ def _rewrite(store: Store, shard: str, kept: pl.DataFrame) -> None:
 
 def _size(store: Store) -> int:
     folders = [store.path / "shards", store.path / "index"]
-    return sum(p.stat().st_size for folder in folders for p in folder.glob("*") if p.is_file())
+    return sum(p.stat().st_size for folder in folders for p in folder.rglob("*") if p.is_file())

@@ -1,5 +1,6 @@
 """Recipes: one flat YAML file for each training."""
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -86,6 +87,8 @@ def read_values(path: Path) -> tuple[dict[str, Any], RecipeOptions]:
     """
     where = str(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe may wait for its writer for ever
+            raise OSError(errno.EINVAL, "it is not a regular file")
         loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"

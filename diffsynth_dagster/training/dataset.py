@@ -37,6 +37,7 @@ from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.reporting import Reporter
+from diffsynth_dagster.training.stop import finishing
 from diffsynth_dagster.weights.identify import guess_family
 from diffsynth_dagster.weights.models import Models
 
@@ -146,11 +147,16 @@ def _encode(
             if stop_asked():
                 raise Stopped
 
-        report = encode_missing(config, models, planned, table, parallel, progress, reporter.warned)
-        if sampled is not None:
-            own = sample_rows_config(config)
-            encode_missing(own, models, sampled.manifest, sampled.table, parallel, progress)
-        reporter.encoded(report)
+        with finishing():  # samples that were encoded, and are not yet in a shard
+            report = encode_missing(
+                config, models, planned, table, parallel, progress, reporter.warned
+            )
+            if sampled is not None:
+                own = sample_rows_config(config)
+                encode_missing(own, models, sampled.manifest, sampled.table, parallel, progress)
+            reporter.encoded(report)
+        if stop_asked():
+            raise Stopped
     parallel.wait_for_everyone()
     with parallel.node_main_first():
         if parallel.is_node_main:

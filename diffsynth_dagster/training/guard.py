@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+from diffsynth_dagster.disk import disk_error
 from diffsynth_dagster.errors import EXIT_USER_ERROR, OutputError, Stopped, UserError
-from diffsynth_dagster.files import full_disk, write_text
+from diffsynth_dagster.files import write_text
 from diffsynth_dagster.training.failure import EXIT_STOPPED, FAILURE_FOLDER, Failure, failure_of
 from diffsynth_dagster.training.reporting import Reporter
 from diffsynth_dagster.training.shortage import out_of_memory
@@ -68,7 +69,7 @@ class FailureGuard:
     ) -> bool:
         if error is None or isinstance(error, SystemExit):
             return False
-        error = full_disk(error) or out_of_memory(error) or error
+        error = disk_error(error) or out_of_memory(error) or error
         self._reporter.failed(failure_of(error))
         self.code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_STOPPED
-        return isinstance(error, (UserError, Stopped))
+        return isinstance(error, (UserError, Stopped, KeyboardInterrupt))

@@ -27,6 +27,7 @@ from diffsynth_dagster.training.reporting import StepMetrics
 from diffsynth_dagster.training.resume import make_ready, restore
 from diffsynth_dagster.training.setup import Session, Work, set_up
 from diffsynth_dagster.training.states import States
+from diffsynth_dagster.training.stop import finishing
 
 
 def train(session: Session) -> RunRecord:
@@ -37,8 +38,15 @@ def train(session: Session) -> RunRecord:
         TrainingError: the loss is not finite.
         UserError: see `set_up`, and `StepDataset` for the data of a step.
     """
-    config, reporter, run_file = session.config, session.reporter, session.run_file
     work = session.memory.work = set_up(session)
+    with finishing():
+        return _train(work)
+
+
+def _train(work: Work) -> RunRecord:
+    """Make the steps of a training, and what is beside them; see `train`."""
+    session = work.session
+    config, reporter, run_file = session.config, session.reporter, session.run_file
     before = fingerprints(work.trained.items())
     state = session.state
     random = None if state is None else restore(work, state)

@@ -13,6 +13,7 @@ from diffsynth_dagster.config.effect import values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import DamagedError, OutputError, ParameterError, shown
 from diffsynth_dagster.facts import digest_file
+from diffsynth_dagster.files import require_held
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.record import LOGS, SAMPLE_LOSSES, RunRecord, read_record
 from diffsynth_dagster.training.setup import Work
@@ -226,6 +227,7 @@ def make_ready(output: Path, state: Notes | None, warn: Callable[[str], None]) -
     Raises:
         OutputError: the folder cannot be written.
     """
+    require_held(output)
     try:
         for step, folder in state_folders(output):
             if state is None or step > state.step:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from diffsynth_dagster.errors import OutputError, ParameterError
+from diffsynth_dagster.files import require_held
 from diffsynth_dagster.training.resume import Logs, identity_of
 from diffsynth_dagster.training.setup import Work
 from diffsynth_dagster.training.state import PackedState, State, keep_states
@@ -63,6 +64,9 @@ class States:
 
         Args:
             done: see `Notes`.
+
+        Raises:
+            OutputError: the run folder was taken away. (Of a state that cannot be written, it is warned.)
         """
         if not self._writes or step == self._newest:
             return
@@ -74,6 +78,7 @@ class States:
         weights = self._parallel.whole_weights(work.model, work.trained)
         if not self._parallel.is_main_process:
             return
+        require_held(self._output)
         self.close()  # what is written still
         record = session.run_file.record
         state = State(

@@ -1,14 +1,32 @@
-"""Stopping between two steps when SIGINT or SIGTERM comes."""
+"""Stopping when SIGINT or SIGTERM comes: at once, or, where something is in the making, after it."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from types import FrameType
+
+_blocks = 0
+"""How many blocks of `finishing` run."""
+
+
+@contextmanager
+def finishing() -> Generator[None]:
+    """While the block runs, a signal is only remembered: the block asks whether one came wherever it may
+    end, between two steps or batches, and raises `Stopped`."""
+    global _blocks
+    _blocks += 1
+    try:
+        yield
+    finally:
+        _blocks -= 1
 
 
 class StopSignal:
-    """Remembers that SIGINT or SIGTERM came while it is entered; a second one acts at once.
+    """Stops the process by SIGINT or SIGTERM while it is entered.
 
-    Called, it returns whether one came.
+    The first signal is a `KeyboardInterrupt` wherever the main thread is (reading a table, checking
+    files, waiting for a lock, loading a model), but for blocks of `finishing`. A second one acts as if
+    this were not here. Called, it returns whether one came.
     """
 
     def __init__(self) -> None:
@@ -27,6 +45,8 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
         signal.signal(number, signal.SIG_DFL)
+        if not _blocks:
+            raise KeyboardInterrupt
 
     def __call__(self) -> bool:
         return self._asked

@@ -18,7 +18,8 @@ _WORKER = Path(__file__).with_name("decoder.py")
 class DecoderPool:
     """As many decoding processes as asked for, each started when it is first needed.
 
-    `decode` may be called from any number of threads. Use as a context manager.
+    `decode` may be called from any number of threads. Use as a context manager: when it is left, every
+    process is ended, and calls that wait for one get an `error`.
     """
 
     def __init__(self, processes: int | None = None, patience_s: int = PATIENCE_S) -> None:
@@ -26,7 +27,8 @@ class DecoderPool:
         self._idle: queue.LifoQueue[subprocess.Popen[str] | None] = queue.LifoQueue()
         for _ in range(processes or os.cpu_count() or 1):
             self._idle.put(None)
-        self._size = self._idle.qsize()
+        self._running: set[subprocess.Popen[str]] = set()
+        self._left = False
 
     def decode(self, path: Path, kind: str = "video") -> dict[str, Any]:
         """Decode every frame of a video, or all of the sound of a file.
@@ -48,13 +50,17 @@ class DecoderPool:
 
     def _start(self) -> subprocess.Popen[str]:
         # -P keeps the worker's folder off the path: its neighbours are not its modules.
-        return subprocess.Popen(
+        worker = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER), str(self._patience_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
         )
+        self._running.add(worker)
+        if self._left:  # meanwhile, by a thread that was interrupted
+            self._end(worker)
+        return worker
 
     def _ask(
         self, worker: subprocess.Popen[str], question: list[str]
@@ -66,7 +72,7 @@ class DecoderPool:
             worker.stdin.write(json.dumps(question) + "\n")
             worker.stdin.flush()
         except OSError:
-            _end(worker)
+            self._end(worker)
             return {"error": "the decoder ended"}, None
         while True:
             # The worker ends itself; this is for platforms where it cannot.
@@ -78,7 +84,7 @@ class DecoderPool:
             if not line.endswith("\n"):
                 code = worker.wait()
                 why = "gave no sign of life" if code in (-14, -9) else "crashed"
-                _end(worker)
+                self._end(worker)
                 return {"error": f"the decoder {why}"}, None
             answer: dict[str, Any] = json.loads(line)
             if "decoded" not in answer:
@@ -88,16 +94,16 @@ class DecoderPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for _place in range(self._size):
-            worker = self._idle.get()
-            if worker is not None:
-                _end(worker)
+        # Also those that decode: whoever was interrupted does not wait for the end of a clip.
+        self._left = True
+        for worker in [*self._running]:
+            self._end(worker)
 
-
-def _end(worker: subprocess.Popen[str]) -> None:
-    worker.kill()
-    worker.wait()
-    for pipe in (worker.stdin, worker.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):  # what was left to write has no reader
-                pipe.close()
+    def _end(self, worker: subprocess.Popen[str]) -> None:
+        worker.kill()
+        worker.wait()
+        self._running.discard(worker)
+        for pipe in (worker.stdin, worker.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was left to write has no reader
+                    pipe.close()

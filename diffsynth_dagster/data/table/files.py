@@ -21,7 +21,7 @@ from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import image_facts
 from diffsynth_dagster.data.media.video import video_facts
 from diffsynth_dagster.data.table.values import REASONS, STATUS
-from diffsynth_dagster.errors import MetadataError, ParameterError
+from diffsynth_dagster.errors import MetadataError, ParameterError, is_text
 from diffsynth_dagster.facts import FactCache, Facts
 
 Progress = Callable[[int], object]
@@ -98,7 +98,7 @@ class FileCheck:
         """Prepare to check files.
 
         Raises:
-            MetadataError: the data set's folder does not exist.
+            MetadataError: the data set's folder does not exist, or its name is no text.
         """
         base = Path(config.dataset_base_path)
         if not base.is_dir():
@@ -108,6 +108,12 @@ class FileCheck:
                 do="correct the path",
             )
         self._root = base.resolve()
+        if not is_text(str(self._root)):
+            raise MetadataError(
+                f"the data set's folder, {self._root}, has a name that is not UTF-8",
+                where=f"dataset_base_path = {base}",
+                do="rename the folder: tables hold text alone",
+            )
         self._folders: dict[str, str] = {}
         self._anywhere = config.allow_outside_base_path
         self._again = config.verify_content
@@ -195,6 +201,8 @@ class FileCheck:
         """A value of a file column → the file, or the reason why not."""
         try:
             path = self._real_path(value)
+            if not is_text(str(path)):  # where a link leads to
+                return None, "bad_path"
             if not self._anywhere and not path.is_relative_to(self._root):
                 return None, "outside_base_path"
             if path.is_file():

@@ -25,7 +25,7 @@ REASONS = {
     "not_taken": "the value is none that the column takes",
     "wrong_type": "the value is of another type than the column's",
     "url": "the value is a URL; files must be local",
-    "bad_path": "the value is no path",
+    "bad_path": "the value is no path, or links to a name that is not UTF-8",
     "outside_base_path": "the file lies outside dataset_base_path",
     "file_missing": "the file does not exist",
     "not_a_file": "this is not a regular file but a folder, a pipe, a socket or a device",
