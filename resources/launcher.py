@@ -69,7 +69,7 @@ class Launcher(dg.ConfigurableResource):
         # A name of its own: another run may be about to read its file in this folder.
         recipe = hidden_beside(output / "launch.yaml")
         command = [*self._launch(config, options), "-m", "diffsynth_dagster.train"]
-        command += ["--recipe", str(recipe)]
+        command += ["--recipe", str(recipe), "--checkpoints_only"]
         context.log.debug(f"running {' '.join(command)}")
         with ExitStack() as leaving:
             scratch = leaving.enter_context(tempfile.TemporaryDirectory(prefix="diffsynth-launch-"))

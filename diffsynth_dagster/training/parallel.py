@@ -177,6 +177,10 @@ class Parallel:
         elif settings.get("gradient_clipping", "auto") == "auto":
             settings["gradient_clipping"] = 0.0  # accelerate would clip at 1
 
+    def let_go(self) -> None:
+        """Hold the prepared module and optimizer no longer, after the last step."""
+        self._accelerator.free_memory()
+
     def autocast(self) -> AbstractContextManager[None]:
         """Entered around a computation with trained modules, to compute in mixed precision."""
         return self._accelerator.autocast()
