@@ -1,6 +1,5 @@
 """`<recipe>/exports`: the files that other tools load."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -10,8 +9,7 @@ from diffsynth_dagster.config import Recipe
 from resources import Hub, Parameters
 
 if TYPE_CHECKING:
-    from diffsynth_dagster.export import Exported
-    from diffsynth_dagster.weights.identify import FoundModel
+    from diffsynth_dagster.export import Exports
 
 CHECK = "export_loads"
 
@@ -33,31 +31,22 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
             )
         ],
     )
-    def exports(parameters: Parameters, hub: Hub) -> dg.MaterializeResult:
-        from diffsynth_dagster.cache.split import with_settled
-        from diffsynth_dagster.errors import OutputError
-        from diffsynth_dagster.export import export_run
+    def exports(
+        context: dg.AssetExecutionContext, parameters: Parameters, hub: Hub
+    ) -> dg.MaterializeResult:
+        from diffsynth_dagster.export import export_folder
         from diffsynth_dagster.facts import digest_of
-        from diffsynth_dagster.run_folder import owned
-        from diffsynth_dagster.training.record import read_record
-        from diffsynth_dagster.weights.identify import find_model
 
         with user_errors():
-            config = parameters.apply(recipe.config)
-            record = read_record(Path(config.output_path))
-            if record is None or not record.finished:
-                raise OutputError(
-                    "the run folder holds no finished training",
-                    where=config.output_path,
-                    do=f"materialize {recipe.name}/checkpoints first",
-                )
-            config = with_settled(config)
-            found = find_model(config, hub.open())
-            with owned(Path(config.output_path), "exporting"):
-                exported = export_run(config, record, found)
-                check = _check(exported, found)
+            exported = export_folder(parameters.apply(recipe.config), hub.open())
+        if exported.unfinished is not None:
+            context.log.warning(
+                f"the training is unfinished: its checkpoint of {exported.unfinished} was exported"
+            )
+        files = exported.files
         return dg.MaterializeResult(
             metadata={
+                **({} if exported.unfinished is None else {"unfinished": exported.unfinished}),
                 "files": table(
                     {
                         "file": str(item.path),
@@ -67,31 +56,26 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
                         "bytes": item.bytes,
                         "blake3": item.digest,
                     }
-                    for item in exported
+                    for item in files
                 ),
-                "folder": dg.MetadataValue.path(str(exported[0].path.parent.absolute())),
+                "folder": dg.MetadataValue.path(str(files[0].path.parent.absolute())),
             },
-            data_version=dg.DataVersion(digest_of([item.digest for item in exported])),
-            check_results=[check],
+            data_version=dg.DataVersion(digest_of([item.digest for item in files])),
+            # Stale until the training is finished, also where its end makes the checkpoint that the
+            # asset checkpoints has known from a training before.
+            tags={} if exported.unfinished is None else {"dagster/code_version": "unfinished"},
+            check_results=[_check(exported)],
         )
 
     return exports
 
 
-def _check(exported: "list[Exported]", found: "FoundModel") -> dg.AssetCheckResult:
-    """Let the target's loader try each file."""
-    from diffsynth_dagster.errors import UserError
-    from diffsynth_dagster.export import verify_export
-
-    problems: list[str] = []
-    for item in exported:
-        try:
-            verify_export(item, found)
-        except UserError as error:
-            problems.append(str(error))
+def _check(exported: "Exports") -> dg.AssetCheckResult:
+    """What the target's loader said of each file."""
+    problems = exported.problems
     return dg.AssetCheckResult(
         check_name=CHECK,
         passed=not problems,
-        description="\n".join(problems) or f"all {len(exported)} load",
-        metadata={"files": len(exported), "files_that_do_not_load": len(problems)},
+        description="\n".join(map(str, problems)) or f"all {len(exported.files)} load",
+        metadata={"files": len(exported.files), "files_that_do_not_load": len(problems)},
     )

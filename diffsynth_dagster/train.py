@@ -1,5 +1,8 @@
 """The trainer: `accelerate launch -m diffsynth_dagster.train --flag …`.
 
+It trains, and then writes the files that other tools load. In Dagster that is an asset of its own: the
+launcher gives `--checkpoints_only`.
+
 Exit codes: 0 done, 2 a mistake in the input (one message, no traceback), 130 stopped by a signal.
 """
 
@@ -13,16 +16,25 @@ from typing import TYPE_CHECKING
 
 from diffsynth_dagster.config.flags import read_arguments
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import OutputError, UserError
+from diffsynth_dagster.files import full_disk
 from diffsynth_dagster.training.guard import FailureGuard, failure_reporter
+from diffsynth_dagster.training.shortage import out_of_memory
 from diffsynth_dagster.training.stop import StopSignal
 
 if TYPE_CHECKING:
     from diffsynth_dagster.training.parallel import Parallel
     from diffsynth_dagster.training.record import RunRecord
+    from diffsynth_dagster.weights.identify import FoundModel
 
 
-def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
+def run(
+    config: TrainingConfig, stop_asked: StopSignal, exports: bool = False
+) -> "RunRecord | None":
     """Do what a config asks for; returns the record of the training, if there was one.
+
+    Args:
+        exports: whether a finished training is exported too.
 
     Raises:
         UserError: see the modules that this and `run_alone` go through, in the order of the imports.
@@ -43,13 +55,23 @@ def run(config: TrainingConfig, stop_asked: StopSignal) -> "RunRecord | None":
         # One process holds the run folder for all.
         held = owned(Path(config.output_path), config.task)
         parallel.from_main(lambda: leaving.enter_context(held))
-        return run_alone(config, parallel, stop_asked)
+        trained = run_alone(config, parallel, stop_asked)
+        if trained is None:
+            return None
+        if exports:
+            parallel.let_go()  # of the model, which takes the memory
+            parallel.from_main(lambda: export(config, *trained))
+        return trained[0]
 
 
 def run_alone(
     config: TrainingConfig, parallel: "Parallel", stop_asked: StopSignal
-) -> "RunRecord | None":
-    """Do what a checked config asks for, in a run folder that is held; see `run`."""
+) -> "tuple[RunRecord, FoundModel] | None":
+    """Do what a checked config asks for, in a run folder that is held; see `run`.
+
+    Returns:
+        The record of the training and the model, if something was trained.
+    """
     from diffsynth_dagster.data.media.budget import DECODING
     from diffsynth_dagster.facts import FactCache
     from diffsynth_dagster.files import require_space, require_writable
@@ -114,7 +136,7 @@ def run_alone(
         )
         record = going_on(record, state)
         run_file = RunFile(output, record, writes=parallel.is_main_process)
-        return train(
+        trained = train(
             Session(
                 config,
                 parallel,
@@ -129,6 +151,37 @@ def run_alone(
                 memory,
             )
         )
+        return trained, found
+
+
+def export(config: TrainingConfig, record: "RunRecord", found: "FoundModel") -> None:
+    """Export a training that has just finished, and print how to load what was written.
+
+    Raises:
+        OutputError: that failed; it says that the training is finished.
+    """
+    from diffsynth_dagster.export import export_held, how_to_load
+
+    folder = Path(config.output_path).absolute()
+    finished = f"the training is finished and its checkpoints are whole, in {folder}"
+    try:
+        exported = export_held(config, record, found)
+        for problem in exported.problems:
+            raise problem
+    except Exception as error:
+        known = full_disk(error) or out_of_memory(error) or error
+        if not isinstance(known, UserError):
+            error.add_note(finished)
+            raise
+        raise OutputError(
+            f"{finished}; they could not be exported: {known.what}",
+            where=known.where,
+            do="; then ".join(
+                filter(None, [known.do, "give the same command again: it exports them"])
+            ),
+        ) from error
+    for item in exported.files:
+        print(f"exported {item.path.absolute()}\n  {how_to_load(item, found.family)}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(make_plan(arguments.config), indent=2))
             return 0
         with StopSignal() as stop_asked:
-            run(arguments.config, stop_asked)
+            run(arguments.config, stop_asked, exports=not arguments.checkpoints_only)
     return guard.code
 
 

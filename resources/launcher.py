@@ -16,6 +16,7 @@ from pydantic import Field
 import diffsynth_dagster
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.recipe import RecipeOptions, dump_config
+from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.files import hidden_beside, require_writable, write_text
 from diffsynth_dagster.training.failure import (
     EXIT_STOPPED,
@@ -61,13 +62,14 @@ class Launcher(dg.ConfigurableResource):
         Raises:
             dagster.Failure: the processes failed or were stopped.
             OutputError: the run folder cannot be written.
+            ParameterError: the configuration of accelerate does not exist.
         """
         output = Path(config.output_path).absolute()
         require_writable(output, "output_path")
         # A name of its own: another run may be about to read its file in this folder.
         recipe = hidden_beside(output / "launch.yaml")
         command = [*self._launch(config, options), "-m", "diffsynth_dagster.train"]
-        command += ["--recipe", str(recipe)]
+        command += ["--recipe", str(recipe), "--checkpoints_only"]
         context.log.debug(f"running {' '.join(command)}")
         with ExitStack() as leaving:
             scratch = leaving.enter_context(tempfile.TemporaryDirectory(prefix="diffsynth-launch-"))
@@ -92,11 +94,21 @@ class Launcher(dg.ConfigurableResource):
             _require_success(processes.code(), read_failures(failures), tail, config.task)
 
     def _launch(self, config: TrainingConfig, options: RecipeOptions) -> list[str]:
-        """`accelerate launch` with every option that it would warn about when left out."""
+        """`accelerate launch` with every option that it would warn about when left out.
+
+        Raises:
+            ParameterError: its configuration does not exist.
+        """
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
         file = self.accelerate_config or options.accelerate_config
         count = self.num_processes or options.num_processes
         if file is not None:
+            if not Path(file).is_file():
+                raise ParameterError(
+                    "the configuration of accelerate does not exist",
+                    where=f"accelerate_config = {Path(file).absolute()}",
+                    do="correct the path",
+                )
             command += ["--config_file", file]
             return command + (["--num_processes", str(count)] if count else [])
 

@@ -49,7 +49,7 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
     if not folder.is_dir():
         raise ParameterError(
             "the folder of recipes does not exist",
-            where=str(folder),
+            where=str(folder.absolute()),
             do=f"make it, or set {VARIABLE} to the folder that holds your recipes",
         )
     sound: list[Recipe] = []

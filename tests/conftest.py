@@ -180,13 +180,20 @@ def make_config(values: dict[str, Any]) -> TrainingConfig:
     return read_config(values, "the test")
 
 
-def train(values: dict[str, Any], folder: Path, *flags: str) -> tuple[int, Path]:
-    """Run the trainer's command line in this process; returns exit code and run folder."""
+def train(
+    values: dict[str, Any], folder: Path, *flags: str, exports: bool = False
+) -> tuple[int, Path]:
+    """Run the trainer's command line in this process; returns exit code and run folder.
+
+    Args:
+        exports: whether it writes the exports too, which most tests do not look at.
+    """
     values = {**values, "output_path": str(folder)}
     recipe = folder.with_suffix(".yaml")
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return main(["--recipe", str(recipe), *flags]), folder
+    less = [] if exports else ["--checkpoints_only"]
+    return main(["--recipe", str(recipe), *flags, *less]), folder
 
 
 def samples_of(run: Path) -> Samples:

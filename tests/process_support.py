@@ -87,7 +87,7 @@ def in_processes(count: int, config: dict[str, Any], recipe: Path, seconds: floa
     server = start_server()
     logs = [recipe.with_name(f"{recipe.name}.{rank}.log") for rank in range(count)]
     shared = {
-        "ACCELERATE_USE_CPU": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -35,6 +35,8 @@ MEASURED = (
     *("seconds", "samples_per_second", "peak_memory_bytes", "beside", "digest", "resumed_from"),
 )
 """Fields of the record that differ between two runs of the same training."""
+CHECKPOINTS_ONLY = "--checkpoints_only"
+"""What the launcher gives the trainer: the exports are a step of their own."""
 LONGEST_S = 120.0
 """A step that takes longer hangs."""
 
@@ -54,7 +56,7 @@ def check_table(config: Any) -> int:
 def encode(config: Any) -> int:
     from diffsynth_dagster.cache.split import first_half
 
-    return launch(first_half(config))
+    return launch(first_half(config), CHECKPOINTS_ONLY)
 
 
 def train(config: Any) -> int:
@@ -69,7 +71,7 @@ def train(config: Any) -> int:
     config = second_half(config)
     record = finished_training(config, ModelHub.from_environment(), None)
     if record is None:
-        return launch(config)
+        return launch(config, CHECKPOINTS_ONLY)
     changed = changed_beside(Path(config.output_path), record)
     if changed:
         print(f"warning: {say_changed(changed)}", file=sys.stderr)
@@ -77,30 +79,15 @@ def train(config: Any) -> int:
 
 
 def export(config: Any) -> int:
-    from diffsynth_dagster.cache.split import with_settled
-    from diffsynth_dagster.errors import OutputError
-    from diffsynth_dagster.export import export_run, verify_export
-    from diffsynth_dagster.run_folder import owned
-    from diffsynth_dagster.training.record import read_record
+    from diffsynth_dagster.export import export_folder
     from diffsynth_dagster.weights.hub import ModelHub
-    from diffsynth_dagster.weights.identify import find_model
 
-    record = read_record(Path(config.output_path))
-    if record is None or not record.finished:
-        raise OutputError(
-            "the run folder holds no finished training",
-            where=config.output_path,
-            do="materialize the checkpoints first",
-        )
-    config = with_settled(config)
-    found = find_model(config, ModelHub.from_environment())
-    with owned(Path(config.output_path), "exporting"):
-        for exported in export_run(config, record, found):
-            verify_export(exported, found)
+    for problem in export_folder(config, ModelHub.from_environment()).problems:
+        raise problem
     return 0
 
 
-def launch(config: Any) -> int:
+def launch(config: Any, *flags: str) -> int:
     """The trainer's command line, on a recipe that is written as the launcher writes it."""
     from diffsynth_dagster.config.recipe import dump_config
     from diffsynth_dagster.files import hidden_beside, write_text
@@ -109,7 +96,7 @@ def launch(config: Any) -> int:
     recipe = hidden_beside(Path(config.output_path) / "launch.yaml")
     write_text(recipe, dump_config(config))
     try:
-        return main(["--recipe", str(recipe)])
+        return main(["--recipe", str(recipe), *flags])
     finally:
         recipe.unlink(missing_ok=True)
 
@@ -154,7 +141,7 @@ def attempt(step: str, recipe: Path, death: Death, started: Connection) -> None:
     log = os.open(recipe.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
-    os.environ["ACCELERATE_USE_CPU"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared byte by byte
     import diffsynth_dagster.training.loop  # noqa: F401
     from diffsynth_dagster.cache import shards
     from diffsynth_dagster.config.recipe import read_recipe

@@ -4,8 +4,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import make_config, train
@@ -14,7 +16,6 @@ from families.qwen_image.cases import CASES as QWEN
 from families.stable_diffusion.cases import CASES as SD
 from families.wanvideo.cases import CASES as WAN
 from family_case import Case
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_families import HUB, Place, dataset, predict, row_of, some_x_t, step_of
@@ -22,7 +23,7 @@ from torch import nn
 
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import TargetError
-from diffsynth_dagster.export import export_run, verify_export
+from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.training.modules import check_model
 from diffsynth_dagster.training.record import read_record
@@ -279,8 +280,10 @@ def test_the_export_predicts_the_same_where_it_is_loaded(place: Trained) -> None
         if item.format == "peft":
             base, t = step_of(config, found), 500.0
             owner = found.family.part(place.case.base).of
-            loaded: Any = PeftModel.from_pretrained(base.loaded[owner], str(item.path.parent))
-            base.loaded[owner] = loaded.base_model.model
+            folder = found.family.component(owner).folder
+            pipe = SimpleNamespace(**{folder: base.loaded[owner]})
+            exec(how_to_load(item, found.family), {"pipe": pipe, "peft": peft})
+            base.loaded[owner] = getattr(pipe, folder).base_model.model
             theirs = predict(base, found, batch, x_t, t)
         else:
             row = row_of(place, batch, found, place.run_folder)

@@ -127,7 +127,7 @@ def test_mistake_on_the_second_of_two_processes(
 ) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     monkeypatch.setattr(Launcher, "_launch", lambda *_: command)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     message = place.failure(customized_optimizer="failing.MistakenOnOne", batch_size=1)
     assert message.splitlines()[:2] == [
         "the optimizer cannot be made: only here",

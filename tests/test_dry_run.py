@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 from conftest import Values, train
 
+from diffsynth_dagster.config import TrainingConfig
+from diffsynth_dagster.config.recipe import RecipeOptions
+from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families import family_names
+from diffsynth_dagster.train import main
+from resources import Launcher
+from resources.recipes import load_recipes
 
 GONE = "/nowhere/diffusion_pytorch_model.safetensors"
 
@@ -66,3 +72,44 @@ def test_a_plan_with_all_files_is_made(values: Values, tmp_path: Path) -> None:
     given = values()
     given["model_paths"] = [f"{Path(p).parent!s}/*.safetensors" for p in given["model_paths"]]
     assert train(given, tmp_path / "run", "--dry_run")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("dataset_base_path", ()),
+        ("dataset_metadata_path", ()),
+        ("model_paths", ("--dry_run",)),
+        ("tokenizer_path", ("--dry_run",)),
+        ("lora_checkpoint", ("--dry_run",)),
+        ("preset_lora_path", ("--dry_run",)),
+        ("lora_checkpoint", ()),
+        ("preset_lora_path", ()),
+    ],
+)
+def test_where_a_relative_path_leads_is_said(
+    values: Values,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    flags: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gone = "gone/file.csv" if name == "dataset_metadata_path" else "gone/file.safetensors"
+    given = values(**{name: [gone, *values()["model_paths"]] if name == "model_paths" else gone})
+    assert train(given, tmp_path / "run", *flags)[0] == 2
+    assert f"{name} = {tmp_path / gone}\n" in capsys.readouterr().err
+
+
+def test_where_a_recipe_was_looked_for_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--recipe", "gone.yaml"]) == 2
+    assert f"where: {tmp_path / 'gone.yaml'}\n" in capsys.readouterr().err
+    with pytest.raises(ParameterError, match=str(tmp_path / "recipes")):
+        load_recipes(Path("recipes"))
+    options = RecipeOptions(accelerate_config="gone.yaml")
+    with pytest.raises(ParameterError, match=f"accelerate_config = {tmp_path / 'gone.yaml'}"):
+        Launcher()._launch(TrainingConfig(), options)

@@ -17,10 +17,11 @@ KNOW_ACCELERATE = {"parallel.py"}
 TAKE_TURNS = """
 import sys, time
 from pathlib import Path
-from accelerate import Accelerator
-from diffsynth_dagster.training.parallel import Parallel
+from diffsynth_dagster.config import TrainingConfig
+from diffsynth_dagster.training.parallel import start_parallel
 
-parallel = Parallel(Accelerator(cpu=True))
+parallel = start_parallel(TrainingConfig())
+assert (parallel.num_processes, parallel.device.type) == (4, "cpu")
 def note(word):
     with Path(sys.argv[1]).open("a") as file:
         file.write(f"{word} {parallel.process_index} {parallel.is_node_main}\\n")
@@ -44,7 +45,7 @@ def test_only_parallel_imports_accelerate(path: Path) -> None:
 
 
 def test_the_first_process_of_each_node_goes_first(tmp_path: Path) -> None:
-    """Two nodes of two processes, on this machine."""
+    """Two nodes of two processes, on this machine, without a GPU, which accelerate is not told of."""
     script, log = tmp_path / "take_turns.py", tmp_path / "log"
     script.write_text(TAKE_TURNS, encoding="utf-8")
     with socket.socket() as free:
@@ -52,7 +53,12 @@ def test_the_first_process_of_each_node_goes_first(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     address = f"--nnodes 2 --nproc_per_node 2 --master_addr 127.0.0.1 --master_port {port}"
     command = [sys.executable, "-m", "torch.distributed.run", *address.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     nodes = [
         subprocess.Popen(
             [*command, "--node_rank", str(rank), str(script), str(log)], env=environment

@@ -30,6 +30,7 @@ def test_two_processes_then_one_then_two(values: Values, tmp_path: Path) -> None
         else:
             done = two_processes(config, tmp_path / "recipe.json")
             assert done.returncode == 0, done.stderr
+            assert done.stderr.count("exported ") == 1, done.stderr
     record = json.loads((run / "run.json").read_text())
     assert record["resumed_from"] == [2, 4]
     assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)

@@ -28,7 +28,7 @@ def start_training(folder: Path, values: Values, encoded: Path) -> subprocess.Po
     recipe.write_text(yaml.safe_dump(endless(values(), encoded, folder)))
     arguments = ["-m", "diffsynth_dagster.train", "--recipe", str(recipe)]
     log = folder.with_suffix(".log")
-    process = start(arguments, {**os.environ, "ACCELERATE_USE_CPU": "1"}, log)
+    process = start(arguments, os.environ, log)
     wait_until_training(folder, process, log)
     return process
 

@@ -3,6 +3,8 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import polars as pl
 import psutil
@@ -13,7 +15,7 @@ from process_support import in_processes
 from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
-from diffsynth_dagster.export import export_run, verify_export
+from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.training.adapters import saved_name
 from diffsynth_dagster.training.batches import collate
@@ -24,6 +26,16 @@ from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component
+
+
+def as_printed(out: str, pipe: Any) -> Any:
+    """A pipeline after what the trainer says at its end."""
+    import diffusers
+
+    file, line = out.splitlines()[-2:]
+    assert Path(file.removeprefix("exported ")).is_file()
+    exec(line.strip(), {"diffusers": diffusers, "pipe": pipe})
+    return pipe
 
 
 def test_same_seed_gives_the_same_bytes(values: Values, tmp_path: Path) -> None:
@@ -128,25 +140,25 @@ def test_several_modules_at_once(values: Values, tmp_path: Path) -> None:
     assert {e.components for e in exported} == {("dit",), ("text_encoder",)}
     for item in exported:
         verify_export(item, found)
+    folder = run / "exports" / "diffusers" / "text_encoder"
+    assert [how_to_load(item, found.family) for item in exported] == [
+        f'pipe.load_lora_weights("{folder.parent}/pytorch_lora_weights.safetensors")',
+        "pipe.text_encoder = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained("
+        f'"{folder}")',
+    ]
 
 
-def test_full_training_exports_a_model_folder(values: Values, tmp_path: Path) -> None:
-    from diffusers import QwenImageTransformer2DModel
-
+def test_full_training_exports_a_model_folder(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = values(trainable_models=["dit"], learning_rate=1e-4, save_steps=1)
-    code, run = train(config, tmp_path / "run")
+    code, run = train(config, tmp_path / "run", exports=True)
     assert code == 0
     assert sorted(p.name for p in run.glob("*.safetensors")) == [
         "step-1.safetensors",
         "step-2.safetensors",
     ]
-    settings = make_config({**config, "output_path": str(run)})
-    found = find_model(settings, ModelHub.from_environment())
-    record = read_record(run)
-    assert record is not None
-    (exported,) = export_run(settings, record, found)
-    verify_export(exported, found)
-    loaded = QwenImageTransformer2DModel.from_pretrained(exported.path.parent)
+    loaded = as_printed(capsys.readouterr().out, SimpleNamespace()).transformer
     trained = load_file(run / "step-2.safetensors")
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, trained[name])
@@ -154,7 +166,11 @@ def test_full_training_exports_a_model_folder(values: Values, tmp_path: Path) ->
 
 @pytest.mark.parametrize("alpha", [None, 2.0])
 def test_exported_lora_predicts_the_same_in_diffusers(
-    values: Values, tmp_path: Path, tiny_qwen: Path, alpha: float | None
+    values: Values,
+    tmp_path: Path,
+    tiny_qwen: Path,
+    alpha: float | None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from diffusers import (
         AutoencoderKLQwenImage,
@@ -164,14 +180,10 @@ def test_exported_lora_predicts_the_same_in_diffusers(
     )
 
     config = values(num_epochs=3, learning_rate=1e-2, lora_alpha=alpha)
-    _, run = train(config, tmp_path / "run")
+    _, run = train(config, tmp_path / "run", exports=True)
+    printed = capsys.readouterr().out
     settings = make_config({**config, "output_path": str(run)})
     found = find_model(settings, ModelHub.from_environment())
-    record = read_record(run)
-    assert record is not None
-    (exported,) = export_run(settings, record, found)
-    verify_export(exported, found)
-
     ours = load_component(found.components["dit"], "cpu", torch.float32)
     base = load_component(found.components["dit"], "cpu", torch.float32)
     add_lora(settings, found.family, ours, "dit")
@@ -188,7 +200,7 @@ def test_exported_lora_predicts_the_same_in_diffusers(
         tokenizer=None,
         transformer=QwenImageTransformer2DModel.from_pretrained(tiny_qwen / "transformer"),
     )
-    pipeline.load_lora_weights(exported.path.parent)
+    as_printed(printed, pipeline)
     torch.manual_seed(3)
     inputs = {
         "x_t": {"image": torch.randn(2, 16, 4, 6)},

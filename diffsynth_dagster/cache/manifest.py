@@ -186,7 +186,9 @@ def read_manifest(folder: Path, name: str = FILE_NAME, any_layout: bool = False)
         notes: dict[str, Any] = {"digest": "", "samples": 0, **given}
         manifest = Manifest(**notes, path=path)
     except (OSError, pl.exceptions.PolarsError, KeyError, ValueError, TypeError) as error:
-        raise StoreError("the folder holds no encoded data set", where=str(path), do=_DO) from error
+        raise StoreError(
+            "the folder holds no encoded data set", where=str(path.absolute()), do=_DO
+        ) from error
     if manifest.layout != LAYOUT_VERSION and not any_layout:
         raise StoreError(
             f"the data set was encoded by another version (layout {manifest.layout}, not "

@@ -17,10 +17,23 @@ from diffsynth_dagster.errors import ParameterError
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command line asks for."""
+    """What the command line asks for.
+
+    Attributes:
+        dry_run: only say what would happen.
+        checkpoints_only: export nothing after the training.
+    """
 
     config: TrainingConfig
-    dry_run: bool
+    dry_run: bool = False
+    checkpoints_only: bool = False
+
+
+_SWITCHES = {
+    "dry_run": "Print as JSON what would happen, without loading a weight or needing the files.",
+    "checkpoints_only": "End after the last checkpoint, without files for other tools under exports/.",
+}
+"""What is no parameter of a training: name → help."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,11 +74,8 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument("--recipe", help="YAML file of parameters; flags beside it override it.")
-    result.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="Print as JSON what would happen, without loading a weight or needing the files.",
-    )
+    for name, text in _SWITCHES.items():
+        result.add_argument(as_flag(name), action="store_true", help=text)
     for group in GROUPS:
         name = group.__name__.removesuffix("Parameters").lower()
         section = result.add_argument_group(name, (group.__doc__ or "").strip())
@@ -93,7 +103,9 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     for word in unknown:
         if word.startswith("--"):
             name = word[2:].split("=")[0]
-            refuse_unknown(name, {**TrainingConfig.model_fields, "recipe": None}, where, as_flag)
+            refuse_unknown(
+                name, {**TrainingConfig.model_fields, **_SWITCHES, "recipe": None}, where, as_flag
+            )
     if unknown:
         is_switch = unknown[0].lower() in ("true", "false")
         raise ParameterError(
@@ -105,9 +117,9 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
         )
     values = vars(namespace)
     recipe = values.pop("recipe", None)
-    dry_run = values.pop("dry_run", False)
+    switches = {name: values.pop(name) for name in _SWITCHES if name in values}
     if recipe is not None:
         loaded, _ = read_values(Path(recipe))
         values = {**loaded, **values}
         where = f"{recipe} and the command line"
-    return Arguments(read_config(values, where, as_flag), dry_run)
+    return Arguments(read_config(values, where, as_flag), **switches)

@@ -93,7 +93,9 @@ def read_values(path: Path) -> tuple[dict[str, Any], RecipeOptions]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ParameterError(
-            f"the recipe cannot be read: {reason}", where=where, do="name a YAML file"
+            f"the recipe cannot be read: {reason}",
+            where=str(path.absolute()),
+            do="name a YAML file",
         ) from error
     # A ValueError: 0x_, or a number of 5,000 digits; an OverflowError: 1:1:1:…:1.0.
     except (yaml.YAMLError, ValueError, OverflowError) as error:
@@ -141,7 +143,7 @@ def find_recipes(folder: Path) -> list[Recipe]:
     if not folder.is_dir():
         raise ParameterError(
             "the folder of recipes does not exist",
-            where=str(folder),
+            where=str(folder.absolute()),
             do="make it, or set DIFFSYNTH_DAGSTER_RECIPES to the folder that holds your recipes",
         )
     return [read_recipe(path) for path in recipe_files(folder)]

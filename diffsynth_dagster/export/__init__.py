@@ -1,5 +1,17 @@
 """Turn a checkpoint into the files that other tools load."""
 
-from diffsynth_dagster.export.run import Exported, chosen_checkpoint, export_run, verify_export
+from diffsynth_dagster.export.chosen import chosen_checkpoint
+from diffsynth_dagster.export.folder import Exports, export_folder, export_held
+from diffsynth_dagster.export.loading import how_to_load
+from diffsynth_dagster.export.run import Exported, export_run, verify_export
 
-__all__ = ["Exported", "chosen_checkpoint", "export_run", "verify_export"]
+__all__ = [
+    "Exported",
+    "Exports",
+    "chosen_checkpoint",
+    "export_folder",
+    "export_held",
+    "export_run",
+    "how_to_load",
+    "verify_export",
+]

@@ -21,7 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import OutputError, WeightsError
+from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.export.chosen import Chosen, chosen_checkpoint
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.files import write_tensors, write_text
@@ -62,26 +63,6 @@ class Exported:
     bytes: int
 
 
-def chosen_checkpoint(config: TrainingConfig, record: RunRecord) -> list[Path]:
-    """The files of the checkpoint that is exported: see `RunRecord.chosen`.
-
-    Raises:
-        OutputError: there is none, or its bytes are not those that the training wrote.
-    """
-    folder = Path(config.output_path)
-    if not record.chosen:
-        raise OutputError("the training wrote no checkpoint", where=str(folder), do="train again")
-    paths = [folder / name for name in record.chosen]
-    for path in paths:
-        if not path.is_file() or digest_file(path) != record.checkpoints[path.name]:
-            raise OutputError(
-                "the checkpoint is missing or was changed since the training wrote it",
-                where=str(path),
-                do="train again",
-            )
-    return paths
-
-
 def split_modules(
     tensors: Mapping[str, torch.Tensor], removed: str, prefixes: Mapping[str, str]
 ) -> dict[str, Tensors]:
@@ -100,21 +81,29 @@ def split_modules(
 
 
 def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> list[Exported]:
-    """Write the exports of a finished training into `<output_path>/exports/`.
+    """Choose a checkpoint of a training and write its exports. Raises: see the two functions."""
+    chosen = chosen_checkpoint(config, record, found.family)
+    return export_checkpoint(config, record, found, chosen)
 
-    Equal checkpoints give equal bytes.
+
+def export_checkpoint(
+    config: TrainingConfig, record: RunRecord, found: FoundModel, chosen: Chosen
+) -> list[Exported]:
+    """Write the exports of a checkpoint into `<output_path>/exports/`.
+
+    Equal checkpoints give equal bytes, unless the training is unfinished: then the files say so.
 
     Raises:
-        OutputError: see `chosen_checkpoint`; or the folder cannot be written.
+        OutputError: the folder cannot be written.
     """
-    paths = chosen_checkpoint(config, record)
-    provenance = {**record.provenance, "checkpoint": record.chosen_digest}
+    unfinished = {} if chosen.unfinished is None else {"unfinished": chosen.unfinished}
+    provenance = {**record.provenance, "checkpoint": chosen.digest, **unfinished}
     folder = Path(config.output_path) / "exports"
     family = found.family
     prefixes = {name: family.prefix(name) for name in record.trained}
     modules: dict[str, Tensors] = {}
     files = checkpoint_files("", family, record.trained, config.remove_prefix_in_ckpt)
-    for file, path in zip(files, paths, strict=True):
+    for file, path in zip(files, chosen.paths, strict=True):
         modules |= split_modules(read_tensors([path]), file.removed, prefixes)
     whole: dict[str, Tensors] = {}
     loras: dict[str, Tensors] = {}
@@ -126,14 +115,16 @@ def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> 
     method = (record.lora or {}).get("method", "lora")
     if method not in IN_DIFFUSERS:
         for component, tensors in loras.items():
-            exported.append(_export_peft(folder / "peft", found, component, tensors, record))
+            exported.append(
+                _export_peft(folder / "peft", found, component, tensors, record, provenance)
+            )
         loras = {}
     for place, together in _in_files(found, loras).items():
         target = folder / "diffusers" / place
         exported.append(_export_lora(target, found, together, record, provenance))
         if config.align_to_opensource_format:
             target = folder / "kohya" / place
-            exported.append(_export_kohya(target, found, together, config.alpha, provenance))
+            exported.append(_export_kohya(target, found, together, record, provenance))
     for component, tensors in whole.items():
         exported.append(_export_full(folder / "diffusers", found, component, tensors, provenance))
     return exported
@@ -177,27 +168,32 @@ def _export_kohya(
     folder: Path,
     found: FoundModel,
     loras: Mapping[str, Tensors],
-    alpha: float,
+    record: RunRecord,
     provenance: Mapping[str, object],
 ) -> Exported:
     """Write the LoRAs of some components into one file under the names of kohya's scripts."""
+    assert record.lora is not None
     named: Tensors = {}
     for name, tensors in loras.items():
-        named |= found.family.to_kohya[name](tensors, alpha)
+        named |= found.family.to_kohya[name](tensors, record.lora["alpha"])
     notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
     path = write_tensors(folder / LORA_FILE, named, notes)
     return _exported(path, loras, "lora", "kohya")
 
 
 def _export_peft(
-    folder: Path, found: FoundModel, name: str, tensors: Tensors, record: RunRecord
+    folder: Path,
+    found: FoundModel,
+    name: str,
+    tensors: Tensors,
+    record: RunRecord,
+    provenance: Mapping[str, object],
 ) -> Exported:
     """Write what is trained in the layers of a component as peft's `PeftModel` loads it."""
     assert record.lora is not None
     target = folder / found.family.component(name).folder
     settings = peft_settings(record.lora, sorted({layer_of(tensor) for tensor in tensors}))
     named = {PEFT_START + tensor: values for tensor, values in tensors.items()}
-    provenance = {**record.provenance, "checkpoint": record.chosen_digest}
     notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
     path = write_tensors(target / PEFT_FILE, named, notes)
     said = {n: sorted(v) if isinstance(v, set) else v for n, v in settings.to_dict().items()}

@@ -54,7 +54,7 @@ def _train(work: Work) -> RunRecord:
     if session.parallel.is_main_process:
         make_ready(run_file.folder, state, reporter.warned)
         write_text(run_file.folder / "config.yaml", dump_config(config))
-    run_file.begin()
+    run_file.begin(work.total_steps)
     pictures = Pictures(work)
     points = SavePoints(config, work.data.order.steps_per_epoch, work.total_steps)
     checkpoints = Checkpoints(points)

@@ -67,7 +67,7 @@ def check_model(config: TrainingConfig, found: FoundModel, trained_dtype: torch.
                 size += sum(p.numel() for p in held) * trained_dtype.itemsize
                 if config.resume_from_checkpoint is not None:
                     path = Path(config.resume_from_checkpoint)
-                    where = f"resume_from_checkpoint = {path}"
+                    where = f"resume_from_checkpoint = {path.absolute()}"
                     require_weights(module, path, found.family, part.name, where)
         if name in found.presets:
             preset = found.presets[name]

@@ -177,6 +177,10 @@ class Parallel:
         elif settings.get("gradient_clipping", "auto") == "auto":
             settings["gradient_clipping"] = 0.0  # accelerate would clip at 1
 
+    def let_go(self) -> None:
+        """Hold the prepared module and optimizer no longer, after the last step."""
+        self._accelerator.free_memory()
+
     def autocast(self) -> AbstractContextManager[None]:
         """Entered around a computation with trained modules, to compute in mixed precision."""
         return self._accelerator.autocast()
@@ -350,7 +354,10 @@ def start_parallel(config: TrainingConfig) -> Parallel:
     """
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     available = {str(getattr(t, "value", t)) for t in get_available_trackers()}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
+        # Or accelerate would take several processes without a GPU for as many trainings.
+        cpu=processes > 1 and not torch.accelerator.is_available(),
         mixed_precision=precision(config.mixed_precision, _gpu_has_bf16()),
         log_with=[*tracker_names(config, available)] or None,
         project_dir=config.output_path,

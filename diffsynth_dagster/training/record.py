@@ -39,6 +39,7 @@ class RunRecord:
         held_out_digest: of the samples that are held out as a table of their own, if they are.
         held_out: each measurement of the held-out loss: see `metrics.HeldOutMetrics`.
         best: the files of the checkpoint with the smallest held-out loss, where it is kept.
+        total_steps: that the training was to make; 0 in records of older versions.
         resumed_from: the steps after which it was stopped, and gone on with.
         finished: whether the training reached its end.
     """
@@ -51,6 +52,7 @@ class RunRecord:
     samples_digest: str
     config_digest: str
     lora: dict[str, Any] | None
+    total_steps: int = 0
     steps: int = 0
     seconds: float = 0.0
     samples_per_second: float = 0.0
@@ -83,8 +85,12 @@ class RunRecord:
 
     @property
     def chosen_digest(self) -> str:
-        """Digest of the checkpoint that is exported: of its file, or of its files."""
-        digests = [self.checkpoints[name] for name in self.chosen]
+        """Digest of the checkpoint that is exported."""
+        return self.digest_of_checkpoint(self.chosen)
+
+    def digest_of_checkpoint(self, names: Iterable[str]) -> str:
+        """Digest of a checkpoint: of its file, or of its files."""
+        digests = [self.checkpoints[name] for name in names]
         return digests[0] if len(digests) == 1 else digest_of(digests)
 
     @property
@@ -118,9 +124,9 @@ class RunFile:
         """What is known so far."""
         return replace(self._record, final_loss=self._final_loss)
 
-    def begin(self) -> None:
+    def begin(self, total_steps: int) -> None:
         """Put the record in the place of that of an older training."""
-        self._update()
+        self._update(total_steps=total_steps)
 
     def _update(self, write: bool = True, **facts: Any) -> None:
         self._record = replace(self._record, **facts)

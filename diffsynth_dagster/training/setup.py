@@ -180,7 +180,7 @@ def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtyp
         train_fully(loaded[part.of], part, trained_dtype)
         if config.resume_from_checkpoint is not None:
             path = Path(config.resume_from_checkpoint)
-            where = f"resume_from_checkpoint = {path}"
+            where = f"resume_from_checkpoint = {path.absolute()}"
             load_weights(loaded[part.of], path, family, name, where)
     asked = config.checkpoints_gradients
     if family.checkpoints_gradients if asked is None else asked:

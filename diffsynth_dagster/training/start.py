@@ -74,7 +74,7 @@ def _digest_of_start(parameter: str, path: Path, fact_cache: FactCache) -> str:
     if not path.is_file():
         raise WeightsError(
             "the file to start from does not exist",
-            where=f"{parameter} = {path}",
+            where=f"{parameter} = {path.absolute()}",
             do="correct the path",
         )
     return fact_cache.digest(path)

@@ -65,7 +65,7 @@ def read_adapter(path: Path, family: Family, name: str, parameter: str) -> Adapt
     Raises:
         WeightsError: the file is missing or damaged, or holds something else.
     """
-    where = f"{parameter} = {path}"
+    where = f"{parameter} = {path.absolute()}"
     if not path.is_file():
         raise WeightsError("the LoRA file does not exist", where=where, do="correct the path")
     owner = family.part(name).of

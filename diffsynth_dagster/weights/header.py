@@ -47,7 +47,9 @@ def read_header(path: Path) -> Header:
     """
     if not path.is_file():
         raise WeightsError(
-            "the model file does not exist", where=str(path), do="correct the path or download it"
+            "the model file does not exist",
+            where=str(path.absolute()),
+            do="correct the path or download it",
         )
     if path.suffix in TORCH_SUFFIXES:
         return _torch_header(path)

@@ -53,7 +53,7 @@ class ModelHub:
         if not found:
             raise WeightsError(
                 f"no file matches '{entry.text}'",
-                where=f"{entry.parameter}; looked in {folder}",
+                where=f"{entry.parameter}; looked in {folder.absolute()}",
                 do="check the pattern"
                 + (", or unset DIFFSYNTH_SKIP_DOWNLOAD" if self.skip_download else ""),
             )
@@ -72,7 +72,7 @@ class ModelHub:
         if not os.path.isdir(path) or not any(path.iterdir()):
             raise WeightsError(
                 "the folder does not exist or is empty",
-                where=f"{entry.parameter} = {path}",
+                where=f"{entry.parameter} = {path.absolute()}",
                 do="name the folder that holds the tokenizer's files",
             )
         return path
@@ -116,7 +116,7 @@ def _no_file(text: str, parameter: str) -> WeightsError:
     """The error for a path or a pattern that names none."""
     return WeightsError(
         "the model file does not exist",
-        where=f"{parameter} = {text}",
+        where=f"{parameter} = {Path(text).absolute()}",
         do="correct the path, or download the model",
     )
 

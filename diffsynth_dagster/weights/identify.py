@@ -306,7 +306,7 @@ def _presets(
     if not path.is_file():
         raise WeightsError(
             "the LoRA file does not exist",
-            where=f"preset_lora_path = {path}",
+            where=f"preset_lora_path = {path.absolute()}",
             do="correct the path",
         )
     in_full = {family.part(n).of for n in config.trainable_models if n in family.trainable}

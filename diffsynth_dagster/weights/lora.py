@@ -62,7 +62,7 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
     Raises:
         WeightsError: the file is missing or damaged, or holds no LoRA.
     """
-    where = f"{parameter} = {path}"
+    where = f"{parameter} = {path.absolute()}"
     if not path.is_file():
         raise WeightsError("the LoRA file does not exist", where=where, do="correct the path")
     owner = family.part(name).of

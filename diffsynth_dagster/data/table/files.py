@@ -104,7 +104,7 @@ class FileCheck:
         if not base.is_dir():
             raise MetadataError(
                 "the data set's folder does not exist",
-                where=f"dataset_base_path = {base}",
+                where=f"dataset_base_path = {base.absolute()}",
                 do="correct the path",
             )
         self._root = base.resolve()

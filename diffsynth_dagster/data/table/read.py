@@ -122,7 +122,7 @@ def open_table(
 
 
 def _where(path: Path, place: str = "") -> str:
-    return f"dataset_metadata_path = {path}{place}"
+    return f"dataset_metadata_path = {path.absolute()}{place}"
 
 
 def _refuse(path: Path, why: str, place: str = "") -> NoReturn:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, UserError
-from diffsynth_dagster.export import export_run, verify_export
+from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import SampleRequest
 from diffsynth_dagster.plan import make_plan
@@ -164,8 +164,8 @@ def test_each_export_loads_into_its_expert(
     pipeline: Any = WanPipeline(
         **parts(own, "transformer"), transformer_2=second, boundary_ratio=0.875
     )
-    pipeline.load_lora_weights(exported[0].path)
-    pipeline.load_lora_weights(exported[1].path, load_into_transformer_2=True)
+    for item in exported:
+        exec(how_to_load(item, found.family), {"pipe": pipeline})
     pipeline.set_progress_bar_config(disable=True)
     with first_call(pipeline.transformer) as high, first_call(pipeline.transformer_2) as low:
         pipeline(

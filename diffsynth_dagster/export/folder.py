@@ -1,0 +1,71 @@
+"""Export what a run folder holds: what the asset `exports` does, and the trainer after its last step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffsynth_dagster.cache.split import with_settled
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import OutputError, UserError
+from diffsynth_dagster.export.chosen import chosen_checkpoint
+from diffsynth_dagster.export.run import Exported, export_checkpoint, verify_export
+from diffsynth_dagster.run_folder import owned
+from diffsynth_dagster.training.record import RunRecord, read_record
+from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.identify import FoundModel, find_model
+
+
+@dataclass(frozen=True)
+class Exports:
+    """What was exported.
+
+    Attributes:
+        unfinished: see `chosen.Chosen`.
+        problems: of the files that the loader of their tool does not take.
+    """
+
+    files: list[Exported]
+    unfinished: str | None
+    problems: list[UserError]
+
+
+def export_folder(config: TrainingConfig, hub: ModelHub) -> Exports:
+    """Export the checkpoint of a run folder, finished or not, and hold the folder meanwhile.
+
+    Raises:
+        OutputError: it holds no whole checkpoint, or someone else holds it, or it cannot be written.
+        UserError: see `with_settled`, `find_model`.
+    """
+    folder = Path(config.output_path)
+    _require_record(folder)  # before anything is made in the folder
+    config = with_settled(config)
+    found = find_model(config, hub)
+    with owned(folder, "exporting"):
+        return export_held(config, _require_record(folder), found)
+
+
+def export_held(config: TrainingConfig, record: RunRecord, found: FoundModel) -> Exports:
+    """Export the checkpoint of a run folder that is held, and let the loader of its tool try each file.
+
+    Raises:
+        OutputError: see `chosen_checkpoint`; or the folder cannot be written.
+    """
+    chosen = chosen_checkpoint(config, record, found.family)
+    files = export_checkpoint(config, record, found, chosen)
+    problems: list[UserError] = []
+    for item in files:
+        try:
+            verify_export(item, found)
+        except UserError as error:
+            problems.append(error)
+    return Exports(files, chosen.unfinished, problems)
+
+
+def _require_record(folder: Path) -> RunRecord:
+    record = read_record(folder)
+    if record is None:
+        raise OutputError(
+            "the run folder holds no training",
+            where=str(folder.absolute()),
+            do="train first (in Dagster: materialize the checkpoints)",
+        )
+    return record

@@ -1,0 +1,28 @@
+"""How a person loads what was exported."""
+
+import json
+from pathlib import Path
+
+from diffsynth_dagster.export.run import Exported
+from diffsynth_dagster.families.contract import Family
+
+
+def how_to_load(exported: Exported, family: Family) -> str:
+    """A line of Python that loads an exported file into `pipe`, a pipeline of diffusers."""
+    path = exported.path.absolute()
+    component = family.component(exported.components[0])
+    place = f"pipe.{component.folder}"
+    if exported.kind == "full":
+        return f'{place} = {_class_of(path.parent)}.from_pretrained("{path.parent}")'
+    if exported.format == "peft":
+        return f'{place} = peft.PeftModel.from_pretrained({place}, "{path.parent}")'
+    # A second denoiser, whose layers have the names of the first one's.
+    second = component.lora_start != component.folder
+    return f'pipe.load_lora_weights("{path}"{f", load_into_{component.folder}=True" * second})'
+
+
+def _class_of(folder: Path) -> str:
+    """The class that reads a folder, with its library."""
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = said.get("_class_name")
+    return f"diffusers.{name}" if name else f"transformers.{said['architectures'][0]}"
