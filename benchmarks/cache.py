@@ -1,6 +1,7 @@
 """Encoding into the store, against one sample at a time with one torch.save for each.
 
     python benchmarks/cache.py
+    python benchmarks/cache.py tiny      a trial in seconds, of which nothing is written
 
 On the demo's digits and on images of mixed sizes, with the demo's encoders: samples per second and
 bytes on disk; then a run with nothing changed, and a run after one file was edited.
@@ -8,7 +9,6 @@ bytes on disk; then a run with nothing changed, and a run after one file was edi
 
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import report
 import torch
 from accelerate import Accelerator
+from demo_runs import MODEL, write_digits
 from PIL import Image
 
 from diffsynth_dagster.cache.encode import encode_missing
@@ -24,18 +25,15 @@ from diffsynth_dagster.cache.plan import plan_samples
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.media.image import load_sample_image
 from diffsynth_dagster.data.table.check import validate
-from diffsynth_dagster.demo.digits import write_new_digits
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import FoundModel, find_model
 from diffsynth_dagster.weights.models import Models
 
-ROOT = Path(__file__).parents[1]
-BASE = ROOT / "recipes" / "demo_base"
 SIZES = ((64, 64), (96, 64), (64, 96), (128, 96), (80, 80))
 
 
-def write_mixed(folder: Path, count: int = 300) -> None:
+def write_mixed(folder: Path, count: int) -> None:
     """Images of five sizes."""
     folder.mkdir(parents=True)
     source = torch.Generator().manual_seed(0)
@@ -50,15 +48,11 @@ def write_mixed(folder: Path, count: int = 300) -> None:
 
 def config_of(data: Path, work: Path) -> TrainingConfig:
     """The parameters of encoding a folder."""
-    files = ("transformer/diffusion_pytorch_model", "text_encoder/model")
     return read_config(
         {
-            "family": "qwen_image",
+            **MODEL,
             "dataset_base_path": str(data),
             "dataset_metadata_path": str(data / "metadata.csv"),
-            "model_paths": [str(BASE / f"{name}.safetensors") for name in files]
-            + [str(BASE / "vae" / "diffusion_pytorch_model.safetensors")],
-            "tokenizer_path": str(BASE / "tokenizer"),
             "task": "sft:data_process",
             "batch_size": 16,
             "output_path": str(work / "run"),
@@ -133,18 +127,18 @@ def measure(name: str, data: Path, work: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(tiny: bool) -> dict[str, Any]:
     """Measure both data sets and print the table."""
     work = Path(tempfile.mkdtemp(prefix="bench-cache-"))
     try:
-        write_new_digits(work / "digits")
-        write_mixed(work / "mixed")
+        write_digits(work / "digits", tiny)
+        write_mixed(work / "mixed", 10 if tiny else 300)
         rows = [measure(n, work / n, work / f"{n}-run") for n in ("digits", "mixed")]
     finally:
         shutil.rmtree(work)
     print(report.table(rows))
-    report.write("cache", {"rows": rows})
+    return {"rows": rows}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    found = report.command_line("cache", main, __doc__)

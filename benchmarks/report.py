@@ -1,16 +1,25 @@
-"""What the benchmarks share: a child process measured alone, and a result written down."""
+"""What the benchmarks share: their command line, a process measured alone, a result written down.
 
+    python benchmarks/<name>.py         measures, prints, and writes to benchmarks/results/
+    python benchmarks/<name>.py tiny    does the same in seconds, with numbers too small to mean anything
+
+`make test` does the second with each of them, so that no benchmark stops working unnoticed.
+"""
+
+import argparse
 import json
+import multiprocessing
+import os
 import platform
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 RESULTS = Path(__file__).parent / "results"
+_Result = TypeVar("_Result")
 
 
 def peak_memory() -> int:
@@ -25,12 +34,17 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def in_child(script: str, *arguments: str) -> dict[str, Any]:
-    """Run a benchmark file with arguments in a process of its own; its last line is JSON."""
-    done = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+def alone(work: Callable[..., _Result], *arguments: Any, tiny: bool = False) -> _Result:
+    """Call a function in a process of its own, whose peak memory is that of the function.
+
+    Args:
+        work: a function of a module.
+        tiny: call it in this process, where nothing is imported again.
+    """
+    if tiny:
+        return work(*arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -43,10 +57,40 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def parser(doc: str | None, scale: str = "full") -> argparse.ArgumentParser:
+    """The command line of a benchmark, whose first argument is its scale.
+
+    Args:
+        doc: the docstring of its module.
+        scale: where none is named.
+    """
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    text = "tiny: a trial in seconds, of which nothing is written (default: %(default)s)"
+    made.add_argument("scale", nargs="?", choices=("full", "tiny"), default=scale, help=text)
+    return made
+
+
+def command_line(
+    name: str, main: Callable[[bool], dict[str, Any]], doc: str | None
+) -> dict[str, Any]:
+    """Run a benchmark that has no other arguments; write down what it measures at full scale.
+
+    Args:
+        main: measures at a scale (whether it is tiny), prints, and returns the result.
+    """
+    tiny = parser(doc).parse_args().scale == "tiny"
+    result = main(tiny)
+    if not tiny:
+        write(name, result)
+    return result
+
+
 def write(name: str, result: dict[str, Any]) -> Path:
     """Write a result beside the machine it was measured on, under benchmarks/results/."""
     RESULTS.mkdir(exist_ok=True)
-    machine = {"python": platform.python_version(), "cores": __import__("os").cpu_count()}
+    machine = {"python": platform.python_version(), "cores": os.cpu_count()}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n")
     return path

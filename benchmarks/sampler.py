@@ -1,23 +1,24 @@
 """Time and memory to the first 1,000 samples, against torch's RandomSampler.
 
     python benchmarks/sampler.py
+    python benchmarks/sampler.py tiny    a trial in seconds, of which nothing is written
 
 Each size runs in a process of its own. RandomSampler makes a list of the whole epoch before it
 gives the first sample, so it is measured at 10^6 and 10^7 only.
 """
 
-import json
-import sys
 from itertools import islice
+from typing import Any
 
 import report
 
 OURS = (10**6, 10**9, 10**12)
 TORCH = (10**6, 10**7)
+TINY = (20_000, 30_000)
 
 
-def measure(kind: str, size: int) -> None:
-    """Print seconds and memory of one sampler as JSON."""
+def measure(kind: str, size: int) -> tuple[float, int]:
+    """Seconds and bytes of memory of one sampler."""
     if kind == "ours":
         from diffsynth_dagster.data.order import StepOrder
 
@@ -37,27 +38,26 @@ def measure(kind: str, size: int) -> None:
 
     seconds, count = report.timed(first)
     assert count == 1000
-    grown = report.peak_memory() - before
-    print(json.dumps({"seconds": seconds, "bytes": grown}))
+    return seconds, report.peak_memory() - before
 
 
-def main() -> None:
+def main(tiny: bool) -> dict[str, Any]:
     """Measure every size and print the table."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind, sizes in (("ours", OURS), ("torch", TORCH)):
-        for size in sizes:
-            found = report.in_child(__file__, kind, str(size))
+        for size in TINY if tiny else sizes:
+            seconds, grown = report.alone(measure, kind, size, tiny=tiny)
             rows.append(
                 {
                     "sampler": kind,
                     "samples": f"{size:.0e}",
-                    "seconds to the first 1000": round(found["seconds"], 4),
-                    "MiB more memory": round(found["bytes"] / 2**20, 1),
+                    "seconds to the first 1000": round(seconds, 4),
+                    "MiB more memory": round(grown / 2**20, 1),
                 }
             )
     print(report.table(rows))
-    report.write("sampler", {"rows": rows})
+    return {"rows": rows}
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1], int(sys.argv[2])) if len(sys.argv) > 1 else main()
+    found = report.command_line("sampler", main, __doc__)

@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py --rows 10000000     table → keys → manifest → first batch, random step
     python benchmarks/scale.py --images 100000     real small images through the file check, twice
+    python benchmarks/scale.py tiny                both in seconds, of which nothing is written
 
 Rows: the facts about files are made up, since ten million pictures do not fit here; everything after
 the file check is the real code, with the demo's real model. Only the shards that the two batches
@@ -9,11 +10,9 @@ read are real, the others stand in the store's index alone. Each part that is me
 process, whose peak memory counts; what it needs is made in another. The last line is JSON.
 """
 
-import argparse
 import json
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,26 +25,29 @@ import polars as pl
 import report
 import torch
 from accelerate import Accelerator
+from demo_runs import MODEL
 from PIL import Image
 
 from diffsynth_dagster.cache.encode import encode_missing
 from diffsynth_dagster.cache.keys import Keys
+from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.plan import plan_samples
-from diffsynth_dagster.cache.resolve import resolve
-from diffsynth_dagster.cache.shards import INDEX_SCHEMA
+from diffsynth_dagster.cache.resolve import Samples, resolve
+from diffsynth_dagster.cache.shards import INDEX_SCHEMA, tensor_digest
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.digests import digest_column
 from diffsynth_dagster.data.prepare import prepare_data
-from diffsynth_dagster.data.table.checked import FILE_NAME, read_checked
+from diffsynth_dagster.data.table.check import CheckedTable
+from diffsynth_dagster.data.table.checked import read_checked, write_checked
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.files import write_tensors
+from diffsynth_dagster.seal import write_sealed
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import FoundModel, find_model
 from diffsynth_dagster.weights.models import Models
 
-BASE = Path(__file__).parents[1] / "recipes" / "demo_base"
 CHUNK = 250_000
 KEYS_PER_SHARD = 4_000
 """As many latents of 64 KiB as a shard of 256 MiB holds."""
@@ -55,15 +57,11 @@ Seconds = dict[str, float]
 
 def config_of(work: Path) -> TrainingConfig:
     """A LoRA training of the demo's model on the table in a folder."""
-    files = ("transformer/diffusion_pytorch_model", "text_encoder/model")
     return read_config(
         {
-            "family": "qwen_image",
+            **MODEL,
             "dataset_base_path": str(work / "data"),
             "dataset_metadata_path": str(work / "data" / "metadata.csv"),
-            "model_paths": [str(BASE / f"{name}.safetensors") for name in files]
-            + [str(BASE / "vae" / "diffusion_pytorch_model.safetensors")],
-            "tokenizer_path": str(BASE / "tokenizer"),
             "lora_base_model": "dit",
             "lora_target_modules": "to_q",
             "batch_size": 4,
@@ -111,16 +109,13 @@ def made_up_rows(start: int, count: int) -> pl.DataFrame:
 
 
 def write_table(folder: Path, rows: int) -> None:
-    """A checked table of made-up facts, written in parts and then joined into one file."""
+    """A checked table of made-up facts, made in parts, since it may be larger than memory."""
     parts = folder / "parts"
     parts.mkdir(parents=True)
     for start in range(0, rows, CHUNK):
         part = made_up_rows(start, min(CHUNK, rows - start))
         part.write_parquet(parts / f"{start:012}.parquet", compression="lz4")
-    notes = json.dumps({"source": "made up", "parameters": {}})
-    pl.scan_parquet(sorted(parts.iterdir())).sink_parquet(
-        folder / FILE_NAME, metadata={"diffsynth_dagster": notes}
-    )
+    write_checked(CheckedTable(pl.scan_parquet(sorted(parts.iterdir())), "made up"), folder)
     shutil.rmtree(parts)
 
 
@@ -141,25 +136,31 @@ def plan(config: TrainingConfig, found: FoundModel) -> Manifest:
 
 def fill_index(manifest: Manifest, found: FoundModel) -> None:
     """Say in the store's index that it holds every sample."""
-    index = Path(manifest.store) / "index"
-    index.mkdir(parents=True)
     for stage in found.family.stages:
         keys = manifest.rows.select(pl.col(f"key:{stage.name}").alias("key"))
         number = 0
         for batch in keys.collect_batches(chunk_size=100 * KEYS_PER_SHARD, maintain_order=True):
-            for shard in batch.iter_slices(KEYS_PER_SHARD):
+            for held in batch.iter_slices(KEYS_PER_SHARD):
                 name = f"{stage.name}{number:010}"
-                known = {"output": stage.yields[0].name, "shard": name, "finite": True, "bytes": 64}
-                rows = shard.with_columns(pl.lit(v).alias(n) for n, v in known.items())
-                rows = rows.with_columns(
-                    pl.lit("float32").alias("dtype"),
-                    pl.lit([4, 4]).alias("shape"),
-                    digest_column(pl.col("key")).alias("digest"),
+                index = index_of(held, stage.yields[0].name, name)
+                write_sealed(
+                    Path(manifest.store) / "index" / f"{name}.parquet",
+                    lambda staged, said, index=index: index.write_parquet(staged, metadata=said),
+                    {"layout": str(LAYOUT_VERSION)},
                 )
-                rows.select(
-                    pl.col(column).cast(kind) for column, kind in INDEX_SCHEMA.items()
-                ).write_parquet(index / f"{name}.parquet")
                 number += 1
+
+
+def index_of(keys: pl.DataFrame, output: str, shard: str) -> pl.DataFrame:
+    """The index of a shard that holds one small tensor under each of the keys. Its digests are made
+    up, but take the space of real ones."""
+    known = {"output": output, "shard": shard, "dtype": "float32", "finite": True, "bytes": 64}
+    rows = keys.with_columns(
+        *(pl.lit(value).alias(name) for name, value in known.items()),
+        pl.lit([4, 4]).alias("shape"),
+        digest_column(pl.col("key")).alias("digest"),
+    )
+    return rows.select(pl.col(column).cast(kind) for column, kind in INDEX_SCHEMA.items())
 
 
 def random_step(data: StepDataset) -> int:
@@ -167,31 +168,22 @@ def random_step(data: StepDataset) -> int:
     return random.Random(0).randrange(data.order.steps_per_epoch)
 
 
-def write_shards(data: StepDataset, config: TrainingConfig, found: FoundModel) -> None:
-    """Write the shards that the measured batches read, with nothing else in them."""
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    samples = resolve_of(config)
-    for step in (0, random_step(data)):
-        for micro in data.order.step(step):
-            for visit in micro:
-                places = samples.at(visit.bucket, visit.index).places
-                for stage in found.family.stages:
-                    shard, key = places[stage.name]
-                    name = f"{key}.{stage.yields[0].name}"
-                    shards.setdefault(shard, {})[name] = torch.zeros(4, 4)
-    for shard, tensors in shards.items():
-        path = Path(config.cache_path) / "shards" / f"{shard}.safetensors"
-        write_tensors(path, tensors, {"format": "pt"})
+def write_shards(data: StepDataset, config: TrainingConfig) -> None:
+    """Write the shards that the measured batches read, whole: a tensor for each row of their index,
+    with its digest in the header."""
+    store, samples = Path(config.cache_path), Samples(Path(config.output_path))
+    visits = [
+        v for step in (0, random_step(data)) for micro in data.order.step(step) for v in micro
+    ]
+    sampled = [samples.at(visit.bucket, visit.index) for visit in visits]
+    for shard in {shard for sample in sampled for shard, _ in sample.places.values()}:
+        rows = pl.read_parquet(store / "index" / f"{shard}.parquet").select("key", "output")
+        tensors = {f"{key}.{output}": torch.zeros(4, 4) for key, output in rows.iter_rows()}
+        digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        write_tensors(store / "shards" / f"{shard}.safetensors", tensors, digests)
 
 
-def resolve_of(config: TrainingConfig) -> Any:
-    """The samples that the run folder holds resolved."""
-    from diffsynth_dagster.cache.resolve import Samples
-
-    return Samples(Path(config.output_path))
-
-
-def make(work: Path, rows: int) -> dict[str, Any]:
+def make(work: Path, rows: int) -> None:
     """Make what the measured process needs."""
     config = config_of(work)
     write_table(Path(config.output_path), rows)
@@ -199,8 +191,7 @@ def make(work: Path, rows: int) -> dict[str, Any]:
     manifest = plan(config, found)
     fill_index(manifest, found)
     samples = resolve(manifest, Path(config.output_path))
-    write_shards(StepDataset(config, found, samples, 0, 1), config, found)
-    return {}
+    write_shards(StepDataset(config, found, samples, 0, 1), config)
 
 
 def measure(work: Path) -> dict[str, Any]:
@@ -259,32 +250,35 @@ def check_images(work: Path, count: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run what the flags ask for; print the result as JSON in the last line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--images", type=int)
-    parser.add_argument("--part", choices=["make", "measure"], help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.part:
-        done = make(options.work, options.rows) if options.part == "make" else measure(options.work)
-        print(json.dumps(done))
-        return
-    work = Path(tempfile.mkdtemp(prefix="bench-scale-"))
-    try:
-        if options.images:
-            result = check_images(work, options.images)
-            report.write(f"scale_images_{options.images}", result)
-        else:
-            flags = ["--rows", str(options.rows), "--work", str(work)]
-            report.in_child(__file__, "--part", "make", *flags)
-            result = report.in_child(__file__, "--part", "measure", *flags)
-            report.write(f"scale_{options.rows}", result)
-    finally:
-        shutil.rmtree(work)
-    print(json.dumps(result))
+def measured_rows(rows: int, tiny: bool = False) -> dict[str, Any]:
+    """From a table of so many rows to batches."""
+    with tempfile.TemporaryDirectory(prefix="bench-scale-") as work:
+        report.alone(make, Path(work), rows, tiny=tiny)
+        return report.alone(measure, Path(work), tiny=tiny)
+
+
+def measured_images(count: int) -> dict[str, Any]:
+    """The check of so many pictures."""
+    with tempfile.TemporaryDirectory(prefix="bench-scale-") as work:
+        return check_images(Path(work), count)
+
+
+def main(tiny: bool, rows: int = 100_000, images: int | None = None) -> dict[str, dict[str, Any]]:
+    """Measure a table of rows, or a folder of images; both if `tiny`. Name of each → result."""
+    if tiny:
+        return {"scale_rows": measured_rows(10_000, tiny), "scale_images": measured_images(50)}
+    if images:
+        return {f"scale_images_{images}": measured_images(images)}
+    return {f"scale_{rows}": measured_rows(rows)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = report.parser(__doc__)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--images", type=int)
+    options = parser.parse_args()
+    found = main(options.scale == "tiny", options.rows, options.images)
+    for name, result in found.items():
+        if options.scale == "full":
+            report.write(name, result)
+        print(json.dumps(result))

@@ -1,6 +1,7 @@
 """What writing resumable states costs a training, and what is done around forward, backward and optimizer.
 
     python benchmarks/states.py
+    python benchmarks/states.py tiny     a trial in seconds, of which nothing is written
 
 The demo's model on larger pictures, in one process, with a state every 50 steps. Timed where it happens, in the run
 that it is a part of: the time that a step waits for the copy of a state; and all that is done from
@@ -9,41 +10,38 @@ optimizer: reading, reporting, the losses of the samples, states and the checkpo
 """
 
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import report
 from accelerate.optimizer import AcceleratedOptimizer
-from checks import DEMO, Timed
-from in_dagster import WITHOUT
+from demo_runs import Timed, training_of, write_digits
 
-from diffsynth_dagster.config.recipe import read_recipe
-from diffsynth_dagster.demo.digits import write_new_digits
 from diffsynth_dagster.train import run
 from diffsynth_dagster.training import states
 from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.training.stop import StopSignal
 
-EVERY = 50
-CASES = ((1, 384), (4, 192))
-"""Pictures in a step (1 is the guide's default), and their side: steps of about 100 ms on two cores."""
+CASES = ((1, 384, 50), (4, 192, 50))
+"""Pictures in a step (1 is the guide's default), their side (for steps of about 100 ms on two cores),
+and how many steps a state comes after."""
+TINY_CASES = ((1, 32, 4), (4, 16, 4))
 
 
-def measure(work: Path, batch_size: int, side: int) -> list[dict[str, Any]]:
+def measure(work: Path, batch_size: int, side: int, every: int) -> list[dict[str, Any]]:
     """Train, and take the parts of the time."""
-    paths = {
-        "dataset_base_path": str(work / "digits"),
-        "dataset_metadata_path": str(work / "digits" / "metadata.csv"),
-        "cache_path": str(work / "store"),
-        "output_path": str(work / f"trained-{batch_size}"),
-    }
-    size = {"height": side, "width": side, "batch_size": batch_size}
-    length = {"dataset_repeat": batch_size, "num_epochs": 1}
-    config = read_recipe(DEMO).config.model_copy(
-        update={**WITHOUT, **size, **length, **paths, "state_steps": EVERY}
+    config = training_of(
+        work / "digits",
+        work / f"{batch_size}",
+        tiny=False,
+        height=side,
+        width=side,
+        batch_size=batch_size,
+        dataset_repeat=batch_size,
+        num_epochs=1,
+        state_steps=every,
     )
     with (
         Timed(states.States, "run") as written,
@@ -65,7 +63,7 @@ def measure(work: Path, batch_size: int, side: int) -> list[dict[str, Any]]:
             "part": "100%",
         },
         {
-            "what": f"waiting for states, one in {EVERY} steps",
+            "what": f"waiting for states, one in {every} steps",
             "seconds": round(written.seconds, 3),
             "part": f"{written.seconds / whole:.2%}",
         },
@@ -77,17 +75,17 @@ def measure(work: Path, batch_size: int, side: int) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> None:
+def main(tiny: bool) -> dict[str, Any]:
     """Measure, and print the table."""
     work = Path(tempfile.mkdtemp(prefix="bench-states-"))
     try:
-        write_new_digits(work / "digits")
-        rows = [row for case in CASES for row in measure(work, *case)]
+        write_digits(work / "digits", tiny)
+        rows = [row for case in (TINY_CASES if tiny else CASES) for row in measure(work, *case)]
     finally:
         shutil.rmtree(work)
     print(report.table(rows))
-    report.write("states", {"rows": rows})
+    return {"rows": rows}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    found = report.command_line("states", main, __doc__)

@@ -1,7 +1,8 @@
 """One LoRA step of the published models at the guide's sizes: time, memory, FLOP utilisation.
 
-    python benchmarks/step.py full      # random bf16 weights, made on the GPU; writes the result
-    python benchmarks/step.py tiny      # the same with tiny models, on whatever there is
+    python benchmarks/step.py full      random bf16 weights, made on the GPU; writes the result
+    python benchmarks/step.py tiny      the same with tiny models, on whatever there is
+    python benchmarks/step.py tiny FLUX.1-dev            one of them; nothing is written
 
 Each model runs in a process of its own, with its template of recipes/examples: LoRA layers,
 gradient checkpointing and mixed precision are the recipe's, the module is told from tensor shapes,
@@ -10,9 +11,7 @@ counted in a step, less the forward pass that checkpointing repeats. They are se
 of a large matrix product on the same device.
 """
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,7 +44,8 @@ from diffsynth_dagster.weights.load import build_empty
 from diffsynth_dagster.weights.models import Models
 
 EXAMPLES = Path(__file__).parents[1] / "recipes" / "examples"
-WARM_UP, MEASURED = 2, 8
+STEPS = {"full": (2, 8), "tiny": (1, 3)}
+"""How many steps are made before the measured ones, and how many are measured."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def finish(device: torch.device) -> None:
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of two large square matrices: the best of ten."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 512
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(12):
@@ -204,9 +204,8 @@ def counted(work: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def measure(name: str, scale: str) -> None:
-    """Print time, memory and utilisation of the step of the model of this name as JSON."""
-    name = next(known for known in SUBJECTS if known.startswith(name))
+def measure(name: str, scale: str) -> dict[str, Any]:
+    """Time, memory and utilisation of the step of the model of this name."""
     subject = SUBJECTS[name]
     shape = subject.shapes[scale]
     config = read_recipe(next(EXAMPLES.rglob(f"{subject.recipe}.yaml"))).config
@@ -230,10 +229,11 @@ def measure(name: str, scale: str) -> None:
         optimizer.zero_grad()
         assert torch.isfinite(loss), "the loss is not finite"
 
-    for _ in range(WARM_UP):
+    warm_up, measured = STEPS[scale]
+    for _ in range(warm_up):
         train_once()
     seconds: list[float] = []
-    for _ in range(MEASURED):
+    for _ in range(measured):
         finish(device)
         seconds.append(report.timed(lambda: (train_once(), finish(device)))[0])
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else report.peak_memory()
@@ -242,7 +242,7 @@ def measure(name: str, scale: str) -> None:
     flops = counted(train_once) - forward
     peak = matrix_peak(device, dtype)
     typical = statistics.median(seconds)
-    result = {
+    return {
         "model": name,
         "parameters (10^9)": round(sum(p.numel() for p in step.parameters()) / 1e9, 3),
         "LoRA rank": config.lora_rank,
@@ -254,17 +254,20 @@ def measure(name: str, scale: str) -> None:
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "type": str(dtype).removeprefix("torch."),
     }
-    print(json.dumps(result))
 
 
-def main(scale: str) -> None:
-    """Measure every model and print the table; write it down at full scale."""
-    rows = [report.in_child(__file__, scale, name) for name in SUBJECTS]
+def main(tiny: bool, only: str = "") -> dict[str, Any]:
+    """Measure every model whose name starts with a text, and print the table."""
+    names, scale = [name for name in SUBJECTS if name.startswith(only)], "tiny" if tiny else "full"
+    rows = [report.alone(measure, name, scale, tiny=tiny) for name in names]
     print(report.table(rows))
-    if scale == "full":
-        report.write("step", {"rows": rows})
+    return {"rows": rows}
 
 
 if __name__ == "__main__":
-    scale, *names = sys.argv[1:] or ["full" if torch.cuda.is_available() else "tiny"]
-    measure(names[0], scale) if names else main(scale)
+    parser = report.parser(__doc__, "full" if torch.cuda.is_available() else "tiny")
+    parser.add_argument("only", nargs="?", default="", help="how the names of models start")
+    options = parser.parse_args()
+    found = main(options.scale == "tiny", options.only)
+    if options.scale == "full" and not options.only:
+        report.write("step", found)

