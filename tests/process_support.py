@@ -41,9 +41,7 @@ def train_in_process(recipe: Path, environment: dict[str, str], log: Path) -> No
     sys.exit(code)
 
 
-def run_python(
-    arguments: Sequence[str], first: tuple[Any, ...], log: Path
-) -> None:
+def run_python(arguments: Sequence[str], first: tuple[Any, ...], log: Path) -> None:
     """What `python` does in its process."""
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
