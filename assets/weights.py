@@ -99,7 +99,8 @@ def _make_weights(
                 facts = _describe(entry, files)
                 beside = files[0].parent / "config.json"
                 files = [*files, *([beside] if beside.is_file() else [])]
-            digests = {path: fact_cache.digest(path) for path in files}
+            again = any(recipe.config.verify_content for recipe in recipes)
+            digests = {path: fact_cache.digest(path, again) for path in files}
         sizes = {path: path.stat().st_size for path in files}
         rows = table(
             {"file": str(p), "bytes": sizes[p], "blake3": digest} for p, digest in digests.items()

@@ -1,5 +1,4 @@
-"""A cache of facts about files (digest, size in pixels, frames), by path, size and time of
-modification.
+"""A cache of facts about files (digest, size in pixels, frames), by their path and state.
 
 A file that looks unchanged is not read again. The cache lies beside the store and may be deleted at
 any time: it is then written anew. One that is damaged is put aside.
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from blake3 import blake3
 
@@ -60,6 +59,27 @@ def digest_text(text: str) -> str:
 def digest_of(value: Any) -> str:
     """BLAKE3 of a JSON value in its canonical form: sorted keys, no spaces."""
     return digest_text(json.dumps(value, sort_keys=True, separators=(",", ":")))
+
+
+class FileState(NamedTuple):
+    """What shows, without reading a file, that it is the one that it was.
+
+    Attributes:
+        size: bytes.
+        modified: a number that stands for when it was modified and replaced last. The time of
+            modification alone does not tell: programs that copy set it to that of the original.
+    """
+
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileState":
+        """The state of a file. Raises `OSError` where there is none."""
+        stat = path.stat()
+        # The time of its last change and its place on the disk, which no program sets.
+        marks = f"{stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+        return cls(stat.st_size, int(digest_text(marks)[:15], 16))
 
 
 class FactCache:
@@ -168,8 +188,8 @@ class FactCache:
     ) -> dict[Path, Facts]:
         """Facts about each file, found out (in threads) only where the file changed.
 
-        Each file's facts also say which state of the file they are about: `size` in bytes and
-        `modified`, the time of its last modification in nanoseconds (missing for no file).
+        Each file's facts also say which state of the file they are about: `size` and `modified` of
+        its `FileState` (missing for no file).
 
         Args:
             kind: what the facts are about; each kind is remembered by itself.
@@ -178,10 +198,10 @@ class FactCache:
             progress: called with the number of files done since the last call.
         """
         opened = self._opened
-        stats = {path: _stat(path) for path in dict.fromkeys(paths)}
-        known = {} if again else self._remembered(kind, stats)
+        states = {path: _state(path) for path in dict.fromkeys(paths)}
+        known = {} if again else self._remembered(kind, states)
         progress(len(known))
-        missing = [path for path in stats if path not in known]
+        missing = [path for path in states if path not in known]
         found: dict[Path, Facts] = {}
         written = time.monotonic()
         with _threads() as pool:
@@ -191,35 +211,36 @@ class FactCache:
                     found[path] = facts
                     progress(1)
                     if time.monotonic() - written > _WRITE_EVERY_S:
-                        self._remember(kind, stats, found)
+                        self._remember(kind, states, found)
                         known |= found
                         found, written = {}, time.monotonic()
-        self._remember(kind, stats, found)
+        self._remember(kind, states, found)
         if self._opened != opened:  # damage was found when it was written: what was read is sound
-            self._remember(kind, stats, known)
-        return {path: {**facts, **_state(stats[path])} for path, facts in (known | found).items()}
+            self._remember(kind, states, known)
+        return {
+            path: {**facts, **({} if (state := states[path]) is None else state._asdict())}
+            for path, facts in (known | found).items()
+        }
 
-    def _remembered(
-        self, kind: str, stats: dict[Path, tuple[int, int] | None]
-    ) -> dict[Path, Facts]:
+    def _remembered(self, kind: str, states: dict[Path, FileState | None]) -> dict[Path, Facts]:
         """Facts about the files that look as they did."""
-        by_name = {_name(path): path for path, stat in stats.items() if stat is not None}
-        return self._run(lambda: self._read(kind, by_name, stats))
+        by_name = {_name(path): path for path, state in states.items() if state is not None}
+        return self._run(lambda: self._read(kind, by_name, states))
 
     def _read(
-        self, kind: str, by_name: dict[str, Path], stats: dict[Path, tuple[int, int] | None]
+        self, kind: str, by_name: dict[str, Path], states: dict[Path, FileState | None]
     ) -> dict[Path, Facts]:
         with self._database:
             return {
                 by_name[name]: json.loads(facts)
                 for name, size, modified, facts, check in self._rows(kind, by_name)
-                if stats[by_name[name]] == (size, modified)
+                if states[by_name[name]] == (size, modified)
                 # A flipped bit would be believed, and a picture be cropped at another place.
                 and check == _sum(kind, name, size, modified, facts)
             }
 
     def _rows(self, kind: str, names: Iterable[str]) -> sqlite3.Cursor:
-        """What is known of paths: path, size, time of modification, facts, checksum."""
+        """What is known of paths: path, size, `modified`, facts, checksum."""
         # Two short queries: how many files are asked for does not change their number.
         self._database.execute("CREATE TEMP TABLE IF NOT EXISTS asked (path TEXT PRIMARY KEY)")
         self._database.execute("DELETE FROM asked")
@@ -233,15 +254,17 @@ class FactCache:
     def _remember(
         self,
         kind: str,
-        stats: dict[Path, tuple[int, int] | None],
+        states: dict[Path, FileState | None],
         found: dict[Path, Facts],
     ) -> None:
         # What failed is looked at again: a permission or a disk may have been the reason.
         failed = [(kind, _name(path)) for path, facts in found.items() if "status" in facts]
         rows = [
-            (kind, _name(path), *stat, json.dumps(facts))
+            (kind, _name(path), *state, json.dumps(facts))
             for path, facts in found.items()
-            if (stat := stats[path]) is not None and stat == _stat(path) and "status" not in facts
+            if (state := states[path]) is not None
+            and state == _state(path)
+            and "status" not in facts
         ]
         summed = [(*row, _sum(*row)) for row in rows]
         self._run(lambda: self._write(kind, failed, summed))
@@ -256,10 +279,11 @@ class FactCache:
             if len(self._rows(kind, [row[1] for row in rows]).fetchall()) < len(rows):
                 raise sqlite3.DatabaseError("what was written is not found")
 
-    def digest(self, path: Path) -> str:
-        """BLAKE3 of a file's content."""
-        facts = self.look_up("digest", [path.absolute()], lambda p: {"digest": digest_file(p)})
-        return str(facts[path.absolute()]["digest"])
+    def digest(self, path: Path, again: bool = False) -> str:
+        """BLAKE3 of a file's content; see `look_up`."""
+        whole = path.absolute()
+        facts = self.look_up("digest", [whole], lambda p: {"digest": digest_file(p)}, again)
+        return str(facts[whole]["digest"])
 
     def close(self) -> None:
         """Close the database."""
@@ -295,13 +319,9 @@ def _name(path: Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _state(stat: tuple[int, int] | None) -> Facts:
-    return {} if stat is None else {"size": stat[0], "modified": stat[1]}
-
-
-def _stat(path: Path) -> tuple[int, int] | None:
+def _state(path: Path) -> FileState | None:
+    """The state of a file; None where there is none."""
     try:
-        stat = path.stat()
+        return FileState.of(path)
     except (OSError, ValueError):
         return None
-    return stat.st_size, stat.st_mtime_ns

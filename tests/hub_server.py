@@ -18,6 +18,8 @@ class Hub:
     """The running server: its address, and the files that were downloaded from it.
 
     Attributes:
+        ranges: the `Range` of each of them that was asked for in part.
+        sends: how many bytes of a file are sent before no more come; None for all.
         stalls: whether a list of files is begun and never ended.
         listed: what is answered in place of the list of files, where it is not None.
         extra: paths that are listed beside the files of the folder, and served as `b"x"`.
@@ -25,6 +27,8 @@ class Hub:
 
     url: str = ""
     downloads: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
+    sends: int | None = None
     stalls: bool = False
     listed: object = None
     extra: list[str] = field(default_factory=list)
@@ -54,7 +58,11 @@ def serve_hub(root: Path) -> Iterator[Hub]:
             elif parts[5:] == ["repo"]:
                 path = query["FilePath"]
                 hub.downloads.append(path)
-                self.reply(200, b"x" if path in hub.extra else (repository / path).read_bytes())
+                self.reply(
+                    200,
+                    b"x" if path in hub.extra else (repository / path).read_bytes(),
+                    hub.sends,
+                )
             else:
                 data = {"Code": 200, "Success": True, "Data": {"Revision": "master"}}
                 self.reply(200, json.dumps(data).encode())
@@ -71,9 +79,10 @@ def serve_hub(root: Path) -> Iterator[Hub]:
                 self.wfile.write(b" ")
                 self.wfile.flush()
 
-        def reply(self, status: int, body: bytes) -> None:
+        def reply(self, status: int, body: bytes, sends: int | None = None) -> None:
             span = self.headers.get("Range")
             if span and status == 200:
+                hub.ranges.append(span)
                 first, last = span.removeprefix("bytes=").split("-")
                 total, start = len(body), int(first)
                 end = int(last) + 1 if last else total
@@ -85,7 +94,10 @@ def serve_hub(root: Path) -> Iterator[Hub]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body)
+                self.wfile.write(body[:sends])
+                self.wfile.flush()
+                if sends is not None:
+                    over.wait()
 
         def log_message(self, format: str, *args: object) -> None:
             pass

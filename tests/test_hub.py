@@ -1,5 +1,7 @@
 """A hub that is not to be trusted: what it lists, how it answers, and what a recipe asks of it."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -15,6 +17,7 @@ from diffsynth_dagster.weights import download as downloading
 from diffsynth_dagster.weights.download import matches
 from diffsynth_dagster.weights.hub import ModelHub
 
+HERE = Path(__file__).parent
 PARAMETER = "model_id_with_origin_paths"
 FILES = ("vae/model.safetensors", "vae/config.json", "vae/old/model.safetensors", "top.safetensors")
 
@@ -108,6 +111,32 @@ def test_a_hub_that_stalls_ends_with_a_message(hub: Hub, monkeypatch: pytest.Mon
         fetch("a/b:vae/*")
     assert time.monotonic() - start < 10
     assert "DIFFSYNTH_SKIP_DOWNLOAD" in str(error.value)
+
+
+def test_a_download_that_stalls_ends_with_a_message_and_goes_on_later(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model of many files too: no more are asked for."""
+    for number in range(10):
+        (tmp_path / "hub" / "a" / "b" / f"{number}.safetensors").write_bytes(b"x" * 1000)
+    monkeypatch.setenv("MODELSCOPE_DOWNLOAD_TIMEOUT", "1")
+    monkeypatch.setenv("MODELSCOPE_DOWNLOAD_MAX_RETRIES", "0")
+    hub.sends = 300
+    # A process: the client reads its limits when it is imported.
+    code = "from test_hub import fetch; fetch('a/b:?.safetensors')"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert time.monotonic() - start < 20
+    assert done.returncode != 0
+    message = done.stderr.rpartition("DownloadError: ")[2]
+    assert message.startswith("'a/b' could not be downloaded: ")
+    assert "start it again: it goes on with what it has" in message
+    assert "MODELSCOPE_DOWNLOAD_TIMEOUT" in message
+    assert len(hub.downloads) == 4
+
+    hub.sends = None
+    assert [path.read_bytes() for path in fetch("a/b:?.safetensors")] == [b"x" * 1000] * 10
+    assert hub.ranges == ["bytes=300-"] * 4
 
 
 @pytest.mark.parametrize(

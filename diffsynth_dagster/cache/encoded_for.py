@@ -4,7 +4,7 @@ from diffsynth_dagster.cache.keys import stage_digest
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
@@ -52,6 +52,22 @@ def require_encoded_for(
                 config,
                 f"the data set was encoded with another '{name}' than {named.entry.text}",
                 "name the one that it was encoded with, or none",
+            )
+
+
+def require_planned_weights(found: FoundModel, manifest: Manifest, fact_cache: FactCache) -> None:
+    """Refuse to encode by other weights than the samples are planned for, which another process may
+    have done: their keys name those.
+
+    Raises:
+        WeightsError: the files are others here, or changed since.
+    """
+    for name, digest in manifest.weights.items():
+        if component_digest(found, name, fact_cache) != digest:
+            raise WeightsError(
+                f"the files of '{name}' are not those that the samples were planned for",
+                where=str(found.files(name)[0]),
+                do="give all machines the same model files, and let nothing write to them meanwhile",
             )
 
 

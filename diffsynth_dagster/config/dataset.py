@@ -51,8 +51,8 @@ class DatasetParameters(BaseModel):
     # Nothing: it is how a change of the files is found, not a change.
     verify_content: bool = parameter(
         False,
-        "Read and check every file again, also those whose path, size and time of "
-        "modification did not change.",
+        "Read and check every file of the data and of the models again, also those that look "
+        "unchanged.",
         affects="nothing",
     )
     # Of the rows, since it decides whether a table is accepted.

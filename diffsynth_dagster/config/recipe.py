@@ -1,6 +1,5 @@
 """Recipes: one flat YAML file for each training."""
 
-import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diffsynth_dagster.config.checks import as_key, read_config, refuse_unknown, validated
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import ParameterError, is_text
+from diffsynth_dagster.config.recipe_yaml import load_yaml
+from diffsynth_dagster.errors import ParameterError
 
 
 class RecipeOptions(BaseModel):
@@ -46,69 +46,13 @@ class Recipe:
     options: RecipeOptions
 
 
-_TIMESTAMP = "tag:yaml.org,2002:timestamp"
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, which YAML's own loader lets the later one win, and characters
-    that no file can be named with and no database keeps. Reads a date as text: no parameter is one.
-    """
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class declares it
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        text = super().construct_scalar(node)
-        if not is_text(str(text)):
-            raise yaml.constructor.ConstructorError(
-                None, None, "a NUL, or half of a surrogate pair, is no text", node.start_mark
-            )
-        return text
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(self.construct_object(key_node, deep=True))
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
 def read_values(path: Path) -> tuple[dict[str, Any], RecipeOptions]:
     """The parameters named in a recipe, unchecked but for their names, and its options.
 
     Raises:
-        ParameterError: the file cannot be read, is no flat mapping, or has an unknown key.
+        ParameterError: see `load_yaml`; or it is no flat mapping, or has an unknown key.
     """
-    where = str(path)
-    try:
-        if path.exists() and not path.is_file():  # a pipe may wait for its writer for ever
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ParameterError(
-            f"the recipe cannot be read: {reason}",
-            where=str(path.absolute()),
-            do="name a YAML file",
-        ) from error
-    # A ValueError: 0x_, or a number of 5,000 digits; an OverflowError: 1:1:1:…:1.0.
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        message = " ".join(str(error).split())
-        raise ParameterError(
-            f"the recipe is not YAML: {message}", where=where, do="correct that line"
-        ) from error
-    except RecursionError as error:
-        raise ParameterError(
-            "the recipe has too many brackets inside each other",
-            where=where,
-            do="write one `name: value` in each line",
-        ) from error
+    where, loaded = str(path), load_yaml(path)
     if not isinstance(loaded, dict):
         raise ParameterError(
             "the recipe is not a mapping of parameters to values",

@@ -1,6 +1,6 @@
 """Reading the files of a row, at the sizes and frames they are trained at.
 
-What is read must be what was checked: a file whose size or time of modification differ is digested
+What is read must be what was checked: a file whose state (`facts.FileState`) differs is digested
 again, and refused if its content is another one.
 
 Which files a column of a row names is passed on as a JSON value, so that a manifest can hold it:
@@ -23,7 +23,7 @@ from diffsynth_dagster.data.media.audio import AUDIO_ERRORS, load_sample_audio
 from diffsynth_dagster.data.media.image import load_sample_image, read_image
 from diffsynth_dagster.data.media.video import load_sample_video
 from diffsynth_dagster.errors import MetadataError
-from diffsynth_dagster.facts import digest_file
+from diffsynth_dagster.facts import FileState, digest_file
 
 Files = dict[str, Any]
 PARTS: tuple[str, ...] = ("path", "digest", "size", "modified", "target", "frames", "stride")
@@ -115,24 +115,24 @@ def _load_one(one: Files, item: Input) -> Any:
 
 
 @lru_cache(maxsize=1 << 16)
-def _digest(path: Path, state: tuple[int, int]) -> str:
-    """BLAKE3 of a file in a state (size, time of modification), computed once for all visits."""
+def _digest(path: Path, state: FileState) -> str:
+    """BLAKE3 of a file in a state, computed once for all visits."""
     return digest_file(path)
 
 
 def _require_unchanged(one: Files, item: Input, where: str) -> None:
-    """Refuse a file that is no longer what was checked; a file that was only touched is.
+    """Refuse a file that is no longer what was checked; a file that was only touched, or copied to
+    another machine, is.
 
     Raises:
         MetadataError: it has another content.
         OSError: it is not there, or cannot be read.
     """
     path = Path(one["path"])
-    stat = path.stat()
-    if (stat.st_size, stat.st_mtime_ns) == (one["size"], one["modified"]):
+    state = FileState.of(path)
+    if state == (one["size"], one["modified"]):
         return
-    state = (stat.st_size, stat.st_mtime_ns)
-    if stat.st_size != one["size"] or _digest(path, state) != one["digest"]:
+    if state.size != one["size"] or _digest(path, state) != one["digest"]:
         raise MetadataError(
             f"the {item.kind} is no longer the one that was checked: its content has changed",
             where=where,

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from diffsynth_dagster.cache.encode import encode_missing
-from diffsynth_dagster.cache.encoded_for import require_encoded_for
+from diffsynth_dagster.cache.encoded_for import require_encoded_for, require_planned_weights
 from diffsynth_dagster.cache.held_out import (
     forget_held_out,
     held_out_config,
@@ -141,6 +141,8 @@ def _encode(
     if config.trains_only:
         _require_stored(planned)
     else:
+        for each in [planned] if sampled is None else [planned, sampled.manifest]:
+            require_planned_weights(models.found, each, fact_cache)
 
         def progress(stage: str, done: int, total: int) -> None:
             reporter.encoding(stage, done, total)

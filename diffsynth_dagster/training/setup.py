@@ -26,6 +26,7 @@ from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.record import RunFile
 from diffsynth_dagster.training.reporting import Reporter
 from diffsynth_dagster.training.sample_losses import SampleLosses
+from diffsynth_dagster.training.start import require_starts
 from diffsynth_dagster.training.state import WrittenState
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.identify import FoundModel
@@ -167,7 +168,8 @@ def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtyp
         WeightsError, TargetError, ParameterError: see `Models`, `add_lora`, `checkpoint_gradients`.
     """
     family, trained = models.found.family, trained_components(config)
-    loaded = models.get(step_components(models.found, trained))
+    names = step_components(models.found, trained)
+    loaded = models.get(names)
     tokenizers = {n: loaded.pop(n) for n in list(loaded) if n in models.found.tokenizers}
     changed = {family.part(name).of for name in trained}
     for base in config.lora_base_model:
@@ -182,6 +184,10 @@ def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtyp
             path = Path(config.resume_from_checkpoint)
             where = f"resume_from_checkpoint = {path.absolute()}"
             load_weights(loaded[part.of], path, family, name, where)
+    # Here, not where they are read: what was read may be mapped from a file until it is moved.
+    require_starts(config, models.found)
+    for name in names:
+        models.found.require_unchanged(name)
     asked = config.checkpoints_gradients
     if family.checkpoints_gradients if asked is None else asked:
         # Gradients of what conditions the denoiser go through all of it.

@@ -15,6 +15,9 @@ from diffsynth_dagster.training.record import RunRecord
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
+STARTS = ("lora_checkpoint", "resume_from_checkpoint")
+"""The parameters that name a file to start from."""
+
 
 def config_digest(config: TrainingConfig) -> str:
     """Digest of the parameters that count by value, up to those that affect the training.
@@ -39,15 +42,20 @@ def start_record(
         mixed_precision: what is computed in. Neither of the two is part of the identity.
 
     Raises:
-        WeightsError: the file of `lora_checkpoint` or `resume_from_checkpoint` is missing.
+        WeightsError: the file of `lora_checkpoint` or `resume_from_checkpoint` is missing; or a file
+            changed since it was found.
         StoreError: see `held_out_manifest`.
     """
     names = step_components(found, trained_components(config))
     base = manifest.weights | {name: component_digest(found, name, fact_cache) for name in names}
-    for parameter in ("lora_checkpoint", "resume_from_checkpoint"):
-        path = getattr(config, parameter)
-        if path is not None:
-            base[parameter] = _digest_of_start(parameter, Path(path), fact_cache)
+    for parameter, path in _starts(config).items():
+        if not path.is_file():
+            raise WeightsError(
+                "the file to start from does not exist",
+                where=f"{parameter} = {path.absolute()}",
+                do="correct the path",
+            )
+        (base[parameter],) = found.contents.digests(parameter, (path,), fact_cache)
     held_out = held_out_manifest(config, manifest)
     held_out_digest = None if held_out is None else held_out.digest
     lora = config.adapter if config.lora_base_model else None
@@ -70,11 +78,13 @@ def start_record(
     )
 
 
-def _digest_of_start(parameter: str, path: Path, fact_cache: FactCache) -> str:
-    if not path.is_file():
-        raise WeightsError(
-            "the file to start from does not exist",
-            where=f"{parameter} = {path.absolute()}",
-            do="correct the path",
-        )
-    return fact_cache.digest(path)
+def require_starts(config: TrainingConfig, found: FoundModel) -> None:
+    """Refuse files to start from that are no longer those of the record. Raises `WeightsError`."""
+    for parameter, path in _starts(config).items():
+        found.contents.require_unchanged(parameter, lambda path=path: (path,))
+
+
+def _starts(config: TrainingConfig) -> dict[str, Path]:
+    """Parameter that names a file to start from → the file."""
+    given = {parameter: getattr(config, parameter) for parameter in STARTS}
+    return {parameter: Path(path) for parameter, path in given.items() if path is not None}

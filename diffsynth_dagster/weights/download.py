@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from modelscope_hub.types import FileInfo
 
 LISTING_SECONDS = 120.0
-"""How long a hub may take to list the files of a repository. Downloads have the client's limits."""
+"""How long a hub may take to list the files of a repository. A download has the client's own limit,
+of `MODELSCOPE_DOWNLOAD_TIMEOUT` seconds without a byte."""
+_AT_ONCE = 4
+"""Files that are downloaded side by side."""
 
 _Result = TypeVar("_Result")
 
@@ -35,7 +38,8 @@ def download(repository: str, wanted: Sequence[str], folder: Path, where: str) -
 
     Raises:
         DownloadError: the hub does not answer, answers nonsense, lacks the repository or lists a
-            file outside it; nothing is written then. Or a file could not be downloaded.
+            file outside it; nothing is written then. Or a file could not be downloaded: the next call
+            goes on with what came of it.
     """
     from modelscope_hub.errors import HubError
     from requests import RequestException
@@ -49,14 +53,21 @@ def download(repository: str, wanted: Sequence[str], folder: Path, where: str) -
             for f in chosen
             if not f.is_dir
         ]
-        api.download_repo(repository, "model", local_dir=folder, file_list=entries)
+        # Few at a time: the client tries every file it is given, so that with a hub that stalls a
+        # model of a hundred files would take hours to fail.
+        for start in range(0, len(entries), _AT_ONCE):
+            some = entries[start : start + _AT_ONCE]
+            api.download_repo(
+                repository, "model", local_dir=folder, file_list=some, max_workers=_AT_ONCE
+            )
     except (HubError, RequestException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DownloadError(
             f"'{repository}' could not be downloaded: {reason}",
             where=where,
-            do="check the repository's name and the network; with all files there, set "
-            "DIFFSYNTH_SKIP_DOWNLOAD=True",
+            do="check the repository's name and the network, and start it again: it goes on with what it "
+            "has. How long a download waits for the next byte is MODELSCOPE_DOWNLOAD_TIMEOUT. With all "
+            "files there, set DIFFSYNTH_SKIP_DOWNLOAD=True",
         ) from error
 
 

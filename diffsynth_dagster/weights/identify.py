@@ -19,6 +19,7 @@ from diffsynth_dagster.families import each_family, family_names, find_family
 from diffsynth_dagster.families.contract import Component, Family, Settings, Shapes, Tokenizer
 from diffsynth_dagster.families.usage import as_used
 from diffsynth_dagster.objective.path import NoisingPath
+from diffsynth_dagster.weights.contents import Contents
 from diffsynth_dagster.weights.header import Header, read_headers
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.recognise import (
@@ -87,6 +88,7 @@ class FoundModel:
         tokenizers: tokenizer → its folder.
         float8: the components that are stored in float8.
         presets: component → the LoRA that is fused into it.
+        contents: what the files hold, by their digests.
     """
 
     family: Family
@@ -95,6 +97,7 @@ class FoundModel:
     tokenizers: Mapping[str, Path]
     float8: frozenset[str] = frozenset()
     presets: Mapping[str, Preset] = field(default_factory=dict[str, Preset])
+    contents: Contents = field(default_factory=Contents, compare=False)
 
     def files(self, name: str) -> tuple[Path, ...]:
         """The files whose content a component or tokenizer depends on, sorted."""
@@ -105,6 +108,11 @@ class FoundModel:
         preset = [self.presets[name].path] if name in self.presets else []
         return (*found.files, *([config] if found.config is not None else []), *preset)
 
+    def require_unchanged(self, name: str) -> None:
+        """Refuse files of a component or tokenizer that are no longer what was digested. Raises
+        `WeightsError`."""
+        self.contents.require_unchanged(name, lambda: self.files(name))
+
 
 def find_model(config: TrainingConfig, hub: ModelHub) -> FoundModel:
     """Locate every file of the model list and recognise which component each is.
@@ -114,7 +122,8 @@ def find_model(config: TrainingConfig, hub: ModelHub) -> FoundModel:
             component.
         ParameterError: the files fit several families, or the family refuses the config.
     """
-    family, found = _find_components(config, hub)
+    contents = Contents(again=config.verify_content)
+    family, found = _find_components(config, hub, contents)
     needed = _needed_tokenizers(config, family)
     tokenizers = {t.name: _find_tokenizer(t, config, found, hub) for t in needed}
     return FoundModel(
@@ -124,6 +133,7 @@ def find_model(config: TrainingConfig, hub: ModelHub) -> FoundModel:
         tokenizers,
         _float8(config, family, found),
         _presets(config, family, found),
+        contents,
     )
 
 
@@ -136,13 +146,17 @@ def _schedule(family: Family, found: Mapping[str, Found]) -> Settings:
     return read_schedule(denoiser.files[0].parent, whole, family)
 
 
-def _find_components(config: TrainingConfig, hub: ModelHub) -> tuple[Family, dict[str, Found]]:
+def _find_components(
+    config: TrainingConfig, hub: ModelHub, contents: Contents
+) -> tuple[Family, dict[str, Found]]:
     """The family as the config uses it, and what each file of the model list is. See
     `find_model`."""
     entries = model_entries(config)
     files = {entry: tuple(hub.files(entry)) for entry in entries}
     for entry in entries:
         _require_shards(entry, files[entry])
+        contents.note(files[entry])
+        contents.note(filter(Path.is_file, {f.parent / "config.json" for f in files[entry]}))
     headers = {entry: read_headers(files[entry]) for entry in entries}
     family = find_family(config.family) if config.family else recognise_family(headers)
     parts = [
@@ -334,7 +348,7 @@ def guess_family(config: TrainingConfig) -> Family:
             return _guessed(family, config, entries)
     hub = ModelHub(Path(), skip_download=True)
     try:
-        return _find_components(config, hub)[0]
+        return _find_components(config, hub, Contents())[0]
     except WeightsError as error:
         raise ParameterError(
             f"the family is not clear without the files ({error.what})",

@@ -166,12 +166,16 @@ def _check_statistics(found: Found, module: nn.Module) -> None:
             )
 
 
-def load_component(found: Found, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+def load_component(
+    found: Found, device: torch.device | str, dtype: torch.dtype, mapped: bool = False
+) -> nn.Module:
     """Build a component and give it its weights, frozen and in evaluation mode.
 
     Args:
         device: where the weights lie.
         dtype: of floating-point parameters; modules that the architecture keeps in float32 stay.
+        mapped: whether weights on the CPU may stay where they are mapped from the file, whose later
+            changes would be theirs: for a caller that moves them on at once.
 
     Raises:
         WeightsError: see `build_empty` and `read_tensors`.
@@ -182,7 +186,8 @@ def load_component(found: Found, device: torch.device | str, dtype: torch.dtype)
     for name, tensor in state.items():
         kept = any(part in keep for part in name.split("."))
         wanted = torch.float32 if kept else dtype
-        state[name] = tensor.to(device, wanted if tensor.is_floating_point() else None)
+        wanted = wanted if tensor.is_floating_point() else tensor.dtype
+        state[name] = tensor.to(device, wanted, copy=not mapped)
     _assign(module, state)
     return module.to(device).eval().requires_grad_(False)
 

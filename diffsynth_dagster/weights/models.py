@@ -58,13 +58,17 @@ class Models:
         """The components of these names, in the order given.
 
         Raises:
-            WeightsError: the model list lacks one, or its files are damaged.
+            WeightsError: the model list lacks one, or its files are damaged, or no longer what was
+                digested.
         """
         return {name: self._get(name) for name in names}
 
     def _get(self, name: str) -> Any:
         if name not in self._loaded:
-            self._loaded[name] = self._load(name)
+            self.found.require_unchanged(name)
+            loaded = self._load(name)
+            self.found.require_unchanged(name)  # nor while it was read
+            self._loaded[name] = loaded
         return self._loaded[name]
 
     def _load(self, name: str) -> Any:
@@ -84,7 +88,8 @@ class Models:
         require_component(self.found, name)
         stored = name in self.found.float8
         where = "cpu" if self._on_cpu_first or stored else self.device
-        module = load_component(self.found.components[name], where, self.dtype)
+        moves = self.device.type != "cpu"
+        module = load_component(self.found.components[name], where, self.dtype, mapped=moves)
         if name in self.found.presets:
             preset = self.found.presets[name]
             lora = read_lora(preset.path, self.found.family, preset.name, "preset_lora_path")
@@ -166,8 +171,8 @@ def component_digest(found: FoundModel, name: str, fact_cache: FactCache) -> str
     names), of a LoRA that is fused into it, and whether it is stored in float8.
 
     Raises:
-        WeightsError: the model list lacks it.
+        WeightsError: the model list lacks it, or a file changed since it was found.
     """
     require_component(found, name)
-    digests = [fact_cache.digest(path) for path in found.files(name)]
+    digests = found.contents.digests(name, found.files(name), fact_cache)
     return digest_of([*digests, "float8"] if name in found.float8 else digests)

@@ -134,8 +134,8 @@ class FileCheck:
 
         Returns:
             The frame with the status and message of rows whose files fail, and for each file
-            `<column>:path` (resolved), `:digest`, `:size` (bytes) and `:modified` (nanoseconds) of
-            the file that was checked, `:width` and `:height` (pixels, upright),
+            `<column>:path` (resolved), `:digest`, `:size` and `:modified` (see `FileState`) of the
+            file that was checked, `:width` and `:height` (pixels, upright),
             `:target` ([width, height] it is trained at), `:frames` (trained, 1 for an image) and
             `:stride` (see `frame_indices`); `:rate` (frames or samples per second) and for sound
             `:seconds`. Lists of these where the input takes many; null where an optional column
