@@ -36,6 +36,7 @@ from diffsynth_dagster.cache.resolve import resolve
 from diffsynth_dagster.cache.shards import INDEX_SCHEMA
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.digests import digest_column
+from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.checked import FILE_NAME, read_checked
 from diffsynth_dagster.facts import FactCache
@@ -118,7 +119,7 @@ def write_table(folder: Path, rows: int) -> None:
         part = made_up_rows(start, min(CHUNK, rows - start))
         part.write_parquet(parts / f"{start:012}.parquet", compression="lz4")
     notes = json.dumps({"source": "made up", "parameters": {}})
-    pl.scan_parquet(sorted(parts.iterdir())).sink_parquet(
+    scan_parquet(sorted(parts.iterdir())).sink_parquet(
         folder / FILE_NAME, metadata={"diffsynth_dagster": notes}
     )
     shutil.rmtree(parts)

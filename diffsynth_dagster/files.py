@@ -100,7 +100,7 @@ def write_folder(path: Path, write: Callable[[Path], object], size: int) -> Path
 @contextmanager
 def _staged(path: Path, size: int | None) -> Generator[Path]:
     """A hidden name beside `path` that is renamed to it at the end, or removed."""
-    staged = hidden_beside(path)
+    staged = hidden_beside(path.absolute())  # polars takes "~" at the beginning for the home folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

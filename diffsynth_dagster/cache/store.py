@@ -31,6 +31,7 @@ from diffsynth_dagster.cache.shards import (
     read_index,
     require_whole,
 )
+from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import digest_text
 from diffsynth_dagster.files import write_text
@@ -70,7 +71,7 @@ class Store:
                 self._whole.add(file)
         # With the schema given, no file is looked into before the frame is collected.
         none = pl.LazyFrame(schema=INDEX_SCHEMA)
-        return pl.scan_parquet(files, schema=INDEX_SCHEMA) if files else none
+        return scan_parquet(files, INDEX_SCHEMA) if files else none
 
     def collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
         """A frame that was made from `scan`.
