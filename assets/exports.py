@@ -39,6 +39,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
         from diffsynth_dagster.export import export_run
         from diffsynth_dagster.facts import digest_of
         from diffsynth_dagster.run_folder import owned
+        from diffsynth_dagster.training.overlap import refuse_overlap
         from diffsynth_dagster.training.record import read_record
         from diffsynth_dagster.weights.identify import find_model
 
@@ -52,6 +53,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
                     do=f"materialize {recipe.name}/checkpoints first",
                 )
             config = with_settled(config)
+            refuse_overlap(config)
             found = find_model(config, hub.open())
             with owned(Path(config.output_path), "exporting"):
                 exported = export_run(config, record, found)

@@ -39,7 +39,7 @@ from diffsynth_dagster.data.digests import digest_column
 from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.checked import FILE_NAME, read_checked
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import FactCache, digest_text
 from diffsynth_dagster.files import write_tensors
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.weights.hub import ModelHub
@@ -149,7 +149,7 @@ def fill_index(manifest: Manifest, found: FoundModel) -> None:
         number = 0
         for batch in keys.collect_batches(chunk_size=100 * KEYS_PER_SHARD, maintain_order=True):
             for shard in batch.iter_slices(KEYS_PER_SHARD):
-                name = f"{stage.name}{number:010}"
+                name = digest_text(f"{stage.name}{number:010}")[:32]
                 known = {"output": stage.yields[0].name, "shard": name, "finite": True, "bytes": 64}
                 rows = shard.with_columns(pl.lit(v).alias(n) for n, v in known.items())
                 rows = rows.with_columns(

@@ -50,6 +50,11 @@ def hidden_folder(path: Path) -> Generator[Path]:
 _HIDDEN = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a name is one of `hidden_beside`, of whatever process."""
+    return _HIDDEN.fullmatch(name) is not None
+
+
 def _host() -> str:
     return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 

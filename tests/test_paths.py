@@ -20,6 +20,7 @@ from diffsynth_dagster.data import frames
 from diffsynth_dagster.data.table.read import open_table
 from diffsynth_dagster.errors import MetadataError, WeightsError
 from diffsynth_dagster.files import write_whole
+from diffsynth_dagster.own_names import is_own
 from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.training.uptodate import finished_training
 from diffsynth_dagster.weights.hub import ModelHub, require_listed
@@ -120,14 +121,19 @@ def test_a_training_in_folders_of_such_names(
         model_paths=[p.replace(str(tiny_qwen), str(model)) for p in values()["model_paths"]],
         cache_path=str(place / "c[1]"),
         validation_split=2,
+        keep_best=True,
         state_steps=1,
+        sample_prompts=["a picture"],
+        sample_num_inference_steps=1,
     )
     code, run = train(given, place / "o[1]")
     assert code == 0
     assert train({**given, "num_epochs": 2}, run)[0] == 0, "it goes on from its state"
     record = read_record(run)
     assert record is not None
-    assert list(record.checkpoints) == ["epoch-0.safetensors", "epoch-1.safetensors"]
+    assert {"epoch-0.safetensors", "epoch-1.safetensors"} < {*record.checkpoints}
+    left = [str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()]
+    assert [name for name in left if not is_own(name)] == [], "a new output: see `own_names`"
     store = Store(place / "c[1]")
     assert not verify(store).damaged
     assert [use.folder for use in statistics(store).uses] == [run]

@@ -35,6 +35,7 @@ from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import digest_text
 from diffsynth_dagster.files import write_text
+from diffsynth_dagster.own_names import is_of_store
 
 LOST = ".lost"
 """How the name of a damaged note ends after it was put aside."""
@@ -56,7 +57,17 @@ class Store:
     @property
     def index_files(self) -> list[Path]:
         """The index files, sorted."""
-        return sorted((self.path / "index").glob("*.parquet"))
+        return self._own("index")
+
+    @property
+    def shard_files(self) -> list[Path]:
+        """The shards, also those that no index names, sorted."""
+        return self._own("shards")
+
+    def _own(self, folder: str) -> list[Path]:
+        """The files of a folder of the store that have the names of the store's own, sorted."""
+        files = (self.path / folder).glob("*")
+        return sorted(file for file in files if is_of_store(f"{folder}/{file.name}"))
 
     def scan(self) -> pl.LazyFrame:
         """Every row of every index file, lazily: to be collected with `collect`.
@@ -166,7 +177,7 @@ class Store:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / "lock").open("w")
+            lock = (self.path / "lock").open("a")
         except OSError as error:
             raise OutputError(
                 f"the store cannot be written: {error}",
@@ -195,7 +206,7 @@ class Store:
     @property
     def notes(self) -> list[Path]:
         """The files that note run folders, sorted."""
-        return sorted((self.path / "users").glob("*.json"))
+        return self._own("users")
 
     @property
     def lost_notes(self) -> list[Path]:

@@ -1,5 +1,6 @@
 """Looking after a store: check every tensor, list what uses what, drop what nothing uses."""
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from diffsynth_dagster.cache.shards import (
 )
 from diffsynth_dagster.cache.store import LOST, Store, read_note
 from diffsynth_dagster.errors import StoreError
+from diffsynth_dagster.files import is_leftover
 
 PART_OF_SHARD_KEPT = 0.5
 """A shard is written anew when less of it than this is still used."""
@@ -178,13 +180,12 @@ def statistics(store: Store) -> Statistics:
 
 
 def _stray(store: Store) -> list[Path]:
-    """Files that no index names: shards of interrupted writers, and half-written files."""
+    """What no index names: shards of interrupted writers, and what is half written. Files of other names
+    are not the store's."""
     indexed = {file.stem for file in store.index_files}
-    shards = [p for p in (store.path / "shards").glob("*") if p.stem not in indexed]
-    staged = [
-        p for folder in ("shards", "index", "users") for p in (store.path / folder).glob(".*")
-    ]
-    return sorted({*shards, *staged})
+    shards = [path for path in store.shard_files if path.stem not in indexed]
+    hidden = [p for place in ("shards", "index", "users") for p in (store.path / place).glob(".*")]
+    return sorted([*shards, *(path for path in hidden if is_leftover(path.name))])
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def collect(store: Store) -> Collected:
         used = pl.concat([none, *users.values()]).unique().collect(engine="streaming")
         stray = _stray(store)
         for path in stray:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         removed: list[pl.Series] = []
         files = len(stray)
         for file in store.index_files:

@@ -17,10 +17,15 @@ from diffsynth_dagster.errors import ParameterError
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command line asks for."""
+    """What the command line asks for.
+
+    Attributes:
+        recipe: the file that it names, if it names one.
+    """
 
     config: TrainingConfig
     dry_run: bool
+    recipe: Path | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,10 +109,11 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
             else "quote values that hold spaces",
         )
     values = vars(namespace)
-    recipe = values.pop("recipe", None)
+    named = values.pop("recipe", None)
+    recipe = None if named is None else Path(named)
     dry_run = values.pop("dry_run", False)
     if recipe is not None:
-        loaded, _ = read_values(Path(recipe))
+        loaded, _ = read_values(recipe)
         values = {**loaded, **values}
         where = f"{recipe} and the command line"
-    return Arguments(read_config(values, where, as_flag), dry_run)
+    return Arguments(read_config(values, where, as_flag), dry_run, recipe)
