@@ -48,6 +48,7 @@ def hardest_facts(config: "TrainingConfig", changed: list[Path]) -> dict[str, An
     """
     import polars as pl
 
+    from diffsynth_dagster.data.frames import read_parquet
     from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
     from diffsynth_dagster.data.table.checked import find_checked
     from diffsynth_dagster.training.record import SAMPLE_LOSSES
@@ -56,7 +57,7 @@ def hardest_facts(config: "TrainingConfig", changed: list[Path]) -> dict[str, An
     checked = find_checked(Path(config.output_path) / CHECKED)
     if losses in changed or not losses.is_file() or checked is None:
         return {}
-    hardest = pl.read_parquet(losses).head(_HARDEST)
+    hardest = read_parquet(losses).head(_HARDEST)
     rows = checked.accepted.join(hardest.lazy(), on="row", how="semi").collect()
     rows = hardest.join(rows, on="row", how="inner", maintain_order="left")
     texts = [c for c in rows.columns if ":" not in c and rows.schema[c] == pl.String]

@@ -46,15 +46,23 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
         from diffsynth_dagster.cache.split import with_settled
         from diffsynth_dagster.data.prepare import prepare_data
         from diffsynth_dagster.facts import FactCache
+        from diffsynth_dagster.training.overlap import (
+            refuse_overlap,
+            refuse_own_recipe,
+            refuse_replaced_rows,
+        )
         from diffsynth_dagster.weights.identify import guess_family
 
         with user_errors():
             config = with_settled(parameters.apply(recipe.config))
+            refuse_overlap(config)
+            refuse_own_recipe(config, recipe.path)
             columns = guess_family(config).columns
             own = held_out_config(config)
             with closing(FactCache(fact_cache_path(config))) as fact_cache:
                 checked = prepare_data(config, columns, fact_cache)
                 held_out = None if own is None else prepare_data(own, columns, fact_cache)
+            refuse_replaced_rows(config, [checked] if held_out is None else [checked, held_out])
         counts = checked.counts
         context.log.info(f"rows by status: {counts}")
         return dg.MaterializeResult(

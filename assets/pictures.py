@@ -160,11 +160,11 @@ def stacked(titled: Sequence[tuple[str, Path]]) -> "Image | None":
 
 def loss_curve(metrics: Path) -> "Image | None":
     """The loss of each step and its running mean, from `metrics.csv`; None without a step."""
-    import polars as pl
+    from diffsynth_dagster.data.frames import read_csv
 
     if not metrics.is_file():
         return None
-    steps = pl.read_csv(metrics, columns=["step", "loss"])
+    steps = read_csv(metrics, ["step", "loss"])
     if steps.height == 0:
         return None
     mean = steps["loss"].rolling_mean(max(2, steps.height // 20), min_samples=1)

@@ -37,10 +37,11 @@ from diffsynth_dagster.cache.resolve import Samples, resolve
 from diffsynth_dagster.cache.shards import INDEX_SCHEMA, tensor_digest
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.digests import digest_column
+from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import read_checked, write_checked
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import FactCache, digest_text
 from diffsynth_dagster.files import write_tensors
 from diffsynth_dagster.seal import write_sealed
 from diffsynth_dagster.training.batches import StepDataset
@@ -115,7 +116,7 @@ def write_table(folder: Path, rows: int) -> None:
     for start in range(0, rows, CHUNK):
         part = made_up_rows(start, min(CHUNK, rows - start))
         part.write_parquet(parts / f"{start:012}.parquet", compression="lz4")
-    write_checked(CheckedTable(pl.scan_parquet(sorted(parts.iterdir())), "made up"), folder)
+    write_checked(CheckedTable(scan_parquet(sorted(parts.iterdir())), "made up"), folder)
     shutil.rmtree(parts)
 
 
@@ -141,7 +142,7 @@ def fill_index(manifest: Manifest, found: FoundModel) -> None:
         number = 0
         for batch in keys.collect_batches(chunk_size=100 * KEYS_PER_SHARD, maintain_order=True):
             for held in batch.iter_slices(KEYS_PER_SHARD):
-                name = f"{stage.name}{number:010}"
+                name = digest_text(f"{stage.name}{number:010}")[:32]
                 index = index_of(held, stage.yields[0].name, name)
                 write_sealed(
                     Path(manifest.store) / "index" / f"{name}.parquet",

@@ -50,6 +50,11 @@ def hidden_folder(path: Path) -> Generator[Path]:
 _HIDDEN = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a name is one of `hidden_beside`, of whatever process."""
+    return _HIDDEN.fullmatch(name) is not None
+
+
 def _host() -> str:
     return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
@@ -135,7 +140,7 @@ def _staged(path: Path, size: int | None) -> Generator[Path]:
     removed with it too.
     """
     require_held(path)
-    folder = hidden_beside(path)
+    folder = hidden_beside(path.absolute())  # polars takes "~" at the beginning for the home folder
     staged = folder / path.name
     try:
         folder.mkdir(parents=True)

@@ -22,6 +22,7 @@ from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.checkpoint import check_prefix
 from diffsynth_dagster.training.modules import lora_target_names
 from diffsynth_dagster.training.optimizer import OPTIMIZERS, check_optimizer
+from diffsynth_dagster.training.overlap import refuse_overlap
 from diffsynth_dagster.training.shares import shares_of
 from diffsynth_dagster.weights.hub import require_listed
 from diffsynth_dagster.weights.identify import guess_family
@@ -126,7 +127,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
     Raises:
         WeightsError: some of the local model files that are named are there, and others are not.
         StoreError: the encoded data set is there and damaged.
-        ParameterError: see `check_plan`; or the family cannot be recognised without the files.
+        ParameterError: see `check_plan`, `refuse_overlap`; or the family cannot be recognised without the files.
     """
     if not config.reads_encoded or (Path(config.dataset_base_path) / FILE_NAME).is_file():
         config = with_settled(config)
@@ -138,6 +139,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
     require_listed([*model_entries(config), *folder_entries(config), *entries])
     family = guess_family(config)
     check_plan(config, family)
+    refuse_overlap(config)
     trained = trained_components(config)
     sources = _sources(config, family)
     stored = [entry.text for entry in float8_entries(config)]

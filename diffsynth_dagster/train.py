@@ -44,12 +44,14 @@ def run(
     from diffsynth_dagster.cache.split import with_settled
     from diffsynth_dagster.plan import check_plan
     from diffsynth_dagster.run_folder import owned
+    from diffsynth_dagster.training.overlap import refuse_overlap
     from diffsynth_dagster.training.parallel import start_parallel
     from diffsynth_dagster.weights.identify import guess_family
 
     # Plan: all that can be checked without a file.
     config = with_settled(config)
     check_plan(config, guess_family(config))
+    refuse_overlap(config)
     parallel = start_parallel(config)
     with ExitStack() as leaving:
         # One process holds the run folder for all.
@@ -188,6 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     with FailureGuard(failure_reporter()) as guard:
         arguments = read_arguments(sys.argv[1:] if argv is None else argv)
+        if arguments.recipe is not None:
+            from diffsynth_dagster.training.overlap import refuse_own_recipe
+
+            refuse_own_recipe(arguments.config, arguments.recipe)
         if arguments.dry_run:
             from diffsynth_dagster.plan import make_plan
 

@@ -203,9 +203,9 @@ def test_the_data_sets_own_table_is_not_replaced(
     table = data / "metadata.parquet"
     pl.read_csv(data / "metadata.csv").write_parquet(table)
     before = table.read_bytes()
-    config = values(dataset_base_path=str(data), dataset_metadata_path=str(table))
+    config = values(dataset_base_path=str(tmp_path), dataset_metadata_path=str(table))
     assert train(config, tmp_path / "run")[0] == 2
-    assert "would take the place of the data set's own" in capsys.readouterr().err
+    assert "by what is written: 'metadata.parquet' of the run folder" in capsys.readouterr().err
     assert table.read_bytes() == before
 
 

@@ -21,7 +21,7 @@ from diffsynth_dagster.cache.shards import tensor_digest
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.cache.upkeep import collect, statistics, verify
 from diffsynth_dagster.errors import StoreError
-from diffsynth_dagster.files import write_tensors, write_text
+from diffsynth_dagster.files import hidden_beside, write_tensors, write_text
 
 
 def fill(store: Store, keys: list[str]) -> None:
@@ -156,8 +156,9 @@ def test_gc_drops_what_no_run_folder_uses(
     both = statistics(Store(path))
     assert both.keys == 8 + 8 + 8  # the prompts are shared, the images are not
     assert {use.folder.name: use.keys for use in both.uses} == {"a": 16, "b": 16}
-    (path / "shards" / "stray.safetensors").write_bytes(b"left by a killed writer")
-    (path / "shards" / ".staged.safetensors.1").write_bytes(b"half")
+    stray = path / "shards" / f"{'0' * 32}.safetensors"
+    stray.write_bytes(b"left by a killed writer")
+    hidden_beside(stray).write_bytes(b"half")
     shutil.rmtree(tmp_path / "a")
     assert maintain(["gc", "--cache_path", str(path)]) == 0
     after = statistics(Store(path))

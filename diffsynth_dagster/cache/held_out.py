@@ -17,6 +17,7 @@ from diffsynth_dagster.cache.manifest import (
 )
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.settled import require_same
+from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
 from diffsynth_dagster.errors import MetadataError, ParameterError, StoreError
 from diffsynth_dagster.files import write_whole
@@ -141,7 +142,7 @@ def _part(manifest: Manifest, chosen: pl.Expr, path: Path) -> Manifest:
     """The part of a manifest whose rows are chosen, written as a file."""
     rows = manifest.rows.filter(chosen)
     write_whole(path, lambda staged: rows.sink_parquet(staged, compression="lz4"))
-    count = pl.scan_parquet(path).select(pl.len()).collect().item()
+    count = scan_parquet(path).select(pl.len()).collect().item()
     return replace(manifest, path=path, samples=count)
 
 

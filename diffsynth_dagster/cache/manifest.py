@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 import polars as pl
 
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
+from diffsynth_dagster.data.frames import read_notes, scan_parquet
 from diffsynth_dagster.errors import StoreError
 from diffsynth_dagster.facts import digest_of
 from diffsynth_dagster.files import require_held
@@ -110,7 +111,7 @@ class Manifest(Notes):
     @property
     def rows(self) -> pl.LazyFrame:
         """A row for each sample."""
-        return pl.scan_parquet(self.path)
+        return scan_parquet(self.path)
 
     @property
     def frame(self) -> pl.DataFrame:
@@ -182,7 +183,7 @@ def read_manifest(folder: Path, name: str = FILE_NAME, any_layout: bool = False)
                 where=str(path),
                 do=_DO,
             )
-        given: dict[str, Any] = json.loads(pl.read_parquet_metadata(path)[_NOTES])
+        given: dict[str, Any] = json.loads(read_notes(path)[_NOTES])
         notes: dict[str, Any] = {"digest": "", "samples": 0, **given}
         manifest = Manifest(**notes, path=path)
     except (OSError, pl.exceptions.PolarsError, KeyError, ValueError, TypeError) as error:

@@ -34,6 +34,7 @@ from diffsynth_dagster.config.effect import settled_by_encoding, trained_compone
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.digests import digest_rows
+from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.data.samples import PARTS, files_as_json
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.families.contract import Stage
@@ -79,7 +80,7 @@ def plan_samples(
             projection_pushdown=False,
         )
         write_whole(draft, lambda staged: made.sink_parquet(staged, compression="lz4"))
-        rows = _with_occurrence(pl.scan_parquet(draft))
+        rows = _with_occurrence(scan_parquet(draft))
         identity = [*_SIZES, "shape", "sample", *(f"key:{s.name}" for s in cached)]
         prompts = _prompts(config)
         text_stages = [s for s in family.text_stages if s in cached]

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
+from diffsynth_dagster.data.frames import read_notes, read_parquet
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.seal import seal_is_broken, write_sealed
@@ -72,7 +73,7 @@ def read_index(file: Path) -> pl.DataFrame:
     """
     require_whole(file)
     try:
-        rows = pl.read_parquet(file)
+        rows = read_parquet(file)
     except POLARS_ERRORS as error:
         why = " ".join(str(error).split())
         raise damaged(file, f"the index cannot be read: {why}") from error
@@ -93,7 +94,7 @@ def index_layout(file: Path) -> int:
         StoreError: the file is damaged.
     """
     try:
-        return int(pl.read_parquet_metadata(file).get(_LAYOUT, "0"))
+        return int(read_notes(file).get(_LAYOUT, "0"))
     except (*POLARS_ERRORS, ValueError) as error:
         raise damaged(file, f"the index cannot be read: {error}") from error
 

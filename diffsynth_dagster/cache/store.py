@@ -36,9 +36,11 @@ from diffsynth_dagster.cache.shards import (
     read_index,
     require_whole,
 )
+from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import digest_text
 from diffsynth_dagster.files import remove_leftovers, write_text
+from diffsynth_dagster.own_names import is_of_store
 
 LOST = ".lost"
 """How the name of a damaged note ends after it was put aside."""
@@ -62,7 +64,17 @@ class Store:
     @property
     def index_files(self) -> list[Path]:
         """The index files, sorted."""
-        return sorted((self.path / "index").glob("*.parquet"))
+        return self._own("index")
+
+    @property
+    def shard_files(self) -> list[Path]:
+        """The shards, also those that no index names, sorted."""
+        return self._own("shards")
+
+    def _own(self, folder: str) -> list[Path]:
+        """The files of a folder of the store that have the names of the store's own, sorted."""
+        files = (self.path / folder).glob("*")
+        return sorted(file for file in files if is_of_store(f"{folder}/{file.name}"))
 
     def scan(self) -> pl.LazyFrame:
         """Every row of every index file, lazily: to be collected with `collect`.
@@ -77,7 +89,7 @@ class Store:
                 self._whole.add(file)
         # With the schema given, no file is looked into before the frame is collected.
         none = pl.LazyFrame(schema=INDEX_SCHEMA)
-        return pl.scan_parquet(files, schema=INDEX_SCHEMA) if files else none
+        return scan_parquet(files, INDEX_SCHEMA) if files else none
 
     def collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
         """A frame that was made from `scan`.
@@ -232,7 +244,7 @@ class Store:
     @property
     def notes(self) -> list[Path]:
         """The files that note run folders, sorted."""
-        return sorted((self.path / "users").glob("*.json"))
+        return self._own("users")
 
     @property
     def lost_notes(self) -> list[Path]:

@@ -18,7 +18,7 @@ from diffsynth_dagster.cache.shards import (
 )
 from diffsynth_dagster.cache.store import LOST, Store, read_note
 from diffsynth_dagster.errors import StoreError
-from diffsynth_dagster.files import remove
+from diffsynth_dagster.files import is_leftover, remove
 
 PART_OF_SHARD_KEPT = 0.5
 """A shard is written anew when less of it than this is still used."""
@@ -179,13 +179,12 @@ def statistics(store: Store) -> Statistics:
 
 
 def _stray(store: Store) -> list[Path]:
-    """Files that no index names: shards of interrupted writers, and half-written files."""
+    """What no index names: shards of interrupted writers, and what is half written. Files of other names
+    are not the store's."""
     indexed = {file.stem for file in store.index_files}
-    shards = [p for p in (store.path / "shards").glob("*") if p.stem not in indexed]
-    staged = [
-        p for folder in ("shards", "index", "users") for p in (store.path / folder).glob(".*")
-    ]
-    return sorted({*shards, *staged})
+    shards = [path for path in store.shard_files if path.stem not in indexed]
+    hidden = [p for place in ("shards", "index", "users") for p in (store.path / place).glob(".*")]
+    return sorted([*shards, *(path for path in hidden if is_leftover(path.name))])
 
 
 @dataclass(frozen=True)

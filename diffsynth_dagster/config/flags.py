@@ -22,11 +22,13 @@ class Arguments:
     Attributes:
         dry_run: only say what would happen.
         checkpoints_only: export nothing after the training.
+        recipe: the file that it names, if it names one.
     """
 
     config: TrainingConfig
     dry_run: bool = False
     checkpoints_only: bool = False
+    recipe: Path | None = None
 
 
 _SWITCHES = {
@@ -116,10 +118,11 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
             else "quote values that hold spaces",
         )
     values = vars(namespace)
-    recipe = values.pop("recipe", None)
+    named = values.pop("recipe", None)
+    recipe = None if named is None else Path(named)
     switches = {name: values.pop(name) for name in _SWITCHES if name in values}
     if recipe is not None:
-        loaded, _ = read_values(Path(recipe))
+        loaded, _ = read_values(recipe)
         values = {**loaded, **values}
         where = f"{recipe} and the command line"
-    return Arguments(read_config(values, where, as_flag), **switches)
+    return Arguments(read_config(values, where, as_flag), **switches, recipe=recipe)

@@ -19,7 +19,8 @@ class ModelParameters(BaseModel):
     )
     model_paths: PathTree = parameter(
         (),
-        "Model files as JSON: a list of paths; a nested list is one sharded model.",
+        "Model files as JSON: a list of paths; a nested list is one sharded model. A path may be a "
+        "folder, or have * and ? for any characters where no file is called so.",
         affects="weights",
         by_content=True,
     )

@@ -40,7 +40,7 @@ def prepare_data(
 
     Raises:
         MetadataError, ParameterError: see `validate`; or the checked table is for other columns or
-            sizes, or would take the place of the data set's own.
+            sizes.
         OutputError: the run folder cannot be written.
     """
     assert config.dataset_metadata_path is not None
@@ -56,12 +56,7 @@ def prepare_data(
             return checked
         pin(own.parent)
         return read_checked(own.parent, PINNED)
-    if is_own:
-        raise ParameterError(
-            "the checked table would take the place of the data set's own",
-            where=f"dataset_metadata_path = {named}",
-            do="give another output_path",
-        )
+    assert not is_own, "the data set's own table is not replaced: see `training.overlap`"
     if config.customized_dataset is not None:
         make = import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
         make(Path(config.dataset_base_path))

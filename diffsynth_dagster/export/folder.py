@@ -9,6 +9,7 @@ from diffsynth_dagster.errors import OutputError, UserError
 from diffsynth_dagster.export.chosen import chosen_checkpoint
 from diffsynth_dagster.export.run import Exported, export_checkpoint, verify_export
 from diffsynth_dagster.run_folder import owned
+from diffsynth_dagster.training.overlap import refuse_overlap
 from diffsynth_dagster.training.record import RunRecord, read_record
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import FoundModel, find_model
@@ -38,6 +39,7 @@ def export_folder(config: TrainingConfig, hub: ModelHub) -> Exports:
     folder = Path(config.output_path)
     _require_record(folder)  # before anything is made in the folder
     config = with_settled(config)
+    refuse_overlap(config)
     found = find_model(config, hub)
     with owned(folder, "exporting"):
         return export_held(config, _require_record(folder), found)

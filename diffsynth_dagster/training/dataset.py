@@ -35,6 +35,7 @@ from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import PINNED, read_checked
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.training.overlap import refuse_replaced_rows
 from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.reporting import Reporter
 from diffsynth_dagster.training.stop import finishing
@@ -61,6 +62,7 @@ def checked_table(
 
     Raises:
         MetadataError: too many rows are rejected; or see `prepare_data`.
+        ParameterError: see `refuse_replaced_rows`.
     """
     if config.dataset_metadata_path is None:
         return None
@@ -74,6 +76,7 @@ def checked_table(
                 columns = guess_family(config).columns
                 tables.append(prepare_data(each, columns, fact_cache, bar.update, pinned=True))
             tables[-1].require_accepted(config.max_rejected_fraction)
+        refuse_replaced_rows(config, tables)
         return tables[0]
 
 

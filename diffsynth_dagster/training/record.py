@@ -10,6 +10,7 @@ from diffsynth_dagster import __version__
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.facts import digest_file, digest_of
 from diffsynth_dagster.files import write_text
+from diffsynth_dagster.own_names import is_trained
 
 FILE_NAME = "run.json"
 PICTURES = "samples"
@@ -212,6 +213,15 @@ class RunFile:
         paths = {name: self.folder / name for name in names if self._writes}
         found = {name: digest_file(path) for name, path in paths.items() if path.is_file()}
         return {**self.record.beside, **found}
+
+
+def written_files(record: Mapping[str, Any]) -> set[str]:
+    """The checkpoints and samples that a record names, as paths from the run folder, of those names that a
+    training gives them."""
+    samples = [*record["pictures"].values(), *record["clips"].values()]
+    checkpoints = {Path(name).name for name in [*record["checkpoints"], *record["writing"]]}
+    names = checkpoints | {f"{PICTURES}/{Path(name).name}" for name in samples}
+    return {name for name in names if is_trained(name)}
 
 
 def read_record(folder: Path) -> RunRecord | None:

@@ -15,7 +15,13 @@ from diffsynth_dagster.errors import DamagedError, OutputError, ParameterError, 
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.files import require_held
 from diffsynth_dagster.training.batches import StepDataset
-from diffsynth_dagster.training.record import LOGS, SAMPLE_LOSSES, RunRecord, read_record
+from diffsynth_dagster.training.record import (
+    LOGS,
+    SAMPLE_LOSSES,
+    RunRecord,
+    read_record,
+    written_files,
+)
 from diffsynth_dagster.training.setup import Work
 from diffsynth_dagster.training.state import Notes, WrittenState, read_state, state_folders
 
@@ -249,20 +255,13 @@ def _remove_older(output: Path, state: Notes | None) -> None:
         older = read_record(output)
     except OutputError:  # damaged: it will be replaced
         older = None
-    written = set() if older is None else _written(asdict(older))
+    written = set() if older is None else written_files(asdict(older))
     if state is not None:
-        written -= _written(state.record)
+        written -= written_files(state.record)
     else:
         written |= {*LOGS, SAMPLE_LOSSES}
     for name in written:
         (output / name).unlink(missing_ok=True)
-
-
-def _written(record: Mapping[str, Any]) -> set[str]:
-    """The checkpoints and samples that a record names, as paths from the run folder."""
-    samples = [*record["pictures"].values(), *record["clips"].values()]
-    checkpoints = {Path(name).name for name in [*record["checkpoints"], *record["writing"]]}
-    return checkpoints | {f"samples/{Path(name).name}" for name in samples}
 
 
 def _cut_logs(output: Path, state: Notes, warn: Callable[[str], None]) -> None:

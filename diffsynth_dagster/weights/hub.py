@@ -102,14 +102,17 @@ def require_listed(entries: Iterable[ModelEntry]) -> None:
         WeightsError: some are there, and one is not.
     """
     listed = [(text, entry.parameter) for entry in entries for text in entry.paths]
-    missing = [(text, parameter) for text, parameter in listed if not _is_there(text)]
+    missing = [each for each in listed if not os.path.exists(each[0]) and not _matching(*each)]
     if missing and len(missing) < len(listed):
         raise _no_file(*missing[0])
 
 
-def _is_there(text: str) -> bool:
-    """Whether a path or a pattern names a file or a folder."""
-    return os.path.exists(text) or bool(glob.glob(text))
+def _matching(text: str, parameter: str) -> list[Path]:
+    """The files that an entry of the model list stands for as a pattern, sorted; other parameters name
+    one file. Brackets are none of it: they are in the names of folders."""
+    if parameter != "model_paths":
+        return []
+    return sorted(Path(path) for path in glob.glob(text.replace("[", "[[]")))
 
 
 def _no_file(text: str, parameter: str) -> WeightsError:
@@ -129,7 +132,7 @@ def _local_files(text: str, parameter: str) -> list[Path]:
     path = Path(text)
     if os.path.isfile(path):
         return [path]
-    found = _weights_in(path) if os.path.isdir(path) else sorted(Path(p) for p in glob.glob(text))
+    found = _weights_in(path) if os.path.isdir(path) else _matching(text, parameter)
     if not found:
         raise _no_file(text, parameter)
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
+from diffsynth_dagster.data.frames import read_notes, scan_parquet
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.files import write_whole
@@ -48,7 +49,7 @@ def write_checked(table: CheckedTable, folder: Path, pinned: bool = False) -> Ch
         _copy(path, folder / FILE_NAME)
     rejected = table.rejected.select("row", "status", "message").collect()
     write_whole(folder / "rejected.csv", rejected.write_csv)
-    return replace(table, rows=pl.scan_parquet(path))
+    return replace(table, rows=scan_parquet(path))
 
 
 def find_checked(path: Path) -> CheckedTable | None:
@@ -66,8 +67,8 @@ def find_checked(path: Path) -> CheckedTable | None:
                 where=str(path),
                 do="check the data set again: materialize the metadata, or name the original table",
             )
-        notes = pl.read_parquet_metadata(path).get(_NOTES)
-        return None if notes is None else CheckedTable(pl.scan_parquet(path), **json.loads(notes))
+        notes = read_notes(path).get(_NOTES)
+        return None if notes is None else CheckedTable(scan_parquet(path), **json.loads(notes))
     except (OSError, pl.exceptions.PolarsError, ValueError, TypeError):
         return None  # whoever reads it as a table says what is wrong with it
 

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import polars as pl
 
 from diffsynth_dagster.config.output import TABLES
+from diffsynth_dagster.data.frames import scan_csv, scan_lines, scan_parquet
 from diffsynth_dagster.data.table.json_array import json_array_to_lines
 from diffsynth_dagster.data.table.json_rows import lines_of, mended, odd_rows
 from diffsynth_dagster.errors import MetadataError, ParameterError
@@ -196,7 +197,7 @@ def _refuse_bytes(path: Path, text: Path) -> None:
 
 def _open_parquet(path: Path, wanted: Sequence[str]) -> Table:
     with _reading(path):
-        rows = pl.scan_parquet(path)
+        rows = scan_parquet(path)
         columns = tuple(rows.collect_schema().names())
 
     def fail(error: Exception) -> NoReturn:
@@ -287,7 +288,7 @@ def _open_csv(path: Path, text: Path, wanted: Sequence[str]) -> Table:
     if twice is not None:
         _refuse(path, f"two columns are called '{twice}'", ", line 1")
     names = [name if name in wanted else f"\x00{i}" for i, name in enumerate(header)]
-    rows = pl.scan_csv(
+    rows = scan_csv(
         text,
         has_header=False,
         skip_rows=1,
@@ -297,7 +298,6 @@ def _open_csv(path: Path, text: Path, wanted: Sequence[str]) -> Table:
         empty_string_is_null=False,
         row_index_name=INDEX,
         raise_if_empty=False,
-        glob=False,
     )
     # By the last column and the extra one, a row may be uneven.
     last = pl.col(names[-1]).fill_null("") == ""
@@ -347,7 +347,7 @@ def _open_lines(
         if count == _SAMPLED_ROWS:
             break
     types = {name: pl.List(pl.String) if name in lists else pl.String() for name in wanted}
-    rows = pl.scan_ndjson(text, schema=types, row_index_name=INDEX)
+    rows = scan_lines(text, types, INDEX)
     table = Table(rows, tuple(columns), fail, values=values)
     if columns and lists:
         try:
@@ -357,7 +357,7 @@ def _open_lines(
                 listed = _with_lists(text, folder / "lists.jsonl", lists)
             except (ValueError, AttributeError, RecursionError):
                 fail(error)
-            rows = pl.scan_ndjson(listed, schema=types, row_index_name=INDEX)
+            rows = scan_lines(listed, types, INDEX)
     late = [name for name in wanted if name not in columns]
     if columns and late:
         found = table.collect(rows.select(pl.col(name).is_not_null().any() for name in late))

@@ -1,0 +1,48 @@
+"""The names of the files that this project writes into a run folder, and into a store.
+
+Nothing else is ever replaced or removed there. A new output has its name here: `tests/test_paths.py`
+looks at what a training leaves.
+"""
+
+import re
+
+_CHECKPOINT = r"(?P<kind>epoch|step|best-step)-(?P<number>\d{1,18})(?:-[^/]+)?\.safetensors"
+_SAMPLE = r"samples/(?:step-\d+(?:-\d+)?|(?:before|after)-[^/]+)\.(?:png|mp4)"
+_TABLE = r"metadata\.parquet|\.metadata\.encoded\.parquet|rejected\.csv"
+_MANIFEST = r"samples\.parquet|\.samples\.planned\.parquet"
+_OTHERS = "|".join(
+    [
+        r"config\.yaml|run\.json|metrics\.csv|loss\.csv|held_out\.csv|sample_losses\.parquet",
+        rf"(?:held_out/)?(?:{_TABLE}|{_MANIFEST})",
+        r"\.(?:trained|held_out|compared)\.parquet",
+        r"\.(?:samples|held_out|compared)\.(?:records|bin|captions|json)",
+        r"\.lock|\.owner\.json",
+        # Folders that are the project's with all that is in them.
+        r"(?:state/step-\d+|\.prompts|exports/(?:diffusers|kohya|peft))/.+",
+    ]
+)
+OWN = rf"(?s)^(?:{_CHECKPOINT}|{_SAMPLE}|{_OTHERS})$"
+"""A file of a run folder, by its path from there; also for the regular expressions of Polars."""
+CHECKPOINT = re.compile(_CHECKPOINT)
+"""A checkpoint: its `kind`, and the `number` of its epoch or step."""
+_TRAINED = re.compile(f"{_CHECKPOINT}|{_SAMPLE}")
+_OWN = re.compile(OWN)
+_OF_A_STORE = re.compile(
+    r"shards/[0-9a-f]{32}\.safetensors|index/[0-9a-f]{32}\.parquet|users/[0-9a-f]{32}\.json"
+)
+
+
+def is_own(name: str) -> bool:
+    """Whether a file is one of the project's, by its path from the run folder."""
+    return _OWN.fullmatch(name) is not None
+
+
+def is_trained(name: str) -> bool:
+    """Whether a file is a checkpoint or a sample, by its path from the run folder."""
+    return _TRAINED.fullmatch(name) is not None
+
+
+def is_of_store(name: str) -> bool:
+    """Whether a file is a shard, its index, or the note of a run folder, by its path from the folder of
+    the store."""
+    return _OF_A_STORE.fullmatch(name) is not None
