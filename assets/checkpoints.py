@@ -13,6 +13,7 @@ from assets.common import (
     asset_key,
     code_version,
     description,
+    require_passed,
     table,
     tried_again,
     user_errors,
@@ -87,7 +88,7 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
             say_changed,
         )
 
-        with tried_again(recipe.options.retries), user_errors():
+        with tried_again(context, recipe.options.retries), user_errors():
             settings = second_half(parameters.apply(recipe.config))
             processes = launcher.num_processes or recipe.options.num_processes
             began = _began(context, recipe, Path(settings.output_path))
@@ -108,11 +109,13 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
             changed = changed_beside(Path(settings.output_path), record)
             if changed:
                 context.log.warning(say_changed(changed))
+            check = _check(record)
         yield dg.MaterializeResult(
             metadata={"trained_in_this_run": trained, **_describe(settings, record, changed)},
             data_version=dg.DataVersion(record.chosen_digest),
-            check_results=[_check(record)],
+            check_results=[check],
         )
+        require_passed(check)
 
     return checkpoints
 

@@ -13,8 +13,9 @@ from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.effect import Affects, names_that_affect, values_that_affect
 from diffsynth_dagster.disk import disk_error
-from diffsynth_dagster.errors import DownloadError, UserError
+from diffsynth_dagster.training.failure import failure_of
 from diffsynth_dagster.training.shortage import out_of_memory
+from resources import Cancelled, StepFailure, TriedAgain, cancelled
 
 GPU_POOL = "gpu"
 RETRY_DELAY_S = 5.0
@@ -26,25 +27,35 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @contextmanager
 def user_errors() -> Generator[None]:
-    """Let a mistake that a person can mend fail the step with its message, without a retry.
+    """Let whatever ends a step end it with its reason first: a mistake that a person can mend, a
+    crash with its traceback, a cancel. See `resources.failing`.
 
-    A failed download is retried, since the network may have been the reason.
+    A mistake is not tried again, except for a failed download: the network may have been the reason.
     """
     try:
         yield
-    except UserError as error:
-        retry = isinstance(error, DownloadError)
-        raise dg.Failure(description=str(error), allow_retries=retry) from None
+    except (StepFailure, Cancelled):
+        raise
+    except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
+        raise cancelled() from None
     except Exception as error:
-        # What a training process said of its failure is its message already.
-        known = None if isinstance(error, dg.Failure) else disk_error(error) or out_of_memory(error)
-        if known is None:
-            raise
-        raise dg.Failure(description=str(known), allow_retries=False) from error
+        known = disk_error(error) or out_of_memory(error) or error
+        raise StepFailure.of(failure_of(known)) from error
+
+
+def require_passed(check: dg.AssetCheckResult) -> None:
+    """Fail the step of a check that blocks, after its result was given to Dagster, unless it passed.
+
+    Dagster would do so too, without saying why.
+    """
+    if not check.passed:
+        raise StepFailure(check.description or "")
 
 
 @contextmanager
-def tried_again(times: int, delay: float = RETRY_DELAY_S) -> Generator[None]:
+def tried_again(
+    context: dg.AssetExecutionContext, times: int, delay: float = RETRY_DELAY_S
+) -> Generator[None]:
     """Let Dagster try a step again after a crash. Entered outside of `user_errors`.
 
     Not by a retry policy: with one, Dagster tries a step that was cancelled again as well.
@@ -54,11 +65,10 @@ def tried_again(times: int, delay: float = RETRY_DELAY_S) -> Generator[None]:
     """
     try:
         yield
-    except Exception as error:
-        final = isinstance(error, dg.Failure) and not error.allow_retries
-        if final or not times:
+    except StepFailure as failure:
+        if not failure.allow_retries or context.retry_number >= times:
             raise
-        raise dg.RetryRequested(times, delay) from error
+        raise TriedAgain(failure, times, delay) from failure
 
 
 def asset_key(recipe: str, kind: Kind) -> dg.AssetKey:

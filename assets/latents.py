@@ -11,6 +11,7 @@ from assets.common import (
     asset_key,
     code_version,
     description,
+    require_passed,
     table,
     tried_again,
     user_errors,
@@ -57,7 +58,7 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
         from diffsynth_dagster.facts import digest_of
 
         report: dict[str, Any] = {}
-        with tried_again(recipe.options.retries), user_errors():
+        with tried_again(context, recipe.options.retries), user_errors():
             config = first_half(parameters.apply(recipe.config))
             checked = read_checked(Path(config.output_path))
             for message in launcher.run(context, config, recipe.options):
@@ -83,6 +84,7 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
             data_version=dg.DataVersion(version),
             check_results=[check],
         )
+        require_passed(check)
 
     return latents
 

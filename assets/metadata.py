@@ -1,12 +1,20 @@
 """`<recipe>/metadata`: the data set's table, every row of it checked."""
 
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from assets.common import asset_key, code_version, description, fact_cache_path, user_errors
+from assets.common import (
+    asset_key,
+    code_version,
+    description,
+    fact_cache_path,
+    require_passed,
+    user_errors,
+)
 from assets.pictures import Shown, contact_sheet, inline
 from assets.rows import cell, files_of_rows
 from diffsynth_dagster.config import Recipe, TrainingConfig
@@ -41,7 +49,9 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
             )
         ],
     )
-    def metadata(context: dg.AssetExecutionContext, parameters: Parameters) -> dg.MaterializeResult:
+    def metadata(
+        context: dg.AssetExecutionContext, parameters: Parameters
+    ) -> Iterator[dg.MaterializeResult]:
         from diffsynth_dagster.cache.held_out import held_out_config
         from diffsynth_dagster.cache.split import with_settled
         from diffsynth_dagster.data.prepare import prepare_data
@@ -63,13 +73,12 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
                 checked = prepare_data(config, columns, fact_cache)
                 held_out = None if own is None else prepare_data(own, columns, fact_cache)
             refuse_replaced_rows(config, [checked] if held_out is None else [checked, held_out])
-        counts = checked.counts
-        context.log.info(f"rows by status: {counts}")
-        return dg.MaterializeResult(
-            metadata={**_describe(config, checked, counts), **_held_out(held_out)},
-            data_version=_version(checked, held_out),
-            check_results=[_check(key, config, checked, held_out)],
-        )
+            counts = checked.counts
+            context.log.info(f"rows by status: {counts}")
+            facts = {**_describe(config, checked, counts), **_held_out(held_out)}
+            version, check = _version(checked, held_out), _check(key, config, checked, held_out)
+        yield dg.MaterializeResult(metadata=facts, data_version=version, check_results=[check])
+        require_passed(check)
 
     return metadata
 
@@ -102,25 +111,29 @@ def _check(
     checked: "CheckedTable",
     held_out: "CheckedTable | None",
 ) -> dg.AssetCheckResult:
-    from diffsynth_dagster.errors import MetadataError
-
-    reason = "every row is usable, or few enough are not"
     tables = [checked] if held_out is None else [checked, held_out]
-    try:
-        for each in tables:
-            each.require_accepted(config.max_rejected_fraction)
-        passed = True
-    except MetadataError as error:
-        passed, reason = False, str(error)
     rows = sum(sum(each.counts.values()) for each in tables)
     accepted = sum(each.counts.get("ok", 0) for each in tables)
+    allowed = config.max_rejected_fraction
     return dg.AssetCheckResult(
         asset_key=key,
         check_name=CHECK,
-        passed=passed,
-        description=reason,
+        passed=all(each.is_accepted(allowed) for each in tables),
+        description="\n".join(_verdict(each, allowed) for each in tables),
         metadata={"rejected_rows": rows - accepted, "rows": rows},
     )
+
+
+def _verdict(checked: "CheckedTable", allowed: float) -> str:
+    """What was found in a table, in numbers; if it is refused, with its first rejected rows."""
+    from diffsynth_dagster.data.table.check import MEND_ROWS
+    from diffsynth_dagster.errors import printable
+
+    summary = checked.summary(allowed)
+    if checked.is_accepted(allowed):
+        return summary
+    lines = [summary, *checked.first_rejected(), f"where: {printable(checked.source)}"]
+    return "\n  ".join([*lines, f"what to do: {MEND_ROWS}"])
 
 
 def _describe(

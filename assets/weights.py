@@ -85,7 +85,7 @@ def _make_weights(
         from diffsynth_dagster.facts import FactCache, digest_of
 
         with (
-            tried_again(_RETRIES, RETRY_DELAY_S * 2**context.retry_number),
+            tried_again(context, _RETRIES, RETRY_DELAY_S * 2**context.retry_number),
             user_errors(),
             closing(FactCache(fact_cache_path(config))) as fact_cache,
         ):

@@ -2,6 +2,7 @@
 
 from resources.console import JOB_CONFIG, console_logger
 from resources.executor import run_executor
+from resources.failing import Cancelled, StepFailure, TriedAgain, cancelled
 from resources.hub import Hub
 from resources.launcher import Launcher
 from resources.parameters import Parameters
@@ -10,9 +11,13 @@ from resources.recipes import BrokenRecipe, load_recipes, recipes_folder
 __all__ = [
     "JOB_CONFIG",
     "BrokenRecipe",
+    "Cancelled",
     "Hub",
     "Launcher",
     "Parameters",
+    "StepFailure",
+    "TriedAgain",
+    "cancelled",
     "console_logger",
     "load_recipes",
     "recipes_folder",

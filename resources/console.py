@@ -1,4 +1,4 @@
-"""What a run prints: a short line for what a person follows. Its whole log is in the UI."""
+"""What a run prints: a short line for what a person follows. Its whole log is Dagster's."""
 
 import logging
 import sys
@@ -9,12 +9,14 @@ from typing import Any
 
 import dagster as dg
 
+from resources.failing import Cancelled
+
 _WIDTH = 110
 _MOST_LINES = 2
 _LONGEST_TEXT = 60
-_SHOWN_FRAMES = 5
-_PIPES = "[pipes]"
-"""Dagster's own remarks on the channel to the training processes begin with this."""
+_REMARKS = ("[pipes]", "Dependencies for step ")
+"""How Dagster's own remarks begin: on the channel to the training processes, and on each step that
+does not run because one before it failed."""
 
 JOB_CONFIG = {"loggers": {"console": {}}}
 """Run config that a job needs to print with the logger "console": Dagster takes its own logger for
@@ -51,8 +53,11 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print what a person wants to see of a record. (Called by Dagster.)"""
-        for line in self._lines(record, record.__dict__["dagster_meta"]):
-            sys.stderr.write(f"{line}\n")
+        try:
+            for line in self._lines(record, record.__dict__["dagster_meta"]):
+                sys.stderr.write(f"{line}\n")
+        except Exception:  # noqa: BLE001 — what cannot be printed is no reason for a run to fail
+            self.handleError(record)
 
     def _lines(self, record: logging.LogRecord, about: Mapping[str, Any]) -> Iterator[str]:
         event: dg.DagsterEvent | None = about["dagster_event"]
@@ -60,7 +65,7 @@ class ConsoleHandler(logging.Handler):
             printer = self._printers.get(event.event_type)
             if printer is not None:
                 yield from printer(event)
-        elif record.levelno >= self._least and not about["orig_message"].startswith(_PIPES):
+        elif record.levelno >= self._least and not about["orig_message"].startswith(_REMARKS):
             name = self._asset(about["step_key"]) if about["step_key"] else about["job_name"]
             level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
             yield f"{name}: {level}{about['orig_message']}"
@@ -97,20 +102,20 @@ class ConsoleHandler(logging.Handler):
         check = event.asset_check_evaluation_data
         if check.passed:
             self._passed_checks += 1
-        else:
+        elif not check.blocking:  # else the step fails with what the check says
             name = f"{check.asset_key.to_user_string()}: check {check.check_name}"
             yield f"{name} failed: {check.description or ''}"
 
     def _step_failure(self, event: dg.DagsterEvent) -> Iterator[str]:
         name, data = self._asset(event.step_key), event.step_failure_data
         self._failed.append(name)
-        if data.user_failure_data is not None:
-            yield f"{name}: failed: {data.user_failure_data.description or ''}"
-        elif data.error is not None:
-            cause = _root(data.error)
-            yield f"{name}: failed: {cause.message.strip()}"
-            if cause.cls_name != dg.DagsterAssetCheckFailedError.__name__:
-                yield "".join(cause.stack[-_SHOWN_FRAMES:]).rstrip()
+        error = data.error
+        if error is None or error.cls_name == Cancelled.__name__:
+            return
+        if data.user_failure_data is None:  # outside of what `failing` gives words to
+            error = _root(error)
+        yield f"{name}: failed: {error.message.strip()}"
+        yield from (part.rstrip() for part in error.stack)
 
     def _retry(self, event: dg.DagsterEvent) -> Iterator[str]:
         seconds = event.step_retry_data.seconds_to_wait or 0
@@ -132,7 +137,9 @@ class ConsoleHandler(logging.Handler):
         yield f"{event.job_name}: failed after {self._seconds()}: {', '.join(self._failed)}"
 
     def _run_canceled(self, event: dg.DagsterEvent) -> Iterator[str]:
-        yield f"{event.job_name}: cancelled after {self._seconds()}"
+        yield ": ".join(
+            [f"{event.job_name}: cancelled after {self._seconds()}", *filter(None, self._failed)]
+        )
 
     def _seconds(self) -> str:
         return f"{time.monotonic() - self._began:.0f} s"

@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+from dagster_shared.error import SerializableErrorInfo
+
+from resources.failing import Cancelled
 
 if TYPE_CHECKING:
     from dagster._core.executor.init import InitExecutorContext
 
 _FOLDER = "run_locks"
+_PROJECT_HOME = Path(__file__).parents[1] / "dagster_home"
+_TEMPORARY = ".tmp_dagster_home_"
+"""How the folder begins that the commands of Dagster make where DAGSTER_HOME is not set."""
 _DIED = "The process of this run is gone: it was killed, or its machine was."
 
 
@@ -39,21 +45,55 @@ class WatchedExecutor(dg.Executor):
         locks = Path(instance.storage_directory()) / _FOLDER
         with _held(locks, plan_context.run_id):
             clear_dead_runs(instance, locks)
-            for event in self._inner.execute(plan_context, execution_plan):
-                if event.event_type == dg.DagsterEventType.LOGS_CAPTURED:
-                    plan_context.log.info(_where_logged(instance, plan_context.run_id, event))
-                yield event
+            try:
+                for event in self._inner.execute(plan_context, execution_plan):
+                    if event.event_type == dg.DagsterEventType.LOGS_CAPTURED:
+                        plan_context.log.info(_where_logged(instance, plan_context.run_id, event))
+                    yield _said_once(event)
+            except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
+                _report_canceling(instance, plan_context.run_id)
+                raise Cancelled from None  # its step has said why, just before
+
+
+def _said_once(event: dg.DagsterEvent) -> dg.DagsterEvent:
+    """An event as Dagster goes on with it, after it was logged: of a failed step without its
+    traceback. Dagster repeats the error at the end of the run, which a run's page shows first: the
+    reason belongs there, a second traceback does not."""
+    if not event.is_step_failure or event.step_failure_data.user_failure_data is None:
+        return event
+    data: Any = event.step_failure_data
+    reason = SerializableErrorInfo(data.error.message, [], data.error.cls_name)
+    return event._replace(event_specific_data=data._replace(error=reason))
+
+
+def _report_canceling(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Let a run that a signal interrupts end as cancelled, as one that is cancelled in the UI does:
+    to Dagster it has failed."""
+    run = instance.get_run_by_id(run_id)
+    if run is not None and run.status == dg.DagsterRunStatus.STARTED:
+        instance.report_run_canceling(run, "The process of the run was interrupted by a signal.")
 
 
 def _where_logged(instance: dg.DagsterInstance, run_id: str, event: dg.DagsterEvent) -> str:
     """Where the whole log of a run is, and what its processes print."""
+    if is_temporary(instance):
+        return (
+            f"run {run_id}: DAGSTER_HOME is not set, so its log is gone when this command ends. "
+            f"To find it in the UI (make ui): export DAGSTER_HOME={_PROJECT_HOME}"
+        )
     manager = instance.compute_log_manager
     key = manager.build_log_key_for_run(run_id, event.logs_captured_data.file_key)
     printed = manager.get_log_metadata(key).stderr_location
     return (
-        f"run {run_id}: the whole log is in the UI (dagster dev), "
+        f"run {run_id}: the whole log is in the UI (make ui), "
         f"the output of the processes in {printed}"
     )
+
+
+def is_temporary(instance: dg.DagsterInstance) -> bool:
+    """Whether Dagster made an instance for the time of a command alone."""
+    folder = Path(instance.root_directory).name
+    return instance.is_ephemeral or folder.startswith(_TEMPORARY)
 
 
 @contextmanager

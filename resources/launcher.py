@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,20 +16,27 @@ from pydantic import Field
 import diffsynth_dagster
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.recipe import RecipeOptions, dump_config
-from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.errors import ParameterError, UserError
 from diffsynth_dagster.files import hidden_beside, require_writable, write_text
 from diffsynth_dagster.training.failure import (
     EXIT_STOPPED,
     FAILURE_FOLDER,
-    Failure,
     read_failures,
+    read_silent,
 )
+from resources.failing import StepFailure
 from resources.messages import Message, MessageReader
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 POLL_SECONDS = 0.2
 _STOP_MARGIN = 10.0
 _SHOWN_LINES = 30
+_SCRATCH = "diffsynth-launch-"
+_GO_ON = "run it again: a training goes on from its newest state"
+_KILLED = (
+    "if nobody killed it, the system did, for want of memory (`dmesg` says so): give it more, or "
+    f"lower batch_size or dataset_num_workers. Then {_GO_ON}"
+)
 
 
 class Launcher(dg.ConfigurableResource):
@@ -60,7 +67,7 @@ class Launcher(dg.ConfigurableResource):
         However the iteration ends (done, failed, cancelled, dropped), no process of it is left.
 
         Raises:
-            dagster.Failure: the processes failed or were stopped.
+            StepFailure: the processes failed or were stopped.
             OutputError: the run folder cannot be written.
             ParameterError: the configuration of accelerate does not exist.
         """
@@ -72,17 +79,17 @@ class Launcher(dg.ConfigurableResource):
         command += ["--recipe", str(recipe), "--checkpoints_only"]
         context.log.debug(f"running {' '.join(command)}")
         with ExitStack() as leaving:
-            scratch = leaving.enter_context(tempfile.TemporaryDirectory(prefix="diffsynth-launch-"))
+            # Not in the run folder: why a training failed must be told when its disk is full.
+            scratch = Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix=_SCRATCH)))
             leaving.callback(recipe.unlink, missing_ok=True)
             write_text(recipe, dump_config(config))
-            tail, failures = Path(scratch) / "stderr", Path(scratch) / "failures"
-            reader = MessageReader()
-            with dg.open_pipes_session(
-                context, dg.PipesTempFileContextInjector(), reader
-            ) as session:
+            failures = scratch / "failures"
+            injector = dg.PipesFileContextInjector(str(scratch / "context"))
+            reader = MessageReader(scratch / "messages")
+            with dg.open_pipes_session(context, injector, reader) as session:
                 pipes = session.get_bootstrap_env_vars()
                 variables = {**pipes, FAILURE_FOLDER: str(failures)}
-                processes = Processes(command, _environment(variables), tail, self.grace_seconds)
+                processes = Processes(command, _environment(variables), scratch, self.grace_seconds)
                 try:
                     while processes.code() is None:
                         yield from _told(context, reader)
@@ -91,7 +98,7 @@ class Launcher(dg.ConfigurableResource):
                 finally:
                     processes.stop()
             yield from _told(context, reader)
-            _require_success(processes.code(), read_failures(failures), tail, config.task)
+            _require_success(processes.code(), failures, processes.last_words, config)
 
     def _launch(self, config: TrainingConfig, options: RecipeOptions) -> list[str]:
         """`accelerate launch` with every option that it would warn about when left out.
@@ -134,16 +141,19 @@ class Processes:
     """A command under the supervisor, alive only as long as this process is.
 
     Args:
-        tail: file that gets the last of the command's standard error.
+        scratch: folder for a file with the last of the command's standard error. It is removed at the
+            end if this process is killed.
     """
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], tail: Path, grace: float
+        self, command: Sequence[str], env: Mapping[str, str], scratch: Path, grace: float
     ) -> None:
         self._grace = grace
+        self._tail = scratch / "stderr"
         watch, self._hold = os.pipe()
         supervise = [sys.executable, str(SUPERVISOR), "--watch", str(watch)]
-        supervise += ["--tail", str(tail), "--grace", str(grace), "--", *command]
+        supervise += ["--tail", str(self._tail), "--scratch", str(scratch)]
+        supervise += ["--grace", str(grace), "--", *command]
         try:
             # A session of its own: a Ctrl-C in the terminal reaches only Dagster, which then
             # stops the processes in order.
@@ -159,6 +169,12 @@ class Processes:
     def code(self) -> int | None:
         """The exit code; None while the processes run."""
         return self._process.poll()
+
+    def last_words(self) -> str:
+        """The end of what the command printed on standard error, when it is over."""
+        text = self._tail.read_text(errors="replace") if self._tail.is_file() else ""
+        lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+        return "\n".join(lines[-_SHOWN_LINES:])
 
     def stop(self) -> None:
         """Let go: the supervisor stops what still runs, and this waits for it."""
@@ -198,36 +214,57 @@ def _require_parent() -> None:
     orphan that no one can cancel when that one is killed."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
-        raise dg.Failure("the process of the run is gone", allow_retries=False)
+        raise StepFailure("the process of the run is gone")
 
 
-def _require_success(code: int | None, failures: Sequence[Failure], tail: Path, task: str) -> None:
-    """Raise a `dagster.Failure` with the cause that the processes reported, unless they succeeded.
+def _require_success(
+    code: int | None, folder: Path, last_words: Callable[[], str], config: TrainingConfig
+) -> None:
+    """Raise a `StepFailure` with what the processes reported, unless they succeeded.
 
     Args:
-        failures: those of all processes, the cause of the others first.
-        tail: the end of their standard error, shown as it is when none could report anything
-            (a process that was killed, or that crashed in compiled code).
+        folder: where they report; see `training.failure`.
+        last_words: the end of their standard error, where none of them came as far as to report.
     """
     if code == 0:
         return
+    task = config.task
+    failures, silent = read_failures(folder), read_silent(folder)
     first = failures[0] if failures else None
     if first is not None and first.kind == "mistake":
-        raise dg.Failure(str(first), allow_retries=first.may_retry)
+        raise StepFailure.of(first)
     # With a process that reported nothing, the others may have been stopped because it was killed.
     stopped = first is not None and first.kind == "stopped" and len(failures) == first.processes
     if code == EXIT_STOPPED or stopped:
-        raise dg.Failure(f"{task} was stopped by a signal", allow_retries=False)
-    if first is not None and first.traceback is not None:
-        who, words = f"process {first.process} of {task}", first.traceback
-    else:
-        who = task
-        words = tail.read_text(errors="replace") if tail.is_file() else ""
-    raise dg.Failure(
-        f"{who} failed with exit code {code}; its last words:\n{_last_lines(words)}",
+        raise StepFailure(_said(f"{task} was stopped by a signal", None, _GO_ON))
+    if first is not None and first.kind == "crash":
+        raise StepFailure.of(first)
+    if silent:
+        raise _silent_failure(silent, config)
+    what = f"{task} could not be launched: exit code {code}"
+    raise StepFailure(what, last_words() or None, allow_retries=True)
+
+
+def _silent_failure(silent: Mapping[int, str], config: TrainingConfig) -> StepFailure:
+    """The failure of processes that reported nothing.
+
+    Args:
+        silent: see `read_silent`.
+    """
+    for process, trace in silent.items():
+        if trace:
+            what = f"process {process} of {config.task} crashed in compiled code: {trace.splitlines()[0]}"
+            return StepFailure(what, trace, allow_retries=True)
+    who = ", ".join(str(process) for process in silent)
+    return StepFailure(
+        _said(
+            f"{config.task} was killed by a signal from outside",
+            f"process {who}, in {Path(config.output_path).absolute()}",
+            _KILLED,
+        ),
+        allow_retries=True,
     )
 
 
-def _last_lines(text: str) -> str:
-    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return "\n".join(lines[-_SHOWN_LINES:])
+def _said(what: str, where: str | None, do: str) -> str:
+    return str(UserError(what, where=where, do=do))

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,16 @@ Message = dict[str, Any]
 """{"event": "step", "step": 3, "loss": …}; see `PipesReporter` in training/reporting.py."""
 
 
-class MessageReader(dg.PipesTempFileMessageReader):
+class MessageReader(dg.PipesFileMessageReader):
     """Hands out each custom message once. Dagster's own reader keeps all of a session and copies
-    them whenever they are asked for, which a training of many steps would drown in."""
+    them whenever they are asked for, which a training of many steps would drown in.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Args:
+        path: the file that the training writes them into.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
         self._queue: SimpleQueue[Message] = SimpleQueue()
 
     @property

@@ -1,12 +1,12 @@
 """Starts a command and makes sure that nothing of it outlives whoever asked for it.
 
-    python supervisor.py --watch FD --tail FILE --grace SECONDS -- command …
+    python supervisor.py --watch FD --tail FILE --grace SECONDS [--scratch FOLDER] -- command …
 
 The asker holds the writing end of the pipe FD and keeps it open. When it closes it, or dies in
 whatever way, every descendant of this process is stopped: SIGINT, after the grace SIGTERM, after
 half of it again SIGKILL. Training processes run in sessions of their own, so a process group would
 not reach them. The last of the command's standard error goes into FILE. Exits with the command's
-exit code, or with 130 when it was stopped.
+exit code, or with 130 when it was stopped. If the asker is dead by then, FOLDER is removed for it.
 
 Run by path and free of other imports, so that it starts at once and stays small.
 """
@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,10 +166,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--watch", type=int, required=True)
     parser.add_argument("--tail", required=True)
     parser.add_argument("--grace", type=float, required=True)
+    parser.add_argument("--scratch")
     parser.add_argument("command", nargs="+")
-    options = parser.parse_args(argv)
+    options, asker = parser.parse_args(argv), os.getppid()
     become_subreaper()
-    return Supervisor(options.watch, options.tail, options.grace).run(options.command)
+    code = Supervisor(options.watch, options.tail, options.grace).run(options.command)
+    if options.scratch is not None and os.getppid() != asker:
+        shutil.rmtree(options.scratch, ignore_errors=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,59 @@ def definitions_of(folder: Path) -> dg.Definitions:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFSYNTH_DAGSTER_RECIPES", str(folder))
         return make_definitions()
+
+
+def make_job(folder: str, name: str) -> dg.JobDefinition:
+    """A job of a folder of recipes."""
+    return definitions_of(Path(folder)).resolve_job_def(name)
+
+
+def execute(
+    folder: Path, name: str, instance: dg.DagsterInstance, *assets: dg.AssetKey
+) -> list[dg.DagsterEvent]:
+    """Run a job in this process with its own executor, as `dagster job execute` does; returns what
+    the instance keeps of it."""
+    named: Any = (str(folder), name)
+    job = dg.build_reconstructable_job("dagster_support", "make_job", named)
+    with dg.execute_job(
+        job, instance, raise_on_error=False, asset_selection=list(assets) or None
+    ) as result:
+        logs = instance.all_logs(result.run_id)
+    return [entry.dagster_event for entry in logs if entry.dagster_event is not None]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run's page shows of its errors, first to last: reasons and tracebacks.
+
+    The page opens at its end, so the end of the run repeats the reason of its step.
+    """
+
+    reasons: list[str]
+    traces: list[str]
+
+    @property
+    def reason(self) -> str:
+        """The one reason."""
+        (reason,) = set(self.reasons)
+        return reason
+
+    @property
+    def trace(self) -> str:
+        """The one traceback; empty if there is none."""
+        return "".join(self.traces)
+
+
+def told(events: Iterable[dg.DagsterEvent]) -> Told:
+    reasons, traces = list[str](), list[str]()
+    for event in events:
+        error = getattr(event.event_specific_data, "error", None)
+        while error is not None:
+            reasons += filter(None, [error.message.strip()])
+            traces += filter(None, ["".join(error.stack)])
+            error = error.cause or error.context
+    assert len(traces) <= 1, traces
+    return Told(reasons, traces)
 
 
 def home(folder: Path) -> Path:

@@ -140,13 +140,14 @@ class ForkedProcesses:
     """
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], tail: Path, grace: float
+        self, command: Sequence[str], env: Mapping[str, str], scratch: Path, grace: float
     ) -> None:
         self._grace = grace
+        self._said = scratch / "stderr"
         arguments = command[command.index("diffsynth_dagster.train") + 1 :]
         variables = {**env, "ACCELERATE_MIXED_PRECISION": "no"}
         self._process = start_server().Process(
-            target=launched, args=(list(arguments), variables, tail)
+            target=launched, args=(list(arguments), variables, self._said)
         )
         self._process.start()
 
@@ -154,6 +155,10 @@ class ForkedProcesses:
         """The exit code; None while the process runs."""
         code = self._process.exitcode
         return code if code is None or code >= 0 else 128 - code
+
+    def last_words(self) -> str:
+        """What the process printed on standard error."""
+        return self._said.read_text(errors="replace")
 
     def stop(self) -> None:
         """Interrupt the process, and kill it if it does not end."""

@@ -1,11 +1,13 @@
 """What `dagster job execute` prints: what a person follows, and no more."""
 
+import logging
 import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import dagster as dg
 import pytest
 from conftest import Values
 from dagster_support import environment, home, job, start, write_recipe
@@ -14,6 +16,8 @@ from diffsynth_dagster.training import progress
 from diffsynth_dagster.training.metrics import StepMetrics
 from diffsynth_dagster.training.progress import Every
 from diffsynth_dagster.training.reporting import TerminalReporter
+from resources.console import ConsoleHandler
+from resources.executor import is_temporary
 
 MOST_LINES = 60
 
@@ -69,6 +73,20 @@ def test_console_shows_what_a_person_follows(values: Values, tmp_path: Path) -> 
     assert lines[-2].startswith("train_target: failed after ")
     assert lines[-2].endswith("s: " + next(x for x in lines if ": failed: " in x).split(":")[0])
     assert lines[-1].startswith("Error: ")
+
+
+def test_what_cannot_be_printed_breaks_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    record = logging.makeLogRecord({"msg": "not one of Dagster's"})
+    ConsoleHandler({}, logging.INFO).handle(record)
+    assert "KeyError: 'dagster_meta'" in capsys.readouterr().err
+
+
+def test_a_run_that_is_kept_nowhere_says_so(tmp_path: Path) -> None:
+    """And is not said to be in the UI."""
+    for name, temporary in ((".tmp_dagster_home_x", True), ("home", False)):
+        (tmp_path / name).mkdir()
+        with dg.DagsterInstance.local_temp(str(tmp_path / name)) as instance:
+            assert is_temporary(instance) == temporary
 
 
 def step(number: int) -> StepMetrics:

@@ -1,5 +1,7 @@
 """How a training process fails reaches whoever launched it as data, from any process, at any time."""
 
+import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,18 +9,35 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from conftest import Values, train
-from dagster_support import definitions_of, write_recipe
+from conftest import ROOT, Values, train, write_images
+from dagster_support import Told, execute, told, write_recipe
 
 from diffsynth_dagster.errors import DownloadError, ParameterError, Stopped
 from diffsynth_dagster.train import main
-from diffsynth_dagster.training.failure import FAILURE_FOLDER, Failure, read_failures
+from diffsynth_dagster.training.failure import FAILURE_FOLDER, Failure, read_failures, read_silent
 from diffsynth_dagster.training.guard import FailureGuard, PrintedFailures, WrittenFailures
 from resources import Launcher
 
 FAILING = """
 import os, signal
 import torch
+
+def deep(depth):
+    if depth:
+        deeper(depth - 1)
+    return 1 / depth
+
+def deeper(depth):  # two in turn: Python shows repeated lines once
+    deep(depth)
+
+def make_table(folder):
+    try:
+        deep(20)
+    except ZeroDivisionError as error:
+        raise RuntimeError("the table cannot be made") from error
+
+def interrupt(folder):
+    os.kill(os.getpid(), signal.SIGINT)
 
 class Killed(torch.optim.SGD):
     def step(self, closure=None):
@@ -46,6 +65,14 @@ class MistakenOnOne(torch.optim.SGD):
 """
 
 
+SILENT = """
+import os, signal, sys
+from diffsynth_dagster.training.guard import FailureGuard, failure_reporter
+with FailureGuard(failure_reporter()):
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+"""
+
+
 @dataclass
 class Place:
     """Encoded samples, and recipes that train from them."""
@@ -53,21 +80,28 @@ class Place:
     folder: Path
     values: dict[str, Any]
 
-    def failure(self, **overrides: Any) -> str:
-        """Run a recipe's training as its asset does; returns how it failed."""
+    def failure(self, kind: str = "checkpoints", **overrides: Any) -> Told:
+        """Run one asset of a recipe, which fails; returns what the run's page says."""
         run = {"output_path": str(self.folder / "run"), "retries": 0}
         values = {**self.values, **run, **overrides}
         write_recipe(self.folder / "recipes", "failing", values)
-        job = definitions_of(self.folder / "recipes").resolve_job_def("train_failing")
         with dg.DagsterInstance.ephemeral() as instance:
-            (key,) = (k for k in job.asset_layer.executable_asset_keys if "checkpoints" in k.path)
-            result = job.execute_in_process(
-                instance=instance, raise_on_error=False, asset_selection=[key]
-            )
-        assert not result.success
-        (data,) = (e.step_failure_data for e in result.all_events if e.is_step_failure)
-        assert data.user_failure_data is not None, data.error
-        return data.user_failure_data.description or ""
+            key = dg.AssetKey(["failing", kind])
+            events = execute(self.folder / "recipes", "train_failing", instance, key)
+        ends = (dg.DagsterEventType.RUN_FAILURE, dg.DagsterEventType.RUN_CANCELED)
+        assert any(event.event_type in ends for event in events)
+        return told(events)
+
+
+def require_printed_once(told: Told, printed: str) -> None:
+    """The command line says what the page does: the reason once, and a traceback only if there is one."""
+    if told.trace:
+        assert printed.count(told.trace) == 1, printed
+        printed = printed.replace(told.trace, "")
+    assert printed.count(told.reason.splitlines()[0]) == 1, printed
+    assert "Traceback" not in printed
+    assert "AttributeError" not in printed
+    assert "Stack Trace" not in printed
 
 
 @pytest.fixture
@@ -85,41 +119,126 @@ def place(values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pl
 
 def test_mistake_before_anything_is_set_up(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     """No reporter of a training exists yet, and no process group."""
-    message = place.failure(enable_swanlab_log=True)
-    assert message.splitlines() == [
+    said = place.failure(enable_swanlab_log=True)
+    assert said.reason.splitlines() == [
         "swanlab is not installed",
         "  where: enable_swanlab_log",
         "  what to do: pip install swanlab",
     ]
-    assert capfd.readouterr().err.count("swanlab is not installed") == 1
+    assert not said.trace
+    require_printed_once(said, capfd.readouterr().err)
 
 
-def test_crash_in_training_shows_its_traceback(place: Place) -> None:
-    message = place.failure(customized_optimizer="failing.Crashing")
-    assert message.startswith("process 0 of sft:train failed with exit code 1; its last words:")
-    assert "failing.py" in message
-    assert message.endswith("ZeroDivisionError: nothing is left")
+def test_rejected_rows(place: Place, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The check that fails says how many and which, and so does the failure of its step."""
+    data = write_images(tmp_path / "data", 4)
+    (data / "1.png").unlink()
+    table = {"dataset_metadata_path": str(data / "metadata.csv"), "task": "sft"}
+    said = place.failure("metadata", dataset_base_path=str(data), **table)
+    assert said.reason.splitlines() == [
+        "3 of 4 rows are usable; 1 is rejected: 1 file missing (allowed: 0 %)",
+        f"  row 2: image '1.png': the file does not exist: {data / '1.png'}",
+        f"  where: {data / 'metadata.csv'}",
+        "  what to do: mend or remove these rows, or allow some to be left out with "
+        "max_rejected_fraction",
+    ]
+    assert not said.trace
+    require_printed_once(said, capfd.readouterr().err)
+
+
+def test_table_that_cannot_be_read(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    said = place.failure("metadata", dataset_metadata_path="none.csv", task="sft")
+    assert said.reason.startswith(
+        "the metadata file does not exist\n  where: dataset_metadata_path = none.csv"
+    )
+    assert not said.trace
+    require_printed_once(said, capfd.readouterr().err)
+
+
+def test_error_in_the_users_function(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    """All of the user's own traceback, from where their code begins, also with what led to it."""
+    table = {"dataset_metadata_path": "none.csv", "task": "sft"}
+    said = place.failure("metadata", customized_dataset="failing.make_table", **table)
+    file = place.folder / "code" / "failing.py"
+    line = FAILING.splitlines().index("    return 1 / depth") + 1
+    assert said.reason.splitlines() == [
+        "RuntimeError: the table cannot be made",
+        f"  where: {file}, line {line + 9}, in make_table",
+    ]
+    assert said.trace.count(f'File "{file}"') == said.trace.count("File ") == 43
+    assert f'  File "{file}", line {line}, in deep' in said.trace
+    assert said.trace.startswith("Traceback (most recent call last):")
+    assert said.trace.rstrip().endswith("RuntimeError: the table cannot be made")
+    require_printed_once(said, capfd.readouterr().err)
+
+
+def test_cancel(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run that is interrupted is cancelled, not broken. (From the UI: see `test_dagster_ui.py`.)"""
+    table = {"dataset_metadata_path": "none.csv", "task": "sft"}
+    said = place.failure("metadata", customized_dataset="failing.interrupt", **table)
+    assert said.reason.startswith("cancelled: the run was asked to stop, in the UI or by Ctrl-C\n")
+    assert not said.trace
+    printed = capfd.readouterr().err
+    assert (
+        len(re.findall(r"^train_failing: cancelled after \d+ s: failing/metadata$", printed, re.M))
+        == 1
+    )
+    assert "Traceback" not in printed
+    assert "failed" not in printed
+
+
+def test_crash_in_training(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    said = place.failure(customized_optimizer="failing.Crashing")
+    file = place.folder / "code" / "failing.py"
+    line = FAILING.splitlines().index('        raise ZeroDivisionError("nothing is left")') + 1
+    assert said.reason.splitlines() == [
+        "ZeroDivisionError: nothing is left",
+        f"  where: {file}, line {line}, in step",
+    ]
+    assert said.trace.splitlines()[1] == f'  File "{file}", line {line}, in step'
+    assert said.trace.rstrip().endswith("ZeroDivisionError: nothing is left")
+    require_printed_once(said, capfd.readouterr().err)
 
 
 def test_too_little_memory_is_said_and_not_tried_again(place: Place) -> None:
-    message = place.failure(customized_optimizer="failing.Hungry", retries=2)
-    what, where, do = message.splitlines()
+    what, where, do = place.failure(
+        customized_optimizer="failing.Hungry", retries=2
+    ).reason.splitlines()
     assert what.startswith("the memory of the CPU is not enough in the training: 256.0 TiB more")
     assert where.startswith("  where: it was taken by: weights ")
     assert do.startswith("  what to do: try, in this order: use_gradient_checkpointing: true; ")
     assert (place.folder / "tries").read_text() == "again "
 
 
-def test_killed_trainer_shows_the_end_of_standard_error(place: Place) -> None:
-    message = place.failure(customized_optimizer="failing.Killed")
-    assert message.startswith("sft:train failed with exit code")
-    assert "its last words:" in message
-    assert "stopped" not in message
+def test_killed_trainer(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    said = place.failure(customized_optimizer="failing.Killed")
+    what, where, do = said.reason.splitlines()
+    assert what == "sft:train was killed by a signal from outside"
+    assert where == f"  where: process 0, in {place.folder / 'run'}"
+    assert "for want of memory" in do
+    assert not said.trace
+    require_printed_once(said, capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("signal", ["SIGSEGV", "SIGKILL"])
+def test_process_that_ends_without_a_word(folder: Path, signal: str) -> None:
+    """Compiled code that crashes shows where Python was; of what was killed, nothing is known."""
+    done = subprocess.run([sys.executable, "-c", SILENT, signal], cwd=ROOT)
+    assert done.returncode < 0
+    assert not read_failures(folder)
+    ((process, trace),) = read_silent(folder).items()
+    assert process == 0
+    if signal == "SIGKILL":
+        assert not trace
+    else:
+        assert trace.startswith("Fatal Python error: Segmentation fault")
+        assert 'File "<string>", line' in trace
 
 
 def test_stop_from_outside_is_no_crash(place: Place) -> None:
-    message = place.failure(customized_optimizer="failing.Stopping")
-    assert message == "sft:train was stopped by a signal"
+    said = place.failure(customized_optimizer="failing.Stopping")
+    assert said.reason.splitlines()[0] == "sft:train was stopped by a signal"
+    assert not said.trace
 
 
 def test_mistake_on_the_second_of_two_processes(
@@ -128,12 +247,12 @@ def test_mistake_on_the_second_of_two_processes(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     monkeypatch.setattr(Launcher, "_launch", lambda *_: command)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    message = place.failure(customized_optimizer="failing.MistakenOnOne", batch_size=1)
-    assert message.splitlines()[:2] == [
+    said = place.failure(customized_optimizer="failing.MistakenOnOne", batch_size=1)
+    assert said.reason.splitlines()[:2] == [
         "the optimizer cannot be made: only here",
         "  where: customized_optimizer = failing.MistakenOnOne",
     ]
-    assert "Traceback" not in message
+    assert not said.trace
 
 
 @pytest.fixture
@@ -156,8 +275,8 @@ def test_failing_import_is_data(
     folder: Path, values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffsynth_dagster.training.loop", None)
-    with pytest.raises(ImportError):
-        train(values(), tmp_path / "run")
+    code, _ = train(values(), tmp_path / "run")
+    assert code == 1
     (failure,) = read_failures(folder)
     assert failure.kind == "crash"
     assert "diffsynth_dagster.training.loop" in failure.what
@@ -171,13 +290,9 @@ def test_the_cause_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for process, error in enumerate(errors):
         monkeypatch.setenv("RANK", str(process))
         guard = FailureGuard(WrittenFailures(tmp_path))
-        if isinstance(error, RuntimeError):
-            with pytest.raises(RuntimeError), guard:
-                raise error
-        else:
-            with guard:
-                raise error
-            assert guard.code == (130 if process == 0 else 2)
+        with guard:
+            raise error
+        assert guard.code == (130, 1, 2)[process]
     assert [(f.kind, f.process, f.processes) for f in read_failures(tmp_path)] == [
         ("mistake", 2, 3),
         ("crash", 1, 3),

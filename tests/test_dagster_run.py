@@ -261,7 +261,7 @@ def test_rejected_row_stops_before_the_gpu(
     assert "file_missing" in lines[2] + lines[3]
     assert r"not \| there" in facts["rows"].value
     (check,) = result.get_asset_check_evaluations()
-    assert "2 of 4 rows cannot be used" in (check.description or "")
+    assert "2 of 4 rows are usable; 2 are rejected: 1 " in (check.description or "")
 
 
 def test_ten_damaged_files_of_two_hundred(place: Place, tmp_path: Path) -> None:

@@ -45,15 +45,19 @@ def test_kill_of_job_execute_is_the_end_of_the_training(
         file.write_text(MULTIPROCESS, encoding="utf-8")
         source = ("-f", str(file))
     env = environment(home(tmp_path / "home"), tmp_path / "recipes")
+    (tmp_path / "temp").mkdir()
+    env["TMPDIR"] = str(tmp_path / "temp")
     log = tmp_path / "log"
     process = start(job("train_endless", *source), env, log)
     try:
         # The supervisor, accelerate, and the training process itself.
         assert len(wait_until_training(run, process, log)) >= 3, log.read_text()
+        assert list((tmp_path / "temp").glob("diffsynth-launch-*"))
     finally:
         process.kill()
         process.wait()
         require_gone(run)
+    assert not list((tmp_path / "temp").glob("diffsynth-launch-*"))
     if executor == "in_process":
         require_that_a_new_run_may_train(tmp_path, env)
 

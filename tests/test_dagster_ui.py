@@ -1,5 +1,6 @@
 """The UI's way: a webserver with its daemon on loopback, driven through GraphQL."""
 
+import runpy
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import psutil
 import pytest
 from conftest import ROOT, lora_values, train
@@ -20,6 +22,7 @@ from dagster_support import (
     job,
     require_gone,
     start,
+    told,
     wait_for,
     wait_until_training,
     write_recipe,
@@ -29,6 +32,7 @@ LOCATION = {
     "repository_location_name": "diffsynth_dagster",
     "repository_name": "__repository__",
 }
+CANCELLED = "cancelled: the run was asked to stop"
 LINEAGE = "{ assetNodes { assetKey { path } dependencyKeys { path } } }"
 
 
@@ -40,6 +44,7 @@ class Server:
     env: dict[str, str]
     process: subprocess.Popen[bytes]
     client: DagsterGraphQLClient
+    port: int
 
     def launch(self, name: str, parameters: dict[str, Any]) -> str:
         config = {"resources": {"parameters": {"config": parameters}}} if parameters else {}
@@ -101,7 +106,7 @@ def server(
     try:
         wait_for(listens, 90, "dagster dev listens")
         client = DagsterGraphQLClient("127.0.0.1", port_number=port)
-        yield Server(folder, env, process, client)
+        yield Server(folder, env, process, client, port)
     finally:
         stop(process.pid)
 
@@ -139,10 +144,38 @@ def test_lineage_runs_from_weights_and_metadata_to_exports(server: Server) -> No
     assert parents["tiny/latents"] == {"tiny/metadata"} | weights
 
 
-def test_cancel_stops_the_training(server: Server) -> None:
+@pytest.fixture(scope="module")
+def cancelled(server: Server) -> str:
+    """A run that was cancelled while it trained."""
     folder = server.folder / "endless"
     run = server.launch("endless", {})
     assert len(wait_until_training(folder, server.process, server.folder / "log")) >= 3
     server.client.terminate_run(run)
     require_gone(folder)
-    assert server.wait(run, 60) == DagsterRunStatus.CANCELED
+    return run
+
+
+def test_cancel_stops_the_training(server: Server, cancelled: str) -> None:
+    assert server.wait(cancelled, 60) == DagsterRunStatus.CANCELED
+    with dg.DagsterInstance.from_config(server.env["DAGSTER_HOME"]) as instance:
+        logs = instance.all_logs(cancelled)
+    said = told(entry.dagster_event for entry in logs if entry.dagster_event is not None)
+    assert len(said.reasons) == 1
+    assert said.reason.startswith(CANCELLED)
+    assert not said.trace
+
+
+def test_page_of_a_run_says_the_reason(server: Server, cancelled: str, tmp_path: Path) -> None:
+    """In a real browser."""
+    made = runpy.run_path(str(ROOT / "docs" / "make_failures.py"))
+    if not made["Browser"].is_installed():
+        pytest.skip(f"Chromium is not installed: {made['INSTALL']}")
+    browser = made["Browser"](tmp_path)
+    try:
+        shown = made["look"](browser, server.port, cancelled, CANCELLED)
+    finally:
+        browser.close()
+    assert shown.index("STEP_FAILURE") < shown.index(CANCELLED) < shown.index("RUN_CANCELED")
+    assert shown.count(CANCELLED) == 1
+    assert "Stack Trace" not in shown
+    assert "AttributeError" not in shown

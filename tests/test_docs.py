@@ -95,6 +95,10 @@ def test_commands_of_the_docs_run(
     monkeypatch.chdir(ROOT)
     if command[0] == "make":
         subprocess.run(["make", "-n", *command[1:]], check=True, capture_output=True)
+    elif command[0] == "export":
+        name, _, value = command[1].partition("=")
+        assert name == "DAGSTER_HOME"
+        assert Path(value.replace("$PWD", str(ROOT)), "dagster.yaml").is_file()
     elif "diffsynth_dagster.train" in command:
         flags = command[command.index("diffsynth_dagster.train") + 1 :]
         assert main([*flags, "--dry_run"]) == 0

@@ -30,6 +30,8 @@ from diffsynth_dagster.facts import FactCache
 BOOKKEEPING = ("row", "status", "message", "width", "height", "frames", "shape")
 """Columns of a checked table that are not the family's."""
 
+MEND_ROWS = "mend or remove these rows, or allow some to be left out with max_rejected_fraction"
+_SHOWN_ROWS = 5
 _UNPRINTABLE = r"[\p{C}\p{Z}--\x20]"
 """What `str.isprintable` calls unprintable, as a regular expression."""
 
@@ -89,23 +91,44 @@ class CheckedTable:
         counts = pl.concat([all_rows, distinct]).collect().to_series()
         return int(counts[0] - counts[1])
 
+    def summary(self, max_rejected_fraction: float) -> str:
+        """How many rows are usable, how many are rejected for what, and how many may be."""
+        rejected = {name: count for name, count in self.counts.items() if name != "ok"}
+        total = sum(self.counts.values())
+        usable = f"{total - sum(rejected.values())} of {total} rows are usable"
+        if not rejected:
+            return usable
+        most_first = sorted(rejected.items(), key=lambda item: -item[1])
+        why = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in most_first)
+        verb = "is" if sum(rejected.values()) == 1 else "are"
+        allowed = f"allowed: {100 * max_rejected_fraction:.4g} %"
+        return f"{usable}; {sum(rejected.values())} {verb} rejected: {why} ({allowed})"
+
+    def first_rejected(self) -> list[str]:
+        """The first rejected rows, each with its number, its file, and why."""
+        first = self.rejected.select("row", "message").head(_SHOWN_ROWS).collect()
+        return [f"row {row}: {message}" for row, message in first.iter_rows()]
+
+    def is_accepted(self, max_rejected_fraction: float) -> bool:
+        """Whether no more rows are rejected than allowed, and one is accepted."""
+        accepted, total = self.counts.get("ok", 0), sum(self.counts.values())
+        return total - accepted <= max_rejected_fraction * total and accepted > 0
+
     def require_accepted(self, max_rejected_fraction: float) -> None:
-        """Refuse a table with more rejected rows than allowed, or with no accepted row.
+        """Refuse a table that is not accepted.
 
         Raises:
             MetadataError: it names the first rejected rows and why.
         """
-        total = sum(self.counts.values())
-        rejected = total - self.counts.get("ok", 0)
-        if rejected <= max_rejected_fraction * total and rejected < total:
+        if self.is_accepted(max_rejected_fraction):
             return
-        first = self.rejected.select("row", "status", "message").head(5).collect()
-        shown = [f"row {row}: {message} ({status})" for row, status, message in first.iter_rows()]
-        more = f"; and {rejected - 5} more" if rejected > 5 else ""
+        shown = self.first_rejected()
+        more = self.rejected.select(pl.len()).collect().item() - len(shown)
         raise MetadataError(
-            f"{rejected} of {total} rows cannot be used: " + "; ".join(shown) + more,
+            f"{self.summary(max_rejected_fraction)}: "
+            + "; ".join([*shown, *([f"and {more} more"] if more else [])]),
             where=self.source,
-            do="mend or remove these rows, or allow some to be left out with max_rejected_fraction",
+            do=MEND_ROWS,
         )
 
 
