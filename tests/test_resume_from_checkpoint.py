@@ -13,7 +13,7 @@ from family_case import Case
 from safetensors.torch import load_file, save_file
 from test_families import HUB, Place
 
-from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.export import export_run
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.training.record import read_record
@@ -120,6 +120,12 @@ def test_a_part_of_a_model_goes_on_from_its_own_weights(tmp_path: Path) -> None:
     frozen = weights({**given, "resume_from_checkpoint": str(other)}, trained=False)
     name = next(name for name in sorted(frozen) if name in tensors)
     assert torch.equal(frozen[name], tensors[name].to(frozen[name].dtype))
+    # Nor are files that became others since mixed with what was trained.
+    found = find_model(whole, HUB)
+    (file,) = found.components[found.family.part("vace").of].files
+    save_file({n: t + 1 for n, t in load_file(file).items()}, file)
+    with pytest.raises(WeightsError, match="not those that the training began with"):
+        export_run(whole, record, find_model(whole, HUB))
 
 
 def test_a_lora_that_would_be_lost_is_refused(values: Values, tmp_path: Path) -> None:

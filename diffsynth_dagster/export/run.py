@@ -10,6 +10,7 @@ exports/peft/<folder>/adapter_model.safetensors                a LoKr or OFT, wh
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.export.chosen import Chosen, chosen_checkpoint
-from diffsynth_dagster.facts import digest_file
+from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.files import write_tensors, write_text
 from diffsynth_dagster.training.adapters import ADAPTER, is_adapter, peft_settings
@@ -34,7 +35,7 @@ from diffsynth_dagster.weights.header import read_header, read_metadata
 from diffsynth_dagster.weights.identify import Found, FoundModel
 from diffsynth_dagster.weights.load import build_empty, read_tensors
 from diffsynth_dagster.weights.lora import ADAPTER_KEY, PROVENANCE_KEY, for_diffusers
-from diffsynth_dagster.weights.models import Models
+from diffsynth_dagster.weights.models import Models, component_digest
 from diffsynth_dagster.weights.recognise import read_architecture
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -95,6 +96,7 @@ def export_checkpoint(
 
     Raises:
         OutputError: the folder cannot be written.
+        WeightsError: see `_with_untrained`.
     """
     unfinished = {} if chosen.unfinished is None else {"unfinished": chosen.unfinished}
     provenance = {**record.provenance, "checkpoint": chosen.digest, **unfinished}
@@ -125,7 +127,8 @@ def export_checkpoint(
         if config.align_to_opensource_format:
             target = folder / "kohya" / place
             exported.append(_export_kohya(target, found, together, record, provenance))
-    for component, tensors in whole.items():
+    for component, trained in whole.items():
+        tensors = _with_untrained(config, record, found, component, trained)
         exported.append(_export_full(folder / "diffusers", found, component, tensors, provenance))
     return exported
 
@@ -202,16 +205,34 @@ def _export_peft(
     return _exported(path, [name], "lora", "peft")
 
 
+def _with_untrained(
+    config: TrainingConfig, record: RunRecord, found: FoundModel, name: str, trained: Tensors
+) -> Tensors:
+    """The tensors of a whole component: those that were not trained come from the model files.
+
+    Raises:
+        WeightsError: the files are not those that were trained on.
+    """
+    if all(n in trained for n, _ in build_empty(found.components[name]).named_parameters()):
+        return trained
+    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
+        if component_digest(found, name, fact_cache) != record.base[name]:
+            raise WeightsError(
+                f"the files of '{name}' are not those that the training began with",
+                where=found.components[name].entry.text,
+                do="put those back: the checkpoint holds a part of the model, and the rest is theirs",
+            )
+    kind = next(iter(trained.values())).dtype
+    base = Models(found, torch.device("cpu"), kind, on_cpu_first=True).get([name])[name]
+    return {**base.state_dict(), **trained}
+
+
 def _export_full(
     folder: Path, found: FoundModel, name: str, tensors: Tensors, provenance: Mapping[str, object]
 ) -> Exported:
-    """Write a whole component; tensors that were not trained come from the model files."""
+    """Write a whole component."""
     source = found.components[name]
     module = build_empty(source)
-    if any(n not in tensors for n, _ in module.named_parameters()):
-        kind = next(iter(tensors.values())).dtype
-        base = Models(found, torch.device("cpu"), kind, on_cpu_first=True).get([name])[name]
-        tensors = {**base.state_dict(), **tensors}
     is_transformers = isinstance(module, PreTrainedModel)
     file = "model" if is_transformers else "diffusion_pytorch_model"
     path = folder / source.component.folder / f"{file}.safetensors"
