@@ -37,7 +37,7 @@ from diffsynth_dagster.cache.resolve import Samples, resolve
 from diffsynth_dagster.cache.shards import INDEX_SCHEMA, tensor_digest
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.digests import digest_column
-from diffsynth_dagster.data.frames import scan_parquet
+from diffsynth_dagster.data.frames import read_parquet, scan_parquet
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import read_checked, write_checked
@@ -178,7 +178,7 @@ def write_shards(data: StepDataset, config: TrainingConfig) -> None:
     ]
     sampled = [samples.at(visit.bucket, visit.index) for visit in visits]
     for shard in {shard for sample in sampled for shard, _ in sample.places.values()}:
-        rows = pl.read_parquet(store / "index" / f"{shard}.parquet").select("key", "output")
+        rows = read_parquet(store / "index" / f"{shard}.parquet").select("key", "output")
         tensors = {f"{key}.{output}": torch.zeros(4, 4) for key, output in rows.iter_rows()}
         digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
         write_tensors(store / "shards" / f"{shard}.safetensors", tensors, digests)

@@ -187,13 +187,13 @@ def test_a_setting_of_another_size_is_refused_at_once(
     model: Path, folder: str, name: str, value: object
 ) -> None:
     """Or it changes nothing, as a name that the architecture does not know."""
-    start = time.monotonic()
+    start = time.process_time()
     with contextlib.suppress(UserError):
         built = build_with(model, folder, {name: value})
         assert {n: t.shape for n, t in built.state_dict().items()} == {
             n: t.shape for n, t in build_with(model, folder, {}).state_dict().items()
         }
-    assert time.monotonic() - start < 6
+    assert time.process_time() - start < 6
 
 
 @pytest.mark.parametrize("value", [10**6, 10**7, 2**24])
@@ -201,11 +201,11 @@ def test_a_setting_of_another_size_is_refused_at_once(
 @pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "depth", "vocab_size"])
 def test_a_size_within_is_refused_at_once(model: Path, part: str, name: str, value: int) -> None:
     own = json.loads((model / "text_encoder" / "config.json").read_text())[part]
-    start = time.monotonic()
+    start = time.process_time()
     if name in own:
         with pytest.raises(WeightsError):
             build_with(model, "text_encoder", {part: {**own, name: value}})
-    assert time.monotonic() - start < 6
+    assert time.process_time() - start < 6
 
 
 def test_a_table_that_no_file_holds_is_bounded_too(model: Path) -> None:
@@ -242,12 +242,12 @@ def test_a_configuration_of_nonsense_is_named(model: Path, change: Any, message:
 def test_what_makes_no_model_larger_is_passed_over(
     model: Path, folder: str, change: dict[str, object]
 ) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     built = build_with(model, folder, change)
     assert {n: t.shape for n, t in built.state_dict().items()} == {
         n: t.shape for n, t in build_with(model, folder, {}).state_dict().items()
     }
-    assert time.monotonic() - start < 6
+    assert time.process_time() - start < 6
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_signal_ends_the_check_of_a_clip_that_hangs(
         sender = when(decoders, stop)
         with pytest.raises(KeyboardInterrupt), DecoderPool(1) as pool:
             facts.look_up("video", [real_clip()], lambda path: video_facts(path, pool))
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
     sender.join()
     assert decoders() == []
     facts.close()
