@@ -252,7 +252,7 @@ def look(browser: Browser, port: int, run: str, words: str, step: str | None = N
     Args:
         step: chosen there, so that only its events are shown.
     """
-    chosen = "" if step is None else f"?logs=query%3A{step}&selection={step}"
+    chosen = "" if step is None else f"?logs=step%3A{step}"
     browser.open(f"http://127.0.0.1:{port}/runs/{run}{chosen}")
 
     def text() -> str | None:
