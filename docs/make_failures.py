@@ -1,6 +1,6 @@
 """Take the pictures of `failures.md`: four runs that fail, as the run's page in the UI shows them.
 
-python docs/make_failures.py
+python docs/make_failures.py [NAME …]
 
 It starts the real webserver with the project's settings, launches each run through it, and looks at
 the page with Chromium (`apt-get install chromium chromium-driver`).
@@ -84,6 +84,8 @@ WORDS = {
     "cancel": "cancelled: the run was asked to stop",
 }
 """What the page says, by which it is known to be complete."""
+STEPS = {"user_exception": "user_exception__metadata"}
+"""The step that is chosen on a page: the traceback is in its events."""
 _COLOURS = 64
 
 
@@ -244,9 +246,14 @@ def fail(client: DagsterGraphQLClient, name: str, folder: Path) -> str:
     return run
 
 
-def look(browser: Browser, port: int, run: str, words: str) -> str:
-    """Open a run's page with its errors in view; returns its text when it has some words."""
-    browser.open(f"http://127.0.0.1:{port}/runs/{run}")
+def look(browser: Browser, port: int, run: str, words: str, step: str | None = None) -> str:
+    """Open a run's page; returns its text when it has some words.
+
+    Args:
+        step: chosen there, so that only its events are shown.
+    """
+    chosen = "" if step is None else f"?logs=step%3A{step}"
+    browser.open(f"http://127.0.0.1:{port}/runs/{run}{chosen}")
 
     def text() -> str | None:
         found = browser.run("return document.body.innerText")
@@ -264,11 +271,11 @@ def main() -> None:
         write_runs(folder)
         port = leaving.enter_context(webserver(folder))
         client = DagsterGraphQLClient("127.0.0.1", port_number=port)
-        runs = {name: fail(client, name, folder) for name in CHANGES}
+        runs = {name: fail(client, name, folder) for name in sys.argv[1:] or CHANGES}
         browser = Browser(folder / "browser")
         leaving.callback(browser.close)
         for name, run in runs.items():
-            look(browser, port, run, WORDS[name])
+            look(browser, port, run, WORDS[name], STEPS.get(name))
             shown = Image.open(io.BytesIO(browser.picture())).convert("RGB")
             shown.quantize(_COLOURS).save(PICTURES / f"{name}.png", optimize=True)
 

@@ -23,9 +23,9 @@ from resources import Parameters, load_recipes, recipes_folder
 HUB = "Qwen/Qwen-Image"
 SCRIPT = """
 import sys, time
-began = time.perf_counter()
+began = time.process_time()
 import diffsynth_dagster.definitions as location
-seconds = time.perf_counter() - began
+seconds = time.process_time() - began
 import dagster as dg
 dg.Definitions.validate_loadable(location.definitions)
 heavy = {"torch", "diffusers", "transformers", "peft", "polars", "accelerate"} & set(sys.modules)
