@@ -22,6 +22,17 @@ from diffsynth_dagster.train import main
 ROOT = Path(__file__).parents[1]
 
 
+BEGIN_WITH = (
+    *("test_dagster_ui.py", "test_dagster_resume.py", "test_dagster_stop.py", "test_soak.py"),
+    *("test_resume_kills.py", "test_dagster_failure.py", "test_benchmarks.py"),
+)
+"""Files of tests that wait for processes most of the time: left to the end, others would wait for them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in BEGIN_WITH)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick_collections() -> None:
     """What the modules have imported is no garbage: looking at it takes a quarter of a second."""

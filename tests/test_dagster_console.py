@@ -1,4 +1,4 @@
-"""What `dagster job execute` prints: what a person follows, and no more."""
+"""What a run prints, line by line. (What `dagster job execute` prints in all: see `test_dagster_ui.py`.)"""
 
 import logging
 import sys
@@ -9,8 +9,6 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from conftest import Values
-from dagster_support import environment, home, job, start, write_recipe
 
 from diffsynth_dagster.training import progress
 from diffsynth_dagster.training.metrics import StepMetrics
@@ -18,61 +16,6 @@ from diffsynth_dagster.training.progress import Every
 from diffsynth_dagster.training.reporting import TerminalReporter
 from resources.console import ConsoleHandler
 from resources.executor import is_temporary
-
-MOST_LINES = 60
-
-
-class Console:
-    """A folder of recipes whose jobs are executed from the command line."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.env = environment(home(folder / "home"), folder / "recipes")
-
-    def run(self, name: str, values: dict[str, Any]) -> tuple[int, list[str]]:
-        """The exit code of a recipe's job, and the lines that it prints."""
-        write_recipe(self.folder / "recipes", name, values)
-        log = self.folder / f"{name}.log"
-        process = start(job(f"train_{name}"), self.env, log)
-        try:
-            code = process.wait(240)
-        finally:
-            process.kill()
-        return code, log.read_text(encoding="utf-8").replace("\r", "\n").splitlines()
-
-
-def test_console_shows_what_a_person_follows(values: Values, tmp_path: Path) -> None:
-    console = Console(tmp_path)
-    code, lines = console.run("tiny", values(output_path=str(tmp_path / "run")))
-    text = "\n".join(lines)
-    assert code == 0, text
-    assert len(lines) < MOST_LINES, text
-    for asset in ("metadata", "latents", "checkpoints", "exports"):
-        (done,) = (x for x in lines if ": done" in x and asset in x.split(":")[0])
-        assert "tiny" in done
-    assert sum(x.startswith("weights/") and ": done: " in x for x in lines) == 4
-    assert any("step 1 of 2: loss" in x for x in lines), text
-    assert any("step 2 of 2: loss" in x for x in lines), text
-    assert "DEBUG" not in text
-    assert "torchvision" not in text
-    (where,) = (x for x in lines if "the whole log is in the UI" in x)
-    assert Path(where.split(" processes in ")[1]).is_file()
-    assert lines[-2].startswith("train_tiny: done in ")
-    assert lines[-2].endswith(": 8 assets, 4 checks passed")
-    assert lines[-1].endswith(f": {tmp_path / 'run' / 'exports' / 'diffusers'}")
-
-    wrong = values(output_path=str(tmp_path / "wrong"), lora_target_modules=["to_qq"])
-    code, lines = console.run("target", wrong)
-    text = "\n".join(lines)
-    assert code == 1, text
-    assert len(lines) < MOST_LINES, text
-    assert text.count("the LoRA target 'to_qq' matches no layer of 'dit'") == 1
-    assert text.count("what to do: its layers end with") == 1
-    assert "Traceback" not in text
-    assert "Stack Trace" not in text
-    assert lines[-2].startswith("train_target: failed after ")
-    assert lines[-2].endswith("s: " + next(x for x in lines if ": failed: " in x).split(":")[0])
-    assert lines[-1].startswith("Error: ")
 
 
 def test_what_cannot_be_printed_breaks_no_run(capsys: pytest.CaptureFixture[str]) -> None:

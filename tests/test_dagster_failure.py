@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import dagster as dg
 import pytest
 from conftest import ROOT, Values, train, write_images
 from dagster_support import Told, execute, told, write_recipe
+from process_support import forked_launches
 
 from diffsynth_dagster.errors import DownloadError, ParameterError, Stopped
 from diffsynth_dagster.train import main
@@ -117,6 +119,14 @@ def place(values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pl
     return Place(tmp_path, {**given, "dataset_base_path": str(encoded), "task": "sft:train"})
 
 
+@pytest.fixture
+def forked() -> Iterator[None]:
+    """Training processes that start fast; see `process_support`."""
+    with forked_launches():
+        yield
+
+
+@pytest.mark.usefixtures("forked")
 def test_mistake_before_anything_is_set_up(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     """No reporter of a training exists yet, and no process group."""
     said = place.failure(enable_swanlab_log=True)
@@ -126,7 +136,10 @@ def test_mistake_before_anything_is_set_up(place: Place, capfd: pytest.CaptureFi
         "  what to do: pip install swanlab",
     ]
     assert not said.trace
-    require_printed_once(said, capfd.readouterr().err)
+    printed = capfd.readouterr().err
+    require_printed_once(said, printed)
+    last = printed.splitlines()[-1]
+    assert re.fullmatch(r"train_failing: failed after \d+ s: failing/checkpoints", last), printed
 
 
 def test_rejected_rows(place: Place, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +200,7 @@ def test_cancel(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     assert "failed" not in printed
 
 
+@pytest.mark.usefixtures("forked")
 def test_crash_in_training(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     said = place.failure(customized_optimizer="failing.Crashing")
     file = place.folder / "code" / "failing.py"
@@ -200,6 +214,7 @@ def test_crash_in_training(place: Place, capfd: pytest.CaptureFixture[str]) -> N
     require_printed_once(said, capfd.readouterr().err)
 
 
+@pytest.mark.usefixtures("forked")
 def test_too_little_memory_is_said_and_not_tried_again(place: Place) -> None:
     what, where, do = place.failure(
         customized_optimizer="failing.Hungry", retries=2
@@ -235,6 +250,7 @@ def test_process_that_ends_without_a_word(folder: Path, signal: str) -> None:
         assert 'File "<string>", line' in trace
 
 
+@pytest.mark.usefixtures("forked")
 def test_stop_from_outside_is_no_crash(place: Place) -> None:
     said = place.failure(customized_optimizer="failing.Stopping")
     assert said.reason.splitlines()[0] == "sft:train was stopped by a signal"

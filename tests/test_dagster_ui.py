@@ -32,6 +32,7 @@ LOCATION = {
     "repository_location_name": "diffsynth_dagster",
     "repository_name": "__repository__",
 }
+MOST_LINES = 60
 CANCELLED = "cancelled: the run was asked to stop"
 LINEAGE = "{ assetNodes { assetKey { path } dependencyKeys { path } } }"
 
@@ -118,13 +119,42 @@ def files(run: Path) -> dict[str, bytes]:
     return {name: p.read_bytes() if p.suffix in same else b"" for name, p in found.items()}
 
 
+@pytest.fixture(scope="module")
+def printed(server: Server) -> list[str]:
+    """What `dagster job execute` prints of a run, line by line."""
+    log = server.folder / "line.log"
+    process = start(job("train_tiny"), server.env, log)
+    try:
+        assert process.wait(180) == 0, log.read_text()
+    finally:
+        process.kill()
+    return log.read_text(encoding="utf-8").replace("\r", "\n").splitlines()
+
+
+def test_command_line_prints_what_a_person_follows(server: Server, printed: list[str]) -> None:
+    """And no more."""
+    text = "\n".join(printed)
+    assert len(printed) < MOST_LINES, text
+    for asset in ("metadata", "latents", "checkpoints", "exports"):
+        (done,) = (x for x in printed if ": done" in x and asset in x.split(":")[0])
+        assert "tiny" in done
+    assert sum(x.startswith("weights/") and ": done: " in x for x in printed) == 4
+    assert any("step 1 of 2: loss" in x for x in printed), text
+    assert any("step 2 of 2: loss" in x for x in printed), text
+    assert "DEBUG" not in text
+    assert "torchvision" not in text
+    (where,) = (x for x in printed if "the whole log is in the UI" in x)
+    assert Path(where.split(" processes in ")[1]).is_file()
+    assert printed[-2].startswith("train_tiny: done in ")
+    assert printed[-2].endswith(": 8 assets, 4 checks passed")
+    assert printed[-1].endswith(f": {server.folder / 'line' / 'exports' / 'diffusers'}")
+
+
 @pytest.mark.timeout(400)
+@pytest.mark.usefixtures("printed")
 def test_ui_and_command_line_give_the_same_files(server: Server) -> None:
     run = server.launch("tiny", {"output_path": str(server.folder / "ui")})
     assert server.wait(run, 180) == DagsterRunStatus.SUCCESS
-    log = server.folder / "line.log"
-    process = start(job("train_tiny"), server.env, log)
-    assert process.wait(180) == 0, log.read_text()
     ours = files(server.folder / "ui")
     assert {"epoch-0.safetensors", "run.json", "metrics.csv"} <= ours.keys()
     assert any(name.startswith("exports/") for name in ours)

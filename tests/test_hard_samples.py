@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
+import pytest
 from test_resume import never
 from test_resume_kills import demo
 
@@ -28,8 +29,12 @@ def swap_captions(table: Path, part: float) -> set[int]:
     return {number + 1 for number in chosen}
 
 
+@pytest.mark.parametrize(
+    ("repeat", "steps", "least"),
+    [(1, [0, 12, 23], 0.3), pytest.param(8, [0, 92, 184], 0.5, marks=pytest.mark.soak)],
+)
 def test_rows_with_wrong_captions_are_among_the_hardest(
-    tmp_path: Path, show: Callable[[str], None]
+    tmp_path: Path, show: Callable[[str], None], repeat: int, steps: list[int], least: float
 ) -> None:
     data = tmp_path / "digits_new"
     write_new_digits(data)
@@ -39,7 +44,7 @@ def test_rows_with_wrong_captions_are_among_the_hardest(
         customized_dataset=None,
         customized_evaluation=None,
         sample_prompts=[],
-        dataset_repeat=8,
+        dataset_repeat=repeat,
         validation_steps=None,
     )
     run_training(read_recipe(recipe).config, never)
@@ -48,7 +53,7 @@ def test_rows_with_wrong_captions_are_among_the_hardest(
     found = len(hardest & swapped)
     precision, recall = found / len(hardest), found / len(swapped)
     show(f"hardest fifth: precision {precision:.0%}, recall {recall:.0%} (by chance 10 and 20 %)")
-    assert recall > 0.5
+    assert recall > least
     measured = json.loads((tmp_path / "run" / "run.json").read_text())["held_out"]
-    assert [each["step"] for each in measured] == [0, 92, 184]
-    assert measured[-1]["loss"] < 0.8 * measured[0]["loss"]
+    assert [each["step"] for each in measured] == steps
+    assert measured[-1]["loss"] < measured[0]["loss"]

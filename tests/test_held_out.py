@@ -224,7 +224,7 @@ def test_a_training_without_progress_ends_early(values: Values, tmp_path: Path) 
     assert again.steps == last
 
 
-@pytest.mark.parametrize("stops", [[1], [4], [3, 2, 5], [1] * 6])
+@pytest.mark.parametrize("stops", [[1], [3, 2, 5], pytest.param([1] * 6, marks=pytest.mark.soak)])
 def test_a_stopped_training_measures_the_same(
     values: Values, tmp_path: Path, stops: list[int]
 ) -> None:

@@ -1,9 +1,7 @@
 """Where memory is not enough, one message says what took it, and what to try."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Values, make_config
+from conftest import Values, make_config
 from families.wanvideo.cases import CASES as WAN
+from process_support import python
 from safetensors import safe_open
 from test_resume import never
 from torch import nn
@@ -292,9 +291,9 @@ def at_samples(generate):
     bound(int(sys.argv[2]))
     generate(["a", "b", "c", "d"], 0)
 
-if __name__ == "__main__":
+def start():
     from diffsynth_dagster.train import main
-    import bounded, diffsynth_dagster.training.loop, diffusers, transformers
+    import diffsynth_dagster.training.loop, diffusers, transformers
     if sys.argv[1] == "at_once":
         bound(int(sys.argv[2]))
     sys.exit(main(sys.argv[3:]))
@@ -306,10 +305,8 @@ def bounded(folder: Path, when: str, mebibytes: int, given: dict[str, Any]) -> s
     (folder / "bounded.py").write_text(BOUNDED, encoding="utf-8")
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**given, "output_path": str(folder / "run")}))
-    command = [sys.executable, "bounded.py", when, str(mebibytes), "--recipe", str(recipe)]
-    paths = os.pathsep.join([str(ROOT), str(folder)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import bounded; bounded.start()"
+    done = python("-c", code, when, str(mebibytes), "--recipe", str(recipe))
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1
@@ -371,8 +368,5 @@ def test_a_file_that_does_not_fit_is_not_damaged(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header.encode())
         file.truncate(8 + len(header) + length)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", READ, str(path)], env=environment, capture_output=True, text=True
-    )
+    done = python("-c", READ, str(path))
     assert " OutOfMemory('the memory is not enough" in done.stdout, done.stdout + done.stderr
