@@ -162,7 +162,7 @@ def test_rejected_rows(place: Place, tmp_path: Path, capfd: pytest.CaptureFixtur
 def test_table_that_cannot_be_read(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     said = place.failure("metadata", dataset_metadata_path="none.csv", task="sft")
     assert said.reason.startswith(
-        "the metadata file does not exist\n  where: dataset_metadata_path = none.csv"
+        f"the metadata file does not exist\n  where: dataset_metadata_path = {Path('none.csv').absolute()}"
     )
     assert not said.trace
     require_printed_once(said, capfd.readouterr().err)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Values, lora_values, make_config, train, write_images
+from conftest import Values, make_config, train, write_images
 from damage_support import DAMAGE
 from safetensors.torch import load_file
 from soak_support import result
@@ -54,12 +54,9 @@ def contents(run: Path) -> dict[str, Any]:
     return {**result(run), "loss.csv": (run / "loss.csv").read_text()}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(
-    tiny_qwen: Path, pictures: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    config = {**lora_values(tiny_qwen, pictures, shared_cache), **LONG}
-    code, run = train(config, tmp_path_factory.mktemp("resume") / "undisturbed")
+@pytest.fixture
+def undisturbed(values: Values, tmp_path: Path) -> dict[str, Any]:
+    code, run = train(values(**LONG), tmp_path / "undisturbed")
     assert code == 0
     return contents(run)
 

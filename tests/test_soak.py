@@ -222,6 +222,7 @@ class Soak:
         """Take in what a step says of damage that it does not mind: what is for people to look at is not
         made anew."""
         named = re.findall(r"warning: .*\n  where: (.*)", said)
+        named += re.findall(r"warning: (.*) is damaged; what it said of", said)
         for path in (Path(each) for line in named for each in line.split(", ")):
             assert path in self._damaged, self._story(f"{path} is as it was", said)
             self.figures.messages["that name what is not made anew"] += 1
