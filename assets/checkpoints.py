@@ -80,7 +80,7 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
         parameters: Parameters,
         hub: Hub,
         launcher: Launcher,
-    ) -> Iterator[dg.AssetObservation | dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult]:
         from diffsynth_dagster.cache.split import second_half
         from diffsynth_dagster.training.uptodate import (
             changed_beside,
@@ -101,8 +101,8 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
                 resume = _resume(settings, config.retrain, began)
                 settings = settings.model_copy(update={"resume": resume})
                 for message in launcher.run(context, settings, recipe.options):
-                    yield from progress.hear(message)
-                yield from progress.last()
+                    progress.hear(message)
+                progress.last()
                 record = _finished_record(settings)
             else:
                 context.log.info("nothing that the training depends on has changed")
@@ -163,8 +163,8 @@ class Progress:
         self._observed = time.monotonic()
         self._line = every_line()
 
-    def hear(self, message: dict[str, Any]) -> Iterator[dg.AssetObservation]:
-        """Take in one message; yields an observation when one is due."""
+    def hear(self, message: dict[str, Any]) -> None:
+        """Take in one message; logs an observation when one is due."""
         event, log = message["event"], self._context.log
         if event == "started":
             self._total = message["total_steps"]
@@ -175,7 +175,7 @@ class Progress:
             log.info(f"step {message['step']}: wrote {message['path']}")
         elif event == "sample":
             log.info(f"step {message['step']}: sampled {message['path']}")
-            yield from self._picture(message["step"], Path(message["path"]))
+            self._picture(message["step"], Path(message["path"]))
         elif event == "held_out":
             log.info(
                 f"step {message['step']}: held-out loss {message['loss']:.4f}, of trained samples "
@@ -184,20 +184,18 @@ class Progress:
         elif event == "step":
             self._waiting = message
             if time.monotonic() - self._observed >= OBSERVE_SECONDS:
-                yield from self.last()
+                self.last()
 
-    def _picture(self, step: int, path: Path) -> Iterator[dg.AssetObservation]:
+    def _picture(self, step: int, path: Path) -> None:
         """An observation with the sample picture of a step, as soon as there is one."""
         from PIL import Image
 
         if path.suffix == ".png" and path.is_file():  # a clip is in the picture of its step
             with Image.open(path) as picture:
                 shown = inline(picture.convert("RGB"))
-            yield dg.AssetObservation(
-                self._context.asset_key, metadata={"step": step, "samples": shown}
-            )
+            self._observe({"step": step, "samples": shown})
 
-    def last(self) -> Iterator[dg.AssetObservation]:
+    def last(self) -> None:
         """An observation of the newest step, unless it was observed."""
         step, self._waiting = self._waiting, None
         if step is None:
@@ -205,10 +203,12 @@ class Progress:
         self._observed = time.monotonic()
         if self._line.due(step["step"], self._total):
             self._context.log.info(f"step {step['step']} of {self._total}: loss {step['loss']:.4f}")
-        yield dg.AssetObservation(
-            self._context.asset_key,
-            metadata={"step": step["step"], **{name: float(step[name]) for name in _OBSERVED}},
-        )
+        self._observe({"step": step["step"], **{name: float(step[name]) for name in _OBSERVED}})
+
+    def _observe(self, facts: dict[str, Any]) -> None:
+        """Log an observation. (Not by a `yield`: a cancel that came then would end the step in Dagster's
+        code, which says no reason.)"""
+        self._context.log_event(dg.AssetObservation(self._context.asset_key, metadata=facts))
 
 
 def _finished_record(config: TrainingConfig) -> "RunRecord":

@@ -4,6 +4,7 @@ import runpy
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,16 +196,18 @@ def test_cancel_stops_the_training(server: Server, cancelled: str) -> None:
     assert not said.trace
 
 
-def test_page_of_a_run_says_the_reason(server: Server, cancelled: str, tmp_path: Path) -> None:
+def test_page_of_a_run_says_the_reason(server: Server, cancelled: str) -> None:
     """In a real browser."""
     made = runpy.run_path(str(ROOT / "docs" / "make_failures.py"))
     if not made["Browser"].is_installed():
         pytest.skip(f"Chromium is not installed: {made['INSTALL']}")
-    browser = made["Browser"](tmp_path)
-    try:
-        shown = made["look"](browser, server.port, cancelled, CANCELLED)
-    finally:
-        browser.close()
+    # Chromium's socket needs a short path.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        browser = made["Browser"](Path(folder))
+        try:
+            shown = made["look"](browser, server.port, cancelled, CANCELLED)
+        finally:
+            browser.close()
     assert shown.index("STEP_FAILURE") < shown.index(CANCELLED) < shown.index("RUN_CANCELED")
     assert shown.count(CANCELLED) == 1
     assert "Stack Trace" not in shown
