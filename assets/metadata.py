@@ -54,7 +54,7 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult]:
         from diffsynth_dagster.cache.held_out import held_out_config
         from diffsynth_dagster.cache.split import with_settled
-        from diffsynth_dagster.data.prepare import prepare_data
+        from diffsynth_dagster.data.prepare import prepare_data, require_named
         from diffsynth_dagster.facts import FactCache
         from diffsynth_dagster.training.overlap import (
             refuse_overlap,
@@ -67,6 +67,7 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
             config = with_settled(parameters.apply(recipe.config))
             refuse_overlap(config)
             refuse_own_recipe(config, recipe.path)
+            require_named(config)
             columns = guess_family(config).columns
             own = held_out_config(config)
             with closing(FactCache(fact_cache_path(config))) as fact_cache:

@@ -42,6 +42,7 @@ def run(
     """
     # Imported here: they take seconds, and a mistake in the flags is reported at once.
     from diffsynth_dagster.cache.split import with_settled
+    from diffsynth_dagster.data.prepare import require_named
     from diffsynth_dagster.plan import check_plan
     from diffsynth_dagster.run_folder import owned
     from diffsynth_dagster.training.overlap import refuse_overlap
@@ -52,6 +53,7 @@ def run(
     config = with_settled(config)
     check_plan(config, guess_family(config))
     refuse_overlap(config)
+    require_named(config)
     parallel = start_parallel(config)
     with ExitStack() as leaving:
         # One process holds the run folder for all.

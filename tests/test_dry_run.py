@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import Values, train
 
 from diffsynth_dagster.config import TrainingConfig
@@ -113,3 +114,15 @@ def test_where_a_recipe_was_looked_for_is_said(
     options = RecipeOptions(accelerate_config="gone.yaml")
     with pytest.raises(ParameterError, match=f"accelerate_config = {tmp_path / 'gone.yaml'}"):
         Launcher()._launch(TrainingConfig(), options)
+
+
+@pytest.mark.parametrize("name", ["dataset_metadata_path", "dataset_base_path"])
+def test_data_that_is_not_there_is_named_and_nothing_is_made(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    places = {"cache_path": str(tmp_path / "cache"), "output_path": str(tmp_path / "run")}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**values(), **places, name: "none.csv"}))
+    assert main(["--recipe", str(recipe)]) == 2
+    assert f"{name} = {Path('none.csv').absolute()}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [recipe]

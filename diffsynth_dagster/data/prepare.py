@@ -16,9 +16,25 @@ from diffsynth_dagster.data.table.checked import (
     read_checked,
     write_checked,
 )
+from diffsynth_dagster.data.table.files import require_folder
+from diffsynth_dagster.data.table.read import require_file
 from diffsynth_dagster.dotted import import_function
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache
+
+
+def require_named(config: TrainingConfig) -> None:
+    """Refuse a table, or a folder of data, that is not there, before anything is written.
+
+    Raises:
+        MetadataError: it is not there, and no `customized_dataset` makes it.
+    """
+    if config.dataset_metadata_path is None or config.customized_dataset is not None:
+        return
+    table = Path(config.dataset_metadata_path)
+    require_file(table)
+    if find_checked(table) is None:
+        require_folder(config)
 
 
 def prepare_data(

@@ -89,6 +89,18 @@ def _sound_of(facts: Facts, item: Input) -> Facts:
     return {**facts, "target": [item.rate, wanted], "stride": 1.0}
 
 
+def require_folder(config: TrainingConfig) -> Path:
+    """The folder of the data set. Raises `MetadataError` where it is not there."""
+    base = Path(config.dataset_base_path)
+    if not base.is_dir():
+        raise MetadataError(
+            "the data set's folder does not exist",
+            where=f"dataset_base_path = {base.absolute()}",
+            do="correct the path",
+        )
+    return base
+
+
 class FileCheck:
     """Checks file columns. Use as a context manager: it may start processes."""
 
@@ -100,13 +112,7 @@ class FileCheck:
         Raises:
             MetadataError: the data set's folder does not exist, or its name is no text.
         """
-        base = Path(config.dataset_base_path)
-        if not base.is_dir():
-            raise MetadataError(
-                "the data set's folder does not exist",
-                where=f"dataset_base_path = {base.absolute()}",
-                do="correct the path",
-            )
+        base = require_folder(config)
         self._root = base.resolve()
         if not is_text(str(self._root)):
             raise MetadataError(

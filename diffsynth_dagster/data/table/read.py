@@ -103,9 +103,7 @@ def open_table(
             where=_where(path),
             do="give a " + ", ".join(s[1:] for s in TABLES) + " file",
         )
-    if not path.is_file():
-        what = "is not a regular file" if path.exists() else "does not exist"
-        raise MetadataError(f"the metadata file {what}", where=_where(path), do="correct the path")
+    require_file(path)
     with tempfile.TemporaryDirectory(prefix="metadata-") as folder:
         if suffix == ".parquet":
             yield _open_parquet(path, wanted)
@@ -120,6 +118,13 @@ def open_table(
             yield _open_lines(path, text, Path(folder), wanted, lists)
         else:
             yield _open_csv(path, text, wanted)
+
+
+def require_file(path: Path) -> None:
+    """Refuse a metadata table that is not there. Raises `MetadataError`."""
+    if not path.is_file():
+        what = "is not a regular file" if path.exists() else "does not exist"
+        raise MetadataError(f"the metadata file {what}", where=_where(path), do="correct the path")
 
 
 def _where(path: Path, place: str = "") -> str:
