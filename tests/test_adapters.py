@@ -58,7 +58,8 @@ CASES = {c.name: c for c in (QWEN[0], FLUX[0], WAN[0], SD[0])}
 WINDOWS = {"sd15": ("conv1", "downsamplers.0.conv")}
 """Case → layers that are convolutions of more than one pixel, which OFT refuses."""
 ROWS = [("qwen_image", method) for method in METHODS]
-ROWS += [(name, m) for name in ("flux", "wan_t2v", "sd15") for m in ("dora", "lokr", "oft")]
+ROWS += [("sd15", method) for method in ("dora", "lokr", "oft")]  # which has convolutions
+IN_SOAK = [(name, method) for name in ("flux", "wan_t2v") for method in ("dora", "lokr", "oft")]
 
 
 @dataclass
@@ -130,7 +131,14 @@ def place(request: pytest.FixtureRequest, made: Callable[[str, str], Trained]) -
     return made(*request.param)
 
 
-every_row = pytest.mark.parametrize("place", ROWS, ids=["-".join(r) for r in ROWS], indirect=True)
+every_row = pytest.mark.parametrize(
+    "place",
+    [
+        *(pytest.param(row, id="-".join(row)) for row in ROWS),
+        *(pytest.param(row, id="-".join(row), marks=pytest.mark.soak) for row in IN_SOAK),
+    ],
+    indirect=True,
+)
 each_method = pytest.mark.parametrize(
     "place", [pytest.param(("qwen_image", m), id=m) for m in METHODS], indirect=True
 )

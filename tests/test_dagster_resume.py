@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pytest
 from conftest import Values, make_config, train
 from dagster_support import (
     environment,
@@ -55,6 +56,7 @@ def told(folder: Path) -> dict[str, Any]:
         return dict(event.asset_materialization.metadata)
 
 
+@pytest.mark.soak
 def test_a_training_that_dies_before_it_begins_is_not_taken_for_done(
     values: Values, tmp_path: Path
 ) -> None:
@@ -86,10 +88,14 @@ def test_a_training_that_dies_before_it_begins_is_not_taken_for_done(
 
 def test_killed_trainings_go_on(values: Values, tmp_path: Path) -> None:
     """First all of `dagster job execute` is killed, then the training of the next one."""
-    code, undisturbed = train(values(**LONG), tmp_path / "undisturbed")
+    code, encoded = train(values(), tmp_path / "encoded", "--task", "sft:data_process")
+    assert code == 0
+    given = {k: v for k, v in values(**LONG).items() if k != "dataset_metadata_path"}
+    given |= {"dataset_base_path": str(encoded), "task": "sft:train"}
+    code, undisturbed = train(given, tmp_path / "undisturbed")
     assert code == 0
     folder, run = tmp_path / "b", tmp_path / "b" / "run"
-    write_recipe(folder / "recipes", "tiny", {**values(**LONG), "output_path": str(run)})
+    write_recipe(folder / "recipes", "tiny", {**given, "output_path": str(run)})
     env, log = environment(home(folder / "home"), folder / "recipes"), folder / "log"
 
     process = start(job("train_tiny"), env, log)

@@ -133,6 +133,22 @@ def place(
     return places[case.name]
 
 
+ONE_OF_EACH_KIND = (
+    *("qwen_image", "qwen_image_edit", "flux_controlnet", "wan_i2v", "wan22_t2v_both"),
+    *("sd15", "sdxl", "ltx2_i2av"),
+)
+"""What is trained from: text, pictures to edit, a control picture, a first frame, two experts, sound."""
+
+
+def each_kind(function: Any) -> Any:
+    """One variant of each kind in `make test`, the others in `make soak`: for what takes a training."""
+    cases = [
+        pytest.param(c, id=c.name, marks=() if c.name in ONE_OF_EACH_KIND else pytest.mark.soak)
+        for c in TABLE
+    ]
+    return pytest.mark.parametrize("place", cases, indirect=True)(function)
+
+
 def dataset(config: TrainingConfig, found: FoundModel, folder: Path) -> StepDataset:
     return StepDataset(config, found, samples_of(folder), 0, 1)
 
@@ -281,7 +297,7 @@ def test_a_batch_equals_its_samples(place: Place) -> None:
     assert float(((together - alone) / alone).abs().max()) <= TOLERANCE
 
 
-@every_case
+@each_kind
 def test_cached_equals_online(place: Place, tmp_path: Path) -> None:
     values = place.values(batch_size=2, cache_path=str(tmp_path / "a"))
     assert train(values, tmp_path / "online")[0] == 0
@@ -295,7 +311,7 @@ def test_cached_equals_online(place: Place, tmp_path: Path) -> None:
         assert online == (tmp_path / "split" / name).read_bytes()
 
 
-@every_case
+@each_kind
 def test_twenty_steps_lower_the_loss(place: Place) -> None:
     """Of the one sample, at noise and timesteps that the training never drew."""
     config = place.config(output_path=str(place.run), num_epochs=20, save_steps=20)
@@ -325,7 +341,7 @@ def test_aliases_reach_the_same_layers(place: Place) -> None:
     assert ours
 
 
-@every_case
+@each_kind
 def test_the_exported_lora_predicts_the_same_in_the_pipeline(place: Place) -> None:
     config = place.config(output_path=str(place.run), num_epochs=20, save_steps=20)
     found = find_model(config, HUB)

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pytest
 import torch
 from conftest import make_config, train
 from PIL import Image
-from test_families import HUB, TABLE, Place, place, places
+from test_families import HUB, Place, each_kind, place, places
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.families.contract import Clip, Family
@@ -19,17 +18,6 @@ from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import Models
 
 __all__ = ["place", "places"]
-
-ONE_OF_EACH_KIND = (
-    *("qwen_image", "qwen_image_edit", "flux_controlnet", "wan_i2v", "wan22_t2v_both"),
-    *("sd15", "sdxl", "ltx2_i2av"),
-)
-"""What samples are made from: text, pictures to edit, a control picture, a first frame, two experts,
-sound. The others are in `make soak`."""
-CASES = [
-    pytest.param(c, id=c.name, marks=() if c.name in ONE_OF_EACH_KIND else pytest.mark.soak)
-    for c in TABLE
-]
 
 
 def write_table(place: Place, family: Family, path: Path) -> Path:
@@ -61,7 +49,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=int)
 
 
-@pytest.mark.parametrize("place", CASES, indirect=True)
+@each_kind
 def test_samples_before_during_and_after(place: Place, tmp_path: Path) -> None:
     models = place.case.models(place.model, "diffusers")["model_paths"]
     given = place.values(

@@ -72,7 +72,16 @@ def place(
     return places[case.name]
 
 
-every_case = pytest.mark.parametrize("place", CASES, ids=[c.name for c in CASES], indirect=True)
+IN_SHORT = ("qwen_image", "wan_t2v")
+"""One family of pictures and one of clips; the others are in `make soak`."""
+every_case = pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(c, id=c.name, marks=() if c.name in IN_SHORT else pytest.mark.soak)
+        for c in CASES
+    ],
+    indirect=True,
+)
 
 
 def resolved(change: Change, place: Place) -> Mapping[str, Any]:

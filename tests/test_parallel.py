@@ -1,14 +1,13 @@
 """Several processes and several nodes, and who may know about them."""
 
 import ast
-import os
 import socket
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from process_support import Done, python
 
 ENGINE = ROOT / "diffsynth_dagster"
 TRAINING = [*sorted((ENGINE / "training").glob("*.py")), ENGINE / "train.py"]
@@ -46,26 +45,21 @@ def test_only_parallel_imports_accelerate(path: Path) -> None:
 
 def test_the_first_process_of_each_node_goes_first(tmp_path: Path) -> None:
     """Two nodes of two processes, on this machine, without a GPU, which accelerate is not told of."""
-    script, log = tmp_path / "take_turns.py", tmp_path / "log"
-    script.write_text(TAKE_TURNS, encoding="utf-8")
+    log = tmp_path / "log"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address = f"--nnodes 2 --nproc_per_node 2 --master_addr 127.0.0.1 --master_port {port}"
-    command = [sys.executable, "-m", "torch.distributed.run", *address.split()]
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    nodes = [
-        subprocess.Popen(
-            [*command, "--node_rank", str(rank), str(script), str(log)], env=environment
-        )
-        for rank in range(2)
-    ]
-    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    shared |= {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+
+    def run(rank: int) -> Done:
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
+        code = f"import os; os.environ.update({shared | own})\n{TAKE_TURNS}"
+        return python("-c", code, str(log))
+
+    with ThreadPoolExecutor(4) as pool:
+        ended = [*pool.map(run, range(4))]
+    assert [done.returncode for done in ended] == [0] * 4, ended
     notes = log.read_text(encoding="utf-8").splitlines()
     assert notes[:4] == ["enters 0 True", "leaves 0 True", "enters 2 True", "leaves 2 True"]
     assert sorted(notes[4:]) == [

@@ -69,7 +69,7 @@ def stop_after(config: dict[str, Any], *steps: int) -> None:
             run_training(make_config(config), stop)
 
 
-@pytest.mark.parametrize("steps", [[1], [3], [7], [8], [1, 1, 1, 1, 1, 1, 1], [2, 4]])
+@pytest.mark.parametrize("steps", [[1], [8], [2, 4], pytest.param([1] * 7, marks=pytest.mark.soak)])
 def test_a_stopped_training_ends_with_the_same_files(
     values: Values, tmp_path: Path, undisturbed: dict[str, Any], steps: list[int]
 ) -> None:
@@ -317,7 +317,9 @@ def test_states_can_be_switched_off(values: Values, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "state").exists()
 
 
-@pytest.mark.parametrize("stops", [[], [1], [4], [5], [7, 1], [2, 2, 2]])
+@pytest.mark.parametrize(
+    "stops", [[], [4], [7, 1], pytest.param([2, 2, 2], marks=pytest.mark.soak)]
+)
 def test_the_newest_checkpoints_are_kept(
     values: Values, tmp_path: Path, undisturbed: dict[str, Any], stops: list[int]
 ) -> None:

@@ -80,8 +80,15 @@ def published_unet() -> Any:
         return UNet2DConditionModel(**PUBLISHED, up_block_types=UP)
 
 
-@pytest.mark.parametrize("gamma", [None, 5.0, 0.01])
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("kind", "gamma"),
+    [
+        ("epsilon", None),
+        ("v_prediction", 0.01),
+        *(pytest.param("epsilon", gamma, marks=pytest.mark.soak) for gamma in (5.0, 0.01)),
+        *(pytest.param("v_prediction", gamma, marks=pytest.mark.soak) for gamma in (None, 5.0)),
+    ],
+)
 def test_loss_is_that_of_the_published_training_example(
     model: Path, data: Path, tmp_path: Path, kind: str, gamma: float | None
 ) -> None:
