@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Two tests run at once on two cores: threads of torch's own would only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Several tests run at once on two cores: threads of libraries would only wait for each other.
+for variable in ("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 import pytest
 import torch

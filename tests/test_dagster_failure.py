@@ -257,6 +257,7 @@ def test_stop_from_outside_is_no_crash(place: Place) -> None:
     assert not said.trace
 
 
+@pytest.mark.soak
 def test_mistake_on_the_second_of_two_processes(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,13 +97,17 @@ def test_killed_trainings_go_on(values: Values, tmp_path: Path) -> None:
     folder, run = tmp_path / "b", tmp_path / "b" / "run"
     write_recipe(folder / "recipes", "tiny", {**given, "output_path": str(run)})
     env, log = environment(home(folder / "home"), folder / "recipes"), folder / "log"
+    (folder / "temp").mkdir()
+    env["TMPDIR"] = str(folder / "temp")
 
     process = start(job("train_tiny"), env, log)
     wait_until_training(run, process, log)
     first = wait_for_state(run, 0, process, log)
+    assert list((folder / "temp").glob("diffsynth-launch-*"))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(60)
     wait_for(lambda: not processes_about(str(run)), 60, "no process is left")
+    assert not list((folder / "temp").glob("diffsynth-launch-*"))
 
     process = start(job("train_tiny"), env, log)
     second = wait_for_state(run, first + 20, process, log)

@@ -29,9 +29,8 @@ definitions = dg.Definitions(
 """
 
 
-@pytest.mark.parametrize(
-    "executor", ["in_process", pytest.param("multiprocess", marks=pytest.mark.soak)]
-)
+@pytest.mark.soak  # `test_dagster_resume.py` kills a job too
+@pytest.mark.parametrize("executor", ["in_process", "multiprocess"])
 def test_kill_of_job_execute_is_the_end_of_the_training(
     values: Values, tmp_path: Path, executor: str
 ) -> None:

@@ -282,7 +282,7 @@ def test_prediction_is_that_of_the_published_pipeline(place: Place) -> None:
         )
 
 
-@every_case
+@each_kind
 def test_a_batch_equals_its_samples(place: Place) -> None:
     config, found, data = place.encoded(batch_size=4)
     step = step_of(config, found)
