@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 # Several tests run at once on two cores: threads of libraries would only wait for each other.
-for variable in ("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("POLARS_MAX_THREADS", "1")
+os.environ.setdefault("RAYON_NUM_THREADS", "1")
 
 import pytest
 import torch
