@@ -1,5 +1,6 @@
 """Damage on the disk, and numbers that are none: found where they are, and named."""
 
+import os
 import random
 import shutil
 import sqlite3
@@ -23,6 +24,9 @@ from diffsynth_dagster.cache.upkeep import verify
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.weights.load import is_finite
+
+EXAMPLES = int(os.environ.get("DAMAGE_EXAMPLES", "100"))
+"""Of each kind of damage."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def contents(store: Store) -> dict[str, list[Any]]:
     }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_damage_to_a_store_is_found_and_dropped(
     store: Path, tmp_path_factory: pytest.TempPathFactory, seed: int
@@ -198,7 +202,7 @@ def facts_of(cache: FactCache, files: list[Path], asked: list[Path]) -> dict[str
     return {p.name: facts["length"] for p, facts in cache.look_up("test", files, look).items()}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_damaged_cache_of_facts_is_made_anew(
     tmp_path_factory: pytest.TempPathFactory, seed: int

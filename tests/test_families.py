@@ -134,10 +134,9 @@ def place(
 
 
 ONE_OF_EACH_KIND = (
-    *("qwen_image", "qwen_image_edit", "flux_controlnet", "wan_i2v", "wan22_t2v_both"),
-    *("sd15", "sdxl", "ltx2_i2av"),
+    *("qwen_image", "qwen_image_edit", "flux_controlnet", "wan_i2v", "sd15", "sdxl", "ltx2_i2av"),
 )
-"""What is trained from: text, pictures to edit, a control picture, a first frame, two experts, sound."""
+"""What is trained from: text, pictures to edit, a control picture, a first frame, sound."""
 
 
 def each_kind(function: Any) -> Any:

@@ -307,6 +307,7 @@ def check_kills(values: Values, tmp_path: Path, kills: int, count: int) -> None:
     assert first.equals(second)
 
 
+@pytest.mark.soak  # `test_soak.py` kills encodings too
 def test_killed_encoding_goes_on(values: Values, tmp_path: Path) -> None:
     check_kills(values, tmp_path, kills=2, count=100)
 
