@@ -21,6 +21,7 @@ from assets.common import (
 from assets.losses import hardest_facts, held_out_facts
 from assets.pictures import animation, inline, loss_curve, stacked
 from diffsynth_dagster.config import Recipe, TrainingConfig
+from diffsynth_dagster.training.metrics import MEASURED
 from diffsynth_dagster.training.progress import every_line
 from resources import Hub, Launcher, Parameters
 
@@ -29,18 +30,7 @@ if TYPE_CHECKING:
 
 CHECK = "loss_finite_and_parameters_changed"
 OBSERVE_SECONDS = 5.0
-_OBSERVED = (
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "seconds",
-    "data_seconds",
-    "forward_backward_seconds",
-    "optimizer_seconds",
-    "samples_per_second",
-    "tokens_per_second",
-    "peak_memory_bytes",
-)
+_OBSERVED = ("loss", "learning_rate", "grad_norm", *MEASURED)
 _MEBIBYTE = 1024 * 1024
 
 

@@ -12,9 +12,7 @@ import dagster as dg
 from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.effect import Affects, names_that_affect, values_that_affect
-from diffsynth_dagster.disk import disk_error
-from diffsynth_dagster.training.failure import failure_of
-from diffsynth_dagster.training.shortage import out_of_memory
+from diffsynth_dagster.training.failure import failure_of, recognised
 from resources import Cancelled, StepFailure, TriedAgain, cancelled
 
 GPU_POOL = "gpu"
@@ -39,8 +37,7 @@ def user_errors() -> Generator[None]:
     except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
         raise cancelled() from None
     except Exception as error:
-        known = disk_error(error) or out_of_memory(error) or error
-        raise StepFailure.of(failure_of(known)) from error
+        raise StepFailure.of(failure_of(recognised(error))) from error
 
 
 def require_passed(check: dg.AssetCheckResult) -> None:

@@ -7,7 +7,7 @@ import dagster as dg
 
 from assets.common import table
 from assets.pictures import contact_sheet, curves, inline
-from assets.rows import cell, files_of_rows
+from assets.rows import files_of_rows, markdown
 
 if TYPE_CHECKING:
     from diffsynth_dagster.config import TrainingConfig
@@ -63,10 +63,10 @@ def hardest_facts(config: "TrainingConfig", changed: list[Path]) -> dict[str, An
     texts = [c for c in rows.columns if ":" not in c and rows.schema[c] == pl.String]
     texts = [c for c in texts if c not in ("status", "message", "shape")]
     names = ["row", "difficulty", "visits", *texts]
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for row in rows.select(names).iter_rows():
-        shown = [f"{value:.3f}" if isinstance(value, float) else cell(value) for value in row]
-        lines.append("| " + " | ".join(shown) + " |")
-    found: dict[str, Any] = {"hardest_samples": dg.MetadataValue.md("\n".join(lines))}
+    shown = (
+        [f"{value:.3f}" if isinstance(value, float) else value for value in row]
+        for row in rows.select(names).iter_rows()
+    )
+    found: dict[str, Any] = {"hardest_samples": dg.MetadataValue.md(markdown(names, shown))}
     sheet = contact_sheet(files_of_rows(rows, accepted=True))
     return found if sheet is None else {**found, "hardest_pictures": inline(sheet)}

@@ -16,7 +16,7 @@ from assets.common import (
     user_errors,
 )
 from assets.pictures import Shown, contact_sheet, inline
-from assets.rows import cell, files_of_rows
+from assets.rows import files_of_rows, markdown
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from resources import Parameters
 
@@ -177,7 +177,5 @@ def _markdown(checked: "CheckedTable", counts: dict[str, int]) -> str:
         part.select(columns).head(_SHOWN_ROWS) for part in (checked.rejected, checked.accepted)
     ]
     rows = pl.concat(parts).head(_SHOWN_ROWS).collect()
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows.iter_rows()]
     more = sum(counts.values()) - rows.height
-    return "\n".join(lines) + (f"\n\nand {more} more" if more > 0 else "")
+    return markdown(columns, rows.iter_rows()) + (f"\n\nand {more} more" if more > 0 else "")

@@ -1,5 +1,6 @@
 """Rows of a checked table as they are shown: their texts, and pictures of their files."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,19 @@ def _frames(count: int, stride: float) -> tuple[int, ...]:
     return tuple(taken[round(i * (count - 1) / (shown - 1))] for i in range(shown))
 
 
-def cell(value: object) -> str:
+def markdown(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in markdown.
+
+    Args:
+        names: of the columns.
+        rows: a value for each column.
+    """
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
     """A value as it stands in a table of markdown."""
     text = " ".join(str("" if value is None else value).split()).replace("|", "\\|")
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 
 from diffsynth_dagster.config.flags import read_arguments
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.disk import disk_error
 from diffsynth_dagster.errors import OutputError, UserError
+from diffsynth_dagster.training.failure import recognised
 from diffsynth_dagster.training.guard import FailureGuard, failure_reporter
-from diffsynth_dagster.training.shortage import out_of_memory
 from diffsynth_dagster.training.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ def export(config: TrainingConfig, record: "RunRecord", found: "FoundModel") -> 
         for problem in exported.problems:
             raise problem
     except Exception as error:
-        known = disk_error(error) or out_of_memory(error) or error
+        known = recognised(error)
         if not isinstance(known, UserError):
             error.add_note(finished)
             raise

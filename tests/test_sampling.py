@@ -103,13 +103,7 @@ def of_ltx(folder: Path, row: Mapping[str, Any], kind: Any) -> list[Image.Image]
         frame_rate=24.0,
         guidance_scale=SCALE,
         audio_guidance_scale=SCALE,
-        stg_scale=0.0,
-        audio_stg_scale=0.0,
-        modality_scale=1.0,
-        audio_modality_scale=1.0,
-        guidance_rescale=0.0,
-        audio_guidance_rescale=0.0,
-        spatio_temporal_guidance_blocks=None,
+        **ltx2.PLAIN_GUIDANCE,
         output_type="pil",
     ).frames[0]
 

@@ -20,12 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from diffsynth_dagster.disk import disk_error
 from diffsynth_dagster.errors import (
     DownloadError,
     Stopped,
     UserError,
     reason_of,
 )
+from diffsynth_dagster.training.shortage import out_of_memory
 
 FAILURE_FOLDER = "DIFFSYNTH_FAILURE_FOLDER"
 EXIT_STOPPED = 130
@@ -70,6 +72,12 @@ class Failure:
 
     def __str__(self) -> str:
         return str(UserError(self.what, where=self.where, do=self.do))
+
+
+def recognised(error: BaseException) -> BaseException:
+    """The mistake that an error of a library stands for, such as a full disk or too little memory; any
+    other error as it is."""
+    return disk_error(error) or out_of_memory(error) or error
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from diffsynth_dagster.disk import disk_error
 from diffsynth_dagster.errors import EXIT_USER_ERROR, OutputError, Stopped, UserError
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.training.failure import (
@@ -21,10 +20,10 @@ from diffsynth_dagster.training.failure import (
     FAILURE_FOLDER,
     Failure,
     failure_of,
+    recognised,
     working_file,
 )
 from diffsynth_dagster.training.reporting import Reporter
-from diffsynth_dagster.training.shortage import out_of_memory
 
 EXIT_CRASHED = 1
 
@@ -99,7 +98,7 @@ class FailureGuard:
         try:
             if error is None or isinstance(error, SystemExit):
                 return False
-            error = disk_error(error) or out_of_memory(error) or error
+            error = recognised(error)
             self._reporter.failed(failure_of(error))
             return self._ended_by(error)
         finally:

@@ -19,10 +19,11 @@ from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
 from diffsynth_dagster.weights.lora import (
-    FOREIGN_PREFIXES,
     NONSENSE,
     PROVENANCE_KEY,
     add_alphas,
+    name_starts,
+    require_lora,
     some,
 )
 
@@ -65,13 +66,10 @@ def read_adapter(path: Path, family: Family, name: str, parameter: str) -> Adapt
     Raises:
         WeightsError: the file is missing or damaged, or holds something else.
     """
-    where = f"{parameter} = {path.absolute()}"
-    if not path.is_file():
-        raise WeightsError("the LoRA file does not exist", where=where, do="correct the path")
-    owner = family.part(name).of
-    folder = family.component(owner).lora_start
-    starts = (family.prefix(name), family.prefix(owner), f"{folder}.", *FOREIGN_PREFIXES)
-    tensors, strange = _spelled(read_tensors([path]), (PEFT_START, *starts))
+    where = require_lora(path, parameter)
+    folder = family.component(family.part(name).of).lora_start
+    starts = (PEFT_START, *name_starts(family, name))
+    tensors, strange = _spelled(read_tensors([path]), starts)
     if strange or not tensors:
         raise WeightsError(
             f"the file holds something else than a DoRA, LoKr or OFT: {some(strange) or 'nothing'}",

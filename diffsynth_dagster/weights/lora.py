@@ -52,6 +52,21 @@ class LoraFile:
     other_family: str | None = None
 
 
+def require_lora(path: Path, parameter: str) -> str:
+    """Where a LoRA file is, for messages. Raises `WeightsError` where it is not there."""
+    where = f"{parameter} = {path.absolute()}"
+    if not path.is_file():
+        raise WeightsError("the LoRA file does not exist", where=where, do="correct the path")
+    return where
+
+
+def name_starts(family: Family, name: str) -> tuple[str, ...]:
+    """What may stand before the names of layers in a file for a component or part."""
+    owner = family.part(name).of
+    folder = family.component(owner).lora_start
+    return (family.prefix(name), family.prefix(owner), f"{folder}.", *FOREIGN_PREFIXES)
+
+
 def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile:
     """Read a LoRA: a checkpoint of this trainer, an export, or a file of another tool.
 
@@ -62,12 +77,9 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
     Raises:
         WeightsError: the file is missing or damaged, or holds no LoRA.
     """
-    where = f"{parameter} = {path.absolute()}"
-    if not path.is_file():
-        raise WeightsError("the LoRA file does not exist", where=where, do="correct the path")
+    where, starts = require_lora(path, parameter), name_starts(family, name)
     owner = family.part(name).of
     folder = family.component(owner).lora_start
-    starts = (family.prefix(name), family.prefix(owner), f"{folder}.", *FOREIGN_PREFIXES)
     tensors = read_tensors([path])
     beyond = next(filter(_BEYOND_LORA.search, tensors), None)
     if beyond is not None:

@@ -39,6 +39,16 @@ from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.ltx2.family import SCHEDULER
 
 FRAMES, SIDE = 9, 64
+PLAIN_GUIDANCE: dict[str, Any] = {
+    "stg_scale": 0.0,
+    "audio_stg_scale": 0.0,
+    "modality_scale": 1.0,
+    "audio_modality_scale": 1.0,
+    "guidance_rescale": 0.0,
+    "audio_guidance_rescale": 0.0,
+    "spatio_temporal_guidance_blocks": None,
+}
+"""Arguments of the pipeline that leave out its further kinds of guidance."""
 TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TRANSFORMER = {
     "in_channels": 16,
@@ -283,13 +293,7 @@ def published(
             num_inference_steps=2,
             guidance_scale=1.0,
             audio_guidance_scale=1.0,
-            stg_scale=0.0,
-            audio_stg_scale=0.0,
-            modality_scale=1.0,
-            audio_modality_scale=1.0,
-            guidance_rescale=0.0,
-            audio_guidance_rescale=0.0,
-            spatio_temporal_guidance_blocks=None,
+            **PLAIN_GUIDANCE,
             output_type="latent",
             **more,
         )
