@@ -170,15 +170,20 @@ def endless(values: Mapping[str, Any], encoded: Path, run: Path) -> dict[str, An
     }
 
 
+def has_stepped(run: Path) -> bool:
+    """Whether the training in a run folder has made a step."""
+    metrics = run / "metrics.csv"
+    return metrics.is_file() and metrics.read_text().count("\n") > 1
+
+
 def wait_until_training(
     run: Path, starter: subprocess.Popen[bytes], log: Path, seconds: float = 120
 ) -> list[psutil.Process]:
     """Wait for the first step of the training in a run folder; returns its processes."""
-    metrics = run / "metrics.csv"
 
     def stepped() -> bool:
         assert starter.poll() is None, log.read_text()
-        return metrics.is_file() and metrics.read_text().count("\n") > 1
+        return has_stepped(run)
 
     wait_for(stepped, seconds, f"the first step in {run}")
     return processes_about(str(run / ".launch.yaml"))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from soak_support import start_server
@@ -137,7 +137,12 @@ class ForkedProcesses:
 
     It is for tests of what a run makes: it saves the ten seconds that `accelerate launch` and the
     imports take. How processes are started and stopped is tested with the real ones.
+
+    Attributes:
+        newest: the process that was started last, if any was.
     """
+
+    newest: ClassVar[Any] = None
 
     def __init__(
         self, command: Sequence[str], env: Mapping[str, str], scratch: Path, grace: float
@@ -150,6 +155,7 @@ class ForkedProcesses:
             target=launched, args=(list(arguments), variables, self._said)
         )
         self._process.start()
+        ForkedProcesses.newest = self._process
 
     def code(self) -> int | None:
         """The exit code; None while the process runs."""

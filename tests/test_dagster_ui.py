@@ -34,6 +34,8 @@ LOCATION = {
     "repository_name": "__repository__",
 }
 MOST_LINES = 60
+TABLES = {"metadata.parquet", ".metadata.encoded.parquet", "samples.parquet", "rejected.csv"}
+"""What a training that reads encoded samples leaves out."""
 CANCELLED = "cancelled: the run was asked to stop"
 LINEAGE = "{ assetNodes { assetKey { path } dependencyKeys { path } } }"
 
@@ -90,6 +92,9 @@ def server(
     values = lora_values(tiny_qwen, pictures, folder / "cache")
     values["output_path"] = str(folder / "line")
     write_recipe(folder / "recipes", "tiny", values)
+    again = {key: value for key, value in values.items() if key != "dataset_metadata_path"}
+    again |= {"dataset_base_path": str(folder / "line"), "task": "sft:train"}
+    write_recipe(folder / "recipes", "again", {**again, "output_path": str(folder / "ui")})
     code, encoded = train(values, folder / "encoded", "--task", "sft:data_process")
     assert code == 0
     endless_values = endless(values, encoded, folder / "endless")
@@ -154,12 +159,14 @@ def test_command_line_prints_what_a_person_follows(server: Server, printed: list
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("printed")
 def test_ui_and_command_line_give_the_same_files(server: Server) -> None:
-    run = server.launch("tiny", {"output_path": str(server.folder / "ui")})
+    """Of what the command line encoded."""
+    run = server.launch("again", {"seed": 0})
     assert server.wait(run, 180) == DagsterRunStatus.SUCCESS
-    ours = files(server.folder / "ui")
+    ours, line = files(server.folder / "ui"), files(server.folder / "line")
     assert {"epoch-0.safetensors", "run.json", "metrics.csv"} <= ours.keys()
     assert any(name.startswith("exports/") for name in ours)
-    assert ours == files(server.folder / "line")
+    assert ours == {name: line[name] for name in ours}
+    assert {name for name in line if name not in ours} == TABLES
 
 
 def test_lineage_runs_from_weights_and_metadata_to_exports(server: Server) -> None:

@@ -104,7 +104,7 @@ def test_the_loss_is_the_distance_from_what_the_pipeline_makes(
         for name, latents in distilled.sampled(place.model, row).items():
             assert latents.shape == outputs[name][0].shape
             expected += float(((latents - outputs[name][0]) ** 2).mean()) / len(visits)
-    code, run = train(values_of(place, num_epochs=20, save_steps=20), tmp_path / "run")
+    code, run = train(values_of(place, num_epochs=4, save_steps=4), tmp_path / "run")
     assert code == 0
     loss = pl.read_csv(run / "metrics.csv")["loss"].to_list()
     assert abs(loss[0] - expected) <= 1e-5 * expected

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from conftest import Values, make_config, train, write_images
+from conftest import Values, lora_values, make_config, train, write_images
 from process_support import two_processes
 from safetensors.torch import load_file
 from soak_support import result
@@ -191,16 +191,29 @@ LONG = {
 }
 
 
-def test_the_best_weights_are_kept_and_exported(values: Values, tmp_path: Path) -> None:
-    code, run = train(values(**LONG), tmp_path / "run")
+@pytest.fixture(scope="module")
+def whole(
+    tiny_qwen: Path,
+    pictures: Path,
+    shared_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The run folder of a long training that was not stopped."""
+    given = {**lora_values(tiny_qwen, pictures, shared_cache), **LONG}
+    code, run = train(given, tmp_path_factory.mktemp("whole") / "run")
     assert code == 0
-    measured = held_out(run)
+    return run
+
+
+def test_the_best_weights_are_kept(values: Values, tmp_path: Path, whole: Path) -> None:
+    run, measured = whole, held_out(whole)
     best = int(min(measured[1:], key=lambda row: row["loss"])["step"])
     record = json.loads((run / "run.json").read_text())
     assert record["best"] == [f"best-step-{best}.safetensors"]
     assert [p.name for p in run.glob("best-*")] == record["best"]
     assert measured[-1]["best_step"] == best
-    code, until = train(values(**{**LONG, "save_steps": 1}), tmp_path / "until")
+    every = {"save_steps": 1, "keep_best": None, "validation_steps": 24}
+    code, until = train(values(**{**LONG, **every}), tmp_path / "until")
     assert code == 0
     kept, same = load_file(run / record["best"][0]), load_file(until / f"step-{best}.safetensors")
     assert all(bool((kept[name] == same[name]).all()) for name in same)
@@ -224,12 +237,12 @@ def test_a_training_without_progress_ends_early(values: Values, tmp_path: Path) 
     assert again.steps == last
 
 
-@pytest.mark.parametrize("stops", [[1], [3, 2, 5], pytest.param([1] * 6, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "stops", [[3, 2, 5], *(pytest.param([1] * n, marks=pytest.mark.soak) for n in (1, 6))]
+)
 def test_a_stopped_training_measures_the_same(
-    values: Values, tmp_path: Path, stops: list[int]
+    values: Values, tmp_path: Path, whole: Path, stops: list[int]
 ) -> None:
-    code, whole = train(values(**LONG), tmp_path / "whole")
-    assert code == 0
     config = values(**LONG, output_path=str(tmp_path / "run"))
     stop_after(config, *stops)
     run_training(make_config(config), never)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Values, make_config, train, write_images
+from conftest import Values, lora_values, make_config, train, write_images
 from damage_support import DAMAGE
 from safetensors.torch import load_file
 from soak_support import result
@@ -55,11 +55,23 @@ def contents(run: Path) -> dict[str, Any]:
     return {**result(run), "loss.csv": (run / "loss.csv").read_text()}
 
 
-@pytest.fixture
-def undisturbed(values: Values, tmp_path: Path) -> dict[str, Any]:
-    code, run = train(values(**LONG), tmp_path / "undisturbed")
+@pytest.fixture(scope="module")
+def undisturbed_run(
+    tiny_qwen: Path,
+    pictures: Path,
+    shared_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The run folder of a training that was not stopped. Nobody changes it."""
+    values = {**lora_values(tiny_qwen, pictures, shared_cache), **LONG}
+    code, run = train(values, tmp_path_factory.mktemp("undisturbed") / "run")
     assert code == 0
-    return contents(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run: Path) -> dict[str, Any]:
+    return contents(undisturbed_run)
 
 
 def stop_after(config: dict[str, Any], *steps: int) -> None:
@@ -174,14 +186,13 @@ def test_more_epochs_go_on_where_fewer_ended(values: Values, tmp_path: Path) -> 
 
 
 def test_a_finished_training_ends_at_once(
-    values: Values, tmp_path: Path, undisturbed: dict[str, Any]
+    values: Values, tmp_path: Path, undisturbed_run: Path, undisturbed: dict[str, Any]
 ) -> None:
-    record = run_training(
-        make_config(values(**LONG, output_path=str(tmp_path / "undisturbed"))), never
-    )
+    run = shutil.copytree(undisturbed_run, tmp_path / "run")
+    record = run_training(make_config(values(**LONG, output_path=str(run))), never)
     assert record is not None
     assert record.resumed_from == [STEPS]
-    assert contents(tmp_path / "undisturbed") == undisturbed
+    assert contents(run) == undisturbed
 
 
 def test_a_training_from_the_beginning_leaves_nothing_of_an_older_one(
@@ -324,7 +335,7 @@ def test_states_can_be_switched_off(values: Values, tmp_path: Path) -> None:
     "stops", [[], [4], [7, 1], pytest.param([2, 2, 2], marks=pytest.mark.soak)]
 )
 def test_the_newest_checkpoints_are_kept(
-    values: Values, tmp_path: Path, undisturbed: dict[str, Any], stops: list[int]
+    values: Values, tmp_path: Path, undisturbed_run: Path, stops: list[int]
 ) -> None:
     config = values(**LONG, output_path=str(tmp_path / "run"), save_keep=1)
     stop_after(config, *stops)
@@ -332,9 +343,9 @@ def test_the_newest_checkpoints_are_kept(
     assert record is not None
     assert list(record.checkpoints) == ["step-8.safetensors"]
     (kept,) = (tmp_path / "run").glob("*.safetensors")
-    assert load_file(kept).keys() == load_file(tmp_path / "undisturbed" / kept.name).keys()
-    for name, tensor in load_file(kept).items():
-        assert torch.equal(tensor, load_file(tmp_path / "undisturbed" / kept.name)[name])
+    expected = load_file(undisturbed_run / kept.name)
+    assert load_file(kept).keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(kept).items())
 
 
 def look(generate: Generate) -> Evaluation:

@@ -2,18 +2,18 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import yaml
 from conftest import ROOT, Values, make_config, train
-from dagster_support import definitions_of, endless, start, wait_until_training, write_recipe
-from process_support import forked_launches, two_processes
+from dagster_support import definitions_of, endless, has_stepped, wait_for, write_recipe
+from process_support import forked_launches, train_in_process, two_processes
+from soak_support import start_server
 
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.files import hidden_beside, write_folder, write_text
@@ -22,20 +22,19 @@ from diffsynth_dagster.train import run
 from diffsynth_dagster.training.stop import StopSignal
 
 
-def start_training(folder: Path, values: Values, encoded: Path) -> subprocess.Popen[bytes]:
-    """A training that never ends, in the run folder `folder`, after its first step."""
-    recipe = folder.with_suffix(".yaml")
+def start_training(folder: Path, values: Values, encoded: Path) -> Any:
+    """A training that never ends, in the run folder `folder`, after its first step: its process."""
+    recipe, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
     recipe.write_text(yaml.safe_dump(endless(values(), encoded, folder)))
-    arguments = ["-m", "diffsynth_dagster.train", "--recipe", str(recipe)]
-    log = folder.with_suffix(".log")
-    process = start(arguments, os.environ, log)
-    wait_until_training(folder, process, log)
+    process = start_server().Process(target=train_in_process, args=(recipe, {}, log))
+    process.start()
+
+    def steps() -> bool:
+        assert process.exitcode is None, log.read_text()
+        return has_stepped(folder)
+
+    wait_for(steps, 120, f"the first step in {folder}")
     return process
-
-
-def end(process: subprocess.Popen[bytes], how: int = signal.SIGKILL) -> None:
-    process.send_signal(how)
-    process.wait(60)
 
 
 def of_a_dead_process(path: Path) -> Path:
@@ -67,9 +66,10 @@ def test_two_trainings_never_share_a_folder(
         assert f"where: output_path = {run}" in error
         assert "Traceback" not in error
         assert {p: p.read_bytes() for p in run.glob("*.json")} == before
-        assert owner.poll() is None
+        assert owner.exitcode is None
     finally:
-        end(owner)
+        owner.kill()
+        owner.join(60)
     half = of_a_dead_process(run / "epoch-0.safetensors")
     assert half.exists()
     assert train(values(), run)[0] == 0

@@ -31,7 +31,7 @@ from diffsynth_dagster.objective.timesteps import (
 from diffsynth_dagster.plan import check_plan, make_plan
 from diffsynth_dagster.training.shares import Share, Timesteps, share_of_step, shares_of
 
-DRAWS = 4000
+DRAWS = 2000
 CELLS = 20
 
 

@@ -23,7 +23,7 @@ from diffsynth_dagster.weights.adapter_files import (
     start_adapter,
 )
 from diffsynth_dagster.weights.identify import Found, FoundModel
-from diffsynth_dagster.weights.load import build_empty
+from diffsynth_dagster.weights.load import build_empty, require_buildable
 from diffsynth_dagster.weights.lora import (
     LoraFile,
     for_diffusers,
@@ -58,8 +58,13 @@ def check_model(config: TrainingConfig, found: FoundModel, trained_dtype: torch.
             require_component(found, name)
     if config.sample_prompts or config.customized_evaluation:
         _require_decoders(found)
+    looked_into = {found.family.part(name).of for name in trained_components(config)}
+    looked_into |= found.presets.keys()
     size = 0
     for name, item in found.components.items():
+        require_buildable(item)
+        if name not in looked_into:
+            continue
         module = build_empty(item)
         for part in (found.family.part(n) for n in config.trainable_models):
             if part.of == name:

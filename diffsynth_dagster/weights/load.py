@@ -19,7 +19,7 @@ from diffsynth_dagster.weights.identify import Found
 from diffsynth_dagster.weights.torch_file import read_torch_file
 
 _TRIED: set[str] = set()
-"""The architectures that were tried in this process, and fit their files: see `build_empty`."""
+"""The architectures that were tried in this process, and fit their files."""
 
 
 def read_tensors(paths: Sequence[Path], start: str = "") -> dict[str, torch.Tensor]:
@@ -72,25 +72,34 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(least) and math.isfinite(most)
 
 
-def build_empty(found: Found) -> nn.Module:
-    """The module of a component with its parameters on the meta device, where they take no memory.
-
-    The first time, it is tried with nothing in memory at all, so that a configuration of other sizes
-    than the files have is refused before it costs anything.
+def require_buildable(found: Found) -> None:
+    """Check that the architecture of a component can be built and is that of its files, with nothing in
+    memory at all: a configuration of other sizes than the files have is refused before it costs anything.
+    Each architecture is tried once.
 
     Raises:
-        WeightsError: the architecture cannot be built, or lacks tensors that the files should have.
+        WeightsError: it cannot be built, or lacks tensors that the files should have.
     """
     shapes = found.shapes
     architecture = _architecture(found, shapes)
-    if architecture not in _TRIED:
-        with torch.device("meta"), ModelBounds(shapes):
-            tried = _build(found, shapes)
-        _check_names(found, shapes, tried)
-        _check_statistics(found, tried)
-        _TRIED.add(architecture)
+    if architecture in _TRIED:
+        return
+    with torch.device("meta"), ModelBounds(shapes):
+        tried = _build(found, shapes)
+    _check_names(found, shapes, tried)
+    _check_statistics(found, tried)
+    _TRIED.add(architecture)
+
+
+def build_empty(found: Found) -> nn.Module:
+    """The module of a component with its parameters on the meta device, where they take no memory.
+
+    Raises:
+        WeightsError: see `require_buildable`.
+    """
+    require_buildable(found)
     with init_empty_weights(include_buffers=False):
-        return _build(found, shapes)
+        return _build(found, found.shapes)
 
 
 def _architecture(found: Found, shapes: Shapes) -> str:
