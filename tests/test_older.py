@@ -1,5 +1,6 @@
 """A training that is not gone on with lies whole in `older/`, and nothing of it beside the next one."""
 
+import errno
 import json
 import os
 import re
@@ -29,17 +30,14 @@ from diffsynth_dagster.weights.hub import ModelHub
 MINE = ["step-3-mine.safetensors", "notes.txt", "samples/cat.png", "state/mine/x", "older/mine/x"]
 OF_A_TRAINING = [
     *("epoch-0.safetensors", "step-7.safetensors", "samples/step-1.png", "metrics.csv"),
-    *("held_out.csv", "sample_losses.parquet", "state/step-1/state.json", "state/step-2/state.json"),
+    *("held_out.csv", "sample_losses.parquet"),
+    *("state/step-1/state.json", "state/step-2/state.json"),
     *("exports/diffusers/dit/x.safetensors", "exports/kohya/y.safetensors"),
 ]
 TABLES = ["metadata.parquet", "samples.parquet", "held_out/samples.parquet", "rejected.csv"]
 ENDED = 1_700_000_000
 CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "shutil.copyfile")
 """What Python tells before it does it."""
-
-
-def said() -> list[str]:
-    return []
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -91,7 +89,7 @@ def split_of(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 @pytest.mark.parametrize("record", ["whole", "damaged", "gone"])
 def test_all_of_a_training_and_nothing_else_is_moved(record: str, tmp_path: Path) -> None:
-    run, warnings = make_run(tmp_path / "run", record), said()
+    run, warnings = make_run(tmp_path / "run", record), list[str]()
     before = contents(run)
     make_ready(run, None, warnings.append)
     moved, beside = split_of(run)
@@ -144,7 +142,7 @@ def test_a_move_that_is_killed_is_finished_by_the_next_owner(
     touch, died_within = 0, 0
     while killed(run := shutil.copytree(begun, tmp_path / f"{touch}"), touch):
         with owned(run, "a test"):  # which removes what killed writers left
-            was_moving, warnings = (run / ".older").exists(), said()
+            was_moving, warnings = (run / ".older").exists(), list[str]()
             died_within += was_moving
             finish_moving(run, warnings.append)
             assert len(warnings) == was_moving
@@ -169,7 +167,7 @@ def test_each_has_a_name_of_its_own_and_the_oldest_go_first(tmp_path: Path) -> N
     assert not is_own("older/mine/x")
     assert not is_own(f"older/{first}/notes.txt")
 
-    warnings = said()
+    warnings = list[str]()
     drop_older(tmp_path, None, warnings.append)
     assert len(older_runs(tmp_path)) == 11
     with owned(older_runs(tmp_path)[1], "going on with it"):
@@ -187,7 +185,7 @@ def test_each_has_a_name_of_its_own_and_the_oldest_go_first(tmp_path: Path) -> N
 
 def test_what_came_to_no_checkpoint_and_no_state_is_removed(tmp_path: Path) -> None:
     """Or each try of a training that fails soon would be kept."""
-    run, warnings = make_run(tmp_path / "run", finished=False), said()
+    run, warnings = make_run(tmp_path / "run", finished=False), list[str]()
     for name in ("epoch-0.safetensors", "step-7.safetensors"):
         (run / name).unlink()
     shutil.rmtree(run / "exports")
@@ -198,6 +196,28 @@ def test_what_came_to_no_checkpoint_and_no_state_is_removed(tmp_path: Path) -> N
     assert older_runs(run) == []
     left = {name for name in contents(run) if not name.startswith(".tables")}
     assert left == {*MINE, *TABLES, "config.yaml", FILE_NAME}  # the last two are replaced
+
+
+def test_checkpoints_without_a_state_are_moved_too(tmp_path: Path) -> None:
+    run, warnings = make_run(tmp_path / "run", finished=False), list[str]()
+    shutil.rmtree(run / "state")
+    (run / "metrics.csv").write_text("step,loss\n1,0.5\n2,0.5\n")
+    make_ready(run, None, warnings.append)
+    assert re.search(r"an unfinished training of .* \(step 2 of 4; without a state\)", warnings[0])
+    assert (older_runs(run)[0] / "epoch-0.safetensors").exists()
+
+
+def test_tables_are_kept_where_the_file_system_has_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    make_ready(run := make_run(tmp_path / "run"), None, lambda text: None)
+    moved, beside = split_of(run)
+    for name in TABLES:
+        assert (moved[name], beside[name]) == (f"first: {name}", f"second: {name}")
 
 
 def test_what_cannot_be_moved_is_one_message(tmp_path: Path) -> None:

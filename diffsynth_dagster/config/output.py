@@ -46,9 +46,9 @@ class OutputParameters(BaseModel):
     resume: Literal["auto", "same", "must", "never"] = parameter(
         "auto",
         "auto: go on from the newest state in the run folder, if there is one, and refuse one of another "
-        "training that is unfinished; same: go on from one of the same training, else train from the beginning; must: "
-        "refuse to start without one; never: train from the beginning. A training that is not gone on with "
-        "is moved to older/.",
+        "training that is unfinished; same: go on from one of the same training, else train from the "
+        "beginning; must: refuse to start without one; never: train from the beginning. A training that is "
+        "not gone on with is moved to older/.",
         affects="nothing",
     )
     runs_keep: int | None = parameter(
