@@ -21,6 +21,7 @@ from assets.common import (
 from assets.losses import hardest_facts, held_out_facts
 from assets.pictures import animation, inline, loss_curve, stacked
 from diffsynth_dagster.config import Recipe, TrainingConfig
+from diffsynth_dagster.older import older_runs
 from diffsynth_dagster.training.metrics import MEASURED
 from diffsynth_dagster.training.progress import every_line
 from resources import Hub, Launcher, Parameters
@@ -82,7 +83,7 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
             settings = second_half(parameters.apply(recipe.config))
             processes = launcher.num_processes or recipe.options.num_processes
             began = _began(context, recipe, Path(settings.output_path))
-            record = None
+            record, moved = None, older_runs(Path(settings.output_path))
             if began or not config.retrain:
                 record = finished_training(settings, hub.open(), processes)
             trained = record is None
@@ -100,8 +101,13 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
             if changed:
                 context.log.warning(say_changed(changed))
             check = _check(record)
+            moved = [run for run in older_runs(Path(settings.output_path)) if run not in moved]
         yield dg.MaterializeResult(
-            metadata={"trained_in_this_run": trained, **_describe(settings, record, changed)},
+            metadata={
+                "trained_in_this_run": trained,
+                **_describe(settings, record, changed),
+                **({"moved_to": dg.MetadataValue.path(str(moved[-1].absolute()))} if moved else {}),
+            },
             data_version=dg.DataVersion(record.chosen_digest),
             check_results=[check],
         )

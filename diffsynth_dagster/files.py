@@ -237,6 +237,23 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
+def link_whole(path: Path, other: Path) -> Path:
+    """Let a file have another name too, in the place of what is there; a copy where the file system has no
+    links. What replaces the file later, as all writers here do, leaves the other one.
+
+    Raises:
+        OutputError: see `write_whole`.
+    """
+
+    def link(staged: Path) -> None:
+        try:
+            os.link(path, staged)
+        except OSError:
+            shutil.copyfile(path, staged)
+
+    return write_whole(other, link)
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write a text file whole. Raises `OutputError`."""
 

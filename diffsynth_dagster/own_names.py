@@ -8,12 +8,13 @@ import re
 
 _CHECKPOINT = r"(?P<kind>epoch|step|best-step)-(?P<number>\d{1,18})(?:-[^/]+)?\.safetensors"
 _SAMPLE = r"samples/(?:step-\d+(?:-\d+)?|(?:before|after)-[^/]+)\.(?:png|mp4)"
+_OLDER = r"older/\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:-\d+)?"
 _TABLE = r"metadata\.parquet|\.metadata\.encoded\.parquet|rejected\.csv"
 _MANIFEST = r"samples\.parquet|\.samples\.planned\.parquet"
 _OTHERS = "|".join(
     [
         r"config\.yaml|run\.json|metrics\.csv|loss\.csv|held_out\.csv|sample_losses\.parquet",
-        rf"(?:held_out/)?(?:{_TABLE}|{_MANIFEST})",
+        rf"(?:\.tables/)?(?:held_out/)?(?:{_TABLE}|{_MANIFEST})",
         r"\.(?:trained|held_out|compared)\.parquet",
         r"\.(?:samples|held_out|compared)\.(?:records|bin|captions|json)",
         r"\.lock|\.owner\.json",
@@ -21,8 +22,10 @@ _OTHERS = "|".join(
         r"(?:state/step-\d+|\.prompts|exports/(?:diffusers|kohya|peft))/.+",
     ]
 )
-OWN = rf"(?s)^(?:{_CHECKPOINT}|{_SAMPLE}|{_OTHERS})$"
+OWN = rf"(?s)^(?:(?:{_OLDER}|\.older)/)?(?:{_CHECKPOINT}|{_SAMPLE}|{_OTHERS})$"
 """A file of a run folder, by its path from there; also for the regular expressions of Polars."""
+OLDER = re.compile(_OLDER)
+"""The folder of an older training, which is a run folder itself: see `older.py`."""
 CHECKPOINT = re.compile(_CHECKPOINT)
 """A checkpoint: its `kind`, and the `number` of its epoch or step."""
 _TRAINED = re.compile(f"{_CHECKPOINT}|{_SAMPLE}")
@@ -40,6 +43,11 @@ def is_own(name: str) -> bool:
 def is_trained(name: str) -> bool:
     """Whether a file is a checkpoint or a sample, by its path from the run folder."""
     return _TRAINED.fullmatch(name) is not None
+
+
+def is_older(name: str) -> bool:
+    """Whether a file is of an older training, by its path from the run folder."""
+    return is_own(name) and OLDER.match(name) is not None
 
 
 def is_of_store(name: str) -> bool:

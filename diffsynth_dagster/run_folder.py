@@ -17,7 +17,10 @@ from diffsynth_dagster.files import held, remove_leftovers, require_writable, wr
 
 LOCK, OWNER = ".lock", ".owner.json"
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
-_WRITTEN = ("", "samples", "state", "held_out", ".prompts", "exports", "exports/*", "exports/*/*")
+_WRITTEN = (
+    *("", "samples", "state", "held_out", ".prompts", "exports", "exports/*", "exports/*/*"),
+    *("older", ".tables", ".tables/held_out"),
+)
 """The folders that an owner writes into."""
 
 

@@ -248,6 +248,7 @@ ALTERNATIVES: dict[str, Change] = {
     "state_minutes": {"state_minutes": 1.0},
     "state_keep": {"state_keep": 1},
     "resume": {"resume": "never"},
+    "runs_keep": {"runs_keep": 1},
     "enable_csv_log": {"enable_csv_log": True},
     "enable_tensorboard_log": {"enable_tensorboard_log": True},
     "enable_swanlab_log": {"enable_swanlab_log": True},

@@ -44,12 +44,21 @@ def test_other_held_out_rows_are_trained_with(values: Values, tmp_path: Path) ->
         assert first["latents"].metadata["dagster/row_count"].value == 8
         assert not again["checkpoints"].metadata["trained_in_this_run"].value
 
+        tables = ["metadata.parquet", "samples.parquet"]
+        tables = [tmp_path / "run" / place / name for place in ("", "held_out") for name in tables]
+        before = [path.read_bytes() for path in tables]
+        assert "moved_to" not in {**facts, **again["checkpoints"].metadata}
         rows[8:11].write_csv(held_out)
         other = run()
     assert versions(again, "metadata", "latents") == versions(first, "metadata", "latents")
     for name in ("metadata", "latents"):
         assert versions(other, name) != versions(first, name)
     assert other["checkpoints"].metadata["trained_in_this_run"].value
+    # The training before keeps its own tables, though the assets made others before it was moved.
+    older = Path(str(other["checkpoints"].metadata["moved_to"].value))
+    assert older.parent == tmp_path / "run" / "older"
+    assert [(older / path.relative_to(tmp_path / "run")).read_bytes() for path in tables] == before
+    assert [path.read_bytes() for path in tables] != before
 
 
 def versions(made: dict[str, dg.AssetMaterialization], *names: str) -> list[str]:

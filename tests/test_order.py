@@ -1,13 +1,16 @@
 """The order of a training: a permutation without state, and every sample exactly once."""
 
+import random
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
+from statistics import mean
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffsynth_dagster.data.order import StepOrder
+from diffsynth_dagster.data.order import MicroBatch, StepOrder
 from diffsynth_dagster.data.permutation import Permutation
 
 
@@ -68,15 +71,55 @@ def test_every_sample_once_per_epoch_and_repeat(args: tuple[list[int], int, int,
         }
 
 
-@given(st.integers(8, 60), st.integers(1, 3), st.sampled_from([(4, 1), (2, 2), (1, 4)]))
-def test_full_steps_do_not_depend_on_how_they_are_split(
-    size: int, repeat: int, split: tuple[int, int]
+@given(orders, st.integers(1, 4))
+def test_micro_batches_do_not_depend_on_how_many_a_step_takes(
+    args: tuple[list[int], int, int, int, int], others: int
 ) -> None:
-    whole = StepOrder([size], repeat, 4, 1, seed=5)
-    cut = StepOrder([size], repeat, *split, seed=5)
-    assert whole.steps_per_epoch == cut.steps_per_epoch
-    for step in range(whole.steps_per_epoch):
-        together = [v for micro in whole.step(step) for v in micro]
-        apart = [v for micro in cut.step(step) for v in micro]
-        key = lambda v: (v.index, v.visit)  # noqa: E731
-        assert sorted(together, key=key) == sorted(apart, key=key)
+    sizes, repeat, batch, slots, seed = args
+
+    def epoch_of(slots: int) -> list[MicroBatch]:
+        order = StepOrder(sizes, repeat, batch, slots, seed)
+        steps = range(order.steps_per_epoch, 2 * order.steps_per_epoch)
+        return [micro for step in steps for micro in order.step(step)]
+
+    assert epoch_of(slots) == epoch_of(others)
+
+
+def test_repeats_of_a_sample_are_no_neighbours_in_its_bucket() -> None:
+    order = StepOrder([64], 5, 4, 1, seed=3)
+    micros = [micro for step in range(order.steps_per_epoch) for micro in order.step(step)]
+    assert all(len({visit.index for visit in micro}) == 4 for micro in micros)
+    first = [[v.index for m in micros for v in m if v.visit == turn] for turn in range(5)]
+    assert len({tuple(indices) for indices in first}) == 5
+
+
+SOURCE = random.Random(5)
+RANDOM_SIZES = Counter(
+    (SOURCE.randint(640, 1600) // 64, SOURCE.randint(640, 1600) // 64) for _ in range(500)
+)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "repeat", "batch", "slots"),
+    [
+        pytest.param([1] * 30, 50, 1, 4, id="30 shapes, accumulation 4"),
+        pytest.param([1] * 30, 50, 1, 8, id="30 shapes, 8 processes"),
+        pytest.param([5, 8, 7, 4, 6], 50, 1, 8, id="5 shapes, 8 processes"),
+        pytest.param(list(RANDOM_SIZES.values()), 4, 1, 16, id="random sizes"),
+    ],
+)
+def test_a_step_mixes_samples_as_a_shuffled_order_does(
+    sizes: list[int], repeat: int, batch: int, slots: int, show: Callable[[str], None]
+) -> None:
+    order = StepOrder(sizes, repeat, batch, slots, seed=1)
+    steps = [[v for m in order.step(s) for v in m] for s in range(order.steps_per_epoch)]
+    ours = mean(len({(v.bucket, v.index) for v in step}) for step in steps)
+    source = random.Random(1)
+    drawn = [sample for sample in range(sum(sizes)) for _ in range(repeat)]
+    shuffled: list[int] = []
+    for _ in range(20):
+        source.shuffle(drawn)
+        cuts = range(0, len(drawn), batch * slots)
+        shuffled += [len(set(drawn[cut : cut + batch * slots])) for cut in cuts]
+    show(f"different samples in a step: {ours:.2f}; in a shuffled order {mean(shuffled):.2f}")
+    assert ours == pytest.approx(mean(shuffled), rel=0.05)

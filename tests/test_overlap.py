@@ -21,6 +21,7 @@ from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import write_checked
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.files import hidden_beside, remove_leftovers
+from diffsynth_dagster.older import older_runs
 from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.train import main
 from diffsynth_dagster.training.overlap import (
@@ -114,7 +115,7 @@ FULL = {"trainable_models": "dit"}
 )
 def test_an_input_with_the_name_of_an_output_is_refused(given: dict[str, Any], name: str) -> None:
     said = refusal(**given)
-    assert f"replaced or removed by what is written: '{name}' of the run folder" in said
+    assert f"replaced, moved or removed by what is written: '{name}' of the run folder" in said
     assert f"{next(iter(given))} = " in said
     assert said.endswith("output_path = run")
     assert refusal(**given, output_path="elsewhere") == ""
@@ -184,14 +185,23 @@ def test_a_checked_table_may_be_given_to_its_own_run_folder() -> None:
     assert "'metadata.parquet'" in refusal(**other), "it becomes that of the data set"
 
 
-def test_what_an_earlier_training_left_and_this_one_removes_is_refused() -> None:
+def test_what_an_earlier_training_left_and_this_one_moves_is_refused() -> None:
     start = {"lora_checkpoint": "run/epoch-3.safetensors"}
     assert refusal(**start) == ""
     write_record("run", checkpoints={"epoch-3.safetensors": "d"})
     assert "'epoch-3.safetensors'" in refusal(**start)
     assert refusal(lora_checkpoint="run/epoch-4.safetensors") == ""
-    Path("run/run.json").write_text("damaged: nothing is removed by it")
+    Path("run/run.json").write_text("damaged: all that has such a name is moved")
+    assert refusal(**start) == ""  # it is not there
+    Path("run/epoch-3.safetensors").touch()
+    assert "'epoch-3.safetensors'" in refusal(**start)
+
+
+def test_a_checkpoint_of_an_older_training_is_taken_where_none_is_removed() -> None:
+    start = {"lora_checkpoint": "run/older/2026-11-30T01-52-07/epoch-0.safetensors"}
     assert refusal(**start) == ""
+    assert "older/2026-11-30T01-52-07/epoch-0" in refusal(**start, runs_keep=1)
+    assert refusal(**start, runs_keep=1, task="sft:data_process") == ""
 
 
 @pytest.mark.parametrize(
@@ -314,7 +324,7 @@ def test_cleaning_up_a_store_leaves_what_is_not_its_own(
     assert after == before
 
 
-def test_only_files_of_an_earlier_training_are_removed() -> None:
+def test_only_files_of_an_earlier_training_are_moved() -> None:
     own = ["epoch-0.safetensors", "samples/step-1.png", "samples/before-eights.png"]
     mine = ["model.safetensors", "samples/cat.png", "notes.txt", "state/mine/x", ".cache/x"]
     mine += [".x.12345678-1", "step-best.safetensors"]
@@ -333,4 +343,6 @@ def test_only_files_of_an_earlier_training_are_removed() -> None:
     assert json.loads(Path("run/run.json").read_text())["checkpoints"]
     make_ready(Path("run"), None, warn=lambda text: None)
     remove_leftovers(Path("run"))
-    assert sorted(contents(Path("run"))) == sorted([*mine, "run.json"])
+    (older,) = older_runs(Path("run"))
+    moved = [str((older / name).relative_to("run")) for name in [*own, "run.json"]]
+    assert sorted(contents(Path("run"))) == sorted([*mine, *moved])

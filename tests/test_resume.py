@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from soak_support import result
 
 from diffsynth_dagster.errors import Stopped
+from diffsynth_dagster.older import older_runs
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.record import RunFile
@@ -195,11 +196,12 @@ def test_a_finished_training_ends_at_once(
     assert contents(run) == undisturbed
 
 
-def test_a_training_from_the_beginning_leaves_nothing_of_an_older_one(
+def test_a_training_from_the_beginning_lies_alone_beside_the_older_one(
     values: Values, tmp_path: Path
 ) -> None:
     config = values(**LONG, output_path=str(tmp_path / "run"))
     run_training(make_config(config), never)
+    before = contents(tmp_path / "run")
     mine = tmp_path / "run" / "step-3-mine.safetensors"
     mine.write_bytes(b"a file of the user's")
     fresh = {**config, "num_epochs": 1, "save_steps": None, "sample_prompts": [], "resume": "never"}
@@ -211,6 +213,9 @@ def test_a_training_from_the_beginning_leaves_nothing_of_an_older_one(
     assert found == {"epoch-0.safetensors", mine.name}
     assert not list((tmp_path / "run" / "samples").glob("*"))
     assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-2"]
+    (older,) = older_runs(tmp_path / "run")
+    assert contents(older) == before
+    assert [p.name for p in (older / "state").iterdir()] == [f"step-{STEPS}"]
 
 
 def test_there_must_be_a_state(values: Values, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ Their table is checked and encoded in a folder of its own inside the run folder,
 or they are a part of the data set's own samples.
 """
 
+import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import polars as pl
 from diffsynth_dagster.cache.manifest import (
     CONTENT_NUMBER,
     FILE_NAME,
+    PLANNED,
     Manifest,
     read_manifest,
 )
@@ -19,10 +22,12 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.settled import require_same
 from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
+from diffsynth_dagster.data.table.checked import PINNED
 from diffsynth_dagster.errors import MetadataError, ParameterError, StoreError
 from diffsynth_dagster.files import write_whole
 
 FOLDER = "held_out"
+_OF_PARTS = re.compile(r"\.(?:trained|held_out|compared)\.(?:parquet|records|bin|captions|json)")
 _NUMBERS = 2**64
 """Of different values of `CONTENT_NUMBER`."""
 
@@ -91,7 +96,20 @@ def held_out_manifest(config: TrainingConfig, manifest: Manifest) -> Manifest | 
 
 def forget_held_out(config: TrainingConfig) -> None:
     """Let what a run folder holds out no longer belong to its data set, which is encoded anew."""
-    (Path(config.output_path) / FOLDER / FILE_NAME).unlink(missing_ok=True)
+    folder = Path(config.output_path) / FOLDER
+    for name in (FILE_NAME, PLANNED, CHECKED, PINNED, "rejected.csv"):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or files of others are in it
+        folder.rmdir()
+
+
+def forget_parts(config: TrainingConfig, folder: Path) -> None:
+    """Remove from a run folder what `parts_of` and `resolve` wrote there for a training that held samples
+    out, where this one holds none."""
+    if not config.holds_out:
+        for path in folder.glob(".*"):
+            if _OF_PARTS.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:

@@ -6,6 +6,7 @@ from pathlib import Path
 import polars as pl
 from safetensors import SafetensorError
 
+from diffsynth_dagster.cache.held_out import FOLDER as HELD_OUT
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.cache.manifest import FILE_NAME, PLANNED, read_manifest
 from diffsynth_dagster.cache.shards import (
@@ -19,6 +20,7 @@ from diffsynth_dagster.cache.shards import (
 from diffsynth_dagster.cache.store import LOST, Store, read_note
 from diffsynth_dagster.errors import StoreError
 from diffsynth_dagster.files import is_leftover, remove
+from diffsynth_dagster.older import MOVING, TABLES, older_runs
 
 PART_OF_SHARD_KEPT = 0.5
 """A shard is written anew when less of it than this is still used."""
@@ -118,7 +120,7 @@ class Statistics:
 
 def used_keys(store: Store) -> dict[Path, pl.LazyFrame]:
     """Run folder → the keys that its samples need, a column `key`; a folder that is gone uses
-    nothing.
+    nothing. Older trainings (see `older.py`) are run folders too.
 
     A store that was moved keeps its users: keys are content, so what they name is the same.
 
@@ -126,16 +128,31 @@ def used_keys(store: Store) -> dict[Path, pl.LazyFrame]:
         StoreError: a `samples.parquet` is damaged, so that it is not known what it uses.
     """
     used: dict[Path, pl.LazyFrame] = {}
-    for folder in store.users():
-        # A planned manifest is that of an encoding that goes on, or was interrupted.
-        names = [name for name in (FILE_NAME, PLANNED) if (folder / name).is_file()]
-        manifests = [read_manifest(folder, name, any_layout=True) for name in names]
+    for folder, paths in _manifests(store).items():
+        manifests = [read_manifest(p.parent, p.name, any_layout=True) for p in paths]
         # No training reads a manifest of another layout.
         keys = [m.keys for m in manifests if m.layout == LAYOUT_VERSION]
-        if names:
-            none = pl.LazyFrame(schema={"key": pl.String})
-            used[folder] = pl.concat([none, *keys]).unique()
+        none = pl.LazyFrame(schema={"key": pl.String})
+        used[folder] = pl.concat([none, *keys]).unique()
     return used
+
+
+def _manifests(store: Store) -> dict[Path, list[Path]]:
+    """Run folder → its manifests that are there; and so the folders of its older trainings, which may be
+    gone on with."""
+    found: dict[Path, list[Path]] = {}
+    for folder in store.users():
+        own = [folder, folder / TABLES, folder / TABLES / HELD_OUT]
+        places = {folder: own}
+        for run in (folder / MOVING, *older_runs(folder)):
+            places[run] = [run, run / HELD_OUT]
+        for run, folders in places.items():
+            # A planned manifest is that of an encoding that goes on, or was interrupted.
+            paths = [place / name for place in folders for name in (FILE_NAME, PLANNED)]
+            there = [path for path in paths if path.is_file()]
+            if there:
+                found[run] = list(dict.fromkeys([*found.get(run, []), *there]))
+    return found
 
 
 def statistics(store: Store) -> Statistics:

@@ -46,9 +46,17 @@ class OutputParameters(BaseModel):
     resume: Literal["auto", "same", "must", "never"] = parameter(
         "auto",
         "auto: go on from the newest state in the run folder, if there is one, and refuse one of another "
-        "training; same: go on from one of the same training, else train from the beginning; must: "
-        "refuse to start without one; never: train from the beginning, and remove what an older training wrote.",
+        "training that is unfinished; same: go on from one of the same training, else train from the "
+        "beginning; must: refuse to start without one; never: train from the beginning. A training that is "
+        "not gone on with is moved to older/.",
         affects="nothing",
+    )
+    runs_keep: int | None = parameter(
+        None,
+        "Older trainings that are kept in older/, the newest; left out, all. The others are removed when "
+        "the newest training has ended.",
+        affects="nothing",
+        ge=1,
     )
     enable_csv_log: bool = parameter(
         False, "Write loss.csv (step, loss) beside metrics.csv.", affects="nothing"

@@ -1,9 +1,10 @@
 """Which samples an optimizer step sees: a function of (seed, step), with no state.
 
-Samples of equal shape form a bucket. Every bucket is cut into blocks of one optimizer step; what
-does not fill a block is cut into micro-batches, and these are packed into mixed steps. So every
-sample is seen exactly once per epoch and repeat, a full step sees the same samples however it is
-split into micro-batches and processes, and no incomplete batch is lost.
+Samples of equal shape form a bucket. An epoch goes through every bucket `repeat` times, each time in
+another order, and what follows from that is cut into micro-batches. The micro-batches of all buckets
+are shuffled together, and a step takes consecutive ones. So a step mixes shapes, every sample is seen
+exactly once per epoch and repeat, no incomplete batch is lost, and a step sees the same samples
+however its micro-batches are split among processes and accumulation.
 """
 
 from bisect import bisect_right
@@ -47,49 +48,36 @@ class StepOrder:
         self._batch = batch_size
         self._slots = slots
         self._seed = seed
-        self._block = batch_size * slots
-        blocks = [size * repeat // self._block for size in sizes]
-        self._ends = list(accumulate(blocks))
-        self._rest = [
-            (bucket, start, min(batch_size, size * repeat - start))
-            for bucket, size in enumerate(sizes)
-            for start in range(blocks[bucket] * self._block, size * repeat, batch_size)
-        ]
+        self._ends = list(accumulate(-(-size * repeat // batch_size) for size in sizes))
         self.samples_per_epoch = sum(sizes) * repeat
-        self.steps_per_epoch = self._ends[-1] + -(-len(self._rest) // slots)
+        self.steps_per_epoch = -(-self._ends[-1] // slots)
 
     @property
     def key(self) -> list[Any]:
         """What every step depends on. Equal keys give equal steps, with the samples in the same order,
         however these are split among processes."""
-        rest = [self._batch, self._slots] if self._rest else []
-        return [self._sizes, self._repeat, self._seed, self._block, rest]
+        return [self._sizes, self._repeat, self._seed, self._batch, self._slots]
 
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step`, counted from 0 over all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        place = Permutation(self.steps_per_epoch, self._seed, "step", epoch)[position]
-        if place < self._ends[-1]:
-            bucket = bisect_right(self._ends, place)
-            first = (place - (self._ends[bucket - 1] if bucket else 0)) * self._block
-            cuts = [
-                (bucket, first + offset, self._batch)
-                for offset in range(0, self._block, self._batch)
-            ]
-        else:
-            shuffled = Permutation(len(self._rest), self._seed, "rest", epoch)
-            first = (place - self._ends[-1]) * self._slots
-            last = min(first + self._slots, len(self._rest))
-            cuts = [self._rest[shuffled[index]] for index in range(first, last)]
-        orders = {
-            b: Permutation(self._sizes[b] * self._repeat, self._seed, "sample", epoch, b)
-            for b in {cut[0] for cut in cuts}
-        }
-        return [
-            [self._visit(epoch, b, orders[b][start + offset]) for offset in range(count)]
-            for b, start, count in cuts
-        ]
+        shuffled = Permutation(self._ends[-1], self._seed, "micro-batch", epoch)
+        first = position * self._slots
+        last = min(first + self._slots, len(shuffled))
+        return [self._micro_batch(epoch, shuffled[index]) for index in range(first, last)]
 
-    def _visit(self, epoch: int, bucket: int, element: int) -> Visit:
-        repeat, index = divmod(element, self._sizes[bucket])
-        return Visit(bucket, index, epoch * self._repeat + repeat)
+    def _micro_batch(self, epoch: int, number: int) -> MicroBatch:
+        """A micro-batch of an epoch, numbered through the buckets."""
+        bucket = bisect_right(self._ends, number)
+        size = self._sizes[bucket]
+        first = (number - (self._ends[bucket - 1] if bucket else 0)) * self._batch
+        last = min(first + self._batch, size * self._repeat)
+        orders = {
+            turn: Permutation(size, self._seed, "sample", epoch, bucket, turn)
+            for turn in range(first // size, (last - 1) // size + 1)
+        }
+        visits = (divmod(element, size) for element in range(first, last))
+        return [
+            Visit(bucket, orders[turn][place], epoch * self._repeat + turn)
+            for turn, place in visits
+        ]

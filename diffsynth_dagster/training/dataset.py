@@ -14,6 +14,7 @@ from diffsynth_dagster.cache.encode import encode_missing
 from diffsynth_dagster.cache.encoded_for import require_encoded_for, require_planned_weights
 from diffsynth_dagster.cache.held_out import (
     forget_held_out,
+    forget_parts,
     held_out_config,
     held_out_manifest,
     parts_of,
@@ -198,6 +199,7 @@ def resolved_samples(config: TrainingConfig, manifest: Manifest, parallel: Paral
     folder = Path(config.output_path)
     with parallel.node_main_first():
         if parallel.is_node_main:
+            forget_parts(config, folder)
             parts = parts_of(config, manifest, folder)
             resolve(parts.trained, folder)
             if parts.held_out is not None and parts.compared is not None:

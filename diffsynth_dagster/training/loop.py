@@ -10,7 +10,9 @@ import torch
 from diffsynth_dagster.config.recipe import dump_config
 from diffsynth_dagster.errors import Stopped, TrainingError
 from diffsynth_dagster.files import write_text
+from diffsynth_dagster.older import keep_tables
 from diffsynth_dagster.training.batches import Batch, steps_of
+from diffsynth_dagster.training.earlier import drop_older
 from diffsynth_dagster.training.held_out import HeldOut
 from diffsynth_dagster.training.modules import fingerprints
 from diffsynth_dagster.training.optimizer import current_rates
@@ -50,9 +52,10 @@ def _train(work: Work) -> RunRecord:
     before = fingerprints(work.trained.items())
     state = session.state
     random = None if state is None else restore(work, state)
-    # From here on nothing of an older training is left.
+    # From here on nothing of another training is left.
     if session.parallel.is_main_process:
         make_ready(run_file.folder, state, reporter.warned)
+        keep_tables(run_file.folder, session.manifest.folder)
         write_text(run_file.folder / "config.yaml", dump_config(config))
     run_file.begin(work.total_steps)
     pictures = Pictures(work)
@@ -106,6 +109,8 @@ def _train(work: Work) -> RunRecord:
     pictures.evaluate("after")
     work.losses.write(run_file.folder, session.parallel)
     run_file.finished(len(after), sum(before[name] != after[name] for name in after))
+    if session.parallel.is_main_process:
+        drop_older(run_file.folder, config.runs_keep, reporter.warned)
     reporter.finished(run_file.record)
     return run_file.record
 

@@ -7,7 +7,6 @@ written, and for `--dry_run`. Symbolic links are followed.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import polars as pl
@@ -19,9 +18,9 @@ from diffsynth_dagster.config.recipe import read_values
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
 from diffsynth_dagster.data.table.checked import find_checked
-from diffsynth_dagster.errors import OutputError, ParameterError, WeightsError
-from diffsynth_dagster.own_names import CHECKPOINT, OWN, is_own, is_trained
-from diffsynth_dagster.training.record import read_record, written_files
+from diffsynth_dagster.errors import ParameterError, WeightsError
+from diffsynth_dagster.own_names import CHECKPOINT, OWN, is_older, is_own, is_trained
+from diffsynth_dagster.training.earlier import earlier_files
 from diffsynth_dagster.weights.hub import ModelHub
 
 _OWN_TABLES = {
@@ -37,7 +36,8 @@ _FILES = (
 
 
 def refuse_overlap(config: TrainingConfig) -> None:
-    """Refuse a config by which an input would be replaced or removed, or the run folder lie in a store.
+    """Refuse a config by which an input would be replaced, moved or removed, or the run folder lie in a
+    store.
 
     Raises:
         ParameterError: it names the file or folder, and both parameters.
@@ -80,8 +80,8 @@ def refuse_own_recipe(config: TrainingConfig, recipe: Path) -> None:
 
 
 def refuse_replaced_rows(config: TrainingConfig, tables: Sequence[CheckedTable]) -> None:
-    """Refuse rows with files that would be replaced or removed: samples of an earlier training in the
-    same run folder.
+    """Refuse rows with files that would be replaced, moved or removed: samples of an earlier training in
+    the same run folder.
 
     Raises:
         ParameterError: it names a file.
@@ -126,20 +126,18 @@ def _inputs(config: TrainingConfig) -> Iterator[tuple[str, Path]]:
 
 
 def _writes(config: TrainingConfig) -> Callable[[str], bool]:
-    """Tells whether a config replaces or removes a file, by its path from the run folder."""
+    """Tells whether a config replaces, moves or removes a file, by its path from the run folder."""
     if config.encodes_only:
-        return lambda name: is_own(name) and not is_trained(name)
-    try:
-        older = read_record(Path(config.output_path))
-    except OutputError:  # damaged: nothing of it is removed
-        older = None
-    removed = set[str]() if older is None else written_files(asdict(older))
+        return lambda name: is_own(name) and not is_trained(name) and not is_older(name)
+    moved = earlier_files(Path(config.output_path))
     by_steps = config.save_steps is not None
     stops_early = config.early_stopping_patience is not None
 
     def writes(name: str) -> bool:
+        if is_older(name):
+            return config.runs_keep is not None
         checkpoint = CHECKPOINT.fullmatch(name)
-        if checkpoint is None or name in removed:
+        if checkpoint is None or name in moved:
             return is_own(name)
         kind, number = checkpoint["kind"], int(checkpoint["number"])
         if kind == "epoch":
@@ -190,7 +188,8 @@ def _stores_above(folder: Path) -> Iterator[Path]:
 
 def _replaced(name: str, config: TrainingConfig, parameter: str, path: Path) -> ParameterError:
     what = (
-        f"what is read would be replaced or removed by what is written: '{name}' of the run folder"
+        "what is read would be replaced, moved or removed by what is written: "
+        f"'{name}' of the run folder"
     )
     return _refused(what, config, parameter, path)
 

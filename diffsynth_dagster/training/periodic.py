@@ -102,17 +102,16 @@ class Checkpoints:
         self._points = points
 
     def warn_of_space(self, work: Work) -> None:
-        """Warn before the first step where not all that will be written fits on the disk.
-
-        Checkpoints of an older training are replaced one by one.
+        """Warn before the first step where not all that will be written fits on the disk. An older
+        training keeps its space.
         """
         folder = Path(work.session.config.output_path)
         config = work.session.config
         size = sum(parameter.nbytes for parameter in work.trained.values())
         count = min(self._points.count, config.save_keep or self._points.count)
-        older = [p for kind in ("epoch", "step") for p in folder.glob(f"{kind}-*.safetensors")]
-        replaced = sum(path.stat().st_size for path in older[:count])
-        needed = max(size, size * count - replaced)
+        there = [folder / name for name in work.session.run_file.record.checkpoints]
+        written = sum(path.stat().st_size for path in there if path.is_file())
+        needed = max(size, size * count - written)
         # AdamW keeps two numbers for each trained one. A new state is written before an old one goes.
         numbers = 3 if config.ema_sigma_rel is None else 4
         states = numbers * size * (config.state_keep + 1) if config.writes_states else 0

@@ -15,13 +15,8 @@ from diffsynth_dagster.errors import DamagedError, OutputError, ParameterError, 
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.files import require_held
 from diffsynth_dagster.training.batches import StepDataset
-from diffsynth_dagster.training.record import (
-    LOGS,
-    SAMPLE_LOSSES,
-    RunRecord,
-    read_record,
-    written_files,
-)
+from diffsynth_dagster.training.earlier import clear, earlier_record, finish_moving
+from diffsynth_dagster.training.record import LOGS, RunRecord, written_files
 from diffsynth_dagster.training.setup import Work
 from diffsynth_dagster.training.state import Notes, WrittenState, read_state, state_folders
 
@@ -67,7 +62,8 @@ def choose_state(
     can_restore: bool,
     warn: Callable[[str], None],
 ) -> WrittenState | None:
-    """The newest whole state of the run folder, if the training is to go on from one.
+    """The newest whole state of the run folder, if the training is to go on from one. A finished training
+    that differs is none to go on with.
 
     Checkpoints that were removed are not made again. Where one was changed, an older state is taken, if
     there is one from before it.
@@ -78,12 +74,15 @@ def choose_state(
         can_restore: see `Parallel.can_save_state`.
 
     Raises:
-        ParameterError: the state is of another training; or there is none, and there must be.
+        ParameterError: the state is of another, unfinished training; or there is none, and there must be.
         OutputError: a state cannot be read, though it may be whole.
     """
+    output = Path(config.output_path)
+    finish_moving(output, warn)
     if config.resume == "never":
         return None
-    output = Path(config.output_path)
+    earlier = earlier_record(output)
+    is_finished = earlier is not None and earlier.finished
     newest: tuple[WrittenState, list[str]] | None = None
     for _, folder in state_folders(output):
         try:
@@ -95,16 +94,17 @@ def choose_state(
         names += _differing_steps(config, state, data)
         if not can_restore:
             names.append("DeepSpeed, which keeps the optimizer's state in parts")
-        if names and config.resume == "same":
-            warn(f"training from the beginning: changed since the last state: {', '.join(names)}")
+        if names and (config.resume == "same" or (is_finished and config.resume == "auto")):
+            before = "the training before" if is_finished else "the last state"
+            warn(f"training from the beginning: changed since {before}: {', '.join(names)}")
             return None
         if names:
             raise ParameterError(
                 "the run folder holds the state of another training, which differs in: "
                 + ", ".join(names),
                 where=f"output_path = {output}",
-                do="give another output_path; or resume: never, which trains from the beginning and "
-                "removes what the other training wrote",
+                do="give another output_path; or resume: never, which moves what is there to older/ and "
+                "trains from the beginning",
             )
         changed = _changed_checkpoints(output, state)
         if not changed:
@@ -227,41 +227,31 @@ class Logs:
 
 
 def make_ready(output: Path, state: Notes | None, warn: Callable[[str], None]) -> None:
-    """Remove from a run folder what the training that starts would not have written up to where it
-    starts: what is newer than the state, or all of an older training.
+    """Leave in a run folder what the training that starts would have written up to where it starts: what
+    is newer than its state is removed, and another training moved to `older/`.
 
     Raises:
         OutputError: the folder cannot be written.
     """
+    if state is None:
+        clear(output, warn)
+        return
     require_held(output)
     try:
         for step, folder in state_folders(output):
-            if state is None or step > state.step:
+            if step > state.step:
                 shutil.rmtree(folder)
-        _remove_older(output, state)
-        if state is not None:
-            _cut_logs(output, state, warn)
+        record = earlier_record(output)
+        newer = set() if record is None else written_files(asdict(record))
+        for name in newer - written_files(state.record):
+            (output / name).unlink(missing_ok=True)
+        _cut_logs(output, state, warn)
     except OSError as error:
         raise OutputError(
-            f"what an older training left cannot be removed: {error}",
+            f"what the training wrote after step {state.step} cannot be removed: {error}",
             where=str(output),
             do="check the folder's permissions",
         ) from error
-
-
-def _remove_older(output: Path, state: Notes | None) -> None:
-    """Remove what an older training wrote, by its record, but for what a state goes on with."""
-    try:
-        older = read_record(output)
-    except OutputError:  # damaged: it will be replaced
-        older = None
-    written = set() if older is None else written_files(asdict(older))
-    if state is not None:
-        written -= written_files(state.record)
-    else:
-        written |= {*LOGS, SAMPLE_LOSSES}
-    for name in written:
-        (output / name).unlink(missing_ok=True)
 
 
 def _cut_logs(output: Path, state: Notes, warn: Callable[[str], None]) -> None:

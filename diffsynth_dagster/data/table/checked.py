@@ -6,8 +6,6 @@ made or checked again.
 """
 
 import json
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import polars as pl
 from diffsynth_dagster.data.frames import read_notes, scan_parquet
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.errors import MetadataError
-from diffsynth_dagster.files import write_whole
+from diffsynth_dagster.files import link_whole, write_whole
 from diffsynth_dagster.seal import seal_is_broken, write_sealed
 
 FILE_NAME = "metadata.parquet"
@@ -46,7 +44,7 @@ def write_checked(table: CheckedTable, folder: Path, pinned: bool = False) -> Ch
         notes,
     )
     if pinned:
-        _copy(path, folder / FILE_NAME)
+        link_whole(path, folder / FILE_NAME)
     rejected = table.rejected.select("row", "status", "message").collect()
     write_whole(folder / "rejected.csv", rejected.write_csv)
     return replace(table, rows=scan_parquet(path))
@@ -98,16 +96,4 @@ def pin(folder: Path) -> None:
     Raises:
         OutputError: the folder cannot be written.
     """
-    _copy(folder / FILE_NAME, folder / PINNED)
-
-
-def _copy(path: Path, other: Path) -> None:
-    """Let a file have another name too. Raises `OutputError`."""
-
-    def link(staged: Path) -> None:
-        try:
-            os.link(path, staged)
-        except OSError:  # not every file system has links
-            shutil.copyfile(path, staged)
-
-    write_whole(other, link)
+    link_whole(folder / FILE_NAME, folder / PINNED)
