@@ -220,7 +220,8 @@ def test_the_best_weights_are_kept(values: Values, tmp_path: Path, whole: Path) 
 
 
 def test_a_training_without_progress_ends_early(values: Values, tmp_path: Path) -> None:
-    code, run = train(values(**LONG, early_stopping_patience=2), tmp_path / "run")
+    config = values(**LONG, early_stopping_patience=2, seed=2, output_path=str(tmp_path / "run"))
+    code, run = train(config, tmp_path / "run")
     assert code == 0
     measured = held_out(run)
     last = int(measured[-1]["step"])
@@ -230,9 +231,7 @@ def test_a_training_without_progress_ends_early(values: Values, tmp_path: Path) 
     assert record["finished"]
     assert record["steps"] == last
     assert record["newest"] == [f"step-{last}.safetensors"]
-    again = run_training(
-        make_config(values(**LONG, early_stopping_patience=2, output_path=str(run))), never
-    )
+    again = run_training(make_config(config), never)
     assert again is not None
     assert again.steps == last
 

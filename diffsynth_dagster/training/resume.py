@@ -21,7 +21,7 @@ from diffsynth_dagster.training.setup import Work
 from diffsynth_dagster.training.state import Notes, WrittenState, read_state, state_folders
 
 _BY_STEPS = ("num_epochs", "batch_size", "gradient_accumulation_steps")
-"""More epochs go on where fewer ended; the others may change where a step has the same samples."""
+"""More epochs go on where fewer ended; the others are compared by the samples of each step."""
 _SAME_COURSE = ("constant", "constant_with_warmup")
 """Courses of the learning rate that do not depend on how many steps there are."""
 _CARRIED = (
@@ -129,8 +129,8 @@ def _differing_steps(config: TrainingConfig, state: Notes, data: StepDataset) ->
     names: list[str] = []
     if state.order != data.order.key:
         names.append(
-            "the samples of each step (batch_size, gradient_accumulation_steps and the number of "
-            "processes, whose product must stay the same)"
+            "the samples of each step (batch_size, or gradient_accumulation_steps times the number "
+            "of processes)"
         )
     steps = data.order.steps_per_epoch * config.num_epochs
     if state.step > steps:
