@@ -74,34 +74,39 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
         from diffsynth_dagster.cache.split import second_half
         from diffsynth_dagster.training.uptodate import (
             changed_beside,
-            finished_training,
             say_changed,
+            why_train,
         )
 
         with tried_again(context, recipe.options.retries), user_errors():
             settings = second_half(parameters.apply(recipe.config))
             processes = launcher.num_processes or recipe.options.num_processes
             began = _began(context, recipe, Path(settings.output_path))
-            record = None
+            why = "retrain was asked for"
             if began or not config.retrain:
-                record = finished_training(settings, hub.open(), processes)
-            trained = record is None
-            if record is None:
+                why = why_train(settings, hub.open(), processes)
+            if why is not None:
+                context.log.info(f"it trains, because: {why}")
                 progress = Progress(context)
                 resume = _resume(settings, config.retrain, began)
                 settings = settings.model_copy(update={"resume": resume})
-                for message in launcher.run(context, settings, recipe.options):
-                    progress.hear(message)
+                with user_errors(settings):
+                    for message in launcher.run(context, settings, recipe.options):
+                        progress.hear(message)
                 progress.last()
-                record = _finished_record(settings)
             else:
                 context.log.info("nothing that the training depends on has changed")
+            record = _finished_record(settings)
             changed = changed_beside(Path(settings.output_path), record)
             if changed:
                 context.log.warning(say_changed(changed))
             check = _check(record)
         yield dg.MaterializeResult(
-            metadata={"trained_in_this_run": trained, **_describe(settings, record, changed)},
+            metadata={
+                "trained_in_this_run": why is not None,
+                **({} if why is None else {"trained_because": why}),
+                **_describe(settings, record, changed),
+            },
             data_version=dg.DataVersion(record.chosen_digest),
             check_results=[check],
         )

@@ -23,7 +23,7 @@ from dagster_support import (
 from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.split import second_half
-from diffsynth_dagster.training.uptodate import finished_training
+from diffsynth_dagster.training.uptodate import why_train
 from diffsynth_dagster.weights.hub import ModelHub
 
 LONG = {"num_epochs": 150, "save_steps": 200, "state_steps": 20, "learning_rate": 1e-3}
@@ -65,7 +65,7 @@ def test_a_training_that_dies_before_it_begins_is_not_taken_for_done(
     assert code == 0
     config = {**values(num_epochs=2), "output_path": str(run)}
     hub = ModelHub.from_environment()
-    assert finished_training(second_half(make_config(config)), hub, None) is not None
+    assert why_train(second_half(make_config(config)), hub, None) is None
     before = (run / "run.json").read_bytes()
     write_recipe(tmp_path / "recipes", "tiny", config)
     env, log = environment(home(tmp_path / "home"), tmp_path / "recipes"), tmp_path / "log"
@@ -116,6 +116,11 @@ def test_killed_trainings_go_on(values: Values, tmp_path: Path) -> None:
     said = log.read_text()
     assert "tried again in 5 s" in said
     assert "going on after step" in said
+    assert (
+        said.count("the training in the run folder is not finished; the training goes on after")
+        == 2
+    )
+    assert "run it again: the training goes on after step" in said
 
     record, facts = json.loads((run / "run.json").read_text()), told(folder)
     assert len(record["resumed_from"]) == 2

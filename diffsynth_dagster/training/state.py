@@ -7,7 +7,6 @@ A state is written into a hidden folder and renamed, so that it is whole or not 
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,11 +18,10 @@ import torch
 from diffsynth_dagster.errors import DamagedError, OutputError
 from diffsynth_dagster.facts import digest_file, digest_of
 from diffsynth_dagster.files import write_folder, write_tensors, write_text
+from diffsynth_dagster.training.goes_on import FOLDER, state_folders
 from diffsynth_dagster.training.packing import pack, unpack
 
-FOLDER = "state"
 _TENSORS, _MANIFEST = "tensors.safetensors", "state.json"
-_NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -113,13 +111,6 @@ class PackedState:
             write_text(folder / _MANIFEST, json.dumps(manifest) + "\n")
 
         return write_folder(run_folder / FOLDER / f"step-{self.step}", write, self.size)
-
-
-def state_folders(run_folder: Path) -> list[tuple[int, Path]]:
-    """Step and folder of each state that is there, the newest first."""
-    named = ((_NAME.fullmatch(p.name), p) for p in (run_folder / FOLDER).glob("step-*"))
-    found = [(int(match[1]), path) for match, path in named if match is not None]
-    return sorted(found, reverse=True)
 
 
 def read_state(folder: Path) -> WrittenState:
