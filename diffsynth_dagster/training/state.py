@@ -116,6 +116,9 @@ class PackedState:
 def read_state(folder: Path) -> WrittenState:
     """The state in a folder, whose tensors are as they were written.
 
+    One that another version of this program wrote, with other things in it, has an identity that no
+    training has.
+
     Raises:
         DamagedError: it is not as it was written.
         OutputError: it cannot be read.
@@ -127,6 +130,8 @@ def read_state(folder: Path) -> WrittenState:
         packed: dict[str, Any] = manifest["state"]
         if digest_of(packed) != manifest["digest"]:
             raise ValueError(f"{_MANIFEST} has changed")
+        if packed.keys() != {field.name for field in fields(State)}:
+            return _of_another_version(packed, folder)
         notes = {field.name: unpack(packed.pop(field.name), {}) for field in fields(Notes)}
         return WrittenState(**notes, folder=folder, packed=packed)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
@@ -142,6 +147,14 @@ def read_state(folder: Path) -> WrittenState:
             do="check the disk and the folder's permissions; or remove the state: the training then "
             "goes on from an older one, if there is one",
         ) from error
+
+
+def _of_another_version(packed: Mapping[str, Any], folder: Path) -> WrittenState:
+    """A whole state with other things in it, of which only its identity is read."""
+    identity = unpack(packed.get("identity", {"dict": []}), {})
+    layout = {"the layout of a state": sorted(packed)}
+    order = unpack(packed.get("order"), {})
+    return WrittenState(0, 0, {**identity, **layout}, order, {}, 0.0, {}, folder, {})
 
 
 def keep_states(run_folder: Path, count: int) -> None:
