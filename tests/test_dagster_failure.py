@@ -1,6 +1,5 @@
 """How a training process fails reaches whoever launched it as data, from any process, at any time."""
 
-import errno
 import os
 import re
 import subprocess
@@ -12,23 +11,20 @@ from typing import Any
 
 import dagster as dg
 import pytest
-import torch
 from conftest import ROOT, Values, train, write_images
 from dagster_support import Told, execute, told, write_recipe
 from process_support import forked_launches
 
-from diffsynth_dagster.errors import DownloadError, ParameterError, Stopped, TrainingError
+from diffsynth_dagster.errors import DownloadError, ParameterError, Stopped
 from diffsynth_dagster.train import main
 from diffsynth_dagster.training.failure import (
     FAILURE_FOLDER,
     Failure,
-    failure_of,
     read_failures,
     read_silent,
-    recognised,
 )
 from diffsynth_dagster.training.guard import FailureGuard, PrintedFailures, WrittenFailures
-from resources import Launcher, StepFailure
+from resources import Launcher
 
 FAILING = """
 import os, signal, time
@@ -374,24 +370,6 @@ def test_download_may_be_tried_again(folder: Path) -> None:
         raise DownloadError("the hub did not answer")
     (failure,) = read_failures(folder)
     assert failure.may_retry
-
-
-@pytest.mark.parametrize(
-    ("error", "retries"),
-    [
-        (ParameterError("wrong"), False),
-        (TrainingError("astray"), False),
-        (torch.OutOfMemoryError("CUDA out of memory"), False),
-        (OSError(errno.ENOSPC, "No space left on device"), False),
-        (Stopped(), False),
-        (DownloadError("the hub did not answer"), True),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
-        (ZeroDivisionError("nothing is left"), True),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_only_what_is_no_mistake_is_tried_again(error: Exception, retries: bool) -> None:
-    assert StepFailure.of(failure_of(recognised(error))).allow_retries == retries
 
 
 def test_no_launcher_no_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import io
-import json
 import random
 import re
 import shutil
@@ -21,8 +20,6 @@ from safetensors.torch import load_file
 from soak_support import result
 
 from diffsynth_dagster.errors import Stopped
-from diffsynth_dagster.facts import digest_of
-from diffsynth_dagster.run_folder import owned
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.record import RunFile
@@ -293,52 +290,6 @@ def test_deepspeed_is_refused_the_state_of_a_training_without_it(
     stop_after(config, 4)
     monkeypatch.setattr(Parallel, "can_save_state", False)
     assert "differs in: DeepSpeed, which keeps the optimizer's state in parts" in refusal(config)
-
-
-def newer(state: dict[str, Any]) -> None:
-    """A state of a newer version that holds the same."""
-    state["identity"]["dict"][-1] = ["the version of this program", "99.0"]
-
-
-def richer(state: dict[str, Any]) -> None:
-    """A state of a newer version that holds something more, and something else not."""
-    newer(state)
-    state["something new"] = state.pop("seconds")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (newer, "differs in: the version of this program\n"),
-        (richer, "differs in: the version of this program, the layout of a state\n"),
-    ],
-)
-def test_a_state_of_a_newer_version_is_refused_and_stays(
-    values: Values, tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str
-) -> None:
-    config = values(**LONG, output_path=str(tmp_path / "run"))
-    stop_after(config, 3)
-    path = tmp_path / "run" / "state" / "step-3" / "state.json"
-    manifest = json.loads(path.read_text())
-    change(manifest["state"])
-    path.write_text(json.dumps({**manifest, "digest": digest_of(manifest["state"])}))
-    before = {p: p.read_bytes() for p in (tmp_path / "run").glob("state/*/*")}
-    assert words in refusal(config)
-    assert {p: p.read_bytes() for p in (tmp_path / "run").glob("state/*/*")} == before
-
-
-def test_of_two_that_go_on_at_once_one_is_refused(
-    values: Values, tmp_path: Path, undisturbed: dict[str, Any]
-) -> None:
-    """And what it would go on from stays. (With real processes: see `test_run_folder.py`.)"""
-    config = values(**LONG, output_path=str(tmp_path / "run"))
-    stop_after(config, 3)
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.*") if p.is_file()}
-    with owned(tmp_path / "run", "the first"):
-        assert "the run folder is in use: the first by process" in refusal(config)
-    assert {p: p.read_bytes() for p in before if p.is_file()} == before
-    run_training(make_config(config), never)
-    assert contents(tmp_path / "run") == undisturbed
 
 
 def test_no_file_is_left_that_a_killed_training_did_not_come_to_name(
