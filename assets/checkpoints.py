@@ -75,28 +75,30 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
         from diffsynth_dagster.cache.split import second_half
         from diffsynth_dagster.training.uptodate import (
             changed_beside,
-            finished_training,
             say_changed,
+            why_train,
         )
 
         with tried_again(context, recipe.options.retries), user_errors():
             settings = second_half(parameters.apply(recipe.config))
             processes = launcher.num_processes or recipe.options.num_processes
             began = _began(context, recipe, Path(settings.output_path))
-            record, moved = None, older_runs(Path(settings.output_path))
+            moved = older_runs(Path(settings.output_path))
+            why = "retrain was asked for"
             if began or not config.retrain:
-                record = finished_training(settings, hub.open(), processes)
-            trained = record is None
-            if record is None:
+                why = why_train(settings, hub.open(), processes)
+            if why is not None:
+                context.log.info(f"it trains, because: {why}")
                 progress = Progress(context)
                 resume = _resume(settings, config.retrain, began)
                 settings = settings.model_copy(update={"resume": resume})
-                for message in launcher.run(context, settings, recipe.options):
-                    progress.hear(message)
+                with user_errors(settings):
+                    for message in launcher.run(context, settings, recipe.options):
+                        progress.hear(message)
                 progress.last()
-                record = _finished_record(settings)
             else:
                 context.log.info("nothing that the training depends on has changed")
+            record = _finished_record(settings)
             changed = changed_beside(Path(settings.output_path), record)
             if changed:
                 context.log.warning(say_changed(changed))
@@ -104,7 +106,8 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
             moved = [run for run in older_runs(Path(settings.output_path)) if run not in moved]
         yield dg.MaterializeResult(
             metadata={
-                "trained_in_this_run": trained,
+                "trained_in_this_run": why is not None,
+                **({} if why is None else {"trained_because": why}),
                 **_describe(settings, record, changed),
                 **({"moved_to": dg.MetadataValue.path(str(moved[-1].absolute()))} if moved else {}),
             },

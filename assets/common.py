@@ -24,18 +24,21 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @contextmanager
-def user_errors() -> Generator[None]:
+def user_errors(config: TrainingConfig | None = None) -> Generator[None]:
     """Let whatever ends a step end it with its reason first: a mistake that a person can mend, a
     crash with its traceback, a cancel. See `resources.failing`.
 
     A mistake is not tried again, except for a failed download: the network may have been the reason.
+
+    Args:
+        config: of the processes that the block runs: a cancel says where they go on.
     """
     try:
         yield
     except (StepFailure, Cancelled):
         raise
     except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
-        raise cancelled() from None
+        raise cancelled(config) from None
     except Exception as error:
         raise StepFailure.of(failure_of(recognised(error))) from error
 

@@ -61,12 +61,13 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
         with tried_again(context, recipe.options.retries), user_errors():
             config = first_half(parameters.apply(recipe.config))
             checked = read_checked(Path(config.output_path))
-            for message in launcher.run(context, config, recipe.options):
-                if message["event"] == "encoding":
-                    stage, done, total = (message[name] for name in ("stage", "done", "total"))
-                    context.log.info(f"{stage}: {done} of {total} encoded")
-                elif message["event"] == "encoded":
-                    report = message
+            with user_errors(config):
+                for message in launcher.run(context, config, recipe.options):
+                    if message["event"] == "encoding":
+                        stage, done, total = (message[name] for name in ("stage", "done", "total"))
+                        context.log.info(f"{stage}: {done} of {total} encoded")
+                    elif message["event"] == "encoded":
+                        report = message
             manifest = read_manifest(Path(config.output_path))
             contents = [look_into(manifest, checked)]
             version, own = manifest.digest, held_out_config(config)

@@ -30,7 +30,11 @@ class DiffSynthError(Exception):
 
 
 class Stopped(DiffSynthError):
-    """The run was asked to stop, between two steps or two batches."""
+    """The run was asked to stop, between two steps or two batches.
+
+    Args:
+        args: what a person is told, if anything is to be said.
+    """
 
 
 class UserError(DiffSynthError):

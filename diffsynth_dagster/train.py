@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from diffsynth_dagster.config.flags import read_arguments
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import OutputError, UserError
-from diffsynth_dagster.training.failure import recognised
+from diffsynth_dagster.errors import OutputError, Stopped, UserError
+from diffsynth_dagster.training.failure import process_number, recognised
+from diffsynth_dagster.training.goes_on import say_where_it_goes_on
 from diffsynth_dagster.training.guard import FailureGuard, failure_reporter
 from diffsynth_dagster.training.stop import StopSignal
 
@@ -201,7 +202,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(make_plan(arguments.config), indent=2))
             return 0
         with StopSignal() as stop_asked:
-            run(arguments.config, stop_asked, exports=not arguments.checkpoints_only)
+            try:
+                run(arguments.config, stop_asked, exports=not arguments.checkpoints_only)
+            except (Stopped, KeyboardInterrupt):
+                if process_number() != 0:  # the main process writes the state, and says so
+                    raise
+                where = say_where_it_goes_on(arguments.config)
+                raise Stopped(f"stopped; with the same command {where}") from None
     return guard.code
 
 

@@ -13,8 +13,10 @@ import dagster as dg
 from dagster._core.errors import DagsterUserCodeProcessError
 from dagster_shared.error import SerializableErrorInfo
 
+from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.training.failure import Failure
+from diffsynth_dagster.training.goes_on import say_where_it_goes_on
 
 
 class StepFailure(DagsterUserCodeProcessError, dg.Failure):
@@ -64,13 +66,20 @@ class Cancelled(DagsterUserCodeProcessError, dg.DagsterExecutionInterruptedError
         super().__init__(reason, user_code_process_error_infos=_told(self, reason, None))
 
 
-def cancelled() -> Cancelled:
-    """What a step that is asked to stop ends with."""
+def cancelled(config: TrainingConfig | None = None) -> Cancelled:
+    """What a step that is asked to stop ends with.
+
+    Args:
+        config: of its processes, which have ended.
+    """
+    again = "a training goes on from its newest state"
+    if config is not None:
+        again = say_where_it_goes_on(config)
     return Cancelled(
         str(
             UserError(
                 "cancelled: the run was asked to stop, in the UI or by Ctrl-C",
-                do="nothing is broken: run it again, and a training goes on from its newest state",
+                do=f"nothing is broken: run it again, and {again}",
             )
         )
     )

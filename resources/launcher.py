@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -24,6 +25,7 @@ from diffsynth_dagster.training.failure import (
     read_failures,
     read_silent,
 )
+from diffsynth_dagster.training.goes_on import newest_step, say_where_it_goes_on
 from resources.failing import StepFailure
 from resources.messages import Message, MessageReader
 
@@ -32,10 +34,9 @@ POLL_SECONDS = 0.2
 _STOP_MARGIN = 10.0
 _SHOWN_LINES = 30
 _SCRATCH = "diffsynth-launch-"
-_GO_ON = "run it again: a training goes on from its newest state"
 _KILLED = (
     "if nobody killed it, the system did, for want of memory (`dmesg` says so): give it more, or "
-    f"lower batch_size or dataset_num_workers. Then {_GO_ON}"
+    "lower batch_size or dataset_num_workers. Then "
 )
 
 
@@ -236,8 +237,10 @@ def _require_success(
     # With a process that reported nothing, the others may have been stopped because it was killed.
     stopped = first is not None and first.kind == "stopped" and len(failures) == first.processes
     if code == EXIT_STOPPED or stopped:
-        raise StepFailure(_said(f"{task} was stopped by a signal", None, _GO_ON))
+        raise StepFailure(_said(f"{task} was stopped by a signal", None, _go_on(config)))
     if first is not None and first.kind == "crash":
+        if newest_step(Path(config.output_path)) is not None:
+            first = replace(first, do=f"when the cause is gone, {_go_on(config)}")
         raise StepFailure.of(first)
     if silent:
         raise _silent_failure(silent, config)
@@ -260,10 +263,14 @@ def _silent_failure(silent: Mapping[int, str], config: TrainingConfig) -> StepFa
         _said(
             f"{config.task} was killed by a signal from outside",
             f"process {who}, in {Path(config.output_path).absolute()}",
-            _KILLED,
+            _KILLED + _go_on(config),
         ),
         allow_retries=True,
     )
+
+
+def _go_on(config: TrainingConfig) -> str:
+    return f"run it again: {say_where_it_goes_on(config)}"
 
 
 def _said(what: str, where: str | None, do: str) -> str:

@@ -61,17 +61,19 @@ def encode(config: Any) -> int:
 
 def train(config: Any) -> int:
     from diffsynth_dagster.cache.split import second_half
+    from diffsynth_dagster.training.record import read_record
     from diffsynth_dagster.training.uptodate import (
         changed_beside,
-        finished_training,
         say_changed,
+        why_train,
     )
     from diffsynth_dagster.weights.hub import ModelHub
 
     config = second_half(config)
-    record = finished_training(config, ModelHub.from_environment(), None)
-    if record is None:
+    if why_train(config, ModelHub.from_environment(), None) is not None:
         return launch(config, CHECKPOINTS_ONLY)
+    record = read_record(Path(config.output_path))
+    assert record is not None
     changed = changed_beside(Path(config.output_path), record)
     if changed:
         print(f"warning: {say_changed(changed)}", file=sys.stderr)

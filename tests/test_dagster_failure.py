@@ -1,5 +1,6 @@
 """How a training process fails reaches whoever launched it as data, from any process, at any time."""
 
+import os
 import re
 import subprocess
 import sys
@@ -16,12 +17,17 @@ from process_support import forked_launches
 
 from diffsynth_dagster.errors import DownloadError, ParameterError, Stopped
 from diffsynth_dagster.train import main
-from diffsynth_dagster.training.failure import FAILURE_FOLDER, Failure, read_failures, read_silent
+from diffsynth_dagster.training.failure import (
+    FAILURE_FOLDER,
+    Failure,
+    read_failures,
+    read_silent,
+)
 from diffsynth_dagster.training.guard import FailureGuard, PrintedFailures, WrittenFailures
 from resources import Launcher
 
 FAILING = """
-import os, signal
+import os, signal, time
 import torch
 
 def deep(depth):
@@ -46,8 +52,17 @@ class Killed(torch.optim.SGD):
         os.kill(os.getpid(), signal.SIGKILL)
 
 class Crashing(torch.optim.SGD):
+    steps = 0
+
     def step(self, closure=None):
-        raise ZeroDivisionError("nothing is left")
+        self.steps += 1
+        if self.steps == 2:
+            raise ZeroDivisionError("nothing is left")
+
+class Cancelling(torch.optim.SGD):
+    def step(self, closure=None):
+        os.kill(int(os.environ["CANCELLED"]), signal.SIGINT)
+        time.sleep(0.5)
 
 class Stopping(torch.optim.SGD):
     def step(self, closure=None):
@@ -201,13 +216,30 @@ def test_cancel(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("forked")
+def test_cancelled_training_says_where_it_goes_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the state that it writes when it is asked to stop."""
+    monkeypatch.setenv("CANCELLED", str(os.getpid()))
+    said = place.failure(customized_optimizer="failing.Cancelling", num_epochs=100)
+    (state,) = (place.folder / "run" / "state").glob("step-*")
+    assert said.reason.splitlines() == [
+        "cancelled: the run was asked to stop, in the UI or by Ctrl-C",
+        "  what to do: nothing is broken: run it again, and the training goes on after step "
+        + state.name.removeprefix("step-"),
+    ]
+    assert not said.trace
+
+
+@pytest.mark.usefixtures("forked")
 def test_crash_in_training(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    said = place.failure(customized_optimizer="failing.Crashing")
+    said = place.failure(customized_optimizer="failing.Crashing", state_steps=1)
     file = place.folder / "code" / "failing.py"
-    line = FAILING.splitlines().index('        raise ZeroDivisionError("nothing is left")') + 1
+    line = FAILING.splitlines().index('            raise ZeroDivisionError("nothing is left")') + 1
     assert said.reason.splitlines() == [
         "ZeroDivisionError: nothing is left",
         f"  where: {file}, line {line}, in step",
+        "  what to do: when the cause is gone, run it again: the training goes on after step 1",
     ]
     assert said.trace.splitlines()[1] == f'  File "{file}", line {line}, in step'
     assert said.trace.rstrip().endswith("ZeroDivisionError: nothing is left")
@@ -231,6 +263,9 @@ def test_killed_trainer(place: Place, capfd: pytest.CaptureFixture[str]) -> None
     assert what == "sft:train was killed by a signal from outside"
     assert where == f"  where: process 0, in {place.folder / 'run'}"
     assert "for want of memory" in do
+    assert do.endswith(
+        "Then run it again: the training has no state yet, and begins with its first step"
+    )
     assert not said.trace
     require_printed_once(said, capfd.readouterr().err)
 
@@ -253,8 +288,20 @@ def test_process_that_ends_without_a_word(folder: Path, signal: str) -> None:
 @pytest.mark.usefixtures("forked")
 def test_stop_from_outside_is_no_crash(place: Place) -> None:
     said = place.failure(customized_optimizer="failing.Stopping")
-    assert said.reason.splitlines()[0] == "sft:train was stopped by a signal"
+    assert said.reason.splitlines() == [
+        "sft:train was stopped by a signal",
+        "  what to do: run it again: the training goes on after step 1",
+    ]
     assert not said.trace
+
+
+def test_stop_of_a_command_says_where_it_goes_on(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {**place.values, "customized_optimizer": "failing.Stopping"}
+    assert train(given, place.folder / "run")[0] == 130
+    said = "stopped; with the same command the training goes on after step 1"
+    assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 @pytest.mark.soak

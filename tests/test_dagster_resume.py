@@ -26,7 +26,7 @@ from process_support import ForkedProcesses, forked_launches
 from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.split import second_half
-from diffsynth_dagster.training.uptodate import finished_training
+from diffsynth_dagster.training.uptodate import why_train
 from diffsynth_dagster.weights.hub import ModelHub
 
 LONG = {"num_epochs": 80, "save_steps": 80, "state_steps": 10, "learning_rate": 1e-3}
@@ -68,7 +68,7 @@ def test_a_training_that_dies_before_it_begins_is_not_taken_for_done(
     assert code == 0
     config = {**values(num_epochs=2), "output_path": str(run)}
     hub = ModelHub.from_environment()
-    assert finished_training(second_half(make_config(config)), hub, None) is not None
+    assert why_train(second_half(make_config(config)), hub, None) is None
     before = (run / "run.json").read_bytes()
     write_recipe(tmp_path / "recipes", "tiny", config)
     env, log = environment(home(tmp_path / "home"), tmp_path / "recipes"), tmp_path / "log"
@@ -129,6 +129,11 @@ def test_killed_trainings_go_on(
     said = capfd.readouterr().err
     assert "tried again in 5 s" in said
     assert said.count("going on after step") == 2
+    assert (
+        said.count("the training in the run folder is not finished; the training goes on after")
+        == 2
+    )
+    assert "run it again: the training goes on after step" in said
 
     record, facts = json.loads((run / "run.json").read_text()), told(folder)
     assert len(record["resumed_from"]) == 2

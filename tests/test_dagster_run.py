@@ -126,6 +126,7 @@ def test_every_asset_says_what_a_person_wants_to_see(
     assert latents["store_bytes"].value > 0
     training = metadata_of(first, "checkpoints", "tiny")
     assert training["trained_in_this_run"].value is True
+    assert training["trained_because"].value == "there is no training in the run folder"
     assert training["steps"].value == 2
     assert training["trained_samples"].value == 8
     assert training["devices"].value
@@ -163,6 +164,7 @@ def test_second_run_neither_encodes_nor_trains(
     assert latents["misses/image"].value == latents["misses/prompt"].value == 0
     training = metadata_of(second, "checkpoints", "tiny")
     assert training["trained_in_this_run"].value is False
+    assert "trained_because" not in training
     assert training["steps"].value == 2
     assert checks_of(second) == checks_of(first)
     before, after = (
@@ -189,7 +191,9 @@ def test_run_config_retrains_with_other_parameters(
         },
     )
     assert result.success
-    assert metadata_of(result, "checkpoints", "tiny")["steps"].value == 4
+    facts = metadata_of(result, "checkpoints", "tiny")
+    assert facts["steps"].value == 4
+    assert facts["trained_because"].value == "retrain was asked for"
     record = read_record(Path(folder))
     assert record is not None
     assert record.steps == 4

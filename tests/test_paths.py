@@ -22,7 +22,7 @@ from diffsynth_dagster.errors import MetadataError, WeightsError
 from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.own_names import is_own
 from diffsynth_dagster.training.record import read_record
-from diffsynth_dagster.training.uptodate import finished_training
+from diffsynth_dagster.training.uptodate import why_train
 from diffsynth_dagster.weights.hub import ModelHub, require_listed
 
 ODD = "a [1] *? {b,c} #%20 row=7"
@@ -144,7 +144,7 @@ def test_a_training_in_folders_of_such_names(
     config = make_config({**given, "num_epochs": 2, "output_path": str(run)})
     assert Path(first_half(config).dataset_metadata_path or "") == run / "metadata.parquet"
     hub = ModelHub(tmp_path, skip_download=True)
-    assert finished_training(second_half(config), hub, processes=None) == record
+    assert why_train(second_half(config), hub, processes=None) is None
     assert loss_curve(run / "metrics.csv") is not None
     assert "hardest_samples" in hardest_facts(config, [])
     assert read_manifest(run).rows.collect().height == 8

@@ -91,7 +91,9 @@ def test_a_training_waits_for_a_clean_up_and_hears_a_signal(values: Values, tmp_
     sender.join()
     assert code == 130
     assert said.getvalue().count(line) == 1
-    assert said.getvalue().endswith("stopped between two steps\n")
+    assert said.getvalue().endswith(
+        "stopped; with the same command the training has no state yet, and begins with its first step\n"
+    )
     assert "Traceback" not in said.getvalue()
 
 

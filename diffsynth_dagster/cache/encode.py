@@ -69,6 +69,12 @@ def encode_missing(
     Every process encodes its share and writes shards of its own. Components are freed after the
     last stage that uses them.
 
+    A batch of other samples may round otherwise. So that a run that was killed and goes on stores the same
+    bytes under every key as one that was not, a process cuts its share, sorted, into batches from the
+    front, and a batch is stored as a whole or not at all: what is left is cut as before. That holds for
+    the same samples, `batch_size` and number of processes; samples that are added later are batched
+    among themselves.
+
     Args:
         progress: called with (stage, samples done, samples to do) of this process.
         warn: called when a stage will need more space than is free, by its first batch.
@@ -105,7 +111,8 @@ def encode_missing(
                     made = [stage.to_store(outputs) for outputs in stage.run(loaded, samples)]
                     for row, stored in zip(batch, made, strict=True):
                         _require_finite(stage, row, stored)
-                        writer.add(row["key"], stored)
+                    keys = [row["key"] for row in batch]
+                    writer.add_batch(dict(zip(keys, made, strict=True)))
                     if not done:
                         _warn_of_space(stage, batch, made, missing, store, warn)
                     done += len(batch)

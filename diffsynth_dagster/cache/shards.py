@@ -156,7 +156,11 @@ class OpenShard:
 
 class ShardWriter:
     """Collects encoded samples and writes them as shards: when one is full, when it was filled for
-    a minute, and when this context manager is left, also by an exception."""
+    a minute, and when this context manager is left, also by an exception.
+
+    What is added in one call lies in one shard, so that a batch is in the store as a whole or not at
+    all.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -167,11 +171,17 @@ class ShardWriter:
 
     def add(self, key: str, outputs: Mapping[str, torch.Tensor]) -> None:
         """Put the outputs of a sample under a key. Raises `OutputError` when a shard is written."""
-        for output, tensor in outputs.items():
-            stored = tensor.detach().to("cpu").contiguous().clone()
-            self._tensors[f"{key}.{output}"] = stored
-            self._rows.append(index_row(key, output, "", stored))
-            self._bytes += self._rows[-1]["bytes"]
+        self.add_batch({key: outputs})
+
+    def add_batch(self, samples: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Put samples into one shard: key → the outputs under it. Raises `OutputError` when a shard is
+        written."""
+        for key, outputs in samples.items():
+            for output, tensor in outputs.items():
+                stored = tensor.detach().to("cpu").contiguous().clone()
+                self._tensors[f"{key}.{output}"] = stored
+                self._rows.append(index_row(key, output, "", stored))
+                self._bytes += self._rows[-1]["bytes"]
         if self._bytes >= SHARD_BYTES or time.monotonic() - self._started > SHARD_SECONDS:
             self.flush()
 

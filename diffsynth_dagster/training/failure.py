@@ -86,7 +86,7 @@ def failure_of(error: BaseException) -> Failure:
         retry = isinstance(error, DownloadError)
         failure = Failure("mistake", error.what, error.where, error.do, may_retry=retry)
     elif isinstance(error, (Stopped, KeyboardInterrupt)):
-        failure = Failure("stopped", "stopped between two steps")
+        failure = Failure("stopped", str(error) or "stopped")
     else:
         failure = _crash(error)
     process, count = process_number(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -31,6 +31,8 @@ class RunRecord:
         checkpoints: file name → digest of its bytes, in the order they were written.
         newest: the files of the checkpoint that was written last.
         writing: the files of one that is about to be written.
+        parameters: those that the result depends on and that count by value, by name; none in records of
+            older versions.
         lora: rank and alpha, when a LoRA was trained; see `TrainingConfig.adapter` for others.
         evaluation: metrics of `customized_evaluation`, named before/… and after/….
         pictures: name → file name under samples/.
@@ -53,6 +55,7 @@ class RunRecord:
     samples_digest: str
     config_digest: str
     lora: dict[str, Any] | None
+    parameters: dict[str, Any] = field(default_factory=dict)
     total_steps: int = 0
     steps: int = 0
     seconds: float = 0.0

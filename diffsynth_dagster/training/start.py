@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from diffsynth_dagster import __version__
 from diffsynth_dagster.cache.encode import step_components
@@ -19,12 +20,17 @@ STARTS = ("lora_checkpoint", "resume_from_checkpoint")
 """The parameters that name a file to start from."""
 
 
-def config_digest(config: TrainingConfig) -> str:
-    """Digest of the parameters that count by value, up to those that affect the training.
+def parameters_of(config: TrainingConfig) -> dict[str, Any]:
+    """The parameters that count by value, up to those that affect the training.
 
-    What counts by content is in the digests of files beside it.
+    What counts by content is in the digests of files beside them.
     """
-    return digest_of(values_that_affect(config, "weights", "rows", "latents", "training"))
+    return values_that_affect(config, "weights", "rows", "latents", "training")
+
+
+def config_digest(config: TrainingConfig) -> str:
+    """Digest of those parameters."""
+    return digest_of(parameters_of(config))
 
 
 def start_record(
@@ -71,6 +77,7 @@ def start_record(
         samples=manifest.samples,
         samples_digest=manifest.digest,
         config_digest=settings,
+        parameters=parameters_of(config),
         lora=lora,
         held_out_digest=held_out_digest,
         devices=list(devices),

@@ -7,7 +7,6 @@ A state is written into a hidden folder and renamed, so that it is whole or not 
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,11 +18,10 @@ import torch
 from diffsynth_dagster.errors import DamagedError, OutputError
 from diffsynth_dagster.facts import digest_file, digest_of
 from diffsynth_dagster.files import write_folder, write_tensors, write_text
+from diffsynth_dagster.training.goes_on import FOLDER, state_folders
 from diffsynth_dagster.training.packing import pack, unpack
 
-FOLDER = "state"
 _TENSORS, _MANIFEST = "tensors.safetensors", "state.json"
-_NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -115,15 +113,11 @@ class PackedState:
         return write_folder(run_folder / FOLDER / f"step-{self.step}", write, self.size)
 
 
-def state_folders(run_folder: Path) -> list[tuple[int, Path]]:
-    """Step and folder of each state that is there, the newest first."""
-    named = ((_NAME.fullmatch(p.name), p) for p in (run_folder / FOLDER).glob("step-*"))
-    found = [(int(match[1]), path) for match, path in named if match is not None]
-    return sorted(found, reverse=True)
-
-
 def read_state(folder: Path) -> WrittenState:
     """The state in a folder, whose tensors are as they were written.
+
+    One that another version of this program wrote, with other things in it, has an identity that no
+    training has.
 
     Raises:
         DamagedError: it is not as it was written.
@@ -136,6 +130,8 @@ def read_state(folder: Path) -> WrittenState:
         packed: dict[str, Any] = manifest["state"]
         if digest_of(packed) != manifest["digest"]:
             raise ValueError(f"{_MANIFEST} has changed")
+        if packed.keys() != {field.name for field in fields(State)}:
+            return _of_another_version(packed, folder)
         notes = {field.name: unpack(packed.pop(field.name), {}) for field in fields(Notes)}
         return WrittenState(**notes, folder=folder, packed=packed)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
@@ -151,6 +147,14 @@ def read_state(folder: Path) -> WrittenState:
             do="check the disk and the folder's permissions; or remove the state: the training then "
             "goes on from an older one, if there is one",
         ) from error
+
+
+def _of_another_version(packed: Mapping[str, Any], folder: Path) -> WrittenState:
+    """A whole state with other things in it, of which only its identity is read."""
+    identity = unpack(packed.get("identity", {"dict": []}), {})
+    layout = {"the layout of a state": sorted(packed)}
+    order = unpack(packed.get("order"), {})
+    return WrittenState(0, 0, {**identity, **layout}, order, {}, 0.0, {}, folder, {})
 
 
 def keep_states(run_folder: Path, count: int) -> None:

@@ -8,20 +8,21 @@ compare with.
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.facts import FactCache, digest_file
+from diffsynth_dagster.training.goes_on import say_where_it_goes_on
 from diffsynth_dagster.training.record import RunRecord, read_record
 from diffsynth_dagster.weights.hub import ModelHub
 
 
-def finished_training(
-    config: TrainingConfig, hub: ModelHub, processes: int | None
-) -> RunRecord | None:
-    """The record of the training in the run folder, if training again would give the same.
+def why_train(config: TrainingConfig, hub: ModelHub, processes: int | None) -> str | None:
+    """Why a training would be started, in words; None where the run folder holds a finished one that it
+    would only repeat.
 
     Args:
         config: of a training on encoded samples: see `cache.split.second_half`.
@@ -33,15 +34,48 @@ def finished_training(
     """
     folder = Path(config.output_path)
     record = read_record(folder)
-    if record is None or not record.finished or not record.checkpoints:
-        return None
+    if record is None:
+        return "there is no training in the run folder"
+    why: list[str] = []
+    if not record.finished or not record.checkpoints:
+        why.append("the training in the run folder is not finished")
+    changed = _changed_since(record, _record_of(with_settled(config), hub))
+    if changed:
+        why.append(f"changed since: {', '.join(changed)}")
     if processes is not None and processes != len(record.devices):
-        return None
-    identity = _record_of(with_settled(config), hub).identity
+        why.append(f"on {processes} processes instead of {len(record.devices)}")
+    if not record.finished and not changed:
+        why.append(say_where_it_goes_on(config))
+    if why:
+        return "; ".join(why)
     for name, digest in record.checkpoints.items():
         if not (folder / name).is_file() or digest_file(folder / name) != digest:
-            return None
-    return record if identity == record.identity else None
+            return f"checkpoint {name} is missing or was changed"
+    return None
+
+
+def _changed_since(before: RunRecord, now: RunRecord) -> list[str]:
+    """What the results of two trainings depend on that is not the same, by name."""
+    if before.identity == now.identity:
+        return []
+    from diffsynth_dagster.training.resume import differing
+
+    # Records of older versions do not name the parameters.
+    known = bool(before.parameters)
+    names = differing(_by_name(before, known), _by_name(now, known))
+    if not known and before.config_digest != now.config_digest:
+        names.append("its parameters")
+    return names or ["what its result depends on"]
+
+
+def _by_name(record: RunRecord, parameters: bool) -> dict[str, Any]:
+    return {
+        **(record.parameters if parameters else {}),
+        "the samples": record.samples_digest,
+        "the held-out samples": record.held_out_digest,
+        **{f"the weights of {name}": digest for name, digest in record.base.items()},
+        "the version of this program": record.version,
+    }
 
 
 def _record_of(config: TrainingConfig, hub: ModelHub) -> RunRecord:
