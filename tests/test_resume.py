@@ -112,7 +112,10 @@ def refusal(config: dict[str, Any], *flags: str) -> str:
         ({"lora_rank": 2}, r"differs in: lora_rank \(was 4\)"),
         ({"seed": 1, "weight_decay": 0.0}, r"seed \(was 0\), weight_decay"),
         ({"num_epochs": 1}, "the number of epochs, on which the learning rate depends"),
-        ({"batch_size": 2}, r"the samples of each step \(batch_size, or gradient_accumulation_steps"),
+        (
+            {"batch_size": 2},
+            r"the samples of each step \(batch_size, or gradient_accumulation_steps",
+        ),
         ({"batch_size": 2, "gradient_accumulation_steps": 2}, "the samples of each step"),
     ],
 )

@@ -227,16 +227,22 @@ def steps_of(
         sampler=range(first, total_steps),
         num_workers=workers,
     )
-    # Now, since it draws a random number: not when the first step is asked for.
-    batches_of = iter(loader)
+    # Made here, since it draws a random number: not when the first step is asked for.
+    return _numbered(iter(loader), first)
 
-    def numbered() -> Iterator[tuple[int, list[Batch]]]:
+
+def _numbered(
+    batches_of: Iterator[list[Batch] | UserError], first: int
+) -> Iterator[tuple[int, list[Batch]]]:
+    """Number the micro-batches of steps; see `steps_of`."""
+    try:
         for step, batches in enumerate(batches_of, start=first + 1):
             if isinstance(batches, UserError):
                 raise batches
             yield step, batches
-
-    return numbered()
+    finally:
+        # Its processes end here. Left to the garbage collector, it waits for each for five seconds.
+        del batches_of
 
 
 class _ErrorsAsValues(Dataset[list[Batch] | UserError]):
