@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from soak_support import start_server
+from soak_support import begin, start_server
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Done:
 
 def train_in_process(recipe: Path, environment: dict[str, str], log: Path) -> None:
     """What a process does: the trainer's command line, as a launcher starts it."""
+    begin()
     os.environ.update(environment)
     said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -43,6 +44,7 @@ def train_in_process(recipe: Path, environment: dict[str, str], log: Path) -> No
 
 def run_python(arguments: Sequence[str], first: tuple[Any, ...], log: Path) -> None:
     """What `python` does in its process."""
+    begin()
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     prepare, *given = first
@@ -121,7 +123,7 @@ def launched(arguments: Sequence[str], variables: Mapping[str, str], said: Path)
     Args:
         said: file that gets its standard error.
     """
-    os.setsid()
+    begin()
     os.environ.clear()
     os.environ.update(variables)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)

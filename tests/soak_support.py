@@ -7,6 +7,7 @@ the trainer's.
 """
 
 import csv
+import gc
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ HEAVY = [
     *("PIL.Image", "pydantic", "safetensors.torch", "torch", "transformers", "yaml"),
     "diffusers.models.transformers.transformer_qwenimage",
     "diffusers.models.autoencoders.autoencoder_kl_qwenimage",
+    "diffusers.pipelines.flux.pipeline_flux",
     "diffusers.pipelines.qwenimage.pipeline_qwenimage",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     "transformers.models.qwen2.tokenization_qwen2",
@@ -139,7 +141,7 @@ def attempt(step: str, recipe: Path, death: Death, started: Connection) -> None:
     Args:
         started: told when all is imported.
     """
-    os.setsid()
+    begin()
     log = os.open(recipe.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -195,6 +197,13 @@ def start_server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
     return context
+
+
+def begin() -> None:
+    """What every process does first: it leads a session of its own, and what the server has imported is no
+    garbage, which each clean-up would look through."""
+    os.setsid()
+    gc.freeze()
 
 
 def make_attempt(server: Any, step: str, recipe: Path, death: Death = NO_DEATH) -> Attempt:

@@ -170,7 +170,7 @@ def build_with(model: Path, folder: str, change: dict[str, object] | str) -> Any
         path.write_text(before)
 
 
-HUGE = [10**6, 10**7, 10**9, 10**30, 1e9, 1e300]
+HUGE = [10**7, 10**9, 10**30, 1e9, 1e300]
 WRONG: list[object] = [None, "x", [], {}, [[1]], -1, 0, 0.5, True]
 SIZES = {
     "transformer": ["num_layers", "attention_head_dim", "num_attention_heads", "in_channels"],
@@ -196,7 +196,7 @@ def test_a_setting_of_another_size_is_refused_at_once(
     assert time.process_time() - start < 6
 
 
-@pytest.mark.parametrize("value", [10**6, 10**7, 2**24])
+@pytest.mark.parametrize("value", [10**7, 2**24])
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
 @pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "depth", "vocab_size"])
 def test_a_size_within_is_refused_at_once(model: Path, part: str, name: str, value: int) -> None:

@@ -14,6 +14,7 @@ from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, TargetError, WeightsError, nearest
+from diffsynth_dagster.facts import digest_of
 from diffsynth_dagster.families.contract import Family, Part, Tensors
 from diffsynth_dagster.training.adapters import adapter_shapes, add_adapter, is_adapter, saved_name
 from diffsynth_dagster.weights.adapter_files import (
@@ -23,7 +24,7 @@ from diffsynth_dagster.weights.adapter_files import (
     start_adapter,
 )
 from diffsynth_dagster.weights.identify import Found, FoundModel
-from diffsynth_dagster.weights.load import build_empty, require_buildable
+from diffsynth_dagster.weights.load import architecture_of, build_empty, require_buildable
 from diffsynth_dagster.weights.lora import (
     LoraFile,
     for_diffusers,
@@ -36,6 +37,8 @@ from diffsynth_dagster.weights.models import require_component
 from diffsynth_dagster.weights.whole import require_weights
 
 AUTO_MIN_FEATURES = 512
+_EXPORTABLE: set[str] = set()
+"""The LoRAs that were tried in this process, and can be loaded where they are exported for."""
 
 
 def check_model(config: TrainingConfig, found: FoundModel, trained_dtype: torch.dtype) -> int:
@@ -137,6 +140,10 @@ def _check_export(
             size = (1, len(weight), *ones) if ones else (len(weight),)
             lora[f"{name}.lora_magnitude_vector"] = torch.ones(size)
     component = found.component
+    shapes = {name: tuple(tensor.shape) for name, tensor in lora.items()}
+    tried = digest_of([architecture_of(found), shapes, config.align_to_opensource_format])
+    if tried in _EXPORTABLE:
+        return
     formats: dict[str, tuple[Tensors, dict[str, Any]]] = {
         "diffusers": for_diffusers(lora, component.lora_start, 1, 1.0)
     }
@@ -151,6 +158,7 @@ def _check_export(
                 where="lora_base_model, lora_target_modules",
                 do="choose other layers or another model",
             ) from error
+    _EXPORTABLE.add(tried)
 
 
 def usual_targets(base: str, family: Family) -> tuple[str, ...]:

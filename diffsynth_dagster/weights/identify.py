@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from diffsynth_dagster.config.effect import trained_components
@@ -51,7 +52,7 @@ class Found:
     config: Mapping[str, object] | None
     start: str = ""
 
-    @property
+    @cached_property
     def shapes(self) -> Shapes:
         """Tensor name of the built module → shape. Raises `WeightsError`."""
         return converted_shapes(self.header, self.component, self.entry.text)

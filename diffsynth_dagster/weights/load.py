@@ -81,7 +81,7 @@ def require_buildable(found: Found) -> None:
         WeightsError: it cannot be built, or lacks tensors that the files should have.
     """
     shapes = found.shapes
-    architecture = _architecture(found, shapes)
+    architecture = architecture_of(found)
     if architecture in _TRIED:
         return
     with torch.device("meta"), ModelBounds(shapes):
@@ -102,9 +102,9 @@ def build_empty(found: Found) -> nn.Module:
         return _build(found, found.shapes)
 
 
-def _architecture(found: Found, shapes: Shapes) -> str:
-    """Digest of all that the module is built from."""
-    component = found.component
+def architecture_of(found: Found) -> str:
+    """Digest of all that the module of a component is built from."""
+    component, shapes = found.component, found.shapes
     kind = component.kind_of(shapes)
     fixed = {name: repr(value) for name, value in component.fixed.items()}
     said = [component.name, kind.__module__, kind.__qualname__, fixed, found.config]
