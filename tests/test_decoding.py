@@ -1,5 +1,6 @@
 """What decoders hide, and what they cost: damaged frames are told, and memory is bounded."""
 
+import os
 import random
 import re
 import subprocess
@@ -104,36 +105,45 @@ def test_deep_grey_keeps_its_high_bits(tmp_path: Path, dtype: str, orientation: 
 
 
 PEAK = """
-import resource, sys
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from diffsynth_dagster.data.media.budget import DECODING
 from diffsynth_dagster.data.media.image import image_facts
 
 DECODING.megapixels = int(sys.argv[1])
-paths = [Path(path) for path in sys.argv[2:]]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with ThreadPoolExecutor(len(paths)) as threads:
-    assert not any("status" in facts for facts in threads.map(image_facts, paths))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+def peak():  # not that of getrusage, which goes on from the process that started this one
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+before = peak()
+for count in (1, 6):
+    with ThreadPoolExecutor(count) as threads:
+        assert not any("status" in facts for facts in threads.map(image_facts, [Path(sys.argv[2])] * count))
+    print(peak() - before)
 """
 
 
-def peak_bytes(megapixels: int, *paths: Path) -> int:
-    """Memory that checking pictures takes at most, in a process of its own."""
-    command = [sys.executable, "-c", PEAK, str(megapixels), *map(str, paths)]
-    return 1024 * int(subprocess.run(command, check=True, capture_output=True).stdout)
+def peak_bytes(megapixels: int, path: Path) -> tuple[int, int]:
+    """Memory that checking a picture takes at most, in a process of its own: once, and six times at
+    once."""
+    command = [sys.executable, "-c", PEAK, str(megapixels), str(path)]
+    # What the C library keeps of what was freed is not counted: see docs/metadata.md.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    one, six = subprocess.run(command, check=True, capture_output=True, env=env).stdout.split()
+    return 1024 * int(one), 1024 * int(six)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts memory in other units")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_goes_with_the_budget_and_not_with_the_threads(tmp_path: Path) -> None:
-    """Twelve bytes a pixel at most, and some for the decoder."""
+    """Twelve bytes a pixel at most."""
     side = 2000
     Image.fromarray(np.full((side, side), 40_000, np.uint16)).save(tmp_path / "deep.png")
     Image.new("RGB", (side, side), (9, 8, 7)).save(tmp_path / "x.png")
     for name in ("deep.png", "x.png"):
-        assert peak_bytes(4, tmp_path / name) < 12 * side**2 + 30e6
-        assert peak_bytes(4, *[tmp_path / name] * 6) < 24 * side**2 + 30e6
+        one, six = peak_bytes(4, tmp_path / name)
+        assert 4 * side**2 < one < 12 * side**2
+        assert six < one + side**2
 
 
 def test_threads_share_the_budget() -> None:

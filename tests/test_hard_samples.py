@@ -39,6 +39,8 @@ def test_rows_with_wrong_captions_are_among_the_hardest(
     data = tmp_path / "digits_new"
     write_new_digits(data)
     swapped = swap_captions(data / "metadata.csv", 0.1)
+    held_out = pl.read_csv(data / "held_out.csv")
+    held_out.head(16).write_csv(data / "held_out.csv")
     recipe = demo(
         tmp_path,
         customized_dataset=None,
@@ -46,6 +48,7 @@ def test_rows_with_wrong_captions_are_among_the_hardest(
         sample_prompts=[],
         dataset_repeat=repeat,
         validation_steps=None,
+        validation_timesteps=2,
     )
     run_training(read_recipe(recipe).config, never)
     losses = pl.read_parquet(tmp_path / "run" / "sample_losses.parquet")
