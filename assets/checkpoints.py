@@ -22,12 +22,12 @@ from assets.losses import hardest_facts, held_out_facts
 from assets.pictures import animation, inline, loss_curve, stacked
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.older import older_runs
-from diffsynth_dagster.training.metrics import MEASURED
-from diffsynth_dagster.training.progress import every_line
+from diffsynth_dagster.run.metrics import MEASURED
+from diffsynth_dagster.run.progress import every_line
 from resources import Hub, Launcher, Parameters
 
 if TYPE_CHECKING:
-    from diffsynth_dagster.training.record import RunRecord
+    from diffsynth_dagster.run.record import RunRecord
 
 CHECK = "loss_finite_and_parameters_changed"
 OBSERVE_SECONDS = 5.0
@@ -73,7 +73,7 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
         launcher: Launcher,
     ) -> Iterator[dg.MaterializeResult]:
         from diffsynth_dagster.cache.split import second_half
-        from diffsynth_dagster.training.uptodate import (
+        from diffsynth_dagster.run.up_to_date import (
             changed_beside,
             say_changed,
             why_train,
@@ -123,7 +123,7 @@ def _began(context: dg.AssetExecutionContext, recipe: Recipe, folder: Path) -> b
     """Whether an earlier trial of this step began its training: the record in the run folder is not
     the one that was there when the run came."""
     from diffsynth_dagster.facts import digest_file
-    from diffsynth_dagster.training.record import FILE_NAME
+    from diffsynth_dagster.run.record import FILE_NAME
 
     path, tag = folder / FILE_NAME, f"diffsynth/{recipe.name}/record_before"
     digest = digest_file(path) if path.is_file() else "none"
@@ -212,7 +212,7 @@ class Progress:
 
 def _finished_record(config: TrainingConfig) -> "RunRecord":
     from diffsynth_dagster.errors import OutputError
-    from diffsynth_dagster.training.record import read_record
+    from diffsynth_dagster.run.record import read_record
 
     record = read_record(Path(config.output_path))
     if record is None or not record.finished or not record.checkpoints:

@@ -19,13 +19,13 @@ from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.recipe import RecipeOptions, dump_config
 from diffsynth_dagster.errors import ParameterError, UserError
 from diffsynth_dagster.files import hidden_beside, require_writable, write_text
-from diffsynth_dagster.training.failure import (
+from diffsynth_dagster.run.failure import (
     EXIT_STOPPED,
     FAILURE_FOLDER,
     read_failures,
     read_silent,
 )
-from diffsynth_dagster.training.goes_on import newest_step, say_where_it_goes_on
+from diffsynth_dagster.run.goes_on import newest_step, say_where_it_goes_on
 from resources.failing import StepFailure
 from resources.messages import Message, MessageReader
 
@@ -224,7 +224,7 @@ def _require_success(
     """Raise a `StepFailure` with what the processes reported, unless they succeeded.
 
     Args:
-        folder: where they report; see `training.failure`.
+        folder: where they report; see `run.failure`.
         last_words: the end of their standard error, where none of them came as far as to report.
     """
     if code == 0:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dagster_pipes import PipesMessage, PipesParams
 
 Message = dict[str, Any]
-"""{"event": "step", "step": 3, "loss": …}; see `PipesReporter` in training/reporting.py."""
+"""{"event": "step", "step": 3, "loss": …}; see `PipesReporter` in run/reporting.py."""
 
 
 class MessageReader(dg.PipesFileMessageReader):

@@ -10,10 +10,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from diffsynth_dagster.training import progress
-from diffsynth_dagster.training.metrics import StepMetrics
-from diffsynth_dagster.training.progress import Every
-from diffsynth_dagster.training.reporting import TerminalReporter
+from diffsynth_dagster.run import progress
+from diffsynth_dagster.run.metrics import StepMetrics
+from diffsynth_dagster.run.progress import Every
+from diffsynth_dagster.run.reporting import TerminalReporter
 from resources.console import ConsoleHandler
 from resources.executor import is_temporary
 

@@ -36,10 +36,10 @@ from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import PINNED, read_checked
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.run.reporting import Reporter
+from diffsynth_dagster.run.stop import finishing
 from diffsynth_dagster.training.overlap import refuse_replaced_rows
 from diffsynth_dagster.training.parallel import Parallel
-from diffsynth_dagster.training.reporting import Reporter
-from diffsynth_dagster.training.stop import finishing
 from diffsynth_dagster.weights.identify import guess_family
 from diffsynth_dagster.weights.models import Models
 

@@ -16,9 +16,9 @@ import torch
 from diffsynth_dagster.cache.resolve import Samples
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.objective.noise import timestep_index
+from diffsynth_dagster.run.metrics import HeldOutMetrics
 from diffsynth_dagster.training.batches import Batch, StepDataset
 from diffsynth_dagster.training.ema import evaluated_weights
-from diffsynth_dagster.training.metrics import HeldOutMetrics
 from diffsynth_dagster.training.modules import evaluating
 from diffsynth_dagster.training.periodic import SavePoints, save_weights
 from diffsynth_dagster.training.setup import Work

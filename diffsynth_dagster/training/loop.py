@@ -11,8 +11,11 @@ from diffsynth_dagster.config.recipe import dump_config
 from diffsynth_dagster.errors import Stopped, TrainingError
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.older import keep_tables
+from diffsynth_dagster.run.earlier import drop_older
+from diffsynth_dagster.run.record import RunRecord
+from diffsynth_dagster.run.reporting import StepMetrics
+from diffsynth_dagster.run.stop import finishing
 from diffsynth_dagster.training.batches import Batch, steps_of
-from diffsynth_dagster.training.earlier import drop_older
 from diffsynth_dagster.training.held_out import HeldOut
 from diffsynth_dagster.training.modules import fingerprints
 from diffsynth_dagster.training.optimizer import current_rates
@@ -24,12 +27,9 @@ from diffsynth_dagster.training.periodic import (
     run_due,
 )
 from diffsynth_dagster.training.pictures import Pictures
-from diffsynth_dagster.training.record import RunRecord
-from diffsynth_dagster.training.reporting import StepMetrics
 from diffsynth_dagster.training.resume import make_ready, restore
 from diffsynth_dagster.training.setup import Session, Work, set_up
 from diffsynth_dagster.training.states import States
-from diffsynth_dagster.training.stop import finishing
 
 
 def train(session: Session) -> RunRecord:

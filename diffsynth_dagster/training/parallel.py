@@ -25,14 +25,13 @@ from accelerate.utils import (
     is_bf16_available,
     set_seed,
 )
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import EXIT_USER_ERROR, ParameterError, UserError
+from diffsynth_dagster.run.trackers import Trackers, tracker_names
 from diffsynth_dagster.training.randomness import random_state, set_random_state
-from diffsynth_dagster.training.trackers import show_picture, tracker_names
 
 T = TypeVar("T")
 
@@ -52,6 +51,7 @@ class Parallel:
         is_main_process: whether this is the one process of the job that writes and reports.
         is_node_main: whether this is the first process of its node.
         mixed_precision: "no", "bf16" or "fp16".
+        trackers: those that the config switches on (TensorBoard, W&B, …), if any.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -62,6 +62,7 @@ class Parallel:
         self.is_main_process: bool = accelerator.is_main_process
         self.is_node_main: bool = accelerator.is_local_main_process
         self.mixed_precision: str = accelerator.mixed_precision
+        self.trackers = Trackers(accelerator) if accelerator.log_with else None
         self._uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
 
     @property
@@ -321,28 +322,6 @@ class Parallel:
             if not self.is_main_process:
                 found[name] = sent.cpu().view(dtype).reshape(shape)
         return found
-
-    @property
-    def has_trackers(self) -> bool:
-        """Whether a tracker (TensorBoard, W&B, …) is switched on."""
-        return bool(self._accelerator.log_with)
-
-    def start_trackers(self, project: str) -> None:
-        """Open the trackers under the name of a project. Collective."""
-        self._accelerator.init_trackers(project)
-
-    def track(self, values: Mapping[str, float], step: int) -> None:
-        """Log values of a step to the trackers."""
-        self._accelerator.log(dict(values), step=step)
-
-    def track_picture(self, name: str, picture: Image.Image, step: int) -> None:
-        """Log a picture of a step to the trackers."""
-        for tracker in self._accelerator.trackers:
-            show_picture(tracker, name, picture, step)
-
-    def end_trackers(self) -> None:
-        """Close the trackers. Called by the process that logs."""
-        self._accelerator.end_training()
 
 
 def start_parallel(config: TrainingConfig) -> Parallel:

@@ -11,14 +11,15 @@ from blake3 import blake3
 
 from diffsynth_dagster.config.effect import values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import DamagedError, OutputError, ParameterError, shown
+from diffsynth_dagster.errors import DamagedError, OutputError, ParameterError
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.files import require_held
+from diffsynth_dagster.run.earlier import clear, earlier_record, finish_moving
+from diffsynth_dagster.run.goes_on import state_folders
+from diffsynth_dagster.run.record import LOGS, RunRecord, differing, written_files
 from diffsynth_dagster.training.batches import StepDataset
-from diffsynth_dagster.training.earlier import clear, earlier_record, finish_moving
-from diffsynth_dagster.training.record import LOGS, RunRecord, written_files
 from diffsynth_dagster.training.setup import Work
-from diffsynth_dagster.training.state import Notes, WrittenState, read_state, state_folders
+from diffsynth_dagster.training.state import Notes, WrittenState, read_state
 
 _BY_STEPS = ("num_epochs", "batch_size", "gradient_accumulation_steps")
 """More epochs go on where fewer ended; the others are compared by the samples of each step."""
@@ -136,12 +137,6 @@ def _differing_steps(config: TrainingConfig, state: Notes, data: StepDataset) ->
     if state.step > steps:
         names.append(f"num_epochs ({state.step} steps are made, and it gives {steps})")
     return names
-
-
-def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two identities differ in: parameters with their value before, and what counts by content."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [n if n.startswith("the ") else f"{n} (was {shown(before.get(n))})" for n in names]
 
 
 def _changed_checkpoints(output: Path, state: Notes) -> list[str]:

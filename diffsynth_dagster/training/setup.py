@@ -12,6 +12,9 @@ from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.run.record import RunFile
+from diffsynth_dagster.run.reporting import Reporter
+from diffsynth_dagster.run.start import require_starts
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.dataset import Resolved
 from diffsynth_dagster.training.ema import Average, make_average
@@ -23,10 +26,7 @@ from diffsynth_dagster.training.optimizer import (
     parameter_groups,
 )
 from diffsynth_dagster.training.parallel import Parallel
-from diffsynth_dagster.training.record import RunFile
-from diffsynth_dagster.training.reporting import Reporter
 from diffsynth_dagster.training.sample_losses import SampleLosses
-from diffsynth_dagster.training.start import require_starts
 from diffsynth_dagster.training.state import WrittenState
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.identify import FoundModel

@@ -27,7 +27,7 @@ from diffsynth_dagster.errors import (
     UserError,
     reason_of,
 )
-from diffsynth_dagster.training.shortage import out_of_memory
+from diffsynth_dagster.run.shortage import out_of_memory
 
 FAILURE_FOLDER = "DIFFSYNTH_FAILURE_FOLDER"
 EXIT_STOPPED = 130

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from diffsynth_dagster.errors import EXIT_USER_ERROR, OutputError, Stopped, UserError
 from diffsynth_dagster.files import write_text
-from diffsynth_dagster.training.failure import (
+from diffsynth_dagster.run.failure import (
     EXIT_STOPPED,
     FAILURE_FOLDER,
     Failure,
@@ -23,7 +23,7 @@ from diffsynth_dagster.training.failure import (
     recognised,
     working_file,
 )
-from diffsynth_dagster.training.reporting import Reporter
+from diffsynth_dagster.run.reporting import Reporter
 
 EXIT_CRASHED = 1
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster import __version__
-from diffsynth_dagster.errors import OutputError
+from diffsynth_dagster.errors import OutputError, shown
 from diffsynth_dagster.facts import digest_file, digest_of
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.own_names import is_trained
@@ -225,6 +225,12 @@ def written_files(record: Mapping[str, Any]) -> set[str]:
     checkpoints = {Path(name).name for name in [*record["checkpoints"], *record["writing"]]}
     names = checkpoints | {f"{PICTURES}/{Path(name).name}" for name in samples}
     return {name for name in names if is_trained(name)}
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two identities differ in: parameters with their value before, and what counts by content."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [n if n.startswith("the ") else f"{n} (was {shown(before.get(n))})" for n in names]
 
 
 def read_record(folder: Path) -> RunRecord | None:

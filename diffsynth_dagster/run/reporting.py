@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from diffsynth_dagster.training.metrics import HeldOutMetrics, StepMetrics
-from diffsynth_dagster.training.progress import (
+from diffsynth_dagster.run.metrics import HeldOutMetrics, StepMetrics
+from diffsynth_dagster.run.progress import (
     Every,
     Progress,
     ProgressBar,
@@ -25,9 +25,9 @@ from diffsynth_dagster.training.progress import (
 if TYPE_CHECKING:
     from diffsynth_dagster.cache.encode import EncodeReport
     from diffsynth_dagster.config.parameters import TrainingConfig
-    from diffsynth_dagster.training.failure import Failure
-    from diffsynth_dagster.training.parallel import Parallel
-    from diffsynth_dagster.training.record import RunRecord
+    from diffsynth_dagster.run.failure import Failure
+    from diffsynth_dagster.run.record import RunRecord
+    from diffsynth_dagster.run.trackers import Trackers
 
 STEP_SECONDS = 1.0
 """Between two steps that are sent to Dagster, which plots some of them."""
@@ -225,18 +225,18 @@ class CsvReporter(Reporter):
 class TrackerReporter(Reporter):
     """TensorBoard, W&B, SwanLab, Trackio and MLflow, where a config switches them on."""
 
-    def __init__(self, parallel: "Parallel") -> None:
-        self._parallel = parallel
+    def __init__(self, trackers: "Trackers") -> None:
+        self._trackers = trackers
 
     def stepped(self, metrics: StepMetrics) -> None:
         values = metrics.row()
         step = values.pop("step")
-        self._parallel.track(values, step)
+        self._trackers.log(values, step)
 
     def held_out(self, metrics: HeldOutMetrics) -> None:
         values = metrics.row()
         step = int(values.pop("step"))
-        self._parallel.track({f"held_out/{name}": value for name, value in values.items()}, step)
+        self._trackers.log({f"held_out/{name}": value for name, value in values.items()}, step)
 
     def sampled(self, step: int, file: Path) -> None:
         if file.suffix == ".png":  # the frames of a clip are in its step's picture
@@ -244,10 +244,10 @@ class TrackerReporter(Reporter):
 
             with Image.open(file) as picture:
                 # Not `samples`: a number of each step is called so.
-                self._parallel.track_picture("sample_pictures", picture.convert("RGB"), step)
+                self._trackers.show("sample_pictures", picture.convert("RGB"), step)
 
     def close(self) -> None:
-        self._parallel.end_trackers()
+        self._trackers.close()
 
 
 class PipesReporter(Reporter):
@@ -302,19 +302,21 @@ class PipesReporter(Reporter):
         self._stack.close()
 
 
-def make_reporter(parallel: "Parallel", config: "TrainingConfig") -> Reporter:
+def make_reporter(
+    config: "TrainingConfig", is_main_process: bool, trackers: "Trackers | None"
+) -> Reporter:
     """The reporters of a run: all on the main process, none on the others. Collective."""
-    if parallel.has_trackers:
-        from diffsynth_dagster.training.trackers import project_of
+    if trackers is not None:
+        from diffsynth_dagster.run.trackers import project_of
 
-        parallel.start_trackers(project_of(config))
-    if not parallel.is_main_process:
+        trackers.start(project_of(config))
+    if not is_main_process:
         return Reporter()
     # Dagster logs what it receives: printed too, everything would be said twice.
     launched = "DAGSTER_PIPES_CONTEXT" in os.environ
     reporters: list[Reporter] = [PipesReporter() if launched else TerminalReporter()]
     if not config.encodes_only:
         reporters.append(CsvReporter(config))
-    if parallel.has_trackers:
-        reporters.append(TrackerReporter(parallel))
+    if trackers is not None:
+        reporters.append(TrackerReporter(trackers))
     return Reporters(reporters)
