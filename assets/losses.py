@@ -19,7 +19,7 @@ _HARDEST = 24
 
 def held_out_facts(record: "RunRecord") -> dict[str, Any]:
     """The last measurement, all of them as a table, and their curves; nothing where nothing is held out."""
-    from diffsynth_dagster.run.metrics import HeldOutMetrics
+    from diffsynth_dagster.run.events import HeldOutMetrics
 
     if not record.held_out:
         return {}

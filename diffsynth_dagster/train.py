@@ -120,7 +120,7 @@ def run_alone(
 
     reporter = make_reporter(config, parallel.is_main_process, parallel.trackers)
     store = open_store(config)
-    with closing(reporter), store.in_use(waiting=reporter.warned), memory.explained():
+    with closing(reporter), store.in_use(waiting=reporter.warn), memory.explained():
         # Latents: all in the store, and the manifest that names them.
         manifest = encoded_manifest(
             config, parallel, models, table, fact_cache, reporter, stop_asked
@@ -136,7 +136,7 @@ def run_alone(
         place = (parallel.process_index, parallel.num_processes)
         data = StepDataset(config, found, samples.trained, *place)
         state = parallel.from_main(
-            lambda: choose_state(config, record, data, parallel.can_save_state, reporter.warned)
+            lambda: choose_state(config, record, data, parallel.can_save_state, reporter.warn)
         )
         record = going_on(record, state)
         run_file = RunFile(output, record, writes=parallel.is_main_process)

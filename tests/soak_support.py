@@ -259,7 +259,7 @@ def _facts(path: Path) -> Any:
 
 
 def _steps(path: Path) -> Any:
-    from diffsynth_dagster.run.metrics import MEASURED as OF_STEPS
+    from diffsynth_dagster.run.events import MEASURED as OF_STEPS
 
     text = path.read_text(encoding="utf-8", errors="replace")
     rows = csv.DictReader(text.replace("\0", "?").splitlines())

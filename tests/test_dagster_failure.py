@@ -380,5 +380,5 @@ def test_no_launcher_no_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
-    WrittenFailures(Path("/dev/null/none")).failed(Failure("mistake", "wrong"))
+    WrittenFailures(Path("/dev/null/none")).report(Failure("mistake", "wrong"))
     assert capsys.readouterr().err == "error: wrong\n"

@@ -14,7 +14,7 @@ from test_families import QWEN, WAN, Place, place, places
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.data.media.video import load_sample_video
-from diffsynth_dagster.run.metrics import MEASURED
+from diffsynth_dagster.run.events import MEASURED
 from diffsynth_dagster.run.record import read_record
 
 __all__ = ["place", "places"]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families import find_family
-from diffsynth_dagster.run.metrics import MEASURED
+from diffsynth_dagster.run.events import MEASURED
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.adapters import saved_name
 from diffsynth_dagster.training.batches import collate

@@ -27,6 +27,7 @@ from diffsynth_dagster.errors import (
     UserError,
     reason_of,
 )
+from diffsynth_dagster.run.events import Event
 from diffsynth_dagster.run.shortage import out_of_memory
 
 FAILURE_FOLDER = "DIFFSYNTH_FAILURE_FOLDER"
@@ -44,8 +45,8 @@ _BY_IMPORTANCE: tuple[Kind, ...] = ("mistake", "crash", "stopped")
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why one process ended before its work was done.
+class Failure(Event):
+    """A process ended before its work was done: why.
 
     Args:
         kind: "mistake": a `UserError`; "stopped": asked to stop; "crash": anything else.

@@ -40,7 +40,7 @@ class RunRecord:
         beside: file beside the checkpoints, as a path from the run folder → digest of its bytes: the
             pictures and clips, and, at the end of the training, its losses.
         held_out_digest: of the samples that are held out as a table of their own, if they are.
-        held_out: each measurement of the held-out loss: see `metrics.HeldOutMetrics`.
+        held_out: each measurement of the held-out loss: see `events.HeldOutMetrics`.
         best: the files of the checkpoint with the smallest held-out loss, where it is kept.
         total_steps: that the training was to make; 0 in records of older versions.
         resumed_from: the steps after which it was stopped, and gone on with.

@@ -1,6 +1,6 @@
-"""What the trainer reports while it works, and to whom. The loop knows only `Reporter`.
+"""Who hears what a run reports while it works. The loop knows only `Reporter`.
 
-Nothing heavy is imported here: `failure.py` reports with it before anything else is loaded.
+Nothing heavy is imported here: `guard.py` reports with it before anything else is loaded.
 """
 
 import csv
@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from diffsynth_dagster.run.metrics import HeldOutMetrics, StepMetrics
+from diffsynth_dagster.run.events import (
+    Encoded,
+    Encoding,
+    Event,
+    Finished,
+    HeldOutMetrics,
+    Sampled,
+    Saved,
+    Started,
+    StepMetrics,
+    Warned,
+    message_of,
+)
 from diffsynth_dagster.run.progress import (
     Every,
     Progress,
@@ -23,10 +35,7 @@ from diffsynth_dagster.run.progress import (
 )
 
 if TYPE_CHECKING:
-    from diffsynth_dagster.cache.encode import EncodeReport
     from diffsynth_dagster.config.parameters import TrainingConfig
-    from diffsynth_dagster.run.failure import Failure
-    from diffsynth_dagster.run.record import RunRecord
     from diffsynth_dagster.run.trackers import Trackers
 
 STEP_SECONDS = 1.0
@@ -34,40 +43,17 @@ STEP_SECONDS = 1.0
 
 
 class Reporter:
-    """Listens to a training. Every method may be left as it is."""
+    """Listens to a run. This one hears nothing; others hear the events that they know."""
 
-    def warned(self, warning: str) -> None:
+    def report(self, event: Event) -> None:
+        """Something happened."""
+
+    def warn(self, text: str) -> None:
         """Something may go wrong later that can be mended now."""
-
-    def started(self, total_steps: int, config: "TrainingConfig", first: int) -> None:
-        """The loop starts, after so many steps that were made before."""
-
-    def encoding(self, stage: str, done: int, total: int) -> None:
-        """Samples of a stage were encoded into the store."""
-
-    def encoded(self, report: "EncodeReport") -> None:
-        """The store holds every sample."""
-
-    def stepped(self, metrics: StepMetrics) -> None:
-        """An optimizer step was made."""
-
-    def held_out(self, metrics: HeldOutMetrics) -> None:
-        """The held-out loss was measured."""
-
-    def sampled(self, step: int, file: Path) -> None:
-        """Samples were written: all images of a step as one picture, or one clip."""
-
-    def saved(self, step: int, checkpoint: Path) -> None:
-        """A checkpoint was written."""
-
-    def finished(self, record: "RunRecord") -> None:
-        """The training is at its end."""
-
-    def failed(self, failure: "Failure") -> None:
-        """This process cannot finish its work."""
+        self.report(Warned(text))
 
     def close(self) -> None:
-        """The training is over, finished or not."""
+        """The run is over, finished or not."""
 
 
 class Reporters(Reporter):
@@ -76,41 +62,9 @@ class Reporters(Reporter):
     def __init__(self, reporters: Sequence[Reporter]) -> None:
         self._reporters = reporters
 
-    def warned(self, warning: str) -> None:
+    def report(self, event: Event) -> None:
         for reporter in self._reporters:
-            reporter.warned(warning)
-
-    def started(self, total_steps: int, config: "TrainingConfig", first: int) -> None:
-        for reporter in self._reporters:
-            reporter.started(total_steps, config, first)
-
-    def encoding(self, stage: str, done: int, total: int) -> None:
-        for reporter in self._reporters:
-            reporter.encoding(stage, done, total)
-
-    def encoded(self, report: "EncodeReport") -> None:
-        for reporter in self._reporters:
-            reporter.encoded(report)
-
-    def stepped(self, metrics: StepMetrics) -> None:
-        for reporter in self._reporters:
-            reporter.stepped(metrics)
-
-    def held_out(self, metrics: HeldOutMetrics) -> None:
-        for reporter in self._reporters:
-            reporter.held_out(metrics)
-
-    def sampled(self, step: int, file: Path) -> None:
-        for reporter in self._reporters:
-            reporter.sampled(step, file)
-
-    def saved(self, step: int, checkpoint: Path) -> None:
-        for reporter in self._reporters:
-            reporter.saved(step, checkpoint)
-
-    def finished(self, record: "RunRecord") -> None:
-        for reporter in self._reporters:
-            reporter.finished(record)
+            reporter.report(event)
 
     def close(self) -> None:
         for reporter in self._reporters:
@@ -124,34 +78,48 @@ class TerminalReporter(Reporter):
         self._progress: Progress | None = None
         self._stage = ""
 
+    def report(self, event: Event) -> None:
+        match event:
+            case Warned():
+                tqdm.write(f"warning: {event.text}", file=sys.stderr)
+            case Encoding():
+                self._encoding(event)
+            case Encoded():
+                self.close()
+                for stage, misses in event.misses.items():
+                    print(
+                        f"{stage}: {event.hits[stage]} in the store, {misses} encoded", flush=True
+                    )
+            case Started():
+                progress = self._begin("train", event.total_steps, "step")
+                if event.line is not None:
+                    tqdm.write(event.line)
+                    progress.reached(event.first, {})
+            case StepMetrics():
+                self._stepped(event)
+            case HeldOutMetrics() | Saved():
+                tqdm.write(event.line)
+            case Finished():
+                self.close()
+                for name, value in event.evaluation.items():
+                    print(f"{name}: {value:.1%}", flush=True)
+            case _:
+                pass
+
     def _begin(self, title: str, total: int, unit: str) -> Progress:
         self.close()
         kind = ProgressBar if sys.stderr.isatty() else ProgressLines
         self._progress = kind(title, total, unit)
         return self._progress
 
-    def warned(self, warning: str) -> None:
-        tqdm.write(f"warning: {warning}", file=sys.stderr)
-
-    def encoding(self, stage: str, done: int, total: int) -> None:
-        if self._progress is None or self._stage != stage:
-            self._begin(f"encode {stage}", total, "sample")
-            self._stage = stage
+    def _encoding(self, event: Encoding) -> None:
+        if self._progress is None or self._stage != event.stage:
+            self._begin(f"encode {event.stage}", event.total, "sample")
+            self._stage = event.stage
         assert self._progress is not None
-        self._progress.reached(done, {})
+        self._progress.reached(event.done, {})
 
-    def encoded(self, report: "EncodeReport") -> None:
-        self.close()
-        for stage, misses in report.misses.items():
-            print(f"{stage}: {report.hits[stage]} in the store, {misses} encoded", flush=True)
-
-    def started(self, total_steps: int, config: "TrainingConfig", first: int) -> None:
-        progress = self._begin("train", total_steps, "step")
-        if first:
-            tqdm.write(f"going on after step {first}")
-            progress.reached(first, {})
-
-    def stepped(self, metrics: StepMetrics) -> None:
+    def _stepped(self, metrics: StepMetrics) -> None:
         assert self._progress is not None, "a training starts before its first step"
         facts = {
             "loss": f"{metrics.loss:.4f}",
@@ -159,20 +127,6 @@ class TerminalReporter(Reporter):
             "samples/s": f"{metrics.samples_per_second:.3g}",
         }
         self._progress.reached(metrics.step, facts)
-
-    def held_out(self, metrics: HeldOutMetrics) -> None:
-        tqdm.write(
-            f"step {metrics.step}: held-out loss {metrics.loss:.4f}, of trained samples "
-            f"{metrics.trained_loss:.4f}"
-        )
-
-    def saved(self, step: int, checkpoint: Path) -> None:
-        tqdm.write(f"step {step}: wrote {checkpoint}")
-
-    def finished(self, record: "RunRecord") -> None:
-        self.close()
-        for name, value in record.evaluation.items():
-            print(f"{name}: {value:.1%}", flush=True)
 
     def close(self) -> None:
         if self._progress is not None:
@@ -196,8 +150,21 @@ class CsvReporter(Reporter):
         self._tables: list[Any] = []
         self._held_out: Any = None
 
-    def started(self, total_steps: int, config: "TrainingConfig", first: int) -> None:
-        self._tables = [self._open(name, columns) for name, columns in self._columns.items()]
+    def report(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._tables = [self._open(*table) for table in self._columns.items()]
+            case StepMetrics():
+                row = event.row()
+                for table in self._tables:
+                    table.writerow(row)
+            case HeldOutMetrics():
+                row = event.row()
+                if self._held_out is None:
+                    self._held_out = self._open("held_out.csv", list(row))
+                self._held_out.writerow(row)
+            case _:
+                pass
 
     def _open(self, name: str, columns: Sequence[str]) -> Any:
         path = self._folder / name
@@ -206,17 +173,6 @@ class CsvReporter(Reporter):
         if file.tell() == 0:
             table.writeheader()
         return table
-
-    def stepped(self, metrics: StepMetrics) -> None:
-        row = metrics.row()
-        for table in self._tables:
-            table.writerow(row)
-
-    def held_out(self, metrics: HeldOutMetrics) -> None:
-        row = metrics.row()
-        if self._held_out is None:
-            self._held_out = self._open("held_out.csv", list(row))
-        self._held_out.writerow(row)
 
     def close(self) -> None:
         self._stack.close()
@@ -228,23 +184,28 @@ class TrackerReporter(Reporter):
     def __init__(self, trackers: "Trackers") -> None:
         self._trackers = trackers
 
-    def stepped(self, metrics: StepMetrics) -> None:
-        values = metrics.row()
-        step = values.pop("step")
-        self._trackers.log(values, step)
+    def report(self, event: Event) -> None:
+        match event:
+            case StepMetrics():
+                values = event.row()
+                step = values.pop("step")
+                self._trackers.log(values, step)
+            case HeldOutMetrics():
+                values = event.row()
+                step = int(values.pop("step"))
+                self._trackers.log({f"held_out/{n}": value for n, value in values.items()}, step)
+            case Sampled():
+                self._sampled(event)
+            case _:
+                pass
 
-    def held_out(self, metrics: HeldOutMetrics) -> None:
-        values = metrics.row()
-        step = int(values.pop("step"))
-        self._trackers.log({f"held_out/{name}": value for name, value in values.items()}, step)
-
-    def sampled(self, step: int, file: Path) -> None:
-        if file.suffix == ".png":  # the frames of a clip are in its step's picture
+    def _sampled(self, event: Sampled) -> None:
+        if event.path.endswith(".png"):  # the frames of a clip are in its step's picture
             from PIL import Image
 
-            with Image.open(file) as picture:
+            with Image.open(event.path) as picture:
                 # Not `samples`: a number of each step is called so.
-                self._trackers.show("sample_pictures", picture.convert("RGB"), step)
+                self._trackers.show("sample_pictures", picture.convert("RGB"), event.step)
 
     def close(self) -> None:
         self._trackers.close()
@@ -263,40 +224,23 @@ class PipesReporter(Reporter):
         self._stack = ExitStack()
         self._context = self._stack.enter_context(open_dagster_pipes())
 
-    def _send(self, event: str, **values: Any) -> None:
-        self._context.report_custom_message({"event": event, **values})
+    def report(self, event: Event) -> None:
+        if self._is_due(event):
+            self._context.report_custom_message(message_of(event))
 
-    def warned(self, warning: str) -> None:
-        self._send("warning", text=warning)
-
-    def encoding(self, stage: str, done: int, total: int) -> None:
-        if self._stage != stage:
-            self._stage, self._every = stage, every_line()
-        if self._every.due(done, total):
-            self._send("encoding", stage=stage, done=done, total=total)
-
-    def encoded(self, report: "EncodeReport") -> None:
-        self._send("encoded", hits=report.hits, misses=report.misses)
-
-    def started(self, total_steps: int, config: "TrainingConfig", first: int) -> None:
-        self._total, self._every = total_steps, Every(STEP_SECONDS)
-        self._send("started", total_steps=total_steps, first=first)
-
-    def stepped(self, metrics: StepMetrics) -> None:
-        if self._every.due(metrics.step, self._total):
-            self._send("step", **metrics.row())
-
-    def held_out(self, metrics: HeldOutMetrics) -> None:
-        self._send("held_out", **metrics.row())
-
-    def sampled(self, step: int, file: Path) -> None:
-        self._send("sample", step=step, path=str(file))
-
-    def saved(self, step: int, checkpoint: Path) -> None:
-        self._send("checkpoint", step=step, path=str(checkpoint))
-
-    def finished(self, record: "RunRecord") -> None:
-        self._send("finished", steps=record.steps)
+    def _is_due(self, event: Event) -> bool:
+        match event:
+            case Encoding():
+                if self._stage != event.stage:
+                    self._stage, self._every = event.stage, every_line()
+                return self._every.due(event.done, event.total)
+            case Started():
+                self._total, self._every = event.total_steps, Every(STEP_SECONDS)
+                return True
+            case StepMetrics():
+                return self._every.due(event.step, self._total)
+            case _:
+                return True
 
     def close(self) -> None:
         self._stack.close()

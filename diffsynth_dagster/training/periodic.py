@@ -8,6 +8,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.files import short_of_space
+from diffsynth_dagster.run.events import Saved
 from diffsynth_dagster.training.checkpoint import (
     checkpoint_files,
     strip_prefix,
@@ -119,7 +120,7 @@ class Checkpoints:
         what += f" and {config.state_keep} states" if states else ""
         warning = short_of_space(folder, needed + states, f"{what} of the training")
         if warning is not None:
-            work.session.reporter.warned(warning)
+            work.session.reporter.warn(warning)
 
     def due(self, step: int) -> bool:
         """Whether a step leaves a checkpoint."""
@@ -133,7 +134,7 @@ class Checkpoints:
         session.run_file.saved({path.name: digest for path, digest in written.items()})
         if session.parallel.is_main_process:
             for path in written:
-                session.reporter.saved(step, path)
+                session.reporter.report(Saved(step, str(path)))
             _drop_older(session, len(written))
         session.parallel.wait_for_everyone()
 

@@ -95,7 +95,7 @@ class States:
         try:
             packed = PackedState(state)
         except TypeError as error:
-            session.reporter.warned(f"the state after step {step} is not written: {error}")
+            session.reporter.warn(f"the state after step {step} is not written: {error}")
             return
 
         def write() -> None:
@@ -132,4 +132,4 @@ class States:
     def _warn(self) -> None:
         """Say what the thread could not write."""
         while self._failed:
-            self._reporter.warned(self._failed.pop())
+            self._reporter.warn(self._failed.pop())
