@@ -10,8 +10,12 @@ from conftest import ROOT
 from process_support import Done, python
 
 ENGINE = ROOT / "diffsynth_dagster"
-TRAINING = [*sorted((ENGINE / "training").glob("*.py")), ENGINE / "train.py"]
-KNOW_ACCELERATE = {"parallel.py"}
+TRAINING = [
+    *sorted((ENGINE / "training").glob("*.py")),
+    *sorted((ENGINE / "run").glob("*.py")),
+    ENGINE / "train.py",
+]
+KNOW_ACCELERATE = {"parallel.py", "trackers.py"}
 
 TAKE_TURNS = """
 import sys, time
@@ -32,7 +36,7 @@ with parallel.node_main_first():
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
-def test_only_parallel_imports_accelerate(path: Path) -> None:
+def test_who_imports_accelerate(path: Path) -> None:
     imported: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

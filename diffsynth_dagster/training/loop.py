@@ -75,7 +75,7 @@ def _train(work: Work) -> RunRecord:
     last = first
     steps = steps_of(work.data, first, work.total_steps, config.dataset_num_workers)
     if random is not None:
-        session.parallel.restore_random(random)
+        session.parallel.load_random(random)
     with closing(states):
         waiting = time.perf_counter()
         for step, batches in steps:

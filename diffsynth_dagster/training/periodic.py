@@ -11,8 +11,7 @@ from diffsynth_dagster.files import short_of_space
 from diffsynth_dagster.run.events import Saved
 from diffsynth_dagster.training.checkpoint import (
     checkpoint_files,
-    strip_prefix,
-    trained_state,
+    names_in_file,
     write_checkpoint,
 )
 from diffsynth_dagster.training.ema import evaluated_weights
@@ -151,15 +150,14 @@ def save_weights(work: Work, step: int, name: str) -> dict[Path, str]:
     family, removed = session.models.found.family, config.remove_prefix_in_ckpt
     written: dict[Path, str] = {}
     with evaluated_weights(work):
-        weights = parallel.whole_weights(work.model, work.trained)
         files = checkpoint_files(name, family, record.trained, removed)
         session.run_file.saving(file.name for file in files)
         for file in files:
             path = Path(config.output_path) / file.name
             written[path] = ""
+            names = names_in_file(work.trained, family, file)
+            tensors = {names[n]: t for n, t in parallel.whole_weights(work.model, names)}
             if parallel.is_main_process:
-                state = trained_state(weights, family, file.trained)
-                tensors = strip_prefix(state, file.removed)
                 write_checkpoint(path, tensors, {**record.provenance, "step": step})
                 written[path] = digest_file(path)
     return written

@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from blake3 import blake3
 
 from diffsynth_dagster.config.effect import values_that_affect
@@ -186,14 +185,12 @@ def restore(work: Work, written: WrittenState) -> list[Any]:
     """Bring a training to where it was after a step, but for the random numbers. Collective.
 
     Returns:
-        For each process that wrote the state, its random numbers: see `Parallel.restore_random`.
+        For each process that wrote the state, its random numbers: see `Parallel.load_random`.
     """
     parallel = work.session.parallel
     state = written.whole(parallel.tensors_from_main(written.tensors))
-    with torch.no_grad():
-        for name, parameter in work.trained.items():
-            parameter.copy_(state.weights[name])
-    parallel.restore(state.pieces, work.optimizer, work.schedule)
+    weights = {name: state.weights[name] for name in work.trained}
+    parallel.load_state(work.model, weights, state.pieces, work.optimizer, work.schedule)
     work.losses.restore(state.pieces["losses"], parallel.is_main_process)
     work.average.restore(state.pieces["average"])
     return state.pieces["random"]
