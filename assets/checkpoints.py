@@ -22,12 +22,20 @@ from assets.losses import hardest_facts, held_out_facts
 from assets.pictures import animation, inline, loss_curve, stacked
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.older import older_runs
-from diffsynth_dagster.training.metrics import MEASURED
-from diffsynth_dagster.training.progress import every_line
+from diffsynth_dagster.run.events import (
+    MEASURED,
+    Event,
+    HeldOutMetrics,
+    Sampled,
+    Saved,
+    Started,
+    StepMetrics,
+)
+from diffsynth_dagster.run.progress import every_line
 from resources import Hub, Launcher, Parameters
 
 if TYPE_CHECKING:
-    from diffsynth_dagster.training.record import RunRecord
+    from diffsynth_dagster.run.record import RunRecord
 
 CHECK = "loss_finite_and_parameters_changed"
 OBSERVE_SECONDS = 5.0
@@ -73,7 +81,7 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
         launcher: Launcher,
     ) -> Iterator[dg.MaterializeResult]:
         from diffsynth_dagster.cache.split import second_half
-        from diffsynth_dagster.training.uptodate import (
+        from diffsynth_dagster.run.up_to_date import (
             changed_beside,
             say_changed,
             why_train,
@@ -93,8 +101,8 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
                 resume = _resume(settings, config.retrain, began)
                 settings = settings.model_copy(update={"resume": resume})
                 with user_errors(settings):
-                    for message in launcher.run(context, settings, recipe.options):
-                        progress.hear(message)
+                    for event in launcher.run(context, settings, recipe.options):
+                        progress.hear(event)
                 progress.last()
             else:
                 context.log.info("nothing that the training depends on has changed")
@@ -123,7 +131,7 @@ def _began(context: dg.AssetExecutionContext, recipe: Recipe, folder: Path) -> b
     """Whether an earlier trial of this step began its training: the record in the run folder is not
     the one that was there when the run came."""
     from diffsynth_dagster.facts import digest_file
-    from diffsynth_dagster.training.record import FILE_NAME
+    from diffsynth_dagster.run.record import FILE_NAME
 
     path, tag = folder / FILE_NAME, f"diffsynth/{recipe.name}/record_before"
     digest = digest_file(path) if path.is_file() else "none"
@@ -158,32 +166,30 @@ class Progress:
     def __init__(self, context: dg.AssetExecutionContext) -> None:
         self._context = context
         self._total = 0
-        self._waiting: dict[str, Any] | None = None
+        self._waiting: StepMetrics | None = None
         self._observed = time.monotonic()
         self._line = every_line()
 
-    def hear(self, message: dict[str, Any]) -> None:
-        """Take in one message; logs an observation when one is due."""
-        event, log = message["event"], self._context.log
-        if event == "started":
-            self._total = message["total_steps"]
-            log.info(f"training {self._total} steps")
-            if message["first"]:
-                log.info(f"going on after step {message['first']}")
-        elif event == "checkpoint":
-            log.info(f"step {message['step']}: wrote {message['path']}")
-        elif event == "sample":
-            log.info(f"step {message['step']}: sampled {message['path']}")
-            self._picture(message["step"], Path(message["path"]))
-        elif event == "held_out":
-            log.info(
-                f"step {message['step']}: held-out loss {message['loss']:.4f}, of trained samples "
-                f"{message['trained_loss']:.4f}"
-            )
-        elif event == "step":
-            self._waiting = message
-            if time.monotonic() - self._observed >= OBSERVE_SECONDS:
-                self.last()
+    def hear(self, event: Event) -> None:
+        """Take in one event; logs an observation when one is due."""
+        log = self._context.log
+        match event:
+            case Started():
+                self._total = event.total_steps
+                log.info(f"training {self._total} steps")
+                if event.line is not None:
+                    log.info(event.line)
+            case Saved() | HeldOutMetrics():
+                log.info(event.line)
+            case Sampled():
+                log.info(event.line)
+                self._picture(event.step, Path(event.path))
+            case StepMetrics():
+                self._waiting = event
+                if time.monotonic() - self._observed >= OBSERVE_SECONDS:
+                    self.last()
+            case _:
+                pass
 
     def _picture(self, step: int, path: Path) -> None:
         """An observation with the sample picture of a step, as soon as there is one."""
@@ -196,13 +202,14 @@ class Progress:
 
     def last(self) -> None:
         """An observation of the newest step, unless it was observed."""
-        step, self._waiting = self._waiting, None
-        if step is None:
+        metrics, self._waiting = self._waiting, None
+        if metrics is None:
             return
         self._observed = time.monotonic()
-        if self._line.due(step["step"], self._total):
-            self._context.log.info(f"step {step['step']} of {self._total}: loss {step['loss']:.4f}")
-        self._observe({"step": step["step"], **{name: float(step[name]) for name in _OBSERVED}})
+        step, values = metrics.step, metrics.row()
+        if self._line.due(step, self._total):
+            self._context.log.info(f"step {step} of {self._total}: loss {metrics.loss:.4f}")
+        self._observe({"step": step, **{name: float(values[name]) for name in _OBSERVED}})
 
     def _observe(self, facts: dict[str, Any]) -> None:
         """Log an observation. (Not by a `yield`: a cancel that came then would end the step in Dagster's
@@ -212,7 +219,7 @@ class Progress:
 
 def _finished_record(config: TrainingConfig) -> "RunRecord":
     from diffsynth_dagster.errors import OutputError
-    from diffsynth_dagster.training.record import read_record
+    from diffsynth_dagster.run.record import read_record
 
     record = read_record(Path(config.output_path))
     if record is None or not record.finished or not record.checkpoints:

@@ -12,7 +12,7 @@ import dagster as dg
 from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.effect import Affects, names_that_affect, values_that_affect
-from diffsynth_dagster.training.failure import failure_of, recognised
+from diffsynth_dagster.run.failure import failure_of, recognised
 from resources import Cancelled, StepFailure, TriedAgain, cancelled
 
 GPU_POOL = "gpu"

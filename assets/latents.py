@@ -17,6 +17,7 @@ from assets.common import (
     user_errors,
 )
 from diffsynth_dagster.config import Recipe
+from diffsynth_dagster.run.events import Encoded, Encoding
 from resources import Launcher, Parameters
 
 if TYPE_CHECKING:
@@ -57,17 +58,19 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
         from diffsynth_dagster.data.table.checked import read_checked
         from diffsynth_dagster.facts import digest_of
 
-        report: dict[str, Any] = {}
+        report = Encoded({}, {})
         with tried_again(context, recipe.options.retries), user_errors():
             config = first_half(parameters.apply(recipe.config))
             checked = read_checked(Path(config.output_path))
             with user_errors(config):
-                for message in launcher.run(context, config, recipe.options):
-                    if message["event"] == "encoding":
-                        stage, done, total = (message[name] for name in ("stage", "done", "total"))
-                        context.log.info(f"{stage}: {done} of {total} encoded")
-                    elif message["event"] == "encoded":
-                        report = message
+                for event in launcher.run(context, config, recipe.options):
+                    match event:
+                        case Encoding(stage, done, total):
+                            context.log.info(f"{stage}: {done} of {total} encoded")
+                        case Encoded():
+                            report = event
+                        case _:
+                            pass
             manifest = read_manifest(Path(config.output_path))
             contents = [look_into(manifest, checked)]
             version, own = manifest.digest, held_out_config(config)
@@ -76,8 +79,7 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
                 contents.append(look_into(held_out, read_checked(Path(own.output_path))))
                 version = digest_of([manifest.digest, held_out.digest])
             facts, check = _describe(manifest, contents)
-        for kind in ("hits", "misses"):
-            counts: dict[str, int] = report.get(kind, {})
+        for kind, counts in (("hits", report.hits), ("misses", report.misses)):
             facts |= {f"{kind}/{stage}": count for stage, count in counts.items()}
             context.log.info(f"{kind}: {counts}")
         yield dg.MaterializeResult(

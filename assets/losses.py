@@ -11,7 +11,7 @@ from assets.rows import files_of_rows, markdown
 
 if TYPE_CHECKING:
     from diffsynth_dagster.config import TrainingConfig
-    from diffsynth_dagster.training.record import RunRecord
+    from diffsynth_dagster.run.record import RunRecord
 
 _HARDEST = 24
 """Samples that are shown."""
@@ -19,7 +19,7 @@ _HARDEST = 24
 
 def held_out_facts(record: "RunRecord") -> dict[str, Any]:
     """The last measurement, all of them as a table, and their curves; nothing where nothing is held out."""
-    from diffsynth_dagster.training.metrics import HeldOutMetrics
+    from diffsynth_dagster.run.events import HeldOutMetrics
 
     if not record.held_out:
         return {}
@@ -51,7 +51,7 @@ def hardest_facts(config: "TrainingConfig", changed: list[Path]) -> dict[str, An
     from diffsynth_dagster.data.frames import read_parquet
     from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
     from diffsynth_dagster.data.table.checked import find_checked
-    from diffsynth_dagster.training.record import SAMPLE_LOSSES
+    from diffsynth_dagster.run.record import SAMPLE_LOSSES
 
     losses = Path(config.output_path) / SAMPLE_LOSSES
     checked = find_checked(Path(config.output_path) / CHECKED)

@@ -18,11 +18,11 @@ import report
 from accelerate.optimizer import AcceleratedOptimizer
 from demo_runs import Timed, training_of, write_digits
 
+from diffsynth_dagster.run.stop import StopSignal
 from diffsynth_dagster.train import run
 from diffsynth_dagster.training import states
 from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.step import TrainingStep
-from diffsynth_dagster.training.stop import StopSignal
 
 CASES = ((1, 384, 50), (4, 192, 50))
 """Pictures in a step (1 is the guide's default), their side (for steps of about 100 ms on two cores),

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 from diffsynth_dagster.config.flags import read_arguments
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError, Stopped, UserError
-from diffsynth_dagster.training.failure import process_number, recognised
-from diffsynth_dagster.training.goes_on import say_where_it_goes_on
-from diffsynth_dagster.training.guard import FailureGuard, failure_reporter
-from diffsynth_dagster.training.stop import StopSignal
+from diffsynth_dagster.run.failure import process_number, recognised
+from diffsynth_dagster.run.goes_on import say_where_it_goes_on
+from diffsynth_dagster.run.guard import FailureGuard, failure_reporter
+from diffsynth_dagster.run.stop import StopSignal
 
 if TYPE_CHECKING:
+    from diffsynth_dagster.run.record import RunRecord
     from diffsynth_dagster.training.parallel import Parallel
-    from diffsynth_dagster.training.record import RunRecord
     from diffsynth_dagster.weights.identify import FoundModel
 
 
@@ -44,7 +44,7 @@ def run(
     from diffsynth_dagster.cache.split import with_settled
     from diffsynth_dagster.data.prepare import require_named
     from diffsynth_dagster.plan import check_plan
-    from diffsynth_dagster.run_folder import owned
+    from diffsynth_dagster.run.folder import owned
     from diffsynth_dagster.training.overlap import refuse_overlap
     from diffsynth_dagster.training.parallel import start_parallel
     from diffsynth_dagster.weights.identify import guess_family
@@ -80,6 +80,9 @@ def run_alone(
     from diffsynth_dagster.facts import FactCache
     from diffsynth_dagster.files import require_space, require_writable
     from diffsynth_dagster.plan import check_plan
+    from diffsynth_dagster.run.record import RunFile
+    from diffsynth_dagster.run.reporting import make_reporter
+    from diffsynth_dagster.run.start import start_record
     from diffsynth_dagster.training.batches import StepDataset
     from diffsynth_dagster.training.dataset import (
         checked_table,
@@ -90,11 +93,8 @@ def run_alone(
     from diffsynth_dagster.training.loop import train
     from diffsynth_dagster.training.memory import Memory
     from diffsynth_dagster.training.modules import check_model
-    from diffsynth_dagster.training.record import RunFile
-    from diffsynth_dagster.training.reporting import make_reporter
     from diffsynth_dagster.training.resume import choose_state, going_on
     from diffsynth_dagster.training.setup import Session, make_models
-    from diffsynth_dagster.training.start import start_record
     from diffsynth_dagster.weights.hub import ModelHub
     from diffsynth_dagster.weights.identify import find_model
 
@@ -118,9 +118,9 @@ def run_alone(
     models = make_models(config, found, parallel)
     memory = Memory(config, models)
 
-    reporter = make_reporter(parallel, config)
+    reporter = make_reporter(config, parallel.is_main_process, parallel.trackers)
     store = open_store(config)
-    with closing(reporter), store.in_use(waiting=reporter.warned), memory.explained():
+    with closing(reporter), store.in_use(waiting=reporter.warn), memory.explained():
         # Latents: all in the store, and the manifest that names them.
         manifest = encoded_manifest(
             config, parallel, models, table, fact_cache, reporter, stop_asked
@@ -136,7 +136,7 @@ def run_alone(
         place = (parallel.process_index, parallel.num_processes)
         data = StepDataset(config, found, samples.trained, *place)
         state = parallel.from_main(
-            lambda: choose_state(config, record, data, parallel.can_save_state, reporter.warned)
+            lambda: choose_state(config, record, data, parallel.can_save_state, reporter.warn)
         )
         record = going_on(record, state)
         run_file = RunFile(output, record, writes=parallel.is_main_process)

@@ -15,8 +15,8 @@ from dagster_shared.error import SerializableErrorInfo
 
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import UserError
-from diffsynth_dagster.training.failure import Failure
-from diffsynth_dagster.training.goes_on import say_where_it_goes_on
+from diffsynth_dagster.run.failure import Failure
+from diffsynth_dagster.run.goes_on import say_where_it_goes_on
 
 
 class StepFailure(DagsterUserCodeProcessError, dg.Failure):

@@ -19,15 +19,16 @@ from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.recipe import RecipeOptions, dump_config
 from diffsynth_dagster.errors import ParameterError, UserError
 from diffsynth_dagster.files import hidden_beside, require_writable, write_text
-from diffsynth_dagster.training.failure import (
+from diffsynth_dagster.run.events import Event, Warned
+from diffsynth_dagster.run.failure import (
     EXIT_STOPPED,
     FAILURE_FOLDER,
     read_failures,
     read_silent,
 )
-from diffsynth_dagster.training.goes_on import newest_step, say_where_it_goes_on
+from diffsynth_dagster.run.goes_on import newest_step, say_where_it_goes_on
 from resources.failing import StepFailure
-from resources.messages import Message, MessageReader
+from resources.messages import MessageReader
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 POLL_SECONDS = 0.2
@@ -62,8 +63,8 @@ class Launcher(dg.ConfigurableResource):
         context: dg.AssetExecutionContext,
         config: TrainingConfig,
         options: RecipeOptions,
-    ) -> Iterator[Message]:
-        """Run the config's task to its end, yielding what it says while it works.
+    ) -> Iterator[Event]:
+        """Run the config's task to its end, yielding the events that it reports while it works.
 
         However the iteration ends (done, failed, cancelled, dropped), no process of it is left.
 
@@ -189,13 +190,13 @@ class Processes:
             self._process.wait()
 
 
-def _told(context: dg.AssetExecutionContext, reader: MessageReader) -> Iterator[Message]:
+def _told(context: dg.AssetExecutionContext, reader: MessageReader) -> Iterator[Event]:
     """What the processes said since the last time; their warnings go into the run's log."""
-    for message in reader.new():
-        if message["event"] == "warning":
-            context.log.warning(message["text"])
+    for event in reader.new():
+        if isinstance(event, Warned):
+            context.log.warning(event.text)
         else:
-            yield message
+            yield event
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:
@@ -224,7 +225,7 @@ def _require_success(
     """Raise a `StepFailure` with what the processes reported, unless they succeeded.
 
     Args:
-        folder: where they report; see `training.failure`.
+        folder: where they report; see `run.failure`.
         last_words: the end of their standard error, where none of them came as far as to report.
     """
     if code == 0:

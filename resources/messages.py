@@ -8,24 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from diffsynth_dagster.run.events import Event, event_of
+
 if TYPE_CHECKING:
     from dagster_pipes import PipesMessage, PipesParams
 
-Message = dict[str, Any]
-"""{"event": "step", "step": 3, "loss": …}; see `PipesReporter` in training/reporting.py."""
-
 
 class MessageReader(dg.PipesFileMessageReader):
-    """Hands out each custom message once. Dagster's own reader keeps all of a session and copies
+    """Hands out each event once. Dagster's own reader keeps all of a session and copies
     them whenever they are asked for, which a training of many steps would drown in.
 
     Args:
-        path: the file that the training writes them into.
+        path: the file that the training writes them into, as messages.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
-        self._queue: SimpleQueue[Message] = SimpleQueue()
+        self._queue: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
     @property
     def expected_writer_count(self) -> int:
@@ -39,19 +38,20 @@ class MessageReader(dg.PipesFileMessageReader):
         with super().read_messages(sorter) as params:
             yield params
 
-    def new(self) -> Iterator[Message]:
-        """The messages that came in since the last call."""
+    def new(self) -> Iterator[Event]:
+        """The events that came in since the last call."""
         while True:
             try:
-                yield self._queue.get_nowait()
+                message = self._queue.get_nowait()
             except Empty:
                 return
+            yield event_of(message)
 
 
 class _Sorter:
     """Stands before Dagster's message handler."""
 
-    def __init__(self, handler: Any, queue: "SimpleQueue[Message]") -> None:
+    def __init__(self, handler: Any, queue: "SimpleQueue[dict[str, Any]]") -> None:
         self._handler = handler
         self._queue = queue
 

@@ -25,7 +25,7 @@ from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.plan import check_plan
-from diffsynth_dagster.training.start import start_record
+from diffsynth_dagster.run.start import start_record
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model, guess_family
 

@@ -63,8 +63,8 @@ def encode(config: Any) -> int:
 
 def train(config: Any) -> int:
     from diffsynth_dagster.cache.split import second_half
-    from diffsynth_dagster.training.record import read_record
-    from diffsynth_dagster.training.uptodate import (
+    from diffsynth_dagster.run.record import read_record
+    from diffsynth_dagster.run.up_to_date import (
         changed_beside,
         say_changed,
         why_train,
@@ -149,7 +149,7 @@ def attempt(step: str, recipe: Path, death: Death, started: Connection) -> None:
     import diffsynth_dagster.training.loop  # noqa: F401
     from diffsynth_dagster.cache import shards
     from diffsynth_dagster.config.recipe import read_recipe
-    from diffsynth_dagster.training.guard import FailureGuard, PrintedFailures
+    from diffsynth_dagster.run.guard import FailureGuard, PrintedFailures
 
     shards.SHARD_BYTES = SHARD_BYTES
     started.send(None)
@@ -259,7 +259,7 @@ def _facts(path: Path) -> Any:
 
 
 def _steps(path: Path) -> Any:
-    from diffsynth_dagster.training.metrics import MEASURED as OF_STEPS
+    from diffsynth_dagster.run.events import MEASURED as OF_STEPS
 
     text = path.read_text(encoding="utf-8", errors="replace")
     rows = csv.DictReader(text.replace("\0", "?").splitlines())

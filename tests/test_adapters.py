@@ -25,8 +25,8 @@ from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import TargetError
 from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.modules import check_model
-from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.training.setup import build_step
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.identify import FoundModel, find_model

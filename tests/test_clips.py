@@ -21,9 +21,9 @@ from PIL import Image, ImageSequence
 from assets.pictures import MAX_ANIMATION_BYTES, MAX_ANIMATION_FRAMES, animation
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.families.contract import Clip
+from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training import pictures
 from diffsynth_dagster.training.clips import read_frames, write_clip
-from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.training.sampling import Sampler, grid, strip
 
 COLORS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (255, 255, 255), (0, 0, 0))

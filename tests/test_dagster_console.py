@@ -5,15 +5,14 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import dagster as dg
 import pytest
 
-from diffsynth_dagster.training import progress
-from diffsynth_dagster.training.metrics import StepMetrics
-from diffsynth_dagster.training.progress import Every
-from diffsynth_dagster.training.reporting import TerminalReporter
+from diffsynth_dagster.run import progress
+from diffsynth_dagster.run.events import Encoding, Started, StepMetrics
+from diffsynth_dagster.run.progress import Every
+from diffsynth_dagster.run.reporting import TerminalReporter
 from resources.console import ConsoleHandler
 from resources.executor import is_temporary
 
@@ -42,11 +41,10 @@ def follow(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "time", now)
     clock = 0.0
     reporter = TerminalReporter()
-    nothing: Any = None
-    reporter.started(10, nothing, 0)
+    reporter.report(Started(10, 0))
     for number in range(1, 11):
         clock += seconds
-        reporter.stepped(step(number))
+        reporter.report(step(number))
     reporter.close()
 
 
@@ -68,7 +66,7 @@ def test_encoding_is_shown_for_each_stage(capsys: pytest.CaptureFixture[str]) ->
     reporter = TerminalReporter()
     for stage in ("prompt", "image"):
         for done in (2, 4, 6):
-            reporter.encoding(stage, done, 6)
+            reporter.report(Encoding(stage, done, 6))
     reporter.close()
     said = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
     assert said == [

@@ -260,7 +260,7 @@ def config(**overrides: Any) -> TrainingConfig:
 
 
 def test_code_version_is_that_of_what_matters() -> None:
-    from diffsynth_dagster.training.start import config_digest
+    from diffsynth_dagster.run.start import config_digest
 
     plain = config()
     for name, value, same in (

@@ -16,14 +16,14 @@ from dagster_support import Told, execute, told, write_recipe
 from process_support import forked_launches
 
 from diffsynth_dagster.errors import DownloadError, ParameterError, Stopped
-from diffsynth_dagster.train import main
-from diffsynth_dagster.training.failure import (
+from diffsynth_dagster.run.failure import (
     FAILURE_FOLDER,
     Failure,
     read_failures,
     read_silent,
 )
-from diffsynth_dagster.training.guard import FailureGuard, PrintedFailures, WrittenFailures
+from diffsynth_dagster.run.guard import FailureGuard, PrintedFailures, WrittenFailures
+from diffsynth_dagster.train import main
 from resources import Launcher
 
 FAILING = """
@@ -84,7 +84,7 @@ class MistakenOnOne(torch.optim.SGD):
 
 SILENT = """
 import os, signal, sys
-from diffsynth_dagster.training.guard import FailureGuard, failure_reporter
+from diffsynth_dagster.run.guard import FailureGuard, failure_reporter
 with FailureGuard(failure_reporter()):
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 """
@@ -380,5 +380,5 @@ def test_no_launcher_no_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
-    WrittenFailures(Path("/dev/null/none")).failed(Failure("mistake", "wrong"))
+    WrittenFailures(Path("/dev/null/none")).report(Failure("mistake", "wrong"))
     assert capsys.readouterr().err == "error: wrong\n"

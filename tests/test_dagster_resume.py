@@ -26,7 +26,7 @@ from process_support import ForkedProcesses, forked_launches
 from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.split import second_half
-from diffsynth_dagster.training.uptodate import why_train
+from diffsynth_dagster.run.up_to_date import why_train
 from diffsynth_dagster.weights.hub import ModelHub
 
 LONG = {"num_epochs": 80, "save_steps": 80, "state_steps": 10, "learning_rate": 1e-3}

@@ -12,7 +12,7 @@ from conftest import lora_values, write_images
 from dagster_support import definitions_of, write_recipe
 from process_support import forked_launches
 
-from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
 from resources import Launcher
 

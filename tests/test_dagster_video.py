@@ -13,7 +13,7 @@ from families.wanvideo.cases import CASES
 from media_support import real_clip
 from PIL import Image
 
-from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.run.record import read_record
 
 CLIPS = {
     "carphone_pristine.mp4": "a man in a car talks",

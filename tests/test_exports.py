@@ -15,7 +15,7 @@ from dagster_support import definitions_of, write_recipe
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.export import chosen_checkpoint, export_folder
 from diffsynth_dagster.families import find_family
-from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY

@@ -12,7 +12,7 @@ from test_families import HUB, Place, each_kind, place, places
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.families.contract import Clip, Family
-from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.sampling import Sampler, strip
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import Models

@@ -20,10 +20,10 @@ from diffsynth_dagster.export import export_folder
 from diffsynth_dagster.files import remove_leftovers
 from diffsynth_dagster.older import keep_tables, older_runs
 from diffsynth_dagster.own_names import is_older, is_own
-from diffsynth_dagster.run_folder import owned
+from diffsynth_dagster.run.earlier import drop_older, finish_moving
+from diffsynth_dagster.run.folder import owned
+from diffsynth_dagster.run.record import FILE_NAME, RunFile, RunRecord, read_record
 from diffsynth_dagster.train import run as run_training
-from diffsynth_dagster.training.earlier import drop_older, finish_moving
-from diffsynth_dagster.training.record import FILE_NAME, RunFile, RunRecord, read_record
 from diffsynth_dagster.training.resume import make_ready
 from diffsynth_dagster.weights.hub import ModelHub
 

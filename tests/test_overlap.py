@@ -23,13 +23,13 @@ from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.files import hidden_beside, remove_leftovers
 from diffsynth_dagster.older import older_runs
 from diffsynth_dagster.plan import make_plan
+from diffsynth_dagster.run.record import RunFile, RunRecord
 from diffsynth_dagster.train import main
 from diffsynth_dagster.training.overlap import (
     refuse_overlap,
     refuse_own_recipe,
     refuse_replaced_rows,
 )
-from diffsynth_dagster.training.record import RunFile, RunRecord
 from diffsynth_dagster.training.resume import make_ready
 
 RECORD = RunRecord("i", "qwen_image", ["dit"], {}, 1, "s", "c", None)

@@ -6,12 +6,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from process_support import Done, python
+from torch import nn
+
+from diffsynth_dagster.config import TrainingConfig
+from diffsynth_dagster.training.parallel import start_parallel
 
 ENGINE = ROOT / "diffsynth_dagster"
-TRAINING = [*sorted((ENGINE / "training").glob("*.py")), ENGINE / "train.py"]
-KNOW_ACCELERATE = {"parallel.py"}
+TRAINING = [
+    *sorted((ENGINE / "training").glob("*.py")),
+    *sorted((ENGINE / "run").glob("*.py")),
+    ENGINE / "train.py",
+]
+KNOW_ACCELERATE = {"parallel.py", "trackers.py"}
 
 TAKE_TURNS = """
 import sys, time
@@ -32,7 +41,7 @@ with parallel.node_main_first():
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
-def test_only_parallel_imports_accelerate(path: Path) -> None:
+def test_who_imports_accelerate(path: Path) -> None:
     imported: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -41,6 +50,22 @@ def test_only_parallel_imports_accelerate(path: Path) -> None:
             imported.add(node.module.split(".")[0])
     known = {"accelerate", "deepspeed"} & imported
     assert not known or path.name in KNOW_ACCELERATE
+
+
+def test_whole_weights_are_copies_that_a_step_does_not_change(tmp_path: Path) -> None:
+    config = TrainingConfig(output_path=str(tmp_path), mixed_precision="no")
+    parallel, module = start_parallel(config), nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    model, prepared = parallel.prepare(config, module, optimizer)
+    before = module.weight.detach().clone()
+    names = ["weight"]
+    (name, weight), *others = parallel.whole_weights(model, names)
+    assert (name, others, weight.device.type) == ("weight", [], "cpu")
+    model(torch.ones(1, 3, device=parallel.device)).sum().backward()
+    prepared.step()
+    assert torch.equal(weight, before)
+    assert not torch.equal(parallel.trained(model, names)["weight"].detach().cpu(), before)
+    parallel.let_go()
 
 
 def test_the_first_process_of_each_node_goes_first(tmp_path: Path) -> None:

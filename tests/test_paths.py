@@ -21,8 +21,8 @@ from diffsynth_dagster.data.table.read import open_table
 from diffsynth_dagster.errors import MetadataError, WeightsError
 from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.own_names import is_own
-from diffsynth_dagster.training.record import read_record
-from diffsynth_dagster.training.uptodate import why_train
+from diffsynth_dagster.run.record import read_record
+from diffsynth_dagster.run.up_to_date import why_train
 from diffsynth_dagster.weights.hub import ModelHub, require_listed
 
 ODD = "a [1] *? {b,c} #%20 row=7"

@@ -21,9 +21,9 @@ from soak_support import result
 
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.older import older_runs
+from diffsynth_dagster.run.record import RunFile
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.parallel import Parallel
-from diffsynth_dagster.training.record import RunFile
 from diffsynth_dagster.training.sampling import Evaluation, Generate
 from diffsynth_dagster.training.state import read_state
 

@@ -10,7 +10,7 @@ from conftest import Values, make_config
 from test_resume import LONG, never, refusal, stop_after
 
 from diffsynth_dagster.facts import digest_of
-from diffsynth_dagster.run_folder import owned
+from diffsynth_dagster.run.folder import owned
 from diffsynth_dagster.train import run as run_training
 
 

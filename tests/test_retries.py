@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffsynth_dagster.errors import DownloadError, ParameterError, Stopped, TrainingError
-from diffsynth_dagster.training.failure import failure_of, recognised
+from diffsynth_dagster.run.failure import failure_of, recognised
 from resources import StepFailure
 
 

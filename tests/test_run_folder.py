@@ -17,9 +17,9 @@ from soak_support import start_server
 
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.files import hidden_beside, write_folder, write_text
-from diffsynth_dagster.run_folder import owned
+from diffsynth_dagster.run.folder import owned
+from diffsynth_dagster.run.stop import StopSignal
 from diffsynth_dagster.train import run
-from diffsynth_dagster.training.stop import StopSignal
 
 
 def start_training(folder: Path, values: Values, encoded: Path) -> Any:
@@ -114,7 +114,7 @@ ANEW = """
 import sys
 from pathlib import Path
 from diffsynth_dagster.files import write_text
-from diffsynth_dagster.run_folder import owned
+from diffsynth_dagster.run.folder import owned
 with owned(Path(sys.argv[1]), "another training"):
     write_text(Path(sys.argv[1]) / "run.json", "of another training")
     print(Path(sys.argv[1], ".owner.json").read_text(), flush=True)

@@ -9,8 +9,8 @@ import torch
 from conftest import Values, make_config, train
 
 from diffsynth_dagster.facts import digest_file
+from diffsynth_dagster.run.record import RunRecord, read_record
 from diffsynth_dagster.training.periodic import SavePoints
-from diffsynth_dagster.training.record import RunRecord, read_record
 
 Closure = Any
 

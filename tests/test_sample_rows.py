@@ -14,8 +14,8 @@ from test_families import QWEN, WAN, Place, place, places
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.data.media.video import load_sample_video
-from diffsynth_dagster.training.metrics import MEASURED
-from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.run.events import MEASURED
+from diffsynth_dagster.run.record import read_record
 
 __all__ = ["place", "places"]
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import find_checked, write_checked
 from diffsynth_dagster.errors import MetadataError, OutputError
+from diffsynth_dagster.run.record import RunRecord, read_record
 from diffsynth_dagster.seal import seal_is_broken, write_sealed
-from diffsynth_dagster.training.record import RunRecord, read_record
 
 FRAME = pl.DataFrame({"row": range(200), "prompt": [f"picture number {n}" for n in range(200)]})
 NOTES = {"diffsynth_dagster": json.dumps({"digest": "0123", "samples": 200})}

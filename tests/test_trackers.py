@@ -16,7 +16,7 @@ from conftest import ROOT, Values, make_config, train
 
 from diffsynth_dagster.config.checks import TRACKERS
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.training.trackers import project_of
+from diffsynth_dagster.run.trackers import project_of
 
 Seen = tuple[dict[int, float], list[int]]
 """Step → loss, and the steps that have a picture."""

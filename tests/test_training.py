@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families import find_family
+from diffsynth_dagster.run.events import MEASURED
+from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.adapters import saved_name
 from diffsynth_dagster.training.batches import collate
-from diffsynth_dagster.training.metrics import MEASURED
 from diffsynth_dagster.training.modules import add_lora
-from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model

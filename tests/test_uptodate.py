@@ -8,8 +8,8 @@ import pytest
 from conftest import Values, make_config, train
 
 from diffsynth_dagster.errors import Stopped
+from diffsynth_dagster.run.up_to_date import why_train
 from diffsynth_dagster.train import run
-from diffsynth_dagster.training.uptodate import why_train
 from diffsynth_dagster.weights.hub import ModelHub
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from diffsynth_dagster.disk import disk_error
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.files import write_tensors, write_text, write_whole
-from diffsynth_dagster.run_folder import owned
+from diffsynth_dagster.run.folder import owned
 from diffsynth_dagster.seal import write_sealed
 
 MOST = 100_000

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffsynth_dagster.config import read_recipe
 from diffsynth_dagster.errors import EXIT_USER_ERROR, OutputError, UserError
-from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.run.record import read_record
 
 RECIPE = Path("recipes/demo.yaml")
 _LINES = {

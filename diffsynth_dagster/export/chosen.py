@@ -8,8 +8,8 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.run.record import RunRecord
 from diffsynth_dagster.training.checkpoint import checkpoint_files
-from diffsynth_dagster.training.record import RunRecord
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY
 

@@ -8,9 +8,9 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError, UserError
 from diffsynth_dagster.export.chosen import chosen_checkpoint
 from diffsynth_dagster.export.run import Exported, export_checkpoint, verify_export
-from diffsynth_dagster.run_folder import owned
+from diffsynth_dagster.run.folder import owned
+from diffsynth_dagster.run.record import RunRecord, read_record
 from diffsynth_dagster.training.overlap import refuse_overlap
-from diffsynth_dagster.training.record import RunRecord, read_record
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import FoundModel, find_model
 

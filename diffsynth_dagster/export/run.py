@@ -27,9 +27,9 @@ from diffsynth_dagster.export.chosen import Chosen, chosen_checkpoint
 from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.files import write_tensors, write_text
+from diffsynth_dagster.run.record import RunRecord
 from diffsynth_dagster.training.adapters import ADAPTER, is_adapter, peft_settings
 from diffsynth_dagster.training.checkpoint import checkpoint_files
-from diffsynth_dagster.training.record import RunRecord
 from diffsynth_dagster.weights.adapter_files import PEFT_START, layer_of
 from diffsynth_dagster.weights.header import read_header, read_metadata
 from diffsynth_dagster.weights.identify import Found, FoundModel

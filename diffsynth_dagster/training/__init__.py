@@ -1,1 +1,1 @@
-"""The loop, trainable modules, validation and reporting."""
+"""The loop, trainable modules, validation, and states to go on from."""

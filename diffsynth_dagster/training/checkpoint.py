@@ -62,28 +62,22 @@ def checkpoint_files(
     return files
 
 
-def trained_state(
-    weights: Mapping[str, torch.Tensor], family: Family, trained: Iterable[str]
-) -> dict[str, torch.Tensor]:
-    """The tensors of trained components and parts as `pipe.<component or part>.<tensor>`, on the
-    CPU; others are left out.
+def names_in_file(names: Iterable[str], family: Family, file: CheckpointFile) -> dict[str, str]:
+    """Names of trained tensors → their names in a file of a checkpoint, which are
+    `pipe.<component or part>.<tensor>` without what is removed of them. Those of other files are left out.
 
     Args:
-        weights: name in `TrainingStep` (`components.<component>.<tensor>`) → trained tensor.
+        names: in `TrainingStep`: `components.<component>.<tensor>`.
     """
-    parts = [family.part(name) for name in trained]
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in weights.items():
+    parts = [family.part(name) for name in file.trained]
+    saved: dict[str, str] = {}
+    for name in names:
         _, component, rest = name.split(".", 2)
         part = next((p for p in parts if p.of == component and p.holds(rest)), None)
         if part is not None:
-            state[family.prefix(part.name) + saved_name(rest)] = tensor.detach().cpu().contiguous()
-    return state
-
-
-def strip_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Remove a prefix from the names that have it; the others keep theirs."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            full = family.prefix(part.name) + saved_name(rest)
+            saved[name] = full.removeprefix(file.removed)
+    return saved
 
 
 def check_prefix(prefix: str, family: Family, trained: frozenset[str]) -> None:

@@ -36,10 +36,11 @@ from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import PINNED, read_checked
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.run.events import Encoded, Encoding
+from diffsynth_dagster.run.reporting import Reporter
+from diffsynth_dagster.run.stop import finishing
 from diffsynth_dagster.training.overlap import refuse_replaced_rows
 from diffsynth_dagster.training.parallel import Parallel
-from diffsynth_dagster.training.reporting import Reporter
-from diffsynth_dagster.training.stop import finishing
 from diffsynth_dagster.weights.identify import guess_family
 from diffsynth_dagster.weights.models import Models
 
@@ -149,18 +150,18 @@ def _encode(
             require_planned_weights(models.found, each, fact_cache)
 
         def progress(stage: str, done: int, total: int) -> None:
-            reporter.encoding(stage, done, total)
+            reporter.report(Encoding(stage, done, total))
             if stop_asked():
                 raise Stopped
 
         with finishing():  # samples that were encoded, and are not yet in a shard
             report = encode_missing(
-                config, models, planned, table, parallel, progress, reporter.warned
+                config, models, planned, table, parallel, progress, reporter.warn
             )
             if sampled is not None:
                 own = sample_rows_config(config)
                 encode_missing(own, models, sampled.manifest, sampled.table, parallel, progress)
-            reporter.encoded(report)
+            reporter.report(Encoded(report.hits, report.misses))
         if stop_asked():
             raise Stopped
     parallel.wait_for_everyone()

@@ -134,19 +134,16 @@ class AverageOfOptimizer(Average):
                     parameter.copy_(weights)
 
 
-def make_average(
-    config: TrainingConfig,
-    parallel: Parallel,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> Average:
-    """The average that a config asks for, or that the optimizer keeps by itself.
+def refuse_average(
+    config: TrainingConfig, parallel: Parallel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Refuse an average that cannot be kept, and an optimizer that DeepSpeed cannot use.
 
     Args:
         optimizer: as `make_optimizer` made it.
 
     Raises:
-        ParameterError: DeepSpeed keeps the weights in parts, and one is asked for.
+        ParameterError: DeepSpeed keeps the weights in parts, and one is asked for; or two averages are.
     """
     in_pieces = not parallel.updates_whole_tensors
     if in_pieces and needs_whole_tensors(config, optimizer):
@@ -155,22 +152,33 @@ def make_average(
             where=f"optimizer = {config.optimizer}, customized_optimizer = {config.customized_optimizer}",
             do="choose another one, or train without DeepSpeed",
         )
-    if averages_by_itself(optimizer):
-        if config.ema_sigma_rel is not None:
-            raise ParameterError(
-                "the optimizer keeps an average by itself",
-                where=f"ema_sigma_rel = {config.ema_sigma_rel}",
-                do="leave it out, or choose another optimizer",
-            )
-        return AverageOfOptimizer(trained, optimizer)
-    if config.ema_sigma_rel is None:
-        return Average()
-    if in_pieces:
+    if averages_by_itself(optimizer) and config.ema_sigma_rel is not None:
+        raise ParameterError(
+            "the optimizer keeps an average by itself",
+            where=f"ema_sigma_rel = {config.ema_sigma_rel}",
+            do="leave it out, or choose another optimizer",
+        )
+    if in_pieces and config.ema_sigma_rel is not None:
         raise ParameterError(
             "DeepSpeed keeps the weights that it trains in parts, of which no average is kept",
             where=f"ema_sigma_rel = {config.ema_sigma_rel}",
             do="leave it out, or train without DeepSpeed",
         )
+
+
+def make_average(
+    config: TrainingConfig, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Average:
+    """The average that a config asks for, or that the optimizer keeps by itself: see `refuse_average`.
+
+    Args:
+        trained: name → parameter of the prepared module.
+        optimizer: as `make_optimizer` made it.
+    """
+    if averages_by_itself(optimizer):
+        return AverageOfOptimizer(trained, optimizer)
+    if config.ema_sigma_rel is None:
+        return Average()
     return PowerAverage(trained, config.ema_sigma_rel)
 
 

@@ -16,9 +16,9 @@ import torch
 from diffsynth_dagster.cache.resolve import Samples
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.objective.noise import timestep_index
+from diffsynth_dagster.run.events import HeldOutMetrics, Saved
 from diffsynth_dagster.training.batches import Batch, StepDataset
 from diffsynth_dagster.training.ema import evaluated_weights
-from diffsynth_dagster.training.metrics import HeldOutMetrics
 from diffsynth_dagster.training.modules import evaluating
 from diffsynth_dagster.training.periodic import SavePoints, save_weights
 from diffsynth_dagster.training.setup import Work
@@ -96,7 +96,7 @@ class HeldOut:
         if session.config.keep_best and step > 0 and lacks:
             self._keep(work, step)
         session.run_file.held_out(asdict(metrics))
-        session.reporter.held_out(metrics)
+        session.reporter.report(metrics)
 
     def _keep(self, work: Work, step: int) -> None:
         """Write the weights, and remove those that were the best before."""
@@ -106,7 +106,7 @@ class HeldOut:
         session.run_file.saved_best({p.name: digest for p, digest in written.items()})
         if session.parallel.is_main_process:
             for path in written:
-                session.reporter.saved(step, path)
+                session.reporter.report(Saved(step, str(path)))
             for name in before:
                 (session.run_file.folder / name).unlink(missing_ok=True)
         session.parallel.wait_for_everyone()

@@ -11,8 +11,11 @@ from diffsynth_dagster.config.recipe import dump_config
 from diffsynth_dagster.errors import Stopped, TrainingError
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.older import keep_tables
+from diffsynth_dagster.run.earlier import drop_older
+from diffsynth_dagster.run.events import Finished, Started, StepMetrics
+from diffsynth_dagster.run.record import RunRecord
+from diffsynth_dagster.run.stop import finishing
 from diffsynth_dagster.training.batches import Batch, steps_of
-from diffsynth_dagster.training.earlier import drop_older
 from diffsynth_dagster.training.held_out import HeldOut
 from diffsynth_dagster.training.modules import fingerprints
 from diffsynth_dagster.training.optimizer import current_rates
@@ -24,12 +27,9 @@ from diffsynth_dagster.training.periodic import (
     run_due,
 )
 from diffsynth_dagster.training.pictures import Pictures
-from diffsynth_dagster.training.record import RunRecord
-from diffsynth_dagster.training.reporting import StepMetrics
 from diffsynth_dagster.training.resume import make_ready, restore
 from diffsynth_dagster.training.setup import Session, Work, set_up
 from diffsynth_dagster.training.states import States
-from diffsynth_dagster.training.stop import finishing
 
 
 def train(session: Session) -> RunRecord:
@@ -54,7 +54,7 @@ def _train(work: Work) -> RunRecord:
     random = None if state is None else restore(work, state)
     # From here on nothing of another training is left.
     if session.parallel.is_main_process:
-        make_ready(run_file.folder, state, reporter.warned)
+        make_ready(run_file.folder, state, reporter.warn)
         keep_tables(run_file.folder, session.manifest.folder)
         write_text(run_file.folder / "config.yaml", dump_config(config))
     run_file.begin(work.total_steps)
@@ -71,18 +71,18 @@ def _train(work: Work) -> RunRecord:
     if state is None:
         pictures.evaluate("before")
 
-    reporter.started(work.total_steps, config, first)
+    reporter.report(Started(work.total_steps, first))
     last = first
     steps = steps_of(work.data, first, work.total_steps, config.dataset_num_workers)
     if random is not None:
-        session.parallel.restore_random(random)
+        session.parallel.load_random(random)
     with closing(states):
         waiting = time.perf_counter()
         for step, batches in steps:
             if held_out.stops:
                 break
             metrics = train_step(work, step, batches, time.perf_counter() - waiting)
-            reporter.stepped(metrics)
+            reporter.report(metrics)
             _require_finite(session, metrics)
             run_file.stepped(metrics.loss)
             done = run_due(beside, work, step)
@@ -110,9 +110,10 @@ def _train(work: Work) -> RunRecord:
     work.losses.write(run_file.folder, session.parallel)
     run_file.finished(len(after), sum(before[name] != after[name] for name in after))
     if session.parallel.is_main_process:
-        drop_older(run_file.folder, config.runs_keep, reporter.warned)
-    reporter.finished(run_file.record)
-    return run_file.record
+        drop_older(run_file.folder, config.runs_keep, reporter.warn)
+    record = run_file.record
+    reporter.report(Finished(record.steps, record.evaluation))
+    return record
 
 
 def train_step(

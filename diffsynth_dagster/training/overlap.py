@@ -20,7 +20,7 @@ from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
 from diffsynth_dagster.data.table.checked import find_checked
 from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.own_names import CHECKPOINT, OWN, is_older, is_own, is_trained
-from diffsynth_dagster.training.earlier import earlier_files
+from diffsynth_dagster.run.earlier import earlier_files
 from diffsynth_dagster.weights.hub import ModelHub
 
 _OWN_TABLES = {

@@ -9,11 +9,12 @@ from typing import Any, cast
 import torch
 
 
-def pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """A JSON value for a nested one; its tensors are copied into `tensors`, in CPU memory.
+def pack(value: Any, name: str, tensors: dict[str, torch.Tensor], copy: bool = True) -> Any:
+    """A JSON value for a nested one; its tensors are put into `tensors`, in CPU memory.
 
     Args:
         name: what names of its tensors start with.
+        copy: whether they are copied; else they lie there already, and nobody else changes them.
 
     Raises:
         TypeError: something in it is of another type.
@@ -21,15 +22,15 @@ def pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.Tensor):
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = value.detach().to("cpu", copy=copy).contiguous()
         return {"tensor": name}
     if isinstance(value, Mapping):
         items = cast(Mapping[Any, Any], value).items()
-        return {"dict": [[key, pack(item, f"{name}.{key}", tensors)] for key, item in items]}
+        return {"dict": [[key, pack(item, f"{name}.{key}", tensors, copy)] for key, item in items]}
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
         items = enumerate(cast(list[Any], value))
-        return {kind: [pack(item, f"{name}.{index}", tensors) for index, item in items]}
+        return {kind: [pack(item, f"{name}.{index}", tensors, copy) for index, item in items]}
     raise TypeError(f"{name} is a {type(value).__name__}")
 
 

@@ -1,12 +1,12 @@
 """The processes of a training, their devices, and how they share the work of a step.
 
-This is the one module that knows accelerate, DDP and DeepSpeed. Everything else asks `Parallel`,
-and reads the same for one process on a CPU as for many GPUs on several machines.
+This is the one module that knows accelerate, DDP and DeepSpeed, but for `run.trackers`. Everything else
+asks `Parallel`, and reads the same for one process on a CPU as for many GPUs on several machines.
 """
 
 import logging
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -25,14 +25,15 @@ from accelerate.utils import (
     is_bf16_available,
     set_seed,
 )
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import EXIT_USER_ERROR, ParameterError, UserError
+from diffsynth_dagster.run.trackers import Trackers, tracker_names
 from diffsynth_dagster.training.randomness import random_state, set_random_state
-from diffsynth_dagster.training.trackers import show_picture, tracker_names
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class Parallel:
         is_main_process: whether this is the one process of the job that writes and reports.
         is_node_main: whether this is the first process of its node.
         mixed_precision: "no", "bf16" or "fp16".
+        trackers: those that the config switches on (TensorBoard, W&B, …), if any.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -62,6 +64,7 @@ class Parallel:
         self.is_main_process: bool = accelerator.is_main_process
         self.is_node_main: bool = accelerator.is_local_main_process
         self.mixed_precision: str = accelerator.mixed_precision
+        self.trackers = Trackers(accelerator) if accelerator.log_with else None
         self._uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
 
     @property
@@ -156,8 +159,8 @@ class Parallel:
                 parameter.requires_grad_(False)  # nothing reaches it, so that nothing changes
 
     def prepare(
-        self, config: TrainingConfig, module: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        self, config: TrainingConfig, module: nn.Module, optimizer: Optimizer
+    ) -> tuple[nn.Module, Optimizer]:
         """The module and the optimizer as they are used in a step of all processes. Collective."""
         if self._uses_deepspeed:
             self._configure_deepspeed(config)
@@ -239,15 +242,26 @@ class Parallel:
         """The values of all processes, those of the first one first. Collective."""
         return gather_object(values)
 
-    def whole_weights(self, model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Parameters by their name in the module given to `prepare`, each one whole. Collective.
-
-        Every process holds its weights whole (see `start_parallel`) and gets its own tensors, not
-        copies. Where weights will be partitioned, this is the place that gathers them.
-        """
-        module = self._accelerator.unwrap_model(model, keep_torch_compile=False)
-        parameters = dict(module.named_parameters())
+    def trained(self, model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """What of the prepared module is trained, by the names in the module given to `prepare`."""
+        parameters = dict(self._module(model).named_parameters())
         return {name: parameters[name] for name in names}
+
+    def _module(self, model: nn.Module) -> nn.Module:
+        return self._accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def whole_weights(
+        self, model: nn.Module, names: Iterable[str]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and copies of trained weights, each one whole and in CPU memory, one after the other.
+        Collective: every process goes through all of them; the main process alone is handed any.
+
+        Every process holds its weights whole (see `start_parallel`). Where weights will be
+        partitioned, this is the place that gathers them.
+        """
+        for name, parameter in self.trained(model, names).items():
+            if self.is_main_process:
+                yield name, parameter.detach().to("cpu", copy=True).contiguous()
 
     @property
     def updates_whole_tensors(self) -> bool:
@@ -257,7 +271,7 @@ class Parallel:
 
     @property
     def can_save_state(self) -> bool:
-        """Whether `pieces` has all that goes on from step to step: DeepSpeed keeps that in parts."""
+        """Whether `state` has all that goes on from step to step: DeepSpeed keeps that in parts."""
         return not self._uses_deepspeed
 
     def any(self, here: bool) -> bool:
@@ -268,9 +282,7 @@ class Parallel:
         reduced: Any = self._accelerator.reduce(flag, "sum")
         return bool(reduced)
 
-    def pieces(
-        self, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
-    ) -> dict[str, Any]:
+    def state(self, optimizer: Optimizer, schedule: LRScheduler) -> dict[str, Any]:
         """What the next steps depend on beside the weights: the states of the optimizer, of the
         learning rate, of the scale of float16, and of the random numbers of every process.
         Collective."""
@@ -282,23 +294,32 @@ class Parallel:
             "random": gather_object([random_state(self.device)]),
         }
 
-    def restore(
+    def load_state(
         self,
-        pieces: Mapping[str, Any],
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
+        model: nn.Module,
+        weights: Mapping[str, torch.Tensor],
+        state: Mapping[str, Any],
+        optimizer: Optimizer,
+        schedule: LRScheduler,
     ) -> None:
-        """Give them back, but for the random numbers: see `restore_random`.
+        """Bring a prepared training to where it was, but for the random numbers: see `load_random`.
+
+        Args:
+            weights: name → trained weight: see `whole_weights`.
+            state: what `state` gave.
 
         Raises:
             ValueError: the state is that of another optimizer.
         """
-        optimizer.load_state_dict(pieces["optimizer"])
-        schedule.load_state_dict(pieces["schedule"])
-        if self._accelerator.scaler is not None and pieces["scaler"] is not None:
-            self._accelerator.scaler.load_state_dict(pieces["scaler"])
+        with torch.no_grad():
+            for name, parameter in self.trained(model, weights).items():
+                parameter.copy_(weights[name])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        if self._accelerator.scaler is not None and state["scaler"] is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
 
-    def restore_random(self, states: Sequence[Any]) -> None:
+    def load_random(self, states: Sequence[Any]) -> None:
         """Give this process its random numbers back, if as many processes wrote the state.
 
         Args:
@@ -321,28 +342,6 @@ class Parallel:
             if not self.is_main_process:
                 found[name] = sent.cpu().view(dtype).reshape(shape)
         return found
-
-    @property
-    def has_trackers(self) -> bool:
-        """Whether a tracker (TensorBoard, W&B, …) is switched on."""
-        return bool(self._accelerator.log_with)
-
-    def start_trackers(self, project: str) -> None:
-        """Open the trackers under the name of a project. Collective."""
-        self._accelerator.init_trackers(project)
-
-    def track(self, values: Mapping[str, float], step: int) -> None:
-        """Log values of a step to the trackers."""
-        self._accelerator.log(dict(values), step=step)
-
-    def track_picture(self, name: str, picture: Image.Image, step: int) -> None:
-        """Log a picture of a step to the trackers."""
-        for tracker in self._accelerator.trackers:
-            show_picture(tracker, name, picture, step)
-
-    def end_trackers(self) -> None:
-        """Close the trackers. Called by the process that logs."""
-        self._accelerator.end_training()
 
 
 def start_parallel(config: TrainingConfig) -> Parallel:

@@ -8,10 +8,10 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.files import short_of_space
+from diffsynth_dagster.run.events import Saved
 from diffsynth_dagster.training.checkpoint import (
     checkpoint_files,
-    strip_prefix,
-    trained_state,
+    names_in_file,
     write_checkpoint,
 )
 from diffsynth_dagster.training.ema import evaluated_weights
@@ -119,7 +119,7 @@ class Checkpoints:
         what += f" and {config.state_keep} states" if states else ""
         warning = short_of_space(folder, needed + states, f"{what} of the training")
         if warning is not None:
-            work.session.reporter.warned(warning)
+            work.session.reporter.warn(warning)
 
     def due(self, step: int) -> bool:
         """Whether a step leaves a checkpoint."""
@@ -133,7 +133,7 @@ class Checkpoints:
         session.run_file.saved({path.name: digest for path, digest in written.items()})
         if session.parallel.is_main_process:
             for path in written:
-                session.reporter.saved(step, path)
+                session.reporter.report(Saved(step, str(path)))
             _drop_older(session, len(written))
         session.parallel.wait_for_everyone()
 
@@ -150,15 +150,14 @@ def save_weights(work: Work, step: int, name: str) -> dict[Path, str]:
     family, removed = session.models.found.family, config.remove_prefix_in_ckpt
     written: dict[Path, str] = {}
     with evaluated_weights(work):
-        weights = parallel.whole_weights(work.model, work.trained)
         files = checkpoint_files(name, family, record.trained, removed)
         session.run_file.saving(file.name for file in files)
         for file in files:
             path = Path(config.output_path) / file.name
             written[path] = ""
+            names = names_in_file(work.trained, family, file)
+            tensors = {names[n]: t for n, t in parallel.whole_weights(work.model, names)}
             if parallel.is_main_process:
-                state = trained_state(weights, family, file.trained)
-                tensors = strip_prefix(state, file.removed)
                 write_checkpoint(path, tensors, {**record.provenance, "step": step})
                 written[path] = digest_file(path)
     return written

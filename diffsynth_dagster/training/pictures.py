@@ -9,6 +9,7 @@ from diffsynth_dagster.dotted import import_dotted
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.families.contract import Clip
 from diffsynth_dagster.files import write_whole
+from diffsynth_dagster.run.events import Sampled
 from diffsynth_dagster.training.clips import write_clip
 from diffsynth_dagster.training.ema import evaluated_weights
 from diffsynth_dagster.training.modules import evaluating
@@ -57,9 +58,10 @@ class Pictures:
             for index, clip in enumerate(clips):
                 images.append(strip(clip.frames))
                 if len(clip.frames) > 1:
-                    self._reporter.sampled(step, self._write_clip(f"step-{step}-{index}", clip))
+                    file = self._write_clip(f"step-{step}-{index}", clip)
+                    self._reporter.report(Sampled(step, str(file)))
         picture = self._write(f"step-{step}", grid(images, columns=min(COLUMNS, len(images))))
-        self._reporter.sampled(step, picture)
+        self._reporter.report(Sampled(step, str(picture)))
 
     def evaluate(self, when: str) -> None:
         """Call `customized_evaluation` and keep what it found under `when`. Collective.

@@ -6,19 +6,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from blake3 import blake3
 
 from diffsynth_dagster.config.effect import values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import DamagedError, OutputError, ParameterError, shown
+from diffsynth_dagster.errors import DamagedError, OutputError, ParameterError
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.files import require_held
+from diffsynth_dagster.run.earlier import clear, earlier_record, finish_moving
+from diffsynth_dagster.run.goes_on import state_folders
+from diffsynth_dagster.run.record import LOGS, RunRecord, differing, written_files
 from diffsynth_dagster.training.batches import StepDataset
-from diffsynth_dagster.training.earlier import clear, earlier_record, finish_moving
-from diffsynth_dagster.training.record import LOGS, RunRecord, written_files
 from diffsynth_dagster.training.setup import Work
-from diffsynth_dagster.training.state import Notes, WrittenState, read_state, state_folders
+from diffsynth_dagster.training.state import Notes, WrittenState, read_state
 
 _BY_STEPS = ("num_epochs", "batch_size", "gradient_accumulation_steps")
 """More epochs go on where fewer ended; the others are compared by the samples of each step."""
@@ -138,12 +138,6 @@ def _differing_steps(config: TrainingConfig, state: Notes, data: StepDataset) ->
     return names
 
 
-def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two identities differ in: parameters with their value before, and what counts by content."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [n if n.startswith("the ") else f"{n} (was {shown(before.get(n))})" for n in names]
-
-
 def _changed_checkpoints(output: Path, state: Notes) -> list[str]:
     """The checkpoints of a state that are there, and not as they were written."""
     known: Mapping[str, str] = state.record["checkpoints"]
@@ -191,14 +185,12 @@ def restore(work: Work, written: WrittenState) -> list[Any]:
     """Bring a training to where it was after a step, but for the random numbers. Collective.
 
     Returns:
-        For each process that wrote the state, its random numbers: see `Parallel.restore_random`.
+        For each process that wrote the state, its random numbers: see `Parallel.load_random`.
     """
     parallel = work.session.parallel
     state = written.whole(parallel.tensors_from_main(written.tensors))
-    with torch.no_grad():
-        for name, parameter in work.trained.items():
-            parameter.copy_(state.weights[name])
-    parallel.restore(state.pieces, work.optimizer, work.schedule)
+    weights = {name: state.weights[name] for name in work.trained}
+    parallel.load_state(work.model, weights, state.pieces, work.optimizer, work.schedule)
     work.losses.restore(state.pieces["losses"], parallel.is_main_process)
     work.average.restore(state.pieces["average"])
     return state.pieces["random"]

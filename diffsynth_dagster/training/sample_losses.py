@@ -16,9 +16,9 @@ import torch
 
 from diffsynth_dagster.cache.resolve import Samples
 from diffsynth_dagster.files import write_whole
+from diffsynth_dagster.run.record import SAMPLE_LOSSES
 from diffsynth_dagster.training.batches import Batch
 from diffsynth_dagster.training.parallel import Parallel
-from diffsynth_dagster.training.record import SAMPLE_LOSSES
 
 _RANGES = 20
 """Equal ranges of the schedule that have a mean of their own."""

@@ -12,9 +12,12 @@ from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.run.record import RunFile
+from diffsynth_dagster.run.reporting import Reporter
+from diffsynth_dagster.run.start import require_starts
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.dataset import Resolved
-from diffsynth_dagster.training.ema import Average, make_average
+from diffsynth_dagster.training.ema import Average, make_average, refuse_average
 from diffsynth_dagster.training.idle import take_turns
 from diffsynth_dagster.training.modules import add_lora, checkpoint_gradients, train_fully
 from diffsynth_dagster.training.optimizer import (
@@ -23,10 +26,7 @@ from diffsynth_dagster.training.optimizer import (
     parameter_groups,
 )
 from diffsynth_dagster.training.parallel import Parallel
-from diffsynth_dagster.training.record import RunFile
-from diffsynth_dagster.training.reporting import Reporter
 from diffsynth_dagster.training.sample_losses import SampleLosses
-from diffsynth_dagster.training.start import require_starts
 from diffsynth_dagster.training.state import WrittenState
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.identify import FoundModel
@@ -67,7 +67,7 @@ class Work:
     Attributes:
         step_module: batch → losses, as this process built it.
         model: the same as all processes run it together.
-        trained: name in `step_module` → parameter, for those that are trained.
+        trained: name in `step_module` → parameter of the prepared module, for those that are trained.
         data: step, counted from 0 → the micro-batches of this process.
         samples: what is trained on, and what is held out.
         losses: of the samples, visit by visit.
@@ -109,8 +109,8 @@ def set_up(session: Session) -> Work:
     """
     config, parallel = session.config, session.parallel
     step_module = build_step(config, session.models, parallel.trained_dtype)
-    trained = {n: p for n, p in step_module.named_parameters() if p.requires_grad}
-    groups = parameter_groups(config, session.models.found.family, trained)
+    given = {n: p for n, p in step_module.named_parameters() if p.requires_grad}
+    groups = parameter_groups(config, session.models.found.family, given)
     tables = [m.weight for m in step_module.modules() if isinstance(m, nn.Embedding)]
     optimizer = make_optimizer(config, groups, tables)
     samples, data = session.samples, session.data
@@ -118,15 +118,17 @@ def set_up(session: Session) -> Work:
     schedule = make_schedule(config, optimizer, total_steps)
     if parallel.synchronises_gradients and not config.find_unused_parameters:
         parallel.expect_gradients(step_module, _who_gets_gradients(session, step_module, data))
-    average = make_average(config, parallel, trained, optimizer)
-    model, optimizer = parallel.prepare(config, step_module, optimizer)
+    refuse_average(config, parallel, optimizer)
+    model, prepared = parallel.prepare(config, step_module, optimizer)
+    trained = parallel.trained(model, given)
+    average = make_average(config, trained, optimizer)
     losses = SampleLosses(samples.trained, len(session.models.found.path.timesteps))
     return Work(
         session,
         step_module,
         model,
         trained,
-        optimizer,
+        prepared,
         schedule,
         data,
         samples,

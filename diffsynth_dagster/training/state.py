@@ -18,7 +18,7 @@ import torch
 from diffsynth_dagster.errors import DamagedError, OutputError
 from diffsynth_dagster.facts import digest_file, digest_of
 from diffsynth_dagster.files import write_folder, write_tensors, write_text
-from diffsynth_dagster.training.goes_on import FOLDER, state_folders
+from diffsynth_dagster.run.goes_on import FOLDER, state_folders
 from diffsynth_dagster.training.packing import pack, unpack
 
 _TENSORS, _MANIFEST = "tensors.safetensors", "state.json"
@@ -52,8 +52,8 @@ class State(Notes):
     """A training after a step.
 
     Attributes:
-        pieces: what `Parallel.pieces` gave; nested, with tensors.
-        weights: name → trained weight.
+        pieces: what `Parallel.state` gave, and more; nested, with tensors.
+        weights: name → trained weight: a copy in CPU memory.
     """
 
     pieces: dict[str, Any]
@@ -93,7 +93,8 @@ class PackedState:
         self.step = state.step
         self._tensors: dict[str, torch.Tensor] = {}
         self._packed = {
-            name: pack(value, name, self._tensors) for name, value in vars(state).items()
+            name: pack(value, name, self._tensors, copy=name != "weights")
+            for name, value in vars(state).items()
         }
 
     @property

@@ -72,14 +72,15 @@ class States:
             return
         session = work.session
         self._newest, self._written = step, time.monotonic()
-        pieces = self._parallel.pieces(work.optimizer, work.schedule)
+        if self._parallel.is_main_process:
+            require_held(self._output)
+            self.close()  # what is written still, of which the memory is needed
+        pieces = self._parallel.state(work.optimizer, work.schedule)
         pieces["losses"] = work.losses.pieces(self._parallel)
         pieces["average"] = work.average.weights
-        weights = self._parallel.whole_weights(work.model, work.trained)
+        weights = dict(self._parallel.whole_weights(work.model, work.trained))
         if not self._parallel.is_main_process:
             return
-        require_held(self._output)
-        self.close()  # what is written still
         record = session.run_file.record
         state = State(
             step=step,
@@ -95,7 +96,7 @@ class States:
         try:
             packed = PackedState(state)
         except TypeError as error:
-            session.reporter.warned(f"the state after step {step} is not written: {error}")
+            session.reporter.warn(f"the state after step {step} is not written: {error}")
             return
 
         def write() -> None:
@@ -132,4 +133,4 @@ class States:
     def _warn(self) -> None:
         """Say what the thread could not write."""
         while self._failed:
-            self._reporter.warned(self._failed.pop())
+            self._reporter.warn(self._failed.pop())

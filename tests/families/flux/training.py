@@ -9,7 +9,7 @@ from families.flux.cases import CASES, rows
 
 from diffsynth_dagster.export import export_run
 from diffsynth_dagster.export.run import Exported
-from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 

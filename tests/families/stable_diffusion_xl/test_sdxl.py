@@ -40,8 +40,8 @@ from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import SampleRequest, Tensors
 from diffsynth_dagster.families.shared.kohya import authors_unet_name
 from diffsynth_dagster.families.stable_diffusion_xl.family import encode_pixels, encode_sizes
+from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.modules import lora_targets
-from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.weights.identify import FoundModel, find_model
 from diffsynth_dagster.weights.load import load_component

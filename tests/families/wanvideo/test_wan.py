@@ -23,7 +23,7 @@ from diffsynth_dagster.families.contract import Loaded, SampleRequest, Tensors
 from diffsynth_dagster.families.wanvideo import family as wanvideo
 from diffsynth_dagster.families.wanvideo import stages
 from diffsynth_dagster.plan import check_plan
-from diffsynth_dagster.training.record import read_record
+from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model, guess_family

@@ -18,8 +18,8 @@ from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import SampleRequest
 from diffsynth_dagster.plan import make_plan
+from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.batches import StepDataset
-from diffsynth_dagster.training.record import read_record
 from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.training.setup import build_step
 from diffsynth_dagster.training.shares import Share, share_of_step, shares_of

@@ -10,8 +10,9 @@ from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.files import require_held
 from diffsynth_dagster.older import MOVING, is_moving, move, older_runs, remove_older
 from diffsynth_dagster.own_names import CHECKPOINT, is_trained
-from diffsynth_dagster.run_folder import owned
-from diffsynth_dagster.training.record import (
+from diffsynth_dagster.run.folder import owned
+from diffsynth_dagster.run.goes_on import state_folders
+from diffsynth_dagster.run.record import (
     FILE_NAME,
     LOGS,
     PICTURES,
@@ -20,7 +21,6 @@ from diffsynth_dagster.training.record import (
     read_record,
     written_files,
 )
-from diffsynth_dagster.training.state import state_folders
 
 Warn = Callable[[str], None]
 _EXPORTS = tuple(f"exports/{tool}" for tool in ("diffusers", "kohya", "peft"))

@@ -15,8 +15,8 @@ from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.facts import FactCache, digest_file
-from diffsynth_dagster.training.goes_on import say_where_it_goes_on
-from diffsynth_dagster.training.record import RunRecord, read_record
+from diffsynth_dagster.run.goes_on import say_where_it_goes_on
+from diffsynth_dagster.run.record import RunRecord, differing, read_record
 from diffsynth_dagster.weights.hub import ModelHub
 
 
@@ -58,8 +58,6 @@ def _changed_since(before: RunRecord, now: RunRecord) -> list[str]:
     """What the results of two trainings depend on that is not the same, by name."""
     if before.identity == now.identity:
         return []
-    from diffsynth_dagster.training.resume import differing
-
     # Records of older versions do not name the parameters.
     known = bool(before.parameters)
     names = differing(_by_name(before, known), _by_name(now, known))
@@ -80,7 +78,7 @@ def _by_name(record: RunRecord, parameters: bool) -> dict[str, Any]:
 
 def _record_of(config: TrainingConfig, hub: ModelHub) -> RunRecord:
     """The record of a training that would start now."""
-    from diffsynth_dagster.training.start import start_record
+    from diffsynth_dagster.run.start import start_record
     from diffsynth_dagster.weights.identify import find_model
 
     with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:

@@ -15,7 +15,8 @@ from typing import TextIO
 
 from diffsynth_dagster.errors import EXIT_USER_ERROR, OutputError, Stopped, UserError
 from diffsynth_dagster.files import write_text
-from diffsynth_dagster.training.failure import (
+from diffsynth_dagster.run.events import Event
+from diffsynth_dagster.run.failure import (
     EXIT_STOPPED,
     FAILURE_FOLDER,
     Failure,
@@ -23,7 +24,7 @@ from diffsynth_dagster.training.failure import (
     recognised,
     working_file,
 )
-from diffsynth_dagster.training.reporting import Reporter
+from diffsynth_dagster.run.reporting import Reporter
 
 EXIT_CRASHED = 1
 
@@ -33,11 +34,14 @@ class PrintedFailures(Reporter):
 
     tells_crashes = False
 
-    def failed(self, failure: Failure) -> None:
-        if failure.kind == "mistake":
-            print(f"error: {failure}", file=sys.stderr, flush=True)
-        elif failure.kind == "stopped":
-            print(failure.what, file=sys.stderr, flush=True)
+    def report(self, event: Event) -> None:
+        match event:
+            case Failure(kind="mistake"):
+                print(f"error: {event}", file=sys.stderr, flush=True)
+            case Failure(kind="stopped"):
+                print(event.what, file=sys.stderr, flush=True)
+            case _:
+                pass
 
 
 class WrittenFailures(Reporter):
@@ -53,14 +57,16 @@ class WrittenFailures(Reporter):
             self._working = working_file(folder).open("w")
             faulthandler.enable(self._working)
 
-    def failed(self, failure: Failure) -> None:
-        path = self._folder / f"failure-{failure.process}.json"
+    def report(self, event: Event) -> None:
+        if not isinstance(event, Failure):
+            return
+        path = self._folder / f"failure-{event.process}.json"
         try:
-            write_text(path, json.dumps(asdict(failure)))
+            write_text(path, json.dumps(asdict(event)))
         except OutputError:  # the disk is full: standard error is what is left
-            PrintedFailures().failed(failure)
-            if failure.traceback is not None:
-                print(failure.traceback, file=sys.stderr, flush=True)
+            PrintedFailures().report(event)
+            if event.traceback is not None:
+                print(event.traceback, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._working is not None:
@@ -99,7 +105,7 @@ class FailureGuard:
             if error is None or isinstance(error, SystemExit):
                 return False
             error = recognised(error)
-            self._reporter.failed(failure_of(error))
+            self._reporter.report(failure_of(error))
             return self._ended_by(error)
         finally:
             self._reporter.close()

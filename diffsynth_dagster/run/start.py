@@ -12,7 +12,7 @@ from diffsynth_dagster.config.effect import trained_components, values_that_affe
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.facts import FactCache, digest_of
-from diffsynth_dagster.training.record import RunRecord
+from diffsynth_dagster.run.record import RunRecord
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 

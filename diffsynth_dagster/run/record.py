@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster import __version__
-from diffsynth_dagster.errors import OutputError
+from diffsynth_dagster.errors import OutputError, shown
 from diffsynth_dagster.facts import digest_file, digest_of
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.own_names import is_trained
@@ -40,7 +40,7 @@ class RunRecord:
         beside: file beside the checkpoints, as a path from the run folder → digest of its bytes: the
             pictures and clips, and, at the end of the training, its losses.
         held_out_digest: of the samples that are held out as a table of their own, if they are.
-        held_out: each measurement of the held-out loss: see `metrics.HeldOutMetrics`.
+        held_out: each measurement of the held-out loss: see `events.HeldOutMetrics`.
         best: the files of the checkpoint with the smallest held-out loss, where it is kept.
         total_steps: that the training was to make; 0 in records of older versions.
         resumed_from: the steps after which it was stopped, and gone on with.
@@ -225,6 +225,12 @@ def written_files(record: Mapping[str, Any]) -> set[str]:
     checkpoints = {Path(name).name for name in [*record["checkpoints"], *record["writing"]]}
     names = checkpoints | {f"{PICTURES}/{Path(name).name}" for name in samples}
     return {name for name in names if is_trained(name)}
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two identities differ in: parameters with their value before, and what counts by content."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [n if n.startswith("the ") else f"{n} (was {shown(before.get(n))})" for n in names]
 
 
 def read_record(folder: Path) -> RunRecord | None:

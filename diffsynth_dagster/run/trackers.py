@@ -5,14 +5,16 @@ so that each is called here as its own documentation says.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
 from diffsynth_dagster.config.checks import TRACKERS
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Show = Callable[[Any, str, Image.Image, int], None]
 """(accelerate's tracker, name, picture, step): log the picture."""
@@ -46,12 +48,37 @@ def _is_on(config: TrainingConfig, name: str) -> bool:
     return getattr(config, f"enable_{name}_log")
 
 
-def show_picture(tracker: Any, name: str, picture: Image.Image, step: int) -> None:
-    """Log a picture to one of accelerate's trackers."""
-    _SHOWS[tracker.name](tracker, name, picture, step)
+class Trackers:
+    """The trackers of a training.
+
+    Args:
+        accelerator: logs with those that `tracker_names` named.
+    """
+
+    def __init__(self, accelerator: "Accelerator") -> None:
+        self._accelerator = accelerator
+
+    def start(self, project: str) -> None:
+        """Open them under the name of a project. Collective."""
+        self._accelerator.init_trackers(project)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Log values of a step."""
+        self._accelerator.log(dict(values), step=step)
+
+    def show(self, name: str, picture: Image.Image, step: int) -> None:
+        """Log a picture of a step."""
+        for tracker in self._accelerator.trackers:
+            _SHOWS[tracker.name](tracker, name, picture, step)
+
+    def close(self) -> None:
+        """Close them. Called by the process that logs."""
+        self._accelerator.end_training()
 
 
 def _to_tensorboard(tracker: Any, name: str, picture: Image.Image, step: int) -> None:
+    import numpy as np
+
     pixels = np.asarray(picture.convert("RGB"))
     tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
 

@@ -27,7 +27,8 @@ from diffsynth_dagster.errors import (
     UserError,
     reason_of,
 )
-from diffsynth_dagster.training.shortage import out_of_memory
+from diffsynth_dagster.run.events import Event
+from diffsynth_dagster.run.shortage import out_of_memory
 
 FAILURE_FOLDER = "DIFFSYNTH_FAILURE_FOLDER"
 EXIT_STOPPED = 130
@@ -44,8 +45,8 @@ _BY_IMPORTANCE: tuple[Kind, ...] = ("mistake", "crash", "stopped")
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why one process ended before its work was done.
+class Failure(Event):
+    """A process ended before its work was done: why.
 
     Args:
         kind: "mistake": a `UserError`; "stopped": asked to stop; "crash": anything else.

@@ -1,12 +1,97 @@
-"""What is measured of an optimizer step, and of held-out samples."""
+"""What is reported of a run while it works: each event with its values, and with its line where it is
+shown as one. They go from the process that trains to Dagster's as messages, whose values JSON has.
 
-from dataclasses import dataclass, field
+Nothing heavy is imported here: Dagster's code location reads events too.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
-class StepMetrics:
-    """One optimizer step.
+class Event:
+    """Something that happened in a run."""
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something may go wrong later that can be mended now."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Encoding(Event):
+    """Samples of a stage were encoded into the store."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Encoded(Event):
+    """The store holds every sample: for each stage, how many were there, and how many were encoded."""
+
+    hits: dict[str, int]
+    misses: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """The loop starts, after so many steps that were made before."""
+
+    total_steps: int
+    first: int
+
+    @property
+    def line(self) -> str | None:
+        """Where it goes on; None from the beginning."""
+        return f"going on after step {self.first}" if self.first else None
+
+
+@dataclass(frozen=True)
+class Sampled(Event):
+    """Samples were written: all images of a step as one picture, or one clip."""
+
+    step: int
+    path: str
+
+    @property
+    def line(self) -> str:
+        """What was written, and when."""
+        return f"step {self.step}: sampled {self.path}"
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """A file of a checkpoint was written."""
+
+    step: int
+    path: str
+
+    @property
+    def line(self) -> str:
+        """What was written, and when."""
+        return f"step {self.step}: wrote {self.path}"
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """The training is at its end.
+
+    Attributes:
+        evaluation: see `RunRecord`.
+    """
+
+    steps: int
+    evaluation: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StepMetrics(Event):
+    """An optimizer step was made.
 
     No time costs a GPU a wait of its own: the norm of the gradients waits for the backward pass, and
     the loss, which is read last, for the optimizer.
@@ -63,8 +148,8 @@ MEASURED = (
 
 
 @dataclass(frozen=True)
-class HeldOutMetrics:
-    """A measurement of the held-out loss. Step 0 is before the first one.
+class HeldOutMetrics(Event):
+    """The held-out loss was measured. Step 0 is before the first one.
 
     Attributes:
         loss: mean over the held-out samples.
@@ -79,6 +164,14 @@ class HeldOutMetrics:
     ranges: list[float]
     best_step: int
 
+    @property
+    def line(self) -> str:
+        """What was found, and when."""
+        return (
+            f"step {self.step}: held-out loss {self.loss:.4f}, of trained samples "
+            f"{self.trained_loss:.4f}"
+        )
+
     def row(self) -> dict[str, float]:
         """The values by name, each a number."""
         count = len(self.ranges)
@@ -92,3 +185,23 @@ class HeldOutMetrics:
             **(named if count > 1 else {}),
             "best_step": self.best_step,
         }
+
+
+_SENT: Mapping[str, Callable[..., Event]] = {
+    kind.__name__: kind
+    for kind in (
+        *(Warned, Encoding, Encoded, Started, Sampled, Saved, Finished),
+        *(StepMetrics, HeldOutMetrics),
+    )
+}
+
+
+def message_of(event: Event) -> dict[str, Any]:
+    """An event as it is sent: its kind and its values."""
+    return {"event": type(event).__name__, **asdict(event)}
+
+
+def event_of(message: Mapping[str, Any]) -> Event:
+    """The event that `message_of` made a message of."""
+    values = dict(message)
+    return _SENT[values.pop("event")](**values)
