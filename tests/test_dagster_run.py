@@ -289,7 +289,8 @@ def test_ten_damaged_files_of_two_hundred(place: Place, tmp_path: Path) -> None:
     rejected = pl.read_csv(place.folder / "damaged" / "rejected.csv")
     assert rejected["row"].to_list() == [index + 1 for index in damaged]
 
-    place.recipe("spared", **table, max_rejected_fraction=0.1, batch_size=16)
+    short = {"batch_size": 32, "height": 16, "width": 16, "sample_prompts": []}
+    place.recipe("spared", **table, **short, max_rejected_fraction=0.1)
     result = place.run("spared")
     assert result.success
     record = read_record(place.folder / "spared")

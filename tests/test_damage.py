@@ -25,7 +25,7 @@ from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.weights.load import is_finite
 
-EXAMPLES = int(os.environ.get("DAMAGE_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("DAMAGE_EXAMPLES", "60"))
 """Of each kind of damage."""
 
 

@@ -30,7 +30,7 @@ def content(path: Path) -> Any:
     return pl.read_parquet(path).to_dict(), pl.read_parquet_metadata(path)["diffsynth_dagster"]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_damage_to_a_sealed_file_is_found(
     tmp_path_factory: pytest.TempPathFactory, seed: int
