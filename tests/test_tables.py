@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from diffsynth_dagster.data.columns import Input
@@ -320,6 +320,8 @@ def test_any_bytes_are_judged(tmp_path: Path, content: bytes, suffix: str) -> No
 
 @ANY
 @given(st.text(alphabet='image,prompt\n\r" \x00ä[]{}:', max_size=60))
+@example(",:,,:")
+@example("a,b,,\nc,d,")
 def test_any_text_under_a_header_is_judged(tmp_path: Path, content: str) -> None:
     path = write(tmp_path, "t.csv", "image,prompt\n" + content)
     try:

@@ -306,7 +306,7 @@ def _open_csv(path: Path, text: Path, wanted: Sequence[str]) -> Table:
     )
     # By the last column and the extra one, a row may be uneven.
     last = pl.col(names[-1]).fill_null("") == ""
-    more = pl.col(EXTRA).fill_null("") != ""
+    more = pl.col(EXTRA).is_not_null()  # empty it may stand before others that are not
     read = [column for column in wanted if column in header]
     rows = rows.select(INDEX, *read, (last | more).alias(EXTRA))
     return Table(rows, tuple(header), file.fail, file.uneven)
