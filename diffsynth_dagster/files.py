@@ -237,6 +237,24 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
+@contextmanager
+def refusals(what: str, where: Path) -> Generator[None]:
+    """A block in which the file system may refuse to move or remove something.
+
+    Args:
+        what: what could then not be done, as the message begins.
+
+    Raises:
+        OutputError: it refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{what}: {error}", where=str(where), do="check the folder's permissions"
+        ) from error
+
+
 def link_whole(path: Path, other: Path) -> Path:
     """Let a file have another name too, in the place of what is there; a copy where the file system has no
     links. What replaces the file later, as all writers here do, leaves the other one.

@@ -6,7 +6,7 @@ folder itself.
     .tables/                    the tables of the newest training, under second names: those of the run
                                 folder are replaced before the next training begins
 
-Nothing is copied: files are renamed.
+Files are renamed and not copied, but for `config.yaml`.
 """
 
 import shutil

@@ -174,13 +174,18 @@ def lora_values(model: Path, pictures: Path, cache: Path) -> dict[str, Any]:
 Values = Callable[..., dict[str, Any]]
 
 
+@pytest.fixture(scope="session")
+def shared_values(tiny_qwen: Path, pictures: Path, shared_cache: Path) -> dict[str, Any]:
+    """What `values` begins with, for fixtures that tests of a module share."""
+    return lora_values(tiny_qwen, pictures, shared_cache)
+
+
 @pytest.fixture
-def values(tiny_qwen: Path, pictures: Path, shared_cache: Path, tmp_path: Path) -> Values:
+def values(shared_values: dict[str, Any], tmp_path: Path) -> Values:
     """The parameters of a LoRA training of two steps; keywords override them."""
 
     def make(**overrides: Any) -> dict[str, Any]:
-        base = lora_values(tiny_qwen, pictures, shared_cache)
-        base["output_path"] = str(tmp_path / "run")
+        base = {**shared_values, "output_path": str(tmp_path / "run")}
         if "trainable_models" in overrides:
             for name in [key for key in base if key.startswith("lora_")]:
                 del base[name]

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from conftest import Values, lora_values, make_config, train, write_images
+from conftest import Values, make_config, train, write_images
 from process_support import two_processes
 from safetensors.torch import load_file
 from soak_support import result
@@ -192,15 +192,9 @@ LONG = {
 
 
 @pytest.fixture(scope="module")
-def whole(
-    tiny_qwen: Path,
-    pictures: Path,
-    shared_cache: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def whole(shared_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a long training that was not stopped."""
-    given = {**lora_values(tiny_qwen, pictures, shared_cache), **LONG}
-    code, run = train(given, tmp_path_factory.mktemp("whole") / "run")
+    code, run = train({**shared_values, **LONG}, tmp_path_factory.mktemp("whole") / "run")
     assert code == 0
     return run
 

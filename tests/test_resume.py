@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Values, lora_values, make_config, train, write_images
+from conftest import Values, make_config, train, write_images
 from damage_support import DAMAGE
 from safetensors.torch import load_file
 from soak_support import result
@@ -58,14 +58,10 @@ def contents(run: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed_run(
-    tiny_qwen: Path,
-    pictures: Path,
-    shared_cache: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    shared_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The run folder of a training that was not stopped. Nobody changes it."""
-    values = {**lora_values(tiny_qwen, pictures, shared_cache), **LONG}
-    code, run = train(values, tmp_path_factory.mktemp("undisturbed") / "run")
+    code, run = train({**shared_values, **LONG}, tmp_path_factory.mktemp("undisturbed") / "run")
     assert code == 0
     return run
 

@@ -111,8 +111,7 @@ def encode_missing(
                     made = [stage.to_store(outputs) for outputs in stage.run(loaded, samples)]
                     for row, stored in zip(batch, made, strict=True):
                         _require_finite(stage, row, stored)
-                    keys = [row["key"] for row in batch]
-                    writer.add_batch(dict(zip(keys, made, strict=True)))
+                    writer.add_batch({r["key"]: t for r, t in zip(batch, made, strict=True)})
                     if not done:
                         _warn_of_space(stage, batch, made, missing, store, warn)
                     done += len(batch)

@@ -1,13 +1,12 @@
 """The training that a run folder holds when another one begins there: what it wrote, and moving that to
 `older/`."""
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from diffsynth_dagster.errors import OutputError
-from diffsynth_dagster.files import require_held
+from diffsynth_dagster.files import refusals, require_held
 from diffsynth_dagster.older import MOVING, is_moving, move, older_runs, remove_older
 from diffsynth_dagster.own_names import CHECKPOINT, is_trained
 from diffsynth_dagster.run.folder import owned
@@ -23,6 +22,7 @@ from diffsynth_dagster.run.record import (
 )
 
 Warn = Callable[[str], None]
+_LEFT = "what an older training left"
 _EXPORTS = tuple(f"exports/{tool}" for tool in ("diffusers", "kohya", "peft"))
 
 
@@ -75,7 +75,7 @@ def clear(output: Path, warn: Warn) -> None:
         _move(output, warn)
         return
     require_held(output)
-    with _refusals("removed", output):
+    with refusals(f"{_LEFT} cannot be removed", output):
         for name in files | {*LOGS, SAMPLE_LOSSES}:
             (output / name).unlink(missing_ok=True)
 
@@ -83,22 +83,9 @@ def clear(output: Path, warn: Warn) -> None:
 def _move(output: Path, warn: Warn) -> None:
     states = [path.relative_to(output).as_posix() for _, path in state_folders(output)]
     names = [*sorted(earlier_files(output)), *_EXPORTS, *states, SAMPLE_LOSSES, *reversed(LOGS)]
-    with _refusals("moved to older/", output):
+    with refusals(f"{_LEFT} cannot be moved to older/", output):
         place = move(output, names)
     warn(f"{_said_of(place)} is now in {place}")
-
-
-@contextmanager
-def _refusals(how: str, output: Path) -> Generator[None]:
-    """Raises `OutputError` where the file system refuses something."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"what an older training left cannot be {how}: {error}",
-            where=str(output),
-            do="check the folder's permissions",
-        ) from error
 
 
 def _said_of(run: Path) -> str:
@@ -134,7 +121,7 @@ def drop_older(output: Path, keep: int | None, warn: Warn) -> None:
     runs = older_runs(output)
     for run in runs[:-keep] if keep is not None else []:
         try:
-            with owned(run, "removing it"), _refusals("removed", run):
+            with owned(run, "removing it"), refusals(f"{_LEFT} cannot be removed", run):
                 remove_older(run)
         except OutputError as error:
             warn(f"{run} stays, though runs_keep is {keep}: {error.what}")

@@ -10,9 +10,9 @@ from blake3 import blake3
 
 from diffsynth_dagster.config.effect import values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import DamagedError, OutputError, ParameterError
+from diffsynth_dagster.errors import DamagedError, ParameterError
 from diffsynth_dagster.facts import digest_file
-from diffsynth_dagster.files import require_held
+from diffsynth_dagster.files import refusals, require_held
 from diffsynth_dagster.run.earlier import clear, earlier_record, finish_moving
 from diffsynth_dagster.run.goes_on import state_folders
 from diffsynth_dagster.run.record import LOGS, RunRecord, differing, written_files
@@ -229,7 +229,7 @@ def make_ready(output: Path, state: Notes | None, warn: Callable[[str], None]) -
         clear(output, warn)
         return
     require_held(output)
-    try:
+    with refusals(f"what the training wrote after step {state.step} cannot be removed", output):
         for step, folder in state_folders(output):
             if step > state.step:
                 shutil.rmtree(folder)
@@ -238,12 +238,6 @@ def make_ready(output: Path, state: Notes | None, warn: Callable[[str], None]) -
         for name in newer - written_files(state.record):
             (output / name).unlink(missing_ok=True)
         _cut_logs(output, state, warn)
-    except OSError as error:
-        raise OutputError(
-            f"what the training wrote after step {state.step} cannot be removed: {error}",
-            where=str(output),
-            do="check the folder's permissions",
-        ) from error
 
 
 def _cut_logs(output: Path, state: Notes, warn: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from diffsynth_dagster.errors import DamagedError, OutputError
 from diffsynth_dagster.facts import digest_file, digest_of
-from diffsynth_dagster.files import write_folder, write_tensors, write_text
+from diffsynth_dagster.files import refusals, write_folder, write_tensors, write_text
 from diffsynth_dagster.run.goes_on import FOLDER, state_folders
 from diffsynth_dagster.training.packing import pack, unpack
 
@@ -161,11 +161,5 @@ def _of_another_version(packed: Mapping[str, Any], folder: Path) -> WrittenState
 def keep_states(run_folder: Path, count: int) -> None:
     """Remove all but the newest states. Raises `OutputError`."""
     for _, folder in state_folders(run_folder)[count:]:
-        try:
+        with refusals("an older state of the training cannot be removed", folder):
             shutil.rmtree(folder)
-        except OSError as error:
-            raise OutputError(
-                f"an older state of the training cannot be removed: {error}",
-                where=str(folder),
-                do="check the folder's permissions",
-            ) from error
