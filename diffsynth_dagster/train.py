@@ -45,8 +45,8 @@ def run(
     from diffsynth_dagster.data.prepare import require_named
     from diffsynth_dagster.plan import check_plan
     from diffsynth_dagster.run.folder import owned
+    from diffsynth_dagster.training.join import start_parallel
     from diffsynth_dagster.training.overlap import refuse_overlap
-    from diffsynth_dagster.training.parallel import start_parallel
     from diffsynth_dagster.weights.identify import guess_family
 
     # Plan: all that can be checked without a file.

@@ -16,7 +16,7 @@ from diffsynth_dagster.config.flags import parser, read_arguments
 from diffsynth_dagster.config.recipe import dump_config
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.train import main
-from diffsynth_dagster.training.parallel import precision
+from diffsynth_dagster.training.join import precision
 
 BASE: dict[str, Any] = {
     "dataset_base_path": "data",

@@ -12,7 +12,7 @@ from process_support import Done, python
 from torch import nn
 
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.training.parallel import start_parallel
+from diffsynth_dagster.training.join import start_parallel
 
 ENGINE = ROOT / "diffsynth_dagster"
 TRAINING = [
@@ -20,13 +20,13 @@ TRAINING = [
     *sorted((ENGINE / "run").glob("*.py")),
     ENGINE / "train.py",
 ]
-KNOW_ACCELERATE = {"parallel.py", "trackers.py"}
+KNOW_ACCELERATE = {"join.py", "parallel.py", "trackers.py"}
 
 TAKE_TURNS = """
 import sys, time
 from pathlib import Path
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.training.parallel import start_parallel
+from diffsynth_dagster.training.join import start_parallel
 
 parallel = start_parallel(TrainingConfig())
 assert (parallel.num_processes, parallel.device.type) == (4, "cpu")

@@ -91,6 +91,29 @@ def test_a_stopped_training_ends_with_the_same_files(
     assert record.resumed_from == [sum(steps[: i + 1]) for i in range(len(steps))]
 
 
+def test_numbers_that_are_read_late_change_no_result(
+    values: Values, tmp_path: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU works behind its process, which reads a step after it has given the next one."""
+    monkeypatch.setattr(Parallel, "runs_behind", True)
+    run = tmp_path / "run"
+    config = values(**LONG, output_path=str(run))
+    read: list[int] = []
+
+    def counting() -> bool:
+        """Asked at the end of each step, before and after what there is to read is read."""
+        metrics = run / "metrics.csv"
+        read.append(len(metrics.read_text().splitlines()) - 1 if metrics.is_file() else 0)
+        return False
+
+    stop_after(config, 1)
+    assert read_state(run / "state" / "step-2").step == 2  # the step after the one that was read
+    run_training(make_config({**config, "dataset_num_workers": 1}), counting)
+    assert contents(run) == undisturbed
+    # Step 3 is read for its checkpoint and its sample, which ask too; step 4 after 5 was given.
+    assert read[1:8] == [2, 3, 3, 3, 3, 3, 4]
+
+
 def refusal(config: dict[str, Any], *flags: str) -> str:
     """What the command line says of a training that it refuses."""
     folder = Path(config["output_path"])

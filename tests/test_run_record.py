@@ -1,6 +1,5 @@
 """`run.json` says what is true at every moment, also when the training breaks off."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +88,6 @@ def test_a_checkpoint_is_named_as_soon_as_it_is_written(
         assert record is not None
         assert record.finished
         assert record.trained_tensors >= record.changed_tensors > 0
-
-
-def test_a_training_that_diverged_says_so(values: Values, tmp_path: Path) -> None:
-    assert train(values(learning_rate=1000.0, num_epochs=20), tmp_path / "run")[0] == 2
-    said = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
-    assert said["all_losses_finite"] is False
-    assert said["finished"] is False
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.adapters import saved_name
 from diffsynth_dagster.training.batches import collate
 from diffsynth_dagster.training.modules import add_lora
+from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
@@ -90,10 +91,16 @@ def test_split_training_equals_training_at_once(values: Values, tmp_path: Path) 
     assert first == (tmp_path / "split" / "epoch-0.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("runs_behind", [False, True], ids=["at-once", "late"])
 def test_a_loss_that_is_not_finite_ends_the_training(
-    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    values: Values,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    runs_behind: bool,
 ) -> None:
-    given = values(learning_rate=1000.0, num_epochs=20)
+    monkeypatch.setattr(Parallel, "runs_behind", runs_behind)  # as a GPU does
+    given = values(learning_rate=1000.0, num_epochs=20, save_steps=1)
     code, run = train(given, tmp_path / "run")
     assert code == 2
     error = capsys.readouterr().err
@@ -102,10 +109,12 @@ def test_a_loss_that_is_not_finite_ends_the_training(
     )
     steps = pl.read_csv(run / "metrics.csv")
     assert steps.height < 40
-    assert not (run / "epoch-19.safetensors").exists()
     record = read_record(run)
     assert record is not None
+    assert not record.all_losses_finite
     assert not record.finished
+    # The step that went astray leaves no checkpoint; those before it are kept.
+    assert list(record.checkpoints) == [f"step-{n}.safetensors" for n in range(1, steps.height)]
 
 
 def test_text_encoder_is_trained_inside_the_step(values: Values, tmp_path: Path) -> None:

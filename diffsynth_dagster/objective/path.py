@@ -4,6 +4,8 @@ from typing import Protocol
 
 import torch
 
+from diffsynth_dagster.objective.devices import sent
+
 
 class NoisingPath(Protocol):
     """A noising path with a discrete schedule of n timesteps. Index 0 has the most noise.
@@ -44,4 +46,4 @@ class NoisingPath(Protocol):
 def at_index(values: torch.Tensor, index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The values (n,) of a schedule at an index (B,), to be multiplied with `like` (B, …): on its
     device, in the shape (B, 1, …)."""
-    return values[index].to(like.device).view(-1, *(1,) * (like.ndim - 1))
+    return sent(values[index], like.device).view(-1, *(1,) * (like.ndim - 1))

@@ -17,6 +17,7 @@ from diffsynth_dagster.data.samples import load_files, parse_value
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families.contract import Output, Tensors
 from diffsynth_dagster.objective.captions import caption_index
+from diffsynth_dagster.objective.devices import sent
 from diffsynth_dagster.training.shares import Timesteps, share_of_step
 from diffsynth_dagster.weights.identify import FoundModel
 
@@ -50,7 +51,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on a device."""
-        move = {name: t.to(device, non_blocking=True) for name, t in self.outputs.items()}
+        move = {name: sent(tensor, device) for name, tensor in self.outputs.items()}
         return replace(self, outputs=move)
 
 

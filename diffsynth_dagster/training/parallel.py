@@ -1,28 +1,21 @@
 """The processes of a training, their devices, and how they share the work of a step.
 
-This is the one module that knows accelerate, DDP and DeepSpeed, but for `run.trackers`. Everything else
-asks `Parallel`, and reads the same for one process on a CPU as for many GPUs on several machines.
+Beside `training.join`, which makes a `Parallel`, and `run.trackers`, this is the one module that knows
+accelerate, DDP and DeepSpeed. Everything else asks `Parallel`, and reads the same for one process on a CPU as for many GPUs on several machines.
 """
 
-import logging
-import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     DistributedType,
-    InitProcessGroupKwargs,
     broadcast,
     broadcast_object_list,
     gather_object,
-    is_bf16_available,
     set_seed,
 )
 from safetensors.torch import load_file
@@ -32,13 +25,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import EXIT_USER_ERROR, ParameterError, UserError
-from diffsynth_dagster.run.trackers import Trackers, tracker_names
+from diffsynth_dagster.run.trackers import Trackers
 from diffsynth_dagster.training.randomness import random_state, set_random_state
 
 T = TypeVar("T")
-
-_PATIENCE = timedelta(days=7)
-"""How long processes wait for each other: one may be downloading, checking files or sampling."""
 
 
 class Parallel:
@@ -80,6 +70,11 @@ class Parallel:
         DeepSpeed itself holds float32 copies of them, in pieces.
         """
         return self.dtype if self._uses_deepspeed else torch.float32
+
+    @property
+    def runs_behind(self) -> bool:
+        """Whether the device works behind this process, which must not wait for every step of it."""
+        return self.device.type == "cuda"
 
     @property
     def step_was_skipped(self) -> bool:
@@ -220,16 +215,16 @@ class Parallel:
         """Add the gradients of a loss () to those of the optimizer step."""
         self._accelerator.backward(loss)
 
-    def clip(self, parameters: Iterable[torch.Tensor], max_norm: float | None) -> float:
-        """Clip the gradients to a norm, if one is given; returns their norm before."""
+    def clip(self, parameters: Iterable[torch.Tensor], max_norm: float | None) -> torch.Tensor:
+        """Clip the gradients to a norm, if one is given; returns their norm () before, on the device."""
         limit = float("inf") if max_norm is None else max_norm
         before = self._accelerator.clip_grad_norm_(parameters, limit)
-        return 0.0 if before is None else float(before)
+        return torch.as_tensor(0.0 if before is None else before, device=self.device).float()
 
-    def mean(self, value: torch.Tensor) -> float:
-        """Mean of a number () over the processes. Collective."""
-        reduced: Any = self._accelerator.reduce(value, "mean")
-        return float(reduced)
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Means of numbers (…) over the processes, on the device. Collective."""
+        reduced: Any = self._accelerator.reduce(values, "mean")
+        return reduced
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor on the CPU over the processes, as a new one on the CPU. Collective."""
@@ -342,57 +337,3 @@ class Parallel:
             if not self.is_main_process:
                 found[name] = sent.cpu().view(dtype).reshape(shape)
         return found
-
-
-def start_parallel(config: TrainingConfig) -> Parallel:
-    """Join the processes that the launcher started.
-
-    Raises:
-        ParameterError: the launcher's configuration partitions the weights; or a tracker that the
-            config switches on is not installed.
-    """
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    available = {str(getattr(t, "value", t)) for t in get_available_trackers()}
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerator = Accelerator(
-        # Or accelerate would take several processes without a GPU for as many trainings.
-        cpu=processes > 1 and not torch.accelerator.is_available(),
-        mixed_precision=precision(config.mixed_precision, _gpu_has_bf16()),
-        log_with=[*tracker_names(config, available)] or None,
-        project_dir=config.output_path,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
-            InitProcessGroupKwargs(timeout=_PATIENCE),
-        ],
-    )
-    _require_whole_weights(accelerator)
-    return Parallel(accelerator)
-
-
-def _require_whole_weights(accelerator: Accelerator) -> None:
-    """Refuse what partitions the weights themselves over the processes. Raises `ParameterError`."""
-    kind = accelerator.distributed_type
-    plugin = accelerator.state.deepspeed_plugin
-    third_stage = plugin is not None and plugin.zero_stage == 3
-    if third_stage or kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        named = "ZeRO stage 3" if third_stage else kind.value
-        raise ParameterError(
-            f"{named}, which partitions the weights, is not supported yet",
-            where="the configuration of accelerate",
-            do="use several GPUs without it, or ZeRO stage 2: recipes/accelerate/zero2_offload.yaml",
-        )
-
-
-def precision(asked: str | None, gpu_has_bf16: bool) -> str | None:
-    """What to compute in: what a config asks for; else what accelerate says (None), or bf16 on a
-    GPU if that is float32, in which the published models do not fit."""
-    if asked is None and gpu_has_bf16:
-        given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        return "bf16" if given == "no" else None
-    return asked
-
-
-def _gpu_has_bf16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.accelerator.is_available() and is_bf16_available()

@@ -49,15 +49,19 @@ class States:
         """What the steps took, with those before a stop."""
         return self._before + time.monotonic() - self._began
 
+    @property
+    def late(self) -> bool:
+        """Whether the newest state of this process is `state_minutes` old. Others may find otherwise."""
+        if not self._writes or self._seconds == 0:
+            return False
+        return time.monotonic() - self._written >= self._seconds
+
     def due(self, step: int) -> bool:
-        """Whether a state is written after a step. Collective."""
+        """Whether a step leaves a state, however late it is."""
         self._warn()
         if not self._writes or step == 0:
             return False
-        if step == self._total or (self._every is not None and step % self._every == 0):
-            return True
-        late = time.monotonic() - self._written >= self._seconds
-        return self._seconds > 0 and self._parallel.any(late)
+        return step == self._total or (self._every is not None and step % self._every == 0)
 
     def run(self, work: Work, step: int, done: int) -> None:
         """Copy the state after a step, and begin to write it. Collective.

@@ -9,6 +9,7 @@ from torch import nn
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.families.contract import Output, Tensors
+from diffsynth_dagster.objective.devices import sent
 from diffsynth_dagster.objective.flow import NUM_TRAIN_TIMESTEPS
 from diffsynth_dagster.objective.loss import sample_losses
 from diffsynth_dagster.objective.noise import noise
@@ -79,9 +80,9 @@ class TrainingStep(nn.Module):
         for name, clean in x_0.items():
             x_t[name] = self._path.noised(clean.float(), epsilon[name], index)
         x_t = _with_known(x_t, x_0, known)
-        t = self._path.timesteps[index].to(device)
+        t = sent(self._path.timesteps[index], device)
         prediction = self._denoise(batch.denoiser, conditions, x_t, t)
-        weight = self._path.weights[index].to(device)
+        weight = sent(self._path.weights[index], device)
         losses = [
             sample_losses(
                 prediction[name],
@@ -143,7 +144,7 @@ class TrainingStep(nn.Module):
                 for index, inputs in enumerate(batch.inputs)
             ]
             made = collate(stage.yields, stage.run(self.loaded, samples))
-            outputs |= {name: tensor.to(device) for name, tensor in made.items()}
+            outputs |= {name: sent(tensor, device) for name, tensor in made.items()}
         return outputs
 
     def _by_role(self, outputs: Tensors) -> tuple[Tensors, Tensors, Tensors]:
@@ -171,7 +172,7 @@ class TrainingStep(nn.Module):
             noise(batch.seed, sample, visit, name, shape)
             for sample, visit in zip(batch.samples, batch.visits, strict=True)
         ]
-        return torch.stack(drawn).to(clean.device)
+        return sent(torch.stack(drawn), clean.device)
 
 
 def _with_known(x_t: Tensors, x_0: Tensors, known: Tensors) -> Tensors:

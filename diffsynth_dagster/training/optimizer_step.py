@@ -1,0 +1,188 @@
+"""One optimizer step: its micro-batches are handed to the device, and what it did is read later."""
+
+import math
+import resource
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from diffsynth_dagster.errors import TrainingError
+from diffsynth_dagster.run.events import StepMetrics
+from diffsynth_dagster.training.batches import Batch
+from diffsynth_dagster.training.late import Moment, Numbers
+from diffsynth_dagster.training.optimizer import current_rates
+from diffsynth_dagster.training.setup import Session, Work
+
+
+@dataclass(frozen=True)
+class MadeStep:
+    """An optimizer step that the device was given, and may still work on.
+
+    Attributes:
+        known: of its metrics, what is known without the device.
+        numbers: loss, norm, and how many of the processes said each of the two flags of `train_step`,
+            divided by their number.
+        waiting, began, differentiated: when the wait for its data began, the step itself, and the
+            optimizer's part.
+        skipped: whether the optimizer changed nothing, because float16 was too small for the gradients.
+    """
+
+    known: StepMetrics
+    numbers: Numbers
+    waiting: Moment
+    began: Moment
+    differentiated: Moment
+    skipped: bool
+
+    def metrics(self) -> StepMetrics:
+        """All that is to be said of it. Waits until the device has made it."""
+        loss, norm, *_ = self.numbers.read()
+        ended = self.numbers.there
+        data_seconds, seconds = self.began.since(self.waiting), ended.since(self.began)
+        whole = data_seconds + seconds
+        return replace(
+            self.known,
+            loss=loss,
+            grad_norm=norm,
+            seconds=seconds,
+            data_seconds=data_seconds,
+            forward_backward_seconds=self.differentiated.since(self.began),
+            optimizer_seconds=ended.since(self.differentiated),
+            samples_per_second=self.known.samples / whole,
+            tokens_per_second=self.known.tokens / whole,
+        )
+
+    @property
+    def flags(self) -> tuple[bool, bool]:
+        """The flags of `train_step`, each true on all processes if it is on one."""
+        _, _, stop, late = self.numbers.read()
+        return stop > 0, late > 0
+
+
+def train_step(
+    work: Work,
+    step: int,
+    batches: list[Batch],
+    waiting: Moment,
+    flags: Callable[[], tuple[bool, bool]],
+) -> MadeStep:
+    """One optimizer step over the micro-batches of this process. Collective.
+
+    Args:
+        step: counted from 1.
+        waiting: when the wait for the micro-batches began.
+        flags: whether the run was asked to stop, and whether a state is late: asked for at the end of
+            the step, and told to all processes with its loss.
+    """
+    config, parallel = work.session.config, work.session.parallel
+    began = Moment(parallel.device)
+    loss = torch.zeros((), device=parallel.device)
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with parallel.micro_batch(work.model, last), _saved_tensors(work):
+            batch = batch.to(parallel.device)
+            losses: torch.Tensor = work.model(batch)
+            weighted = losses.sum() * batch.scale
+            parallel.backward(weighted)
+        loss += weighted.detach()
+        work.losses.add(batch, losses, work.step_module.row_weights(batch))
+    norm = parallel.clip(work.trained.values(), config.max_grad_norm)
+    differentiated = Moment(parallel.device)
+    rates = current_rates(work.optimizer)
+    work.optimizer.step()
+    work.optimizer.zero_grad()
+    skipped = parallel.step_was_skipped
+    if not skipped:
+        work.schedule.step()
+    work.average.update(step)
+    asked = [torch.full((), float(flag), device=parallel.device) for flag in flags()]
+    mean, *told = parallel.mean(torch.stack([loss, *asked]))
+    numbers = Numbers(torch.stack([mean, norm, *told]))
+    samples, tokens = work.data.counts(step - 1)
+    known = StepMetrics(
+        step=step,
+        epoch=(step - 1) // work.data.order.steps_per_epoch,
+        loss=math.nan,
+        learning_rate=next(iter(rates.values())),
+        grad_norm=math.nan,
+        seconds=math.nan,
+        samples=samples,
+        tokens=tokens,
+        learning_rates={name: rate for name, rate in rates.items() if name},
+        peak_memory_bytes=peak_memory(parallel.device),
+    )
+    return MadeStep(known, numbers, waiting, began, differentiated, skipped)
+
+
+class MadeSteps:
+    """The steps that the device was given and that nobody has read yet: on a GPU the newest one."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._unread: list[MadeStep] = []
+        self.stop = self.late = False
+
+    def add(self, made: MadeStep) -> None:
+        """Take in a step, and read the one before; on a CPU, the step itself.
+
+        Raises:
+            TrainingError: see `read`.
+        """
+        self._unread.append(made)
+        self._read_but(1 if self._session.parallel.runs_behind else 0)
+
+    def read(self) -> None:
+        """Report all steps that were made. Afterwards `stop` says whether the run was asked to stop in
+        one of those that were added since, and `late` whether a state is late.
+
+        Raises:
+            TrainingError: the loss is not finite, or the gradients that changed the weights were not.
+        """
+        self._read_but(0)
+
+    def _read_but(self, newest: int) -> None:
+        """Report the steps, but for so many of the newest."""
+        session = self._session
+        while len(self._unread) > newest:
+            made = self._unread.pop(0)
+            metrics = made.metrics()
+            session.reporter.report(metrics)
+            _require_finite(session, metrics, made.skipped)
+            session.run_file.stepped(metrics.loss)
+            stop, late = made.flags
+            self.stop, self.late = self.stop or stop, self.late or late
+
+
+def _saved_tensors(work: Work) -> AbstractContextManager[object]:
+    """Keep what the backward pass needs in CPU memory, if asked."""
+    if not work.session.config.use_gradient_checkpointing_offload:
+        return nullcontext()
+    on_gpu = work.session.parallel.device.type == "cuda"
+    return torch.autograd.graph.save_on_cpu(pin_memory=on_gpu)
+
+
+def _require_finite(session: Session, metrics: StepMetrics, skipped: bool) -> None:
+    """Stop a training that went wrong before it writes a checkpoint of it.
+
+    Raises:
+        TrainingError: the loss is not finite, or the gradients that changed the weights were not.
+    """
+    # The norm is infinite in a step that float16 made the optimizer skip: the weights are sound.
+    if math.isfinite(metrics.loss) and (math.isfinite(metrics.grad_norm) or skipped):
+        return
+    session.run_file.diverged()
+    raise TrainingError(
+        f"the training went astray in step {metrics.step}: the loss is {metrics.loss:g}, and "
+        f"the norm of its gradient {metrics.grad_norm:g}",
+        where=f"learning_rate = {metrics.learning_rate:g}",
+        do="give a smaller learning_rate, or max_grad_norm; checkpoints written before are sound",
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory used so far: of the GPU, or of the process on a CPU. Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
