@@ -108,10 +108,11 @@ def run_alone(
     table = checked_table(config, fact_cache, parallel)
 
     # Weights: found and recognised. They are loaded when they are used.
+    warnings: list[str] = []
     with parallel.node_main_first():
         found = find_model(config, ModelHub.from_environment())
         check_plan(config, found.family)  # the files may say more than their names
-        size = check_model(config, found, parallel.trained_dtype)
+        size = check_model(config, found, parallel.trained_dtype, warnings.append)
         if parallel.is_main_process and not config.encodes_only:
             require_space(output, size, "output_path")
     parallel.seed(config.seed)
@@ -119,6 +120,8 @@ def run_alone(
     memory = Memory(config, models)
 
     reporter = make_reporter(config, parallel.is_main_process, parallel.trackers)
+    for text in warnings:
+        reporter.warn(text)
     store = open_store(config)
     with closing(reporter), store.in_use(waiting=reporter.warn), memory.explained():
         # Latents: all in the store, and the manifest that names them.

@@ -47,19 +47,18 @@ def files_of(component: Component) -> str:
 
 def formats(family: Family, name: str) -> str:
     """The key formats of LoRAs of a module."""
-    written = ["diffusers", *(["kohya"] if name in family.to_kohya else [])]
-    read = ["the authors'"] if name in family.from_authors else []
-    read += ["kohya's"] if name in family.to_kohya else []
-    return ", ".join(written) + (f"; reads also {' and '.join(read)}" if read else "")
+    rules = family.part(name).lora
+    return "no LoRA" if rules is None else f"`{rules.native}`"
 
 
 def modules(family: Family) -> list[str]:
     """The table of a family's modules, with the parts that are trained under names of their own."""
-    head = ("module", "class", "files", "usual LoRA layers", "LoRA keys")
+    head = ("module", "class", "files", "usual LoRA layers", "LoRA checkpoints")
     rows: list[list[str]] = []
     for name in family.trainable:
         component = family.component(family.part(name).of)
-        targets = family.lora_targets.get(name)
+        rules = family.part(name).lora
+        targets = None if rules is None else rules.targets
         rows.append(
             [
                 f"`{name}`",

@@ -200,6 +200,8 @@ ALTERNATIVES: dict[str, Change] = {
     "oft_block_size": {"lora_method": "oft", "oft_block_size": 8},
     "preset_lora_model": lambda place: {**preset(place), "preset_lora_model": "text_encoder"},
     "align_to_opensource_format": {"align_to_opensource_format": True},
+    "checkpoint_format": {"checkpoint_format": "guide"},
+    "export_formats": {"export_formats": ["peft"]},
     # course
     "task": {"task": "direct_distill"},
     "min_timestep_boundary": {"min_timestep_boundary": 0.25},

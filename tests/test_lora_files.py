@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux.names import NAMES as FLUX_NAMES
-from diffsynth_dagster.weights.lora import LoraFile, read_lora, usual_spelling
+from diffsynth_dagster.families.flux.lora import TRANSFORMER
+from diffsynth_dagster.families.lora import Lora
+from diffsynth_dagster.formats.kohya import FORMAT as KOHYA
+from diffsynth_dagster.formats.names import lora_of, with_dots
+from diffsynth_dagster.weights.lora import LoraFile, read_lora
 
 WAN = CASES[0]
 PREFIXES = ("", "diffusion_model.", "transformer.", "pipe.dit.")
@@ -53,10 +56,20 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Values:
 
 @pytest.fixture(scope="module")
 def checkpoint(values: Values, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA of all usual layers, alpha / rank = 1/2, by the names that this trainer writes."""
+    """A LoRA of all usual layers, alpha / rank = 1/2, with its alphas in the tensors."""
     code, run = train(values(num_epochs=5), tmp_path_factory.mktemp("lora") / "run")
     assert code == 0
-    return run / "epoch-4.safetensors"
+    read = read_lora(run / "epoch-4.safetensors", find_family("wanvideo"), "dit", "the test")
+    assert set(read.scale.values()) == {1.0}  # s is in B
+    own = Lora(read.down, {n: b * 2 for n, b in read.up.items()}, dict.fromkeys(read.down, 0.5))
+    save_file(with_dots("", own, alphas=True), run / "lora.safetensors")
+    return run / "lora.safetensors"
+
+
+def by_module(file: Path) -> Tensors:
+    """The A and B of a LoRA of Wan, by the names of the module's layers."""
+    read = read_lora(file, find_family("wanvideo"), "dit", "the test")
+    return with_dots("", read, alphas=False)
 
 
 def respelled(tensors: Tensors, prefix: str, spelling: str, authors: bool, alpha: float) -> Tensors:
@@ -87,7 +100,7 @@ def test_every_spelling_is_read_alike(
     ours = read_lora(checkpoint, wan, "dit", "the test")
     assert len(ours.down) == 2 * (8 + 2)
     assert set(ours.scale.values()) == {0.5}
-    tensors = respelled(load_file(checkpoint), prefix, spelling, authors, 2.0)
+    tensors = respelled(by_module(checkpoint), prefix, spelling, authors, 2.0)
     save_file(tensors, tmp_path / "lora.safetensors")
     assert_equal(read_lora(tmp_path / "lora.safetensors", wan, "dit", "the test"), ours)
     # Without an alpha, alpha is the rank.
@@ -120,7 +133,7 @@ def test_the_alpha_of_peft_is_read(tmp_path: Path, settings: dict[str, Any], sca
 @pytest.mark.parametrize("extra", ["diff_b", "dora_scale", "lora_magnitude_vector", "hada_w1_a"])
 def test_what_is_more_than_a_lora_is_refused(checkpoint: Path, tmp_path: Path, extra: str) -> None:
     """Reading the LoRA in it alone would give another model than the file's."""
-    tensors = {**load_file(checkpoint), f"blocks.0.attn1.to_q.{extra}": torch.ones(4)}
+    tensors = {**by_module(checkpoint), f"blocks.0.attn1.to_q.{extra}": torch.ones(4)}
     save_file(tensors, tmp_path / "lora.safetensors")
     with pytest.raises(WeightsError, match=f"another way than by a plain LoRA.*{extra}"):
         read_lora(tmp_path / "lora.safetensors", find_family("wanvideo"), "dit", "the test")
@@ -141,7 +154,7 @@ def test_a_file_of_another_tool_is_a_start_and_a_base(
     values: Values, checkpoint: Path, tmp_path: Path
 ) -> None:
     """What is trained from it is what is trained from this trainer's own file, to the bit."""
-    ours = load_file(checkpoint)
+    ours = by_module(checkpoint)
     files = {"ours": checkpoint}
     for spelling, prefix in zip(SPELLINGS, PREFIXES[1:], strict=True):
         files[spelling] = tmp_path / f"{spelling}.safetensors"
@@ -188,7 +201,7 @@ def test_flux_is_told_by_the_authors_dotted_names(tmp_path: Path) -> None:
         for letter in "qkv":
             tensors[f"{start}{letter}.lora_A.weight"] = torch.randn(4, 8)
             tensors[f"{start}{letter}.lora_B.weight"] = torch.randn(8, 4)
-    kohya = FLUX_NAMES.to_kohya(tensors, 2.0)
+    kohya = KOHYA.write({"dit": lora_of(tensors, 0.5)}, {"dit": TRANSFORMER}).tensors
     save_file(kohya, file)
     ours = read_lora(file, flux, "dit", "the test")
     assert ours.down.keys() == {n.removesuffix(".lora_A.weight") for n in tensors if "_A." in n}
@@ -199,14 +212,14 @@ def test_flux_is_told_by_the_authors_dotted_names(tmp_path: Path) -> None:
         dotted[f"diffusion_model.{layer}.{rest}"] = tensor
     save_file(dotted, file)
     assert_equal(read_lora(file, flux, "dit", "the test"), ours)
-    save_file(usual_spelling(dotted, ("diffusion_model.",)), file)
+    save_file({n.removeprefix("diffusion_model."): t for n, t in dotted.items()}, file)
     assert_equal(read_lora(file, flux, "dit", "the test"), ours)
 
 
 def unfit(kind: str, checkpoint: Path, folder: Path) -> Path:
     """A file that does not fit the training which made `checkpoint`."""
     file = folder / f"{kind}.safetensors"
-    tensors = load_file(checkpoint)
+    tensors = by_module(checkpoint)
     notes: dict[str, str] = {}
     match kind:
         case "no file":
@@ -238,9 +251,9 @@ LACKS = "layers that the model lacks: " + ", ".join(
 )
 UNFIT = [
     ("no file", "the LoRA file does not exist"),
-    ("no lora", "the file holds no LoRA, or half of one"),
-    ("halves", "the file holds no LoRA, or half of one"),
-    ("torn", "the file holds no LoRA, or half of one"),
+    ("no lora", "in another way than by a plain LoRA: blocks.0.attn1.to_q.weight"),
+    ("halves", "half of a LoRA, or halves of two ranks: blocks.0.attn1.to_q.lora_A.weight"),
+    ("torn", "half of a LoRA, or halves of two ranks: blocks.0.attn1.to_q.lora_A.weight"),
     ("other sizes", "is for (128, 256), not for (128, 128)"),
     ("other model", f"{LACKS} and 1 more\n"),
     ("other family", f"{LACKS} and 1 more; its header says that it is a LoRA of the family "),

@@ -173,6 +173,8 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "lokr_decompose_both": ("lokr",),
     "oft_block_size": ("oft",),
     "align_to_opensource_format": ("lora",),
+    "checkpoint_format": ("lora",),
+    "export_formats": ("lora",),
 }
 """Parameter → the methods that it means something for."""
 
@@ -184,6 +186,20 @@ def _check_lora(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
             raise refuse(
                 f"{n(name)} means nothing for {n('lora_method')} = {config.lora_method}",
                 f"leave {n(name)} out, or give {n('lora_method')} as {' or '.join(methods)}",
+            )
+    if config.align_to_opensource_format and config.checkpoint_format not in (None, "kohya"):
+        raise refuse(
+            f"{n('align_to_opensource_format')} is {n('checkpoint_format')} = kohya, not "
+            f"{config.checkpoint_format}",
+            "leave one of them out",
+        )
+    if config.lora_base_model and not config.remove_prefix_in_ckpt:
+        asked = "kohya" if config.align_to_opensource_format else config.checkpoint_format
+        if asked not in (None, "guide"):
+            raise refuse(
+                f"{n('remove_prefix_in_ckpt')} is empty, which keeps the names of the guide, and "
+                f"{n('checkpoint_format')} is {asked}",
+                f"leave one of them out, or give {n('checkpoint_format')} as guide",
             )
     if config.lokr_decompose_factor == 0:
         raise refuse(

@@ -15,6 +15,23 @@ class OutputParameters(BaseModel):
     remove_prefix_in_ckpt: str = parameter(
         "pipe.dit.", "Prefix removed from the tensor names of saved weights.", affects="training"
     )
+    checkpoint_format: Literal["comfyui", "diffusers", "guide", "kohya"] | None = parameter(
+        None,
+        "Names of a LoRA's tensors in checkpoints: those that ComfyUI and most tools read, those of "
+        "diffusers, of DiffSynth-Studio's trainer, or of kohya's scripts. Left out, those that load in "
+        "DiffSynth-Studio and in most other tools.",
+        affects="training",
+        needs="lora_base_model",
+    )
+    export_formats: list[Literal["comfyui", "diffusers", "guide", "kohya", "peft"]] | None = (
+        parameter(
+            None,
+            "Formats of a LoRA's exports. Left out, diffusers, and kohya for Stable Diffusion 1.5.",
+            affects="exports",
+            needs="lora_base_model",
+            min_length=1,
+        )
+    )
     save_steps: int | None = parameter(
         None,
         "Optimizer steps between two step-N.safetensors; left out, every epoch "

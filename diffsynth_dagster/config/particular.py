@@ -75,10 +75,9 @@ class ParticularParameters(BaseModel):
         affects="training",
         ge=0.0,
     )
-    # Exports alone: checkpoints have the same names with and without.
     align_to_opensource_format: bool = parameter(
         False,
-        "Write LoRAs also in the key format that other tools read (kohya).",
-        affects="exports",
+        "Another word for checkpoint_format = kohya.",
+        affects="training",
         needs="lora_base_model",
     )

@@ -17,7 +17,7 @@ def how_to_load(exported: Exported, family: Family) -> str:
     if exported.format == "peft":
         return f'{place} = peft.PeftModel.from_pretrained({place}, "{path.parent}")'
     # A second denoiser, whose layers have the names of the first one's.
-    second = component.lora_start != component.folder
+    second = family.lora_rules(component.name).folder != component.folder
     return f'pipe.load_lora_weights("{path}"{f", load_into_{component.folder}=True" * second})'
 
 

@@ -1,7 +1,7 @@
 """Split the chosen checkpoint into one file for each module, in the layout of diffusers.
 
-exports/diffusers/pytorch_lora_weights.safetensors             LoRAs, for load_lora_weights
-exports/diffusers/<folder>/pytorch_lora_weights.safetensors    one each, where a file cannot hold
+exports/<format>/pytorch_lora_weights.safetensors              LoRAs in a format: see `formats`
+exports/<format>/<folder>/pytorch_lora_weights.safetensors     one each, where a file cannot hold
                                                                them all: the experts of Wan2.2
 exports/diffusers/<folder>/diffusion_pytorch_model.safetensors a module trained in full
 exports/peft/<folder>/adapter_model.safetensors                a LoKr or OFT, which diffusers'
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import ConfigMixin
@@ -26,22 +26,28 @@ from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.export.chosen import Chosen, chosen_checkpoint
 from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.families.lora import Lora, LoraFormat
 from diffsynth_dagster.files import write_tensors, write_text
+from diffsynth_dagster.formats import Spelled, find_format, peft
+from diffsynth_dagster.formats.contract import Unread
+from diffsynth_dagster.formats.diffusers import ADAPTER_KEY, REFUSALS, dora_settings
+from diffsynth_dagster.formats.reading import of_loras
 from diffsynth_dagster.run.record import RunRecord
 from diffsynth_dagster.training.adapters import ADAPTER, is_adapter, peft_settings
 from diffsynth_dagster.training.checkpoint import checkpoint_files
+from diffsynth_dagster.training.lora_formats import export_formats
 from diffsynth_dagster.weights.adapter_files import PEFT_START, layer_of
 from diffsynth_dagster.weights.header import read_header, read_metadata
 from diffsynth_dagster.weights.identify import Found, FoundModel
+from diffsynth_dagster.weights.layout import from_layout_of
 from diffsynth_dagster.weights.load import build_empty, read_tensors
-from diffsynth_dagster.weights.lora import ADAPTER_KEY, PROVENANCE_KEY, for_diffusers
+from diffsynth_dagster.weights.lora import PROVENANCE_KEY, loras_in
 from diffsynth_dagster.weights.models import Models, component_digest
 from diffsynth_dagster.weights.recognise import read_architecture
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
-IN_DIFFUSERS = ("lora", "dora")
-"""The methods that the pipelines of diffusers load. Those of two other families load LoKr too."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,14 @@ class Exported:
     """A file that another tool loads.
 
     Attributes:
-        format: of which tool: "diffusers", "kohya" or "peft".
+        format: see `formats`; of a module trained in full, "diffusers".
         components: what it holds: one component, or the LoRAs of several.
         kind: "lora" or "full".
         digest: BLAKE3 of the file.
     """
 
     path: Path
-    format: str
+    format: LoraFormat
     components: tuple[str, ...]
     kind: str
     digest: str
@@ -102,86 +108,103 @@ def export_checkpoint(
     provenance = {**record.provenance, "checkpoint": chosen.digest, **unfinished}
     folder = Path(config.output_path) / "exports"
     family = found.family
-    prefixes = {name: family.prefix(name) for name in record.trained}
-    modules: dict[str, Tensors] = {}
+    whole: dict[str, Tensors] = {}
+    loras: dict[str, Lora] = {}
+    others: dict[str, Tensors] = {}
     files = checkpoint_files("", family, record.trained, config.remove_prefix_in_ckpt)
     for file, path in zip(files, chosen.paths, strict=True):
-        modules |= split_modules(read_tensors([path]), file.removed, prefixes)
-    whole: dict[str, Tensors] = {}
-    loras: dict[str, Tensors] = {}
-    for name in record.trained:
-        # Parts of one component make one file.
-        kind = loras if name in config.lora_base_model else whole
-        kind.setdefault(family.part(name).of, {}).update(modules[name])
+        tensors = read_tensors([path])
+        trained_in = [name for name in file.trained if name in config.lora_base_model]
+        if trained_in and (record.lora or {}).get("method", "lora") == "lora":
+            own = of_loras(tensors)
+            loras |= loras_in(own, read_metadata(path), family, trained_in)[0]
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in own}
+        prefixes = {name: family.prefix(name) for name in file.trained}
+        for name, modules in split_modules(tensors, file.removed, prefixes).items():
+            # Parts of one component make one file.
+            kind = others if name in trained_in else whole
+            kind.setdefault(family.part(name).of, {}).update(modules)
+    order = dict.fromkeys(family.part(name).of for name in record.trained)
+    loras = {name: loras[name] for name in order if name in loras}
     exported: list[Exported] = []
-    method = (record.lora or {}).get("method", "lora")
-    if method not in IN_DIFFUSERS:
-        for component, tensors in loras.items():
-            exported.append(
-                _export_peft(folder / "peft", found, component, tensors, record, provenance)
-            )
-        loras = {}
-    for place, together in _in_files(found, loras).items():
-        target = folder / "diffusers" / place
-        exported.append(_export_lora(target, found, together, record, provenance))
-        if config.align_to_opensource_format:
-            target = folder / "kohya" / place
-            exported.append(_export_kohya(target, found, together, record, provenance))
-    for component, trained in whole.items():
+    for name in export_formats(config, family) if loras else ():
+        exported += _export_loras(folder / name, found, name, loras, provenance)
+    if others:
+        exported += _export_adapters(folder, found, others, record, provenance)
+    for component, own in whole.items():
+        trained = from_layout_of(found.components[component], own)
         tensors = _with_untrained(config, record, found, component, trained)
         exported.append(_export_full(folder / "diffusers", found, component, tensors, provenance))
     return exported
 
 
-def _in_files(found: FoundModel, loras: Mapping[str, Tensors]) -> dict[str, dict[str, Tensors]]:
-    """Folder of a file → component → its LoRA. All in one, unless two would have equal names."""
-    starts = [found.family.component(name).lora_start for name in loras]
+def _export_loras(
+    folder: Path,
+    found: FoundModel,
+    name: LoraFormat,
+    loras: Mapping[str, Lora],
+    provenance: Mapping[str, object],
+) -> list[Exported]:
+    """Write the LoRAs of some components in a format: into one file, unless two would have equal names."""
+    family = found.family
+    files = _in_files(found, loras)
+    if name == "peft" and len(loras) > 1:
+        files = {family.component(part).folder: {part: loras[part]} for part in loras}
+    exported: list[Exported] = []
+    for place, own in files.items():
+        rules = {component: family.lora_rules(component) for component in own}
+        spelled = find_format(name).write(own, rules)
+        said = {PROVENANCE_KEY: json.dumps({**provenance, "format": name}, sort_keys=True)}
+        file = PEFT_FILE if name == "peft" else LORA_FILE
+        config = spelled.notes.get(peft.CONFIG)
+        notes = {key: text for key, text in spelled.notes.items() if key != peft.CONFIG}
+        path = write_tensors(
+            folder / place / file, spelled.tensors, {**notes, **said, "format": "pt"}
+        )
+        if config is not None:
+            write_text(path.parent / peft.CONFIG, config)
+        exported.append(_exported(path, own, "lora", name))
+    return exported
+
+
+def _in_files(found: FoundModel, trained: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
+    """Folder of a file → component → what is trained. All in one, unless two would have equal names."""
+    starts = [found.family.lora_rules(name).folder for name in trained]
     if len(set(starts)) == len(starts):
-        return {"": dict(loras)} if loras else {}
-    return {found.family.component(name).folder: {name: loras[name]} for name in loras}
+        return {"": dict(trained)}
+    return {found.family.component(name).folder: {name: trained[name]} for name in trained}
 
 
-def _export_lora(
+def _export_adapters(
     folder: Path,
     found: FoundModel,
-    loras: Mapping[str, Tensors],
+    trained: Mapping[str, Tensors],
     record: RunRecord,
     provenance: Mapping[str, object],
-) -> Exported:
-    """Write the LoRAs of some components into one file as diffusers' pipelines load them."""
+) -> list[Exported]:
+    """Write a DoRA as diffusers' pipelines load it, and LoKr and OFT for peft."""
     assert record.lora is not None
-    rank, alpha = record.lora["rank"], record.lora["alpha"]
-    named: Tensors = {}
-    adapter: dict[str, object] = {}
-    for name, tensors in loras.items():
-        start = found.family.component(name).lora_start
-        own, settings = for_diffusers(tensors, start, rank, alpha)
-        named |= own
-        adapter |= settings
-    metadata = {
-        ADAPTER_KEY: json.dumps(adapter, sort_keys=True),
-        PROVENANCE_KEY: json.dumps(provenance, sort_keys=True),
-        "format": "pt",
-    }
-    path = write_tensors(folder / LORA_FILE, named, metadata)
-    return _exported(path, loras, "lora", "diffusers")
-
-
-def _export_kohya(
-    folder: Path,
-    found: FoundModel,
-    loras: Mapping[str, Tensors],
-    record: RunRecord,
-    provenance: Mapping[str, object],
-) -> Exported:
-    """Write the LoRAs of some components into one file under the names of kohya's scripts."""
-    assert record.lora is not None
-    named: Tensors = {}
-    for name, tensors in loras.items():
-        named |= found.family.to_kohya[name](tensors, record.lora["alpha"])
-    notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
-    path = write_tensors(folder / LORA_FILE, named, notes)
-    return _exported(path, loras, "lora", "kohya")
+    if record.lora["method"] != "dora":
+        return [
+            _export_peft(folder / "peft", found, component, tensors, record, provenance)
+            for component, tensors in trained.items()
+        ]
+    exported: list[Exported] = []
+    for place, together in _in_files(found, trained).items():
+        tensors: Tensors = {}
+        settings: dict[str, object] = {}
+        for name, own in together.items():
+            start = found.family.lora_rules(name).folder
+            tensors |= {f"{start}.{n}": tensor for n, tensor in own.items()}
+            settings |= dora_settings(start, own, record.lora["rank"], record.lora["alpha"])
+        notes = {
+            ADAPTER_KEY: json.dumps(settings, sort_keys=True),
+            PROVENANCE_KEY: json.dumps(provenance, sort_keys=True),
+            "format": "pt",
+        }
+        path = write_tensors(folder / "diffusers" / place / LORA_FILE, tensors, notes)
+        exported.append(_exported(path, together, "lora", "diffusers"))
+    return exported
 
 
 def _export_peft(
@@ -254,7 +277,7 @@ def _write_config(path: Path, source: Found, module: nn.Module) -> None:
         write_text(path, module.config.to_json_string())
 
 
-def _exported(path: Path, components: Iterable[str], kind: str, target: str) -> Exported:
+def _exported(path: Path, components: Iterable[str], kind: str, target: LoraFormat) -> Exported:
     header = read_header(path)
     return Exported(
         path,
@@ -287,20 +310,39 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
         if wrong:
             raise _unloadable(exported, f"tensors differ from the architecture: {wrong[:3]}")
         return
-    tensors = read_tensors([exported.path])
-    if exported.format == "peft":
-        _load_by_peft(exported, found, tensors)
+    tensors, notes = read_tensors([exported.path]), read_metadata(exported.path)
+    if not of_loras(tensors).keys() >= tensors.keys():
+        if exported.format == "peft":
+            _load_by_peft(exported, found, tensors)
+        else:
+            _load_dora(exported, found, tensors, notes)
         return
-    adapter = json.loads(read_metadata(exported.path).get(ADAPTER_KEY, "{}"))
-    taken = 0
-    for component in exported.components:
-        module = build_empty(found.components[component])
+    config = exported.path.parent / peft.CONFIG
+    more = {peft.CONFIG: config.read_text(encoding="utf-8")} if exported.format == "peft" else {}
+    spelled = Spelled(tensors, {**notes, **more})
+    rules = {name: found.family.lora_rules(name) for name in exported.components}
+    for name in exported.components:
+        module = build_empty(found.components[name])
         try:
-            found.family.load_lora(component, module, tensors, adapter)
-        except (ValueError, KeyError, RuntimeError, TypeError, AssertionError) as error:
+            find_format(exported.format).try_load(spelled, name, module, rules)
+        except Unread as error:
             raise _unloadable(exported, str(error)) from error
-        taken += sum(".lora_" in name for name, _ in module.named_parameters())
-    if exported.format == "diffusers" and taken != len(tensors):
+
+
+def _load_dora(
+    exported: Exported, found: FoundModel, tensors: Tensors, notes: Mapping[str, str]
+) -> None:
+    """Load a DoRA as diffusers does. Raises `WeightsError`: it leaves tensors out."""
+    taken = 0
+    for name in exported.components:
+        module = build_empty(found.components[name])
+        try:
+            settings = json.loads(notes[ADAPTER_KEY])
+            found.family.lora_rules(name).load(module, tensors, settings)
+        except REFUSALS as error:
+            raise _unloadable(exported, str(error)) from error
+        taken += sum(".lora_" in n for n, _ in module.named_parameters())
+    if taken != len(tensors):
         raise _unloadable(exported, f"it takes {taken} of {len(tensors)} tensors")
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import Geometry
+from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.making import Clip, SampleRequest, Sampling, Tensors
 from diffsynth_dagster.families.requirements import Refusal, Shapes
 from diffsynth_dagster.objective.path import NoisingPath
@@ -67,7 +68,7 @@ class Component:
         known_by: what the path of its files contains, for a component whose tensors have the names
             and shapes of another's (the experts of Wan2.2). Where the model list has one of the
             two alone, it is taken for the other one, which has no such mark.
-        lora_folder: how its names start in diffusers' LoRA files; `folder` when left out.
+        lora: what its LoRAs are called; None where no tool loads one into it.
         other_kinds: start of tensor names → the class of modules that have such tensors, where
             that is not `kind`.
         fixed: settings that hold whatever the config.json or the shapes say.
@@ -84,14 +85,9 @@ class Component:
     inside: tuple[str, ...] = ()
     may_lack: tuple[str, ...] = ()
     known_by: tuple[str, ...] = ()
-    lora_folder: str = ""
+    lora: LoraRules | None = None
     other_kinds: Mapping[str, type[nn.Module]] = field(default_factory=dict[str, type[nn.Module]])
     fixed: Mapping[str, object] = field(default_factory=dict[str, object])
-
-    @property
-    def lora_start(self) -> str:
-        """How its names start in diffusers' LoRA files, without the dot."""
-        return self.lora_folder or self.folder
 
     def kind_of(self, shapes: Shapes) -> type[nn.Module]:
         """The class of the module with these tensors."""
@@ -115,12 +111,14 @@ class Part:
         of: the component that holds them.
         starts: how their names in the module start.
         without: starts of names that do not belong to the part.
+        lora: see `Component`.
     """
 
     name: str
     of: str
     starts: tuple[str, ...]
     without: tuple[str, ...] = ()
+    lora: LoraRules | None = None
 
     def holds(self, tensor: str) -> bool:
         """Whether a tensor of the component belongs to the part."""
@@ -242,15 +240,6 @@ class Family:
             sampler, float32 (steps + 1,) from the most noise down to 0. None: the family cannot be
             distilled.
         sampling: how samples are made of noise: their sizes, the published sampler, the decoder.
-        load_lora: (component, its meta module, LoRA tensors, header metadata): loads an exported
-            LoRA the way the family's diffusers pipeline does; raises what that raises.
-        lora_targets: component or part → the layers that get a LoRA when none are named.
-        lora_aliases: component or part → name of a layer in other tools → globs of its names here.
-        to_kohya: component → (its LoRA by the module's names, the alpha) → the tensors under the
-            names of kohya's scripts, which `align_to_opensource_format` asks for.
-        from_authors: component → (its LoRA in the form of `weights.lora.usual_spelling`, with an
-            alpha for each layer, by the names of the model's authors and of other tools) → by the
-            module's names; unknown ones stay. RuntimeError: such layers cannot have these sizes.
         denoise_uses: components that `denoise` uses beside the denoiser where they are given:
             conditioners that see x_t and t, such as a ControlNet.
         parts: tensors of a component that are trained under a name of their own.
@@ -278,18 +267,7 @@ class Family:
     path: Callable[[TrainingConfig, Settings], NoisingPath]
     geometry: Geometry
     sampling: Sampling
-    load_lora: Callable[[str, nn.Module, Tensors, Mapping[str, object]], None]
-    lora_targets: Mapping[str, tuple[str, ...]]
     inference_sigmas: Callable[[int, Tensors], torch.Tensor] | None = None
-    lora_aliases: Mapping[str, Mapping[str, tuple[str, ...]]] = field(
-        default_factory=dict[str, Mapping[str, tuple[str, ...]]]
-    )
-    to_kohya: Mapping[str, Callable[[Tensors, float], Tensors]] = field(
-        default_factory=dict[str, Callable[[Tensors, float], Tensors]]
-    )
-    from_authors: Mapping[str, Callable[[Tensors], Tensors]] = field(
-        default_factory=dict[str, Callable[[Tensors], Tensors]]
-    )
     denoise_uses: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
     parameters: tuple[str, ...] = ()
@@ -331,7 +309,14 @@ class Family:
             if part.name == name:
                 return part
         inside = tuple(start for p in self.parts if p.of == name for start in p.starts)
-        return Part(self.component(name).name, name, ("",), inside)
+        component = self.component(name)
+        return Part(component.name, name, ("",), inside, component.lora)
+
+    def lora_rules(self, name: str) -> LoraRules:
+        """What LoRAs of a component or part, which may get one, are called."""
+        rules = self.part(name).lora
+        assert rules is not None, f"no tool loads a LoRA into '{name}'"
+        return rules
 
     def prefix(self, name: str) -> str:
         """How the checkpoint names of a trainable name start."""

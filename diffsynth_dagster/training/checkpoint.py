@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffsynth_dagster.config.parameters import OutputParameters
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.families.contract import Family, Tensors
+from diffsynth_dagster.families.lora import LoraFormat
 from diffsynth_dagster.files import write_tensors
-from diffsynth_dagster.training.adapters import saved_name
+from diffsynth_dagster.formats import Spelled, find_format
+from diffsynth_dagster.formats.guide import Guide
+from diffsynth_dagster.formats.names import lora_of
+from diffsynth_dagster.run.record import RunRecord
+from diffsynth_dagster.training.adapters import in_file_of_adapter, saved_name
+from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.layout import in_layout_of
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY
 
 
@@ -63,8 +68,8 @@ def checkpoint_files(
 
 
 def names_in_file(names: Iterable[str], family: Family, file: CheckpointFile) -> dict[str, str]:
-    """Names of trained tensors → their names in a file of a checkpoint, which are
-    `pipe.<component or part>.<tensor>` without what is removed of them. Those of other files are left out.
+    """Names of trained tensors → their whole names, `pipe.<component or part>.<tensor>`, for those that a
+    file of a checkpoint holds.
 
     Args:
         names: in `TrainingStep`: `components.<component>.<tensor>`.
@@ -75,9 +80,48 @@ def names_in_file(names: Iterable[str], family: Family, file: CheckpointFile) ->
         _, component, rest = name.split(".", 2)
         part = next((p for p in parts if p.of == component and p.holds(rest)), None)
         if part is not None:
-            full = family.prefix(part.name) + saved_name(rest)
-            saved[name] = full.removeprefix(file.removed)
+            saved[name] = family.prefix(part.name) + saved_name(rest)
     return saved
+
+
+def content_of(
+    tensors: Tensors,
+    found: FoundModel,
+    file: CheckpointFile,
+    record: RunRecord,
+    name: LoraFormat | None,
+) -> Spelled:
+    """What a file of a checkpoint holds: LoRAs in their format, and weights that are trained in full as
+    the files have them that they came from.
+
+    Args:
+        tensors: by their whole names: see `names_in_file`.
+        name: the format of LoRAs; None where what is trained in the layers is none.
+    """
+    family = found.family
+    rest: Tensors = {}
+    loras: dict[str, Tensors] = {}
+    for part in file.trained:
+        start = family.prefix(part)
+        own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+        if any(in_file_of_adapter(n) for n in own):
+            if name is not None:
+                # Parts of a component are one LoRA of it, but for the guide's names.
+                loras.setdefault(part if name == "guide" else family.part(part).of, {}).update(own)
+                continue
+        else:
+            own = in_layout_of(found.components[family.part(part).of], own)
+        rest |= {(start + n).removeprefix(file.removed): t for n, t in own.items()}
+    if name is None or not loras:
+        return Spelled(rest)
+    assert record.lora is not None
+    scale = record.lora["alpha"] / record.lora["rank"]
+    starts = {part: family.prefix(part).removeprefix(file.removed) for part in loras}
+    written = (Guide(starts) if name == "guide" else find_format(name)).write(
+        {part: lora_of(own, scale) for part, own in loras.items()},
+        {part: family.lora_rules(part) for part in loras},
+    )
+    return Spelled({**rest, **written.tensors}, written.notes)
 
 
 def check_prefix(prefix: str, family: Family, trained: frozenset[str]) -> None:
@@ -102,9 +146,7 @@ def check_prefix(prefix: str, family: Family, trained: frozenset[str]) -> None:
     )
 
 
-def write_checkpoint(
-    path: Path, tensors: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]
-) -> Path:
+def write_checkpoint(path: Path, content: Spelled, provenance: Mapping[str, Any]) -> Path:
     """Write a safetensors file whole, with its provenance as JSON in the header.
 
     Equal tensors and provenance give equal bytes.
@@ -113,4 +155,4 @@ def write_checkpoint(
         OutputError: the folder cannot be written.
     """
     notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
-    return write_tensors(path, tensors, notes)
+    return write_tensors(path, content.tensors, {**content.notes, **notes})

@@ -1,11 +1,10 @@
 """What is trained: whole components, and LoRA layers inside a component."""
 
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,20 +13,19 @@ from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, TargetError, WeightsError, nearest
-from diffsynth_dagster.facts import digest_of
-from diffsynth_dagster.families.contract import Family, Part, Tensors
+from diffsynth_dagster.families.contract import Family, Part
 from diffsynth_dagster.training.adapters import adapter_shapes, add_adapter, is_adapter, saved_name
+from diffsynth_dagster.training.lora_formats import check_formats
 from diffsynth_dagster.weights.adapter_files import (
     AdapterFile,
     read_adapter,
     require_values,
     start_adapter,
 )
-from diffsynth_dagster.weights.identify import Found, FoundModel
-from diffsynth_dagster.weights.load import architecture_of, build_empty, require_buildable
+from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.load import build_empty, require_buildable
 from diffsynth_dagster.weights.lora import (
     LoraFile,
-    for_diffusers,
     read_lora,
     require_fit,
     require_start,
@@ -37,16 +35,20 @@ from diffsynth_dagster.weights.models import require_component
 from diffsynth_dagster.weights.whole import require_weights
 
 AUTO_MIN_FEATURES = 512
-_EXPORTABLE: set[str] = set()
-"""The LoRAs that were tried in this process, and can be loaded where they are exported for."""
 
 
-def check_model(config: TrainingConfig, found: FoundModel, trained_dtype: torch.dtype) -> int:
+def check_model(
+    config: TrainingConfig,
+    found: FoundModel,
+    trained_dtype: torch.dtype,
+    warn: Callable[[str], None] = lambda _: None,
+) -> int:
     """Check before anything is encoded that the files are whole, that the LoRA targets match, and
     that the LoRAs and the weights to go on from fit.
 
     Args:
         trained_dtype: element type of weights that are trained as a whole; a LoRA is float32.
+        warn: is told of what a LoRA file holds for other components.
 
     Returns:
         Bytes of the trained weights, which are those of a checkpoint.
@@ -81,6 +83,7 @@ def check_model(config: TrainingConfig, found: FoundModel, trained_dtype: torch.
             preset = found.presets[name]
             lora = read_lora(preset.path, found.family, preset.name, "preset_lora_path")
             require_fit(module, lora, f"preset_lora_path = {preset.path}")
+            _warn_of_rest(lora, preset.path, preset.name, warn)
         for base in config.lora_base_model:
             part = found.family.part(base)
             if part.of != name:
@@ -88,14 +91,23 @@ def check_model(config: TrainingConfig, found: FoundModel, trained_dtype: torch.
             _held(part, module, f"lora_base_model; {item.entry.text}")
             targets = lora_targets(config, found.family, module, base)
             lora = _read_start(config, found.family, module, base, targets)
+            if isinstance(lora, LoraFile):
+                _warn_of_rest(lora, config.lora_checkpoint, base, warn)
             if config.lora_method in ("lora", "dora"):
                 layers = {name: module.get_submodule(name) for name in targets}
-                _check_export(config, found.family, item, layers)
+                check_formats(config, found.family, base, item, layers)
             shapes = adapter_shapes(config, module, targets)
             if isinstance(lora, AdapterFile):
                 require_values(lora, config.adapter, shapes, _start_of(config))
             size += sum(map(math.prod, shapes.values())) * torch.float32.itemsize
     return size
+
+
+def _warn_of_rest(lora: LoraFile, path: object, name: str, warn: Callable[[str], None]) -> None:
+    """Say what of a LoRA file is not used."""
+    if lora.left_out:
+        others = ", ".join(f"'{other}'" for other in lora.left_out)
+        warn(f"{path} holds a LoRA of {others} as well; only that of '{name}' is used")
 
 
 def _require_decoders(found: FoundModel) -> None:
@@ -122,55 +134,17 @@ def _held(part: Part, module: nn.Module, where: str) -> list[nn.Parameter]:
     return held
 
 
-def _check_export(
-    config: TrainingConfig, family: Family, found: Found, layers: Mapping[str, nn.Module]
-) -> None:
-    """Let the target's loader try a LoRA of rank 1 on these layers, in each format that is written.
-
-    Raises:
-        TargetError: it would not take it.
-    """
-    lora = Tensors()
-    for name, layer in layers.items():
-        weight: Any = layer.weight
-        lora[f"{name}.lora_A.weight"] = torch.ones(1, *weight.shape[1:])
-        ones = (1,) * (weight.ndim - 2)
-        lora[f"{name}.lora_B.weight"] = torch.ones(len(weight), 1, *ones)
-        if config.lora_method == "dora":
-            size = (1, len(weight), *ones) if ones else (len(weight),)
-            lora[f"{name}.lora_magnitude_vector"] = torch.ones(size)
-    component = found.component
-    shapes = {name: tuple(tensor.shape) for name, tensor in lora.items()}
-    tried = digest_of([architecture_of(found), shapes, config.align_to_opensource_format])
-    if tried in _EXPORTABLE:
-        return
-    formats: dict[str, tuple[Tensors, dict[str, Any]]] = {
-        "diffusers": for_diffusers(lora, component.lora_start, 1, 1.0)
-    }
-    if config.align_to_opensource_format:
-        formats["the open key format"] = family.to_kohya[component.name](lora, 1.0), {}
-    for name, (tensors, settings) in formats.items():
-        try:
-            family.load_lora(component.name, build_empty(found), tensors, settings)
-        except (ValueError, KeyError, RuntimeError, TypeError, AssertionError) as error:
-            raise TargetError(
-                f"a LoRA on these layers could not be loaded in {name}: {error}",
-                where="lora_base_model, lora_target_modules",
-                do="choose other layers or another model",
-            ) from error
-    _EXPORTABLE.add(tried)
-
-
 def usual_targets(base: str, family: Family) -> tuple[str, ...]:
     """The layers that get a LoRA when none are named. Raises `TargetError` if there are none."""
-    targets = family.lora_targets.get(base)
-    if targets is None:
+    rules = family.part(base).lora
+    if rules is None:
+        loadable = [name for name in family.trainable if family.part(name).lora is not None]
         raise TargetError(
-            f"{family.name} has no usual LoRA targets for '{base}'",
-            where="lora_target_modules",
-            do="name the layers, or give an empty list for automatic ones",
+            f"no tool loads a LoRA into the '{base}' of {family.name}",
+            where="lora_base_model",
+            do=f"give {' or '.join(loadable)}, or train it in full as trainable_models",
         )
-    return targets
+    return rules.targets
 
 
 def lora_target_names(config: TrainingConfig, family: Family, base: str) -> tuple[str, ...]:
@@ -183,13 +157,11 @@ def lora_target_names(config: TrainingConfig, family: Family, base: str) -> tupl
     Raises:
         TargetError: none are named, and there are no usual ones.
     """
-    named = config.lora_target_modules
+    named, usual = config.lora_target_modules, usual_targets(base, family)
     if named is None:
-        return usual_targets(base, family)
-    others = {
-        t for b in config.lora_base_model if b != base for t in family.lora_targets.get(b, ())
-    }
-    own = {*family.lora_targets.get(base, ()), *family.lora_aliases.get(base, {})}
+        return usual
+    others = {t for b in config.lora_base_model if b != base for t in usual_targets(b, family)}
+    own = {*usual, *family.lora_rules(base).aliases}
     return tuple(target for target in named if target in own or target not in others)
 
 
@@ -210,7 +182,7 @@ def lora_targets(config: TrainingConfig, family: Family, module: nn.Module, base
         )
     if not targets:
         return [name for name in _automatic_targets(module) if part.holds(name)]
-    aliases = family.lora_aliases.get(base, {})
+    aliases = family.lora_rules(base).aliases
     for target in targets:
         if not any(_matches(name, target, aliases) for name in layers):
             ends = {".".join(n.split(".")[-k:]) for n in layers for k in (1, 2)}

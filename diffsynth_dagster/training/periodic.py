@@ -11,10 +11,12 @@ from diffsynth_dagster.files import short_of_space
 from diffsynth_dagster.run.events import Saved
 from diffsynth_dagster.training.checkpoint import (
     checkpoint_files,
+    content_of,
     names_in_file,
     write_checkpoint,
 )
 from diffsynth_dagster.training.ema import evaluated_weights
+from diffsynth_dagster.training.lora_formats import checkpoint_format
 from diffsynth_dagster.training.pictures import Pictures
 from diffsynth_dagster.training.setup import Session, Work
 
@@ -148,6 +150,7 @@ def save_weights(work: Work, step: int, name: str) -> dict[Path, str]:
     session = work.session
     config, parallel, record = session.config, session.parallel, session.run_file.record
     family, removed = session.models.found.family, config.remove_prefix_in_ckpt
+    spelling = checkpoint_format(config, family)
     written: dict[Path, str] = {}
     with evaluated_weights(work):
         files = checkpoint_files(name, family, record.trained, removed)
@@ -158,7 +161,9 @@ def save_weights(work: Work, step: int, name: str) -> dict[Path, str]:
             names = names_in_file(work.trained, family, file)
             tensors = {names[n]: t for n, t in parallel.whole_weights(work.model, names)}
             if parallel.is_main_process:
-                write_checkpoint(path, tensors, {**record.provenance, "step": step})
+                content = content_of(tensors, session.models.found, file, record, spelling)
+                said = {"step": step} if spelling is None else {"step": step, "format": spelling}
+                write_checkpoint(path, content, {**record.provenance, **said})
                 written[path] = digest_file(path)
     return written
 

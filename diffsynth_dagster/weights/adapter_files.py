@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from torch import nn
 
 from diffsynth_dagster.errors import WeightsError, reason_of, shown
 from diffsynth_dagster.families.contract import Family, Tensors
+from diffsynth_dagster.families.lora import Lora
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
 from diffsynth_dagster.weights.lora import (
     NONSENSE,
     PROVENANCE_KEY,
-    add_alphas,
     name_starts,
+    noted_alphas,
     require_lora,
+    rules_for,
     some,
 )
 
@@ -67,7 +70,7 @@ def read_adapter(path: Path, family: Family, name: str, parameter: str) -> Adapt
         WeightsError: the file is missing or damaged, or holds something else.
     """
     where = require_lora(path, parameter)
-    folder = family.component(family.part(name).of).lora_start
+    folder = rules_for(family, family.part(name).of).folder
     starts = (PEFT_START, *name_starts(family, name))
     tensors, strange = _spelled(read_tensors([path]), starts)
     if strange or not tensors:
@@ -139,9 +142,9 @@ def _scales(
         return dict.fromkeys(layers, 1.0)
     if method != "lokr":
         down = {layer_of(n): t for n, t in tensors.items() if n.endswith(".lora_A.weight")}
-        with_alphas = dict(tensors)
-        add_alphas(with_alphas, down, notes, folder)
-        return {n: float(with_alphas[f"{n}.alpha"]) / len(a) for n, a in down.items()}
+        lora = Lora(down, {}, dict.fromkeys(down, 1.0))
+        noted, _ = noted_alphas(lora, notes, folder)
+        return {n: _own_alpha(tensors, n, noted[n]) / len(a) for n, a in down.items()}
     if "alpha" in said:
         return dict.fromkeys(layers, float(said["alpha"]) / float(said["rank"]))
     scales: dict[str, float] = {}
@@ -151,6 +154,15 @@ def _scales(
         alpha = tensors.get(f"{layer}.alpha")
         scales[layer] = 1.0 if factor is None or alpha is None else float(alpha) / len(factor)
     return scales
+
+
+def _own_alpha(tensors: Tensors, layer: str, noted: float) -> float:
+    """The alpha of a layer: that in the tensors, else that of the header. Raises: see `_scales`."""
+    own = tensors.get(f"{layer}.alpha")
+    alpha = float((own is not None and own.item()) or noted)
+    if not isfinite(alpha):
+        raise ValueError(f"the alpha of '{layer}' is {alpha}")
+    return alpha
 
 
 def require_values(

@@ -17,39 +17,32 @@ from torch import nn
 
 from diffsynth_dagster.errors import WeightsError, reason_of
 from diffsynth_dagster.families.contract import Family, Tensors
+from diffsynth_dagster.families.lora import Lora, LoraRules
+from diffsynth_dagster.formats.contract import Unread
+from diffsynth_dagster.formats.diffusers import ADAPTER_KEY
+from diffsynth_dagster.formats.reading import read_all
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
 
 PROVENANCE_KEY = "diffsynth_dagster"
-ADAPTER_KEY = "lora_adapter_metadata"
 FOREIGN_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "pipe.")
 """How names of layers start in files of other tools, beside the component's prefix and folder."""
 
-_HALF = re.compile(r"(?P<layer>.+)\.lora_(?P<half>A|B|down|up)(?:\.default)?\.weight")
-_BEYOND_LORA = re.compile(
-    r"\.(?:diff|diff_b|dora_scale|lora_magnitude_vector.*|hada_\w+|lokr_\w+|oft_.*|lora_mid.*"
-    r"|lora_[AB](?:\.default)?\.bias)$"
-)
-_AS_HERE = {"down": "A", "up": "B"}
 NONSENSE = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, re.error)
 """What reading JSON, patterns and numbers of another form than expected raises."""
 
 
 @dataclass(frozen=True)
-class LoraFile:
+class LoraFile(Lora):
     """A LoRA by the names of the module's layers.
 
     Attributes:
-        down: layer → A (rank, …).
-        up: layer → B (…, rank).
-        scale: layer → alpha / rank.
         other_family: the family that the header names, where it is not the one that reads it.
+        left_out: the components for which the file holds a LoRA as well.
     """
 
-    down: Tensors
-    up: Tensors
-    scale: dict[str, float]
     other_family: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def require_lora(path: Path, parameter: str) -> str:
@@ -63,8 +56,62 @@ def require_lora(path: Path, parameter: str) -> str:
 def name_starts(family: Family, name: str) -> tuple[str, ...]:
     """What may stand before the names of layers in a file for a component or part."""
     owner = family.part(name).of
-    folder = family.component(owner).lora_start
+    folder = rules_for(family, owner).folder
     return (family.prefix(name), family.prefix(owner), f"{folder}.", *FOREIGN_PREFIXES)
+
+
+def rules_for(family: Family, owner: str) -> LoraRules:
+    """How LoRAs of a component are spelled, also of one that no tool loads a LoRA into."""
+    component = family.component(owner)
+    return component.lora or LoraRules(
+        component.folder, _loads_none, comfyui=component.folder, kohya=()
+    )
+
+
+def _loads_none(module: nn.Module, tensors: Tensors, settings: Mapping[str, object]) -> None:
+    raise ValueError("no tool loads a LoRA into it")
+
+
+def loras_in(
+    tensors: Tensors, notes: Mapping[str, str], family: Family, names: Sequence[str]
+) -> tuple[dict[str, Lora], str | None]:
+    """Component → the LoRA of it in a file, and the family that the header names.
+
+    Args:
+        notes: the text entries of the header.
+        names: the components and parts that the file is looked into for; that of the first one may
+            stand without a start. Those of others that are there are returned as well.
+
+    Raises:
+        Unread: a key is not understood.
+        the errors of `NONSENSE`: the notes are of another form, or an alpha is no number.
+    """
+    prefixes: dict[str, list[str]] = {}
+    for name in names:
+        owner = family.part(name).of
+        prefixes.setdefault(owner, [family.prefix(owner)]).append(family.prefix(name))
+    found = read_all(tensors, _rules_of_file(family, [*prefixes]), prefixes=prefixes)
+    made_for: str | None = None
+    loras: dict[str, Lora] = {}
+    for name, own in found.items():
+        alphas, made_for = noted_alphas(own.lora, notes, rules_for(family, name).folder)
+        scale = {
+            layer: own.lora.scale[layer] if layer in own.alphas else alphas[layer] / len(a)
+            for layer, a in own.lora.down.items()
+        }
+        loras[name] = Lora(own.lora.down, own.lora.up, scale)
+    return loras, made_for
+
+
+def _rules_of_file(family: Family, owners: Sequence[str]) -> dict[str, LoraRules]:
+    """The rules of some components, and of the others that one file can hold a LoRA of as well."""
+    rules = {owner: rules_for(family, owner) for owner in owners}
+    taken = {own.folder for own in rules.values()}
+    for component in family.components:
+        if component.lora is not None and component.lora.folder not in taken:
+            rules[component.name] = component.lora
+            taken.add(component.lora.folder)
+    return rules
 
 
 def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile:
@@ -75,140 +122,62 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
         parameter: that named the file, for messages.
 
     Raises:
-        WeightsError: the file is missing or damaged, or holds no LoRA.
+        WeightsError: the file is missing or damaged, or is not understood whole, or holds no LoRA of
+            this component.
     """
-    where, starts = require_lora(path, parameter), name_starts(family, name)
-    owner = family.part(name).of
-    folder = family.component(owner).lora_start
+    where, owner = require_lora(path, parameter), family.part(name).of
     tensors = read_tensors([path])
-    beyond = next(filter(_BEYOND_LORA.search, tensors), None)
-    if beyond is not None:
-        raise WeightsError(
-            f"the file changes weights in another way than by a plain LoRA: {beyond}",
-            where=where,
-            do="give a plain LoRA (no DoRA, LoHa, LoKr, OFT or added weights); as lora_checkpoint, a "
-            "DoRA, LoKr or OFT goes with its lora_method",
-        )
-    tensors = usual_spelling(tensors, starts)
-    down, up = _half(tensors, "A"), _half(tensors, "B")
-    if not down or not _are_halves(down, up):
-        raise WeightsError(
-            "the file holds no LoRA, or half of one",
-            where=where,
-            do="give a checkpoint of a LoRA training, or its export",
-        )
     notes = read_metadata(path) if path.suffix == ".safetensors" else {}
     try:
-        made_for = add_alphas(tensors, down, notes, folder) or family.name
+        found, made_for = loras_in(tensors, notes, family, [name])
+        own = found.pop(owner, None)
+        if own is None:
+            raise Unread(f"it holds no LoRA of '{name}', but of {', '.join(sorted(found))}")
+    except Unread as error:
+        raise WeightsError(
+            f"the LoRA file cannot be read whole as one of {family.name}: {error}",
+            where=where,
+            do="give a plain LoRA of this model in the names of any tool (no DoRA, LoHa, LoKr, OFT or "
+            "added weights); as lora_checkpoint, a DoRA, LoKr or OFT goes with its lora_method",
+        ) from error
     except NONSENSE as error:
         raise WeightsError(
             f"what the file says about its alpha cannot be read: {reason_of(error)}",
             where=where,
             do="give a LoRA with a whole header, or without notes in it",
         ) from error
-    if owner in family.from_authors:
-        try:
-            tensors = family.from_authors[owner](tensors)
-        except RuntimeError as error:
-            raise WeightsError(
-                f"the LoRA has layers of other sizes than {family.name}: {error}",
-                where=where,
-                do="give a LoRA of this model",
-            ) from error
-    down = _half(tensors, "A")
-    return LoraFile(
-        down,
-        _half(tensors, "B"),
-        {layer: float(tensors[f"{layer}.alpha"]) / len(a) for layer, a in down.items()},
-        made_for if made_for != family.name else None,
-    )
+    other = made_for if made_for != family.name else None
+    return LoraFile(own.down, own.up, own.scale, other, tuple(sorted(found)))
 
 
-def add_alphas(
-    tensors: Tensors, down: Tensors, notes: Mapping[str, str], folder: str
-) -> str | None:
-    """Add the alpha of each layer to the tensors of a LoRA in the usual spelling.
+def noted_alphas(
+    lora: Lora, notes: Mapping[str, str], folder: str
+) -> tuple[dict[str, float], str | None]:
+    """The alpha of each layer by the header of a file, where its tensors give none, and the family that
+    the header names.
 
     Args:
-        down: layer → A.
-        notes: the text entries of the file's header.
+        notes: the text entries of the header.
         folder: how the names start in peft's settings.
-
-    Returns:
-        The family that the notes name, if they do.
 
     Raises:
         the errors of `NONSENSE`: the notes are of another form, or an alpha is no number.
     """
     provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
     settings: dict[str, Any] = json.loads(notes.get(ADAPTER_KEY, "{}"))
-    noted = provenance["lora"]["alpha"] if provenance.get("lora") else None
-    for layer, a in down.items():
-        own = tensors.get(f"{layer}.alpha")
-        # As in kohya's scripts, an alpha of 0 counts as none.
-        alpha = float(
-            (own is not None and own.item())
-            or noted
-            or _adapter_alpha(settings, folder, layer, len(a))
-            or len(a)
-        )
-        if not isfinite(alpha):
-            raise ValueError(f"the alpha of '{layer}' is {alpha}")
-        tensors[f"{layer}.alpha"] = torch.tensor(alpha, dtype=torch.float64)
-    family = provenance.get("family")
-    return None if family is None else str(family)
-
-
-def usual_spelling(tensors: Tensors, starts: Sequence[str] = ()) -> Tensors:
-    """The tensors of a LoRA in any tool's spelling → `<layer>.lora_A.weight`, `.lora_B.weight`, and
-    `.alpha` where it is given. Tensors that are not of a LoRA are left out.
-
-    Args:
-        starts: prefixes of the layers; the first that a name has is removed.
-    """
-    spelled: Tensors = {}
-    for name, tensor in tensors.items():
-        match = _HALF.fullmatch(name)
-        if match is None:
-            continue
-        layer = match["layer"]
-        short = layer.removeprefix(next((s for s in starts if layer.startswith(s)), ""))
-        spelled[f"{short}.lora_{_AS_HERE.get(match['half'], match['half'])}.weight"] = tensor
-        if f"{layer}.alpha" in tensors:
-            spelled[f"{short}.alpha"] = tensors[f"{layer}.alpha"]
-    return spelled
-
-
-def _half(tensors: Tensors, half: str) -> Tensors:
-    """Layer → A or B, from tensors in the usual spelling."""
-    end = f".lora_{half}.weight"
-    return {n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)}
-
-
-def for_diffusers(
-    tensors: Tensors, folder: str, rank: int, alpha: float
-) -> tuple[Tensors, dict[str, object]]:
-    """A LoRA or DoRA by the names of its module → as diffusers' pipelines load it, and its settings.
-
-    Args:
-        folder: of the component in the layout of diffusers.
-    """
-    settings: dict[str, object] = {
-        f"{folder}.r": rank,
-        f"{folder}.lora_alpha": alpha,
-        f"{folder}.target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in tensors}),
+    # A file that says its format has its alphas in the tensors.
+    told = provenance.get("lora") if "format" not in provenance else None
+    noted = told["alpha"] if told else None
+    alphas = {
+        layer: float(noted or _adapter_alpha(settings, folder, layer, len(a)) or len(a))
+        for layer, a in lora.down.items()
     }
-    if any(name.endswith(".lora_magnitude_vector") for name in tensors):
-        settings[f"{folder}.use_dora"] = True
-    return {f"{folder}.{name}": tensor for name, tensor in tensors.items()}, settings
-
-
-def _are_halves(down: Tensors, up: Tensors) -> bool:
-    """Whether each layer has an A (rank, …) and a B (…, rank) of one rank."""
-    return down.keys() == up.keys() and all(
-        min(a.ndim, up[n].ndim) > 1 and len(a) == up[n].shape[1] and a.numel() and up[n].numel()
-        for n, a in down.items()
-    )
+    scales = {layer: lora.scale[layer] for layer in lora.down}
+    for layer, value in (*alphas.items(), *scales.items()):
+        if not isfinite(value):
+            raise ValueError(f"the alpha of '{layer}' is {value}")
+    family = provenance.get("family")
+    return alphas, None if family is None else str(family)
 
 
 def _adapter_alpha(settings: Mapping[str, Any], folder: str, layer: str, rank: int) -> float | None:
@@ -228,7 +197,7 @@ def _adapter_alpha(settings: Mapping[str, Any], folder: str, layer: str, rank: i
     return float(alpha) * (rank**0.5 if own.get("use_rslora") else 1.0)
 
 
-def require_fit(module: nn.Module, lora: LoraFile, where: str) -> None:
+def require_fit(module: nn.Module, lora: Lora, where: str) -> None:
     """Check that a module (which may be on the meta device) has the layers of a LoRA.
 
     Raises:
@@ -249,7 +218,7 @@ def require_fit(module: nn.Module, lora: LoraFile, where: str) -> None:
 
 
 def require_start(
-    module: nn.Module, lora: LoraFile, targets: Iterable[str], rank: int, where: str
+    module: nn.Module, lora: Lora, targets: Iterable[str], rank: int, where: str
 ) -> None:
     """Check that a LoRA can start a training, whose LoRA has these layers and this rank.
 
@@ -286,19 +255,20 @@ def some(names: Sequence[str]) -> str:
 
 
 def _unfit(
-    lora: LoraFile, what: str, where: str, do: str = "give a LoRA of this model"
+    lora: Lora, what: str, where: str, do: str = "give a LoRA of this model"
 ) -> WeightsError:
     """The error for a LoRA that does not fit, with the family that its header names, if another."""
-    if lora.other_family is None:
+    other = lora.other_family if isinstance(lora, LoraFile) else None
+    if other is None:
         return WeightsError(what, where=where, do=do)
     return WeightsError(
-        f"{what}; its header says that it is a LoRA of the family '{lora.other_family}'",
+        f"{what}; its header says that it is a LoRA of the family '{other}'",
         where=where,
         do="give a LoRA of this model",
     )
 
 
-def fuse_lora(module: nn.Module, lora: LoraFile, where: str) -> None:
+def fuse_lora(module: nn.Module, lora: Lora, where: str) -> None:
     """Add a LoRA to the weights of a module.
 
     Raises:
@@ -315,7 +285,7 @@ def fuse_lora(module: nn.Module, lora: LoraFile, where: str) -> None:
             weight.copy_(fused.to(weight.dtype))
 
 
-def start_lora(module: nn.Module, lora: LoraFile, scale: float) -> None:
+def start_lora(module: nn.Module, lora: Lora, scale: float) -> None:
     """Give the LoRA layers of a module the values of a file that `require_start` has checked.
 
     Args:

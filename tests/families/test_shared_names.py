@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.shared.fused_names import AuthorsNames
 from diffsynth_dagster.families.shared.names import with_new_start, with_new_starts
-from diffsynth_dagster.weights.lora import usual_spelling
+from diffsynth_dagster.formats.kohya import FORMAT as KOHYA_FORMAT
+from diffsynth_dagster.formats.names import lora_of
 
 STARTS = {
     "down.*.down.*.resample.": "blocks.*.sampler.",
@@ -87,11 +89,14 @@ def test_a_lora_comes_back_from_the_names_of_other_tools() -> None:
     for layer in KOHYA:
         lora[f"{layer}.lora_A.weight"] = torch.randn(2, 5)
         lora[f"{layer}.lora_B.weight"] = torch.randn(8 if layer.endswith("up") else 4, 2)
-    theirs = NAMES.to_kohya(lora, 1.0)
+    rules = {"dit": LoraRules("transformer", lambda *_: None, authors=NAMES)}
+    theirs = KOHYA_FORMAT.write({"dit": lora_of(lora, 0.5)}, rules).tensors
     assert {n.partition(".")[0] for n in theirs} == {f"lora_unet_{n}" for n in KOHYA.values()}
     assert theirs["lora_unet_layers_3_qkv_in.lora_up.weight"].shape == (12, 6)
     assert float(theirs["lora_unet_layers_3_qkv_in.alpha"]) == 3.0
-    back = NAMES.from_authors(usual_spelling(theirs))
-    assert {n for n in back if ".lora_" in n} == lora.keys()
-    assert all(torch.equal(back[name], tensor) for name, tensor in lora.items())
-    assert {float(t) for n, t in back.items() if n.endswith(".alpha")} == {1.0}
+    back = KOHYA_FORMAT.read(theirs, rules)["dit"]
+    for layer, a in back.down.items():
+        assert torch.equal(a, lora.pop(f"{layer}.lora_A.weight"))
+        assert torch.equal(back.up[layer], lora.pop(f"{layer}.lora_B.weight"))
+    assert not lora
+    assert set(back.scale.values()) == {0.5}

@@ -5,13 +5,9 @@ Modules come from diffusers and transformers. Files are those of FLUX.1-dev, FLU
 FLUX.1-Kontext-dev: the folders of diffusers, or `flux1-*.safetensors` and `ae.safetensors`.
 """
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
-from diffusers import FluxPipeline
-from torch import nn
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import Geometry
@@ -20,11 +16,9 @@ from diffsynth_dagster.families.contract import (
     Family,
     Sampling,
     Settings,
-    Tensors,
 )
 from diffsynth_dagster.families.flux import stages, variant
 from diffsynth_dagster.families.flux.modules import COMPONENTS
-from diffsynth_dagster.families.flux.names import LORA_ALIASES, NAMES
 from diffsynth_dagster.families.shared import clip
 from diffsynth_dagster.families.shared.latents import (
     decode_images,
@@ -60,27 +54,6 @@ def path(config: TrainingConfig, published: Settings) -> FlowPath:
     )
 
 
-def load_lora(
-    component: str, module: nn.Module, tensors: Tensors, metadata: Mapping[str, object]
-) -> None:
-    """Load an exported LoRA the way `FluxPipeline.load_lora_weights` does.
-
-    Raises:
-        ValueError: the pipeline would leave layers out.
-    """
-    state = FluxPipeline.lora_state_dict(dict(tensors))
-    left_out = [n for n in state if not n.startswith(("transformer.", "text_encoder."))]
-    if left_out:
-        raise ValueError(f"FluxPipeline leaves {', '.join(left_out[:3])} out")
-    more: dict[str, Any] = {"metadata": dict(metadata) or None, "low_cpu_mem_usage": True}
-    if component == "dit":
-        FluxPipeline.load_lora_into_transformer(state, None, module, **more)
-    elif component == "text_encoder":
-        FluxPipeline.load_lora_into_text_encoder(state, None, module, "text_encoder", **more)
-    else:
-        raise ValueError(f"FluxPipeline loads no LoRA into its {component}")
-
-
 FAMILY = Family(
     name="flux",
     components=COMPONENTS,
@@ -100,12 +73,7 @@ FAMILY = Family(
     sampling=Sampling(
         image_shapes, euler(SIGMAS), decode_images, constants={stages.GUIDANCE: SAMPLING_GUIDANCE}
     ),
-    load_lora=load_lora,
     inference_sigmas=SIGMAS,
-    lora_targets={"dit": tuple(LORA_ALIASES), "text_encoder": clip.LORA_TARGETS},
-    lora_aliases={"dit": LORA_ALIASES},
-    to_kohya={"dit": NAMES.to_kohya},
-    from_authors={"dit": NAMES.from_authors},
     denoise_uses=("controlnet",),
     parameters=("tokenizer_1_path", "tokenizer_2_path", "align_to_opensource_format"),
     extra_inputs=(stages.KONTEXT, stages.CONTROL, stages.MODE),

@@ -1,8 +1,11 @@
 """FLUX.1's modules: how their files are recognised, and built from a config or from shapes."""
 
+from dataclasses import replace
+
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 
 from diffsynth_dagster.families.contract import Component, Settings, Shapes
+from diffsynth_dagster.families.flux.lora import TEXT_ENCODER, TRANSFORMER
 from diffsynth_dagster.families.flux.names import NAMES, PREFIX
 from diffsynth_dagster.families.shared.architecture import (
     count_blocks,
@@ -54,8 +57,9 @@ COMPONENTS = (
         dit_settings,
         NAMES.converted,
         ("flux1-*.safetensors",),
+        lora=TRANSFORMER,
     ),
-    clip_text_encoder(),
+    replace(clip_text_encoder(), lora=TEXT_ENCODER),
     t5_encoder("text_encoder_2"),
     image_vae(0.3611, 0.1159, origin=("ae.safetensors",), inside=()),
     Component(

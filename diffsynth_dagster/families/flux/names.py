@@ -21,6 +21,11 @@ _DOUBLE = {
     "img_mlp.2": ("ff.net.2",),
     "txt_mlp.0": ("ff_context.net.0.proj",),
     "txt_mlp.2": ("ff_context.net.2",),
+    # As XLabs' scripts call a LoRA of them.
+    "processor.qkv_lora1": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "processor.qkv_lora2": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "processor.proj_lora1": ("attn.to_out.0",),
+    "processor.proj_lora2": ("attn.to_add_out",),
 }
 _SINGLE = {
     "modulation.lin": ("norm.linear",),
@@ -28,6 +33,8 @@ _SINGLE = {
     "linear2": ("proj_out",),
     "norm.query_norm": ("attn.norm_q",),
     "norm.key_norm": ("attn.norm_k",),
+    "processor.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "processor.proj": ("proj_out",),
 }
 _OUTSIDE = {
     "img_in": "x_embedder",
@@ -53,6 +60,48 @@ NAMES = AuthorsNames(
     prefix=PREFIX,
     kinds={"scale": "weight"},
 )
+
+GUIDE = AuthorsNames(
+    blocks={
+        "blocks": (
+            "transformer_blocks",
+            {
+                "attn.a_to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                "attn.b_to_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "attn.a_to_out": ("attn.to_out.0",),
+                "attn.b_to_out": ("attn.to_add_out",),
+                "ff_a.0": ("ff.net.0.proj",),
+                "ff_a.2": ("ff.net.2",),
+                "ff_b.0": ("ff_context.net.0.proj",),
+                "ff_b.2": ("ff_context.net.2",),
+                "norm1_a.linear": ("norm1.linear",),
+                "norm1_b.linear": ("norm1_context.linear",),
+            },
+        ),
+        "single_blocks": (
+            "single_transformer_blocks",
+            {
+                "to_qkv_mlp": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+                "proj_out": ("proj_out",),
+                "norm.linear": ("norm.linear",),
+            },
+        ),
+    },
+    outside={
+        "x_embedder": "x_embedder",
+        "context_embedder": "context_embedder",
+        "time_embedder.timestep_embedder.0": "time_text_embed.timestep_embedder.linear_1",
+        "time_embedder.timestep_embedder.2": "time_text_embed.timestep_embedder.linear_2",
+        "guidance_embedder.timestep_embedder.0": "time_text_embed.guidance_embedder.linear_1",
+        "guidance_embedder.timestep_embedder.2": "time_text_embed.guidance_embedder.linear_2",
+        "pooled_text_embedder.0": "time_text_embed.text_embedder.linear_1",
+        "pooled_text_embedder.2": "time_text_embed.text_embedder.linear_2",
+        "final_norm_out.linear": "norm_out.linear",
+        "final_proj_out": "proj_out",
+    },
+    heights={"proj_mlp": 4},
+)
+"""The layers by DiffSynth-Studio's names."""
 
 _IN_DOUBLE, _IN_SINGLE = "transformer_blocks.*.", "single_transformer_blocks.*."
 LORA_ALIASES = {

@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from diffusers import LTX2Pipeline
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
@@ -28,7 +27,7 @@ from diffsynth_dagster.families.contract import (
     Tensors,
 )
 from diffsynth_dagster.families.ltx2 import stages
-from diffsynth_dagster.families.ltx2.modules import COMPONENTS, convert_dit
+from diffsynth_dagster.families.ltx2.modules import COMPONENTS
 from diffsynth_dagster.families.requirements import (
     InputNamed,
     ParameterSet,
@@ -40,7 +39,6 @@ from diffsynth_dagster.families.shared.frames import known_frame_stage
 from diffsynth_dagster.families.shared.gemma import GEMMA_TOKENIZER
 from diffsynth_dagster.families.shared.ltx_text import PROMPT_STAGE
 from diffsynth_dagster.families.shared.ltx_vae import SOUND, SOUND_STAGE, VIDEO, VIDEO_STAGE
-from diffsynth_dagster.families.shared.pipeline import load_into_transformer
 from diffsynth_dagster.families.shared.schedule import euler, sigmas_at
 from diffsynth_dagster.objective.flow import (
     FlowPath,
@@ -118,9 +116,6 @@ FAMILY = Family(
         32, FrameRule(stages.FRAMES_PER_LATENT, 1), 121, stages.FRAME_RATE, (768, 512)
     ),
     sampling=Sampling(stages.shapes, euler(inference_sigmas), stages.decode),
-    load_lora=partial(load_into_transformer, LTX2Pipeline),
-    lora_targets={"dit": ("to_k", "to_q", "to_v", "to_out.0")},
-    from_authors={"dit": convert_dit},
     parameters=("tokenizer_path", "audio_loss_weight"),
     extra_inputs=(SOUND.column, "input_image", CONTEXT.column, FACTOR.column, stages.RATE),
     refusals=(

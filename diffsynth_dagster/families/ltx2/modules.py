@@ -4,15 +4,20 @@ Files are the folders of diffusers; the one file of the authors, which holds all
 or the same tensors in files of their own, whose VAEs may be their encoders alone.
 """
 
-from diffusers import LTX2VideoTransformer3DModel
+from functools import partial
+
+from diffusers import LTX2Pipeline, LTX2VideoTransformer3DModel
 from diffusers.loaders import single_file_utils
 
 from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
+from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.shared.architecture import count_blocks
+from diffsynth_dagster.families.shared.fused_names import AuthorsNames
 from diffsynth_dagster.families.shared.gemma import GEMMA_3
 from diffsynth_dagster.families.shared.ltx_text import LTX2_CONNECTORS
 from diffsynth_dagster.families.shared.ltx_vae import LTX2_AUDIO_VAE, LTX2_VAE, LTX2_VOCODER
 from diffsynth_dagster.families.shared.names import with_new_starts
+from diffsynth_dagster.families.shared.pipeline import load_into_transformer
 
 HEAD, AUDIO_HEAD = 128, 64
 """Channels of an attention head of the published models, over the video and over the sound."""
@@ -55,10 +60,54 @@ _PROMPT = {
 
 
 def convert_dit(tensors: Tensors) -> Tensors:
-    """The authors' names → diffusers'. Also those of a LoRA."""
+    """The authors' names → diffusers'."""
     named = with_new_starts(tensors, _PROMPT)
     return single_file_utils.convert_ltx2_transformer_to_diffusers(named)
 
+
+_ATTENTIONS = (
+    *("attn1", "attn2", "audio_attn1", "audio_attn2"),
+    *("audio_to_video_attn", "video_to_audio_attn"),
+)
+_BLOCK = (
+    *(
+        f"{attention}.{layer}"
+        for attention in _ATTENTIONS
+        for layer in ("to_q", "to_k", "to_v", "to_out.0", "to_gate_logits")
+    ),
+    *(f"{feed}.net.{layer}" for feed in ("ff", "audio_ff") for layer in ("0.proj", "2")),
+)
+_MODULATIONS = {
+    "adaln_single": "time_embed",
+    "audio_adaln_single": "audio_time_embed",
+    "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
+    "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
+    "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
+    "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
+    "prompt_adaln_single": "prompt_adaln",
+    "audio_prompt_adaln_single": "audio_prompt_adaln",
+}
+_IN_MODULATION = (*(f"emb.timestep_embedder.linear_{n}" for n in (1, 2)), "linear")
+NAMES = AuthorsNames(
+    blocks={"transformer_blocks": ("transformer_blocks", {name: (name,) for name in _BLOCK})},
+    outside={
+        "patchify_proj": "proj_in",
+        "audio_patchify_proj": "audio_proj_in",
+        "proj_out": "proj_out",
+        "audio_proj_out": "audio_proj_out",
+        **{
+            f"{side}caption_projection.linear_{n}": f"{side}caption_projection.linear_{n}"
+            for side in ("", "audio_")
+            for n in (1, 2)
+        },
+        **{
+            f"{theirs}.{layer}": f"{ours}.{layer}"
+            for theirs, ours in _MODULATIONS.items()
+            for layer in _IN_MODULATION
+        },
+    },
+)
+"""The layers by the authors' names."""
 
 COMPONENTS = (
     Component(
@@ -73,6 +122,14 @@ COMPONENTS = (
         convert_dit,
         ("transformer.safetensors",),
         inside=("model.diffusion_model.",),
+        lora=LoraRules(
+            "transformer",
+            partial(load_into_transformer, LTX2Pipeline),
+            targets=("to_k", "to_q", "to_v", "to_out.0"),
+            authors=NAMES,
+            guide=NAMES,
+            folds=True,  # diffusers leaves the alphas of this family out
+        ),
     ),
     GEMMA_3,
     LTX2_CONNECTORS,

@@ -5,7 +5,6 @@ Files are those of the repositories Qwen/Qwen-Image, -2512, and -Edit, -Edit-250
 
 from functools import partial
 
-from diffusers import QwenImagePipeline
 from transformers import Qwen2Tokenizer
 
 from diffsynth_dagster.config.parameters import TrainingConfig
@@ -19,7 +18,6 @@ from diffsynth_dagster.families.contract import (
 )
 from diffsynth_dagster.families.qwen_image import edit, stages
 from diffsynth_dagster.families.qwen_image.modules import COMPONENTS
-from diffsynth_dagster.families.shared.pipeline import load_into_transformer
 from diffsynth_dagster.families.shared.qwen_vl import MARKERS
 from diffsynth_dagster.families.shared.schedule import dynamic_sigmas, euler
 from diffsynth_dagster.families.shared.stages import image_stage, prompt_stage
@@ -44,11 +42,6 @@ SCHEDULER = {
 }
 SIGMAS = partial(dynamic_sigmas, SCHEDULER)
 TRAINING_MU = 0.8
-
-LORA_TARGETS = (
-    "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"
-    "img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
-)
 
 
 def path(config: TrainingConfig, published: Settings) -> FlowPath:
@@ -78,9 +71,7 @@ FAMILY = Family(
     path=path,
     geometry=Geometry(side_factor=16),
     sampling=Sampling(stages.shapes, euler(SIGMAS), stages.decode, stages.guide),
-    load_lora=partial(load_into_transformer, QwenImagePipeline),
     inference_sigmas=SIGMAS,
-    lora_targets={"dit": tuple(LORA_TARGETS.split(","))},
     parameters=("tokenizer_path", "processor_path", "zero_cond_t", "edit_plus"),
     extra_inputs=(edit.COLUMN,),
     refusals=edit.REFUSALS,

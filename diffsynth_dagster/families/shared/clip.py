@@ -1,6 +1,6 @@
 """CLIP's text encoders: from their files to components, and from prompts to embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
+from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.shared.architecture import clip_settings
+from diffsynth_dagster.families.shared.kohya import CLIP, PROJECTED_CLIP
 from diffsynth_dagster.families.shared.text import padded_tokens
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -26,6 +28,19 @@ _NAMES = (
     "encoder.layers.0.self_attn.q_proj.weight",
     "final_layer_norm.weight",
 )
+
+
+def lora(
+    folder: str, load: Callable[..., None], kohya: tuple[str, ...], projected: bool = False
+) -> LoraRules:
+    """What a text encoder's LoRAs are called.
+
+    Args:
+        folder, load, kohya: see `LoraRules`.
+        projected: whether it has its projection here.
+    """
+    names = PROJECTED_CLIP if projected else CLIP
+    return LoraRules(folder, load, targets=LORA_TARGETS, authors=names, comfyui=folder, kohya=kohya)
 
 
 def clip_tokenizer(name: str, parameter: str, default: str) -> Tokenizer:

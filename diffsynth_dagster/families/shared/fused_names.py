@@ -1,8 +1,7 @@
 """Names of layers by a model's authors, where one layer there may hold several layers here.
 
 A table (`AuthorsNames`) says which layers of a module of diffusers stand one above another in one
-layer of the authors (Q, K and V in `qkv`). It converts weights, and LoRAs in both directions: as
-ComfyUI has them, with the authors' dots, and as kohya's scripts, with underscores.
+layer of the authors (Q, K and V in `qkv`). It converts weights, and LoRAs in both directions.
 """
 
 import re
@@ -13,15 +12,30 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from diffsynth_dagster.families.contract import Tensors
-
-KOHYA = "lora_unet_"
-"""How the names of a denoiser's layers start in kohya's LoRAs."""
+from diffsynth_dagster.families.lora import Lora
+from diffsynth_dagster.families.making import Tensors
 
 
 def swapped(rows: torch.Tensor) -> torch.Tensor:
     """The halves of a tensor (rows, …) exchanged."""
     return torch.cat(rows.chunk(2)[::-1])
+
+
+def _numberless(name: str, dot: str) -> str:
+    """A name with `*` for its first number."""
+    start, number, rest = _first_number(name, dot)
+    return name if number is None else f"{start}{dot}*{dot}{rest}"
+
+
+def _numbered(pattern: str, name: str, dot: str) -> str:
+    """A name with the first number of another for its `*`."""
+    return pattern.replace("*", _first_number(name, dot)[1] or "")
+
+
+def _first_number(name: str, dot: str) -> tuple[str, str | None, str]:
+    """What stands before, at and after the number of a block."""
+    match = re.fullmatch(rf"([a-z_]+?){re.escape(dot)}(\d+){re.escape(dot)}(.+)", name)
+    return (name, None, "") if match is None else (match[1], match[2], match[3])
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,7 @@ class AuthorsNames:
 
     Attributes:
         blocks: numbered list of blocks there → its name here, and layer there → the layers here
-            that stand one above another in it.
+            that stand one above another in it. Of several names of a layer the first is written.
         outside: layer outside the blocks there → here.
         heights: end of a layer's name here → how many times as high it is as the layers that it
             stands with. Layers that are not named are equally high.
@@ -67,62 +81,89 @@ class AuthorsNames:
             renamed |= {f"{layer}.{kind}": part for layer, part in zip(layers, parts, strict=True)}
         return renamed
 
-    def to_kohya(self, tensors: Tensors, alpha: float) -> Tensors:
-        """A LoRA by diffusers' names → the keys `lora_unet_…` of kohya's scripts and ComfyUI.
+    def ours(self, name: str) -> tuple[str, ...]:
+        """The layers here that a layer holds by the authors' name, or by the name here, as other scripts
+        have it; none where it is unknown."""
+        layers = self._layers(self._dotted(name))
+        if layers:
+            return layers
+        if "." in name:
+            return (name,) if self.theirs(name) is not None else ()
+        for pattern in (name, _numberless(name, "_")):
+            if pattern in self._own_with_underscores:
+                return (_numbered(self._own_with_underscores[pattern], name, "_"),)
+        return ()
+
+    def theirs(self, layer: str) -> str | None:
+        """The authors' layer that holds one of the layers here."""
+        for theirs, ours in self.outside.items():
+            if layer == ours:
+                return theirs
+        known = self._theirs_of.get(_numberless(layer, "."))
+        return None if known is None else _numbered(known, layer, ".")
+
+    def to_theirs(self, lora: Lora) -> Lora:
+        """A LoRA by diffusers' names → by the authors'.
 
         Layers that are one layer there become one LoRA with the A of each stacked and the B of each
-        on the diagonal; layers without a LoRA have zeros. Its rank is that of all together, and
-        alpha grows with it, so that the product is the same to the bit.
+        on the diagonal; layers without a LoRA have zeros. Its rank is that of all together, and its
+        alpha grows with it, so that the product is the same.
 
-        Args:
-            tensors: `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank).
+        Raises:
+            KeyError: a layer has no name there.
         """
-        down = {n.removesuffix(".lora_A.weight"): t for n, t in tensors.items() if ".lora_A." in n}
-        renamed: Tensors = {}
-        for theirs in dict.fromkeys(self._theirs(layer) for layer in down):
+        down: Tensors = {}
+        up: Tensors = {}
+        scale: dict[str, float] = {}
+        named = {layer: self.theirs(layer) for layer in lora.down}
+        for theirs in dict.fromkeys(named.values()):
+            if theirs is None:
+                raise KeyError(next(layer for layer, name in named.items() if name is None))
             layers = self._layers(theirs)
-            shares = self._shares(layers)
-            first = next(layer for layer in layers if layer in down)
-            no_a = torch.zeros_like(down[first])
-            b = tensors[f"{first}.lora_B.weight"]
-            unit = len(b) // shares[layers.index(first)]
-            a_of_each = [down.get(layer, no_a) for layer in layers]
-            b_of_each = [
-                tensors.get(f"{layer}.lora_B.weight", b.new_zeros(unit * share, b.shape[1]))
-                for layer, share in zip(layers, shares, strict=True)
-            ]
-            up = torch.block_diag(*b_of_each)
-            key = KOHYA + theirs.replace(".", "_")
-            renamed[f"{key}.lora_down.weight"] = torch.cat(a_of_each).contiguous()
-            renamed[f"{key}.lora_up.weight"] = swapped(up) if theirs in self.swaps else up
-            renamed[f"{key}.alpha"] = torch.tensor(alpha * len(layers))
-        return renamed
+            first = next(layer for layer in layers if layer in lora.down)
+            scale[theirs] = lora.scale[first]
+            if len(layers) == 1:
+                down[theirs], b = lora.down[first], lora.up[first]
+            else:
+                down[theirs], b = self._stacked(lora, layers, first)
+            up[theirs] = swapped(b) if theirs in self.swaps else b
+        return Lora(down, up, scale)
 
-    def from_authors(self, tensors: Tensors) -> Tensors:
+    def _stacked(
+        self, lora: Lora, layers: Sequence[str], first: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The A and B of several layers as those of one, for the scale of the first that has a LoRA."""
+        shares = self._shares(layers)
+        no_a, b = torch.zeros_like(lora.down[first]), lora.up[first]
+        unit = len(b) // shares[layers.index(first)]
+        ups: list[torch.Tensor] = []
+        for layer, share in zip(layers, shares, strict=True):
+            own = lora.up.get(layer, b.new_zeros(unit * share, b.shape[1]))
+            ratio = lora.scale.get(layer, lora.scale[first]) / lora.scale[first]
+            ups.append(own if ratio == 1 else own * ratio)
+        a = torch.cat([lora.down.get(layer, no_a) for layer in layers])
+        return a.contiguous(), torch.block_diag(*ups)
+
+    def to_ours(self, lora: Lora) -> Lora:
         """A LoRA by the authors' names, dotted or as kohya writes them → by diffusers' names.
 
-        A layer of several whose B is not block-diagonal gives each of them the whole A. Unknown
-        layers keep their names, so that the message about a LoRA that does not fit can show them.
-
-        Args:
-            tensors: `<layer>.lora_A.weight` (rank, in), `.lora_B.weight` (out, rank), `.alpha` ().
+        A layer of several whose B is not block-diagonal gives each of them the whole A.
 
         Raises:
             RuntimeError: the heights are not those of the layers that stand one above another.
         """
-        renamed: Tensors = {}
-        for layer in (n.removesuffix(".lora_A.weight") for n in tensors if ".lora_A." in n):
-            down, up = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
-            theirs = self._dotted(layer.removeprefix(KOHYA))
-            layers = self._layers(theirs) or (layer,)
-            up = swapped(up) if theirs in self.swaps else up
-            for part, (a, b) in zip(layers, self._separate(down, up, layers), strict=True):
-                if len(layers) > 1 and not a.any():
+        down: Tensors = {}
+        up: Tensors = {}
+        scale: dict[str, float] = {}
+        for name, a in lora.down.items():
+            layers, b = self.ours(name), lora.up[name]
+            b = swapped(b) if self._dotted(name) in self.swaps else b
+            parts = self._separate(a, b, layers) if len(layers) > 1 else [(a, b)]
+            for layer, (own_a, own_b) in zip(layers, parts, strict=True):
+                if len(layers) > 1 and not own_a.any():
                     continue
-                renamed[f"{part}.lora_A.weight"] = a
-                renamed[f"{part}.lora_B.weight"] = b
-                renamed[f"{part}.alpha"] = tensors[f"{layer}.alpha"] * len(a) / len(down)
-        return renamed
+                down[layer], up[layer], scale[layer] = own_a, own_b, lora.scale[name]
+        return Lora(down, up, scale)
 
     @cached_property
     def _block(self) -> re.Pattern[str]:
@@ -130,14 +171,20 @@ class AuthorsNames:
         return re.compile(rf"({'|'.join(map(re.escape, self.blocks))})([._])(\d+)\2(.+)")
 
     @cached_property
-    def _theirs_of(self) -> dict[tuple[str, str], str]:
-        """(List of blocks here, layer in it) → the layer there, `{}` for the number."""
+    def _theirs_of(self) -> dict[str, str]:
+        """Layer in a block here → there, each with `*` for the number."""
         return {
-            (ours, layer): f"{theirs}.{{}}.{name}"
+            f"{ours}.*.{layer}": f"{theirs}.*.{name}"
             for theirs, (ours, table) in self.blocks.items()
-            for name, layers in table.items()
+            for name, layers in reversed(list(table.items()))
             for layer in layers
         }
+
+    @cached_property
+    def _own_with_underscores(self) -> dict[str, str]:
+        """A layer here in kohya's form → with its dots; `*` for the number of a block."""
+        named = (*self._theirs_of, *self.outside.values())
+        return {name.replace(".", "_"): name for name in named}
 
     def _layers(self, theirs: str) -> tuple[str, ...]:
         """The layers here that one of the authors' layers holds, or none when it is unknown."""
@@ -146,14 +193,6 @@ class AuthorsNames:
             return (self.outside[theirs],) if theirs in self.outside else ()
         ours, table = self.blocks[match[1]]
         return tuple(f"{ours}.{match[3]}.{layer}" for layer in table.get(match[4], ()))
-
-    def _theirs(self, layer: str) -> str:
-        """The authors' layer that holds one of the layers here."""
-        for theirs, ours in self.outside.items():
-            if layer == ours:
-                return theirs
-        blocks, number, rest = layer.split(".", 2)
-        return self._theirs_of[blocks, rest].format(number)
 
     def _dotted(self, name: str) -> str:
         """`double_blocks_0_img_attn_qkv` → `double_blocks.0.img_attn.qkv`; unknown names stay."""

@@ -5,13 +5,13 @@ those of diffusers for Stable Diffusion 1, those of the authors for the UNet of 
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.families.lora import Lora
+from diffsynth_dagster.families.making import Tensors
 from diffsynth_dagster.families.shared.names import with_new_start
 
 Rename = Callable[[str], str]
@@ -25,9 +25,6 @@ _WITH_UNDERSCORE = (
     *("out_proj", "text_projection"),
 )
 """Parts of names in which a `_` is not a `.` that kohya's scripts replaced."""
-_OTHERS = ("lora_unet_", "lora_te", "unet.", "text_encoder.", "text_encoder_2.")
-"""How layers start that a file of several components has for another one."""
-
 _RESNET = {
     "in_layers.2": "conv1",
     "out_layers.3": "conv2",
@@ -106,43 +103,36 @@ def same_name(layer: str) -> str:
     return layer
 
 
-def to_kohya(start: str, rename: Rename, tensors: Tensors, alpha: float) -> Tensors:
-    """A LoRA by the module's names → in kohya's.
+@dataclass(frozen=True)
+class RenamedLayers:
+    """Layers that have one name each elsewhere, by two functions: see `families.lora.LayerNames`.
 
-    Args:
-        start: the prefix of the component.
-        rename: a layer by the module's name → by the name that kohya's scripts know.
-        tensors: `<layer>.lora_A.weight`, `<layer>.lora_B.weight`.
+    Attributes:
+        to_our_name: a layer by the name there → by that here; names of here stay.
+        to_their_name: the other way round.
+        starts: how the names of layers start here.
     """
-    named: Tensors = {}
-    for name, tensor in tensors.items():
-        layer, half, _ = name.rsplit(".", 2)
-        key = start + rename(layer).replace(".", "_")
-        named[f"{key}.lora_{'down' if half == 'lora_A' else 'up'}.weight"] = tensor
-        named[f"{key}.alpha"] = torch.tensor(alpha)
-    return named
 
+    to_our_name: Rename
+    to_their_name: Rename
+    starts: tuple[str, ...]
 
-def from_authors(starts: tuple[str, ...], rename: Rename, tensors: Tensors) -> Tensors:
-    """A LoRA in kohya's names, or the authors', with an alpha for each layer → by the module's.
-    Layers of other components, which such files hold too, are left out.
+    def ours(self, name: str) -> tuple[str, ...]:
+        """The layer here of a name there; none where it is no layer of such a module."""
+        layer = self.to_our_name(name if "." in name else _dotted(name))
+        return (layer,) if layer.startswith(self.starts) else ()
 
-    Args:
-        starts: kohya's prefixes of the component.
-        rename: a layer by the authors' name → by the module's.
-    """
-    renamed: Tensors = {}
-    for name, tensor in tensors.items():
-        ends = (".lora_A.weight", ".lora_B.weight", ".alpha")
-        end = next(end for end in ends if name.endswith(end))
-        layer = name.removesuffix(end)
-        own = next((start for start in starts if layer.startswith(start)), None)
-        if own is not None:
-            layer = _dotted(layer.removeprefix(own))
-        elif layer.startswith(_OTHERS):
-            continue
-        renamed[rename(layer) + end] = tensor
-    return renamed
+    def theirs(self, layer: str) -> str | None:
+        """The name there of a layer here."""
+        return self.to_their_name(layer)
+
+    def to_theirs(self, lora: Lora) -> Lora:
+        """A LoRA by the names here → by those there."""
+        return lora.part({layer: self.to_their_name(layer) for layer in lora.down})
+
+    def to_ours(self, lora: Lora) -> Lora:
+        """A LoRA by the names there → by those here."""
+        return lora.part({name: self.ours(name)[0] for name in lora.down})
 
 
 def _dotted(name: str) -> str:
@@ -153,31 +143,49 @@ def _dotted(name: str) -> str:
     return name
 
 
-def load_lora(
+def load_unet(
+    pipeline: Any, module: nn.Module, tensors: Tensors, metadata: Mapping[str, object]
+) -> None:
+    """Load a LoRA into the UNet the way the pipelines of Stable Diffusion do.
+
+    Args:
+        pipeline: its class.
+    """
+    state, alphas = pipeline.lora_state_dict(dict(tensors), unet_config=module.config)
+    more: dict[str, Any] = {"metadata": dict(metadata) or None, "low_cpu_mem_usage": True}
+    pipeline.load_lora_into_unet(state, alphas, module, **more)
+
+
+def load_text_encoder(
     pipeline: Any,
-    component: str,
+    folder: str,
     module: nn.Module,
     tensors: Tensors,
     metadata: Mapping[str, object],
 ) -> None:
-    """Load an exported LoRA the way the pipelines of Stable Diffusion do.
+    """Load a LoRA into a text encoder the way the pipelines of Stable Diffusion do.
 
     Args:
         pipeline: its class.
-
-    Raises:
-        ValueError: the pipeline loads no LoRA into this component.
+        folder: of the text encoder.
     """
-    config: Any = module.config if component == "unet" else None
-    state, alphas = pipeline.lora_state_dict(dict(tensors), unet_config=config)
+    state, alphas = pipeline.lora_state_dict(dict(tensors))
     more: dict[str, Any] = {"metadata": dict(metadata) or None, "low_cpu_mem_usage": True}
-    if component == "unet":
-        pipeline.load_lora_into_unet(state, alphas, module, **more)
-    elif component.startswith("text_encoder"):
-        pipeline.load_lora_into_text_encoder(state, alphas, module, component, **more)
-    else:
-        raise ValueError(f"{pipeline.__name__} loads no LoRA into its {component}")
+    pipeline.load_lora_into_text_encoder(state, alphas, module, folder, **more)
 
 
-TO_UNET = partial(from_authors, ("lora_unet_",), unet_name)
-"""`Family.from_authors` of the UNet."""
+_IN_UNET = (
+    *("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out"),
+    *("time_embedding.", "add_embedding."),
+)
+_IN_CLIP = ("encoder.layers.",)
+UNET = RenamedLayers(unet_name, authors_unet_name, _IN_UNET)
+"""The UNet's layers by its authors' names."""
+UNET_OF_DIFFUSERS = RenamedLayers(unet_name, same_name, _IN_UNET)
+"""The same by diffusers' names, which kohya's scripts write for Stable Diffusion 1; both are read."""
+CLIP = RenamedLayers(clip_name, published_clip_name, _IN_CLIP)
+"""The layers of a text tower that has no projection here."""
+PROJECTED_CLIP = RenamedLayers(
+    same_name, same_name, ("text_model.encoder.layers.", "text_projection")
+)
+"""Those of one with its projection, which have one name everywhere."""

@@ -10,21 +10,14 @@ from diffsynth_dagster.families.contract import Tensors
 
 def load_into_transformer(
     pipeline: Any,
-    component: str,
     module: nn.Module,
     tensors: Tensors,
     metadata: Mapping[str, object],
 ) -> None:
-    """Load an exported LoRA the way a pipeline of diffusers with one transformer does.
-
-    Raises:
-        ValueError: the pipeline loads no LoRA into this component.
-    """
-    if component != "dit":
-        raise ValueError(f"{pipeline.__name__} loads no LoRA into its {component}")
+    """Load an exported LoRA the way a pipeline of diffusers with one transformer does."""
     pipeline.load_lora_into_transformer(
         pipeline.lora_state_dict(dict(tensors)),
         module,
-        metadata=dict(metadata),
+        metadata=dict(metadata) or None,
         low_cpu_mem_usage=True,
     )

@@ -4,6 +4,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
+from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.requirements import Refusal, models_differ, refused_model
 from diffsynth_dagster.families.shared.architecture import count_blocks
 from diffsynth_dagster.families.shared.image_vae import latent_channels
@@ -15,11 +16,12 @@ _SIZE_CHANNELS = 256
 """Channels that each number of SDXL's size facts is embedded in; no shape shows them."""
 
 
-def unet(*marks: tuple[str, str]) -> Component:
+def unet(*marks: tuple[str, str], lora: LoraRules) -> Component:
     """The component `unet`, in diffusers' names or its authors'.
 
     Args:
         marks: names by diffusers and by the authors of tensors that tell it from other UNets.
+        lora: see `Component`.
     """
     ours, theirs = zip(*marks, strict=True)
     return Component(
@@ -33,6 +35,7 @@ def unet(*marks: tuple[str, str]) -> Component:
         _unet_settings,
         _convert_unet,
         inside=(_INSIDE,),
+        lora=lora,
     )
 
 

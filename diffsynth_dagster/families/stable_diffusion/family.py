@@ -4,6 +4,7 @@ Files are the folders of diffusers, or one file such as `v1-5-pruned-emaonly.saf
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from diffsynth_dagster.families.contract import (
     Sampling,
     Tensors,
 )
+from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.requirements import refused_model
 from diffsynth_dagster.families.shared import clip, controlnet, diffusion, kohya, unet
 from diffsynth_dagster.families.shared.image_vae import image_vae
@@ -56,9 +58,31 @@ FAMILY = Family(
             (
                 "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
                 "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
-            )
+            ),
+            lora=LoraRules(
+                "unet",
+                partial(kohya.load_unet, StableDiffusionPipeline),
+                targets=unet.LORA_TARGETS,
+                authors=kohya.UNET,
+                kohya_names=kohya.UNET_OF_DIFFUSERS,
+                native="guide",
+                exports=("diffusers", "kohya"),
+                read_by_guide=("guide",),
+            ),
         ),
-        clip.clip_text_encoder(inside=("cond_stage_model.transformer.",)),
+        replace(
+            clip.clip_text_encoder(inside=("cond_stage_model.transformer.",)),
+            lora=replace(
+                clip.lora(
+                    "text_encoder",
+                    partial(kohya.load_text_encoder, StableDiffusionPipeline, "text_encoder"),
+                    ("lora_te_", "lora_te1_"),
+                ),
+                native="guide",
+                exports=("diffusers", "kohya"),
+                read_by_guide=("guide",),
+            ),
+        ),
         image_vae(scaling_factor=0.18215),
         unet.CONTROLNET,
     ),
@@ -69,16 +93,6 @@ FAMILY = Family(
     path=diffusion.path,
     geometry=Geometry(side_factor=32, sample_size=(512, 512)),
     sampling=Sampling(image_shapes, diffusion.solver, decode_images),
-    load_lora=partial(kohya.load_lora, StableDiffusionPipeline),
-    lora_targets={"unet": unet.LORA_TARGETS, "text_encoder": clip.LORA_TARGETS},
-    to_kohya={
-        "unet": partial(kohya.to_kohya, "lora_unet_", kohya.same_name),
-        "text_encoder": partial(kohya.to_kohya, "lora_te_", kohya.published_clip_name),
-    },
-    from_authors={
-        "unet": kohya.TO_UNET,
-        "text_encoder": partial(kohya.from_authors, ("lora_te_", "lora_te1_"), kohya.clip_name),
-    },
     denoise_uses=("controlnet",),
     parameters=("tokenizer_path", "align_to_opensource_format", *diffusion.PARAMETERS),
     extra_inputs=(controlnet.COLUMN,),

@@ -5,6 +5,7 @@ Files are the folders of diffusers, or one file such as `sd_xl_base_1.0.safetens
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from diffsynth_dagster.families.contract import (
     Stage,
     Tensors,
 )
+from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.requirements import refused_model
 from diffsynth_dagster.families.shared import clip, controlnet, diffusion, kohya, unet
 from diffsynth_dagster.families.shared.image_vae import image_vae
@@ -111,12 +113,34 @@ def unprompted(conditions: Tensors) -> Tensors:
     return {n: torch.zeros_like(t) if n in embeds else t for n, t in conditions.items()}
 
 
+def _encoder_lora(folder: str, kohya_start: str, projected: bool = False) -> LoraRules:
+    load = partial(kohya.load_text_encoder, StableDiffusionXLPipeline, folder)
+    rules = clip.lora(folder, load, (kohya_start,), projected)
+    return replace(rules, native="kohya")
+
+
 FAMILY = Family(
     name="stable_diffusion_xl",
     components=(
-        unet.unet(("add_embedding.linear_1.weight", "label_emb.0.0.weight")),
-        clip.projected_text_encoder("text_encoder_2", ("conditioner.embedders.1.model.",)),
-        clip.clip_text_encoder(inside=("conditioner.embedders.0.transformer.",)),
+        unet.unet(
+            ("add_embedding.linear_1.weight", "label_emb.0.0.weight"),
+            lora=LoraRules(
+                "unet",
+                partial(kohya.load_unet, StableDiffusionXLPipeline),
+                targets=unet.LORA_TARGETS,
+                authors=kohya.UNET,
+                native="kohya",
+                read_by_guide=("guide", "kohya"),
+            ),
+        ),
+        replace(
+            clip.projected_text_encoder("text_encoder_2", ("conditioner.embedders.1.model.",)),
+            lora=_encoder_lora("text_encoder_2", "lora_te2_", projected=True),
+        ),
+        replace(
+            clip.clip_text_encoder(inside=("conditioner.embedders.0.transformer.",)),
+            lora=_encoder_lora("text_encoder", "lora_te1_"),
+        ),
         image_vae(scaling_factor=0.13025),
         unet.CONTROLNET,
     ),
@@ -141,22 +165,6 @@ FAMILY = Family(
     path=diffusion.path,
     geometry=Geometry(side_factor=32),
     sampling=Sampling(image_shapes, diffusion.solver, decode, unprompted=unprompted),
-    load_lora=partial(kohya.load_lora, StableDiffusionXLPipeline),
-    lora_targets={
-        "unet": unet.LORA_TARGETS,
-        "text_encoder": clip.LORA_TARGETS,
-        "text_encoder_2": clip.LORA_TARGETS,
-    },
-    to_kohya={
-        "unet": partial(kohya.to_kohya, "lora_unet_", kohya.authors_unet_name),
-        "text_encoder": partial(kohya.to_kohya, "lora_te1_", kohya.published_clip_name),
-        "text_encoder_2": partial(kohya.to_kohya, "lora_te2_", kohya.same_name),
-    },
-    from_authors={
-        "unet": kohya.TO_UNET,
-        "text_encoder": partial(kohya.from_authors, ("lora_te1_",), kohya.clip_name),
-        "text_encoder_2": partial(kohya.from_authors, ("lora_te2_",), kohya.same_name),
-    },
     denoise_uses=("controlnet",),
     parameters=(
         "tokenizer_path",

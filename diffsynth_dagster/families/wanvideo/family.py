@@ -17,11 +17,7 @@ noise), each with its published share. All frames that are given are those of `v
 are no columns.
 """
 
-from collections.abc import Mapping
-
 import torch
-from diffusers import WanPipeline
-from torch import nn
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import FrameRule, Geometry
@@ -35,16 +31,14 @@ from diffsynth_dagster.families.contract import (
     Stage,
     Tensors,
 )
-from diffsynth_dagster.families.shared.pipeline import load_into_transformer
 from diffsynth_dagster.families.shared.schedule import euler
 from diffsynth_dagster.families.shared.stages import prompt_stage
 from diffsynth_dagster.families.shared.t5 import umt5_tokenizer
-from diffsynth_dagster.families.wanvideo import names, stages, variant
-from diffsynth_dagster.families.wanvideo.modules import COMPONENTS
+from diffsynth_dagster.families.wanvideo import stages, variant
+from diffsynth_dagster.families.wanvideo.modules import COMPONENTS, VACE_LORA
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift, linear_sigmas
 
 SHIFT = 5.0
-LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 
 
 def path(config: TrainingConfig, published: Settings) -> FlowPath:
@@ -55,18 +49,6 @@ def path(config: TrainingConfig, published: Settings) -> FlowPath:
 def inference_sigmas(steps: int, x_0: Tensors) -> torch.Tensor:
     """The sigmas of the published sampler, whatever the size of `x_0`."""
     return linear_shift(torch.linspace(1.0, 0.0, steps + 1), SHIFT)
-
-
-def load_lora(
-    component: str, module: nn.Module, tensors: Tensors, metadata: Mapping[str, object]
-) -> None:
-    """Load an exported LoRA the way `WanPipeline.load_lora_weights` does, for either expert.
-
-    Raises:
-        ValueError: the pipeline loads no LoRA into this component.
-    """
-    name = "dit" if component == "dit2" else component
-    load_into_transformer(WanPipeline, name, module, tensors, metadata)
 
 
 FAMILY = Family(
@@ -86,15 +68,8 @@ FAMILY = Family(
     path=path,
     geometry=Geometry(16, FrameRule(stages.FRAMES_PER_LATENT, 1), sample_size=(832, 480)),
     sampling=Sampling(stages.shapes, euler(inference_sigmas), stages.decode),
-    load_lora=load_lora,
     inference_sigmas=inference_sigmas,
-    lora_targets=dict.fromkeys(("dit", "dit2", "vace"), LORA_TARGETS),
-    lora_aliases={
-        **dict.fromkeys(("dit", "dit2"), names.lora_aliases("blocks")),
-        "vace": names.lora_aliases("vace_blocks"),
-    },
-    from_authors=dict.fromkeys(("dit", "dit2"), names.from_authors),
-    parts=(Part("vace", of="dit", starts=("vace_blocks.", "vace_patch_embedding.")),),
+    parts=(Part("vace", "dit", ("vace_blocks.", "vace_patch_embedding."), lora=VACE_LORA),),
     parameters=("tokenizer_path",),
     extra_inputs=variant.EXTRA_INPUTS,
     refusals=variant.REFUSALS,

@@ -1,15 +1,18 @@
 """The modules of Wan: their files and their settings."""
 
 from dataclasses import replace
+from functools import partial
 
-from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel, WanVACETransformer3DModel
 
 from diffsynth_dagster.families.contract import Component, Settings, Shapes
+from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.shared.architecture import count_blocks
+from diffsynth_dagster.families.shared.pipeline import load_into_transformer
 from diffsynth_dagster.families.shared.t5 import umt5_encoder
 from diffsynth_dagster.families.shared.vision_tower import vision_tower
 from diffsynth_dagster.families.shared.wan_vae import WAN_VAE
-from diffsynth_dagster.families.wanvideo.names import convert_dit
+from diffsynth_dagster.families.wanvideo.names import NAMES, convert_dit, lora_aliases
 
 PATCH = 2
 HEAD = 128
@@ -43,6 +46,15 @@ def dit_settings(shapes: Shapes) -> Settings:
     return settings
 
 
+_LORA = LoraRules(
+    "transformer",
+    partial(load_into_transformer, WanPipeline),
+    targets=("q", "k", "v", "o", "ffn.0", "ffn.2"),
+    aliases=lora_aliases("blocks"),
+    authors=NAMES,
+    guide=NAMES,
+    folds=True,  # diffusers reads the alphas of the self attention alone
+)
 _DIT = Component(
     "dit",
     "transformer",
@@ -65,7 +77,9 @@ _DIT = Component(
     convert_dit,
     ("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
     other_kinds={"vace_blocks.": WanVACETransformer3DModel},
+    lora=_LORA,
 )
+VACE_LORA = replace(_LORA, aliases=lora_aliases("vace_blocks"))
 
 COMPONENTS = (
     _DIT,
@@ -75,7 +89,6 @@ COMPONENTS = (
         folder="transformer_2",
         origin=("low_noise_model/*",),
         known_by=("low_noise", "transformer_2"),
-        lora_folder=_DIT.folder,
     ),
     umt5_encoder("text_encoder"),
     WAN_VAE,

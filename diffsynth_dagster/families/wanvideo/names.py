@@ -4,21 +4,47 @@ from collections.abc import Mapping
 
 from diffusers.loaders import single_file_utils
 
-from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.shared.fused_names import AuthorsNames
+
+_BLOCK = {
+    **{f"self_attn.{x}": (f"attn1.to_{x}",) for x in "qkv"},
+    "self_attn.o": ("attn1.to_out.0",),
+    **{f"cross_attn.{x}": (f"attn2.to_{x}",) for x in "qkv"},
+    "cross_attn.o": ("attn2.to_out.0",),
+    "cross_attn.k_img": ("attn2.add_k_proj",),
+    "cross_attn.v_img": ("attn2.add_v_proj",),
+    "ffn.0": ("ffn.net.0.proj",),
+    "ffn.2": ("ffn.net.2",),
+}
+_EMBEDDER = "condition_embedder"
+NAMES = AuthorsNames(
+    blocks={
+        "blocks": ("blocks", _BLOCK),
+        "vace_blocks": (
+            "vace_blocks",
+            {**_BLOCK, "before_proj": ("proj_in",), "after_proj": ("proj_out",)},
+        ),
+    },
+    outside={
+        "patch_embedding": "patch_embedding",
+        "vace_patch_embedding": "vace_patch_embedding",
+        "time_embedding.0": f"{_EMBEDDER}.time_embedder.linear_1",
+        "time_embedding.2": f"{_EMBEDDER}.time_embedder.linear_2",
+        "time_projection.1": f"{_EMBEDDER}.time_proj",
+        "text_embedding.0": f"{_EMBEDDER}.text_embedder.linear_1",
+        "text_embedding.2": f"{_EMBEDDER}.text_embedder.linear_2",
+        "img_emb.proj.1": f"{_EMBEDDER}.image_embedder.ff.net.0.proj",
+        "img_emb.proj.3": f"{_EMBEDDER}.image_embedder.ff.net.2",
+        "head.head": "proj_out",
+    },
+)
+"""The layers by the authors' names."""
 
 
 def convert_dit(tensors: Tensors) -> Tensors:
     """The names of `diffusion_pytorch_model*.safetensors` of the authors → those of diffusers."""
     return _renamed(tensors) if any(".self_attn." in name for name in tensors) else tensors
-
-
-def from_authors(tensors: Tensors) -> Tensors:
-    """A LoRA by the authors' names → by those of diffusers.
-
-    A LoRA by diffusers' names stays as it is: the only names that mean another layer there are
-    those of norms, and no LoRA is put on a norm.
-    """
-    return _renamed(tensors)
 
 
 def _renamed(tensors: Tensors) -> Tensors:

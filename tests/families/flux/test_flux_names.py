@@ -9,10 +9,14 @@ from families.flux.cases import ARCHITECTURE
 
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux.family import LORA_ALIASES
-from diffsynth_dagster.families.flux.names import NAMES, PREFIX
+from diffsynth_dagster.families.flux.lora import TRANSFORMER
+from diffsynth_dagster.families.flux.names import LORA_ALIASES, NAMES, PREFIX
+from diffsynth_dagster.formats import find_format
+from diffsynth_dagster.formats.kohya import FORMAT as KOHYA
+from diffsynth_dagster.formats.names import lora_of, with_dots
 from diffsynth_dagster.training.modules import lora_targets
-from diffsynth_dagster.weights.lora import usual_spelling
+
+RULES = {"dit": TRANSFORMER}
 
 
 def published_names(double: int = 2, single: int = 2) -> Tensors:
@@ -86,7 +90,7 @@ def test_an_opened_lora_is_the_same_in_the_pipeline(left: str) -> None:
     for part in filter(None, left.split(",")):
         tensors = {n: t for n, t in tensors.items() if f".{part}." not in n}
     inside = {n: t for n, t in tensors.items() if "transformer_blocks." in n}
-    opened = NAMES.to_kohya(inside, alpha=2.0)
+    opened = KOHYA.write({"dit": lora_of(inside, 0.5)}, RULES).tensors
     key = "lora_unet_double_blocks_0_img_attn_qkv"
     if "to_q" not in left:
         assert opened[f"{key}.lora_down.weight"].shape == (12, 3)
@@ -97,11 +101,14 @@ def test_an_opened_lora_is_the_same_in_the_pipeline(left: str) -> None:
         other = theirs.pop(f"transformer.{layer}")
         assert float((other - update).abs().max()) <= 1e-5
     assert not any(update.any() for update in theirs.values())
-    everything = NAMES.to_kohya(tensors, alpha=2.0)
-    closed = NAMES.from_authors(usual_spelling(everything))
-    assert {n for n in closed if ".lora_" in n} == tensors.keys()
-    assert all(torch.equal(closed[name], tensor) for name, tensor in tensors.items())
-    assert {float(t) for n, t in closed.items() if n.endswith(".alpha")} == {2.0}
+    for format_name in ("kohya", "comfyui", "guide", "diffusers", "peft"):
+        written = find_format(format_name).write({"dit": lora_of(tensors, 0.5)}, RULES).tensors
+        closed = find_format(format_name).read(written, RULES)["dit"]
+        assert {f"{n}.lora_A.weight" for n in closed.down} == {n for n in tensors if "_A." in n}
+        for layer, a in closed.down.items():
+            assert torch.equal(a, tensors[f"{layer}.lora_A.weight"])
+            b = closed.up[layer] * closed.scale[layer]
+            assert torch.equal(b, tensors[f"{layer}.lora_B.weight"] * 0.5)
 
 
 def test_a_foreign_fused_lora_shares_its_a() -> None:
@@ -113,7 +120,8 @@ def test_a_foreign_fused_lora_shares_its_a() -> None:
         f"{key}.lora_up.weight": torch.randn(21504, 8, generator=source),
         f"{key}.alpha": torch.tensor(4.0),
     }
-    closed = NAMES.from_authors(usual_spelling(foreign))
+    read = KOHYA.read(foreign, RULES)["dit"]
+    closed = with_dots("", read, alphas=False)
     theirs = updates(FluxPipeline.lora_state_dict(dict(foreign)))
     assert len(theirs) == 4
     for layer, update in updates(closed, 4.0 / 8).items():
@@ -123,10 +131,10 @@ def test_a_foreign_fused_lora_shares_its_a() -> None:
 def test_layers_that_the_pipeline_leaves_out_are_told() -> None:
     """diffusers reads none of the layers outside the blocks from this format."""
     tensors = {f"x_embedder.lora_{n}.weight": torch.ones(4, 4) for n in "AB"}
-    opened = NAMES.to_kohya(tensors, 4.0)
+    opened = KOHYA.write({"dit": lora_of(tensors, 1.0)}, RULES).tensors
     assert "lora_unet_img_in.lora_down.weight" in opened
     with pytest.raises(ValueError, match=r"leaves x_embedder\.lora_"):
-        find_family("flux").load_lora("dit", torch.nn.Module(), opened, {})
+        RULES["dit"].load(torch.nn.Module(), opened, {})
 
 
 def test_every_alias_reaches_layers_of_its_own() -> None:

@@ -39,6 +39,8 @@ from safetensors.torch import load_file, save_file
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Component, Shapes, Tensors
+from diffsynth_dagster.formats.kohya import FORMAT as KOHYA
+from diffsynth_dagster.formats.names import lora_of
 from diffsynth_dagster.objective.ddpm import DDPMPath
 from diffsynth_dagster.objective.noise import generator
 from diffsynth_dagster.plan import make_plan
@@ -46,7 +48,7 @@ from diffsynth_dagster.training.modules import lora_targets
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component
-from diffsynth_dagster.weights.lora import read_lora, usual_spelling
+from diffsynth_dagster.weights.lora import read_lora
 
 FAMILY = find_family("stable_diffusion")
 CASE = CASES[0]
@@ -259,13 +261,15 @@ def test_kohya_names_there_and_back() -> None:
     base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "model_paths": ["x"]}
     config = make_config({**base, "lora_base_model": "unet", "lora_target_modules": targets})
     layers = lora_targets(config, FAMILY, unet, "unet")
-    lora = {f"{n}.lora_{half}.weight": torch.ones(1, 1) for n in layers for half in "AB"}
-    opened = FAMILY.to_kohya["unet"](lora, 2.0)
+    lora = lora_of(
+        {f"{n}.lora_{half}.weight": torch.ones(1, 1) for n in layers for half in "AB"}, 2.0
+    )
+    rules = {"unet": FAMILY.lora_rules("unet")}
+    opened = KOHYA.write({"unet": lora}, rules).tensors
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
     assert f"{name}.lora_down.weight" in opened
     assert float(opened[f"{name}.alpha"]) == 2.0
-    closed = FAMILY.from_authors["unet"](usual_spelling(opened))
-    assert {n for n in closed if ".lora_" in n} == lora.keys()
+    assert KOHYA.read(opened, rules)["unet"].down.keys() == lora.down.keys()
 
 
 UNET_LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"

@@ -30,7 +30,6 @@ def values_of(case: Case, model: Path, data: Path, **overrides: Any) -> dict[str
         "lora_rank": 4,
         "batch_size": 4,
         "learning_rate": 1e-3,
-        "remove_prefix_in_ckpt": "",
         "cache_path": str(data.parent / "cache"),
         "output_path": "unused",
         **case.models(model, "diffusers"),

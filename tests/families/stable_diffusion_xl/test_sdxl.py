@@ -32,6 +32,7 @@ from families.stable_diffusion.training import (
     values_of,
 )
 from families.stable_diffusion_xl.cases import ARCHITECTURE, CASES, SIZES, UP, parts_of, write
+from lora_support import by_module
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -40,12 +41,13 @@ from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import SampleRequest, Tensors
 from diffsynth_dagster.families.shared.kohya import authors_unet_name
 from diffsynth_dagster.families.stable_diffusion_xl.family import encode_pixels, encode_sizes
+from diffsynth_dagster.formats.kohya import FORMAT as KOHYA
+from diffsynth_dagster.formats.names import lora_of
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.modules import lora_targets
 from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.weights.identify import FoundModel, find_model
 from diffsynth_dagster.weights.load import load_component
-from diffsynth_dagster.weights.lora import usual_spelling
 
 FAMILY = find_family("stable_diffusion_xl")
 CASE = CASES[0]
@@ -156,15 +158,17 @@ def test_kohya_names_are_those_of_the_unets_authors() -> None:
     converted = convert_ldm_unet_checkpoint(named, config)
     for layer, parameter in layers.items():
         assert converted[f"{layer}.weight"] is parameter
-    lora = {f"{n}.lora_{half}.weight": torch.ones(1, 1) for n in layers for half in "AB"}
-    opened = FAMILY.to_kohya["unet"](lora, 2.0)
+    lora = lora_of(
+        {f"{n}.lora_{half}.weight": torch.ones(1, 1) for n in layers for half in "AB"}, 2.0
+    )
+    rules = {"unet": FAMILY.lora_rules("unet")}
+    opened = KOHYA.write({"unet": lora}, rules).tensors
     name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"
     assert name in opened
-    closed = FAMILY.from_authors["unet"](usual_spelling(opened))
-    assert {n for n in closed if ".lora_" in n} == lora.keys()
-    as_diffusers = find_family("stable_diffusion").to_kohya["unet"](lora, 2.0)
-    closed = FAMILY.from_authors["unet"](usual_spelling(as_diffusers))
-    assert {n for n in closed if ".lora_" in n} == lora.keys()
+    assert KOHYA.read(opened, rules)["unet"].down.keys() == lora.down.keys()
+    others = {"unet": find_family("stable_diffusion").lora_rules("unet")}
+    as_diffusers = KOHYA.write({"unet": lora}, others).tensors
+    assert KOHYA.read(as_diffusers, rules)["unet"].down.keys() == lora.down.keys()
 
 
 def test_a_whole_checkpoint_computes_the_same(model: Path, data: Path) -> None:
@@ -252,7 +256,8 @@ def test_loras_of_all_modules_are_one_file_that_the_pipeline_loads(
     found = find_model(config, HUB)
     record = read_record(run)
     assert record is not None
-    trained = load_file(run / "epoch-3.safetensors")
+    file = run / "epoch-3.safetensors"
+    trained = {name: by_module(file, CASE.family, name) for name in modules}
     read: dict[str, Tensors] = {}
     for exported in export_run(config, record, found):
         verify_export(exported, found)
@@ -261,10 +266,9 @@ def test_loras_of_all_modules_are_one_file_that_the_pipeline_loads(
         pipeline.load_lora_weights(exported.path)
         for name in modules:
             loaded = {n: p for n, p in getattr(pipeline, name).named_parameters() if ".lora_" in n}
-            own = {n: t for n, t in trained.items() if n.startswith(f"pipe.{name}.")}
-            assert len(loaded) == len(own) > 0
+            assert len(loaded) == len(trained[name]) > 0
             for layer, tensor in loaded.items():
-                given = own[f"pipe.{name}.{layer.replace('.default_0.', '.')}"]
+                given = trained[name][layer.replace(".default_0.", ".")]
                 assert torch.equal(given, tensor)
                 # Of the first encoder the last layer is not used.
                 assert given.any() or layer.startswith("encoder.layers.1.")

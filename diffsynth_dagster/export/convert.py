@@ -1,0 +1,167 @@
+"""A LoRA file → the same LoRA in another format."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffsynth_dagster.errors import OutputError, ParameterError, WeightsError
+from diffsynth_dagster.families import each_family, find_family
+from diffsynth_dagster.families.contract import Family, Tensors
+from diffsynth_dagster.families.lora import Lora
+from diffsynth_dagster.files import write_tensors, write_text
+from diffsynth_dagster.formats import LoraFormat, find_format, peft
+from diffsynth_dagster.formats.change import difference
+from diffsynth_dagster.formats.contract import Unread
+from diffsynth_dagster.formats.diffusers import ADAPTER_KEY
+from diffsynth_dagster.formats.reading import read_all
+from diffsynth_dagster.weights.header import read_metadata
+from diffsynth_dagster.weights.load import read_tensors
+from diffsynth_dagster.weights.lora import NONSENSE, PROVENANCE_KEY, loras_in, require_lora
+
+ROUNDING = 1e-5
+"""The largest relative difference of the change of a layer that counts as none."""
+
+
+def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None) -> str:
+    """Write a LoRA file in another format; returns what was done, for a person.
+
+    Args:
+        output: the file, or for peft the folder; left out, beside the file, with the format in its name.
+        family: its name; left out, the file says it.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or is not understood whole.
+        ParameterError: nothing says which family it is of.
+        OutputError: the output exists, or cannot be written.
+    """
+    where = require_lora(file, "FILE")
+    tensors = read_tensors([file])
+    notes = read_metadata(file) if file.suffix == ".safetensors" else {}
+    of = _family_of(tensors, notes, family, where)
+    try:
+        loras, _ = loras_in(tensors, notes, of, [of.denoiser])
+    except (Unread, *NONSENSE) as error:
+        raise _not_understood(of, str(error), where) from error
+    unknown = next((r.unknown for r in _read(of, tensors).values() if r.unknown), None)
+    if unknown is not None:
+        raise _not_understood(of, f"the layer is not known: {unknown}", where)
+    rules = {name: of.lora_rules(name) for name in loras}
+    if to == "peft" and len(loras) > 1:
+        raise WeightsError(
+            f"the file holds LoRAs of {', '.join(loras)}, and a file of peft is for one module",
+            where=where,
+            do="choose another format",
+        )
+    try:
+        spelled = find_format(to).write(loras, rules)
+    except KeyError as error:
+        raise _not_understood(of, f"{to} has no name for {error.args[0]}", where) from error
+    path = _path(file, to, output)
+    kept = {k: v for k, v in notes.items() if k not in (ADAPTER_KEY, PROVENANCE_KEY, "format")}
+    provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
+    said = {PROVENANCE_KEY: json.dumps({**provenance, "format": to}, sort_keys=True)}
+    config = spelled.notes.get(peft.CONFIG)
+    more = {k: v for k, v in spelled.notes.items() if k != peft.CONFIG}
+    write_tensors(path, spelled.tensors, {**kept, **more, **said, "format": "pt"})
+    if config is not None:
+        write_text(path.parent / peft.CONFIG, config)
+    back = find_format(to).read(read_tensors([path]), rules)
+    apart = max(difference(lora, back[name]) for name, lora in loras.items())
+    if apart > ROUNDING:
+        path.unlink()
+        raise WeightsError(
+            f"the file would change the model differently in {to}: by {apart:.1e}",
+            where=where,
+            do="report this with the file",
+        )
+    return (
+        f"wrote {path.absolute()}: {_counted(loras)} of {of.name} in the names of {to}; the change of "
+        f"each layer is the same to {apart:.0e}"
+    )
+
+
+def _counted(loras: Mapping[str, Lora]) -> str:
+    return ", ".join(f"{len(lora.down)} layers of {name}" for name, lora in loras.items())
+
+
+def _path(file: Path, to: LoraFormat, output: Path | None) -> Path:
+    """The file to write, which is not there yet. Raises `OutputError`."""
+    if to == "peft":
+        path = (output or file.with_name(f"{file.stem}-peft")) / "adapter_model.safetensors"
+    else:
+        path = output or file.with_name(f"{file.stem}-{to}.safetensors")
+    if path.suffix != ".safetensors":
+        raise OutputError(
+            "the output is no .safetensors file", where=str(path), do="give it that ending"
+        )
+    if path.exists():
+        raise OutputError(
+            "the output exists",
+            where=str(path.absolute()),
+            do="remove it, or give another --output",
+        )
+    return path
+
+
+def _read(family: Family, tensors: Tensors) -> dict[str, Any]:
+    rules = {
+        c.name: c.lora
+        for c in sorted(family.components, key=lambda c: c.name != family.denoiser)
+        if c.lora is not None
+    }
+    starts: set[str] = set()
+    own = {n: r for n, r in rules.items() if not (r.folder in starts or starts.add(r.folder))}
+    return read_all(tensors, own)
+
+
+def _family_of(tensors: Tensors, notes: Mapping[str, str], name: str | None, where: str) -> Family:
+    """The family of a file: as asked, by its header, or the only one that knows every key.
+
+    Raises:
+        ParameterError: several know it.
+        WeightsError: none does; or its header is nonsense.
+    """
+    try:
+        said = name or json.loads(notes.get(PROVENANCE_KEY, "{}")).get("family")
+    except NONSENSE as error:
+        raise WeightsError(
+            "the header of the file cannot be read", where=where, do="give --family"
+        ) from error
+    if said is not None:
+        return find_family(said)
+    fitting: list[Family] = []
+    errors: dict[str, str] = {}
+    for family in each_family():
+        try:
+            found = _read(family, tensors)
+        except Unread as error:
+            errors[family.name] = str(error)
+            continue
+        unknown = next((own.unknown for own in found.values() if own.unknown), None)
+        if unknown is None:
+            fitting.append(family)
+        else:
+            errors[family.name] = f"the layer is not known: {unknown}"
+    if not fitting:
+        reasons = list(dict.fromkeys(errors.values()))
+        raise WeightsError(
+            f"the file is not understood whole as a LoRA of any family: {reasons[0]}",
+            where=where,
+            do="give --family, for what it does not understand as that",
+        )
+    if len(fitting) > 1:
+        raise ParameterError(
+            f"the names in the file are those of {' and '.join(f.name for f in fitting)}",
+            where=where,
+            do="give --family",
+        )
+    return fitting[0]
+
+
+def _not_understood(family: Family, why: str, where: str) -> WeightsError:
+    return WeightsError(
+        f"the LoRA file cannot be read whole as one of {family.name}: {why}",
+        where=where,
+        do="give a plain LoRA of this model in the names of any tool, or another --family",
+    )

@@ -1,0 +1,17 @@
+"""LoRA files by the names of each tool: one module for each format, with `write`, `read`, `try_load`."""
+
+from importlib import import_module
+from typing import get_args
+
+from diffsynth_dagster.families.lora import LoraFormat
+from diffsynth_dagster.formats.contract import Format, Spelled
+
+FORMATS: tuple[LoraFormat, ...] = get_args(LoraFormat)
+
+
+def find_format(name: LoraFormat) -> Format:
+    """The format of this name."""
+    return import_module(f"diffsynth_dagster.formats.{name}").FORMAT
+
+
+__all__ = ["FORMATS", "Format", "LoraFormat", "Spelled", "find_format"]

@@ -1,0 +1,53 @@
+"""LoRAs as ComfyUI has them, and as most other tools read them: `diffusion_model.` and the authors'
+names, `lora_A`, `lora_B` and `alpha`."""
+
+from torch import nn
+
+from diffsynth_dagster.families.lora import Lora, LoraFormat
+from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled, Unread
+from diffsynth_dagster.formats.names import renamed, with_dots
+from diffsynth_dagster.formats.reading import read_all
+
+
+class ComfyUI:
+    """See `Format`."""
+
+    def write(self, loras: Loras, rules: AllRules) -> Spelled:
+        tensors: Tensors = {}
+        for name, lora in loras.items():
+            theirs = renamed("comfyui", lora, rules[name])
+            tensors |= with_dots(f"{rules[name].comfyui}.", theirs, alphas=True)
+        return Spelled(tensors)
+
+    def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
+        return {n: found.lora for n, found in read_all(tensors, rules, ["comfyui"]).items()}
+
+    def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
+        return loaded_by_names(spelled, name, module, rules, rules[name].read_by_comfyui)
+
+
+def loaded_by_names(
+    spelled: Spelled,
+    name: str,
+    module: nn.Module,
+    rules: AllRules,
+    formats: tuple[LoraFormat, ...],
+) -> Lora:
+    """The LoRA of a component as a tool applies it that looks up each layer by its name, in some formats,
+    and takes alpha from tensors alone.
+
+    Raises:
+        Unread: it would leave keys out.
+    """
+    found = read_all(spelled.tensors, rules, formats).get(name)
+    if found is None:
+        raise Unread(f"it finds no layer of {name}")
+    layers = dict(module.named_modules())
+    strange = next((layer for layer in found.lora.down if layer not in layers), None)
+    if strange is not None:
+        raise Unread(f"it finds no layer '{strange}'")
+    return found.lora
+
+
+FORMAT = ComfyUI()

@@ -1,0 +1,42 @@
+"""LoRAs as DiffSynth-Studio's trainer writes them: its names of layers without a start, or behind
+`pipe.<component>.`, and `.default` behind lora_A and lora_B. They have no alpha."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from diffsynth_dagster.families.lora import Lora
+from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.formats.comfyui import loaded_by_names
+from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled
+from diffsynth_dagster.formats.names import renamed, with_dots
+from diffsynth_dagster.formats.reading import read_all
+
+
+@dataclass(frozen=True)
+class Guide:
+    """See `Format`.
+
+    Attributes:
+        starts: component → how the names of its layers start; left out, with nothing for the first one.
+    """
+
+    starts: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def write(self, loras: Loras, rules: AllRules) -> Spelled:
+        tensors: Tensors = {}
+        for number, (name, lora) in enumerate(loras.items()):
+            theirs = renamed("guide", lora.folded(), rules[name])
+            start = self.starts.get(name, f"pipe.{name}." if number else "")
+            tensors |= with_dots(start, theirs, alphas=False, infix=".default")
+        return Spelled(tensors)
+
+    def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
+        return {n: found.lora for n, found in read_all(tensors, rules, ["guide"]).items()}
+
+    def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
+        return loaded_by_names(spelled, name, module, rules, rules[name].read_by_guide)
+
+
+FORMAT = Guide()

@@ -1,0 +1,36 @@
+"""LoRAs as kohya's scripts write them, and ComfyUI reads: `lora_unet_` and the authors' names with `_`
+for each dot, `lora_down`, `lora_up` and `alpha`."""
+
+import torch
+from torch import nn
+
+from diffsynth_dagster.families.lora import Lora
+from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.formats.comfyui import loaded_by_names
+from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled
+from diffsynth_dagster.formats.names import renamed
+from diffsynth_dagster.formats.reading import read_all
+
+
+class Kohya:
+    """See `Format`."""
+
+    def write(self, loras: Loras, rules: AllRules) -> Spelled:
+        tensors: Tensors = {}
+        for name, lora in loras.items():
+            theirs = renamed("kohya", lora, rules[name])
+            for layer, a in theirs.down.items():
+                key = rules[name].kohya[0] + layer.replace(".", "_")
+                tensors[f"{key}.lora_down.weight"] = a
+                tensors[f"{key}.lora_up.weight"] = theirs.up[layer]
+                tensors[f"{key}.alpha"] = torch.tensor(theirs.alpha(layer))
+        return Spelled(tensors)
+
+    def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
+        return {n: found.lora for n, found in read_all(tensors, rules, ["kohya"]).items()}
+
+    def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
+        return loaded_by_names(spelled, name, module, rules, rules[name].read_by_comfyui)
+
+
+FORMAT = Kohya()

@@ -1,0 +1,42 @@
+"""What formats have in common in writing."""
+
+import torch
+
+from diffsynth_dagster.families.lora import Lora, LoraFormat, LoraRules
+from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.formats.reading import names_in
+
+
+def renamed(format_name: LoraFormat, lora: Lora, rules: LoraRules) -> Lora:
+    """A LoRA by the names of its layers in a format.
+
+    Raises:
+        KeyError: a layer has no name there.
+    """
+    names = names_in(format_name, rules)
+    lora = lora.folded() if rules.folds else lora
+    return lora if names is None else names.to_theirs(lora)
+
+
+def lora_of(tensors: Tensors, scale: float) -> Lora:
+    """The LoRA in tensors `<layer>.lora_A.weight`, `.lora_B.weight`, with one s for all."""
+    down, up = (
+        {n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)}
+        for end in (".lora_A.weight", ".lora_B.weight")
+    )
+    return Lora(down, up, dict.fromkeys(down, scale))
+
+
+def with_dots(start: str, lora: Lora, alphas: bool, infix: str = "") -> Tensors:
+    """The tensors `<start><layer>.lora_A.weight`, `.lora_B.weight`, and `.alpha` () if asked.
+
+    Args:
+        infix: what stands behind `lora_A` and `lora_B`.
+    """
+    tensors: Tensors = {}
+    for layer, a in lora.down.items():
+        tensors[f"{start}{layer}.lora_A{infix}.weight"] = a
+        tensors[f"{start}{layer}.lora_B{infix}.weight"] = lora.up[layer]
+        if alphas:
+            tensors[f"{start}{layer}.alpha"] = torch.tensor(lora.alpha(layer))
+    return tensors

@@ -1,0 +1,49 @@
+"""LoRAs as peft's `PeftModel` loads them: `base_model.model.<layer>.lora_A.weight`, of one component, and
+the settings as `adapter_config.json`, which is kept in the notes."""
+
+import json
+
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from torch import nn
+
+from diffsynth_dagster.families.lora import Lora
+from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled, Unread
+from diffsynth_dagster.formats.diffusers import REFUSALS, applied, hollow, peft_settings
+from diffsynth_dagster.formats.names import with_dots
+from diffsynth_dagster.formats.reading import read_all
+
+START = "base_model.model."
+CONFIG = "adapter_config.json"
+"""Name of the file with the settings, and of the note that holds its text."""
+
+
+class Peft:
+    """See `Format`."""
+
+    def write(self, loras: Loras, rules: AllRules) -> Spelled:
+        assert len(loras) == 1, "a file of peft is for one module"
+        (lora,) = loras.values()
+        folded = lora.folded()
+        said = LoraConfig(**peft_settings(folded), inference_mode=True).to_dict()
+        plain = {n: sorted(v) if isinstance(v, set) else v for n, v in said.items()}
+        text = json.dumps(plain, indent=2, sort_keys=True) + "\n"
+        return Spelled(with_dots(START, folded, alphas=False), {CONFIG: text})
+
+    def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
+        return {n: found.lora for n, found in read_all(tensors, rules, ["peft"]).items()}
+
+    def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
+        said = {n: v for n, v in json.loads(spelled.notes[CONFIG]).items() if n != "peft_type"}
+        tensors = {n.removeprefix(START): t for n, t in spelled.tensors.items()}
+        try:
+            inject_adapter_in_model(LoraConfig(**said), hollow(module), low_cpu_mem_usage=True)
+            loaded = set_peft_model_state_dict(module, tensors, low_cpu_mem_usage=True)
+        except REFUSALS as error:
+            raise Unread(str(error)) from error
+        if loaded.unexpected_keys:
+            raise Unread(f"it leaves {loaded.unexpected_keys[0]} out")
+        return applied(module)
+
+
+FORMAT = Peft()

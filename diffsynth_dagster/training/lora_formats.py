@@ -1,0 +1,116 @@
+"""Which formats the LoRAs of a training are written in, and whether they can hold them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import TargetError
+from diffsynth_dagster.facts import digest_of
+from diffsynth_dagster.families.contract import Family, Tensors
+from diffsynth_dagster.families.lora import Lora, LoraFormat
+from diffsynth_dagster.formats import find_format
+from diffsynth_dagster.formats.contract import Unread
+from diffsynth_dagster.formats.diffusers import REFUSALS, dora_settings
+from diffsynth_dagster.weights.identify import Found
+from diffsynth_dagster.weights.load import architecture_of, build_empty
+
+_HELD: set[str] = set()
+"""The LoRAs that were tried in this process, and can be written and loaded."""
+
+
+def checkpoint_format(config: TrainingConfig, family: Family) -> LoraFormat | None:
+    """The format of the LoRAs in checkpoints; None where what is trained in the layers is no LoRA."""
+    if config.lora_method != "lora" or not config.lora_base_model:
+        return None
+    if config.align_to_opensource_format:
+        return "kohya"
+    if not config.remove_prefix_in_ckpt:
+        return "guide"
+    return config.checkpoint_format or family.lora_rules(config.lora_base_model[0]).native
+
+
+def export_formats(config: TrainingConfig, family: Family) -> tuple[LoraFormat, ...]:
+    """The formats of the exports of a LoRA."""
+    if config.export_formats is not None:
+        return tuple(dict.fromkeys(config.export_formats))
+    usual = family.lora_rules(config.lora_base_model[0]).exports
+    return (*usual, "kohya") if config.align_to_opensource_format else usual
+
+
+def check_formats(
+    config: TrainingConfig,
+    family: Family,
+    base: str,
+    found: Found,
+    layers: Mapping[str, nn.Module],
+) -> None:
+    """Let the target of each format that is written try a LoRA of rank 1 on these layers.
+
+    Args:
+        base: the component or part that gets the LoRA.
+
+    Raises:
+        TargetError: a format has no name for one of the layers, or its tool would not take it.
+    """
+    rules = {base: family.lora_rules(base)}
+    lora = _of_rank_1(layers)
+    formats: list[LoraFormat] = [*export_formats(config, family)]
+    native = checkpoint_format(config, family)
+    if native is not None and native not in formats:
+        formats.append(native)
+    shapes = {name: tuple(tensor.shape) for name, tensor in lora.up.items()}
+    tried = digest_of([architecture_of(found), shapes, formats, config.lora_method])
+    if tried in _HELD:
+        return
+    if config.lora_method == "dora":
+        folder, dora = rules[base].folder, _dora_of(layers, lora)
+        named = {f"{folder}.{name}": tensor for name, tensor in dora.items()}
+        try:
+            rules[base].load(build_empty(found), named, dora_settings(folder, dora, 1, 1.0))
+        except REFUSALS as error:
+            raise _unheld("diffusers", str(error)) from error
+        _HELD.add(tried)
+        return
+    for name in formats:
+        try:
+            spelled = find_format(name).write({base: lora}, rules)
+            find_format(name).try_load(spelled, base, build_empty(found), rules)
+        except KeyError as error:
+            raise _unheld(name, f"it has no name for {error.args[0]}") from error
+        except Unread as error:
+            raise _unheld(name, str(error)) from error
+    _HELD.add(tried)
+
+
+def _unheld(name: str, why: str) -> TargetError:
+    return TargetError(
+        f"a LoRA on these layers could not be loaded in the format {name}: {why}",
+        where="lora_base_model, lora_target_modules, checkpoint_format, export_formats",
+        do="choose other layers, another format, or another model",
+    )
+
+
+def _of_rank_1(layers: Mapping[str, nn.Module]) -> Lora:
+    down: Tensors = {}
+    up: Tensors = {}
+    for name, layer in layers.items():
+        weight: Any = layer.weight
+        down[name] = torch.ones(1, *weight.shape[1:])
+        up[name] = torch.ones(len(weight), 1, *(1,) * (weight.ndim - 2))
+    return Lora(down, up, dict.fromkeys(down, 1.0))
+
+
+def _dora_of(layers: Mapping[str, nn.Module], lora: Lora) -> Tensors:
+    """A DoRA on the same layers, by the names of checkpoints."""
+    tensors: Tensors = {}
+    for name, layer in layers.items():
+        weight: Any = layer.weight
+        more = weight.shape[2:]
+        tensors[f"{name}.lora_A.weight"] = lora.down[name]
+        tensors[f"{name}.lora_B.weight"] = lora.up[name]
+        size = (1, len(weight), *(1 for _ in more)) if more else (len(weight),)
+        tensors[f"{name}.lora_magnitude_vector"] = torch.ones(size)
+    return tensors
