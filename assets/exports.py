@@ -39,6 +39,9 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
 
         with user_errors():
             exported = export_folder(parameters.apply(recipe.config), hub.open())
+        effect = exported.effect
+        if effect is not None and effect.is_nothing:
+            context.log.warning(f"the LoRA: {effect}")
         if exported.unfinished is not None:
             context.log.warning(
                 f"the training is unfinished: its checkpoint of {exported.unfinished} was exported"
@@ -58,6 +61,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
                     }
                     for item in files
                 ),
+                **({} if exported.effect is None else {"change_of_weights": str(exported.effect)}),
                 "folder": dg.MetadataValue.path(str(files[0].path.parent.absolute())),
             },
             data_version=dg.DataVersion(digest_of([item.digest for item in files])),

@@ -187,6 +187,8 @@ def export(config: TrainingConfig, record: "RunRecord", found: "FoundModel") -> 
                 filter(None, [known.do, "give the same command again: it exports them"])
             ),
         ) from error
+    if exported.effect is not None:
+        print(f"the LoRA: {exported.effect}", flush=True)
     for item in exported.files:
         print(f"exported {item.path.absolute()}\n  {how_to_load(item, found.family)}", flush=True)
 

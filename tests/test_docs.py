@@ -17,6 +17,8 @@ from diffsynth_dagster.config.flags import parser
 from diffsynth_dagster.data.table.check import check_columns
 from diffsynth_dagster.data.table.read import open_table
 from diffsynth_dagster.data.table.values import check_structure
+from diffsynth_dagster.export.__main__ import main as convert
+from diffsynth_dagster.export.__main__ import parser as convert_parser
 from diffsynth_dagster.families import each_family, find_family
 from diffsynth_dagster.train import main
 from diffsynth_dagster.weights.identify import guess_family
@@ -116,6 +118,10 @@ def test_commands_of_the_docs_run(
             == 2
         )
         assert "there is no store" in capsys.readouterr().err
+    elif "diffsynth_dagster.export" in command:
+        # A fresh checkout has no LoRA: the command says so.
+        assert convert(command[command.index("diffsynth_dagster.export") + 1 :]) == 2
+        assert "the LoRA file does not exist" in capsys.readouterr().err
     else:
         assert command[1:3] == ["job", "execute"]
         from diffsynth_dagster.definitions import definitions
@@ -140,7 +146,8 @@ def test_names_of_the_usage_page_are_those_of_the_code() -> None:
     )
     for name in set(re.findall(r"DIFFSYNTH_[A-Z_]+", USAGE)):
         assert re.search(rf"\b{name}\b", code), name
-    flags = {option for action in parser()._actions for option in action.option_strings}
+    parsers = (parser(), convert_parser())
+    flags = {o for each in parsers for action in each._actions for o in action.option_strings}
     named = set(re.findall(r"`(--[\w-]+)[^`]*`", USAGE))
     assert named
     assert named <= flags, named - flags

@@ -10,8 +10,8 @@ from diffsynth_dagster.formats import FORMATS
 from diffsynth_dagster.run.guard import FailureGuard, PrintedFailures
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m diffsynth_dagster.export",
         description="Write a LoRA file, of this trainer or another tool, in the names of a tool.",
@@ -26,8 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=family_names(),
         help="the model that it is for; left out, the file's header or its names say it",
     )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
     with FailureGuard(PrintedFailures()) as guard:
-        arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        arguments = parser().parse_args(sys.argv[1:] if argv is None else argv)
         from diffsynth_dagster.export.convert import convert
 
         print(convert(arguments.file, arguments.to, arguments.output, arguments.family))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster.errors import OutputError, ParameterError, WeightsError
+from diffsynth_dagster.export.run import ROUNDING
 from diffsynth_dagster.families import each_family, find_family
 from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.lora import Lora
@@ -18,9 +19,6 @@ from diffsynth_dagster.formats.reading import read_all
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
 from diffsynth_dagster.weights.lora import NONSENSE, PROVENANCE_KEY, loras_in, require_lora
-
-ROUNDING = 1e-5
-"""The largest relative difference of the change of a layer that counts as none."""
 
 
 def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None) -> str:

@@ -7,6 +7,7 @@ from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError, UserError
 from diffsynth_dagster.export.chosen import chosen_checkpoint
+from diffsynth_dagster.export.effect import Effect, effect_of
 from diffsynth_dagster.export.run import Exported, export_checkpoint, verify_export
 from diffsynth_dagster.run.folder import owned
 from diffsynth_dagster.run.record import RunRecord, read_record
@@ -22,11 +23,13 @@ class Exports:
     Attributes:
         unfinished: see `chosen.Chosen`.
         problems: of the files that the loader of their tool does not take.
+        effect: what the LoRAs change; None where there are none.
     """
 
     files: list[Exported]
     unfinished: str | None
     problems: list[UserError]
+    effect: Effect | None = None
 
 
 def export_folder(config: TrainingConfig, hub: ModelHub) -> Exports:
@@ -59,7 +62,9 @@ def export_held(config: TrainingConfig, record: RunRecord, found: FoundModel) ->
             verify_export(item, found)
         except UserError as error:
             problems.append(error)
-    return Exports(files, chosen.unfinished, problems)
+    loras = {name: lora for item in files for name, lora in item.trained.items()}
+    effect = effect_of(loras, record.weight_norms) if loras else None
+    return Exports(files, chosen.unfinished, problems, effect)
 
 
 def _require_record(folder: Path) -> RunRecord:

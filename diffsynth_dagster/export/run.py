@@ -11,7 +11,7 @@ exports/peft/<folder>/adapter_model.safetensors                a LoKr or OFT, wh
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.lora import Lora, LoraFormat
 from diffsynth_dagster.files import write_tensors, write_text
 from diffsynth_dagster.formats import Spelled, find_format, peft
+from diffsynth_dagster.formats.change import difference
 from diffsynth_dagster.formats.contract import Unread
 from diffsynth_dagster.formats.diffusers import ADAPTER_KEY, REFUSALS, dora_settings
 from diffsynth_dagster.formats.reading import of_loras
@@ -59,6 +60,7 @@ class Exported:
         components: what it holds: one component, or the LoRAs of several.
         kind: "lora" or "full".
         digest: BLAKE3 of the file.
+        trained: component → the LoRA that it must apply, as the training made it.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class Exported:
     digest: str
     tensors: int
     bytes: int
+    trained: Mapping[str, Lora] = field(default_factory=dict[str, Lora], compare=False, repr=False)
 
 
 def split_modules(
@@ -163,7 +166,7 @@ def _export_loras(
         )
         if config is not None:
             write_text(path.parent / peft.CONFIG, config)
-        exported.append(_exported(path, own, "lora", name))
+        exported.append(replace(_exported(path, own, "lora", name), trained=own))
     return exported
 
 
@@ -290,11 +293,16 @@ def _exported(path: Path, components: Iterable[str], kind: str, target: LoraForm
     )
 
 
+ROUNDING = 1e-5
+"""The largest relative difference of the change of a layer that counts as rounding."""
+
+
 def verify_export(exported: Exported, found: FoundModel) -> None:
     """Load an exported file the way the tool it is for does, into a module on the meta device.
 
     Raises:
-        WeightsError: that tool's loader refuses it, or leaves tensors out.
+        WeightsError: that tool's loader refuses it, or leaves tensors out, or would change a layer in
+            another way than the training did.
     """
     if exported.kind == "full":
         source = found.components[exported.components[0]]
@@ -324,9 +332,15 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
     for name in exported.components:
         module = build_empty(found.components[name])
         try:
-            find_format(exported.format).try_load(spelled, name, module, rules)
+            loaded = find_format(exported.format).try_load(spelled, name, module, rules)
         except Unread as error:
             raise _unloadable(exported, str(error)) from error
+        trained = exported.trained.get(name, loaded)
+        apart = difference(trained, loaded)
+        if apart > ROUNDING:
+            raise _unloadable(
+                exported, f"it changes a layer of {name} by {apart:.1e} of the change more or less"
+            )
 
 
 def _load_dora(

@@ -33,6 +33,7 @@ class RunRecord:
         writing: the files of one that is about to be written.
         parameters: those that the result depends on and that count by value, by name; none in records of
             older versions.
+        weight_norms: component → layer that gets a LoRA → the Frobenius norm of its weights.
         lora: rank and alpha, when a LoRA was trained; see `TrainingConfig.adapter` for others.
         evaluation: metrics of `customized_evaluation`, named before/… and after/….
         pictures: name → file name under samples/.
@@ -56,6 +57,7 @@ class RunRecord:
     config_digest: str
     lora: dict[str, Any] | None
     parameters: dict[str, Any] = field(default_factory=dict)
+    weight_norms: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     total_steps: int = 0
     steps: int = 0
     seconds: float = 0.0
@@ -128,9 +130,11 @@ class RunFile:
         """What is known so far."""
         return replace(self._record, final_loss=self._final_loss)
 
-    def begin(self, total_steps: int) -> None:
+    def begin(
+        self, total_steps: int, weight_norms: Mapping[str, dict[str, float]] | None = None
+    ) -> None:
         """Put the record in the place of that of an older training."""
-        self._update(total_steps=total_steps)
+        self._update(total_steps=total_steps, weight_norms=dict(weight_norms or {}))
 
     def _update(self, write: bool = True, **facts: Any) -> None:
         self._record = replace(self._record, **facts)

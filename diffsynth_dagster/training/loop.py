@@ -14,7 +14,7 @@ from diffsynth_dagster.run.stop import finishing
 from diffsynth_dagster.training.batches import Batch, steps_of
 from diffsynth_dagster.training.held_out import HeldOut
 from diffsynth_dagster.training.late import Moment
-from diffsynth_dagster.training.modules import fingerprints
+from diffsynth_dagster.training.modules import fingerprints, weight_norms
 from diffsynth_dagster.training.optimizer_step import MadeSteps, peak_memory, train_step
 from diffsynth_dagster.training.periodic import (
     Checkpoints,
@@ -56,7 +56,7 @@ def _train(work: Work) -> RunRecord:
         make_ready(run_file.folder, state, reporter.warn)
         keep_tables(run_file.folder, session.manifest.folder)
         write_text(run_file.folder / "config.yaml", dump_config(config))
-    run_file.begin(work.total_steps)
+    run_file.begin(work.total_steps, weight_norms(work.step_module.components.items()))
     pictures = Pictures(work)
     points = SavePoints(config, work.data.order.steps_per_epoch, work.total_steps)
     checkpoints = Checkpoints(points)

@@ -5,8 +5,10 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from diffsynth_dagster.cache.encode import step_components
@@ -306,6 +308,18 @@ def evaluating(module: nn.Module) -> Generator[None]:
     finally:
         for inside, mode in modes.items():
             inside.training = mode
+
+
+def weight_norms(components: Iterable[tuple[str, nn.Module]]) -> dict[str, dict[str, float]]:
+    """Component → layer with a LoRA → the Frobenius norm of its weights, to six digits."""
+    norms: dict[str, dict[str, float]] = {}
+    for name, component in components:
+        for layer, module in component.named_modules():
+            if isinstance(module, LoraLayer):
+                weight: Any = module.get_base_layer().weight
+                norm = float(weight.detach().float().norm())
+                norms.setdefault(name, {})[layer] = float(f"{norm:.6g}")
+    return norms
 
 
 def fingerprints(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[float, float]]:
