@@ -202,6 +202,7 @@ ALTERNATIVES: dict[str, Change] = {
     "align_to_opensource_format": {"align_to_opensource_format": True},
     "checkpoint_format": {"checkpoint_format": "guide"},
     "export_formats": {"export_formats": ["peft"]},
+    "export_checkpoint": {"export_checkpoint": "1"},
     # course
     "task": {"task": "direct_distill"},
     "min_timestep_boundary": {"min_timestep_boundary": 0.25},

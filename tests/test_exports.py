@@ -108,6 +108,30 @@ def test_the_newest_whole_checkpoint_of_an_unfinished_training(
     assert not (broken / "none").exists()
 
 
+def test_the_recipe_says_which_checkpoint_is_exported(values: Values, tmp_path: Path) -> None:
+    held_out = {"validation_split": 2, "validation_steps": 1, "keep_best": True}
+    given = values(save_steps=1, num_epochs=2, **held_out)
+    code, run = train(given, tmp_path / "run")
+    assert code == 0
+    record = read_record(run)
+    assert record is not None
+    steps = {name: provenance(run / name)["step"] for name in record.checkpoints}
+    best, last = steps[record.best[0]], max(steps.values())
+    for asked, step in {"best": best, "last": last, "1": 1, None: best}.items():
+        config = make_config({**given, "output_path": str(run), "export_checkpoint": asked})
+        export_folder(config, ModelHub.from_environment())
+        assert provenance(run / FILE)["checkpoint"] in {
+            digest for name, digest in record.checkpoints.items() if steps[name] == step
+        }
+    for asked, words in {"99": "no checkpoint of step 99.*: 1, 2", "best": "no best"}.items():
+        left = [name for name in record.checkpoints if name not in record.best]
+        kept = {name: record.checkpoints[name] for name in left}
+        config = make_config({**given, "output_path": str(run), "export_checkpoint": asked})
+        less = replace(record, best=[], checkpoints=kept)
+        with pytest.raises(OutputError, match=f"(?s){words}"):
+            chosen_checkpoint(config, less, find_family("qwen_image"))
+
+
 def test_an_export_that_fails_loses_no_training(
     values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

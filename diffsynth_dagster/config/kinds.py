@@ -51,13 +51,14 @@ class Mark:
 
 
 class Limits(TypedDict, total=False):
-    """Smallest and largest values, as pydantic's `Field` takes them."""
+    """What values are taken, as pydantic's `Field` has it."""
 
     ge: float
     gt: float
     le: float
     lt: float
     min_length: int
+    pattern: str
 
 
 def parameter(

@@ -32,6 +32,13 @@ class OutputParameters(BaseModel):
             min_length=1,
         )
     )
+    export_checkpoint: str | None = parameter(
+        None,
+        "Which checkpoint is exported: `best`, `last`, or the number of its step. Left out, the best "
+        "where it is kept, else the last.",
+        affects="exports",
+        pattern=r"^(?:best|last|[1-9]\d*)$",
+    )
     save_steps: int | None = parameter(
         None,
         "Optimizer steps between two step-N.safetensors; left out, every epoch "

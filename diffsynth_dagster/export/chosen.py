@@ -31,16 +31,21 @@ class Chosen:
 
 
 def chosen_checkpoint(config: TrainingConfig, record: RunRecord, family: Family) -> Chosen:
-    """The checkpoint that is exported: see `RunRecord.chosen`.
+    """The checkpoint that is exported: that of `export_checkpoint`, or see `RunRecord.chosen`.
 
-    Of a training that was stopped or failed, it is the newest whole one where that one is not whole.
+    Of a training that was stopped or failed, and that none is named of, it is the newest whole one where
+    that one is not whole.
 
     Raises:
         OutputError: there is none, or its bytes are not those that the training wrote.
     """
     folder = Path(config.output_path)
     damaged: Path | None = None
-    for names in [record.chosen] if record.finished else _candidates(config, record, family):
+    if config.export_checkpoint is not None:
+        every = [_named(config, record, family)]
+    else:
+        every = [record.chosen] if record.finished else _candidates(config, record, family)
+    for names in every:
         paths = [folder / name for name in names]
         changed = [p for p in paths if not _is_whole(p, record)]
         if paths and not changed:
@@ -54,6 +59,31 @@ def chosen_checkpoint(config: TrainingConfig, record: RunRecord, family: Family)
         "the checkpoint is missing or was changed since the training wrote it",
         where=str(damaged.absolute()),
         do="train again",
+    )
+
+
+def _named(config: TrainingConfig, record: RunRecord, family: Family) -> list[str]:
+    """The files of the checkpoint that `export_checkpoint` names. Raises `OutputError`."""
+    asked, folder = config.export_checkpoint, Path(config.output_path)
+    if asked == "last":
+        return record.newest
+    if asked == "best" and record.best:
+        return record.best
+    found: dict[int, list[str]] = {}
+    for names in _candidates(config, record, family):
+        if names and all((folder / name).is_file() for name in names):
+            found.setdefault(_step_of(folder / names[0]), names)
+    if asked != "best" and asked is not None and int(asked) in found:
+        return found[int(asked)]
+    steps = ", ".join(map(str, sorted(found))) or "none"
+    raise OutputError(
+        "no best checkpoint is kept"
+        if asked == "best"
+        else f"there is no checkpoint of step {asked}",
+        where=f"export_checkpoint = {asked}, {folder.absolute()}",
+        do="train with keep_best, or leave it out"
+        if asked == "best"
+        else f"give the step of a checkpoint that is there: {steps}",
     )
 
 
@@ -75,5 +105,10 @@ def _is_whole(path: Path, record: RunRecord) -> bool:
 
 def _progress(path: Path, record: RunRecord) -> str:
     """How far a training had come when it wrote a checkpoint."""
-    step = json.loads(read_metadata(path)[PROVENANCE_KEY])["step"]
+    step = _step_of(path)
     return f"step {step} of {record.total_steps}" if record.total_steps else f"step {step}"
+
+
+def _step_of(path: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return json.loads(read_metadata(path)[PROVENANCE_KEY])["step"]
