@@ -27,7 +27,10 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
         code_version=code_version(recipe.config, "exports"),
         check_specs=[
             dg.AssetCheckSpec(
-                CHECK, asset=key, description="The loader of the target takes every file."
+                CHECK,
+                asset=key,
+                blocking=True,
+                description="The tool that each file is for takes it, and applies what was trained.",
             )
         ],
     )

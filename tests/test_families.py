@@ -31,6 +31,7 @@ from diffsynth_dagster.training.modules import lora_targets
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.layout import from_layout_of, in_layout_of
 from diffsynth_dagster.weights.load import build_empty, load_component
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
 
@@ -148,6 +149,24 @@ def each_kind(function: Any) -> Any:
         for c in TABLE
     ]
     return pytest.mark.parametrize("place", cases, indirect=True)(function)
+
+
+@each_kind
+def test_weights_go_back_into_the_layout_of_their_files(place: Place) -> None:
+    """All that is trained in full is written as the files have it that it was loaded from."""
+    layout = "original" if "original" in place.case.layouts else "diffusers"
+    for name, found in place.found(layout).components.items():
+        module = load_component(found, "cpu", torch.float32)
+        trained = {n: torch.randn(p.shape) for n, p in module.named_parameters()}
+        written = in_layout_of(found, trained)
+        assert written.keys() <= found.header.keys(), name
+        assert all(tuple(t.shape) == found.header[n].shape for n, t in written.items())
+        converted = found.component.convert(dict(written))
+        read = from_layout_of(found, written)
+        assert read.keys() == trained.keys()
+        for n, tensor in trained.items():
+            assert torch.equal(converted[n], tensor)
+            assert torch.equal(read[n], tensor)
 
 
 def dataset(config: TrainingConfig, found: FoundModel, folder: Path) -> StepDataset:

@@ -37,6 +37,11 @@ class _Rows:
     rows: torch.Tensor
     turned: bool = False
 
+    @property
+    def is_all(self) -> bool:
+        """Whether the rows are 0, 1, 2, …: with as many as the other tensor has, it is that tensor."""
+        return not self.turned and torch.equal(self.rows, torch.arange(len(self.rows)))
+
 
 def in_layout_of(found: Found, tensors: Tensors) -> Tensors:
     """Tensors of a component's module as the files have them that it was loaded from: the authors' names, or
@@ -57,6 +62,9 @@ def in_layout_of(found: Found, tensors: Tensors) -> Tensors:
         count = shape[0] if shape else 1
         if sum(len(places[name].rows) for name in names) != count:
             return tensors  # a tensor of the files is trained in part
+        if len(names) == 1 and places[names[0]].is_all:
+            written[theirs] = tensors[names[0]].reshape(shape)
+            continue
         whole = torch.empty((count, *shape[1:]), dtype=tensors[names[0]].dtype)
         for name in names:
             own = tensors[name].T if places[name].turned else tensors[name]
