@@ -9,7 +9,7 @@ from diffsynth_dagster.config import Recipe
 from resources import Hub, Parameters
 
 if TYPE_CHECKING:
-    from diffsynth_dagster.export import Exports
+    from diffsynth_dagster.export import Card, Exports
 
 CHECK = "export_loads"
 
@@ -45,6 +45,9 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
         effect = exported.effect
         if effect is not None and effect.is_nothing:
             context.log.warning(f"the LoRA: {effect}")
+        card = exported.card
+        if card is not None and card.kept:
+            context.log.info(f"{card.path} was edited, and stays as it is")
         if exported.unfinished is not None:
             context.log.warning(
                 f"the training is unfinished: its checkpoint of {exported.unfinished} was exported"
@@ -65,6 +68,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
                     for item in files
                 ),
                 **({} if exported.effect is None else {"change_of_weights": str(exported.effect)}),
+                **({} if card is None else _card_facts(card)),
                 "folder": dg.MetadataValue.path(str(files[0].path.parent.absolute())),
             },
             data_version=dg.DataVersion(digest_of([item.digest for item in files])),
@@ -75,6 +79,14 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
         )
 
     return exports
+
+
+def _card_facts(card: "Card") -> dict[str, dg.MetadataValue]:
+    """The model card, and where it lies."""
+    return {
+        "card": dg.MetadataValue.md(card.shown),
+        "card_file": dg.MetadataValue.path(str(card.path.absolute())),
+    }
 
 
 def _check(exported: "Exports") -> dg.AssetCheckResult:

@@ -19,7 +19,8 @@ _OTHERS = "|".join(
         r"\.(?:samples|held_out|compared)\.(?:records|bin|captions|json)",
         r"\.lock|\.owner\.json",
         # Folders that are the project's with all that is in them.
-        r"(?:state/step-\d+|\.prompts|exports/(?:diffusers|kohya|peft))/.+",
+        r"(?:state/step-\d+|\.prompts|exports/(?:diffusers|comfyui|guide|kohya|peft|authors))/.+",
+        r"exports/(?:README\.md|loss\.svg)",
     ]
 )
 OWN = rf"(?s)^(?:(?:{_OLDER}|\.older)/)?(?:{_CHECKPOINT}|{_SAMPLE}|{_OTHERS})$"

@@ -187,6 +187,8 @@ def export(config: TrainingConfig, record: "RunRecord", found: "FoundModel") -> 
                 filter(None, [known.do, "give the same command again: it exports them"])
             ),
         ) from error
+    if exported.card is not None and exported.card.kept:
+        print(f"{exported.card.path} was edited, and stays as it is", flush=True)
     if exported.effect is not None:
         print(f"the LoRA: {exported.effect}", flush=True)
     for item in exported.files:

@@ -6,9 +6,11 @@ from pathlib import Path
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError, UserError
+from diffsynth_dagster.export.card import Card, write_card
 from diffsynth_dagster.export.chosen import chosen_checkpoint
 from diffsynth_dagster.export.effect import Effect, effect_of
-from diffsynth_dagster.export.run import Exported, export_checkpoint, verify_export
+from diffsynth_dagster.export.exported import Exported
+from diffsynth_dagster.export.run import export_checkpoint, verify_export
 from diffsynth_dagster.run.folder import owned
 from diffsynth_dagster.run.record import RunRecord, read_record
 from diffsynth_dagster.training.overlap import refuse_overlap
@@ -24,12 +26,14 @@ class Exports:
         unfinished: see `chosen.Chosen`.
         problems: of the files that the loader of their tool does not take.
         effect: what the LoRAs change; None where there are none.
+        card: the model card beside them; None where there are problems.
     """
 
     files: list[Exported]
     unfinished: str | None
     problems: list[UserError]
     effect: Effect | None = None
+    card: Card | None = None
 
 
 def export_folder(config: TrainingConfig, hub: ModelHub) -> Exports:
@@ -49,7 +53,8 @@ def export_folder(config: TrainingConfig, hub: ModelHub) -> Exports:
 
 
 def export_held(config: TrainingConfig, record: RunRecord, found: FoundModel) -> Exports:
-    """Export the checkpoint of a run folder that is held, and let the loader of its tool try each file.
+    """Export the checkpoint of a run folder that is held, let the loader of its tool try each file, and
+    write the model card.
 
     Raises:
         OutputError: see `chosen_checkpoint`; or the folder cannot be written.
@@ -64,7 +69,8 @@ def export_held(config: TrainingConfig, record: RunRecord, found: FoundModel) ->
             problems.append(error)
     loras = {name: lora for item in files for name, lora in item.trained.items()}
     effect = effect_of(loras, record.weight_norms) if loras else None
-    return Exports(files, chosen.unfinished, problems, effect)
+    card = None if problems else write_card(config, record, found, chosen, files)
+    return Exports(files, chosen.unfinished, problems, effect, card)
 
 
 def _require_record(folder: Path) -> RunRecord:

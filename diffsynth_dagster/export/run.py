@@ -3,28 +3,25 @@
 exports/<format>/pytorch_lora_weights.safetensors              LoRAs in a format: see `formats`
 exports/<format>/<folder>/pytorch_lora_weights.safetensors     one each, where a file cannot hold
                                                                them all: the experts of Wan2.2
-exports/diffusers/<folder>/diffusion_pytorch_model.safetensors a module trained in full
+exports/diffusers/<folder>/…, exports/authors/<folder>/…       a module trained in full: see `full`
 exports/peft/<folder>/adapter_model.safetensors                a LoKr or OFT, which diffusers'
                                                                pipelines do not load, for peft
 """
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import ConfigMixin
 from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
-from torch import nn
-from transformers import PreTrainedModel
 
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.export.chosen import Chosen, chosen_checkpoint
-from diffsynth_dagster.facts import FactCache, digest_file
+from diffsynth_dagster.export.exported import Exported, unloadable
+from diffsynth_dagster.export.full import export_full, verify_full
+from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.lora import Lora, LoraFormat
 from diffsynth_dagster.files import write_tensors, write_text
@@ -39,38 +36,13 @@ from diffsynth_dagster.training.checkpoint import checkpoint_files
 from diffsynth_dagster.training.lora_formats import export_formats
 from diffsynth_dagster.weights.adapter_files import PEFT_START, layer_of
 from diffsynth_dagster.weights.header import read_header, read_metadata
-from diffsynth_dagster.weights.identify import Found, FoundModel
-from diffsynth_dagster.weights.layout import from_layout_of
+from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import build_empty, read_tensors
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY, loras_in
-from diffsynth_dagster.weights.models import Models, component_digest
-from diffsynth_dagster.weights.recognise import read_architecture
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A file that another tool loads.
-
-    Attributes:
-        format: see `formats`; of a module trained in full, "diffusers".
-        components: what it holds: one component, or the LoRAs of several.
-        kind: "lora" or "full".
-        digest: BLAKE3 of the file.
-        trained: component → the LoRA that it must apply, as the training made it.
-    """
-
-    path: Path
-    format: LoraFormat
-    components: tuple[str, ...]
-    kind: str
-    digest: str
-    tensors: int
-    bytes: int
-    trained: Mapping[str, Lora] = field(default_factory=dict[str, Lora], compare=False, repr=False)
 
 
 def split_modules(
@@ -105,7 +77,7 @@ def export_checkpoint(
 
     Raises:
         OutputError: the folder cannot be written.
-        WeightsError: see `_with_untrained`.
+        WeightsError: see `export_full`.
     """
     unfinished = {} if chosen.unfinished is None else {"unfinished": chosen.unfinished}
     provenance = {**record.provenance, "checkpoint": chosen.digest, **unfinished}
@@ -135,9 +107,7 @@ def export_checkpoint(
     if others:
         exported += _export_adapters(folder, found, others, record, provenance)
     for component, own in whole.items():
-        trained = from_layout_of(found.components[component], own)
-        tensors = _with_untrained(config, record, found, component, trained)
-        exported.append(_export_full(folder / "diffusers", found, component, tensors, provenance))
+        exported += export_full(config, record, found, component, own, provenance)
     return exported
 
 
@@ -231,55 +201,6 @@ def _export_peft(
     return _exported(path, [name], "lora", "peft")
 
 
-def _with_untrained(
-    config: TrainingConfig, record: RunRecord, found: FoundModel, name: str, trained: Tensors
-) -> Tensors:
-    """The tensors of a whole component: those that were not trained come from the model files.
-
-    Raises:
-        WeightsError: the files are not those that were trained on.
-    """
-    if all(n in trained for n, _ in build_empty(found.components[name]).named_parameters()):
-        return trained
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
-        if component_digest(found, name, fact_cache) != record.base[name]:
-            raise WeightsError(
-                f"the files of '{name}' are not those that the training began with",
-                where=found.components[name].entry.text,
-                do="put those back: the checkpoint holds a part of the model, and the rest is theirs",
-            )
-    kind = next(iter(trained.values())).dtype
-    base = Models(found, torch.device("cpu"), kind, on_cpu_first=True).get([name])[name]
-    return {**base.state_dict(), **trained}
-
-
-def _export_full(
-    folder: Path, found: FoundModel, name: str, tensors: Tensors, provenance: Mapping[str, object]
-) -> Exported:
-    """Write a whole component."""
-    source = found.components[name]
-    module = build_empty(source)
-    is_transformers = isinstance(module, PreTrainedModel)
-    file = "model" if is_transformers else "diffusion_pytorch_model"
-    path = folder / source.component.folder / f"{file}.safetensors"
-    metadata = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
-    write_tensors(path, tensors, metadata)
-    _write_config(path.parent / "config.json", source, module)
-    return _exported(path, [name], "full", "diffusers")
-
-
-def _write_config(path: Path, source: Found, module: nn.Module) -> None:
-    """The settings of the module, as the config.json of the library that reads it."""
-    if isinstance(module, ConfigMixin):
-        write_text(path, module.to_json_string())
-    elif source.config is not None:
-        write_text(path, json.dumps(source.config, indent=2) + "\n")
-    else:
-        assert isinstance(module, PreTrainedModel)
-        module.config.architectures = [type(module).__name__]
-        write_text(path, module.config.to_json_string())
-
-
 def _exported(path: Path, components: Iterable[str], kind: str, target: LoraFormat) -> Exported:
     header = read_header(path)
     return Exported(
@@ -305,19 +226,9 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
             another way than the training did.
     """
     if exported.kind == "full":
-        source = found.components[exported.components[0]]
-        config = read_architecture(exported.path.parent, source.component)
-        if config is None:
-            raise _unloadable(exported, "its config.json is missing, or of another architecture")
-        module = build_empty(replace(source, config=config))
-        wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-        have = {name: info.shape for name, info in read_header(exported.path).items()}
-        wrong = sorted(name for name in have if wanted.get(name) != have[name])
-        tied = getattr(module, "all_tied_weights_keys", None) or {}
-        wrong += sorted(name for name in wanted if name not in have and name not in tied)
-        if wrong:
-            raise _unloadable(exported, f"tensors differ from the architecture: {wrong[:3]}")
+        verify_full(exported, found)
         return
+    assert exported.format != "authors", "which no LoRA has"
     tensors, notes = read_tensors([exported.path]), read_metadata(exported.path)
     if not of_loras(tensors).keys() >= tensors.keys():
         if exported.format == "peft":
@@ -334,11 +245,11 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
         try:
             loaded = find_format(exported.format).try_load(spelled, name, module, rules)
         except Unread as error:
-            raise _unloadable(exported, str(error)) from error
+            raise unloadable(exported, str(error)) from error
         trained = exported.trained.get(name, loaded)
         apart = difference(trained, loaded)
         if apart > ROUNDING:
-            raise _unloadable(
+            raise unloadable(
                 exported, f"it changes a layer of {name} by {apart:.1e} of the change more or less"
             )
 
@@ -354,10 +265,10 @@ def _load_dora(
             settings = json.loads(notes[ADAPTER_KEY])
             found.family.lora_rules(name).load(module, tensors, settings)
         except REFUSALS as error:
-            raise _unloadable(exported, str(error)) from error
+            raise unloadable(exported, str(error)) from error
         taken += sum(".lora_" in n for n, _ in module.named_parameters())
     if taken != len(tensors):
-        raise _unloadable(exported, f"it takes {taken} of {len(tensors)} tensors")
+        raise unloadable(exported, f"it takes {taken} of {len(tensors)} tensors")
 
 
 def _load_by_peft(exported: Exported, found: FoundModel, tensors: Tensors) -> None:
@@ -368,15 +279,7 @@ def _load_by_peft(exported: Exported, found: FoundModel, tensors: Tensors) -> No
         inject_adapter_in_model(settings, module, ADAPTER, low_cpu_mem_usage=True)
         loaded: Any = set_peft_model_state_dict(module, tensors, ADAPTER, low_cpu_mem_usage=True)
     except (ValueError, KeyError, RuntimeError, TypeError, AssertionError) as error:
-        raise _unloadable(exported, str(error)) from error
+        raise unloadable(exported, str(error)) from error
     wrong = [*filter(is_adapter, loaded.missing_keys), *loaded.unexpected_keys]
     if wrong:
-        raise _unloadable(exported, f"tensors are missing or unknown: {wrong[:3]}")
-
-
-def _unloadable(exported: Exported, why: str) -> WeightsError:
-    return WeightsError(
-        f"the exported file does not load in {exported.format}: {why}",
-        where=str(exported.path),
-        do="report this with the recipe; the checkpoint beside it is unharmed",
-    )
+        raise unloadable(exported, f"tensors are missing or unknown: {wrong[:3]}")

@@ -23,7 +23,11 @@ from diffsynth_dagster.run.record import (
 
 Warn = Callable[[str], None]
 _LEFT = "what an older training left"
-_EXPORTS = tuple(f"exports/{tool}" for tool in ("diffusers", "kohya", "peft"))
+_EXPORTED = (
+    *("diffusers", "comfyui", "guide", "kohya", "peft", "authors"),
+    *("README.md", "loss.svg"),
+)
+_EXPORTS = tuple(f"exports/{name}" for name in _EXPORTED)
 
 
 def earlier_record(output: Path) -> RunRecord | None:

@@ -181,8 +181,9 @@ def test_parts_of_one_component_make_one_file(model: Path, clips: Path, tmp_path
     found = find_model(config, HUB)
     record = read_record(run)
     assert record is not None
-    (exported,) = export_run(config, record, found)
-    verify_export(exported, found)
+    exported, theirs = export_run(config, record, found)
+    for item in (exported, theirs):
+        verify_export(item, found)
     checkpoint = load_file(run / "epoch-0.safetensors")
     whole = load_file(exported.path)
     assert len(whole) == len(checkpoint)
@@ -193,6 +194,8 @@ def test_parts_of_one_component_make_one_file(model: Path, clips: Path, tmp_path
         assert torch.equal(whole[name], tensor)
     again = WanVACETransformer3DModel.from_pretrained(exported.path.parent)
     assert again.state_dict().keys() == whole.keys()
+    in_their_names = {name.split(".", 2)[2]: tensor for name, tensor in checkpoint.items()}
+    assert load_file(theirs.path).keys() == in_their_names.keys()
 
 
 def test_a_part_that_the_model_lacks_is_refused(

@@ -1,0 +1,54 @@
+"""What was exported, as everything that handles exports knows it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.facts import digest_file, digest_of
+from diffsynth_dagster.families.lora import Lora, LoraFormat
+
+ExportFormat = LoraFormat | Literal["authors"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that another tool loads, or the shards of one model.
+
+    Attributes:
+        path: the file; of shards, their index.
+        format: see `formats`; of a module trained in full, "diffusers", or "authors" for the layout of
+            the files that it was loaded from.
+        components: what it holds: one component, or the LoRAs of several.
+        kind: "lora" or "full".
+        digest: BLAKE3 of the file; of shards, that of the digests of all files.
+        tensors, bytes: of all files together.
+        trained: component → the LoRA that it must apply, as the training made it.
+    """
+
+    path: Path
+    format: ExportFormat
+    components: tuple[str, ...]
+    kind: str
+    digest: str
+    tensors: int
+    bytes: int
+    trained: Mapping[str, Lora] = field(default_factory=dict[str, Lora], compare=False, repr=False)
+
+
+def digest_of_files(paths: Sequence[Path]) -> str:
+    """Digest of a file, or of the names and contents of several."""
+    if len(paths) == 1:
+        return digest_file(paths[0])
+    digests: Mapping[str, str] = {path.name: digest_file(path) for path in paths}
+    return digest_of(digests)
+
+
+def unloadable(exported: Exported, why: str) -> WeightsError:
+    """The error for an exported file that its tool would not take."""
+    return WeightsError(
+        f"the exported file does not load in {exported.format}: {why}",
+        where=str(exported.path),
+        do="report this with the recipe; the checkpoint beside it is unharmed",
+    )
