@@ -27,7 +27,7 @@ from diffsynth_dagster.export.chosen import Chosen, chosen_checkpoint
 from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.lora import Lora, LoraFormat
-from diffsynth_dagster.files import write_tensors, write_text
+from diffsynth_dagster.files import write_text
 from diffsynth_dagster.formats import Spelled, find_format, peft
 from diffsynth_dagster.formats.contract import Unread
 from diffsynth_dagster.formats.diffusers import ADAPTER_KEY, REFUSALS, dora_settings
@@ -42,6 +42,7 @@ from diffsynth_dagster.weights.identify import Found, FoundModel
 from diffsynth_dagster.weights.layout import from_layout_of
 from diffsynth_dagster.weights.load import build_empty, read_tensors
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY, loras_in
+from diffsynth_dagster.weights.model_spec import write_described as write_tensors
 from diffsynth_dagster.weights.models import Models, component_digest
 from diffsynth_dagster.weights.recognise import read_architecture
 
@@ -259,7 +260,8 @@ def _export_full(
     is_transformers = isinstance(module, PreTrainedModel)
     file = "model" if is_transformers else "diffusion_pytorch_model"
     path = folder / source.component.folder / f"{file}.safetensors"
-    metadata = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
+    said = json.dumps({**provenance, "trained": [name]}, sort_keys=True)
+    metadata = {PROVENANCE_KEY: said, "format": "pt"}
     write_tensors(path, tensors, metadata)
     _write_config(path.parent / "config.json", source, module)
     return _exported(path, [name], "full", "diffusers")
