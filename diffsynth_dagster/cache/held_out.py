@@ -134,7 +134,7 @@ def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
     if held_out is not None:
         _require_apart(manifest, held_out, config)
     else:
-        last = _last_held_out(config, manifest)
+        last = last_held_out(config, manifest)
         is_held_out = pl.col(CONTENT_NUMBER) <= last
         held_out = _part(manifest, is_held_out, folder / ".held_out.parquet")
         trained = _part(manifest, ~is_held_out, folder / ".trained.parquet")
@@ -146,8 +146,9 @@ def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
     return Parts(trained, held_out, compared)
 
 
-def _last_held_out(config: TrainingConfig, manifest: Manifest) -> int:
-    """The greatest `CONTENT_NUMBER` of a sample that is held out. Equal contents go together."""
+def last_held_out(config: TrainingConfig, manifest: Manifest) -> int:
+    """The greatest `CONTENT_NUMBER` of a sample that `validation_split` holds out. Equal contents go
+    together."""
     split = config.validation_split
     assert split is not None
     if split < 1:

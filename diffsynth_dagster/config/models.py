@@ -1,10 +1,12 @@
 """Which weights are loaded, and the LoRA that is trained on them."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from diffsynth_dagster.config.kinds import CommaList, ModelList, PathTree, parameter
+from diffsynth_dagster.errors import shown
 
 
 class ModelParameters(BaseModel):
@@ -90,6 +92,19 @@ class ModelParameters(BaseModel):
 
 
 LoraMethod = Literal["lora", "dora", "lokr", "oft"]
+_METHODS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "oft": "OFT"}
+
+
+def adapter_text(lora: Mapping[str, Any]) -> str:
+    """What was put into the layers, in words: `LoRA of rank 16, alpha 8`.
+
+    Args:
+        lora: `TrainingConfig.adapter`, or what the header of a file has of it.
+    """
+    method = str(lora.get("method", "lora"))
+    own = {name: shown(lora[name]).removesuffix(".0") for name in ("rank", "alpha") if name in lora}
+    more = ", ".join(f"{name} {value}" for name, value in own.items())
+    return _METHODS.get(method, method) + (f" of {more}" if more else "")
 
 
 class LoraParameters(BaseModel):

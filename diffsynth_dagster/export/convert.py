@@ -10,7 +10,7 @@ from diffsynth_dagster.export.run import ROUNDING
 from diffsynth_dagster.families import each_family, find_family
 from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.lora import Lora
-from diffsynth_dagster.files import write_tensors, write_text
+from diffsynth_dagster.files import write_text
 from diffsynth_dagster.formats import LoraFormat, find_format, peft
 from diffsynth_dagster.formats.change import difference
 from diffsynth_dagster.formats.contract import Unread
@@ -19,6 +19,7 @@ from diffsynth_dagster.formats.reading import read_all
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
 from diffsynth_dagster.weights.lora import NONSENSE, PROVENANCE_KEY, loras_in, require_lora
+from diffsynth_dagster.weights.model_spec import START, write_described
 
 
 def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None) -> str:
@@ -56,12 +57,15 @@ def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None)
     except KeyError as error:
         raise _not_understood(of, f"{to} has no name for {error.args[0]}", where) from error
     path = _path(file, to, output)
-    kept = {k: v for k, v in notes.items() if k not in (ADAPTER_KEY, PROVENANCE_KEY, "format")}
     provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
+    made_anew = (ADAPTER_KEY, PROVENANCE_KEY, "format")
+    kept = {k: v for k, v in notes.items() if k not in made_anew}
+    if "architecture" in provenance:
+        kept = {k: v for k, v in kept.items() if not k.startswith(START)}
     said = {PROVENANCE_KEY: json.dumps({**provenance, "format": to}, sort_keys=True)}
     config = spelled.notes.get(peft.CONFIG)
     more = {k: v for k, v in spelled.notes.items() if k != peft.CONFIG}
-    write_tensors(path, spelled.tensors, {**kept, **more, **said, "format": "pt"})
+    write_described(path, spelled.tensors, {**kept, **more, **said, "format": "pt"})
     if config is not None:
         write_text(path.parent / peft.CONFIG, config)
     back = find_format(to).read(read_tensors([path]), rules)

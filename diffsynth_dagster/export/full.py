@@ -27,13 +27,14 @@ from diffsynth_dagster.export.exported import (
 )
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.files import refusals, remove, require_held, write_tensors, write_text
+from diffsynth_dagster.files import refusals, remove, require_held, write_text
 from diffsynth_dagster.run.record import RunRecord
 from diffsynth_dagster.weights.header import read_header, read_headers
 from diffsynth_dagster.weights.identify import Found, FoundModel
 from diffsynth_dagster.weights.layout import from_layout_of, in_layout_of
 from diffsynth_dagster.weights.load import build_empty, read_tensors
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY
+from diffsynth_dagster.weights.model_spec import write_described
 from diffsynth_dagster.weights.models import Models, component_digest
 from diffsynth_dagster.weights.recognise import read_architecture
 
@@ -64,14 +65,15 @@ def export_full(
     tensors = _with_untrained(config, record, found, name, from_layout_of(source, own))
     tensors = {n: tensors[n].contiguous() for n in sorted(tensors)}
     exports = Path(config.output_path) / "exports"
-    notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
+    said = json.dumps({**provenance, "trained": [name]}, sort_keys=True)
+    notes = {PROVENANCE_KEY: said, "format": "pt"}
     path = _write_diffusers(exports / "diffusers" / source.component.folder, source, tensors, notes)
     exported = [_exported(path, name, "diffusers")]
     theirs = in_layout_of(source, tensors)
     if theirs.keys() != tensors.keys():
         path = exports / "authors" / source.component.folder / f"{_authors_name(source)}{_SUFFIX}"
         _remove_weights(path.parent, "", keep=path.name)
-        exported.append(_exported(write_tensors(path, theirs, notes), name, "authors"))
+        exported.append(_exported(write_described(path, theirs, notes), name, "authors"))
     return exported
 
 
@@ -112,7 +114,7 @@ def _write_diffusers(
     # First: an old index would say that new shards beside old ones are one model.
     _remove_weights(folder, stem, keep=single if single in shards else None)
     for file, names in shards.items():
-        write_tensors(folder / file, {n: tensors[n] for n in names}, notes)
+        write_described(folder / file, {n: tensors[n] for n in names}, notes)
     _write_config(folder / "config.json", source, module)
     if single in shards:
         return folder / single

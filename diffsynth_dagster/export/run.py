@@ -24,7 +24,7 @@ from diffsynth_dagster.export.full import export_full, verify_full
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.lora import Lora, LoraFormat
-from diffsynth_dagster.files import write_tensors, write_text
+from diffsynth_dagster.files import write_text
 from diffsynth_dagster.formats import Spelled, find_format, peft
 from diffsynth_dagster.formats.change import difference
 from diffsynth_dagster.formats.contract import Unread
@@ -39,6 +39,7 @@ from diffsynth_dagster.weights.header import read_header, read_metadata
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import build_empty, read_tensors
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY, loras_in
+from diffsynth_dagster.weights.model_spec import write_described
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -131,7 +132,7 @@ def _export_loras(
         file = PEFT_FILE if name == "peft" else LORA_FILE
         config = spelled.notes.get(peft.CONFIG)
         notes = {key: text for key, text in spelled.notes.items() if key != peft.CONFIG}
-        path = write_tensors(
+        path = write_described(
             folder / place / file, spelled.tensors, {**notes, **said, "format": "pt"}
         )
         if config is not None:
@@ -175,7 +176,7 @@ def _export_adapters(
             PROVENANCE_KEY: json.dumps(provenance, sort_keys=True),
             "format": "pt",
         }
-        path = write_tensors(folder / "diffusers" / place / LORA_FILE, tensors, notes)
+        path = write_described(folder / "diffusers" / place / LORA_FILE, tensors, notes)
         exported.append(_exported(path, together, "lora", "diffusers"))
     return exported
 
@@ -194,7 +195,7 @@ def _export_peft(
     settings = peft_settings(record.lora, sorted({layer_of(tensor) for tensor in tensors}))
     named = {PEFT_START + tensor: values for tensor, values in tensors.items()}
     notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
-    path = write_tensors(target / PEFT_FILE, named, notes)
+    path = write_described(target / PEFT_FILE, named, notes)
     said = {n: sorted(v) if isinstance(v, set) else v for n, v in settings.to_dict().items()}
     said["inference_mode"] = True
     write_text(target / "adapter_config.json", json.dumps(said, indent=2, sort_keys=True) + "\n")

@@ -254,6 +254,9 @@ class Family:
         decoder: components that `sampling` decodes with.
         repositories: how the names of the family's repositories on the hub start. They show the
             family of a model list before any file is there.
+        architecture: what ModelSpec's `architecture` calls the model in the header of what is written.
+        authors: the code of the model's authors, whose names its files may have; ModelSpec's
+            `implementation` of those.
         scheduler_marks: name of a tensor in a whole checkpoint that nothing computes with → what
             it says about the scheduler.
     """
@@ -277,6 +280,8 @@ class Family:
     checkpoints_gradients: bool = False
     decoder: tuple[str, ...] = ("vae",)
     repositories: tuple[str, ...] = ()
+    architecture: str = ""
+    authors: str = ""
     scheduler_marks: Mapping[str, Settings] = field(default_factory=dict[str, Settings])
 
     def at_work(self, trained: frozenset[str]) -> tuple[Denoiser, ...]:

@@ -45,6 +45,8 @@ class RunRecord:
         best: the files of the checkpoint with the smallest held-out loss, where it is kept.
         total_steps: that the training was to make; 0 in records of older versions.
         resumed_from: the steps after which it was stopped, and gone on with.
+        architecture: of the model, as ModelSpec calls it: see `Family`; empty in records of older versions.
+        libraries: name → version, of those that compute; none in records of older versions.
         finished: whether the training reached its end.
     """
 
@@ -83,6 +85,8 @@ class RunRecord:
     resumed_from: list[int] = field(default_factory=list)
     finished: bool = False
     version: str = __version__
+    architecture: str = ""
+    libraries: dict[str, str] = field(default_factory=dict)
 
     @property
     def chosen(self) -> list[str]:
@@ -101,9 +105,17 @@ class RunRecord:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a weight file says about where it comes from. Holds no time and no path."""
+        """What a weight file says about where it comes from. Holds no time, no path, and nothing of the machine:
+        equal trainings give equal bytes."""
         names = ("identity", "family", "base", "samples", "samples_digest", "config_digest")
-        return {name: getattr(self, name) for name in (*names, "lora", "version")}
+        said = {name: getattr(self, name) for name in (*names, "lora", "version", "trained")}
+        size = [self.parameters.get("width"), self.parameters.get("height")]
+        sized = {} if None in size else {"size": size}
+        return {
+            **said,
+            **({"architecture": self.architecture} if self.architecture else {}),
+            **sized,
+        }
 
 
 class RunFile:

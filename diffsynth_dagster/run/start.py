@@ -1,6 +1,7 @@
 """The record of a training that is about to start, with all that its result depends on."""
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from diffsynth_dagster.run.record import RunRecord
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+"""Those that compute: other versions may give other numbers."""
 STARTS = ("lora_checkpoint", "resume_from_checkpoint")
 """The parameters that name a file to start from."""
 
@@ -82,6 +85,8 @@ def start_record(
         held_out_digest=held_out_digest,
         devices=list(devices),
         mixed_precision=mixed_precision,
+        architecture=found.family.architecture,
+        libraries={name: version(name) for name in LIBRARIES},
     )
 
 

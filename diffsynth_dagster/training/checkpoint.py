@@ -10,7 +10,6 @@ from diffsynth_dagster.config.parameters import OutputParameters
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.lora import LoraFormat
-from diffsynth_dagster.files import write_tensors
 from diffsynth_dagster.formats import Spelled, find_format
 from diffsynth_dagster.formats.guide import Guide
 from diffsynth_dagster.formats.names import lora_of
@@ -19,6 +18,7 @@ from diffsynth_dagster.training.adapters import in_file_of_adapter, saved_name
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.layout import in_layout_of
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY
+from diffsynth_dagster.weights.model_spec import IMPLEMENTATION, write_described
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def content_of(
     """
     family = found.family
     rest: Tensors = {}
+    notes: dict[str, str] = {}
     loras: dict[str, Tensors] = {}
     for part in file.trained:
         start = family.prefix(part)
@@ -110,10 +111,13 @@ def content_of(
                 loras.setdefault(part if name == "guide" else family.part(part).of, {}).update(own)
                 continue
         else:
-            own = in_layout_of(found.components[family.part(part).of], own)
+            laid_out = in_layout_of(found.components[family.part(part).of], own)
+            if laid_out.keys() != own.keys():
+                notes[IMPLEMENTATION] = family.authors
+            own = laid_out
         rest |= {(start + n).removeprefix(file.removed): t for n, t in own.items()}
     if name is None or not loras:
-        return Spelled(rest)
+        return Spelled(rest, notes)
     assert record.lora is not None
     scale = record.lora["alpha"] / record.lora["rank"]
     starts = {part: family.prefix(part).removeprefix(file.removed) for part in loras}
@@ -121,7 +125,7 @@ def content_of(
         {part: lora_of(own, scale) for part, own in loras.items()},
         {part: family.lora_rules(part) for part in loras},
     )
-    return Spelled({**rest, **written.tensors}, written.notes)
+    return Spelled({**rest, **written.tensors}, {**notes, **written.notes})
 
 
 def check_prefix(prefix: str, family: Family, trained: frozenset[str]) -> None:
@@ -155,4 +159,4 @@ def write_checkpoint(path: Path, content: Spelled, provenance: Mapping[str, Any]
         OutputError: the folder cannot be written.
     """
     notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
-    return write_tensors(path, content.tensors, {**content.notes, **notes})
+    return write_described(path, content.tensors, {**content.notes, **notes})

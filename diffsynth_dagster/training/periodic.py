@@ -163,7 +163,8 @@ def save_weights(work: Work, step: int, name: str) -> dict[Path, str]:
             if parallel.is_main_process:
                 content = content_of(tensors, session.models.found, file, record, spelling)
                 said = {"step": step} if spelling is None else {"step": step, "format": spelling}
-                write_checkpoint(path, content, {**record.provenance, **said})
+                trained = list(file.trained)
+                write_checkpoint(path, content, {**record.provenance, **said, "trained": trained})
                 written[path] = digest_file(path)
     return written
 

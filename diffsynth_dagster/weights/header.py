@@ -9,6 +9,8 @@ from typing import Any, TypeGuard, cast
 
 from diffsynth_dagster.errors import WeightsError, is_text, shown
 
+PROVENANCE_KEY = "diffsynth_dagster"
+"""Under which the header of a file of this trainer says where the file comes from, as JSON."""
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _LARGEST_HEADER = 100_000_000
 _LARGEST_SIZE = 2**53
@@ -37,6 +39,11 @@ class TensorInfo:
 
 
 Header = dict[str, TensorInfo]
+
+
+def bits_of(info: TensorInfo) -> int:
+    """Bits of an element of a tensor in a safetensors file."""
+    return _BITS[info.dtype]
 
 
 def read_header(path: Path) -> Header:

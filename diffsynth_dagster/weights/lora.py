@@ -21,10 +21,10 @@ from diffsynth_dagster.families.lora import Lora, LoraRules
 from diffsynth_dagster.formats.contract import Unread
 from diffsynth_dagster.formats.diffusers import ADAPTER_KEY
 from diffsynth_dagster.formats.reading import read_all
+from diffsynth_dagster.weights.header import PROVENANCE_KEY as PROVENANCE_KEY
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
 
-PROVENANCE_KEY = "diffsynth_dagster"
 FOREIGN_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "pipe.")
 """How names of layers start in files of other tools, beside the component's prefix and folder."""
 

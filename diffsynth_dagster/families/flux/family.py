@@ -80,4 +80,6 @@ FAMILY = Family(
     refusals=variant.REFUSALS,
     variant=variant.variant,
     repositories=("black-forest-labs/FLUX.1",),
+    architecture="flux-1-dev",
+    authors="https://github.com/black-forest-labs/flux",
 )

@@ -172,6 +172,7 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
         )
     return replace(
         family,
+        architecture="qwen-image-edit",
         components=components,
         tokenizers=(*family.tokenizers, PROCESSOR),
         stages=(family.stage("image"), latents, prompt),

@@ -77,4 +77,6 @@ FAMILY = Family(
     refusals=edit.REFUSALS,
     variant=edit.variant,
     repositories=("Qwen/Qwen-Image",),
+    architecture="qwen-image",
+    authors="https://github.com/QwenLM/Qwen-Image",
 )

@@ -115,5 +115,7 @@ FAMILY = Family(
     ),
     variant=controlnet.with_control,
     repositories=(REPOSITORY,),
+    architecture="stable-diffusion-v1",
+    authors="https://github.com/Stability-AI/generative-models",
     scheduler_marks=diffusion.SCHEDULER_MARKS,
 )

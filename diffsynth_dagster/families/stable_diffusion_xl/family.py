@@ -186,5 +186,7 @@ FAMILY = Family(
     ),
     variant=controlnet.with_control,
     repositories=(REPOSITORY,),
+    architecture="stable-diffusion-xl-v1-base",
+    authors="https://github.com/Stability-AI/generative-models",
     scheduler_marks=diffusion.SCHEDULER_MARKS,
 )

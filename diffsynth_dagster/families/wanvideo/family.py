@@ -76,4 +76,6 @@ FAMILY = Family(
     variant=variant.variant,
     checkpoints_gradients=True,
     repositories=("Wan-AI/Wan2", "PAI/Wan2"),
+    architecture="wan2.1",
+    authors="https://github.com/Wan-Video/Wan2.1",
 )

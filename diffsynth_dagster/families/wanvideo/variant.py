@@ -192,8 +192,10 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
         shown = VACE_VIDEO if "vace_video" in extra else VIDEO
         output = (Output("vace", "condition"),)
         wanted.append(Stage("vace", (shown, *reference), ("vae",), output, stages.encode_control))
+    is_2_2 = "dit2" in given or (bool(dit) and _has_wide_latents(dit))
     return replace(
         family,
+        architecture="wan2.2" if is_2_2 else family.architecture,
         stages=tuple(wanted),
         geometry=_geometry(family.geometry, config, vae),
         denoisers=_experts(config, dit, given["dit2"]) if "dit2" in given else family.denoisers,

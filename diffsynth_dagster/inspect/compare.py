@@ -1,0 +1,155 @@
+"""In what two weight files differ, and what of their trainings can be the reason."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import UserError, printable, shown
+from diffsynth_dagster.inspect.subject import Run, Subject
+from diffsynth_dagster.inspect.tables import differences, ranges, tables_of
+from diffsynth_dagster.inspect.told import first
+from diffsynth_dagster.run.record import RunRecord
+
+_SHOWN = 20
+
+
+def compared(one: Subject, other: Subject) -> list[str]:
+    """In what two files differ, as lines: first their tensors, then what they were made of.
+
+    Raises:
+        WeightsError: one of them is damaged.
+    """
+    lines = [f"A: {one.path.absolute()}", f"B: {other.path.absolute()}", *_tensors(one, other)]
+    for name, side in (("A", one), ("B", other)):
+        if not side.said:
+            lines.append(f"{name} has no provenance: nothing more can be compared")
+        elif side.run is None:
+            lines.append(f"the run folder of {name} is not found: its parameters are not known")
+    if not one.said or not other.said:
+        return lines
+    causes = [
+        *_pair("family", one.said["family"], other.said["family"]),
+        *_pair("LoRA", one.said.get("lora"), other.said.get("lora")),
+        *_pair("step", one.step, other.step),
+        *_weights(one.said["base"], other.said["base"]),
+        *_rows(one, other),
+        *_pair("version of diffsynth-dagster", one.said["version"], other.said["version"]),
+    ]
+    if one.run is not None and other.run is not None:
+        causes += _records(one.run.record, other.run.record)
+    elif one.said["config_digest"] != other.said["config_digest"]:
+        causes.append("parameters: they differ, and it is not known which")
+    lines += causes or ["no difference between the trainings is recorded"]
+    lines += _losses(one.run, other.run)
+    return [printable(line) for line in lines]
+
+
+def _pair(name: str, before: object, now: object) -> list[str]:
+    """A line where two values differ."""
+    return [] if before == now else [f"{name}: {shown(before)} and {shown(now)}"]
+
+
+def _tensors(one: Subject, other: Subject) -> list[str]:
+    """In what the tensors of two files differ; one is in memory at a time."""
+    if {one.path.suffix, other.path.suffix} != {".safetensors"}:
+        return ["tensors: they are compared in .safetensors files alone"]
+    alone = [sorted(a.header.keys() - b.header.keys()) for a, b in ((one, other), (other, one))]
+    lines = [
+        f"tensors of {name} alone: {', '.join(first(names, 3))}"
+        for name, names in zip("AB", alone, strict=True)
+        if names
+    ]
+    apart: list[str] = []
+    largest = 0.0
+    with safe_open(one.path, "pt") as a, safe_open(other.path, "pt") as b:
+        for name in sorted(one.header.keys() & other.header.keys()):
+            if one.header[name] != other.header[name]:
+                kinds = (
+                    f"{h[name].dtype} {list(h[name].shape)}" for h in (one.header, other.header)
+                )
+                lines.append(f"tensor {name}: {' and '.join(kinds)}")
+                continue
+            x, y = a.get_tensor(name), b.get_tensor(name)
+            if not torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)):
+                apart.append(name)
+                largest = max(largest, float((x.double() - y.double()).abs().max()))
+    if apart:
+        lines.append(
+            f"tensors: {len(apart)} of {len(one.header)} differ, by {largest:.3g} at most: "
+            f"{', '.join(first(apart, 3))}"
+        )
+    return lines or ["tensors: all are equal"]
+
+
+def _weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The base weights that differ, with their digests."""
+    names = sorted({**before, **now})
+    return [
+        f"base weights of {name}: {before.get(name, 'none')} and {now.get(name, 'none')}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _rows(one: Subject, other: Subject) -> list[str]:
+    """The rows that differ, with their numbers."""
+    if one.said["samples_digest"] == other.said["samples_digest"]:
+        return []
+    what = f"samples: {one.said['samples']} and {other.said['samples']}"
+    if one.run is None or other.run is None:
+        return [f"{what}; which differ is not known without both run folders"]
+    try:
+        sides = [tables_of(run).checked.accepted.collect() for run in (one.run, other.run)]
+    except UserError as error:
+        return [f"{what}; which differ is not known: {error.what} ({error.where})"]
+    found = differences(*sides, digests=True)
+    lines = [f"{what}, of which differ:"]
+    lines += first([f"  row {a} of A, {b} of B: {why}" for a, b, why in found.changed], _SHOWN)
+    lines += [f"  rows of A alone: {ranges(found.removed)}"] if found.removed else []
+    lines += [f"  rows of B alone: {ranges(found.added)}"] if found.added else []
+    if found:
+        return lines
+    return [f"{what}: the same rows in another order, or encoded otherwise (sizes, weights)"]
+
+
+def _records(one: RunRecord, other: RunRecord) -> list[str]:
+    """What differs of the parameters, and of what computed."""
+    lines: list[str] = []
+    if bool(one.parameters) == bool(other.parameters):
+        defaults = {n: f.default for n, f in TrainingConfig.model_fields.items()}
+        for name in sorted({**one.parameters, **other.parameters}):
+            # What is off by default is not recorded where it is off.
+            values = [r.parameters.get(name, defaults.get(name)) for r in (one, other)]
+            lines += _pair(name, *(list(v) if isinstance(v, tuple) else v for v in values))
+    elif one.config_digest != other.config_digest:
+        lines.append("parameters: they differ, and a record of an older version does not name them")
+    lines += _pair("held-out samples", one.held_out_digest, other.held_out_digest)
+    lines += _pair("precision", one.mixed_precision, other.mixed_precision)
+    lines += _pair("devices", ", ".join(one.devices), ", ".join(other.devices))
+    if one.libraries and other.libraries:
+        for name in sorted({**one.libraries, **other.libraries}):
+            lines += _pair(f"version of {name}", one.libraries.get(name), other.libraries.get(name))
+    elif one.libraries != other.libraries:
+        lines.append("versions of the libraries: not recorded for one of the two")
+    return lines
+
+
+def _losses(one: Run | None, other: Run | None) -> list[str]:
+    """The losses at the end of both trainings, where they are known."""
+    lines: list[str] = []
+    for name, run in (("A", one), ("B", other)):
+        if run is None:
+            continue
+        record = run.record
+        held_out = record.held_out[-1] if record.held_out else None
+        final = "not known" if record.final_loss is None else f"{record.final_loss:.6g}"
+        more = (
+            ""
+            if held_out is None
+            else f", held out {held_out['loss']:.6g} (step {held_out['step']})"
+        )
+        lines.append(f"loss of the training of {name}: {final} in its last step{more}")
+    return lines

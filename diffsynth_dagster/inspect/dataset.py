@@ -1,0 +1,179 @@
+"""Which rows a file was trained on, and which of them, or of their files, have changed since."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.table.check import CheckedTable
+from diffsynth_dagster.data.table.checked import find_checked
+from diffsynth_dagster.data.table.read import open_table
+from diffsynth_dagster.data.table.values import check_structure, require_columns
+from diffsynth_dagster.errors import MetadataError, printable
+from diffsynth_dagster.facts import FileState, digest_file
+from diffsynth_dagster.inspect.subject import Subject
+from diffsynth_dagster.inspect.tables import (
+    Differences,
+    Tables,
+    differences,
+    files_of,
+    held_out_tables,
+    ranges,
+    tables_of,
+)
+from diffsynth_dagster.inspect.told import first
+
+_SHOWN = 20
+_AT_ONCE = 1 << 16
+"""Files that are looked at together."""
+
+
+def trained_on(subject: Subject) -> list[str]:
+    """The rows that a file was trained on, and what has changed since, as lines.
+
+    Raises:
+        WeightsError, ParameterError: see `Subject.require_run`.
+        StoreError, MetadataError: see `tables_of`.
+    """
+    run = subject.require_run()
+    tables = tables_of(run)
+    lines = [
+        *_counts("the data set", tables),
+        f"  trained on: rows {ranges(tables.trained_rows(run))}",
+    ]
+    lines += changes(tables)
+    held_out = held_out_tables(run, tables)
+    if held_out is not None:
+        lines += [*_counts("held out", held_out), *changes(held_out)]
+    return lines
+
+
+def _counts(what: str, tables: Tables) -> list[str]:
+    """The table, and how many rows it has of each status."""
+    counts = tables.checked.counts
+    by_status = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return [
+        f"{what}: {printable(_source(tables.checked))}",
+        f"  as it was checked: {printable(str(tables.folder))}",
+        f"  rows: {sum(counts.values())} ({by_status})",
+    ]
+
+
+def changes(tables: Tables) -> list[str]:
+    """What has changed since in the rows that were used, as lines."""
+    used = tables.checked.accepted.collect(engine="streaming")
+    found = [f"row {row}: {what}" for row, what in changed_files(used)]
+    try:
+        since = changed_rows(tables.checked, used)
+    except MetadataError as error:
+        found.append(f"the table cannot be compared: {error.what} ({error.where})")
+    else:
+        found += [f"row {row}: {what}" for row, _, what in since.changed]
+        if since.removed:
+            found.append(
+                f"no longer in the table, or named otherwise: rows {ranges(since.removed)}"
+            )
+        if since.added:
+            found.append(f"in the table, and not trained on: rows {ranges(since.added)} of now")
+    if not found:
+        return ["  changed since: nothing"]
+    return ["  changed since:", *(f"    {printable(text)}" for text in first(found, _SHOWN))]
+
+
+def changed_files(used: pl.DataFrame) -> list[tuple[int, str]]:
+    """The rows whose files are gone or have another content, each with what is wrong.
+
+    A file that looks as it did when it was checked is not read again: see `facts.FileState`.
+
+    Args:
+        used: the accepted rows of a checked table.
+    """
+    found: list[tuple[int, str]] = []
+    for column in files_of(used):
+        parts = [f"{column}:{part}" for part in ("path", "digest", "size", "modified")]
+        named = used.select("row", *parts)
+        if isinstance(named.schema[parts[0]], pl.List):
+            named = named.explode(*parts)
+        named = named.drop_nulls(parts[0])
+        files = named.drop("row").unique(parts[0], maintain_order=True)
+        wrong: dict[str, str] = {}
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(files), _AT_ONCE):
+                rows = list(files.slice(start, _AT_ONCE).iter_rows())
+                checked = zip(rows, pool.map(_problem, rows), strict=True)
+                wrong |= {row[0]: why for row, why in checked if why}
+        if not wrong:
+            continue
+        bad = named.filter(pl.col(parts[0]).is_in(list(wrong)))
+        found += [
+            (row, f"{column} {path}: {wrong[path]}")
+            for row, path in bad.select("row", parts[0]).iter_rows()
+        ]
+    return sorted(found)
+
+
+def _problem(known: Sequence[Any]) -> str:
+    """What is wrong with a file; empty where it is as it was checked.
+
+    Args:
+        known: path, digest, size and state of the file that was checked.
+    """
+    path, digest, size, modified = Path(known[0]), *known[1:]
+    try:
+        state = FileState.of(path)
+        if state == (size, modified):
+            return ""
+        if state.size != size or digest_file(path) != digest:
+            return "its content has changed"
+    except OSError:
+        return "it is gone, or cannot be read"
+    return ""
+
+
+def changed_rows(table: CheckedTable, used: pl.DataFrame) -> Differences:
+    """In what the table that was checked differs now.
+
+    Raises:
+        MetadataError: it is gone, or is no table of these columns any more.
+    """
+    whole = table.rows.collect(engine="streaming")
+    since = differences(whole, _read_now(table), digests=False)
+    rows = set(used["row"])
+    return Differences(
+        [item for item in since.changed if item[0] in rows],
+        [row for row in since.removed if row in rows],
+        since.added,
+    )
+
+
+def _source(table: CheckedTable) -> str:
+    """The table that people write, of which a checked one was made."""
+    path = Path(table.data.get("dataset_metadata_path", table.source))
+    seen: set[Path] = set()
+    while path not in seen and (checked := find_checked(path)) is not None:
+        seen.add(path)
+        path = Path(checked.data.get("dataset_metadata_path", checked.source))
+    return table.source if path in seen else str(path)
+
+
+def _read_now(table: CheckedTable) -> pl.DataFrame:
+    """The rows of the source now, by the columns that were read. Raises `MetadataError`."""
+    source = Path(_source(table))
+    reader, inputs = str(table.read_as[0]), _inputs(table.read_as)
+    wanted, lists = [i.column for i in inputs], [i.column for i in inputs if i.many]
+    encoding = str(table.parameters["metadata_encoding"])
+    with open_table(source, encoding, wanted, lists) as opened:
+        require_columns(opened, inputs, str(source), reader)
+        return check_structure(opened, inputs, str(source))
+
+
+def _inputs(read_as: Sequence[Any]) -> list[Input]:
+    """The columns of a table, as `Columns.described` wrote them down."""
+    return [
+        Input(column, kind, many=many, optional=any(m is True for m in more))
+        for column, kind, many, _, _, *more in read_as[1]
+        if kind != "sizes"
+    ]

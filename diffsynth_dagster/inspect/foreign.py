@@ -1,0 +1,130 @@
+"""What a weight file of another tool is: of which family, in whose names, of which rank.
+
+No tensor is read but the alphas: names and shapes tell the rest.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from diffsynth_dagster.families import each_family
+from diffsynth_dagster.families.contract import Family, Tensors
+from diffsynth_dagster.families.lora import Lora
+from diffsynth_dagster.formats import FORMATS
+from diffsynth_dagster.formats.contract import AllRules, Unread
+from diffsynth_dagster.formats.reading import of_loras, read_all
+from diffsynth_dagster.weights.header import Header
+from diffsynth_dagster.weights.recognise import components_in
+
+_HALVES = ("lora_A.", "lora_down.", "lora.down.", "lora_linear_layer.down.")
+_OTHERS = {
+    "lora_magnitude_vector": "DoRA",
+    "dora_scale": "DoRA",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "hada_": "LoHa",
+    "boft_": "BOFT",
+}
+
+
+def recognised(path: Path, header: Header) -> list[tuple[str, str]]:
+    """What is found out of a file, as pairs of a name and what is said of it."""
+    others = {kind for mark, kind in _OTHERS.items() if any(mark in name for name in header)}
+    if others:
+        return [
+            ("kind", f"{', '.join(sorted(others))}, which other tools name in many ways"),
+            *_ranks(header),
+        ]
+    tensors = _tensors(path, header)
+    if not of_loras(tensors):
+        return [("kind", "whole weights, or none that this project knows"), *_whole(header)]
+    fitting: list[tuple[str, str]] = []
+    why: dict[str, str] = {}
+    for family in each_family():
+        rules = rules_of(family)
+        try:
+            found = read_all(tensors, rules)
+        except Unread as error:
+            why[family.name] = str(error)
+            continue
+        unknown = next((own.unknown for own in found.values() if own.unknown), None)
+        if unknown is not None:
+            why[family.name] = f"the layer is not known: {unknown}"
+            continue
+        layers = ", ".join(f"{len(own.lora.down)} layers of {n}" for n, own in found.items())
+        fitting.append(("could be of", f"{family.name}: {layers}"))
+        fitting += [("alpha", _alphas(own.lora)) for own in found.values() if own.alphas]
+        fitting.append(("format", ", ".join(_formats(tensors, rules)) or "a mixture of several"))
+    reason = next(iter(why.values()), "")
+    return [
+        ("kind", "LoRA"),
+        *_ranks(header),
+        *(fitting or [("family", f"not known, as a LoRA of any: {reason}")]),
+    ]
+
+
+def rules_of(family: Family) -> AllRules:
+    """Component → how its LoRAs are named, the denoiser first; one of those that start alike."""
+    rules = {c.name: c.lora for c in family.components if c.lora is not None}
+    ordered = sorted(rules.items(), key=lambda item: item[0] != family.denoiser)
+    starts: set[str] = set()
+    return {n: r for n, r in ordered if not (r.folder in starts or starts.add(r.folder))}
+
+
+def _tensors(path: Path, header: Header) -> Tensors:
+    """The tensors of a file without their values, but for the alphas."""
+    tensors: Tensors = {n: torch.empty(i.shape, device="meta") for n, i in header.items()}
+    alphas = [name for name in header if name.endswith(".alpha")]
+    if alphas and path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in alphas}
+    else:
+        tensors |= {name: torch.ones(header[name].shape) for name in alphas}
+    return tensors
+
+
+def _ranks(header: Header) -> list[tuple[str, str]]:
+    """The ranks in a file: the heights of its A."""
+    counted = Counter(
+        info.shape[0]
+        for name, info in header.items()
+        if info.shape and any(half in name for half in _HALVES)
+    )
+    if not counted:
+        return []
+    if len(counted) == 1:
+        return [("rank", str(next(iter(counted))))]
+    return [("rank", ", ".join(f"{rank} ({n} layers)" for rank, n in sorted(counted.items())))]
+
+
+def _alphas(lora: Lora) -> str:
+    """The alphas of a LoRA's layers."""
+    counted = Counter(lora.alpha(layer) for layer in lora.down)
+    return ", ".join(
+        f"{alpha:g}" + (f" ({n} layers)" if len(counted) > 1 else "")
+        for alpha, n in sorted(counted.items())
+    )
+
+
+def _formats(tensors: Tensors, rules: AllRules) -> list[str]:
+    """The formats that a file could be in."""
+    known: list[str] = []
+    for name in FORMATS:
+        try:
+            read_all(tensors, rules, [name])
+        except Unread:
+            continue
+        known.append(name)
+    return known
+
+
+def _whole(header: Header) -> list[tuple[str, str]]:
+    """The families whose components a file holds, whole."""
+    found: Mapping[str, list[str]] = {
+        family.name: [place.component.name for place in components_in(header, family)]
+        for family in each_family()
+    }
+    return [("could be of", f"{n}: {', '.join(parts)}") for n, parts in found.items() if parts]
