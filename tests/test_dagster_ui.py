@@ -153,7 +153,8 @@ def test_command_line_prints_what_a_person_follows(server: Server, printed: list
     assert Path(where.split(" processes in ")[1]).is_file()
     assert printed[-2].startswith("train_tiny: done in ")
     assert printed[-2].endswith(": 8 assets, 4 checks passed")
-    assert printed[-1].endswith(f": {server.folder / 'line' / 'exports' / 'diffusers'}")
+    exports = server.folder / "line" / "exports"
+    assert printed[-1].endswith(f": {exports / 'README.md'}, {exports / 'diffusers'}")
 
 
 @pytest.mark.timeout(400)

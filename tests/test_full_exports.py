@@ -222,7 +222,7 @@ def test_what_came_from_the_authors_files_is_written_in_their_names_too(
     # What was written is compared with the export beside it.
     content = full.read_tensors([theirs.path])
     next(iter(content.values())).view(-1)[0] += 1
-    full.write_tensors(theirs.path, content, {PROVENANCE_KEY: "{}"})
+    full.write_described(theirs.path, content, {PROVENANCE_KEY: "{}"})
     wrong = replace(theirs, digest=full.digest_of_files([theirs.path]))
     with pytest.raises(WeightsError, match="converted, it is another model"):
         verify_export(wrong, found)
