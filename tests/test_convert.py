@@ -70,6 +70,44 @@ def test_every_format_becomes_every_other(
     assert "layers of dit of qwen_image in the names of kohya; the change of each layer is" in said
 
 
+def test_a_layer_that_is_several_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose B is not block-diagonal: each of the layers has the whole A."""
+    start = "lora_unet_double_blocks_0_img_attn_qkv"
+    fused = {
+        f"{start}.lora_down.weight": torch.randn(4, 8),
+        f"{start}.lora_up.weight": torch.randn(24, 4),
+        f"{start}.alpha": torch.tensor(2.0),
+    }
+    save_file(fused, tmp_path / "fused.safetensors")
+    for to in FORMATS:
+        assert main([str(tmp_path / "fused.safetensors"), "--to", to]) == 0, to
+    read = load_file(tmp_path / "fused-diffusers.safetensors")
+    update = fused[f"{start}.lora_up.weight"] @ fused[f"{start}.lora_down.weight"] * 0.5
+    for letter, rows in zip("qkv", update.split(8), strict=True):
+        layer = f"transformer.transformer_blocks.0.attn.to_{letter}"
+        own = read[f"{layer}.lora_B.weight"] @ read[f"{layer}.lora_A.weight"]
+        torch.testing.assert_close(own, rows)
+
+
+def test_the_denoiser_is_what_a_file_of_the_guide_names_without_a_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = {
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj": 4,
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q": 8,
+    }
+    tensors = {
+        f"{name}.lora_{half}.weight": torch.randn(shape)
+        for name, width in layers.items()
+        for half, shape in (("down", (2, width)), ("up", (width, 2)))
+    }
+    save_file(tensors, tmp_path / "both.safetensors")
+    arguments = ["--to", "guide", "--family", "stable_diffusion"]
+    assert main([str(tmp_path / "both.safetensors"), *arguments]) == 0
+    starts = {name.split(".")[0] for name in load_file(tmp_path / "both-guide.safetensors")}
+    assert starts == {"mid_block", "pipe"}
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([str(argument) for argument in arguments]) == 2
     said = capsys.readouterr().err

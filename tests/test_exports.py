@@ -123,6 +123,11 @@ def test_the_recipe_says_which_checkpoint_is_exported(values: Values, tmp_path: 
         assert provenance(run / FILE)["checkpoint"] in {
             digest for name, digest in record.checkpoints.items() if steps[name] == step
         }
+    # What is no longer asked for goes: it may be of another checkpoint.
+    config = config.model_copy(update={"export_formats": ["comfyui"]})
+    export_folder(config, ModelHub.from_environment())
+    assert not (run / FILE).exists()
+    assert (run / "exports" / "comfyui" / FILE.name).exists()
     for asked, words in {"99": "no checkpoint of step 99.*: 1, 2", "best": "no best"}.items():
         left = [name for name in record.checkpoints if name not in record.best]
         kept = {name: record.checkpoints[name] for name in left}

@@ -143,6 +143,9 @@ def test_several_modules_at_once(values: Values, tmp_path: Path) -> None:
     tensors = load_file(run / "epoch-0.safetensors")
     kinds = {name.split(".")[0] for name in tensors}
     assert kinds == {"pipe", "diffusion_model"}
+    # The LoRA in it can be gone on from.
+    start = {"lora_checkpoint": str(run / "epoch-0.safetensors"), "num_epochs": 1}
+    assert train({**config, **start}, tmp_path / "again")[0] == 0
     settings = make_config({**config, "output_path": str(run)})
     found = find_model(settings, ModelHub.from_environment())
     record = read_record(run)

@@ -42,6 +42,8 @@ def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None)
         loras, _ = loras_in(tensors, notes, of, [of.denoiser])
     except (Unread, *NONSENSE) as error:
         raise _not_understood(of, str(error), where) from error
+    # The one that a file names without a start comes first.
+    loras = dict(sorted(loras.items(), key=lambda item: item[0] != of.denoiser))
     unknown = next((r.unknown for r in _read(of, tensors).values() if r.unknown), None)
     if unknown is not None:
         raise _not_understood(of, f"the layer is not known: {unknown}", where)

@@ -9,7 +9,7 @@ exports/peft/<folder>/adapter_model.safetensors                a LoKr or OFT, wh
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,14 +18,15 @@ import torch
 from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.export.chosen import Chosen, chosen_checkpoint
 from diffsynth_dagster.export.exported import Exported, unloadable
 from diffsynth_dagster.export.full import export_full, verify_full
 from diffsynth_dagster.facts import digest_file
-from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.lora import Lora, LoraFormat
-from diffsynth_dagster.files import write_text
-from diffsynth_dagster.formats import Spelled, find_format, peft
+from diffsynth_dagster.files import refusals, remove, write_text
+from diffsynth_dagster.formats import FORMATS, Spelled, find_format, peft
 from diffsynth_dagster.formats.change import difference
 from diffsynth_dagster.formats.contract import Unread
 from diffsynth_dagster.formats.diffusers import ADAPTER_KEY, REFUSALS, dora_settings
@@ -93,7 +94,7 @@ def export_checkpoint(
         trained_in = [name for name in file.trained if name in config.lora_base_model]
         if trained_in and (record.lora or {}).get("method", "lora") == "lora":
             own = of_loras(tensors)
-            loras |= loras_in(own, read_metadata(path), family, trained_in)[0]
+            loras |= _loras_of(path, own, family, trained_in)
             tensors = {name: tensor for name, tensor in tensors.items() if name not in own}
         prefixes = {name: family.prefix(name) for name in file.trained}
         for name, modules in split_modules(tensors, file.removed, prefixes).items():
@@ -101,6 +102,8 @@ def export_checkpoint(
             kind = others if name in trained_in else whole
             kind.setdefault(family.part(name).of, {}).update(modules)
     order = dict.fromkeys(family.part(name).of for name in record.trained)
+    # The one that a file names without a start comes first.
+    order = sorted(order, key=lambda name: name != family.denoiser)
     loras = {name: loras[name] for name in order if name in loras}
     exported: list[Exported] = []
     for name in export_formats(config, family) if loras else ():
@@ -109,7 +112,34 @@ def export_checkpoint(
         exported += _export_adapters(folder, found, others, record, provenance)
     for component, own in whole.items():
         exported += export_full(config, record, found, component, own, provenance)
+    _remove_others(folder, exported)
     return exported
+
+
+def _loras_of(
+    path: Path, tensors: Tensors, family: Family, names: Sequence[str]
+) -> dict[str, Lora]:
+    """The LoRAs in a checkpoint. Raises `WeightsError`."""
+    try:
+        return loras_in(tensors, read_metadata(path), family, names)[0]
+    except Unread as error:
+        raise WeightsError(
+            f"the LoRAs of the checkpoint cannot be read: {error}",
+            where=str(path.absolute()),
+            do="report this with the recipe; the checkpoint is unharmed",
+        ) from error
+
+
+def _remove_others(folder: Path, exported: Sequence[Exported]) -> None:
+    """Remove the LoRAs of earlier exports in formats that are no longer asked for: they may be of another
+    checkpoint."""
+    written = {item.path.parent for item in exported}
+    for name in FORMATS:
+        for file in (LORA_FILE, PEFT_FILE, peft.CONFIG):
+            for path in (folder / name).rglob(file):
+                if path.parent not in written:
+                    with refusals("an earlier export cannot be removed", path):
+                        remove(path)
 
 
 def _export_loras(

@@ -206,10 +206,13 @@ def _all_names(rules: LoraRules) -> tuple[LayerNames, ...]:
 
 def of_loras(tensors: Tensors) -> Tensors:
     """Of the tensors of a checkpoint those of LoRAs; the others are weights that were trained in full."""
+    matches = (next(filter(None, (h.fullmatch(key) for h in _HALVES)), None) for key in tensors)
+    halves = {key: match["layer"] for key, match in zip(tensors, matches, strict=True) if match}
+    layers = set(halves.values())
     return {
         key: tensor
         for key, tensor in tensors.items()
-        if key.endswith(".alpha") or any(half.fullmatch(key) for half in _HALVES)
+        if key in halves or (key.endswith(".alpha") and key.removesuffix(".alpha") in layers)
     }
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,10 @@ def _read_start(
     if config.lora_method != "lora":
         return read_adapter(path, family, base, "lora_checkpoint")
     lora = read_lora(path, family, base, "lora_checkpoint")
+    if family.parts:  # the file holds the LoRAs of all parts of a component as one
+        held = [layer for layer in lora.down if family.part(base).holds(layer)]
+        own = lora.part({layer: layer for layer in held})
+        lora = replace(lora, down=own.down, up=own.up, scale=own.scale)
     require_start(module, lora, targets, config.lora_rank, _start_of(config))
     return lora
 

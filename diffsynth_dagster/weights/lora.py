@@ -20,7 +20,7 @@ from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.lora import Lora, LoraRules
 from diffsynth_dagster.formats.contract import Unread
 from diffsynth_dagster.formats.diffusers import ADAPTER_KEY
-from diffsynth_dagster.formats.reading import read_all
+from diffsynth_dagster.formats.reading import of_loras, read_all
 from diffsynth_dagster.weights.header import PROVENANCE_KEY as PROVENANCE_KEY
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
@@ -89,7 +89,8 @@ def loras_in(
     prefixes: dict[str, list[str]] = {}
     for name in names:
         owner = family.part(name).of
-        prefixes.setdefault(owner, [family.prefix(owner)]).append(family.prefix(name))
+        parts = [part.name for part in family.parts if part.of == owner]
+        prefixes[owner] = [family.prefix(each) for each in (name, owner, *parts)]
     found = read_all(tensors, _rules_of_file(family, [*prefixes]), prefixes=prefixes)
     made_for: str | None = None
     loras: dict[str, Lora] = {}
@@ -128,6 +129,8 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
     where, owner = require_lora(path, parameter), family.part(name).of
     tensors = read_tensors([path])
     notes = read_metadata(path) if path.suffix == ".safetensors" else {}
+    if PROVENANCE_KEY in notes:  # a checkpoint may hold weights that were trained in full as well
+        tensors = of_loras(tensors) or tensors
     try:
         found, made_for = loras_in(tensors, notes, family, [name])
         own = found.pop(owner, None)

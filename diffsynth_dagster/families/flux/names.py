@@ -96,12 +96,12 @@ GUIDE = AuthorsNames(
         "guidance_embedder.timestep_embedder.2": "time_text_embed.guidance_embedder.linear_2",
         "pooled_text_embedder.0": "time_text_embed.text_embedder.linear_1",
         "pooled_text_embedder.2": "time_text_embed.text_embedder.linear_2",
-        "final_norm_out.linear": "norm_out.linear",
         "final_proj_out": "proj_out",
     },
     heights={"proj_mlp": 4},
 )
-"""The layers by DiffSynth-Studio's names."""
+"""The layers by DiffSynth-Studio's names, but for the last norm, whose halves may be the other way round
+there."""
 
 _IN_DOUBLE, _IN_SINGLE = "transformer_blocks.*.", "single_transformer_blocks.*."
 LORA_ALIASES = {

@@ -226,5 +226,5 @@ class AuthorsNames:
         edges = list(pairwise(accumulate([rank] * len(layers), initial=0)))
         parts = list(zip(edges, rows, strict=True))
         if rest or any(b[:, :i].any() or b[:, j:].any() for (i, j), b in parts):
-            return [(down, b.contiguous()) for b in rows]
+            return [(down.clone(), b.contiguous()) for b in rows]
         return [(down[i:j].contiguous(), b[:, i:j].contiguous()) for (i, j), b in parts]

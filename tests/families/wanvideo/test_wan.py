@@ -198,6 +198,26 @@ def test_parts_of_one_component_make_one_file(model: Path, clips: Path, tmp_path
     assert load_file(theirs.path).keys() == in_their_names.keys()
 
 
+def test_loras_of_two_parts_of_a_component_are_gone_on_from(
+    model: Path, clips: Path, tmp_path: Path
+) -> None:
+    """They are one LoRA of the component in the file, and two parts, each by a start, in the guide's."""
+    case = WAN["wan_vace"]
+    given = values(case, model, clips, tmp_path, lora_base_model="dit,vace")
+    given |= {"lora_target_modules": ["q"], "num_epochs": 1}
+    for name in ("comfyui", "guide"):
+        run = tmp_path / name
+        assert train({**given, "checkpoint_format": name}, run)[0] == 0
+        start = {"preset_lora_path": str(run / "epoch-0.safetensors"), "preset_lora_model": "dit"}
+        assert train({**given, **start}, tmp_path / f"again-{name}")[0] == 0
+    names = load_file(tmp_path / "guide" / "epoch-0.safetensors")
+    assert {name.split(".")[0] for name in names} == {"pipe", "vace_blocks"}
+    alone = given | {"lora_base_model": "vace"}
+    for name in ("comfyui", "guide"):
+        start = {"lora_checkpoint": str(tmp_path / name / "epoch-0.safetensors")}
+        assert train({**alone, **start}, tmp_path / f"vace-{name}")[0] == 0
+
+
 def test_a_part_that_the_model_lacks_is_refused(
     model: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
