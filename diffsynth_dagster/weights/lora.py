@@ -28,6 +28,8 @@ from diffsynth_dagster.weights.load import read_tensors
 FOREIGN_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "pipe.")
 """How names of layers start in files of other tools, beside the component's prefix and folder."""
 
+_ADAPTER = re.compile(r"\.(?:lora|lokr|oft)_\w+(?:\.weight)?$")
+"""What a tensor is called that is put into a layer, also by another method than LoRA."""
 NONSENSE = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, re.error)
 """What reading JSON, patterns and numbers of another form than expected raises."""
 
@@ -130,7 +132,9 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
     tensors = read_tensors([path])
     notes = read_metadata(path) if path.suffix == ".safetensors" else {}
     if PROVENANCE_KEY in notes:  # a checkpoint may hold weights that were trained in full as well
-        tensors = of_loras(tensors) or tensors
+        own = of_loras(tensors)
+        if own and not any(_ADAPTER.search(name) for name in tensors.keys() - own.keys()):
+            tensors = own
     try:
         found, made_for = loras_in(tensors, notes, family, [name])
         own = found.pop(owner, None)
