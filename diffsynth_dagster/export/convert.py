@@ -7,7 +7,7 @@ from typing import Any
 
 from diffsynth_dagster.errors import OutputError, ParameterError, WeightsError
 from diffsynth_dagster.export.run import ROUNDING
-from diffsynth_dagster.families import each_family, find_family
+from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.lora import Lora
 from diffsynth_dagster.files import write_text
@@ -15,10 +15,15 @@ from diffsynth_dagster.formats import LoraFormat, find_format, peft
 from diffsynth_dagster.formats.change import difference
 from diffsynth_dagster.formats.contract import Unread
 from diffsynth_dagster.formats.diffusers import ADAPTER_KEY
-from diffsynth_dagster.formats.reading import read_all
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
-from diffsynth_dagster.weights.lora import NONSENSE, PROVENANCE_KEY, loras_in, require_lora
+from diffsynth_dagster.weights.lora import (
+    NONSENSE,
+    PROVENANCE_KEY,
+    families_of,
+    loras_in,
+    require_lora,
+)
 from diffsynth_dagster.weights.model_spec import START, write_described
 
 
@@ -39,14 +44,11 @@ def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None)
     notes = read_metadata(file) if file.suffix == ".safetensors" else {}
     of = _family_of(tensors, notes, family, where)
     try:
-        loras, _ = loras_in(tensors, notes, of, [of.denoiser])
+        loras, _ = loras_in(tensors, notes, of, [of.denoiser], strict=True)
     except (Unread, *NONSENSE) as error:
         raise _not_understood(of, str(error), where) from error
     # The one that a file names without a start comes first.
     loras = dict(sorted(loras.items(), key=lambda item: item[0] != of.denoiser))
-    unknown = next((r.unknown for r in _read(of, tensors).values() if r.unknown), None)
-    if unknown is not None:
-        raise _not_understood(of, f"the layer is not known: {unknown}", where)
     rules = {name: of.lora_rules(name) for name in loras}
     if to == "peft" and len(loras) > 1:
         raise WeightsError(
@@ -108,17 +110,6 @@ def _path(file: Path, to: LoraFormat, output: Path | None) -> Path:
     return path
 
 
-def _read(family: Family, tensors: Tensors) -> dict[str, Any]:
-    rules = {
-        c.name: c.lora
-        for c in sorted(family.components, key=lambda c: c.name != family.denoiser)
-        if c.lora is not None
-    }
-    starts: set[str] = set()
-    own = {n: r for n, r in rules.items() if not (r.folder in starts or starts.add(r.folder))}
-    return read_all(tensors, own)
-
-
 def _family_of(tensors: Tensors, notes: Mapping[str, str], name: str | None, where: str) -> Family:
     """The family of a file: as asked, by its header, or the only one that knows every key.
 
@@ -134,33 +125,20 @@ def _family_of(tensors: Tensors, notes: Mapping[str, str], name: str | None, whe
         ) from error
     if said is not None:
         return find_family(said)
-    fitting: list[Family] = []
-    errors: dict[str, str] = {}
-    for family in each_family():
-        try:
-            found = _read(family, tensors)
-        except Unread as error:
-            errors[family.name] = str(error)
-            continue
-        unknown = next((own.unknown for own in found.values() if own.unknown), None)
-        if unknown is None:
-            fitting.append(family)
-        else:
-            errors[family.name] = f"the layer is not known: {unknown}"
+    fitting, why = families_of(tensors)
     if not fitting:
-        reasons = list(dict.fromkeys(errors.values()))
         raise WeightsError(
-            f"the file is not understood whole as a LoRA of any family: {reasons[0]}",
+            f"the file is not understood whole as a LoRA of any family: {next(iter(why.values()))}",
             where=where,
             do="give --family, for what it does not understand as that",
         )
     if len(fitting) > 1:
         raise ParameterError(
-            f"the names in the file are those of {' and '.join(f.name for f in fitting)}",
+            f"the names in the file are those of {' and '.join(fitting)}",
             where=where,
             do="give --family",
         )
-    return fitting[0]
+    return find_family(next(iter(fitting)))
 
 
 def _not_understood(family: Family, why: str, where: str) -> WeightsError:

@@ -8,6 +8,7 @@ from typing import Literal
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.facts import digest_file, digest_of
 from diffsynth_dagster.families.lora import Lora, LoraFormat
+from diffsynth_dagster.files import refusals, remove, require_held
 
 ExportFormat = LoraFormat | Literal["authors"]
 
@@ -43,6 +44,13 @@ def digest_of_files(paths: Sequence[Path]) -> str:
         return digest_file(paths[0])
     digests: Mapping[str, str] = {path.name: digest_file(path) for path in paths}
     return digest_of(digests)
+
+
+def remove_older(path: Path) -> None:
+    """Remove what an older export left. Raises `OutputError`: that cannot be done."""
+    require_held(path)
+    with refusals("what an older export left cannot be removed", path):
+        remove(path)
 
 
 def unloadable(exported: Exported, why: str) -> WeightsError:

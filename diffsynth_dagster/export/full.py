@@ -23,11 +23,12 @@ from diffsynth_dagster.export.exported import (
     Exported,
     ExportFormat,
     digest_of_files,
+    remove_older,
     unloadable,
 )
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.files import refusals, remove, require_held, write_text
+from diffsynth_dagster.files import write_text
 from diffsynth_dagster.run.record import RunRecord
 from diffsynth_dagster.weights.header import read_header, read_headers
 from diffsynth_dagster.weights.identify import Found, FoundModel
@@ -164,9 +165,7 @@ def _remove_weights(folder: Path, stem: str, keep: str | None) -> None:
     """
     paths = [*folder.glob(f"{stem}*{_INDEX}"), *folder.glob(f"{stem}*{_SUFFIX}")]
     for path in (p for p in paths if p.name != keep):
-        require_held(path)
-        with refusals("what an older export left cannot be removed", path):
-            remove(path)
+        remove_older(path)
 
 
 def _write_config(path: Path, source: Found, module: nn.Module) -> None:

@@ -20,12 +20,12 @@ from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.export.chosen import Chosen, chosen_checkpoint
-from diffsynth_dagster.export.exported import Exported, unloadable
+from diffsynth_dagster.export.exported import Exported, remove_older, unloadable
 from diffsynth_dagster.export.full import export_full, verify_full
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.lora import Lora, LoraFormat
-from diffsynth_dagster.files import refusals, remove, write_text
+from diffsynth_dagster.files import write_text
 from diffsynth_dagster.formats import FORMATS, Spelled, find_format, peft
 from diffsynth_dagster.formats.change import difference
 from diffsynth_dagster.formats.contract import Unread
@@ -138,8 +138,7 @@ def _remove_others(folder: Path, exported: Sequence[Exported]) -> None:
         for file in (LORA_FILE, PEFT_FILE, peft.CONFIG):
             for path in (folder / name).rglob(file):
                 if path.parent not in written:
-                    with refusals("an earlier export cannot be removed", path):
-                        remove(path)
+                    remove_older(path)
 
 
 def _export_loras(

@@ -7,7 +7,7 @@ from diffsynth_dagster.families.lora import Lora, LoraFormat
 from diffsynth_dagster.families.making import Tensors
 from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled, Unread
 from diffsynth_dagster.formats.names import renamed, with_dots
-from diffsynth_dagster.formats.reading import read_all
+from diffsynth_dagster.formats.reading import read_all, read_as
 
 
 class ComfyUI:
@@ -21,7 +21,7 @@ class ComfyUI:
         return Spelled(tensors)
 
     def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
-        return {n: found.lora for n, found in read_all(tensors, rules, ["comfyui"]).items()}
+        return read_as("comfyui", tensors, rules)
 
     def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
         return loaded_by_names(spelled, name, module, rules, rules[name].read_by_comfyui)

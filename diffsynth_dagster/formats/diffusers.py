@@ -9,7 +9,7 @@ from torch import nn
 from diffsynth_dagster.families.lora import Lora
 from diffsynth_dagster.families.making import Tensors
 from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled, Unread
-from diffsynth_dagster.formats.reading import read_all
+from diffsynth_dagster.formats.reading import read_all, read_as
 
 ADAPTER_KEY = "lora_adapter_metadata"
 """Entry of the header with peft's settings."""
@@ -32,7 +32,7 @@ class Diffusers:
         return Spelled(tensors, {ADAPTER_KEY: json.dumps(settings, sort_keys=True)})
 
     def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
-        return {n: found.lora for n, found in read_all(tensors, rules, ["diffusers"]).items()}
+        return read_as("diffusers", tensors, rules)
 
     def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
         settings = json.loads(spelled.notes.get(ADAPTER_KEY, "{}"))

@@ -11,7 +11,7 @@ from diffsynth_dagster.families.making import Tensors
 from diffsynth_dagster.formats.comfyui import loaded_by_names
 from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled
 from diffsynth_dagster.formats.names import renamed, with_dots
-from diffsynth_dagster.formats.reading import read_all
+from diffsynth_dagster.formats.reading import read_as
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Guide:
         return Spelled(tensors)
 
     def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
-        return {n: found.lora for n, found in read_all(tensors, rules, ["guide"]).items()}
+        return read_as("guide", tensors, rules)
 
     def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
         return loaded_by_names(spelled, name, module, rules, rules[name].read_by_guide)

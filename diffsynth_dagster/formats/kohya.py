@@ -9,7 +9,7 @@ from diffsynth_dagster.families.making import Tensors
 from diffsynth_dagster.formats.comfyui import loaded_by_names
 from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled
 from diffsynth_dagster.formats.names import renamed
-from diffsynth_dagster.formats.reading import read_all
+from diffsynth_dagster.formats.reading import read_as
 
 
 class Kohya:
@@ -27,7 +27,7 @@ class Kohya:
         return Spelled(tensors)
 
     def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
-        return {n: found.lora for n, found in read_all(tensors, rules, ["kohya"]).items()}
+        return read_as("kohya", tensors, rules)
 
     def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
         return loaded_by_names(spelled, name, module, rules, rules[name].read_by_comfyui)

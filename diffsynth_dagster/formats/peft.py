@@ -11,7 +11,7 @@ from diffsynth_dagster.families.making import Tensors
 from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled, Unread
 from diffsynth_dagster.formats.diffusers import REFUSALS, applied, hollow, peft_settings
 from diffsynth_dagster.formats.names import with_dots
-from diffsynth_dagster.formats.reading import read_all
+from diffsynth_dagster.formats.reading import read_as
 
 START = "base_model.model."
 CONFIG = "adapter_config.json"
@@ -31,7 +31,7 @@ class Peft:
         return Spelled(with_dots(START, folded, alphas=False), {CONFIG: text})
 
     def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
-        return {n: found.lora for n, found in read_all(tensors, rules, ["peft"]).items()}
+        return read_as("peft", tensors, rules)
 
     def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
         said = {n: v for n, v in json.loads(spelled.notes[CONFIG]).items() if n != "peft_type"}

@@ -129,6 +129,11 @@ def read_all(
     return found
 
 
+def read_as(name: LoraFormat, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
+    """Component → its LoRA in a file of a format. Raises `Unread`."""
+    return {component: own.lora for component, own in read_all(tensors, rules, [name]).items()}
+
+
 def _add(own: ReadLora, name: str, layer: _Layer, start: _Start, strict: bool) -> None:
     """Add a layer by the first naming that knows it.
 
@@ -204,10 +209,14 @@ def _all_names(rules: LoraRules) -> tuple[LayerNames, ...]:
     return tuple(names for names in given if names is not None)
 
 
+def _half(key: str) -> re.Match[str] | None:
+    """The layer and the half that a key names; None where it is no half of a LoRA."""
+    return next(filter(None, (half.fullmatch(key) for half in _HALVES)), None)
+
+
 def of_loras(tensors: Tensors) -> Tensors:
     """Of the tensors of a checkpoint those of LoRAs; the others are weights that were trained in full."""
-    matches = (next(filter(None, (h.fullmatch(key) for h in _HALVES)), None) for key in tensors)
-    halves = {key: match["layer"] for key, match in zip(tensors, matches, strict=True) if match}
+    halves = {key: match["layer"] for key in tensors if (match := _half(key)) is not None}
     layers = set(halves.values())
     return {
         key: tensor
@@ -225,7 +234,7 @@ def _layers_of(tensors: Tensors) -> dict[str, _Layer]:
     layers: dict[str, _Layer] = {}
     rest: list[str] = []
     for key, tensor in tensors.items():
-        match = next(filter(None, (half.fullmatch(key) for half in _HALVES)), None)
+        match = _half(key)
         if match is None:
             rest.append(key)
             continue

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from diffsynth_dagster.families import each_family
-from diffsynth_dagster.families.contract import Family, Tensors
+from diffsynth_dagster.families import each_family, find_family
+from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.lora import Lora
 from diffsynth_dagster.formats import FORMATS
 from diffsynth_dagster.formats.contract import AllRules, Unread
 from diffsynth_dagster.formats.reading import of_loras, read_all
 from diffsynth_dagster.weights.header import Header
+from diffsynth_dagster.weights.lora import families_of, rules_of_file
 from diffsynth_dagster.weights.recognise import components_in
 
 _HALVES = ("lora_A.", "lora_down.", "lora.down.", "lora_linear_layer.down.")
@@ -41,37 +42,20 @@ def recognised(path: Path, header: Header) -> list[tuple[str, str]]:
     tensors = _tensors(path, header)
     if not of_loras(tensors):
         return [("kind", "whole weights, or none that this project knows"), *_whole(header)]
+    families, why = families_of(tensors)
     fitting: list[tuple[str, str]] = []
-    why: dict[str, str] = {}
-    for family in each_family():
-        rules = rules_of(family)
-        try:
-            found = read_all(tensors, rules)
-        except Unread as error:
-            why[family.name] = str(error)
-            continue
-        unknown = next((own.unknown for own in found.values() if own.unknown), None)
-        if unknown is not None:
-            why[family.name] = f"the layer is not known: {unknown}"
-            continue
+    for name, found in families.items():
         layers = ", ".join(f"{len(own.lora.down)} layers of {n}" for n, own in found.items())
-        fitting.append(("could be of", f"{family.name}: {layers}"))
+        fitting.append(("could be of", f"{name}: {layers}"))
         fitting += [("alpha", _alphas(own.lora)) for own in found.values() if own.alphas]
-        fitting.append(("format", ", ".join(_formats(tensors, rules)) or "a mixture of several"))
+        formats = _formats(tensors, rules_of_file(find_family(name)))
+        fitting.append(("format", ", ".join(formats) or "a mixture of several"))
     reason = next(iter(why.values()), "")
     return [
         ("kind", "LoRA"),
         *_ranks(header),
         *(fitting or [("family", f"not known, as a LoRA of any: {reason}")]),
     ]
-
-
-def rules_of(family: Family) -> AllRules:
-    """Component → how its LoRAs are named, the denoiser first; one of those that start alike."""
-    rules = {c.name: c.lora for c in family.components if c.lora is not None}
-    ordered = sorted(rules.items(), key=lambda item: item[0] != family.denoiser)
-    starts: set[str] = set()
-    return {n: r for n, r in ordered if not (r.folder in starts or starts.add(r.folder))}
 
 
 def _tensors(path: Path, header: Header) -> Tensors:

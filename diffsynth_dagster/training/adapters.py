@@ -22,7 +22,6 @@ from diffsynth_dagster.errors import TargetError, reason_of
 
 ADAPTER = "default"
 _KEY = re.compile(rf"\.((?:lora|lokr|oft)_\w+)\.{ADAPTER}(?=\.|$)")
-_SAVED = re.compile(r"\.(?:lora|lokr|oft)_\w+(?:\.weight)?$")
 _MAGNITUDE = "lora_magnitude_vector"
 _ALWAYS = -1.0
 """peft draws a number in [0, 1) in every step, and applies LoKr where it is above the probability
@@ -32,11 +31,6 @@ of leaving it out. 0 itself would leave it out once in 2^24 draws."""
 def is_adapter(name: str) -> bool:
     """Whether a parameter of a module is one that `add_adapter` put there."""
     return _KEY.search(name) is not None
-
-
-def in_file_of_adapter(name: str) -> bool:
-    """Whether a tensor of a checkpoint is one that was put into a layer, by its saved name."""
-    return _SAVED.search(name) is not None
 
 
 def saved_name(name: str) -> str:

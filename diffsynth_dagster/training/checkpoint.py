@@ -14,10 +14,10 @@ from diffsynth_dagster.formats import Spelled, find_format
 from diffsynth_dagster.formats.guide import Guide
 from diffsynth_dagster.formats.names import lora_of
 from diffsynth_dagster.run.record import RunRecord
-from diffsynth_dagster.training.adapters import in_file_of_adapter, saved_name
+from diffsynth_dagster.training.adapters import saved_name
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.layout import in_layout_of
-from diffsynth_dagster.weights.lora import PROVENANCE_KEY
+from diffsynth_dagster.weights.lora import PROVENANCE_KEY, is_in_layer
 from diffsynth_dagster.weights.model_spec import IMPLEMENTATION, write_described
 
 
@@ -105,7 +105,7 @@ def content_of(
     for part in file.trained:
         start = family.prefix(part)
         own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-        if any(in_file_of_adapter(n) for n in own):
+        if any(is_in_layer(n) for n in own):
             if name is not None:
                 # Parts of a component are one LoRA of it, but for the guide's names.
                 loras.setdefault(part if name == "guide" else family.part(part).of, {}).update(own)

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from diffsynth_dagster.errors import WeightsError, reason_of
+from diffsynth_dagster.families import each_family
 from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.lora import Lora, LoraRules
 from diffsynth_dagster.formats.contract import Unread
 from diffsynth_dagster.formats.diffusers import ADAPTER_KEY
-from diffsynth_dagster.formats.reading import of_loras, read_all
+from diffsynth_dagster.formats.reading import ReadLora, of_loras, read_all
 from diffsynth_dagster.weights.header import PROVENANCE_KEY as PROVENANCE_KEY
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
@@ -29,7 +30,6 @@ FOREIGN_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "pipe.")
 """How names of layers start in files of other tools, beside the component's prefix and folder."""
 
 _ADAPTER = re.compile(r"\.(?:lora|lokr|oft)_\w+(?:\.weight)?$")
-"""What a tensor is called that is put into a layer, also by another method than LoRA."""
 NONSENSE = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, re.error)
 """What reading JSON, patterns and numbers of another form than expected raises."""
 
@@ -45,6 +45,11 @@ class LoraFile(Lora):
 
     other_family: str | None = None
     left_out: tuple[str, ...] = ()
+
+
+def is_in_layer(name: str) -> bool:
+    """Whether a tensor of a checkpoint is one that was put into a layer, also by another method than LoRA."""
+    return _ADAPTER.search(name) is not None
 
 
 def require_lora(path: Path, parameter: str) -> str:
@@ -75,7 +80,11 @@ def _loads_none(module: nn.Module, tensors: Tensors, settings: Mapping[str, obje
 
 
 def loras_in(
-    tensors: Tensors, notes: Mapping[str, str], family: Family, names: Sequence[str]
+    tensors: Tensors,
+    notes: Mapping[str, str],
+    family: Family,
+    names: Sequence[str],
+    strict: bool = False,
 ) -> tuple[dict[str, Lora], str | None]:
     """Component → the LoRA of it in a file, and the family that the header names.
 
@@ -83,6 +92,7 @@ def loras_in(
         notes: the text entries of the header.
         names: the components and parts that the file is looked into for; that of the first one may
             stand without a start. Those of others that are there are returned as well.
+        strict: whether a layer that is in no table of names is refused. Else it stays as it is named.
 
     Raises:
         Unread: a key is not understood.
@@ -93,7 +103,10 @@ def loras_in(
         owner = family.part(name).of
         parts = [part.name for part in family.parts if part.of == owner]
         prefixes[owner] = [family.prefix(each) for each in (name, owner, *parts)]
-    found = read_all(tensors, _rules_of_file(family, [*prefixes]), prefixes=prefixes)
+    found = read_all(tensors, rules_of_file(family, [*prefixes]), prefixes=prefixes)
+    unknown = unknown_in(found) if strict else None
+    if unknown is not None:
+        raise Unread(unknown)
     made_for: str | None = None
     loras: dict[str, Lora] = {}
     for name, own in found.items():
@@ -106,9 +119,38 @@ def loras_in(
     return loras, made_for
 
 
-def _rules_of_file(family: Family, owners: Sequence[str]) -> dict[str, LoraRules]:
-    """The rules of some components, and of the others that one file can hold a LoRA of as well."""
-    rules = {owner: rules_for(family, owner) for owner in owners}
+def families_of(tensors: Tensors) -> tuple[dict[str, dict[str, ReadLora]], dict[str, str]]:
+    """Family → the LoRAs in a file, for those that know each of its keys; and why the others do not.
+
+    Args:
+        tensors: those that are no alphas may be on the meta device.
+    """
+    fitting: dict[str, dict[str, ReadLora]] = {}
+    why: dict[str, str] = {}
+    for family in each_family():
+        try:
+            found = read_all(tensors, rules_of_file(family))
+        except Unread as error:
+            why[family.name] = str(error)
+            continue
+        unknown = unknown_in(found)
+        if unknown is None:
+            fitting[family.name] = found
+        else:
+            why[family.name] = unknown
+    return fitting, why
+
+
+def unknown_in(found: Mapping[str, ReadLora]) -> str | None:
+    """What is said of the first key whose layer is in no table of names; None where there is none."""
+    unknown = next((own.unknown for own in found.values() if own.unknown), None)
+    return None if unknown is None else f"the layer is not known: {unknown}"
+
+
+def rules_of_file(family: Family, owners: Sequence[str] = ()) -> dict[str, LoraRules]:
+    """The rules of some components, or of the denoiser, and of the others that one file can hold a LoRA of as
+    well."""
+    rules = {owner: rules_for(family, owner) for owner in owners or [family.denoiser]}
     taken = {own.folder for own in rules.values()}
     for component in family.components:
         if component.lora is not None and component.lora.folder not in taken:
@@ -133,7 +175,7 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
     notes = read_metadata(path) if path.suffix == ".safetensors" else {}
     if PROVENANCE_KEY in notes:  # a checkpoint may hold weights that were trained in full as well
         own = of_loras(tensors)
-        if own and not any(_ADAPTER.search(name) for name in tensors.keys() - own.keys()):
+        if own and not any(is_in_layer(name) for name in tensors.keys() - own.keys()):
             tensors = own
     try:
         found, made_for = loras_in(tensors, notes, family, [name])

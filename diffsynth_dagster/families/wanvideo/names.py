@@ -44,16 +44,11 @@ NAMES = AuthorsNames(
 
 def convert_dit(tensors: Tensors) -> Tensors:
     """The names of `diffusion_pytorch_model*.safetensors` of the authors → those of diffusers."""
-    return _renamed(tensors) if any(".self_attn." in name for name in tensors) else tensors
-
-
-def _renamed(tensors: Tensors) -> Tensors:
-    return {
-        name.replace("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"): tensor
-        for name, tensor in single_file_utils.convert_wan_transformer_to_diffusers(
-            dict(tensors)
-        ).items()
-    }
+    if not any(".self_attn." in name for name in tensors):
+        return tensors
+    named = single_file_utils.convert_wan_transformer_to_diffusers(dict(tensors))
+    positions = "condition_embedder.image_embedder.pos_embed"
+    return {name.replace("img_emb.emb_pos", positions): t for name, t in named.items()}
 
 
 def lora_aliases(blocks: str) -> Mapping[str, tuple[str, ...]]:
