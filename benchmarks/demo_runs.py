@@ -87,10 +87,10 @@ class Timed:
         """A method of an object, where the function is one of a class."""
         return self if instance is None else partial(self, instance)
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Call the function."""
         start = time.perf_counter()
         try:
-            return self._original(*arguments)
+            return self._original(*arguments, **named)
         finally:
             self.seconds += time.perf_counter() - start

@@ -20,9 +20,8 @@ from demo_runs import Timed, training_of, write_digits
 
 from diffsynth_dagster.run.stop import StopSignal
 from diffsynth_dagster.train import run
-from diffsynth_dagster.training import states
+from diffsynth_dagster.training import optimizer_step, states
 from diffsynth_dagster.training.parallel import Parallel
-from diffsynth_dagster.training.step import TrainingStep
 
 CASES = ((1, 384, 50), (4, 192, 50))
 """Pictures in a step (1 is the guide's default), their side (for steps of about 100 ms on two cores),
@@ -45,8 +44,7 @@ def measure(work: Path, batch_size: int, side: int, every: int) -> list[dict[str
     )
     with (
         Timed(states.States, "run") as written,
-        Timed(TrainingStep, "forward") as forward,
-        Timed(Parallel, "backward") as backward,
+        Timed(optimizer_step, "differentiate") as differentiating,
         Timed(Parallel, "clip") as clipping,
         Timed(AcceleratedOptimizer, "step") as optimizer,
         Timed(AcceleratedOptimizer, "zero_grad") as clearing,
@@ -54,7 +52,7 @@ def measure(work: Path, batch_size: int, side: int, every: int) -> list[dict[str
         record = run(config, StopSignal())
     assert record is not None
     whole = record.seconds
-    parts = (forward, backward, clipping, optimizer, clearing)
+    parts = (differentiating, clipping, optimizer, clearing)
     computed = sum(part.seconds for part in parts)
     return [
         {

@@ -10,10 +10,14 @@ however its micro-batches are split among processes and accumulation.
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 from diffsynth_dagster.data.permutation import Permutation
+
+_permutation = lru_cache(maxsize=1024)(Permutation)
+"""A step asks for the permutations that the one before asked for."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class StepOrder:
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step`, counted from 0 over all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        shuffled = Permutation(self._ends[-1], self._seed, "micro-batch", epoch)
+        shuffled = _permutation(self._ends[-1], self._seed, "micro-batch", epoch)
         first = position * self._slots
         last = min(first + self._slots, len(shuffled))
         return [self._micro_batch(epoch, shuffled[index]) for index in range(first, last)]
@@ -73,7 +77,7 @@ class StepOrder:
         first = (number - (self._ends[bucket - 1] if bucket else 0)) * self._batch
         last = min(first + self._batch, size * self._repeat)
         orders = {
-            turn: Permutation(size, self._seed, "sample", epoch, bucket, turn)
+            turn: _permutation(size, self._seed, "sample", epoch, bucket, turn)
             for turn in range(first // size, (last - 1) // size + 1)
         }
         visits = (divmod(element, size) for element in range(first, last))

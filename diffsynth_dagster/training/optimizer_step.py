@@ -80,13 +80,9 @@ def train_step(
     began = Moment(parallel.device)
     loss = torch.zeros((), device=parallel.device)
     for index, batch in enumerate(batches):
-        last = index == len(batches) - 1
-        with parallel.micro_batch(work.model, last), _saved_tensors(work):
-            batch = batch.to(parallel.device)
-            losses: torch.Tensor = work.model(batch)
-            weighted = losses.sum() * batch.scale
-            parallel.backward(weighted)
-        loss += weighted.detach()
+        batch = batch.to(parallel.device)
+        losses = differentiate(work, batch, last=index == len(batches) - 1)
+        loss += losses.sum() * batch.scale
         work.losses.add(batch, losses, work.step_module.row_weights(batch))
     norm = parallel.clip(work.trained.values(), config.max_grad_norm)
     differentiated = Moment(parallel.device)
@@ -114,6 +110,16 @@ def train_step(
         peak_memory_bytes=peak_memory(parallel.device),
     )
     return MadeStep(known, numbers, waiting, began, differentiated, skipped)
+
+
+def differentiate(work: Work, batch: Batch, last: bool) -> torch.Tensor:
+    """The losses (B,) of a micro-batch; their gradients are added to those of the step. What autograd
+    remembered is free when this returns."""
+    parallel = work.session.parallel
+    with parallel.micro_batch(work.model, last), _saved_tensors(work):
+        losses: torch.Tensor = work.model(batch)
+        parallel.backward(losses.sum() * batch.scale)
+    return losses.detach()
 
 
 class MadeSteps:

@@ -46,15 +46,13 @@ class SampleLosses:
         self._counted_before = np.zeros(_RANGES, dtype=np.float64)
 
     def add(self, batch: Batch, losses: torch.Tensor, weights: torch.Tensor | None) -> None:
-        """Take in the losses (B,) of a micro-batch.
+        """Take in the losses (B,) of a micro-batch, without a graph.
 
         Args:
             weights: (B,) of its rows, which the losses were multiplied by; None where they have none.
         """
         if batch.scale:  # else it is another's
-            own = (
-                losses.detach() if weights is None else losses.detach() / weights
-            )  # NaN: no weight
+            own = losses if weights is None else losses / weights  # NaN: no weight
             self._waiting.append((batch.places, batch.indices, own))
         if len(self._waiting) >= _AT_ONCE:
             self._count()
