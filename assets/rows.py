@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from assets.pictures import Shown
 
@@ -26,25 +26,22 @@ def files_of_rows(rows: "DataFrame", accepted: bool) -> list[Shown]:
         for column in columns:
             if isinstance(row.get(f"{column}:seconds"), float):
                 continue  # sound
-            parts = [_listed(row[f"{column}:{part}"]) for part in ("path", "frames", "stride")]
-            for path, frames, stride in zip(*parts, strict=True):
+            many = isinstance(row[f"{column}:path"], list)
+            parts = [row[f"{column}:{part}"] for part in ("path", "frames", "stride", "shown")]
+            for path, frames, stride, taken in zip(*parts, strict=True) if many else [parts]:
                 is_clip = (frames or 1) > 1
                 if path is not None and (accepted or not is_clip):
-                    shown = _frames(frames, stride) if is_clip else None
+                    shown = _frames(frames, stride, taken) if is_clip else None
                     files.append(Shown(Path(path), accepted, shown))
     return files
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _frames(count: int, stride: float) -> tuple[int, ...]:
+def _frames(count: int, stride: float, taken: list[int] | None) -> tuple[int, ...]:
     """The frames of a strip: the first, the last, and evenly between."""
     from diffsynth_dagster.data.geometry import frame_indices
 
-    taken, shown = frame_indices(count, stride), min(count, _STRIP)
-    return tuple(taken[round(i * (count - 1) / (shown - 1))] for i in range(shown))
+    taken, shown = taken or frame_indices(count, stride), min(count, _STRIP)
+    return tuple(dict.fromkeys(taken[round(i * (count - 1) / (shown - 1))] for i in range(shown)))
 
 
 def markdown(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

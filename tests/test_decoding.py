@@ -195,7 +195,8 @@ def test_clips_count_with_all_their_frames(
     video_facts(tmp_path / "x.gif", pool)
     load_sample_image(tmp_path / "x.gif", (32, 32))
     frame = 96 * 80
-    assert held == [176 * 144 * 5, frame * 3, frame, frame]
+    film = 32 * 32
+    assert held == [176 * 144 * 2 + 5 * film, frame * 2 + 3 * film, frame, frame]
 
 
 def test_the_parameter_is_the_budget(

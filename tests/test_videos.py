@@ -103,9 +103,9 @@ def test_every_row_of_videos_keeps_its_reason(data: Path) -> None:
     rows = [{"video": name, "prompt": "a"} for name, _, _ in cases]
     frame = check(data, rows, video_family(VIDEO)).frame
     assert list(zip(*(frame[c] for c in ("video", "status", "frames")), strict=True)) == cases
-    assert frame["width"][0] == 176
+    assert frame["width"][0] == 192
     assert frame["height"][0] == 144
-    assert frame["shape"][0] == "176x144x81"
+    assert frame["shape"][0] == "192x144x81"
     assert all(m for m, s in zip(frame["message"], frame["status"], strict=True) if s != "ok")
 
 
@@ -148,11 +148,16 @@ def test_several_images_and_their_sizes(data: Path) -> None:
     want = ["ok", "ok", "outside_base_path", "file_missing", "missing_value", "ok"]
     assert frame["status"].to_list() == want
     assert "'../2.png'" in frame["message"][2]
-    assert frame["shape"][0] == "176x144x5 64x48 96x32,32x32"
-    assert frame["shape"][1] == "176x144x5 64x48 96x32"
+    assert frame["shape"][0] == "192x144x5 64x48 96x32,32x32"
+    assert frame["shape"][1] == "192x144x5 64x48 96x32"
     assert validated.duplicates() == 1
     row = frame.row(0, named=True)
-    assert trained_sizes(files_of(row, VIDEO), VIDEO) == [[[176, 144]], [5], [1.0]]
+    assert trained_sizes(files_of(row, VIDEO), VIDEO) == [
+        [[192, 144]],
+        [5],
+        [1.0],
+        [[0, 1, 2, 3, 4]],
+    ]
     files = json.loads(json.dumps(files_of(row, EDITS)))
     images = load_files(files, EDITS, 1)
     assert isinstance(images, list)
@@ -162,7 +167,7 @@ def test_several_images_and_their_sizes(data: Path) -> None:
     assert torch.equal(single[0], images[0])
     clip = load_files(files_of(row, VIDEO), VIDEO, 1)
     assert isinstance(clip, torch.Tensor)
-    assert clip.shape == (3, 5, 144, 176)
+    assert clip.shape == (3, 5, 144, 192)
 
 
 def test_files_outside_the_base_may_be_allowed(data: Path) -> None:
@@ -257,6 +262,7 @@ def test_any_clip(
     rule = FrameRule(step, rest % step)
     asked = rule.smallest + step * (blocks - 1)
     count, stride = ClipRule(asked, new_rate, rule).clip(frames, rate)
+    assert ClipRule(asked, new_rate, rule).taken(frames, rate) == frame_indices(count, stride)
     assert 0 <= count <= asked
     assert count == 0 or count % step == rest % step
     indices = frame_indices(count, stride)
@@ -326,7 +332,7 @@ def test_videos_reach_the_store_and_the_step(data: Path, tmp_path: Path) -> None
             [(3, 48, 64)] * 2
         ] * 2
     assert stored[5].isdisjoint(stored[9])
-    assert seen == [(3, 5, 144, 176), (3, 9, 144, 176)]
+    assert seen == [(3, 5, 144, 192), (3, 9, 144, 192)]
     picture(1, (64, 48)).save(data / "0.png")
     data_set = StepDataset(config, models.found, Samples(tmp_path / "run"), 0, 1)
     with pytest.raises(MetadataError, match="no longer the one that was checked") as refused:

@@ -15,7 +15,7 @@ import torch
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.digests import digest_column
-from diffsynth_dagster.data.samples import trained_sizes
+from diffsynth_dagster.data.samples import READ_BY, trained_sizes
 from diffsynth_dagster.facts import FactCache, digest_of, digest_text
 from diffsynth_dagster.families.contract import Family, Stage
 from diffsynth_dagster.weights.identify import FoundModel
@@ -45,7 +45,7 @@ def _content(item: Input) -> pl.Expr:
 
 def _sizes_read(rows: pl.DataFrame, item: Input) -> pl.Series:
     """How each row's files are read, as JSON text. Rows have few different values of it."""
-    parts = [pl.col(f"{item.column}:{p}").alias(p) for p in ("target", "frames", "stride")]
+    parts = [pl.col(f"{item.column}:{part}").alias(part) for part in READ_BY]
     texts = rows.select(pl.struct(parts).struct.json_encode()).to_series()
     distinct = texts.unique()
     worded = [

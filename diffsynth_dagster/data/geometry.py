@@ -1,8 +1,13 @@
 """The size and length that a sample is trained at. Pure numbers: no file is needed to know them."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffsynth_dagster.errors import ParameterError
+
+_NEAR_S = 1.5e-3
+"""A frame that begins so little after a moment is the one that is shown then: times are rounded."""
 
 
 @dataclass(frozen=True)
@@ -150,21 +155,39 @@ class ClipRule:
     rule: FrameRule
 
     def clip(self, frames: int, rate: float | None) -> tuple[int, float]:
-        """How much of a clip is trained on.
+        """How much of a clip is trained on whose frames are shown evenly: see `taken`.
+
+        Returns:
+            (trained frames, stride): see `frame_indices`.
+        """
+        return len(self.taken(frames, rate)), self.stride(rate)
+
+    def stride(self, rate: float | None) -> float:
+        """How many frames of a file there are for each one that is taken, on average."""
+        return rate / self.frame_rate if rate is not None and self.frame_rate else 1.0
+
+    def taken(
+        self, frames: int, rate: float | None, times: Sequence[float] | None = None
+    ) -> list[int]:
+        """Which frames of a clip are trained on.
 
         Args:
             frames: how many frames the file has.
             rate: its frames per second; None for a still image, which is one frame of any rate.
+            times: where frames are not shown evenly, the seconds at which each is shown, counted from
+                the first, and at which the last one ends.
 
         Returns:
-            (trained frames, stride): see `frame_indices`. The count is the longest that the
-            family takes, and 0 where the clip is too short for any.
+            As many as the longest clip that the family takes; none where the file is too short for
+            any.
         """
-        stride = rate / self.frame_rate if rate is not None and self.frame_rate else 1.0
-        available = int(frames / stride) + 1
-        while available > 0 and frame_indices(available, stride)[-1] >= frames:
-            available -= 1
-        return self.rule.longest(min(available, self.num_frames)), stride
+        if times is not None and self.frame_rate:
+            found = frames_at(times, self.frame_rate, self.num_frames)
+        else:
+            most = min(int(frames / self.stride(rate)) + 1, self.num_frames)
+            indices = frame_indices(most, self.stride(rate))
+            found = [index for index in indices if index < frames]
+        return found[: self.rule.longest(len(found))]
 
 
 def frame_indices(count: int, stride: float) -> list[int]:
@@ -175,6 +198,20 @@ def frame_indices(count: int, stride: float) -> list[int]:
         stride: frames of the file for each one taken; 1 takes every one.
     """
     return [int(index * stride + 1e-6) for index in range(count)]
+
+
+def frames_at(times: Sequence[float], rate: float, most: int) -> list[int]:
+    """Which frames of a file are taken: for each moment of the new rate, the one that is shown then.
+
+    Args:
+        times: at which the frames are shown, and the last one ends, in seconds; see `ClipRule.taken`.
+        rate: frames per second that are taken.
+        most: no more than so many.
+    """
+    last = len(times) - 2
+    moments = (index / rate for index in range(most))
+    shown = (bisect_right(times, moment + _NEAR_S) - 1 for moment in moments)
+    return [index for index in shown if index <= last]
 
 
 def clip_rule(

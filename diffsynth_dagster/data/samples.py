@@ -8,7 +8,10 @@ the checked table's facts about the column, each a list where the column takes m
 the target is the sample rate and the channels, and the frames are samples.
 
     {"path": …, "digest": …, "size": …, "modified": …, "target": [width, height], "frames": …,
-     "stride": …}
+     "stride": …, "shown": [index, …]}
+
+`shown` says which frames of a clip are read, as they are decoded in order. It is null where the stride
+says it, and decord gives the frames in order.
 """
 
 from collections.abc import Mapping
@@ -26,7 +29,9 @@ from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import FileState, digest_file
 
 Files = dict[str, Any]
-PARTS: tuple[str, ...] = ("path", "digest", "size", "modified", "target", "frames", "stride")
+READ_BY = ("target", "frames", "stride", "shown")
+"""The parts that say how a file is read."""
+PARTS: tuple[str, ...] = ("path", "digest", "size", "modified", *READ_BY)
 _READ_ANEW = "check the data set again: run the training anew, or materialize its metadata"
 
 
@@ -43,18 +48,28 @@ def files_as_json(item: Input) -> pl.Expr:
 
 def trained_sizes(files: Files, item: Input) -> list[Any]:
     """How the files are read: sizes, for videos the frames that are taken, for sound the rate,
-    channels and samples; nothing where an optional column names no file."""
+    channels and samples; nothing where an optional column names no file.
+
+    Keys of samples are made of it. What is read as it always was says the same as ever.
+    """
     if files["target"] is None:
         return []
-    listed = {part: _listed(files, item, part) for part in ("target", "frames", "stride")}
+    listed = {part: _listed(files, item, part) for part in READ_BY}
     targets = [list(target) for target in listed["target"]]
-    lengths = {"video": ("frames", "stride"), "audio": ("frames",)}.get(item.kind)
-    return targets if lengths is None else [targets, *(listed[part] for part in lengths)]
+    if item.kind == "audio":
+        return [targets, listed["frames"]]
+    if item.kind != "video":
+        return targets
+    shown = [] if all(one is None for one in listed["shown"]) else [listed["shown"]]
+    return [targets, listed["frames"], listed["stride"], *shown]
 
 
 def _listed(files: Files, item: Input, part: str) -> list[Any]:
-    value = files[part]
-    return list(value) if item.many else [value]
+    # A manifest of an older version does not say which frames are shown.
+    value = files.get(part)
+    if not item.many:
+        return [value]
+    return [None] * len(files["path"]) if value is None else list(value)
 
 
 def parse_value(text: str, item: Input) -> str | int | float | tuple[int, ...]:
@@ -111,7 +126,7 @@ def _load_one(one: Files, item: Input) -> Any:
         return read_image(path)
     if item.kind == "audio":
         return load_sample_audio(path, item.rate, item.channels, one["frames"])
-    return load_sample_video(path, size, one["frames"], one["stride"])
+    return load_sample_video(path, size, one["frames"], one["stride"], one["shown"])
 
 
 @lru_cache(maxsize=1 << 16)

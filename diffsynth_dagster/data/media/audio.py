@@ -44,8 +44,7 @@ def audio_facts(path: Path, pool: DecoderPool) -> Facts:
             return {"status": "no_audio", "message": "the file has no sound"}
         if not found["rate"]:
             return {"status": "bad_sample_rate", "message": "the sample rate of the sound is 0"}
-        with _opened(path) as container:
-            late = _start(container, next(container.decode(container.streams.audio[0])))
+        late = _start(path)
         facts = {"channels": found["channels"], "rate": found["rate"]}
         return {"digest": digest_file(path), **facts, "seconds": found["seconds"] + late}
     except AUDIO_ERRORS as error:
@@ -82,11 +81,9 @@ def load_sample_audio(path: Path, rate: int, channels: int, samples: int) -> tor
     """
     resampler = AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
     pieces: list[torch.Tensor] = []
-    late = 0
+    late = round(_start(path) * rate)
     with _opened(path) as container:
         for frame in container.decode(container.streams.audio[0]):
-            if not pieces:
-                late = round(_start(container, frame) * rate)
             pieces += [torch.from_numpy(f.to_ndarray()) for f in resampler.resample(frame)]
             if sum(piece.shape[1] for piece in pieces) + late >= samples + rate:
                 break
@@ -102,16 +99,17 @@ def _opened(path: Path) -> InputContainer:
     return av.open(str(path), options={"protocol_whitelist": "file"})
 
 
-def _start(container: InputContainer, first: av.AudioFrame) -> float:
+def _start(path: Path) -> float:
     """When the sound starts, in seconds after the first frame of the video that is in the file too;
-    0 where there is none.
-
-    Args:
-        first: frame of the sound.
-    """
-    cover = Disposition.attached_pic
-    video = next((v for v in container.streams.video if not v.disposition & cover), None)
-    if video is None or first.time is None:
+    0 where there is none."""
+    with _opened(path) as container:
+        cover = Disposition.attached_pic
+        videos = [n for n, v in enumerate(container.streams.video) if not v.disposition & cover]
+        first = next(container.decode(container.streams.audio[0])).time
+    if not videos or first is None:
         return 0.0
-    start, base = video.start_time, video.time_base
-    return first.time - (0.0 if start is None or base is None else float(start * base))
+    # Opened again: a recording may begin with packets of frames that cannot be decoded, which are
+    # not shown.
+    with _opened(path) as container:
+        shown = next(container.decode(container.streams.video[videos[0]]), None)
+        return first - (0.0 if shown is None else shown.time)

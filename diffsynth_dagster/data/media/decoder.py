@@ -1,24 +1,48 @@
-"""Decode whole videos and sound in a process of its own, so that a damaged file can crash nothing
-else.
+"""Decode whole videos, animations and sound in a process of its own, so that a damaged file can crash
+nothing else.
 
 This file is run as a script, without the rest of the project. It reads questions from standard
-input, one JSON list `["video" or "audio", path]` a line. For each it writes JSON objects to standard
-output, one a line: `{"decoded": n}` about once a second while it decodes, and at the end `{"width",
-"height", "frames", "rate"}` for a video, `{"tracks", "channels", "rate", "seconds"}` for sound, or
-`{"error"}`. A decoder that hangs is ended by an alarm; see `_end_in`.
+input, one JSON list `[kind, path]` a line; the kind is "video", "animation" or "audio". For each it
+writes JSON objects to standard output, one a line: `{"decoded": n}` about once a second while it
+decodes, and at the end what `DecoderPool.decode` says, or `{"error"}`. A decoder that hangs is ended
+by an alarm; see `_end_in`.
+
+What a video shows, and when, is what PyAV (that is, FFmpeg) decodes from its beginning to its end.
+decord is faster than some, and counts packets instead of frames: it may leave frames out, repeat
+them, and take no account of pixels that are not square. So it is asked beside PyAV, and trusted with
+the files of which it gives the same frames, bit for bit.
 """
 
 import json
 import os
 import signal
+import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 _PROGRESS_S = 1.0
 _EXACT = ("flac", "ogg")
 """Formats that say exactly how long they are, and whose decoders skip what is damaged."""
 _MISSING_S = 0.1
+_NEAR_S = 1e-3
+"""Time stamps are rounded to this much, or to the time base of their file where that is coarser."""
+_SHORTEST_MS, _USUAL_MS = 10, 100
+"""Frames of an animation that are to be shown for so long or shorter are shown by browsers for the
+second time."""
+_ORIENTATION = 0x0112
+_HIGH_RANGE = {16: "PQ", 18: "HLG"}
+"""Transfer functions of a high dynamic range, by their numbers in ITU-T H.273."""
+UPRIGHT = ((1, 0), (0, 1))
+"""The `orientation` of a frame that is not turned."""
 
 
 def _end_in(patience_s: int) -> None:
@@ -50,7 +74,11 @@ def main(patience_s: int) -> None:
             reported = time.monotonic()
             answer({"decoded": decoded})
 
-    decoders = {"video": _decode_video, "audio": _decode_audio}
+    decoders = {
+        "video": _decode_video,
+        "animation": _decode_animation,
+        "audio": _decode_audio,
+    }
     for line in sys.stdin:
         found: dict[str, object]
         _end_in(patience_s)
@@ -64,42 +92,181 @@ def main(patience_s: int) -> None:
 
 
 def _decode_video(path: str, report: Callable[[int], None]) -> dict[str, object]:
-    import decord
-
-    reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
-    frames, shape = len(reader), (0, 0)
-    for index in range(frames):
-        shape = reader.next().shape
-        report(index + 1)
-    rate = float(reader.get_avg_fps())
-    del reader
-    damaged = _damaged_frame(path, report)
-    if damaged is not None:
-        return {"error": f"frame {damaged} is damaged"}
-    return {"width": shape[1], "height": shape[0], "frames": frames, "rate": rate}
-
-
-def _damaged_frame(path: str, report: Callable[[int], None]) -> int | None:
-    """The first frame (from 1) that holds what the decoder made up for data that it could not read.
-
-    Decord shows such frames as if they were sound. Decoders know them by codes that mean nothing,
-    so how many they find depends on the codec. They are not told to fail at every error
-    (`err_detect=explode`): the first frames of a clip that was cut without encoding it again may
-    refer to ones that were left out, which is no damage.
-    """
     import av
     from av.video.stream import VideoStream
 
     with av.open(path, options={"protocol_whitelist": "file"}) as container:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
-            return None
+            return {"error": "it has no video"}
         stream.codec_context.thread_count = 1
+        beside, found = _Beside(path), dict[str, object]()
+        stamps: list[int | None] = []
+        last_s = 0.0
         for number, frame in enumerate(container.decode(stream), 1):
+            # Such a frame holds what the decoder made up for data that it could not read. It is not told
+            # to fail at every error (`err_detect=explode`): the first frames of a clip that was cut
+            # without encoding it again may refer to ones that were left out, which is no damage.
             if frame.is_corrupt:
-                return number
+                return {"error": f"frame {number} is damaged"}
+            if number == 1:
+                found = _appearance(stream, frame)
+                as_stored = displayed(stream, frame) == (frame.width, frame.height)
+                if not as_stored or orientation(frame) != UPRIGHT:
+                    beside.differs()
+            stamps.append(frame.pts)
+            last_s = float(frame.duration * (stream.time_base or 0)) if frame.duration else 0.0
+            beside.compare(frame)
             report(number)
-    return None
+        rate, times = _timing(stream, stamps, last_s)
+    decoder = "decord" if beside.gave(len(stamps)) else "pyav"
+    return {**found, "frames": len(stamps), "rate": rate, "times": times, "decoder": decoder}
+
+
+class _Beside:
+    """decord, which decodes the same file frame by frame, as long as it gives the same frames."""
+
+    def __init__(self, path: str) -> None:
+        self._reader: Any = None
+        self._frames = self._at = 0
+        try:
+            import decord
+
+            self._reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
+            self._frames = len(self._reader)
+        except Exception:  # noqa: BLE001 - it is not installed, cannot read the file, or raises anything
+            self._reader = None
+
+    def differs(self) -> None:
+        """Let it be: it does not give what is shown."""
+        self._reader = None
+
+    def compare(self, frame: "VideoFrame") -> None:
+        """Compare its next frame with a frame."""
+        if self._reader is None:
+            return
+        try:
+            theirs = self._reader.next().asnumpy() if self._at < self._frames else None
+        except Exception:  # noqa: BLE001 - as above
+            theirs = None
+        self._at += 1
+        ours = frame.to_ndarray(format="rgb24")
+        if theirs is None or theirs.shape != ours.shape or not (theirs == ours).all():
+            self._reader = None
+
+    def gave(self, frames: int) -> bool:
+        """Whether it gave all of so many frames, and no others."""
+        return self._reader is not None and self._frames == frames
+
+
+def _appearance(stream: "VideoStream", frame: "VideoFrame") -> dict[str, object]:
+    """Of the first frame of a video: `width` and `height` as it is shown, and `transfer`."""
+    width, height = displayed(stream, frame)
+    transfer = _HIGH_RANGE.get(int(frame.color_trc))
+    return {"width": width, "height": height, "transfer": transfer}
+
+
+def displayed(stream: "VideoStream", frame: "VideoFrame") -> tuple[int, int]:
+    """(width, height) that a frame is shown at, upright and in square pixels.
+
+    Pixels that are wider than high make the picture wider, others narrower: its height stays, before
+    it is turned.
+    """
+    ratio = stream.sample_aspect_ratio or Fraction(1)
+    width, height = max(1, round(frame.width * ratio)), frame.height
+    return (width, height) if orientation(frame)[0][0] else (height, width)
+
+
+def orientation(frame: "VideoFrame") -> tuple[tuple[int, int], tuple[int, int]]:
+    """How a frame is turned or mirrored when it is shown: the right angles nearest to its display
+    matrix ((a, b), (c, d)), which takes a pixel at (x, y) to (ax + cy, bx + dy)."""
+    sides: Any = frame.side_data  # a mapping, by its types, that goes through its values
+    for side in sides:
+        if side.type.name != "DISPLAYMATRIX":
+            continue
+        a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side))
+        if a == b == c == d == 0:
+            break
+        if abs(a) + abs(d) >= abs(b) + abs(c):
+            return (-1 if a < 0 else 1, 0), (0, -1 if d < 0 else 1)
+        return (0, -1 if b < 0 else 1), (-1 if c < 0 else 1, 0)
+    return UPRIGHT
+
+
+def upright(pixels: "np.ndarray", turn: tuple[tuple[int, int], tuple[int, int]]) -> "np.ndarray":
+    """The pixels (H, W, 3) of a frame as they are shown; see `orientation`."""
+    (a, b), (c, d) = turn
+    if not a:
+        pixels = pixels.swapaxes(0, 1)
+    if a + c < 0:
+        pixels = pixels[:, ::-1]
+    if b + d < 0:
+        pixels = pixels[::-1]
+    return pixels
+
+
+def _timing(
+    stream: "VideoStream", stamps: Sequence[int | None], last_s: float
+) -> tuple[float, list[int] | None]:
+    """The frames per second of a video, and the times at which its frames are shown; see
+    `DecoderPool.decode`.
+
+    Args:
+        stamps: of its frames, in units of the stream's time base; None where they have none.
+        last_s: how long the last frame is shown; 0 where nothing says that.
+    """
+    base = float(stream.time_base or 0)
+    said = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
+    known = [stamp for stamp in stamps if stamp is not None]
+    # Where the stamps are missing or go back, as those of AVI do, the file says a rate alone.
+    if len(known) < len(stamps) or any(b < a for a, b in pairwise(known)):
+        return (said[-1] if None in stamps else said[0]) if said else 0.0, None
+    times = [(stamp - known[0]) * base for stamp in known]
+    own = [(len(times) - 1) / times[-1]] if times and times[-1] > 0 else []
+    for rate in said + own:
+        if _is_even(times, 1 / rate, max(base, _NEAR_S)):
+            return rate, None
+    if not own:
+        return 0.0, None
+    last_s = last_s or times[-1] - times[-2]
+    return len(times) / (times[-1] + last_s), _in_microseconds([*times, times[-1] + last_s])
+
+
+def _is_even(times: Sequence[float], gap: float, near: float) -> bool:
+    """Whether frames are shown one gap after the other, all in seconds."""
+    return all(abs(time - index * gap) <= 1.01 * near for index, time in enumerate(times))
+
+
+def _in_microseconds(times: Sequence[float]) -> list[int]:
+    return [round(time * 1e6) for time in times]
+
+
+def _decode_animation(path: str, report: Callable[[int], None]) -> dict[str, object]:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        # The picture for programs that show no animation is none of its frames.
+        first = int(bool(getattr(image, "default_image", False)))
+        times = [0.0]
+        for index in range(first, getattr(image, "n_frames", 1)):
+            image.seek(index)
+            image.load()
+            shown_ms = image.info.get("duration", 0)
+            times.append(times[-1] + (shown_ms if shown_ms > _SHORTEST_MS else _USUAL_MS) / 1000)
+            report(index)
+        frames, seconds = len(times) - 1, times[-1]
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        width, height = image.size[::-1] if turned else image.size
+    even = _is_even(times, seconds / frames, _NEAR_S)
+    return {
+        "width": width,
+        "height": height,
+        "frames": frames,
+        "rate": frames / seconds if frames > 1 else None,
+        "times": None if even else _in_microseconds(times),
+        "decoder": "pillow",
+        "first": first,
+    }
 
 
 def _decode_audio(path: str, report: Callable[[int], None]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Processes that check videos and sound by decoding them: see `decoder`."""
+"""Processes that check videos, animations and sound by decoding them: see `decoder`."""
 
 import contextlib
 import json
@@ -31,14 +31,20 @@ class DecoderPool:
         self._left = False
 
     def decode(self, path: Path, kind: str = "video") -> dict[str, Any]:
-        """Decode every frame of a video, or all of the sound of a file.
+        """Decode every frame of a video or animation, or all of the sound of a file.
 
         Args:
-            kind: "video" or "audio".
+            kind: "video" for what FFmpeg reads, "animation" for what Pillow does, or "audio".
 
         Returns:
-            For a video `width` and `height` in pixels, `frames`, `rate` in frames per second. For
-            sound `tracks`, and of the first `channels`, `rate` in samples of each per second, and
+            For a video or animation `width` and `height` in pixels as it is shown, `frames`, `rate` in
+            frames per second (None for an animation of one frame), `times` and `decoder`. The times
+            are None where the frames are shown evenly, and else the microseconds at which each is
+            shown, counted from the first, and at which the last one ends. The decoder is who gives the
+            frames that are shown: "pillow", "decord" (in order, from the beginning), or "pyav" alone.
+            For a video also `transfer`, "PQ" or "HLG" where its range is high, and for an animation
+            `first`, the number of its first frame in the file.
+            For sound `tracks`, and of the first `channels`, `rate` in samples of each per second, and
             `seconds`. Or `error`.
         """
         worker = self._idle.get() or self._start()

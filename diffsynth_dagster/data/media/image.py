@@ -136,13 +136,20 @@ def media_problem(error: Exception, kind: str) -> Facts:
     return {"status": "unreadable", "message": f"not a readable {kind}: {why}"}
 
 
-def fit(image: Image.Image, target: tuple[int, int]) -> Image.Image:
-    """Resize (bilinear) so that the target (width, height) is covered, then crop the centre."""
+def fit(
+    image: Image.Image, target: tuple[int, int], shown: tuple[int, int] | None = None
+) -> Image.Image:
+    """Resize (bilinear) so that the target (width, height) is covered, then crop the centre.
+
+    Args:
+        shown: (width, height) that the image is shown at, where its pixels are not square.
+    """
     width, height = target
-    if image.size == target:
+    shown = shown or image.size
+    if image.size == shown == target:
         return image
-    resized = image.resize(cover(*image.size, target), Image.Resampling.BILINEAR)
-    left, top = crop_place(*image.size, target)
+    resized = image.resize(cover(*shown, target), Image.Resampling.BILINEAR)
+    left, top = crop_place(*shown, target)
     return resized.crop((left, top, left + width, top + height))
 
 

@@ -54,7 +54,7 @@ def find_checked(path: Path) -> CheckedTable | None:
     """The checked table that a file is; None for any other metadata table, or no file.
 
     Raises:
-        MetadataError: it was one, and is damaged.
+        MetadataError: it was one, and is damaged, or was made by an older version.
     """
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return None
@@ -66,7 +66,18 @@ def find_checked(path: Path) -> CheckedTable | None:
                 do="check the data set again: materialize the metadata, or name the original table",
             )
         notes = read_notes(path).get(_NOTES)
-        return None if notes is None else CheckedTable(scan_parquet(path), **json.loads(notes))
+        if notes is None:
+            return None
+        table = CheckedTable(scan_parquet(path), **json.loads(notes))
+        columns = set(table.rows.collect_schema())
+        if any(c.endswith(":stride") and f"{c[:-6]}shown" not in columns for c in columns):
+            raise MetadataError(
+                "the table was checked by an older version, which did not find out which frames of a "
+                "clip are shown",
+                where=str(path),
+                do="check the data set again: materialize the metadata, or name the original table",
+            )
+        return table
     except (OSError, pl.exceptions.PolarsError, ValueError, TypeError):
         return None  # whoever reads it as a table says what is wrong with it
 

@@ -7,7 +7,6 @@ name it, and only if it changed since it was looked at last.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,18 @@ import polars as pl
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
-from diffsynth_dagster.data.geometry import ClipRule, SizeRule, area_size
+from diffsynth_dagster.data.geometry import ClipRule, SizeRule, area_size, frame_indices
 from diffsynth_dagster.data.media.audio import audio_facts
 from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import image_facts
 from diffsynth_dagster.data.media.video import video_facts
 from diffsynth_dagster.data.table.values import REASONS, STATUS
-from diffsynth_dagster.errors import MetadataError, ParameterError, is_text
+from diffsynth_dagster.errors import MetadataError, is_text
 from diffsynth_dagster.facts import FactCache, Facts
 
 Progress = Callable[[int], object]
 """Called with the number of files done since the last call."""
-_CHECK = "3"
+_CHECK = "4"
 """Raised when the check of a file finds other facts: what older ones found is not believed."""
 _PER_FILE: dict[str, Any] = {
     "path": pl.String,
@@ -38,6 +37,7 @@ _PER_FILE: dict[str, Any] = {
     "target": pl.List(pl.Int64),
     "frames": pl.Int64,
     "stride": pl.Float64,
+    "shown": pl.List(pl.Int64),
     "rate": pl.Float64,
     "seconds": pl.Float64,
 }
@@ -54,8 +54,8 @@ class TrainedShape:
     clip: ClipRule | None
 
     def of(self, facts: Facts, item: Input) -> Facts:
-        """Facts about a file with `target` [width, height], `frames` and `stride` beside them, or
-        with the `status` and `message` of a file that is too small or too short."""
+        """Facts about a file with `target` [width, height], `frames`, `stride` and `shown` beside them,
+        or with the `status` and `message` of a file that is too small or too short."""
         if "status" in facts:
             return facts
         if item.kind == "audio":
@@ -66,15 +66,30 @@ class TrainedShape:
         if not width or not height:
             why = f"{facts['width']}x{facts['height']} pixels are below the family's smallest size"
             return {"status": "too_small", "message": why}
-        frames, stride = 1, 1.0
+        trained: Facts = {"target": [width, height], "frames": 1, "stride": 1.0}
         if item.kind == "video":
             assert self.clip is not None, "a family with videos has a frame rule"
-            frames, stride = self.clip.clip(facts["frames"], facts["rate"])
-            if frames == 0:
-                least = self.clip.rule.smallest
-                why = f"{facts['frames']} frames give less than the {least} of the shortest clip"
-                return {"status": "too_short", "message": why}
-        return {**facts, "target": [width, height], "frames": frames, "stride": stride}
+            trained |= _clip_of(facts, self.clip)
+        return {**facts, **trained}
+
+
+def _clip_of(facts: Facts, rule: ClipRule) -> Facts:
+    """How a clip is read: `frames`, `stride` and `shown`, or `status` and `message` of one that is too
+    short."""
+    times = facts["times"] and [time / 1e6 for time in facts["times"]]
+    stride = rule.stride(facts["rate"])
+    taken = rule.taken(facts["frames"], facts["rate"], times)
+    if not taken:
+        why = (
+            f"{facts['frames']} frames give less than the {rule.rule.smallest} of the shortest clip"
+        )
+        return {"status": "too_short", "message": why}
+    shown = [facts.get("first", 0) + index for index in taken]
+    # What can be said by a stride is, so that samples keep their keys. decord gives frames in order only.
+    by_stride = facts["decoder"] == "pillow" or (facts["decoder"] == "decord" and stride == 1.0)
+    if by_stride and shown == frame_indices(len(taken), stride):
+        return {"frames": len(taken), "stride": stride}
+    return {"frames": len(taken), "stride": stride, "shown": shown}
 
 
 def _sound_of(facts: Facts, item: Input) -> Facts:
@@ -142,9 +157,9 @@ class FileCheck:
             The frame with the status and message of rows whose files fail, and for each file
             `<column>:path` (resolved), `:digest`, `:size` and `:modified` (see `FileState`) of the
             file that was checked, `:width` and `:height` (pixels, upright),
-            `:target` ([width, height] it is trained at), `:frames` (trained, 1 for an image) and
-            `:stride` (see `frame_indices`); `:rate` (frames or samples per second) and for sound
-            `:seconds`. Lists of these where the input takes many; null where an optional column
+            `:target` ([width, height] it is trained at), `:frames` (trained, 1 for an image),
+            `:stride` (see `frame_indices`) and `:shown` (see `samples`); `:rate` (frames or samples per
+            second) and for sound `:seconds`. Lists of these where the input takes many; null where an optional column
             names no file.
         """
         wanted = frame.with_row_index(_ROW).filter(pl.col("status") == "ok")
@@ -195,12 +210,6 @@ class FileCheck:
             return lambda path: audio_facts(path, self._decoders)
         if item.kind != "video":
             return image_facts
-        if find_spec("decord") is None:
-            raise ParameterError(
-                "videos are read with decord, which is not installed",
-                where="data_file_keys",
-                do="install decord, or eva-decord or decord2 where it has no build",
-            )
         return lambda path: video_facts(path, self._decoders)
 
     def _resolve(self, value: str) -> tuple[Path | None, str]:

@@ -35,6 +35,7 @@ REASONS = {
     "other_proportions": "the picture has other proportions than the sample",
     "too_short": "the video has fewer frames than the family's shortest clip",
     "bad_frame_rate": "the video's frame rate is not above zero",
+    "high_range": "the video is of a high dynamic range (PQ or HLG)",
     "no_audio": "the file has no sound",
     "bad_sample_rate": "the sample rate of the sound is not above zero",
     "wrong_channels": "the sound has more or fewer channels than the model",
