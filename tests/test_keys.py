@@ -29,6 +29,7 @@ _TYPES = {
     "target": pl.List(pl.Int64),
     "frames": pl.Int64,
     "stride": pl.Float64,
+    "reading": pl.String,
 }
 
 captions = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
@@ -42,6 +43,7 @@ one_file = st.fixed_dictionaries(
         "target": st.tuples(sides, sides).map(list),
         "frames": st.sampled_from([1, 5, 81]),
         "stride": st.one_of(st.just(1.0), st.floats(1e-7, 1e7, allow_nan=False)),
+        "reading": st.sampled_from([None, None, "srgb", "background=#ffffff"]),
     }
 )
 
@@ -143,7 +145,7 @@ def test_tokens_count_the_patches_of_all_files() -> None:
 
 def _file(target: list[int], frames: int) -> dict[str, Any]:
     known: dict[str, Any] = {"path": "a", "digest": "a" * 64, "size": 1, "modified": 1}
-    return {**known, "target": target, "frames": frames, "stride": 1.0}
+    return {**known, "target": target, "frames": frames, "stride": 1.0, "reading": None}
 
 
 def test_the_digest_of_a_table_is_of_its_rows_in_order_however_it_is_cut(tmp_path: Path) -> None:

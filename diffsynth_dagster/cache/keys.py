@@ -24,6 +24,8 @@ from diffsynth_dagster.weights.models import component_digest
 KEY_DIGITS = 32
 CONTENT, READ_AS = "\x00content:", "\x00sizes:"
 """How the columns of `with_contents` begin."""
+_READ = ("target", "frames", "stride", "reading")
+"""The parts of a file's facts that say how it is read."""
 
 
 def with_contents(rows: pl.DataFrame, inputs: Sequence[Input]) -> pl.DataFrame:
@@ -45,7 +47,7 @@ def _content(item: Input) -> pl.Expr:
 
 def _sizes_read(rows: pl.DataFrame, item: Input) -> pl.Series:
     """How each row's files are read, as JSON text. Rows have few different values of it."""
-    parts = [pl.col(f"{item.column}:{p}").alias(p) for p in ("target", "frames", "stride")]
+    parts = [pl.col(f"{item.column}:{p}").alias(p) for p in _READ]
     texts = rows.select(pl.struct(parts).struct.json_encode()).to_series()
     distinct = texts.unique()
     worded = [

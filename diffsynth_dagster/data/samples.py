@@ -8,7 +8,7 @@ the checked table's facts about the column, each a list where the column takes m
 the target is the sample rate and the channels, and the frames are samples.
 
     {"path": …, "digest": …, "size": …, "modified": …, "target": [width, height], "frames": …,
-     "stride": …}
+     "stride": …, "reading": …}
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,19 @@ import polars as pl
 
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.media.audio import AUDIO_ERRORS, load_sample_audio
+from diffsynth_dagster.data.media.budget import short_of_memory
+from diffsynth_dagster.data.media.colour import look_of
 from diffsynth_dagster.data.media.image import load_sample_image, read_image
 from diffsynth_dagster.data.media.video import load_sample_video
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import FileState, digest_file
+from diffsynth_dagster.shortage import says_short
 
 Files = dict[str, Any]
-PARTS: tuple[str, ...] = ("path", "digest", "size", "modified", "target", "frames", "stride")
+PARTS: tuple[str, ...] = (
+    *("path", "digest", "size", "modified", "target", "frames", "stride"),
+    "reading",
+)
 _READ_ANEW = "check the data set again: run the training anew, or materialize its metadata"
 
 
@@ -43,9 +49,16 @@ def files_as_json(item: Input) -> pl.Expr:
 
 def trained_sizes(files: Files, item: Input) -> list[Any]:
     """How the files are read: sizes, for videos the frames that are taken, for sound the rate,
-    channels and samples; nothing where an optional column names no file."""
+    channels and samples; nothing where an optional column names no file. Where colours are not taken
+    as they are in the file, an object with these and the words that say how."""
     if files["target"] is None:
         return []
+    words = _listed(files, item, "reading")
+    sizes = _sizes(files, item)
+    return [{"reading": words, "sizes": sizes}] if any(words) else sizes
+
+
+def _sizes(files: Files, item: Input) -> list[Any]:
     listed = {part: _listed(files, item, part) for part in ("target", "frames", "stride")}
     targets = [list(target) for target in listed["target"]]
     lengths = {"video": ("frames", "stride"), "audio": ("frames",)}.get(item.kind)
@@ -53,8 +66,11 @@ def trained_sizes(files: Files, item: Input) -> list[Any]:
 
 
 def _listed(files: Files, item: Input, part: str) -> list[Any]:
-    value = files[part]
-    return list(value) if item.many else [value]
+    # Files that were named before there was this part lack it.
+    value = files.get(part)
+    if item.many:
+        return [None] * len(files["target"]) if value is None else list(value)
+    return [value]
 
 
 def parse_value(text: str, item: Input) -> str | int | float | tuple[int, ...]:
@@ -83,6 +99,7 @@ def load_files(files: Files, item: Input, row: int) -> Any:
 
     Raises:
         MetadataError: a file is no longer what was checked, or cannot be read.
+        OutOfMemory: memory is not enough to read it.
     """
     if files["path"] is None:
         return None
@@ -94,7 +111,9 @@ def load_files(files: Files, item: Input, row: int) -> Any:
             _require_unchanged(one, item, where)
             loaded.append(_load_one(one, item))
             _require_unchanged(one, item, where)  # nor while it was read
-        except AUDIO_ERRORS as error:
+        except (*AUDIO_ERRORS, MemoryError) as error:
+            if says_short(error) is not None:
+                raise short_of_memory(item.kind, where) from error
             raise MetadataError(
                 f"the {item.kind} was readable when it was checked, and is not now: {error}",
                 where=where,
@@ -105,13 +124,14 @@ def load_files(files: Files, item: Input, row: int) -> Any:
 
 def _load_one(one: Files, item: Input) -> Any:
     path, size = Path(one["path"]), (one["target"][0], one["target"][1])
+    look = look_of(one["reading"])
     if item.kind == "image":
-        return load_sample_image(path, size)
+        return load_sample_image(path, size, look)
     if item.kind == "picture":
-        return read_image(path)
+        return read_image(path, look)
     if item.kind == "audio":
         return load_sample_audio(path, item.rate, item.channels, one["frames"])
-    return load_sample_video(path, size, one["frames"], one["stride"])
+    return load_sample_video(path, size, one["frames"], one["stride"], look)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from diffsynth_dagster.data.geometry import frame_indices
 from diffsynth_dagster.data.media.budget import DECODING
+from diffsynth_dagster.data.media.colour import Look, colour_facts
 from diffsynth_dagster.data.media.containers import cut_short
 from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import (
@@ -40,7 +41,7 @@ def video_facts(path: Path, pool: DecoderPool) -> Facts:
 
     Returns:
         `digest`, `width`, `height`, `frames`, and `rate` in frames per second (None for a still
-        image); or `status` and `message`.
+        image), and for what Pillow reads its `colour_facts`; or `status` and `message`.
     """
     try:
         found: Facts | None = _animation_facts(path)
@@ -72,16 +73,21 @@ def _animation_facts(path: Path) -> Facts | None:
         return None
     with opened as image, DECODING.hold(image.width * image.height):
         frames = _frame_count(image)
-        duration_ms = 0
+        duration_ms, colours = 0, Facts()
         for index in range(frames):
             image.seek(index)
             image.load()
+            own = colour_facts(image)
+            colours = {
+                **own,
+                "transparent": own["transparent"] or colours.get("transparent", False),
+            }
             shown = image.info.get("duration", 0)
             duration_ms += shown if shown > 0 else _DEFAULT_DURATION_MS
         image.seek(0)
-        size = as_rgb(image).size
+        size = as_rgb(image, Look(profile=False)).size
     rate = 1000 * frames / duration_ms if frames > 1 else None
-    return {"width": size[0], "height": size[1], "frames": frames, "rate": rate}
+    return {"width": size[0], "height": size[1], "frames": frames, "rate": rate, **colours}
 
 
 def _frame_count(image: Image.Image) -> int:
@@ -104,12 +110,13 @@ def read_frames(path: Path, indices: Sequence[int]) -> list[Image.Image]:
 
 @contextmanager
 def _decoded(
-    path: Path, indices: Sequence[int], holds: bool = False
+    path: Path, indices: Sequence[int], holds: bool = False, look: Look | None = None
 ) -> Generator[list[Image.Image]]:
     """What `read_frames` reads, counted in the budget `DECODING` while the block runs.
 
     Args:
         holds: whether the last frame stands for those that the file does not have.
+        look: how the colours of an animation or a picture are read; None as `Look()` says.
     """
     try:
         opened = open_image(path)
@@ -125,7 +132,7 @@ def _decoded(
         for index in chosen:
             if _frame_count(image) > 1:
                 image.seek(index)
-            found[index] = as_rgb(image)
+            found[index] = as_rgb(image, look or Look())
         yield [found[index] for index in indices]
 
 
@@ -169,16 +176,17 @@ def _frame_pixels(path: Path) -> int:
 
 
 def load_sample_video(
-    path: Path, target: tuple[int, int], frames: int, stride: float
+    path: Path, target: tuple[int, int], frames: int, stride: float, look: Look | None = None
 ) -> torch.Tensor:
     """A video file at its trained size (width, height) and length. One that is shorter stands still
     after its last frame.
 
     Args:
         frames, stride: which frames are taken; see `frame_indices`.
+        look: how the colours of an animation or a picture are read; None as `Look()` says.
 
     Returns:
         float32 (3, F, height, width) in [-1, 1].
     """
-    with _decoded(path, frame_indices(frames, stride), holds=True) as images:
+    with _decoded(path, frame_indices(frames, stride), True, look) as images:
         return torch.stack([to_tensor(fit(image, target)) for image in images], dim=1)

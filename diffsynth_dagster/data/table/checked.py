@@ -47,7 +47,7 @@ def write_checked(table: CheckedTable, folder: Path, pinned: bool = False) -> Ch
         link_whole(path, folder / FILE_NAME)
     rejected = table.rejected.select("row", "status", "message").collect()
     write_whole(folder / "rejected.csv", rejected.write_csv)
-    return replace(table, rows=scan_parquet(path))
+    return replace(table, rows=_with_readings(scan_parquet(path)))
 
 
 def find_checked(path: Path) -> CheckedTable | None:
@@ -66,9 +66,21 @@ def find_checked(path: Path) -> CheckedTable | None:
                 do="check the data set again: materialize the metadata, or name the original table",
             )
         notes = read_notes(path).get(_NOTES)
-        return None if notes is None else CheckedTable(scan_parquet(path), **json.loads(notes))
+        if notes is None:
+            return None
+        return CheckedTable(_with_readings(scan_parquet(path)), **json.loads(notes))
     except (OSError, pl.exceptions.PolarsError, ValueError, TypeError):
         return None  # whoever reads it as a table says what is wrong with it
+
+
+def _with_readings(rows: pl.LazyFrame) -> pl.LazyFrame:
+    """The rows of a table with how files are read, also of one that was checked before that was said."""
+    schema = rows.collect_schema()
+    files = [c.removesuffix(":path") for c in schema.names() if c.endswith(":path")]
+    lacking = [c for c in files if f"{c}:reading" not in schema]
+    return rows.with_columns(
+        pl.lit(None, schema[f"{c}:path"]).alias(f"{c}:reading") for c in lacking
+    )
 
 
 def read_checked(folder: Path, name: str = FILE_NAME) -> CheckedTable:
