@@ -247,7 +247,7 @@ def test_half_transparent_pixels_are_mixed_in_srgb(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_frames_of_animations_are_converted_and_filled(tmp_path: Path, kind: str) -> None:
     frames: list[Image.Image] = []
-    for left in (2, 10, 20):
+    for left in (3, 11, 21):
         frame = Image.new("RGBA", (48, 32), (0, 0, 0, 0))
         frame.paste((*RED, 255), (left, 0, left + 20, 32))
         frames.append(frame)
@@ -270,7 +270,7 @@ def test_frames_of_animations_are_converted_and_filled(tmp_path: Path, kind: str
     assert facts.get("converted") == ("srgb" if is_converted else None)
     clip = load_sample_video(path, (48, 32), 3, 1.0, Look(background="#ffffff"))
     seen = ((clip + 1) * 127.5).round().to(torch.int64)
-    for index, left in enumerate((2, 10, 20)):
+    for index, left in enumerate((3, 11, 21)):
         right = [240, 0, 22] if is_converted else RED
         assert seen[:, index, 5, left + 5].tolist() == pytest.approx(right, abs=2)
         assert seen[:, index, 5, 45].tolist() == [255, 255, 255]
