@@ -166,6 +166,7 @@ ALTERNATIVES: dict[str, Change] = {
     "dataset_repeat": {"dataset_repeat": 2},
     "dataset_num_workers": {"dataset_num_workers": 1},
     "decode_megapixels": {"decode_megapixels": 1},
+    "background": {"background": "white"},
     "data_file_keys": file_columns,
     "allow_outside_base_path": {"allow_outside_base_path": True},
     "verify_content": {"verify_content": True},

@@ -109,6 +109,26 @@ class CheckedTable:
         first = self.rejected.select("row", "message").head(_SHOWN_ROWS).collect()
         return [f"row {row}: {message}" for row, message in first.iter_rows()]
 
+    def warnings(self) -> list[str]:
+        """What is trained on in a way that people may not expect: a sentence for each kind, with the
+        number of rows and the first of them."""
+        schema = self.rows.collect_schema()
+        flags = {c: kind for c, kind in schema.items() if c.endswith(":transparent")}
+        if not flags or self.parameters.get("background") is not None:
+            return []
+        tests = [
+            pl.col(c).list.any() if kind == pl.List else pl.col(c) for c, kind in flags.items()
+        ]
+        found = self.accepted.filter(pl.any_horizontal(tests).fill_null(False)).select("row")
+        count, first = found.select(pl.len(), pl.col("row").min()).collect().row(0)
+        if not count:
+            return []
+        which = f"row {first} has" if count == 1 else f"{count} rows, the first is {first}, have"
+        return [
+            f"{which} pictures with transparent pixels: what is trained on is the colour beneath them, "
+            "which is often black; background (such as white) fills it"
+        ]
+
     def is_accepted(self, max_rejected_fraction: float) -> bool:
         """Whether no more rows are rejected than allowed, and one is accepted."""
         accepted, total = self.counts.get("ok", 0), sum(self.counts.values())
@@ -183,6 +203,7 @@ def validate(
     rules = TrainedShape(
         size_rule(config.height, config.width, config.max_pixels, geometry, config.bucket_step),
         clip_rule(config.num_frames, config.frame_rate, geometry, reader),
+        config.background,
     )
     inputs = check_columns(config, columns)
     wanted, lists = [i.column for i in inputs], [i.column for i in inputs if i.many]
