@@ -20,10 +20,11 @@ from families.flux import cases as flux
 from families.ltx2 import cases as ltx2
 from families.qwen_image import cases as qwen
 from families.wanvideo import cases as wan
+from families.wanvideo.vision import AuthorsProcessor
 from PIL import Image
 from test_families import HUB, TABLE, Place, place, places
 from test_family_samples import alone, pixels, write_table
-from transformers import CLIPImageProcessorPil, CLIPVisionModel
+from transformers import CLIPVisionModel
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.objective.noise import generator
@@ -78,7 +79,7 @@ def of_wan(
         parts["expand_timesteps"] = vae == "vae_wide"
         if vae == "vae":
             encoder = CLIPVisionModel.from_pretrained(own / "image_encoder")
-            parts |= {"image_encoder": encoder, "image_processor": CLIPImageProcessorPil()}
+            parts |= {"image_encoder": encoder, "image_processor": AuthorsProcessor()}
     pipeline: Any = kind(**parts)
     evenly(pipeline)
     size = {"height": side, "width": side, "num_frames": wan.FRAMES, "output_type": "pil"}

@@ -4,16 +4,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from PIL import Image
 
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.families.contract import Loaded, Output, Sample, Stage, Tensors
-
-
-def picture_of(frame: torch.Tensor) -> Image.Image:
-    """Frame (3, H, W) in [-1, 1] → picture of 8 bits, the values it was read from."""
-    pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def know_first_frame(loaded: Loaded, samples: Sequence[Sample], stride: int) -> list[Tensors]:
