@@ -91,9 +91,8 @@ def of_ltx(folder: Path, row: Mapping[str, Any], kind: Any) -> list[Image.Image]
     pipeline = ltx2.pipeline_of(folder, kind)
     given = {}
     if kind is LTX2ImageToVideoPipeline:
-        # A crf of 0: the picture is not compressed anew, as those that are trained on are not.
-        image = wan._pictures(row["video"], ltx2.SIDE, ltx2.FRAMES)[0]
-        given = {"image": image, "image_crf": 0}
+        # The pipeline compresses it with its default, 33, as `first_frame_crf` of the case does.
+        given = {"image": wan._pictures(row["video"], ltx2.SIDE, ltx2.FRAMES)[0]}
     return pipeline(
         **common(row),
         **given,
