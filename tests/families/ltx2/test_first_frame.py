@@ -8,7 +8,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from conftest import keys_of, make_config, train
+from conftest import keys_of, train
 from diffusers import AutoencoderKLLTX2Video
 from families.ltx2.cases import CASES, rows, write
 from PIL import Image, ImageDraw
@@ -154,4 +154,3 @@ def test_a_training_stores_the_compressed_frame(model: Path, tmp_path: Path) -> 
     code, run = train(half, tmp_path / "run")
     assert code == 0
     assert (run / "epoch-0.safetensors").exists()
-    make_config(half)
