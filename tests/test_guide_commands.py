@@ -87,6 +87,8 @@ def test_the_template_asks_for_the_same(variant: Variant, kind: str) -> None:
     # Where the data and the results lie, and what is told from the files or by accelerate.
     free = {"dataset_base_path", "dataset_metadata_path", "output_path", "family"}
     free |= {"mixed_precision", "data_file_keys"}
+    # What the guide's script does without a flag.
+    free.add("first_frame_crf")
     if own["lora_target_modules"] is None:
         free.add("lora_target_modules")  # the family's usual ones, which are these
     assert {n: v for n, v in own.items() if n not in free} == {
@@ -142,6 +144,7 @@ ACCEPTED = [
     ("ltx2_t2av", "--frame_rate", "30"),
     ("ltx2_t2av", "--initialize_model_on_cpu", ""),
     ("ltx2_t2av", "--audio_loss_weight", "0.5"),
+    ("ltx2_i2av", "--first_frame_crf", "33"),
 ]
 REFUSED = [
     ("qwen_image", "--tokenizer_1_path", "a", "qwen_image takes no tokenizer_1_path"),
@@ -157,6 +160,9 @@ REFUSED = [
     ("sd15", "--zero_terminal_snr", "", "--zero_terminal_snr is given but no --prediction_type"),
     ("sd15", "--num_frames", "49", "num_frames = 49 is given"),
     ("sdxl", "--extra_inputs", "kontext_images", "'kontext_images'"),
+    ("wan21_i2v_14b_480p", "--first_frame_crf", "33", "wanvideo takes no first_frame_crf"),
+    ("ltx2_t2av", "--first_frame_crf", "33", "first_frame_crf is given, but no first frame is"),
+    ("ltx2_i2av", "--first_frame_crf", "52", "first_frame_crf"),
     ("wan21_t2v_1.3b", "--audio_processor_path", "a", "--audio_processor_path is not supported"),
     ("wan21_t2v_1.3b", "--framewise_decoding", "", "--framewise_decoding is not supported"),
     ("wan21_t2v_1.3b", "--extra_inputs", "control_video", "'control_video'"),

@@ -75,6 +75,16 @@ class ParticularParameters(BaseModel):
         affects="training",
         ge=0.0,
     )
+    first_frame_crf: int | None = parameter(
+        None,
+        "Compress the first frame that is given (input_image) with H.264 at this constant rate "
+        "factor before it is encoded, as LTX-2 and 2.3 do with 33 when a video is made. Left out, it "
+        "is encoded as it is.",
+        affects="latents",
+        off_by_default=True,
+        ge=1,
+        le=51,
+    )
     align_to_opensource_format: bool = parameter(
         False,
         "Another word for checkpoint_format = kohya.",

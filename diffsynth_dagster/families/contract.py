@@ -192,6 +192,8 @@ class Stage:
             device of the component. Must give each sample the tensors that it would get alone.
         version: raised when `run` yields something else for the same inputs.
         needs: stages whose outputs it reads.
+        settings: parameters of the config that `run` was made with; stored samples are told apart by
+            them too. None of them is at its default.
     """
 
     name: str
@@ -201,6 +203,7 @@ class Stage:
     run: Callable[[Loaded, Sequence[Sample]], list[Tensors]]
     version: int = 1
     needs: tuple[str, ...] = ()
+    settings: tuple[tuple[str, int], ...] = ()
 
     def to_store(self, outputs: Tensors) -> Tensors:
         """The outputs of a sample as they are stored: one that it lacks is an empty tensor."""
