@@ -54,7 +54,7 @@ TEMPLATE = (
 )
 LATER = re.compile(r"Qwen-Image-Edit-\d{4}$")
 AREA = 1024 * 1024
-"""Pixels of a picture for the VAE."""
+"""Pixels of a picture for the VAE, whatever `max_pixels` bounds the trained image to."""
 SHOWN_AREA = 384 * 384
 """Pixels of a picture for the text encoder, in the later way."""
 
@@ -88,48 +88,42 @@ def resized(picture: Image.Image, area: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def shown(pictures: Sequence[Image.Image], area: int, later: bool) -> tuple[str, list[Image.Image]]:
+def shown(pictures: Sequence[Image.Image], later: bool) -> tuple[str, list[Image.Image]]:
     """How the text encoder is shown a row's pictures.
 
     Args:
-        area: of a picture for the VAE, in pixels.
         later: whether a single picture is shown in the way of the later releases.
 
     Returns:
         What stands before the prompt, with one `PICTURE` for each, and the pictures.
     """
     if len(pictures) == 1 and not later:
-        return PICTURE, [resized(pictures[0], area)]
+        return PICTURE, [resized(pictures[0], AREA)]
     named = [f"Picture {number}: {PICTURE}" for number in range(1, len(pictures) + 1)]
-    return "".join(named), [resized(picture, min(area, SHOWN_AREA)) for picture in pictures]
+    return "".join(named), [resized(picture, SHOWN_AREA) for picture in pictures]
 
 
-def encode_prompt(
-    loaded: Loaded, samples: Sequence[Sample], area: int, later: bool
-) -> list[Tensors]:
+def encode_prompt(loaded: Loaded, samples: Sequence[Sample], later: bool) -> list[Tensors]:
     """Prompt and pictures → `prompt_embeds` (L, hidden): the last hidden states after the
-    template's prefix. See `shown` for the arguments.
+    template's prefix. For `later` see `shown`.
 
     Each sample has a forward pass of its own: the sequences are long and differ in length.
     """
     results: list[Tensors] = []
     for sample in samples:
-        before, pictures = shown(sample[COLUMN], area, later)
+        before, pictures = shown(sample[COLUMN], later)
         states = encode_with_pictures(loaded, before + sample["prompt"], pictures, TEMPLATE)
         results.append({"prompt_embeds": states})
     return results
 
 
-def encode_pictures(loaded: Loaded, samples: Sequence[Sample], area: int) -> list[Tensors]:
+def encode_pictures(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     """Pictures → `edit_tokens` (L, 4 C): the latents of all, packed one after the other; and
     `edit_grids` (N, 2): rows and columns of tokens of each of the N.
-
-    Args:
-        area: of each picture, in pixels.
     """
     # The n-th pictures of samples of equal shape are of equal size.
     numbered = zip(*(sample[COLUMN] for sample in samples), strict=True)
-    pixels = (torch.stack([to_tensor(resized(p, area)) for p in pictures]) for pictures in numbered)
+    pixels = (torch.stack([to_tensor(resized(p, AREA)) for p in pictures]) for pictures in numbered)
     tokens, grids = pack_several(encode_pixels(loaded["vae"], each) for each in pixels)
     sizes = torch.tensor(grids, device=tokens.device)
     return [{"edit_tokens": own, "edit_grids": sizes} for own in tokens]
@@ -145,8 +139,7 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
     """Qwen-Image, or its editing releases where `extra_inputs` names the edit image."""
     if COLUMN not in config.extra_inputs:
         return family
-    area = min(AREA, config.max_pixels)
-    pictures = Input(COLUMN, "picture", many=True, area=area)
+    pictures = Input(COLUMN, "picture", many=True, area=AREA)
     later = config.zero_cond_t or config.edit_plus or _names_later(config)
     # The ways of a single picture differ: their outputs have keys of their own.
     prompt = Stage(
@@ -154,14 +147,14 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
         (PROMPT, pictures),
         ("tokenizer", "processor", "text_encoder"),
         family.stage("prompt").yields,
-        partial(encode_prompt, area=area, later=later),
+        partial(encode_prompt, later=later),
     )
     latents = Stage(
         "edit_image",
         (pictures,),
         ("vae",),
         (Output("edit_tokens", "condition"), Output("edit_grids", "condition")),
-        partial(encode_pictures, area=area),
+        encode_pictures,
     )
     components = family.components
     if config.zero_cond_t:

@@ -1,28 +1,40 @@
 """What the table of families does not show of Qwen-Image-Edit: full sizes, and what is refused."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
-from conftest import make_config
+from conftest import make_config, write_qwen
+from diffusers import AutoencoderKLQwenImage
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from families.qwen_image.cases import CASES, PUBLISHED_AREAS
 from PIL import Image
 
+from diffsynth_dagster.cache.keys import Keys
+from diffsynth_dagster.cache.plan import plan_samples
 from diffsynth_dagster.data.geometry import area_size
+from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families.qwen_image.edit import (
-    AREA,
-    PROCESSOR,
-    SHOWN_AREA,
-    resized,
-    shown,
-)
+from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.families.qwen_image import edit
+from diffsynth_dagster.families.qwen_image.edit import PROCESSOR, resized, shown
 from diffsynth_dagster.families.qwen_image.family import FAMILY
 from diffsynth_dagster.families.usage import as_used
+from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.identify import find_model
 
+AREA, SHOWN_AREA = PUBLISHED_AREAS["AREA"], PUBLISHED_AREAS["SHOWN_AREA"]
 SIZES = [(512, 512), (1920, 1080), (1080, 1920), (333, 777), (4000, 300), (1365, 1024), (97, 61)]
+
+
+@pytest.fixture(autouse=True)
+def published_areas(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, area in PUBLISHED_AREAS.items():
+        monkeypatch.setattr(edit, name, area)
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
@@ -49,11 +61,11 @@ def test_a_row_is_shown_as_its_release_does() -> None:
     """One picture at the VAE's size and without a name; several smaller, and called by number."""
     picture = Image.new("RGB", (512, 512))
     block = "<|vision_start|><|image_pad|><|vision_end|>"
-    text, pictures = shown([picture], AREA, later=False)
+    text, pictures = shown([picture], later=False)
     assert (text, [p.size for p in pictures]) == (block, [(1024, 1024)])
-    text, pictures = shown([picture], AREA, later=True)
+    text, pictures = shown([picture], later=True)
     assert (text, [p.size for p in pictures]) == (f"Picture 1: {block}", [(384, 384)])
-    text, pictures = shown([picture] * 2, AREA, later=False)
+    text, pictures = shown([picture] * 2, later=False)
     assert text == f"Picture 1: {block}Picture 2: {block}"
     assert [p.size for p in pictures] == [(384, 384)] * 2
 
@@ -117,6 +129,48 @@ def test_each_use_has_its_own_keys_of_the_store() -> None:
         ({**edit, "model_id_with_origin_paths": "Qwen/Qwen-Image-Edit-2509:a/*"}, later),
     ):
         assert {stage.name for stage in used(**values).stages} == stages
+
+
+def test_the_reference_keeps_its_area_whatever_the_image_is_bounded_to(tmp_path: Path) -> None:
+    """4056 tokens for 900x600: 1248x832, in patches of 16x16. DiffSynth-Studio gives as many."""
+    folder = write_qwen(tmp_path) / "vae"
+    sample = {"edit_image": [Image.new("RGB", (900, 600), "red")]}
+    columns = {"extra_inputs": "edit_image", "data_file_keys": "image,edit_image"}
+    families = [used(**columns, max_pixels=pixels) for pixels in (1048576, 262144, 65536)]
+    for family in families:
+        assert [i.area for i in family.inputs if i.column == "edit_image"] == [1024 * 1024]
+    vae = AutoencoderKLQwenImage.from_pretrained(folder)
+    with torch.no_grad():
+        (made,) = families[-1].stage("edit_image").run({"vae": vae}, [sample])
+    assert made["edit_grids"].tolist() == [[52, 78]]
+    assert made["edit_tokens"].shape[0] == 4056
+
+
+def test_max_pixels_changes_no_key_of_what_is_made_of_the_reference(tmp_path: Path) -> None:
+    (case,) = (case for case in CASES if case.name == "qwen_image_edit")
+    case.write(tmp_path / "model")
+    table = case.rows(tmp_path / "data")
+    values = {
+        "family": "qwen_image",
+        "dataset_base_path": str(table.parent),
+        "dataset_metadata_path": str(table),
+        "lora_base_model": "dit",
+        "output_path": str(tmp_path / "run"),
+        **case.models(tmp_path / "model", "diffusers"),
+        **case.parameters,
+    }
+    planned: list[pl.DataFrame] = []
+    for pixels in (1048576, 256):
+        config = make_config({**values, "max_pixels": pixels})
+        found = find_model(config, ModelHub(tmp_path, skip_download=True))
+        with closing(FactCache(tmp_path / "facts.sqlite")) as facts:
+            checked = prepare_data(config, found.family.columns, facts)
+            keys = Keys(found, facts, torch.float32)
+            planned.append(plan_samples(config, found, checked, keys).frame)
+    one, other = planned
+    same = {n for n in one.columns if n.startswith("key:") and one[n].equals(other[n])}
+    assert same == {"key:edit_image", "key:edit_prompt"}
+    assert not one["key:image"].equals(other["key:image"])
 
 
 def test_the_first_file_column_is_the_image() -> None:
