@@ -94,8 +94,8 @@ def check_particular(config: TrainingConfig, family: Family) -> None:
     Raises:
         ParameterError: it does not take one.
     """
-    for name, field in ParticularParameters.model_fields.items():
-        if getattr(config, name) != field.default and name not in family.parameters:
+    for name in ParticularParameters.model_fields:
+        if config.sets(name) and name not in family.parameters:
             raise ParameterError(
                 f"{family.name} takes no {name}",
                 where=name,

@@ -242,6 +242,15 @@ VARIANTS = (
         cached=EDIT_PLUS,
         flags={"--zero_cond_t": ""},
     ),
+    *(
+        qwen(
+            f"firered_image_edit_{version}",
+            f"FireRedTeam/FireRed-Image-Edit-{version}",
+            edits=True,
+            cached=EDIT_PLUS,
+        )
+        for version in ("1.0", "1.1")
+    ),
     flux("flux_dev", "FLUX.1-dev:flux1-dev.safetensors"),
     flux("flux_krea_dev", "FLUX.1-Krea-dev:flux1-krea-dev.safetensors"),
     flux(

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit, -2509 and -2511: Qwen-Image with pictures beside the prompt.
+"""Qwen-Image-Edit, -2509, -2511 and FireRed-Image-Edit: Qwen-Image with pictures beside the prompt.
 
 The column `edit_image` names one picture or several. The text encoder looks at them with the
 prompt, and their latents stand behind the noisy ones in the transformer's sequence.
@@ -9,12 +9,10 @@ The releases show their pictures to the text encoder in two ways:
     later (the "Plus"  each picture is called "Picture 1", "Picture 2", … and has at most
     pipeline)          384 x 384 pixels
 
-Several pictures are always shown in the later way. A single one is with the parameter `edit_plus`,
-with `zero_cond_t`, which only a later release (-2511) has, and where the model list names a
-repository of a later release.
+Several pictures are always shown in the later way. How a single one is shown follows from the
+release, not from how many a row has: see `release.py`.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +21,6 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from diffsynth_dagster.config.entries import model_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import area_size
@@ -38,6 +35,7 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
+from diffsynth_dagster.families.qwen_image.release import is_later
 from diffsynth_dagster.families.qwen_image.stages import encode_pixels
 from diffsynth_dagster.families.requirements import InputNamed, ParameterSet, Refusal
 from diffsynth_dagster.families.shared.packing import pack_several
@@ -52,7 +50,6 @@ TEMPLATE = (
     "consistency with the original input where appropriate.<|im_end|>\n"
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-LATER = re.compile(r"Qwen-Image-Edit-\d{4}$")
 AREA = 1024 * 1024
 """Pixels of a picture for the VAE, whatever `max_pixels` bounds the trained image to."""
 SHOWN_AREA = 384 * 384
@@ -129,18 +126,16 @@ def encode_pictures(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     return [{"edit_tokens": own, "edit_grids": sizes} for own in tokens]
 
 
-def _names_later(config: TrainingConfig) -> bool:
-    """Whether the model list names a repository of a later release."""
-    repositories = [entry.repository or "" for entry in model_entries(config)]
-    return any(LATER.search(repository) for repository in repositories)
-
-
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
-    """Qwen-Image, or its editing releases where `extra_inputs` names the edit image."""
+    """Qwen-Image, or its editing releases where `extra_inputs` names the edit image.
+
+    Raises:
+        ParameterError: it is not clear which release.
+    """
     if COLUMN not in config.extra_inputs:
         return family
     pictures = Input(COLUMN, "picture", many=True, area=AREA)
-    later = config.zero_cond_t or config.edit_plus or _names_later(config)
+    later = is_later(config)
     # The ways of a single picture differ: their outputs have keys of their own.
     prompt = Stage(
         "edit_prompt_later" if later else "edit_prompt",

@@ -258,14 +258,14 @@ CASES = (
     Case(
         name="qwen_image_edit",
         rows=rows_with_one,
-        parameters=EDIT_PARAMETERS,
+        parameters={**EDIT_PARAMETERS, "edit_plus": False},
         published=published_edit(QwenImageEditPipeline),
         **EDIT,
     ),
     Case(
         name="qwen_image_edit_plus",
         rows=rows_with_three,
-        parameters=EDIT_PARAMETERS,
+        parameters={**EDIT_PARAMETERS, "edit_plus": True},
         published=published_edit(QwenImageEditPlusPipeline),
         **EDIT,
     ),

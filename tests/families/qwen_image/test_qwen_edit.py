@@ -1,5 +1,6 @@
 """What the table of families does not show of Qwen-Image-Edit: full sizes, and what is refused."""
 
+import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ from PIL import Image
 
 from diffsynth_dagster.cache.keys import Keys
 from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.config.effect import settled_by_encoding
 from diffsynth_dagster.data.geometry import area_size
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.qwen_image import edit
 from diffsynth_dagster.families.qwen_image.edit import PROCESSOR, resized, shown
 from diffsynth_dagster.families.qwen_image.family import FAMILY
 from diffsynth_dagster.families.usage import as_used
+from diffsynth_dagster.plan import check_particular
+from diffsynth_dagster.run.start import config_digest
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 
@@ -116,13 +121,13 @@ def test_what_is_about_edit_images_is_refused_without_them(values: dict[str, Any
 
 
 def test_each_use_has_its_own_keys_of_the_store() -> None:
-    """The prompt of a single picture is encoded in two ways, by flag or repository."""
+    """The prompt of a single picture is encoded in two ways, by flag or name."""
     edit = {"extra_inputs": "edit_image", "data_file_keys": "image,edit_image"}
     first = {"edit_prompt", "image", "edit_image"}
     later = {"edit_prompt_later", "image", "edit_image"}
     for values, stages in (
         ({}, {"prompt", "image"}),
-        (edit, first),
+        ({**edit, "edit_plus": False}, first),
         ({**edit, "zero_cond_t": True}, later),
         ({**edit, "edit_plus": True}, later),
         ({**edit, "model_id_with_origin_paths": "Qwen/Qwen-Image-Edit:a/*"}, first),
@@ -131,12 +136,75 @@ def test_each_use_has_its_own_keys_of_the_store() -> None:
         assert {stage.name for stage in used(**values).stages} == stages
 
 
+EDITS = {"extra_inputs": "edit_image", "data_file_keys": "image,edit_image"}
+LATER_ONES = (
+    "models/FireRedTeam/FireRed-Image-Edit-1.1/transformer/diffusion_pytorch_model.safetensors",
+    "models/Qwen-Image-Edit-2509/transformer/",
+    "models/qwen_image_edit_2511_bf16.safetensors",
+)
+FIRST_ONES = (
+    "models/Qwen/Qwen-Image-Edit/transformer/*.safetensors",
+    "models/qwen_image_edit_fp8_e4m3fn.safetensors",
+)
+UNKNOWN_ONES = (
+    "models/edit/transformer.safetensors",
+    "Qwen-Image-Edit-mine/transformer/model.safetensors",
+    "Qwen-Image-Edit/project/models/dit/model.safetensors",
+)
+
+
+@pytest.mark.parametrize("path", [*LATER_ONES, *FIRST_ONES, *UNKNOWN_ONES])
+def test_the_name_of_a_local_transformer_says_its_release_or_it_is_asked_for(path: str) -> None:
+    models = {"model_paths": [path, "Qwen-Image-Edit/text_encoder/model.safetensors"], **EDITS}
+    if path not in UNKNOWN_ONES:
+        stage = "edit_prompt_later" if path in LATER_ONES else "edit_prompt"
+        assert stage in {stage.name for stage in used(**models).stages}
+        return
+    with pytest.raises(ParameterError, match="not clear which release") as error:
+        used(**models)
+    assert "edit_plus: true (--edit_plus)" in str(error.value)
+    for plus, name in ((True, "edit_prompt_later"), (False, "edit_prompt")):
+        assert name in {stage.name for stage in used(**models, edit_plus=plus).stages}
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "stage"),
+    [
+        ("model_index.json", {"_class_name": "QwenImageEditPlusPipeline"}, "edit_prompt_later"),
+        ("model_index.json", {"_class_name": "QwenImageEditPipeline"}, "edit_prompt"),
+        ("transformer/config.json", {"zero_cond_t": True}, "edit_prompt_later"),
+    ],
+)
+def test_what_is_published_beside_a_local_transformer_says_its_release(
+    file: str, settings: dict[str, Any], stage: str, tmp_path: Path
+) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / file).write_text(json.dumps(settings), encoding="utf-8")
+    family = used(model_paths=[str(tmp_path / "transformer" / "model.safetensors")], **EDITS)
+    assert stage in {stage.name for stage in family.stages}
+
+
+def test_a_release_that_is_left_out_counts_as_the_switch_that_was_off() -> None:
+    """So that no training, table or store of before there was a third answer is out of date."""
+    base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "model_paths": ["a"]}
+    base |= {"lora_base_model": "dit"}
+    one, other = (make_config({**base, **more}) for more in ({}, {"edit_plus": False}))
+    assert (one.edit_plus, other.edit_plus) == (None, False)
+    assert settled_by_encoding(one) == settled_by_encoding(other)
+    assert settled_by_encoding(one)["edit_plus"] is False
+    assert config_digest(one) == config_digest(other)
+    for family in ("flux", "qwen_image"):
+        check_particular(other, find_family(family))
+        as_used(find_family(family), other, {})
+
+
 def test_the_reference_keeps_its_area_whatever_the_image_is_bounded_to(tmp_path: Path) -> None:
     """4056 tokens for 900x600: 1248x832, in patches of 16x16. DiffSynth-Studio gives as many."""
     folder = write_qwen(tmp_path) / "vae"
     sample = {"edit_image": [Image.new("RGB", (900, 600), "red")]}
-    columns = {"extra_inputs": "edit_image", "data_file_keys": "image,edit_image"}
-    families = [used(**columns, max_pixels=pixels) for pixels in (1048576, 262144, 65536)]
+    families = [
+        used(**EDITS, edit_plus=True, max_pixels=pixels) for pixels in (1048576, 262144, 65536)
+    ]
     for family in families:
         assert [i.area for i in family.inputs if i.column == "edit_image"] == [1024 * 1024]
     vae = AutoencoderKLQwenImage.from_pretrained(folder)
@@ -175,6 +243,6 @@ def test_max_pixels_changes_no_key_of_what_is_made_of_the_reference(tmp_path: Pa
 
 def test_the_first_file_column_is_the_image() -> None:
     """Its size is that of the sample."""
-    family = used(extra_inputs="edit_image", data_file_keys="image,edit_image")
+    family = used(**EDITS, edit_plus=True)
     assert [item.column for item in family.file_inputs] == ["image", "edit_image"]
     assert not family.samples_from_text
