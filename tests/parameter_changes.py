@@ -314,7 +314,7 @@ NO_EDIT = dict.fromkeys(
 )
 ALONE = {"offload_idle_denoiser": "no denoiser is ever idle"}
 REFUSED: dict[str, dict[str, str]] = {
-    "qwen_image": {**ALONE, **IMAGES, **NO_EDIT, "extra_inputs": "reads files from the column"},
+    "qwen_image": {**ALONE, **IMAGES, **NO_EDIT, "extra_inputs": "not clear which release"},
     "qwen_image_edit": {**ALONE, **IMAGES, **NO_SAMPLES},
     "flux": {**ALONE, **IMAGES, "extra_inputs": "reads files from the column"},
     "flux_kontext": {**ALONE, **IMAGES, **NO_SAMPLES},

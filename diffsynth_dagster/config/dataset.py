@@ -104,7 +104,7 @@ class SizeParameters(BaseModel):
     max_pixels: int = parameter(
         1048576,
         "Largest area in pixels when height and width are left out: larger images are "
-        "scaled down to it, smaller ones stay as they are.",
+        "scaled down to it, smaller ones stay as they are. Edit images have an area of their own.",
         affects="rows",
         ge=1,
     )

@@ -41,6 +41,8 @@ class Mark:
         needs: a parameter without which this one means nothing.
         off_by_default: whether its default leaves everything as it was before there was this
             parameter: it then counts only with another value, so that older results stay up to date.
+        left_out_as: what None is written as where a value counts, and means the same as: that of a
+            switch of before, so that older results stay up to date.
     """
 
     affects: Affects
@@ -50,6 +52,7 @@ class Mark:
     planned: bool = False
     needs: str | None = None
     off_by_default: bool = False
+    left_out_as: bool | None = None
 
 
 class Limits(TypedDict, total=False):
@@ -74,10 +77,13 @@ def parameter(
     planned: bool = False,
     needs: str | None = None,
     off_by_default: bool = False,
+    left_out_as: bool | None = None,
     **limits: Unpack[Limits],
 ) -> T:
     """A field of a group of parameters. For the marks see `Mark`."""
-    mark = Mark(affects, by_content, each_half, set_by_asset, planned, needs, off_by_default)
+    mark = Mark(
+        affects, by_content, each_half, set_by_asset, planned, needs, off_by_default, left_out_as
+    )
     # What type checkers see is the default, as with pydantic's own `Field`.
     field: Any = Field(default, description=description, json_schema_extra=asdict(mark), **limits)
     return cast(T, field)

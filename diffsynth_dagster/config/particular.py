@@ -44,11 +44,13 @@ class ParticularParameters(BaseModel):
         "Give the latents of edit images the timestep zero, as Qwen-Image-Edit-2511 does.",
         affects="latents",
     )
-    edit_plus: bool = parameter(
-        False,
-        "Show also a single edit image to the text encoder as Qwen-Image-Edit-2509 and later do. "
-        "On by itself with zero_cond_t, and for a transformer from a repository of these.",
+    edit_plus: bool | None = parameter(
+        None,
+        "Show also a single edit image to the text encoder as Qwen-Image-Edit-2509 and later, and "
+        "FireRed-Image-Edit, do. On by itself with zero_cond_t, and where the model list names one of "
+        "these; to be said where its names do not tell the release.",
         affects="latents",
+        left_out_as=False,
     )
     zero_terminal_snr: bool = parameter(
         False,

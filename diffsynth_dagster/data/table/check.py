@@ -32,6 +32,8 @@ BOOKKEEPING = ("row", "status", "message", "width", "height", "frames", "shape")
 
 MEND_ROWS = "mend or remove these rows, or allow some to be left out with max_rejected_fraction"
 _SHOWN_ROWS = 5
+_SLIP = 0.9
+"""How alike the name of a column and what was meant by it are: see `nearest`."""
 _UNPRINTABLE = r"[\p{C}\p{Z}--\x20]"
 """What `str.isprintable` calls unprintable, as a regular expression."""
 
@@ -167,7 +169,8 @@ def check_columns(config: TrainingConfig, columns: Columns) -> tuple[Input, ...]
             if parameter == "extra_inputs" and column in extra:
                 continue
             if column not in known or not known[column].is_file:
-                hint = "" if column in extra else nearest(column, extra)
+                # Slips alone: a column that is merely alike is that of another variant.
+                hint = "" if column in extra else nearest(column, extra, _SLIP)
                 raise ParameterError(
                     f"{columns.reader} reads no {'file' if 'file' in parameter else ''} column "
                     f"'{column}'".replace("  ", " ")
