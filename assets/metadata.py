@@ -92,7 +92,7 @@ def _version(checked: "CheckedTable", held_out: "CheckedTable | None") -> dg.Dat
     from diffsynth_dagster.facts import digest_of
 
     tables = [checked] if held_out is None else [checked, held_out]
-    digests = [digest_rows(each.rows.select(_content(each))) for each in tables]
+    digests = [digest_rows(each.rows.select(contents_of(each))) for each in tables]
     return dg.DataVersion(digests[0] if held_out is None else digest_of(digests))
 
 
@@ -102,13 +102,13 @@ def _held_out(held_out: "CheckedTable | None") -> dict[str, int]:
     return {f"held_out/{status}": count for status, count in counts.items()}
 
 
-def _content(checked: "CheckedTable") -> list[str]:
+def contents_of(checked: "CheckedTable") -> list[str]:
     """The columns that say what the rows are, wherever and since when their files lie."""
     import polars as pl
 
     schema = checked.rows.collect_schema()
     # Where no file of a column is read in a way of its own, the rows are what they always were.
-    told = [c for c in schema if c.endswith(":reading")]
+    told = [c for c in schema if c.endswith((":shown", ":reading"))]
     listed = [c for c in told if schema[c] == pl.List]
     some = [pl.col(c).list.drop_nulls().list.len().sum() > 0 for c in listed]
     some += [pl.col(c).is_not_null().any() for c in told if c not in listed]

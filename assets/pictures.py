@@ -80,7 +80,7 @@ def contact_sheet(files: Sequence[Shown], side: int = 96, columns: int = 8) -> "
             if file.frames is None:
                 images = [read_image(file.path)]
             else:
-                images = read_frames(file.path, file.frames)
+                images = read_frames(file.path, file.frames, most_side=side)
         except (*IMAGE_ERRORS, MemoryError, Image.DecompressionBombWarning):
             continue  # its row says why it cannot be opened, or memory is short
         thumbnails += [_thumbnail(image, side, file.accepted) for image in images]

@@ -102,7 +102,7 @@ def made_up_rows(start: int, count: int) -> pl.DataFrame:
         "image:target",
         pl.lit(1, pl.Int64).alias("image:frames"),
         pl.lit(1.0).alias("image:stride"),
-        pl.lit(None, pl.List(pl.Int64)).alias("image:shown"),
+        pl.lit(None, pl.List(pl.UInt32)).alias("image:shown"),
         pl.lit(None, pl.String).alias("image:reading"),
         side.list.get(0).alias("width"),
         side.list.get(1).alias("height"),

@@ -378,7 +378,7 @@ def test_where_memory_is_short_no_file_is_called_damaged(
     def short(*given: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Image.Image, "convert", short)
+    monkeypatch.setattr(Image.Image, "load", short)
     with pytest.raises(OutOfMemory, match="not enough to read the image") as caught:
         load_files(files_of(row, PICTURE), PICTURE, 1)
     assert "row 1" in str(caught.value)

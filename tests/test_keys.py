@@ -29,7 +29,7 @@ _TYPES = {
     "target": pl.List(pl.Int64),
     "frames": pl.Int64,
     "stride": pl.Float64,
-    "shown": pl.List(pl.Int64),
+    "shown": pl.List(pl.UInt32),
     "reading": pl.String,
 }
 

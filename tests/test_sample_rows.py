@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import keys_of, train
 from families.wanvideo.cases import write_video
 from PIL import Image
@@ -186,6 +187,8 @@ def test_a_picture_is_the_first_frame_of_a_clip(place: Place, tmp_path: Path) ->
     short = load_sample_video(folder / "short.mp4", (32, 32), 5, 1.0)
     assert (short[:, 2:] == short[:, 2:3]).all()
     assert not (short[:, 1] == short[:, 2]).all()
+    taken = load_sample_video(folder / "short.mp4", (32, 32), 5, 1.0, [0, 1, 2])
+    assert torch.equal(taken, short)
 
 
 @edits

@@ -1,6 +1,8 @@
 """The frames that are trained on are those that a player shows, whatever the container and the codec."""
 
+import os
 import subprocess
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
@@ -11,10 +13,12 @@ import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from media_support import convert
 from PIL import Image
 from test_videos import check
 from video_family import VIDEO, video_family
 
+from assets.metadata import contents_of
 from diffsynth_dagster.data.geometry import FrameRule, frames_at
 from diffsynth_dagster.data.media.audio import load_sample_audio
 from diffsynth_dagster.data.samples import files_of, load_files
@@ -290,6 +294,96 @@ def test_samples_that_were_right_keep_their_keys(clips: Path) -> None:
     assert [taken is None for taken in frame["video:shown"]] == [True, False, False]
     frame = check(clips, rows, family, num_frames=5, frame_rate=15.0).frame
     assert frame["video:shown"].to_list() == [[0, 2, 4, 6, 8]] * 3
+
+
+def test_a_frame_that_is_left_out_is_no_rounding(tmp_path: Path) -> None:
+    """In AVI a unit of time is as long as a frame."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    stamps = [*range(5), *range(6, 41)]
+    with av.open(str(folder / "gap.avi"), "w") as container:
+        video: Any = container.add_stream("mjpeg", rate=RATE)
+        video.width, video.height, video.pix_fmt = 64, 64, "yuvj420p"
+        for index, stamp in enumerate(stamps):
+            still = av.VideoFrame.from_image(Image.new("RGB", (64, 64), (10 + 3 * index,) * 3))
+            still.pts, still.time_base = stamp, Fraction(1, RATE)
+            container.mux(video.encode(still))
+        container.mux(video.encode(None))
+    rows = [{"video": "gap.avi", "prompt": "a"}]
+    family = video_family(VIDEO, frames=FrameRule(1, 0))
+    row = check(folder, rows, family, frame_rate=float(RATE)).frame.row(0, named=True)
+    assert row["video:shown"][:8] == [0, 1, 2, 3, 4, 4, 5, 6]
+    assert row["frames"] == 41
+
+
+def test_rates_that_are_a_clips_own_change_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    convert(folder / "square.mp4", "-vf", "setsar=1", "-c:v", "libx264", "-frames:v", "40")
+    still = Image.new("RGB", (64, 64))
+    others = [Image.new("RGB", (64, 64), (2 * n,) * 3) for n in range(1, 93)]
+    still.save(folder / "x.gif", save_all=True, append_images=others, duration=40)
+    rows = [{"video": name, "prompt": "a"} for name in ("square.mp4", "x.gif")]
+    family = video_family(VIDEO, frames=FrameRule(1, 0))
+    for rate, row in zip((29.97, 25.0), (0, 1), strict=True):
+        frame = check(folder, rows[row : row + 1], family, frame_rate=rate).frame
+        assert frame["video:shown"].to_list() == [None]
+    assert frame["video:stride"].to_list() == [1.0]
+    assert "video:shown" not in contents_of(check(folder, rows, family))
+    assert "video:shown" in contents_of(check(folder, rows, family, frame_rate=12.0))
+
+
+def test_sound_goes_with_the_picture_that_is_trained(tmp_path: Path) -> None:
+    """The larger of two, though the other comes first in the file and later in time."""
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as container:
+        streams: list[Any] = []
+        for size in (64, 128):
+            video: Any = container.add_stream("libx264", rate=RATE, options={"bf": "0"})
+            video.width, video.height, video.pix_fmt = size, size, "yuv420p"
+            streams.append(video)
+        track: Any = container.add_stream("pcm_s16le", rate=48_000, layout="mono")
+        heard = av.AudioFrame.from_ndarray(np.full((1, 96_000), 9000, np.int16), "s16", "mono")
+        heard.sample_rate, heard.pts, heard.time_base = 48_000, 0, Fraction(1, 48_000)
+        container.mux(track.encode(heard))
+        for stamp in range(60):
+            for video, first in zip(streams, (30, 0), strict=True):
+                if stamp >= first:
+                    still = av.VideoFrame.from_image(Image.new("RGB", (video.width,) * 2))
+                    still.pts, still.time_base = stamp, Fraction(1, RATE)
+                    container.mux(video.encode(still))
+        for stream in (*streams, track):
+            container.mux(stream.encode(None))
+    sound = load_sample_audio(path, 48_000, 1, 90_000)
+    assert (sound[0, 100:] > 0.1).all()
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from diffsynth_dagster.data.media.video import load_sample_video, read_frames
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+before = peak()
+load_sample_video(Path(sys.argv[1]), (64, 64), 20, 1.0)
+read_frames(Path(sys.argv[1]), range(20), most_side=64)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_frames_are_brought_to_their_size_one_by_one(tmp_path: Path) -> None:
+    """Twenty frames of an animation take no more than one: thirteen bytes a pixel, most of them
+    Pillow's."""
+    side = 1500
+    stills = [Image.new("P", (side, side), n) for n in range(20)]
+    stills[0].save(tmp_path / "x.gif", save_all=True, append_images=stills[1:], duration=100)
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "x.gif")]
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    taken = subprocess.run(command, check=True, capture_output=True, env=env).stdout
+    assert 1024 * int(taken) < 24 * side**2
 
 
 def test_moments_between_frames() -> None:

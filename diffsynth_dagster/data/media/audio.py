@@ -11,6 +11,7 @@ import torch
 from av.audio.resampler import AudioResampler
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.stream import VideoStream
 
 from diffsynth_dagster.data.media.containers import cut_short
 from diffsynth_dagster.data.media.decoder_pool import DecoderPool
@@ -100,16 +101,18 @@ def _opened(path: Path) -> InputContainer:
 
 
 def _start(path: Path) -> float:
-    """When the sound starts, in seconds after the first frame of the video that is in the file too;
-    0 where there is none."""
+    """When the sound starts, in seconds after the first frame that `shown` reads of the video that is in
+    the file too; 0 where there is none."""
     with _opened(path) as container:
-        cover = Disposition.attached_pic
-        videos = [n for n, v in enumerate(container.streams.video) if not v.disposition & cover]
         first = next(container.decode(container.streams.audio[0])).time
-    if not videos or first is None:
-        return 0.0
     # Opened again: a recording may begin with packets of frames that cannot be decoded, which are
     # not shown.
     with _opened(path) as container:
-        shown = next(container.decode(container.streams.video[videos[0]]), None)
-        return first - (0.0 if shown is None else shown.time)
+        video = container.streams.best("video")
+        if first is None or not isinstance(video, VideoStream):
+            return 0.0
+        if video.disposition & Disposition.attached_pic:  # a cover
+            return 0.0
+        shown = next(container.decode(video), None)
+        time = None if shown is None else shown.time
+        return first - (0.0 if time is None else float(time))

@@ -174,7 +174,7 @@ def converted(
     """
     laid = background if background is not None and image.has_transparency_data else None
     if transform is None and laid is None:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     result = Image.new("RGB", image.size)
     for strip, top in _strips(image):
         if transform is None:

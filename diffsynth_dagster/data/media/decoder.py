@@ -44,8 +44,10 @@ _STRIP = 1 << 20
 """Pixels that are looked at together."""
 _HIGH_RANGE = {16: "PQ", 18: "HLG"}
 """Transfer functions of a high dynamic range, by their numbers in ITU-T H.273."""
-UPRIGHT = ((1, 0), (0, 1))
-"""The `orientation` of a frame that is not turned."""
+Turn = tuple[tuple[int, int], tuple[int, int]]
+"""((a, b), (c, d)), of 0, 1 and -1: a pixel at (x, y) is shown at (ax + cy, bx + dy)."""
+UPRIGHT: Turn = ((1, 0), (0, 1))
+"""Not turned."""
 
 
 def _end_in(patience_s: int) -> None:
@@ -113,9 +115,11 @@ def _decode_video(path: str, report: Callable[[int], None]) -> dict[str, object]
             if frame.is_corrupt:
                 return {"error": f"frame {number} is damaged"}
             if number == 1:
-                found = _appearance(stream, frame)
-                as_stored = displayed(stream, frame) == (frame.width, frame.height)
-                if not as_stored or orientation(frame) != UPRIGHT:
+                turn = orientation(frame)
+                width, height = displayed(stream, frame, turn)
+                transfer = _HIGH_RANGE.get(int(frame.color_trc))
+                found = {"width": width, "height": height, "transfer": transfer}
+                if turn != UPRIGHT or (width, height) != (frame.width, frame.height):
                     beside.differs()
             stamps.append(frame.pts)
             last_s = float(frame.duration * (stream.time_base or 0)) if frame.duration else 0.0
@@ -149,7 +153,7 @@ class _Beside:
         if self._reader is None:
             return
         try:
-            theirs = self._reader.next().asnumpy() if self._at < self._frames else None
+            theirs = pixels_of(self._reader.next()) if self._at < self._frames else None
         except Exception:  # noqa: BLE001 - as above
             theirs = None
         self._at += 1
@@ -162,14 +166,28 @@ class _Beside:
         return self._reader is not None and self._frames == frames
 
 
-def _appearance(stream: "VideoStream", frame: "VideoFrame") -> dict[str, object]:
-    """Of the first frame of a video: `width` and `height` as it is shown, and `transfer`."""
-    width, height = displayed(stream, frame)
-    transfer = _HIGH_RANGE.get(int(frame.color_trc))
-    return {"width": width, "height": height, "transfer": transfer}
+class _Shared:
+    """An array of decord's for `numpy.from_dlpack`."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self._array.to_dlpack()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # the CPU
 
 
-def displayed(stream: "VideoStream", frame: "VideoFrame") -> tuple[int, int]:
+def pixels_of(array: Any) -> "np.ndarray":
+    """The pixels (H, W, 3) of a frame of decord's, without a copy. (`asnumpy` copies them, and leaves
+    them in memory until the garbage collector comes.)"""
+    import numpy as np
+
+    return np.from_dlpack(_Shared(array))
+
+
+def displayed(stream: "VideoStream", frame: "VideoFrame", turn: Turn) -> tuple[int, int]:
     """(width, height) that a frame is shown at, upright and in square pixels.
 
     Pixels that are wider than high make the picture wider, others narrower: its height stays, before
@@ -177,12 +195,12 @@ def displayed(stream: "VideoStream", frame: "VideoFrame") -> tuple[int, int]:
     """
     ratio = stream.sample_aspect_ratio or Fraction(1)
     width, height = max(1, round(frame.width * ratio)), frame.height
-    return (width, height) if orientation(frame)[0][0] else (height, width)
+    return (width, height) if turn[0][0] else (height, width)
 
 
-def orientation(frame: "VideoFrame") -> tuple[tuple[int, int], tuple[int, int]]:
-    """How a frame is turned or mirrored when it is shown: the right angles nearest to its display
-    matrix ((a, b), (c, d)), which takes a pixel at (x, y) to (ax + cy, bx + dy)."""
+def orientation(frame: "VideoFrame") -> Turn:
+    """How the frames of a video are turned or mirrored when they are shown: the right angles nearest to
+    the display matrix of its first frame. (A frame that is asked for it stays in memory for long.)"""
     sides: Any = frame.side_data  # a mapping, by its types, that goes through its values
     for side in sides:
         if side.type.name != "DISPLAYMATRIX":
@@ -196,8 +214,8 @@ def orientation(frame: "VideoFrame") -> tuple[tuple[int, int], tuple[int, int]]:
     return UPRIGHT
 
 
-def upright(pixels: "np.ndarray", turn: tuple[tuple[int, int], tuple[int, int]]) -> "np.ndarray":
-    """The pixels (H, W, 3) of a frame as they are shown; see `orientation`."""
+def upright(pixels: "np.ndarray", turn: Turn) -> "np.ndarray":
+    """The pixels (H, W, 3) of a frame as they are shown."""
     (a, b), (c, d) = turn
     if not a:
         pixels = pixels.swapaxes(0, 1)
@@ -221,13 +239,17 @@ def _timing(
     base = float(stream.time_base or 0)
     said = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
     known = [stamp for stamp in stamps if stamp is not None]
-    # Where the stamps are missing or go back, as those of AVI do, the file says a rate alone.
-    if len(known) < len(stamps) or any(b < a for a, b in pairwise(known)):
-        return (said[-1] if None in stamps else said[0]) if said else 0.0, None
+    # Where stamps go back, as those of AVI do, or are missing, the file says a rate alone. Of a bare
+    # stream of H.264 the first is not the file's, but what FFmpeg takes where nothing is said.
+    if any(b < a for a, b in pairwise(known)):
+        return (said[0] if said else 0.0), None
+    if len(known) < len(stamps):
+        return (said[-1] if said else 0.0), None
     times = [(stamp - known[0]) * base for stamp in known]
     own = [(len(times) - 1) / times[-1]] if times and times[-1] > 0 else []
     for rate in said + own:
-        if _is_even(times, 1 / rate, max(base, _NEAR_S)):
+        # A frame that is left out is no rounding, also where the unit is as long as a frame.
+        if _is_even(times, 1 / rate, 1.01 * min(max(base, _NEAR_S), 0.25 / rate)):
             return rate, None
     if not own:
         return 0.0, None
@@ -236,8 +258,8 @@ def _timing(
 
 
 def _is_even(times: Sequence[float], gap: float, near: float) -> bool:
-    """Whether frames are shown one gap after the other, all in seconds."""
-    return all(abs(time - index * gap) <= 1.01 * near for index, time in enumerate(times))
+    """Whether frames are shown one gap after the other, but for rounding; all in the same unit."""
+    return all(abs(time - index * gap) <= near for index, time in enumerate(times))
 
 
 def _in_microseconds(times: Sequence[float]) -> list[int]:
@@ -250,24 +272,24 @@ def _decode_animation(path: str, report: Callable[[int], None]) -> dict[str, obj
     with Image.open(path) as image:
         # The picture for programs that show no animation is none of its frames.
         first = int(bool(getattr(image, "default_image", False)))
-        times, transparent = [0.0], False
+        times, transparent = [0], False
         for index in range(first, getattr(image, "n_frames", 1)):
             image.seek(index)
             image.load()
             shown_ms = image.info.get("duration", 0)
-            times.append(times[-1] + (shown_ms if shown_ms > _SHORTEST_MS else _USUAL_MS) / 1000)
+            times.append(times[-1] + (shown_ms if shown_ms > _SHORTEST_MS else _USUAL_MS))
             transparent = transparent or _shows_what_is_beneath(image)
             report(index)
-        frames, seconds = len(times) - 1, times[-1]
+        frames, length = len(times) - 1, times[-1]
         turned = image.getexif().get(_ORIENTATION, 1) >= 5
         width, height = image.size[::-1] if turned else image.size
-    even = _is_even(times, seconds / frames, _NEAR_S)
+    even = _is_even(times, length / frames, 1.0)
     return {
         "width": width,
         "height": height,
         "frames": frames,
-        "rate": frames / seconds if frames > 1 else None,
-        "times": None if even else _in_microseconds(times),
+        "rate": 1000 * frames / length if frames > 1 else None,
+        "times": None if even else [1000 * time for time in times],
         "decoder": "pillow",
         "first": first,
         "transparent": transparent,

@@ -18,12 +18,14 @@ from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 from diffsynth_dagster.data.media.colour import Look
-from diffsynth_dagster.data.media.decoder import displayed, orientation, upright
+from diffsynth_dagster.data.media.decoder import UPRIGHT, displayed, orientation, pixels_of, upright
 from diffsynth_dagster.data.media.image import as_rgb, open_image
 
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 _THREADS = 4
 """Of a decoder: each holds frames of its own."""
+_MOST_PIXELS = 1920 * 1088
+"""Of a frame that decord reads: it decodes up to 60 ahead."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Clip(Protocol):
 
     Attributes:
         pixels: of a frame.
+        held: frames that take memory meanwhile, in the decoder too, by the 12 bytes a pixel of the budget.
     """
 
     pixels: int
+    held: int
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        """Frames, counted from 0.
+        """Frames, counted from 0. Each is to be used before the next is asked for.
 
         Args:
             indices: in rising order, each once. Those that the file does not have are left out.
@@ -65,7 +69,8 @@ def open_clip(path: Path, by_decord: bool, look: Look | None = None) -> Generato
     """Open a clip.
 
     Args:
-        by_decord: whether decord reads it, unless Pillow does or decord is not there.
+        by_decord: whether decord reads it, which gives the same frames, unless Pillow does, decord is not
+            there, or its frames are large.
         look: how the colours of an animation or a picture are read; None as `Look()` says.
 
     Raises:
@@ -78,7 +83,8 @@ def open_clip(path: Path, by_decord: bool, look: Look | None = None) -> Generato
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
                 raise OSError(f"{path}: it has no video") from None
-            reader = _decord(path) if by_decord else None
+            small = stream.width * stream.height <= _MOST_PIXELS
+            reader = _decord(path) if by_decord and small else None
             yield _Video(container, stream) if reader is None else _InOrder(reader, stream)
         return
     with opened as image:
@@ -97,6 +103,8 @@ def _decord(path: Path) -> Any:
 class _Animation:
     """What Pillow reads."""
 
+    held = 1
+
     def __init__(self, image: Image.Image, look: Look) -> None:
         self._image, self._look = image, look
         self.pixels = image.width * image.height
@@ -109,12 +117,17 @@ class _Animation:
                 return
             if count > 1:
                 self._image.seek(index)
-            image = as_rgb(self._image, self._look)
-            yield Frame(image, image.size)
+            yield self._frame()  # of which nothing is kept here
+
+    def _frame(self) -> Frame:
+        image = as_rgb(self._image, self._look)
+        return Frame(image, image.size)
 
 
 class _Video:
     """What PyAV reads."""
+
+    held = 2
 
     def __init__(self, container: InputContainer, stream: VideoStream) -> None:
         self._container, self._stream = container, stream
@@ -125,12 +138,14 @@ class _Video:
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
         """See `Clip`."""
         wanted = iter(indices)
-        index = next(wanted, None)
+        index, turn = next(wanted, None), UPRIGHT
         for number, frame in enumerate(self._container.decode(self._stream)):
+            if number == 0:
+                turn = orientation(frame)
             if number != index:
                 continue
-            size = displayed(self._stream, frame)
-            pixels = upright(frame.to_ndarray(format="rgb24"), orientation(frame))
+            size = displayed(self._stream, frame, turn)
+            pixels = upright(frame.to_ndarray(format="rgb24"), turn)
             yield Frame(Image.fromarray(pixels), size)
             index = next(wanted, None)
             if index is None:
@@ -139,6 +154,8 @@ class _Video:
 
 class _InOrder:
     """What decord reads, one frame after the other."""
+
+    held = 16
 
     def __init__(self, reader: Any, stream: VideoStream) -> None:
         self._reader = reader
@@ -150,7 +167,7 @@ class _InOrder:
         for number in range(min(indices[-1] + 1, len(self._reader)) if indices else 0):
             pixels = self._reader.next()
             if number in wanted:
-                image = Image.fromarray(pixels.asnumpy())
+                image = Image.fromarray(pixels_of(pixels))
                 yield Frame(image, image.size)
 
 

@@ -20,11 +20,8 @@ from diffsynth_dagster.data.media.image import (
     open_image,
     to_tensor,
 )
-from diffsynth_dagster.data.media.shown import frame_count, open_clip
+from diffsynth_dagster.data.media.shown import Frame, frame_count, open_clip
 from diffsynth_dagster.facts import Facts, digest_file
-
-_HELD = 2
-"""Frames of a clip that are in memory at a time, by what they take, with those of the decoder."""
 
 
 def video_facts(path: Path, pool: DecoderPool) -> Facts:
@@ -79,22 +76,35 @@ def _animation_facts(path: Path, pool: DecoderPool) -> Facts | None:
     return {"width": width, "height": height, **still, **colours}
 
 
-def read_frames(path: Path, indices: Sequence[int]) -> list[Image.Image]:
+def read_frames(
+    path: Path, indices: Sequence[int], most_side: int | None = None
+) -> list[Image.Image]:
     """Frames of a video in RGB, as they are shown.
 
     Args:
         indices: which ones, counted from 0, in rising order.
+        most_side: pixels of a side; larger frames are made smaller as they are read.
 
     Raises:
         OSError, ValueError, …: see `IMAGE_ERRORS`; the file is damaged or has fewer frames.
     """
     wanted = list(dict.fromkeys(indices))
-    with open_clip(path, by_decord=False) as clip, DECODING.hold(clip.pixels * len(wanted)):
-        found = [f.image.resize(f.size) for f in clip.frames(wanted)]
+    whole = len(wanted) if most_side is None else 1
+    with (
+        open_clip(path, by_decord=False) as clip,
+        DECODING.hold(clip.pixels * (clip.held + whole)),
+    ):
+        found = [f.image.resize(_no_larger(f.size, most_side)) for f in clip.frames(wanted)]
     if len(found) < len(wanted):
         raise OSError(f"{path}: it does not have {wanted[-1] + 1} frames")
     frames = dict(zip(wanted, found, strict=True))
     return [frames[index] for index in indices]
+
+
+def _no_larger(size: tuple[int, int], most_side: int | None) -> tuple[int, int]:
+    """A size brought to sides of at most so many pixels, with its proportions."""
+    scale = 1.0 if most_side is None else min(1.0, most_side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def load_sample_video(
@@ -124,13 +134,17 @@ def load_sample_video(
     in_order = shown is None and indices == list(range(frames))
     with (
         open_clip(path, in_order, look) as clip,
-        DECODING.hold(_HELD * clip.pixels + frames * width * height),
+        DECODING.hold(clip.held * clip.pixels + frames * width * height),
     ):
         film = torch.empty(3, frames, height, width)
+
+        def brought(frame: Frame) -> torch.Tensor:
+            return to_tensor(fit(frame.image, target, frame.size))
+
         wanted = list(dict.fromkeys(indices))
         filled = 0
-        for index, frame in zip(wanted, clip.frames(wanted), strict=False):
-            still = to_tensor(fit(frame.image, target, frame.size))
+        # `map` keeps no frame while the next one is decoded, as a loop over them would.
+        for index, still in zip(wanted, map(brought, clip.frames(wanted)), strict=False):
             times = indices.count(index)
             film[:, filled : filled + times] = still[:, None]
             filled += times

@@ -39,7 +39,7 @@ _PER_FILE: dict[str, Any] = {
     "target": pl.List(pl.Int64),
     "frames": pl.Int64,
     "stride": pl.Float64,
-    "shown": pl.List(pl.Int64),
+    "shown": pl.List(pl.UInt32),
     "rate": pl.Float64,
     "seconds": pl.Float64,
     "reading": pl.String,
@@ -95,7 +95,8 @@ def _clip_of(facts: Facts, rule: ClipRule) -> Facts:
         return {"status": "too_short", "message": why}
     shown = [facts.get("first", 0) + index for index in taken]
     # What can be said by a stride is, so that samples keep their keys. decord gives frames in order only.
-    by_stride = facts["decoder"] == "pillow" or (facts["decoder"] == "decord" and stride == 1.0)
+    every = shown == list(range(len(taken)))
+    by_stride = facts["decoder"] == "pillow" or (facts["decoder"] == "decord" and every)
     if by_stride and shown == frame_indices(len(taken), stride):
         return {"frames": len(taken), "stride": stride}
     return {"frames": len(taken), "stride": stride, "shown": shown}

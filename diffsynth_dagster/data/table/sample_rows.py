@@ -79,7 +79,7 @@ def check_sample_rows(
 
 def _with_stills(clip: ClipRule) -> ClipRule:
     """The rule that takes clips of any length: what they lack of a sample's length stands still."""
-    return replace(clip, rule=FrameRule(clip.rule.step, clip.rule.remainder))
+    return replace(clip, rule=FrameRule(1, 0))
 
 
 def _size_giver(given: Sequence[Input], trained: Input | None) -> Input | None:
