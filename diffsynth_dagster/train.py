@@ -112,6 +112,7 @@ def run_alone(
     with parallel.node_main_first():
         found = find_model(config, ModelHub.from_environment())
         check_plan(config, found.family)  # the files may say more than their names
+        warnings += found.family.warnings if parallel.is_main_process else ()
         size = check_model(config, found, parallel.trained_dtype, warnings.append)
         if parallel.is_main_process and not config.encodes_only:
             require_space(output, size, "output_path")

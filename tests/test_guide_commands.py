@@ -123,8 +123,18 @@ def test_each_half_of_a_split_command_prints_a_plan(
 
 
 UNSUPPORTED = [
-    ("flux_dev", "ostris/Flex.2-preview:Flex.2-preview.safetensors", "is FLEX.2"),
-    ("wan21_t2v_14b", "meituan-longcat/LongCat-Video:dit/*.safetensors", "is LongCat-Video"),
+    (
+        "flux_dev",
+        "ostris/Flex.2-preview:Flex.2-preview.safetensors",
+        "is FLEX.2, and is not supported yet (it is given more than the noise)",
+    ),
+    (
+        "wan21_t2v_14b",
+        "meituan-longcat/LongCat-Video:dit/*.safetensors",
+        "is LongCat-Video, and is not supported yet (it is no Wan)",
+    ),
+    ("flux_dev", "black-forest-labs/FLUX.2-dev:ae.safetensors", "'flux2'"),
+    ("flux_dev", "Tongyi-MAI/Z-Image-Turbo:text_encoder/*.safetensors", "'z_image'"),
     ("wan21_t2v_14b", "PAI/Wan2.1-Fun-14B-Control:*.safetensors", "is Wan Fun-Control"),
     ("wan21_i2v_14b_480p", "Wan-AI/Wan2.2-S2V-14B:*.safetensors", "is Wan S2V"),
     (
@@ -175,6 +185,34 @@ def test_shared_files_of_an_unsupported_repository_are_taken(tmp_path: Path) -> 
     other = "PAI/Wan2.1-Fun-14B-Control"
     words[at] = ",".join([dit, f"{other}:{text.split(':')[1]}", f"{other}:{vae.split(':')[1]}"])
     assert make_plan(read_arguments(words).config)["family"] == "wanvideo"
+
+
+@pytest.mark.parametrize(
+    ("template", "vae"),
+    [
+        ("flux_dev", "Tongyi-MAI/Z-Image-Turbo:vae/*.safetensors"),
+        ("qwen_image", "circlestone-labs/Anima:split_files/vae/qwen_image_vae.safetensors"),
+    ],
+)
+def test_a_vae_that_is_that_of_a_supported_model_is_taken_from_anywhere(
+    template: str, vae: str
+) -> None:
+    words = command(BY_NAME[template], "lora")
+    at = words.index("--model_id_with_origin_paths") + 1
+    *others, _ = words[at].split(",")
+    words[at] = ",".join([*others, vae])
+    assert make_plan(read_arguments(words).config)["components"]["vae"] == vae
+    # On its own it is what the first half of its own family's training lists.
+    with pytest.raises(ParameterError, match="not supported yet"):
+        unsupported.refuse_unsupported({"model_id_with_origin_paths": [vae]}, "here")
+
+
+@pytest.mark.parametrize("family", [["qwen_image"], {"name": "flux2"}, 5])
+def test_a_family_that_is_no_text_is_one_message(family: object, tmp_path: Path) -> None:
+    values = {"family": family, "model_paths": ["a"], "dataset_base_path": "d"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ParameterError, match=r"family.*string"):
+        read_recipe(tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize(

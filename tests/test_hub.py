@@ -56,6 +56,23 @@ def test_only_what_a_pattern_names_is_downloaded(hub: Hub, tmp_path: Path) -> No
     assert fetch("a/b:vae/") == [base / "vae" / "model.safetensors"]
 
 
+def test_of_a_folder_its_weights_are_downloaded_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
+    """A tokenizer's folder is downloaded whole."""
+    beside = ["README.md", "demo.mp4", "config.json", "model.safetensors.index.json", "a.onnx"]
+    hub.extra = ["old.bin", *beside, *(f"vae/{name}" for name in beside if name != "config.json")]
+    base = tmp_path / "deep" / "er" / "models" / "a" / "b"
+    assert fetch("a/b:") == [base / "old.bin", base / "top.safetensors"]
+    needed = {"config.json", "model.safetensors.index.json"}
+    assert set(hub.downloads) == {"old.bin", "top.safetensors", *needed}
+    hub.downloads.clear()
+    assert fetch("a/b:vae/") == [base / "vae" / "model.safetensors"]
+    files = {"model.safetensors", *needed}
+    assert set(hub.downloads) == {f"vae/{name}" for name in files}
+    hub.downloads.clear()
+    ModelHub.from_environment().folder(folder_entry("a/b:vae/", "tokenizer_path"))
+    assert {path.name for path in (base / "vae").iterdir()} == {*files, *beside}
+
+
 @pytest.mark.parametrize(
     "path",
     [

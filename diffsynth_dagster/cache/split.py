@@ -32,8 +32,9 @@ def with_settled(config: TrainingConfig) -> TrainingConfig:
     """
     if config.reads_encoded:
         where = f"dataset_base_path = {config.dataset_base_path}"
-        settled = _encoded_with(read_manifest(Path(config.dataset_base_path)))
-        return take_over(config, settled, "the data set was encoded", where)
+        manifest = read_manifest(Path(config.dataset_base_path))
+        taken = take_over(config, _encoded_with(manifest), "the data set was encoded", where)
+        return taken.with_encoded({*manifest.stages, *manifest.outputs})
     if config.dataset_metadata_path is None:
         return config
     checked = find_checked(Path(config.dataset_metadata_path))

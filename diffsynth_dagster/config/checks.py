@@ -55,8 +55,8 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
         naming: how a parameter's name is written there.
 
     Raises:
-        ParameterError: a model that is not supported, an unknown name, a value out of range, parameters that contradict each
-            other, or a parameter whose feature does not exist yet.
+        ParameterError: a model that is not supported, an unknown name, a value out of range,
+            parameters that contradict each other, or a parameter whose feature does not exist yet.
     """
     refuse_unsupported(values, where)
     fields = TrainingConfig.model_fields

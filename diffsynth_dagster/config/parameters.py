@@ -6,9 +6,10 @@ those of the DiffSynth-Studio training guide; parameters that the guide lacks ca
 usual names.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
 
 from diffsynth_dagster.config.course import GradientParameters, TrainingParameters
 from diffsynth_dagster.config.dataset import DatasetParameters, SizeParameters
@@ -39,6 +40,9 @@ class TrainingConfig(
     together and words the errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # No parameter: nothing that is written or compared by value holds it.
+    _encoded_stages: frozenset[str] = PrivateAttr(frozenset())
 
     @model_validator(mode="before")
     @classmethod
@@ -83,6 +87,17 @@ class TrainingConfig(
     def reads_encoded(self) -> bool:
         """Whether the data set is a folder that the first half wrote, and no metadata is read."""
         return self.trains_only and self.dataset_metadata_path is None
+
+    @property
+    def encoded_stages(self) -> frozenset[str]:
+        """The stages that the data set of a second half has encoded, as far as it was looked at."""
+        return self._encoded_stages
+
+    def with_encoded(self, stages: Iterable[str]) -> Self:
+        """The config of a second half whose data set has these stages encoded."""
+        config = self.model_copy()
+        config._encoded_stages = frozenset(stages)
+        return config
 
     @property
     def alpha(self) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster.config.effect import settled_by_encoding
-from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
 from diffsynth_dagster.errors import ParameterError
 
 
@@ -13,6 +13,9 @@ def take_over(
     config: TrainingConfig, settled: Mapping[str, Any], what: str, where: str
 ) -> TrainingConfig:
     """The config with what was settled in place of what it leaves out.
+
+    A switch that was settled as what None is written as (see `Mark.left_out_as`) may have been left
+    out: the config keeps its own.
 
     Args:
         settled: parameter name → JSON value.
@@ -22,15 +25,27 @@ def take_over(
         ParameterError: the config asks for something else.
     """
     default = settled_by_encoding(TrainingConfig.model_validate({}))
+    unsaid = {name for name in settled if name in MARKS and _is_unsaid(name, settled[name])}
     for name, value in settled_by_encoding(config).items():
-        if name in settled and value not in (settled[name], default[name]):
+        left_out = [] if _is_given(config, name) else [default[name]]
+        if name in {*settled} - unsaid and value not in (settled[name], *left_out):
             raise ParameterError(
                 f"{what} with {name} = {settled[name]}, not {value}",
                 where=where,
                 do=f"leave {name} out, or do that step again with it",
             )
-    known = {name: settled[name] for name in settled if name in TrainingConfig.model_fields}
+    known = {name: settled[name] for name in settled if name in MARKS and name not in unsaid}
     return TrainingConfig.model_validate({**config.model_dump(), **known})
+
+
+def _is_unsaid(name: str, value: object) -> bool:
+    """Whether a value is written both where it was given and where it was left out."""
+    return MARKS[name].left_out_as is not None and value == MARKS[name].left_out_as
+
+
+def _is_given(config: TrainingConfig, name: str) -> bool:
+    """Whether a config surely gives a value, be it that of leaving it out."""
+    return MARKS[name].left_out_as is not None and getattr(config, name) is not None
 
 
 def named_data(config: TrainingConfig) -> dict[str, str]:

@@ -27,8 +27,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 }
 """Family → how the names of its repositories look, in small letters."""
 _MODELS: Mapping[str, str] = {
-    "meituan-longcat/longcat-video*": "LongCat-Video, which is no Wan,",
-    "ostris/flex.2*": "FLEX.2, which is given more than the noise,",
+    "meituan-longcat/longcat-video*": "LongCat-Video",
+    "ostris/flex.2*": "FLEX.2",
     "black-forest-labs/flux.1-redux*": "FLUX.1 Redux",
     "black-forest-labs/flux.1-fill*": "FLUX.1 Fill",
     "black-forest-labs/flux.1-canny*": "FLUX.1 Canny",
@@ -53,10 +53,19 @@ _MODELS: Mapping[str, str] = {
 }
 """How the name of a repository looks, in small letters → its model, which looks like one of a
 supported family."""
+_REASONS: Mapping[str, str] = {
+    "LongCat-Video": "it is no Wan",
+    "FLEX.2": "it is given more than the noise",
+}
+"""A model of these → why it is not trained like the supported one that it looks like."""
 _SHARED = re.compile(
     r"(^|/)(text_encoder|tokenizer|vae|processor|scheduler)(_\d)?/|models_(t5|clip)|_VAE\.|(^|/)ae\."
 )
 """Files in such repositories that are those of a supported model."""
+_VAE = re.compile(r"(^|/)(vae/|ae\.)|_vae\.", re.I)
+_WITH_SHARED_VAE = ("z_image", "krea2", "anima")
+"""Families whose VAE is that of FLUX.1 or Qwen-Image: who trains one of these may take it from
+there. The VAEs of the others, as FLUX.2's `ae.safetensors`, are models of their own."""
 _PARAMETERS: Mapping[str, str] = {
     "dmd2_*": "flux2",
     "enable_npu_patch": "z_image",
@@ -79,25 +88,35 @@ def refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
         values: parameter name → value as it is given, unchecked.
         where: where the values come from, for messages.
     """
-    if values.get("family") in FAMILIES:
-        raise ParameterError(
-            f"the family '{values['family']}' is not supported yet", where="family", do=_DO
-        )
-    for text in _entries(values.get("model_id_with_origin_paths")):
-        repository, _, pattern = text.partition(":")
-        family = next((f for f, globs in FAMILIES.items() if _fits(repository, globs)), None)
-        if family is not None:
+    named = values.get("family")
+    if isinstance(named, str) and named in FAMILIES:
+        raise ParameterError(f"the family '{named}' is not supported yet", where="family", do=_DO)
+    entries = [text.partition(":") for text in _entries(values.get("model_id_with_origin_paths"))]
+    families = {_family_of(repository) for repository, _, _ in entries}
+    if values.get("model_paths"):
+        families.add(None)
+    for repository, _, pattern in entries:
+        family = _family_of(repository)
+        # Alone it is the first half of split training of that family.
+        is_borrowed = family in _WITH_SHARED_VAE and families != {family} and _VAE.search(pattern)
+        if family is not None and not is_borrowed:
             what = f"'{repository}' is of the family '{family}', which is not supported yet"
             raise ParameterError(what, where=where, do=_DO)
         model = next((m for glob, m in _MODELS.items() if _fits(repository, (glob,))), None)
         if model is not None and not _SHARED.search(pattern):
-            what = f"'{repository}' is {model}".rstrip(",") + ", and is not supported yet"
-            raise ParameterError(what, where=where, do=_DO)
+            what = f"'{repository}' is {model}, and is not supported yet"
+            why = f" ({_REASONS[model]})" if model in _REASONS else ""
+            raise ParameterError(what + why, where=where, do=_DO)
 
 
 def family_with(name: str) -> str | None:
     """The unsupported family that alone takes a parameter; None where there is none."""
     return next((f for glob, f in _PARAMETERS.items() if fnmatchcase(name, glob)), None)
+
+
+def _family_of(repository: str) -> str | None:
+    """The unsupported family that a repository is of; None where it is of none."""
+    return next((f for f, globs in FAMILIES.items() if _fits(repository, globs)), None)
 
 
 def _fits(repository: str, globs: Iterable[str]) -> bool:

@@ -64,7 +64,8 @@ class Component:
         may_lack: modules of it that its files may leave out altogether, such as the decoder of a
             VAE that only encodes. The built module then has None in their place.
         inside: how the names of its tensors start in a file that holds several components (a whole
-            checkpoint), or in one whose writer put something before all names. Behind that they are in one of the layouts of `signatures`.
+            checkpoint), or in one whose writer put something before all names. Behind that they are
+            in one of the layouts of `signatures`.
         known_by: what the path of its files contains, for a component whose tensors have the names
             and shapes of another's (the experts of Wan2.2). Where the model list has one of the
             two alone, it is taken for the other one, which has no such mark.
@@ -262,6 +263,7 @@ class Family:
             `implementation` of those.
         scheduler_marks: name of a tensor in a whole checkpoint that nothing computes with → what
             it says about the scheduler.
+        warnings: what a variant tells about the config that it does not refuse.
     """
 
     name: str
@@ -286,6 +288,7 @@ class Family:
     architecture: str = ""
     authors: str = ""
     scheduler_marks: Mapping[str, Settings] = field(default_factory=dict[str, Settings])
+    warnings: tuple[str, ...] = ()
 
     def at_work(self, trained: frozenset[str]) -> tuple[Denoiser, ...]:
         """The denoisers that the steps of a training go to: those that are trained, or all of them

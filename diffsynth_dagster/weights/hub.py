@@ -43,7 +43,7 @@ class ModelHub:
         """
         if entry.repository is None:
             return [file for text in entry.paths for file in _local_files(text, entry.parameter)]
-        self._download(entry)
+        self._download(entry, tuple(f"*{suffix}" for suffix in _WEIGHTS))
         folder = self.base_path / entry.repository
         if not entry.pattern or entry.pattern.endswith("/"):
             found = _weights_in(folder / entry.pattern)
@@ -67,7 +67,7 @@ class ModelHub:
         """
         path = Path(entry.paths[0]) if entry.paths else Path()
         if entry.repository is not None:
-            self._download(entry)
+            self._download(entry, ("*",))
             path = self.base_path / entry.repository / entry.pattern
         if not os.path.isdir(path) or not any(path.iterdir()):
             raise WeightsError(
@@ -77,15 +77,17 @@ class ModelHub:
             )
         return path
 
-    def _download(self, entry: ModelEntry) -> None:
+    def _download(self, entry: ModelEntry, of_folder: Iterable[str]) -> None:
+        """Download an entry's files: of a folder those that fit one of the patterns."""
         if self.skip_download:
             return
         assert entry.repository is not None
-        folder = PurePosixPath(entry.pattern).parent
         schedule = "scheduler/scheduler_config.json"  # beside a denoiser's folder
-        wanted = [entry.pattern, *(str(folder / name) for name in _BESIDE), schedule]
         if not entry.pattern or entry.pattern.endswith("/"):
-            wanted = [f"{entry.pattern}*", schedule]
+            folder, named = PurePosixPath(entry.pattern), [f"{entry.pattern}{n}" for n in of_folder]
+        else:
+            folder, named = PurePosixPath(entry.pattern).parent, [entry.pattern]
+        wanted = [*named, *(str(folder / name) for name in _BESIDE), schedule]
         download(
             entry.repository,
             wanted,

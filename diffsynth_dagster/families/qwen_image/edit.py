@@ -35,7 +35,7 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
-from diffsynth_dagster.families.qwen_image.release import is_later
+from diffsynth_dagster.families.qwen_image.release import decide
 from diffsynth_dagster.families.qwen_image.stages import encode_pixels
 from diffsynth_dagster.families.requirements import InputNamed, ParameterSet, Refusal
 from diffsynth_dagster.families.shared.packing import pack_several
@@ -43,6 +43,8 @@ from diffsynth_dagster.families.shared.qwen_vl import PICTURE, encode_with_pictu
 from diffsynth_dagster.families.shared.stages import PROMPT
 
 COLUMN = "edit_image"
+FIRST, LATER = "edit_prompt", "edit_prompt_later"
+"""The stages of the prompt, of which a release has one: their outputs have keys of their own."""
 TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, "
     "texture, objects, background), then explain how the user's text instruction should alter or "
@@ -135,10 +137,9 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
     if COLUMN not in config.extra_inputs:
         return family
     pictures = Input(COLUMN, "picture", many=True, area=AREA)
-    later = is_later(config)
-    # The ways of a single picture differ: their outputs have keys of their own.
+    later, warnings = decide(config, FIRST, LATER)
     prompt = Stage(
-        "edit_prompt_later" if later else "edit_prompt",
+        LATER if later else FIRST,
         (PROMPT, pictures),
         ("tokenizer", "processor", "text_encoder"),
         family.stage("prompt").yields,
@@ -164,4 +165,5 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
         components=components,
         tokenizers=(*family.tokenizers, PROCESSOR),
         stages=(family.stage("image"), latents, prompt),
+        warnings=warnings,
     )

@@ -22,31 +22,79 @@ _FIRST = re.compile(r"qwen[-_]image[-_]edit([-_](bf16|fp16|fp8\w*))?(\.\w+)?", r
 """The whole name of a repository, folder or file: fine-tuned ones with more in theirs may be of
 any release."""
 _PIPELINES = {"QwenImageEditPlusPipeline": True, "QwenImageEditPipeline": False}
-_ENCODERS = ("text_encoder", "vae", "tokenizer", "processor")
-"""Folders of what is the same in every release."""
+_ENCODER = re.compile(
+    r"(.*[-_])?(text_encoders?|vae|tokenizer|processor)(\.\w+)?|qwen[-_.\d]*vl.*", re.I
+)
+"""The name of a folder or file that holds what is the same in every release."""
 
 
-def is_later(config: TrainingConfig) -> bool:
+def decide(config: TrainingConfig, first: str, later: str) -> tuple[bool, tuple[str, ...]]:
     """Whether a single edit image is shown in the way of the later releases.
 
+    Args:
+        first, later: the stage of each way, by which an encoded data set tells its own.
+
+    Returns:
+        The answer, and warnings.
+
     Raises:
-        ParameterError: neither a parameter, nor the names in the model list, nor the files say it.
+        ParameterError: neither a parameter, nor the names in the model list, nor the files, nor the
+            encoded data set says it; or the data set was encoded in the other way.
     """
+    told = True if config.zero_cond_t else _told_by_models(config)
+    # Neither is there where no data set was looked at, or where the step encodes the prompt.
+    encoded = later in config.encoded_stages if config.encoded_stages & {first, later} else None
+    said = [config.edit_plus or told, config.edit_plus, encoded]
+    answer = next((each for each in said if each is not None), None)
+    if answer is None and config.reads_encoded and not config.encoded_stages:
+        answer = False  # only its models are looked at, and no stage is run
+    if answer is None:
+        raise ParameterError(
+            "it is not clear which release of Qwen-Image-Edit is trained: the first is shown an edit "
+            "image in another way than the later ones, and no name in the model list says which it is",
+            where=MODEL_LIST,
+            do="give edit_plus: true (--edit_plus) for Qwen-Image-Edit-2509 and later and "
+            "FireRed-Image-Edit, or what was made from them; false (--no-edit_plus) for the first "
+            "release",
+        )
+    if encoded is not None and encoded != answer:
+        ways = ("the first release shows them", "the later releases show them")
+        raise ParameterError(
+            f"the edit images were encoded as {ways[encoded]}, and this training is of "
+            f"{'a later' if answer else 'the first'} one",
+            where=f"dataset_base_path = {config.dataset_base_path}",
+            do="encode the data set again for this release, or correct edit_plus and the model list",
+        )
+    # No error: before edit_plus could be left out, it was false by default and names came first.
+    # Every config.yaml of then says so, and is given again as a recipe, or by `inspect --rebuild`.
+    if answer and config.edit_plus is False:
+        return True, (_OVERRULED,)
+    return answer, ()
+
+
+_OVERRULED = (
+    "edit_plus: false has no effect: zero_cond_t, or the names in the model list or files beside the "
+    "model, say that it is a later release than the first Qwen-Image-Edit, and edit images are shown "
+    "as to that one; leave edit_plus out, or, if it is the first release, rename its folder or file"
+)
+
+
+def _told_by_models(config: TrainingConfig) -> bool | None:
+    """What the models say: the transformer where one is listed, else the models that encode, of which
+    people take the first release's for any other."""
     entries = model_entries(config)
-    told = [_told(entry) for entry in entries]
-    if config.edit_plus or config.zero_cond_t or True in told:
+    transformers = [entry for entry in entries if not _is_encoder(entry)]
+    told = {_told(entry) for entry in transformers or entries}
+    if True in told:
         return True
-    transformers = [t for t, e in zip(told, entries, strict=True) if e.folder_hint not in _ENCODERS]
-    # The second half of split training takes what the first has made of the edit images.
-    if config.edit_plus is False or config.reads_encoded or False in transformers:
-        return False
-    raise ParameterError(
-        "it is not clear which release of Qwen-Image-Edit is trained: the first is shown an edit "
-        "image in another way than the later ones, and no name in the model list says which it is",
-        where=MODEL_LIST,
-        do="give edit_plus: true (--edit_plus) for Qwen-Image-Edit-2509 and later and "
-        "FireRed-Image-Edit, or what was made from them; false (--no-edit_plus) for the first release",
-    )
+    return False if transformers and False in told else None
+
+
+def _is_encoder(entry: ModelEntry) -> bool:
+    """Whether an entry is a model that encodes, by the name of its folder or its own."""
+    text = entry.pattern if entry.repository else entry.paths[0]
+    names = (entry.folder_hint, PurePosixPath(text.replace("\\", "/")).name)
+    return any(_ENCODER.fullmatch(name) for name in names)
 
 
 def _told(entry: ModelEntry) -> bool | None:

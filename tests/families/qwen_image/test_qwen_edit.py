@@ -16,8 +16,12 @@ from families.qwen_image.cases import CASES, PUBLISHED_AREAS
 from PIL import Image
 
 from diffsynth_dagster.cache.keys import Keys
+from diffsynth_dagster.cache.layout import LAYOUT_VERSION
+from diffsynth_dagster.cache.manifest import Notes, write_manifest
 from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.effect import settled_by_encoding
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import area_size
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.errors import ParameterError
@@ -92,7 +96,7 @@ def test_the_published_processor_is_read(tmp_path: Path) -> None:
     assert grid.tolist() == [1, 28, 28]
 
 
-def used(**values: Any) -> Any:
+def made(**values: Any) -> TrainingConfig:
     base = {
         "family": "qwen_image",
         "dataset_base_path": "data",
@@ -100,7 +104,11 @@ def used(**values: Any) -> Any:
         "model_paths": ["dit.safetensors"],
         "trainable_models": "dit",
     }
-    return as_used(FAMILY, make_config({**base, **values}), {})
+    return make_config({**base, **values})
+
+
+def used(**values: Any) -> Any:
+    return as_used(FAMILY, made(**values), {})
 
 
 @pytest.mark.parametrize(
@@ -182,6 +190,91 @@ def test_what_is_published_beside_a_local_transformer_says_its_release(
     (tmp_path / file).write_text(json.dumps(settings), encoding="utf-8")
     family = used(model_paths=[str(tmp_path / "transformer" / "model.safetensors")], **EDITS)
     assert stage in {stage.name for stage in family.stages}
+
+
+@pytest.mark.parametrize(
+    ("models", "stage"),
+    [
+        (["Qwen-Image-Edit/transformer/*", "Qwen-Image-Edit-2509/vae/*"], "edit_prompt"),
+        (["qwen_image_edit_2509.safetensors", "Qwen-Image-Edit/vae"], "edit_prompt_later"),
+        (["Qwen-Image-Edit-2509/text_encoder/*", "Qwen-Image-Edit-2509/vae"], "edit_prompt_later"),
+        (["a/my-qwen-edit/diffusion_pytorch_model.safetensors", "Qwen-Image-Edit/vae"], None),
+        (["a/my-tuned.safetensors", "Qwen-Image-Edit-2509/text_encoder/"], None),
+        (["my.safetensors", "Qwen-Image-Edit-2509/split/qwen_2.5_vl_7b.safetensors"], None),
+        (["Qwen-Image-Edit/text_encoder/*", "Qwen-Image-Edit/vae/"], None),
+    ],
+)
+@pytest.mark.parametrize("local", [True, False])
+def test_models_that_encode_are_asked_only_where_no_transformer_is_listed(
+    models: list[str], stage: str | None, local: bool
+) -> None:
+    if not local:
+        named = [m for m in models if m.startswith("Qwen-Image-Edit")]
+        hub = [f"Qwen/{m.replace('/', ':', 1)}" for m in named]
+        rest = [m for m in models if m not in named]
+        given = {"model_paths": rest, "model_id_with_origin_paths": hub}
+    else:
+        given = {"model_paths": models}
+    if stage is None:
+        with pytest.raises(ParameterError, match="not clear which release"):
+            used(**given, **EDITS)
+        return
+    assert stage in {each.name for each in used(**given, **EDITS).stages}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_id_with_origin_paths": "Qwen/Qwen-Image-Edit-2509:transformer/*"},
+        {"zero_cond_t": True},
+    ],
+)
+def test_a_switch_that_the_names_overrule_is_said(values: dict[str, Any]) -> None:
+    """And not refused: every config.yaml of before says `edit_plus: false` where it was left out."""
+    family = used(**EDITS, **values, edit_plus=False)
+    assert "edit_prompt_later" in {stage.name for stage in family.stages}
+    (warning,) = family.warnings
+    assert warning.startswith("edit_plus: false has no effect")
+    assert not used(**EDITS, **values).warnings
+    assert not used(**EDITS, edit_plus=False).warnings
+
+
+TUNED = {"model_paths": ["/models/my-tuned.safetensors"], "task": "sft:train"}
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_the_second_half_shows_edit_images_as_the_first_did(settled: bool, tmp_path: Path) -> None:
+    """The manifest of a first half that went by names says `edit_plus: false`, as it did before."""
+    second = {**TUNED, "dataset_base_path": str(tmp_path), "dataset_metadata_path": None}
+
+    def as_second(stages: list[str], said: bool, **more: Any) -> tuple[Any, Any]:
+        notes = Notes(
+            store="s",
+            family="qwen_image",
+            digest="d",
+            samples=1,
+            stages=dict.fromkeys(stages, "v"),
+            parameters={"edit_plus": said, "extra_inputs": ["edit_image"]},
+            layout=LAYOUT_VERSION,
+        )
+        write_manifest(pl.LazyFrame({"row": [1]}), notes, tmp_path / "samples.parquet")
+        config = with_settled(made(**second, **more))
+        return config, as_used(FAMILY, config, {})
+
+    later, first = ["edit_prompt_later", "edit_image"], ["edit_prompt", "edit_image"]
+    for more in ({}, {"edit_plus": True}):
+        _, family = as_second(later, settled, **more)
+        assert "edit_prompt_later" in {stage.name for stage in family.stages}
+    left_out, _ = as_second(later, settled)
+    assert settled_by_encoding(left_out)["edit_plus"] is settled, "its identity is that of before"
+    _, family = as_second(first, False)
+    assert "edit_prompt" in {stage.name for stage in family.stages}
+    with pytest.raises(ParameterError, match=r"encoded (as the first release|with edit_plus = F)"):
+        as_second(first, False, edit_plus=True)
+    with pytest.raises(ParameterError, match=r"encoded (as the later releases|with edit_plus = T)"):
+        as_second(later, settled, edit_plus=False)
+    with pytest.raises(ParameterError, match="not clear which release"):
+        as_second(["edit_image"], False)  # the text encoder is trained: the step shows them
 
 
 def test_a_release_that_is_left_out_counts_as_the_switch_that_was_off() -> None:
