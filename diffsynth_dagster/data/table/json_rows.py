@@ -129,8 +129,15 @@ def _odd_numbers(column: str) -> re.Pattern[bytes]:
     listed = rb"\[(?:[^\]\[\"{}\n]|" + _STRING + rb")*+\]"
     space = rb"[ \t\r]*+"
     return re.compile(
-        b"(?P<name>" + name + space + b":" + space + b")(?:(?P<one>" + _ODD_NUMBER + b")|"
-        b"(?P<list>(?=[^\n]*?[\\[, \t\r]" + _ODD_NUMBER + b")" + listed + b"))"
+        b"(?P<name>"
+        + name
+        + space
+        + b":"
+        + space
+        + b")(?=[-\\d\\[])(?:(?P<one>"
+        + _ODD_NUMBER
+        + b")|"
+        b"(?P<list>(?=\\[(?:[^\n]*?[, \t\r])?" + _ODD_NUMBER + b")" + listed + b"))"
     )
 
 
