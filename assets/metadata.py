@@ -76,6 +76,8 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
             refuse_replaced_rows(config, [checked] if held_out is None else [checked, held_out])
             counts = checked.counts
             context.log.info(f"rows by status: {counts}")
+            for warning in checked.warnings():
+                context.log.warning(warning)
             facts = {**_describe(config, checked, counts), **_held_out(held_out)}
             version, check = _version(checked, held_out), _check(key, config, checked, held_out)
         yield dg.MaterializeResult(metadata=facts, data_version=version, check_results=[check])
@@ -102,8 +104,17 @@ def _held_out(held_out: "CheckedTable | None") -> dict[str, int]:
 
 def _content(checked: "CheckedTable") -> list[str]:
     """The columns that say what the rows are, wherever and since when their files lie."""
-    places = (":path", ":size", ":modified")
-    return [c for c in checked.rows.collect_schema().names() if not c.endswith(places)]
+    import polars as pl
+
+    schema = checked.rows.collect_schema()
+    # Where no file of a column is read in a way of its own, the rows are what they always were.
+    told = [c for c in schema if c.endswith(":reading")]
+    listed = [c for c in told if schema[c] == pl.List]
+    some = [pl.col(c).list.drop_nulls().list.len().sum() > 0 for c in listed]
+    some += [pl.col(c).is_not_null().any() for c in told if c not in listed]
+    found = checked.rows.select(some).collect(engine="streaming").row(0, named=True) if some else {}
+    places = (":path", ":size", ":modified", ":transparent")
+    return [c for c in schema if not c.endswith(places) and found.get(c, True)]
 
 
 def _check(
@@ -132,7 +143,7 @@ def _verdict(checked: "CheckedTable", allowed: float) -> str:
 
     summary = checked.summary(allowed)
     if checked.is_accepted(allowed):
-        return summary
+        return "\n".join([summary, *(f"warning: {text}" for text in checked.warnings())])
     lines = [summary, *checked.first_rejected(), f"where: {printable(checked.source)}"]
     return "\n  ".join([*lines, f"what to do: {MEND_ROWS}"])
 

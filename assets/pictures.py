@@ -81,8 +81,8 @@ def contact_sheet(files: Sequence[Shown], side: int = 96, columns: int = 8) -> "
                 images = [read_image(file.path)]
             else:
                 images = read_frames(file.path, file.frames)
-        except (*IMAGE_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning):
-            continue  # its row says why it cannot be opened
+        except (*IMAGE_ERRORS, MemoryError, Image.DecompressionBombWarning):
+            continue  # its row says why it cannot be opened, or memory is short
         thumbnails += [_thumbnail(image, side, file.accepted) for image in images]
     if not thumbnails:
         return None

@@ -103,6 +103,7 @@ def made_up_rows(start: int, count: int) -> pl.DataFrame:
         pl.lit(1, pl.Int64).alias("image:frames"),
         pl.lit(1.0).alias("image:stride"),
         pl.lit(None, pl.List(pl.Int64)).alias("image:shown"),
+        pl.lit(None, pl.String).alias("image:reading"),
         side.list.get(0).alias("width"),
         side.list.get(1).alias("height"),
         pl.lit(1, pl.Int64).alias("frames"),

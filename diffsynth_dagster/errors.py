@@ -141,7 +141,11 @@ def reason_of(error: BaseException) -> str:
     return f"{text[:400]}…" if len(text) > 400 else text or type(error).__name__
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint naming the entry of `known` nearest to `name`, or listing nothing when none is near."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """A hint naming the entry of `known` nearest to `name`, or listing nothing when none is near.
+
+    Args:
+        cutoff: how alike they must be: 1 is the same. Above 0.9 one is the other but for a slip or two.
+    """
+    close = get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"did you mean '{close[0]}'?" if close else ""

@@ -43,7 +43,7 @@ def check_plan(config: TrainingConfig, family: Family) -> None:
     if config.customized_evaluation is not None:
         import_function(config.customized_evaluation, "customized_evaluation", "generate")
     check_prefix(config.remove_prefix_in_ckpt, family, trained_components(config))
-    _check_size(config, family)
+    _check_size(config)
     size_rule(config.height, config.width, config.max_pixels, family.geometry, config.bucket_step)
     clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
     check_columns(config, family.columns)
@@ -73,18 +73,14 @@ def _check_denoisers(config: TrainingConfig, family: Family) -> None:
         )
 
 
-def _check_size(config: TrainingConfig, family: Family) -> None:
-    """Refuse `max_pixels` where it would change nothing: every size is already given.
-
-    `height` and `width` fix the size of what is trained on. An input with an area of its own, such
-    as an edit image, is still scaled down to `max_pixels`.
+def _check_size(config: TrainingConfig) -> None:
+    """Refuse `max_pixels` where it would change nothing.
 
     Raises:
-        ParameterError: both sides are given, and the family has no such input.
+        ParameterError: `height` and `width` are given, which fix the size of what is trained on.
     """
     default = TrainingConfig.model_fields["max_pixels"].default
-    pictures = any(i.area is not None for i in family.inputs)
-    if config.height is not None and config.max_pixels != default and not pictures:
+    if config.height is not None and config.max_pixels != default:
         raise ParameterError(
             "max_pixels has no effect when height and width are given",
             where=f"max_pixels = {config.max_pixels}",
@@ -98,8 +94,8 @@ def check_particular(config: TrainingConfig, family: Family) -> None:
     Raises:
         ParameterError: it does not take one.
     """
-    for name, field in ParticularParameters.model_fields.items():
-        if getattr(config, name) != field.default and name not in family.parameters:
+    for name in ParticularParameters.model_fields:
+        if config.sets(name) and name not in family.parameters:
             raise ParameterError(
                 f"{family.name} takes no {name}",
                 where=name,

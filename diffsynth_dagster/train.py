@@ -108,7 +108,7 @@ def run_alone(
     table = checked_table(config, fact_cache, parallel)
 
     # Weights: found and recognised. They are loaded when they are used.
-    warnings: list[str] = []
+    warnings = table.warnings() if table is not None and parallel.is_main_process else []
     with parallel.node_main_first():
         found = find_model(config, ModelHub.from_environment())
         check_plan(config, found.family)  # the files may say more than their names

@@ -41,7 +41,7 @@ def code(words: Iterable[str]) -> str:
 def files_of(component: Component) -> str:
     """Where the files of a component come from."""
     places = [f"`{component.folder}/`", *(f"`{glob}`" for glob in component.origin)]
-    whole = [f"in a whole checkpoint below `{start}`" for start in component.inside]
+    whole = [f"below `{start}` in a whole checkpoint or file" for start in component.inside]
     return ", ".join([*places, *whole])
 
 

@@ -93,7 +93,7 @@ def flux(template: str, dit: str, column: str = "", **more: Any) -> Variant:
 
 
 def wan(template: str, dit: str, frames: str | None, *extra: str, **more: Any) -> Variant:
-    repository = dit.split(":")[0]
+    repository = more.pop("rest", dit.split(":")[0])
     size = more.pop("size", ("480", "832"))
     vae = "Wan2.2_VAE.pth" if "TI2V" in dit else "Wan2.1_VAE.pth"
     files = [dit, f"{repository}:models_t5_umt5-xxl-enc-bf16.pth", f"{repository}:{vae}"]
@@ -242,6 +242,15 @@ VARIANTS = (
         cached=EDIT_PLUS,
         flags={"--zero_cond_t": ""},
     ),
+    *(
+        qwen(
+            f"firered_image_edit_{version}",
+            f"FireRedTeam/FireRed-Image-Edit-{version}",
+            edits=True,
+            cached=EDIT_PLUS,
+        )
+        for version in ("1.0", "1.1")
+    ),
     flux("flux_dev", "FLUX.1-dev:flux1-dev.safetensors"),
     flux("flux_krea_dev", "FLUX.1-Krea-dev:flux1-krea-dev.safetensors"),
     flux(
@@ -273,6 +282,12 @@ VARIANTS = (
     ),
     wan("wan21_t2v_1.3b", f"{W21}-T2V-1.3B:{DIT}", None),
     wan("wan21_t2v_14b", f"{W21}-T2V-14B:{DIT}", None),
+    wan(
+        "krea_realtime_video",
+        "krea/krea-realtime-video:krea-realtime-video-14b.safetensors",
+        None,
+        rest=f"{W21}-T2V-14B",
+    ),
     wan(
         "wan21_i2v_14b_480p",
         f"{W21}-I2V-14B-480P:{DIT}",

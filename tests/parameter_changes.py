@@ -166,6 +166,7 @@ ALTERNATIVES: dict[str, Change] = {
     "dataset_repeat": {"dataset_repeat": 2},
     "dataset_num_workers": {"dataset_num_workers": 1},
     "decode_megapixels": {"decode_megapixels": 1},
+    "background": {"background": "white"},
     "data_file_keys": file_columns,
     "allow_outside_base_path": {"allow_outside_base_path": True},
     "verify_content": {"verify_content": True},
@@ -271,6 +272,7 @@ ALTERNATIVES: dict[str, Change] = {
     "audio_processor_path": {"audio_processor_path": "a"},
     "framewise_decoding": {"framewise_decoding": True},
     "audio_loss_weight": {"audio_loss_weight": 0.5},
+    "first_frame_crf": {"first_frame_crf": 33},
     "offload_idle_denoiser": {"offload_idle_denoiser": True},
     "offload_models": {"offload_models": ["a"]},
     "quant_options": {"quant_options": "a"},
@@ -312,7 +314,7 @@ NO_EDIT = dict.fromkeys(
 )
 ALONE = {"offload_idle_denoiser": "no denoiser is ever idle"}
 REFUSED: dict[str, dict[str, str]] = {
-    "qwen_image": {**ALONE, **IMAGES, **NO_EDIT, "extra_inputs": "reads files from the column"},
+    "qwen_image": {**ALONE, **IMAGES, **NO_EDIT, "extra_inputs": "not clear which release"},
     "qwen_image_edit": {**ALONE, **IMAGES, **NO_SAMPLES},
     "flux": {**ALONE, **IMAGES, "extra_inputs": "reads files from the column"},
     "flux_kontext": {**ALONE, **IMAGES, **NO_SAMPLES},

@@ -341,7 +341,10 @@ def test_the_stage_rule_decides_what_is_cached(capsys: pytest.CaptureFixture[str
         (["--trainable_models", "dot"], "qwen_image has no model 'dot'; did you mean 'dit'"),
         (["--height", "100", "--width", "64"], "height = 100 is not a multiple of 16"),
         (["--extra_inputs", "edit_imag"], "reads no column 'edit_imag'; did you mean 'edit_image'"),
-        (["--extra_inputs", "edit_image"], "reads files from the column 'edit_image'"),
+        (
+            ["--extra_inputs", "edit_image", "--edit_plus"],
+            "reads files from the column 'edit_image'",
+        ),
         (["--data_file_keys", "image,edit_image"], "data_file_keys is about edit images"),
         (["--processor_path", "a"], "processor_path is about edit images"),
         (["--zero_cond_t"], "zero_cond_t is about edit images"),

@@ -88,10 +88,10 @@ def as_once_converted(path: Path) -> np.ndarray:
     return np.stack([high] * 3, axis=2)
 
 
-@pytest.mark.parametrize("dtype", ["uint16", ">u2", "int32"])
+@pytest.mark.parametrize("dtype", ["uint16", ">u2"])
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_deep_grey_keeps_its_high_bits(tmp_path: Path, dtype: str, orientation: int) -> None:
-    """Bit for bit, in strips of any height, also of values that do not fit into 16 bits."""
+    """Bit for bit, in strips of any height."""
     limits = np.iinfo(np.dtype(dtype))
     low, high = max(limits.min, -(1 << 20)), min(limits.max, 1 << 20)
     for size in ((3, 5), (700, 1501), (1 << 20, 2)):

@@ -192,6 +192,7 @@ def test_tables_of_the_usage_page_are_taken(kind: str, text: str, tmp_path: Path
         "model_id_with_origin_paths": "a/b:c",
         "lora_base_model": "dit",
         "caption_lists": '"[""' in text,
+        "edit_plus": "edit_image" in columns,
         **{name: column for name, column in named.items() if column in columns},
     }
     config = read_config(values, "the test")

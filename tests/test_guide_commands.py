@@ -10,8 +10,10 @@ import pytest
 from conftest import ROOT
 from guide_variants import FULL, FULL_LORA, VARIANTS, Variant
 
-from diffsynth_dagster.config import read_recipe
+from diffsynth_dagster.config import read_recipe, unsupported
 from diffsynth_dagster.config.flags import read_arguments
+from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.families import each_family, family_names
 from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.train import main
 
@@ -87,6 +89,8 @@ def test_the_template_asks_for_the_same(variant: Variant, kind: str) -> None:
     # Where the data and the results lie, and what is told from the files or by accelerate.
     free = {"dataset_base_path", "dataset_metadata_path", "output_path", "family"}
     free |= {"mixed_precision", "data_file_keys"}
+    # What the guide's script does without a flag.
+    free.add("first_frame_crf")
     if own["lora_target_modules"] is None:
         free.add("lora_target_modules")  # the family's usual ones, which are these
     assert {n: v for n, v in own.items() if n not in free} == {
@@ -118,6 +122,109 @@ def test_each_half_of_a_split_command_prints_a_plan(
     assert list(tmp_path.iterdir()) == []
 
 
+UNSUPPORTED = [
+    ("flux_dev", "ostris/Flex.2-preview:Flex.2-preview.safetensors", "is FLEX.2"),
+    ("wan21_t2v_14b", "meituan-longcat/LongCat-Video:dit/*.safetensors", "is LongCat-Video"),
+    ("wan21_t2v_14b", "PAI/Wan2.1-Fun-14B-Control:*.safetensors", "is Wan Fun-Control"),
+    ("wan21_i2v_14b_480p", "Wan-AI/Wan2.2-S2V-14B:*.safetensors", "is Wan S2V"),
+    (
+        "flux_dev",
+        "black-forest-labs/FLUX.1-Redux-dev:image_embedder/diffusion_pytorch_model.safetensors",
+        "is FLUX.1 Redux, and is not supported yet",
+    ),
+    ("qwen_image", "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny:a", "is a blockwise"),
+    ("flux_dev", "black-forest-labs/FLUX.2-dev:transformer/*.safetensors", "'flux2'"),
+    ("qwen_image", "Tongyi-MAI/Z-Image:transformer/*.safetensors", "'z_image'"),
+    ("qwen_image", "circlestone-labs/Anima:split_files/anima.safetensors", "'anima'"),
+    ("wan21_t2v_14b", "openmoss/MOVA-360p:video_dit/*.safetensors", "'mova'"),
+    ("qwen_image", "Qwen/Qwen-Image-Layered:transformer/*.safetensors", "is Qwen-Image-Layered"),
+]
+
+
+@pytest.mark.parametrize(("template", "model", "message"), UNSUPPORTED)
+@pytest.mark.parametrize("flags", [(), ("--tokenizer_t5xxl_path", "a"), ("--quant_options", "a:b")])
+def test_what_is_not_supported_is_named_by_its_repository_before_any_flag(
+    template: str,
+    model: str,
+    message: str,
+    flags: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With no `--dry_run`: before anything is made or downloaded."""
+    monkeypatch.chdir(tmp_path)
+    words = command(BY_NAME[template], "lora")
+    words[words.index("--model_id_with_origin_paths") + 1] += f",{model}"
+    assert main([*words, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "not supported yet" in error
+    assert "did you mean" not in error
+    assert list(tmp_path.iterdir()) == []
+    values = {"nonsense": 1, "model_id_with_origin_paths": [model]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ParameterError, match="not supported yet"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_shared_files_of_an_unsupported_repository_are_taken(tmp_path: Path) -> None:
+    words = command(BY_NAME["wan21_t2v_14b"], "lora")
+    at = words.index("--model_id_with_origin_paths") + 1
+    dit, text, vae = words[at].split(",")
+    other = "PAI/Wan2.1-Fun-14B-Control"
+    words[at] = ",".join([dit, f"{other}:{text.split(':')[1]}", f"{other}:{vae.split(':')[1]}"])
+    assert make_plan(read_arguments(words).config)["family"] == "wanvideo"
+
+
+@pytest.mark.parametrize(
+    ("template", "column"),
+    [
+        ("wan21_t2v_14b", "control_video"),
+        ("wan21_t2v_14b", "reference_image"),
+        ("wan21_t2v_14b", "input_audio"),
+        ("wan21_t2v_14b", "vap_video"),
+        ("flux_dev", "context_image"),
+        ("flux_dev", "flux_redux_image"),
+        ("qwen_image", "layer_input_image"),
+        ("sd15", "controlnet_inpaint_mask"),
+    ],
+)
+def test_no_column_of_another_variant_is_suggested(
+    template: str, column: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command(BY_NAME[template], "lora"), "--extra_inputs", column, "--dry_run"]) == 2
+    error = capsys.readouterr().err
+    assert f"'{column}'" in error
+    assert "did you mean" not in error
+
+
+@pytest.mark.parametrize(
+    ("flag", "family"),
+    [
+        ("--tokenizer_t5xxl_path", "anima"),
+        ("--noise_scale", "hidream_o1_image"),
+        ("--dmd2_student_sample_steps", "flux2"),
+        ("--processor_config", "hidream_o1_image"),
+    ],
+)
+def test_a_flag_of_an_unsupported_family_is_not_taken_for_a_slip(
+    flag: str, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command(BY_NAME["qwen_image"], "lora"), flag, "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"{flag} is of the family '{family}', which is not supported yet" in error
+    assert "did you mean" not in error
+
+
+def test_no_supported_family_or_repository_counts_as_unsupported() -> None:
+    assert not set(unsupported.FAMILIES) & set(family_names())
+    for family in each_family():
+        for component in family.repositories:
+            models = {"model_id_with_origin_paths": f"{component}:a.safetensors"}
+            unsupported.refuse_unsupported(models, "here")
+
+
 BY_NAME = {variant.template: variant for variant in VARIANTS}
 ACCEPTED = [
     ("qwen_image", "--tokenizer_path", "a"),
@@ -142,6 +249,7 @@ ACCEPTED = [
     ("ltx2_t2av", "--frame_rate", "30"),
     ("ltx2_t2av", "--initialize_model_on_cpu", ""),
     ("ltx2_t2av", "--audio_loss_weight", "0.5"),
+    ("ltx2_i2av", "--first_frame_crf", "33"),
 ]
 REFUSED = [
     ("qwen_image", "--tokenizer_1_path", "a", "qwen_image takes no tokenizer_1_path"),
@@ -157,6 +265,9 @@ REFUSED = [
     ("sd15", "--zero_terminal_snr", "", "--zero_terminal_snr is given but no --prediction_type"),
     ("sd15", "--num_frames", "49", "num_frames = 49 is given"),
     ("sdxl", "--extra_inputs", "kontext_images", "'kontext_images'"),
+    ("wan21_i2v_14b_480p", "--first_frame_crf", "33", "wanvideo takes no first_frame_crf"),
+    ("ltx2_t2av", "--first_frame_crf", "33", "first_frame_crf is given, but no first frame is"),
+    ("ltx2_i2av", "--first_frame_crf", "52", "first_frame_crf"),
     ("wan21_t2v_1.3b", "--audio_processor_path", "a", "--audio_processor_path is not supported"),
     ("wan21_t2v_1.3b", "--framewise_decoding", "", "--framewise_decoding is not supported"),
     ("wan21_t2v_1.3b", "--extra_inputs", "control_video", "'control_video'"),

@@ -151,7 +151,6 @@ def test_a_download_that_stalls_ends_with_a_message_and_goes_on_later(
         "a/b c:y",
         "a/b\\c:y",
         "a/b",
-        "a/b:",
         "a/b:/etc/passwd",
         "a/b:vae/../../x",
         "a/b:..\\x",

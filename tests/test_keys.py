@@ -30,6 +30,7 @@ _TYPES = {
     "frames": pl.Int64,
     "stride": pl.Float64,
     "shown": pl.List(pl.Int64),
+    "reading": pl.String,
 }
 
 captions = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
@@ -44,6 +45,7 @@ one_file = st.fixed_dictionaries(
         "frames": st.sampled_from([1, 5, 81]),
         "stride": st.one_of(st.just(1.0), st.floats(1e-7, 1e7, allow_nan=False)),
         "shown": st.none() | st.sampled_from([[0, 1], [0, 2]]),
+        "reading": st.sampled_from([None, None, "srgb", "background=#ffffff"]),
     }
 )
 
@@ -145,7 +147,8 @@ def test_tokens_count_the_patches_of_all_files() -> None:
 
 def _file(target: list[int], frames: int) -> dict[str, Any]:
     known: dict[str, Any] = {"path": "a", "digest": "a" * 64, "size": 1, "modified": 1}
-    return {**known, "target": target, "frames": frames, "stride": 1.0, "shown": None}
+    said = {"shown": None, "reading": None}
+    return {**known, "target": target, "frames": frames, "stride": 1.0, **said}
 
 
 def test_the_digest_of_a_table_is_of_its_rows_in_order_however_it_is_cut(tmp_path: Path) -> None:

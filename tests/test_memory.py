@@ -23,7 +23,7 @@ from diffsynth_dagster.errors import OutOfMemory, ParameterError, WeightsError
 from diffsynth_dagster.plan import check_plan
 from diffsynth_dagster.run.failure import failure_of, read_failures
 from diffsynth_dagster.run.guard import FailureGuard, WrittenFailures
-from diffsynth_dagster.run.shortage import bytes_asked, out_of_memory, says_short, size
+from diffsynth_dagster.shortage import bytes_asked, out_of_memory, says_short, size
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.memory import Memory, tensor_bytes, tensors_in
 from diffsynth_dagster.training.remedies import Moment, remedies
@@ -348,7 +348,7 @@ READ = """
 import resource, sys
 import psutil
 from pathlib import Path
-from diffsynth_dagster.run.shortage import out_of_memory
+from diffsynth_dagster.shortage import out_of_memory
 from diffsynth_dagster.weights.load import read_tensors
 limit = psutil.Process().memory_info().vms + 500 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -20,10 +20,11 @@ from families.flux import cases as flux
 from families.ltx2 import cases as ltx2
 from families.qwen_image import cases as qwen
 from families.wanvideo import cases as wan
+from families.wanvideo.vision import AuthorsProcessor
 from PIL import Image
 from test_families import HUB, TABLE, Place, place, places
 from test_family_samples import alone, pixels, write_table
-from transformers import CLIPImageProcessorPil, CLIPVisionModel
+from transformers import CLIPVisionModel
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.objective.noise import generator
@@ -78,7 +79,7 @@ def of_wan(
         parts["expand_timesteps"] = vae == "vae_wide"
         if vae == "vae":
             encoder = CLIPVisionModel.from_pretrained(own / "image_encoder")
-            parts |= {"image_encoder": encoder, "image_processor": CLIPImageProcessorPil()}
+            parts |= {"image_encoder": encoder, "image_processor": AuthorsProcessor()}
     pipeline: Any = kind(**parts)
     evenly(pipeline)
     size = {"height": side, "width": side, "num_frames": wan.FRAMES, "output_type": "pil"}
@@ -90,9 +91,8 @@ def of_ltx(folder: Path, row: Mapping[str, Any], kind: Any) -> list[Image.Image]
     pipeline = ltx2.pipeline_of(folder, kind)
     given = {}
     if kind is LTX2ImageToVideoPipeline:
-        # A crf of 0: the picture is not compressed anew, as those that are trained on are not.
-        image = wan._pictures(row["video"], ltx2.SIDE, ltx2.FRAMES)[0]
-        given = {"image": image, "image_crf": 0}
+        # The pipeline compresses it with its default, 33, as `first_frame_crf` of the case does.
+        given = {"image": wan._pictures(row["video"], ltx2.SIDE, ltx2.FRAMES)[0]}
     return pipeline(
         **common(row),
         **given,

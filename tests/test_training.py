@@ -305,7 +305,7 @@ def test_automatic_targets(tmp_path: Path) -> None:
     )
     with torch.device("meta"):
         wide = QwenImageTransformer2DModel(
-            num_layers=1, num_attention_heads=4, attention_head_dim=128, joint_attention_dim=64
+            num_layers=2, num_attention_heads=4, attention_head_dim=128, joint_attention_dim=64
         )
     targets = lora_targets(config, find_family("qwen_image"), wide, "dit")
     assert "transformer_blocks.0.attn.to_q" in targets

@@ -12,7 +12,7 @@ from hub_server import serve_hub
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.config.entries import model_entries
+from diffsynth_dagster.config.entries import folder_entry, model_entries, parse_hub_entry
 from diffsynth_dagster.errors import DownloadError, UserError, WeightsError
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
@@ -302,6 +302,22 @@ def test_short_names_are_of_models_and_not_of_shards() -> None:
         ("t", "x"),
         ("Qwen-Image", "diff"),
     ]
+
+
+def test_a_repository_alone_names_all_of_its_weights(tmp_path: Path) -> None:
+    """As the guide writes it: `Qwen/Qwen2.5-VL-7B-Instruct:`, also for the folder of a tokenizer."""
+    folder = tmp_path / "Qwen" / "Qwen2.5-VL-7B-Instruct"
+    (folder / "inside").mkdir(parents=True)
+    for name in ("b.safetensors", "a.safetensors", "config.json", "inside/c.safetensors"):
+        (folder / name).write_bytes(b"x")
+    hub = ModelHub(tmp_path, skip_download=True)
+    text = "Qwen/Qwen2.5-VL-7B-Instruct:"
+    entry = parse_hub_entry(text, "model_id_with_origin_paths")
+    assert entry.text == text
+    assert hub.files(entry) == [folder / "a.safetensors", folder / "b.safetensors"]
+    for named in (text, f"{text}./", f"{text}inside/"):
+        inside = folder / "inside" if "inside" in named else folder
+        assert hub.folder(folder_entry(named, "tokenizer_path")) == inside
 
 
 @pytest.fixture

@@ -99,9 +99,10 @@ def _all_uses(stage: Stage, family: Family) -> set[str]:
 
 
 def stage_digest(stage: Stage) -> str:
-    """Digest of what a stage yields: its name, its version, its outputs."""
+    """Digest of what a stage yields: its name, its version, its outputs, and its settings if any."""
     outputs = [[o.name, o.role, o.ragged] for o in stage.yields]
-    return digest_of([stage.name, stage.version, outputs])
+    settings = [[list(pair) for pair in stage.settings]] if stage.settings else []
+    return digest_of([stage.name, stage.version, outputs, *settings])
 
 
 class Keys:

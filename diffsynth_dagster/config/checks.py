@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
+from diffsynth_dagster.config.unsupported import family_with, refuse_unsupported
 from diffsynth_dagster.dotted import check_dotted
 from diffsynth_dagster.errors import ParameterError, nearest, shown
 
@@ -28,7 +29,15 @@ def as_key(name: str) -> str:
 
 
 def refuse_unknown(name: str, known: Mapping[str, Any], where: str, naming: Naming) -> None:
-    """Raise a `ParameterError` naming the nearest valid parameter."""
+    """Raise a `ParameterError` naming the nearest valid parameter, or the unsupported family that
+    has this one."""
+    family = family_with(name)
+    if family is not None:
+        raise ParameterError(
+            f"{naming(name)} is of the family '{family}', which is not supported yet",
+            where=where,
+            do=f"leave {naming(name)} out",
+        )
     hint = nearest(name, known)
     raise ParameterError(
         f"unknown parameter {naming(name)}" + (f"; {hint}" if hint else ""),
@@ -46,9 +55,10 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
         naming: how a parameter's name is written there.
 
     Raises:
-        ParameterError: an unknown name, a value out of range, parameters that contradict each
+        ParameterError: a model that is not supported, an unknown name, a value out of range, parameters that contradict each
             other, or a parameter whose feature does not exist yet.
     """
+    refuse_unsupported(values, where)
     fields = TrainingConfig.model_fields
     for name in values:
         if name not in fields:

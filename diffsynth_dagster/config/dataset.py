@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel
 
-from diffsynth_dagster.config.kinds import CommaList, parameter
+from diffsynth_dagster.config.kinds import Colour, CommaList, parameter
 
 
 class DatasetParameters(BaseModel):
@@ -39,6 +39,13 @@ class DatasetParameters(BaseModel):
         "more is decoded alone. A million take up to 12 MB of memory.",
         affects="nothing",
         ge=1,
+    )
+    background: Colour | None = parameter(
+        None,
+        "Colour, such as white or #ffffff, that transparent pixels of pictures and animations are "
+        "laid on; left out, the colour that lies beneath them is read, which is often black.",
+        affects="rows",
+        off_by_default=True,
     )
     data_file_keys: CommaList = parameter(
         ("image", "video"),
@@ -97,7 +104,7 @@ class SizeParameters(BaseModel):
     max_pixels: int = parameter(
         1048576,
         "Largest area in pixels when height and width are left out: larger images are "
-        "scaled down to it, smaller ones stay as they are.",
+        "scaled down to it, smaller ones stay as they are. Edit images have an area of their own.",
         affects="rows",
         ge=1,
     )

@@ -82,7 +82,7 @@ def _is_off(name: str, value: Any) -> bool:
 def _chosen(config: TrainingConfig, kinds: tuple[Affects, ...], by_content: bool) -> dict[str, Any]:
     values = config.model_dump(mode="json") | {"task": config.task.split(":")[0]}
     return {
-        name: value
+        name: MARKS[name].left_out_as if value is None else value
         for name, value in values.items()
         if MARKS[name].affects in kinds and MARKS[name].by_content == by_content
     }

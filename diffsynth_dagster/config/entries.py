@@ -25,7 +25,8 @@ class ModelEntry:
 
     Attributes:
         repository: `owner/name` on ModelScope; None for local files.
-        pattern: glob within the repository; a folder when it ends with "/".
+        pattern: glob within the repository; a folder when it ends with "/", and the folder of the
+            repository itself when it is empty.
         paths: local files, folders or globs: one model, possibly in shards.
         parameter: the parameter that named it, for messages.
     """
@@ -70,15 +71,15 @@ class ModelEntry:
 
 
 def parse_hub_entry(text: str, parameter: str) -> ModelEntry:
-    """`owner/name:pattern` → entry.
+    """`owner/name:pattern`, or `owner/name:` for all of it → entry.
 
     Raises:
-        ParameterError: there is no pattern, or no repository; or one of them would name a file
+        ParameterError: there is no colon, or no repository; or one of them would name a file
             outside the folder of models, or a name that no file can have.
     """
     repository, colon, pattern = text.partition(":")
     named = _REPOSITORY.fullmatch(repository) and {".", ".."}.isdisjoint(repository.split("/"))
-    if not colon or not pattern or not named:
+    if not colon or not named:
         raise ParameterError(
             f"'{text}' is not repository:pattern",
             where=parameter,
@@ -154,4 +155,5 @@ def folder_entry(text: str, parameter: str) -> ModelEntry:
     if Path(text).exists() or ":" not in text:
         return ModelEntry(parameter, paths=(text,))
     entry = parse_hub_entry(text, parameter)
-    return ModelEntry(parameter, entry.repository, entry.pattern.rstrip("/") + "/")
+    pattern = entry.pattern.rstrip("/")
+    return ModelEntry(parameter, entry.repository, f"{pattern}/" if pattern else "")

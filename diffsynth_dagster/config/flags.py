@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from diffsynth_dagster.config.checks import as_flag, read_config, refuse_unknown
 from diffsynth_dagster.config.parameters import GROUPS, MARKS, TrainingConfig
 from diffsynth_dagster.config.recipe import read_values
+from diffsynth_dagster.config.unsupported import refuse_unsupported
 from diffsynth_dagster.errors import ParameterError
 
 
@@ -102,6 +103,9 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     """
     namespace, unknown = parser().parse_known_args(list(argv))
     where = "the command line"
+    if unknown:
+        # The flags of a model that is not there are not what is wrong.
+        refuse_unsupported(vars(namespace), where)
     for word in unknown:
         if word.startswith("--"):
             name = word[2:].split("=")[0]

@@ -8,8 +8,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic.fields import FieldInfo
+
+from diffsynth_dagster.errors import nearest
 
 Affects = Literal["weights", "rows", "latents", "training", "exports", "nothing"]
 """What a parameter affects first, in the order in which a training goes through it.
@@ -39,6 +41,8 @@ class Mark:
         needs: a parameter without which this one means nothing.
         off_by_default: whether its default leaves everything as it was before there was this
             parameter: it then counts only with another value, so that older results stay up to date.
+        left_out_as: what None is written as where a value counts, and means the same as: that of a
+            switch of before, so that older results stay up to date.
     """
 
     affects: Affects
@@ -48,6 +52,7 @@ class Mark:
     planned: bool = False
     needs: str | None = None
     off_by_default: bool = False
+    left_out_as: bool | None = None
 
 
 class Limits(TypedDict, total=False):
@@ -72,10 +77,13 @@ def parameter(
     planned: bool = False,
     needs: str | None = None,
     off_by_default: bool = False,
+    left_out_as: bool | None = None,
     **limits: Unpack[Limits],
 ) -> T:
     """A field of a group of parameters. For the marks see `Mark`."""
-    mark = Mark(affects, by_content, each_half, set_by_asset, planned, needs, off_by_default)
+    mark = Mark(
+        affects, by_content, each_half, set_by_asset, planned, needs, off_by_default, left_out_as
+    )
     # What type checkers see is the default, as with pydantic's own `Field`.
     field: Any = Field(default, description=description, json_schema_extra=asdict(mark), **limits)
     return cast(T, field)
@@ -131,9 +139,28 @@ def _one_or_more(value: Any) -> Any:
     return value
 
 
+def _as_hex(value: str) -> str:
+    """A colour as `#rrggbb`. Raises ValueError."""
+    from PIL import ImageColor
+
+    try:
+        red, green, blue, *alpha = ImageColor.getrgb(value)
+    except ValueError:
+        hint = nearest(value.lower(), ImageColor.colormap)
+        raise ValueError(
+            "is no colour: it takes a name, such as white, or #rrggbb, in quotes in a recipe"
+            + (f"; {hint}" if hint else "")
+        ) from None
+    if alpha:
+        raise ValueError("has an alpha: it takes a colour that covers, such as white or #rrggbb")
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 ModelList = Annotated[tuple[str | tuple[str, ...], ...], BeforeValidator(_json_or_commas)]
 PathTree = Annotated[tuple[str | tuple[str, ...], ...], BeforeValidator(_parse_json)]
+Colour = Annotated[str, AfterValidator(_as_hex)]
+"""A name that Pillow knows, or `#rrggbb`, which it becomes."""
 Texts = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 
 
@@ -148,3 +175,12 @@ ModelFolder = Annotated[str, _NamesFolder()]
 def names_model_folder(field: FieldInfo) -> bool:
     """Whether a parameter's type is `ModelFolder`, or that or None."""
     return ModelFolder in (field.annotation, *get_args(field.annotation))
+
+
+def is_text(field: FieldInfo) -> bool:
+    """Whether a parameter takes a text that may be left out."""
+    return (
+        field.annotation == str | None
+        or names_model_folder(field)
+        or Colour in get_args(field.annotation)
+    )

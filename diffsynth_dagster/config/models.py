@@ -28,7 +28,8 @@ class ModelParameters(BaseModel):
     )
     model_id_with_origin_paths: CommaList = parameter(
         (),
-        "Model files on ModelScope as repository:pattern, separated by commas.",
+        "Model files on ModelScope as repository:pattern, or repository: for all weights in its folder, "
+        "separated by commas.",
         affects="weights",
         by_content=True,
     )

@@ -9,22 +9,16 @@ usual names.
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
-from pydantic.fields import FieldInfo
 
 from diffsynth_dagster.config.course import GradientParameters, TrainingParameters
 from diffsynth_dagster.config.dataset import DatasetParameters, SizeParameters
-from diffsynth_dagster.config.kinds import marks_of, names_model_folder
+from diffsynth_dagster.config.kinds import is_text, mark_of, marks_of, names_model_folder
 from diffsynth_dagster.config.learning import LearningParameters
 from diffsynth_dagster.config.models import LoraParameters, ModelParameters
 from diffsynth_dagster.config.objective import ObjectiveParameters
 from diffsynth_dagster.config.output import OutputParameters, SamplingParameters
 from diffsynth_dagster.config.particular import ParticularParameters
 from diffsynth_dagster.config.validation import ValidationParameters
-
-
-def _is_text(field: FieldInfo) -> bool:
-    kind: Any = field.annotation
-    return kind == str | None or names_model_folder(field)
 
 
 class TrainingConfig(
@@ -51,8 +45,14 @@ class TrainingConfig(
     def _without_empty_texts(cls, values: dict[str, Any]) -> dict[str, Any]:
         """An empty text leaves out a parameter that may be left out."""
         fields = cls.model_fields
-        left_out = {n for n, v in values.items() if v == "" and n in fields and _is_text(fields[n])}
+        left_out = {n for n, v in values.items() if v == "" and n in fields and is_text(fields[n])}
         return {name: None if name in left_out else value for name, value in values.items()}
+
+    def sets(self, name: str) -> bool:
+        """Whether a parameter has another value than its default, or than what that stands for."""
+        field, value = type(self).model_fields[name], getattr(self, name)
+        means_none = mark_of(name, field).left_out_as
+        return value != field.default and (means_none is None or value != means_none)
 
     @property
     def checkpoints_gradients(self) -> bool | None:

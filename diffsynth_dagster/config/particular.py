@@ -44,11 +44,13 @@ class ParticularParameters(BaseModel):
         "Give the latents of edit images the timestep zero, as Qwen-Image-Edit-2511 does.",
         affects="latents",
     )
-    edit_plus: bool = parameter(
-        False,
-        "Show also a single edit image to the text encoder as Qwen-Image-Edit-2509 and later do. "
-        "On by itself with zero_cond_t, and for a transformer from a repository of these.",
+    edit_plus: bool | None = parameter(
+        None,
+        "Show also a single edit image to the text encoder as Qwen-Image-Edit-2509 and later, and "
+        "FireRed-Image-Edit, do. On by itself with zero_cond_t, and where the model list names one of "
+        "these; to be said where its names do not tell the release.",
         affects="latents",
+        left_out_as=False,
     )
     zero_terminal_snr: bool = parameter(
         False,
@@ -74,6 +76,16 @@ class ParticularParameters(BaseModel):
         "What the loss of the sound is multiplied by, beside that of the video.",
         affects="training",
         ge=0.0,
+    )
+    first_frame_crf: int | None = parameter(
+        None,
+        "Compress the first frame that is given (input_image) with H.264 at this constant rate "
+        "factor before it is encoded, as LTX-2 and 2.3 do with 33 when a video is made. Left out, it "
+        "is encoded as it is.",
+        affects="latents",
+        off_by_default=True,
+        ge=1,
+        le=51,
     )
     align_to_opensource_format: bool = parameter(
         False,

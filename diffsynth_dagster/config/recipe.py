@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from diffsynth_dagster.config.checks import as_key, read_config, refuse_unknown, validated
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe_yaml import load_yaml
+from diffsynth_dagster.config.unsupported import refuse_unsupported
 from diffsynth_dagster.errors import ParameterError
 
 
@@ -50,7 +51,8 @@ def read_values(path: Path) -> tuple[dict[str, Any], RecipeOptions]:
     """The parameters named in a recipe, unchecked but for their names, and its options.
 
     Raises:
-        ParameterError: see `load_yaml`; or it is no flat mapping, or has an unknown key.
+        ParameterError: see `load_yaml`; or it is no flat mapping, has an unknown key, or names a
+            model that is not supported.
     """
     where, loaded = str(path), load_yaml(path)
     if not isinstance(loaded, dict):
@@ -60,6 +62,7 @@ def read_values(path: Path) -> tuple[dict[str, Any], RecipeOptions]:
             do="write one `name: value` in each line",
         )
     values = {str(key): value for key, value in cast(dict[Any, Any], loaded).items()}
+    refuse_unsupported(values, where)
     known = {**TrainingConfig.model_fields, **RecipeOptions.model_fields}
     for name in values:
         if name not in known:

@@ -8,10 +8,10 @@ the checked table's facts about the column, each a list where the column takes m
 the target is the sample rate and the channels, and the frames are samples.
 
     {"path": …, "digest": …, "size": …, "modified": …, "target": [width, height], "frames": …,
-     "stride": …, "shown": [index, …]}
+     "stride": …, "shown": [index, …], "reading": …}
 
 `shown` says which frames of a clip are read, as they are decoded in order. It is null where the stride
-says it, and decord gives the frames in order.
+says it, and decord gives the frames in order. `reading` says how colours are read: see `colour`.
 """
 
 from collections.abc import Mapping
@@ -23,13 +23,16 @@ import polars as pl
 
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.media.audio import AUDIO_ERRORS, load_sample_audio
+from diffsynth_dagster.data.media.budget import short_of_memory
+from diffsynth_dagster.data.media.colour import look_of
 from diffsynth_dagster.data.media.image import load_sample_image, read_image
 from diffsynth_dagster.data.media.video import load_sample_video
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import FileState, digest_file
+from diffsynth_dagster.shortage import says_short
 
 Files = dict[str, Any]
-READ_BY = ("target", "frames", "stride", "shown")
+READ_BY = ("target", "frames", "stride", "shown", "reading")
 """The parts that say how a file is read."""
 PARTS: tuple[str, ...] = ("path", "digest", "size", "modified", *READ_BY)
 _READ_ANEW = "check the data set again: run the training anew, or materialize its metadata"
@@ -48,12 +51,19 @@ def files_as_json(item: Input) -> pl.Expr:
 
 def trained_sizes(files: Files, item: Input) -> list[Any]:
     """How the files are read: sizes, for videos the frames that are taken, for sound the rate,
-    channels and samples; nothing where an optional column names no file.
+    channels and samples; nothing where an optional column names no file. Where colours are not taken
+    as they are in the file, an object with these and the words that say how.
 
     Keys of samples are made of it. What is read as it always was says the same as ever.
     """
     if files["target"] is None:
         return []
+    words = _listed(files, item, "reading")
+    sizes = _sizes(files, item)
+    return [{"reading": words, "sizes": sizes}] if any(words) else sizes
+
+
+def _sizes(files: Files, item: Input) -> list[Any]:
     listed = {part: _listed(files, item, part) for part in READ_BY}
     targets = [list(target) for target in listed["target"]]
     if item.kind == "audio":
@@ -65,11 +75,11 @@ def trained_sizes(files: Files, item: Input) -> list[Any]:
 
 
 def _listed(files: Files, item: Input, part: str) -> list[Any]:
-    # A manifest of an older version does not say which frames are shown.
+    # Files that were named before there was this part lack it.
     value = files.get(part)
-    if not item.many:
-        return [value]
-    return [None] * len(files["path"]) if value is None else list(value)
+    if item.many:
+        return [None] * len(files["target"]) if value is None else list(value)
+    return [value]
 
 
 def parse_value(text: str, item: Input) -> str | int | float | tuple[int, ...]:
@@ -98,6 +108,7 @@ def load_files(files: Files, item: Input, row: int) -> Any:
 
     Raises:
         MetadataError: a file is no longer what was checked, or cannot be read.
+        OutOfMemory: memory is not enough to read it.
     """
     if files["path"] is None:
         return None
@@ -109,7 +120,9 @@ def load_files(files: Files, item: Input, row: int) -> Any:
             _require_unchanged(one, item, where)
             loaded.append(_load_one(one, item))
             _require_unchanged(one, item, where)  # nor while it was read
-        except AUDIO_ERRORS as error:
+        except (*AUDIO_ERRORS, MemoryError) as error:
+            if says_short(error) is not None:
+                raise short_of_memory(item.kind, where) from error
             raise MetadataError(
                 f"the {item.kind} was readable when it was checked, and is not now: {error}",
                 where=where,
@@ -120,13 +133,14 @@ def load_files(files: Files, item: Input, row: int) -> Any:
 
 def _load_one(one: Files, item: Input) -> Any:
     path, size = Path(one["path"]), (one["target"][0], one["target"][1])
+    look = look_of(one["reading"])
     if item.kind == "image":
-        return load_sample_image(path, size)
+        return load_sample_image(path, size, look)
     if item.kind == "picture":
-        return read_image(path)
+        return read_image(path, look)
     if item.kind == "audio":
         return load_sample_audio(path, item.rate, item.channels, one["frames"])
-    return load_sample_video(path, size, one["frames"], one["stride"], one["shown"])
+    return load_sample_video(path, size, one["frames"], one["stride"], one["shown"], look)
 
 
 @lru_cache(maxsize=1 << 16)

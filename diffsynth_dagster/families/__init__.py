@@ -3,6 +3,7 @@
 import logging
 from importlib import import_module
 
+from diffsynth_dagster.config.unsupported import FAMILIES
 from diffsynth_dagster.errors import ParameterError, nearest
 from diffsynth_dagster.families.contract import Family
 
@@ -11,28 +12,6 @@ from diffsynth_dagster.families.contract import Family
 logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
 
 _MODULES: dict[str, str] = {}
-
-NAMES_OF_THE_GUIDE = (
-    "qwen_image",
-    "flux",
-    "flux2",
-    "wanvideo",
-    "z_image",
-    "stable_diffusion",
-    "stable_diffusion_xl",
-    "ltx2",
-    "ace_step",
-    "anima",
-    "boogu_image",
-    "joyai_image",
-    "ernie_image",
-    "ideogram4",
-    "hidream_o1_image",
-    "krea2",
-    "lingbot_video",
-    "minimax_h3",
-    "mova",
-)
 
 
 def register(name: str, module: str) -> None:
@@ -67,11 +46,11 @@ def find_family(name: str) -> Family:
         assert family.name == name
         return family
     known = ", ".join(_MODULES)
-    if name in NAMES_OF_THE_GUIDE:
+    if name in FAMILIES:
         raise ParameterError(
             f"the family '{name}' is not supported yet", where="family", do=f"one of: {known}"
         )
-    hint = nearest(name, (*_MODULES, *NAMES_OF_THE_GUIDE))
+    hint = nearest(name, (*_MODULES, *FAMILIES))
     raise ParameterError(
         f"unknown family '{name}'" + (f"; {hint}" if hint else ""),
         where="family",

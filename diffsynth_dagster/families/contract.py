@@ -64,7 +64,7 @@ class Component:
         may_lack: modules of it that its files may leave out altogether, such as the decoder of a
             VAE that only encodes. The built module then has None in their place.
         inside: how the names of its tensors start in a file that holds several components (a whole
-            checkpoint). Behind that they are in one of the layouts of `signatures`.
+            checkpoint), or in one whose writer put something before all names. Behind that they are in one of the layouts of `signatures`.
         known_by: what the path of its files contains, for a component whose tensors have the names
             and shapes of another's (the experts of Wan2.2). Where the model list has one of the
             two alone, it is taken for the other one, which has no such mark.
@@ -192,6 +192,8 @@ class Stage:
             device of the component. Must give each sample the tensors that it would get alone.
         version: raised when `run` yields something else for the same inputs.
         needs: stages whose outputs it reads.
+        settings: parameters of the config that `run` was made with; stored samples are told apart by
+            them too. None of them is at its default.
     """
 
     name: str
@@ -201,6 +203,7 @@ class Stage:
     run: Callable[[Loaded, Sequence[Sample]], list[Tensors]]
     version: int = 1
     needs: tuple[str, ...] = ()
+    settings: tuple[tuple[str, int], ...] = ()
 
     def to_store(self, outputs: Tensors) -> Tensors:
         """The outputs of a sample as they are stored: one that it lacks is an empty tensor."""

@@ -63,9 +63,9 @@ class ParameterSet:
 
     def holds(self, use: Use) -> bool:
         """Whether it is."""
-        field = TrainingConfig.model_fields.get(self.name)
-        value = getattr(use.config, self.name)
-        return bool(value) if field is None else value != field.default
+        if self.name in TrainingConfig.model_fields:
+            return use.config.sets(self.name)
+        return bool(getattr(use.config, self.name))
 
 
 @dataclass(frozen=True)

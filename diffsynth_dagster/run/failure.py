@@ -28,7 +28,7 @@ from diffsynth_dagster.errors import (
     reason_of,
 )
 from diffsynth_dagster.run.events import Event
-from diffsynth_dagster.run.shortage import out_of_memory
+from diffsynth_dagster.shortage import out_of_memory
 
 FAILURE_FOLDER = "DIFFSYNTH_FAILURE_FOLDER"
 EXIT_STOPPED = 130

@@ -14,7 +14,7 @@ from torch import nn
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutOfMemory
-from diffsynth_dagster.run.shortage import bytes_asked, says_short, size
+from diffsynth_dagster.shortage import bytes_asked, says_short, size
 from diffsynth_dagster.training.remedies import Moment, Part, remedies
 from diffsynth_dagster.weights.models import Models
 

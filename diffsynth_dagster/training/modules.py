@@ -207,8 +207,14 @@ def _matches(name: str, target: str, aliases: Mapping[str, tuple[str, ...]]) -> 
 
 
 def _automatic_targets(module: nn.Module) -> list[str]:
-    """Linear layers of at least 512 features both ways inside the repeated blocks."""
-    lists = [n for n, m in module.named_modules() if isinstance(m, nn.ModuleList)]
+    """Linear layers of at least 512 features both ways inside the repeated blocks: lists of two
+    modules and more, as DiffSynth-Studio searches them (`auto_detect_lora_target_modules`).
+
+    A list of one repeats nothing. So in the middle of Stable Diffusion 1.5, which has one
+    transformer block, only the lists inside the block count: the layers of its feed-forward and
+    the last ones of its attentions, and not their queries, keys and values.
+    """
+    lists = [n for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     found = [
         name
         for name, layer in module.named_modules()

@@ -45,7 +45,7 @@ class ModelHub:
             return [file for text in entry.paths for file in _local_files(text, entry.parameter)]
         self._download(entry)
         folder = self.base_path / entry.repository
-        if entry.pattern.endswith("/"):
+        if not entry.pattern or entry.pattern.endswith("/"):
             found = _weights_in(folder / entry.pattern)
         else:
             found = sorted(folder / name for name in glob.glob(entry.pattern, root_dir=folder))
@@ -84,7 +84,7 @@ class ModelHub:
         folder = PurePosixPath(entry.pattern).parent
         schedule = "scheduler/scheduler_config.json"  # beside a denoiser's folder
         wanted = [entry.pattern, *(str(folder / name) for name in _BESIDE), schedule]
-        if entry.pattern.endswith("/"):
+        if not entry.pattern or entry.pattern.endswith("/"):
             wanted = [f"{entry.pattern}*", schedule]
         download(
             entry.repository,

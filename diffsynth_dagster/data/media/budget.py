@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from threading import Condition, Lock, local
 
 from diffsynth_dagster.config.dataset import DatasetParameters
+from diffsynth_dagster.errors import OutOfMemory
 
 
 class PixelBudget:
@@ -53,3 +54,18 @@ class PixelBudget:
 
 DECODING = PixelBudget(DatasetParameters.model_fields["decode_megapixels"].default)
 """The budget of this process; `decode_megapixels` says how large it is."""
+
+
+def short_of_memory(kind: str, where: str) -> OutOfMemory:
+    """The error for the user, where memory was not enough to read a file, whose fault that is not.
+
+    Args:
+        kind: what the file is, for the message.
+        where: the file, and what names it.
+    """
+    return OutOfMemory(
+        f"the memory is not enough to read the {kind}",
+        where=where,
+        do=f"give a smaller decode_megapixels (it is {DECODING.megapixels}) or fewer "
+        "dataset_num_workers, make the file smaller, end other programs, or use a machine with more",
+    )

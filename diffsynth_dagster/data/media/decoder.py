@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+    from PIL.Image import Image
 
 _PROGRESS_S = 1.0
 _EXACT = ("flac", "ogg")
@@ -39,6 +40,8 @@ _SHORTEST_MS, _USUAL_MS = 10, 100
 """Frames of an animation that are to be shown for so long or shorter are shown by browsers for the
 second time."""
 _ORIENTATION = 0x0112
+_STRIP = 1 << 20
+"""Pixels that are looked at together."""
 _HIGH_RANGE = {16: "PQ", 18: "HLG"}
 """Transfer functions of a high dynamic range, by their numbers in ITU-T H.273."""
 UPRIGHT = ((1, 0), (0, 1))
@@ -247,12 +250,13 @@ def _decode_animation(path: str, report: Callable[[int], None]) -> dict[str, obj
     with Image.open(path) as image:
         # The picture for programs that show no animation is none of its frames.
         first = int(bool(getattr(image, "default_image", False)))
-        times = [0.0]
+        times, transparent = [0.0], False
         for index in range(first, getattr(image, "n_frames", 1)):
             image.seek(index)
             image.load()
             shown_ms = image.info.get("duration", 0)
             times.append(times[-1] + (shown_ms if shown_ms > _SHORTEST_MS else _USUAL_MS) / 1000)
+            transparent = transparent or _shows_what_is_beneath(image)
             report(index)
         frames, seconds = len(times) - 1, times[-1]
         turned = image.getexif().get(_ORIENTATION, 1) >= 5
@@ -266,7 +270,21 @@ def _decode_animation(path: str, report: Callable[[int], None]) -> dict[str, obj
         "times": None if even else _in_microseconds(times),
         "decoder": "pillow",
         "first": first,
+        "transparent": transparent,
     }
+
+
+def _shows_what_is_beneath(image: "Image") -> bool:
+    """Whether a pixel of a decoded picture is not opaque."""
+    if not image.has_transparency_data:
+        return False
+    height = max(1, _STRIP // image.width)
+    tops = range(0, image.height, height)
+    strips = (image.crop((0, t, image.width, min(t + height, image.height))) for t in tops)
+    return any(
+        strip.convert("RGBA").getchannel("A").histogram()[255] < strip.width * strip.height
+        for strip in strips
+    )
 
 
 def _decode_audio(path: str, report: Callable[[int], None]) -> dict[str, object]:

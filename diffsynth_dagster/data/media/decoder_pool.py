@@ -43,7 +43,7 @@ class DecoderPool:
             shown, counted from the first, and at which the last one ends. The decoder is who gives the
             frames that are shown: "pillow", "decord" (in order, from the beginning), or "pyav" alone.
             For a video also `transfer`, "PQ" or "HLG" where its range is high, and for an animation
-            `first`, the number of its first frame in the file.
+            `first`, the number of its first frame in the file, and whether pixels are `transparent`.
             For sound `tracks`, and of the first `channels`, `rate` in samples of each per second, and
             `seconds`. Or `error`.
         """

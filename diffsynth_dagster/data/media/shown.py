@@ -17,6 +17,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
+from diffsynth_dagster.data.media.colour import Look
 from diffsynth_dagster.data.media.decoder import displayed, orientation, upright
 from diffsynth_dagster.data.media.image import as_rgb, open_image
 
@@ -60,11 +61,12 @@ class Clip(Protocol):
 
 
 @contextmanager
-def open_clip(path: Path, by_decord: bool) -> Generator[Clip]:
+def open_clip(path: Path, by_decord: bool, look: Look | None = None) -> Generator[Clip]:
     """Open a clip.
 
     Args:
         by_decord: whether decord reads it, unless Pillow does or decord is not there.
+        look: how the colours of an animation or a picture are read; None as `Look()` says.
 
     Raises:
         OSError, ValueError, …: see `IMAGE_ERRORS`; it is damaged or of no known format.
@@ -80,7 +82,7 @@ def open_clip(path: Path, by_decord: bool) -> Generator[Clip]:
             yield _Video(container, stream) if reader is None else _InOrder(reader, stream)
         return
     with opened as image:
-        yield _Animation(image)
+        yield _Animation(image, look or Look())
 
 
 def _decord(path: Path) -> Any:
@@ -95,8 +97,8 @@ def _decord(path: Path) -> Any:
 class _Animation:
     """What Pillow reads."""
 
-    def __init__(self, image: Image.Image) -> None:
-        self._image = image
+    def __init__(self, image: Image.Image, look: Look) -> None:
+        self._image, self._look = image, look
         self.pixels = image.width * image.height
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
@@ -107,7 +109,7 @@ class _Animation:
                 return
             if count > 1:
                 self._image.seek(index)
-            image = as_rgb(self._image)
+            image = as_rgb(self._image, self._look)
             yield Frame(image, image.size)
 
 

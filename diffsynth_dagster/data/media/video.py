@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from diffsynth_dagster.data.geometry import frame_indices
 from diffsynth_dagster.data.media.budget import DECODING
+from diffsynth_dagster.data.media.colour import Look, colour_facts
 from diffsynth_dagster.data.media.containers import cut_short
 from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import (
@@ -30,7 +31,8 @@ def video_facts(path: Path, pool: DecoderPool) -> Facts:
     """What a check of a video finds, every frame decoded.
 
     Returns:
-        `digest`, and what `DecoderPool.decode` says; or `status` and `message`.
+        `digest`, and what `DecoderPool.decode` says, and for what Pillow reads its `colour_facts`; or
+        `status` and `message`.
     """
     try:
         found = _animation_facts(path, pool)
@@ -66,11 +68,15 @@ def _animation_facts(path: Path, pool: DecoderPool) -> Facts | None:
     except UnidentifiedImageError:
         return None
     with opened as image, DECODING.hold(image.width * image.height):
+        image.load()
+        colours = colour_facts(image)
         if frame_count(image) > 1:
-            return pool.decode(path, "animation")
-        width, height = as_rgb(image).size
+            found = pool.decode(path, "animation")
+            transparent = colours["transparent"] or found.get("transparent", False)
+            return {**found, **colours, "transparent": transparent}
+        width, height = as_rgb(image, Look(profile=False)).size
     still = {"frames": 1, "rate": None, "times": None, "decoder": "pillow"}
-    return {"width": width, "height": height, **still}
+    return {"width": width, "height": height, **still, **colours}
 
 
 def read_frames(path: Path, indices: Sequence[int]) -> list[Image.Image]:
@@ -97,6 +103,7 @@ def load_sample_video(
     frames: int,
     stride: float,
     shown: Sequence[int] | None = None,
+    look: Look | None = None,
 ) -> torch.Tensor:
     """A video file at its trained size (width, height) and length. One that is shorter stands still
     after its last frame. Each frame is brought to its size as it is decoded.
@@ -104,6 +111,7 @@ def load_sample_video(
     Args:
         frames, stride: which frames are taken; see `frame_indices`.
         shown: which frames are taken, where the stride does not say it.
+        look: how the colours of an animation or a picture are read; None as `Look()` says.
 
     Returns:
         float32 (3, F, height, width) in [-1, 1].
@@ -115,7 +123,7 @@ def load_sample_video(
     width, height = target
     in_order = shown is None and indices == list(range(frames))
     with (
-        open_clip(path, by_decord=in_order) as clip,
+        open_clip(path, in_order, look) as clip,
         DECODING.hold(_HELD * clip.pixels + frames * width * height),
     ):
         film = torch.empty(3, frames, height, width)

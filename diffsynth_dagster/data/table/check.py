@@ -32,6 +32,8 @@ BOOKKEEPING = ("row", "status", "message", "width", "height", "frames", "shape")
 
 MEND_ROWS = "mend or remove these rows, or allow some to be left out with max_rejected_fraction"
 _SHOWN_ROWS = 5
+_SLIP = 0.9
+"""How alike the name of a column and what was meant by it are: see `nearest`."""
 _UNPRINTABLE = r"[\p{C}\p{Z}--\x20]"
 """What `str.isprintable` calls unprintable, as a regular expression."""
 
@@ -109,6 +111,26 @@ class CheckedTable:
         first = self.rejected.select("row", "message").head(_SHOWN_ROWS).collect()
         return [f"row {row}: {message}" for row, message in first.iter_rows()]
 
+    def warnings(self) -> list[str]:
+        """What is trained on in a way that people may not expect: a sentence for each kind, with the
+        number of rows and the first of them."""
+        schema = self.rows.collect_schema()
+        flags = {c: kind for c, kind in schema.items() if c.endswith(":transparent")}
+        if not flags or self.parameters.get("background") is not None:
+            return []
+        tests = [
+            pl.col(c).list.any() if kind == pl.List else pl.col(c) for c, kind in flags.items()
+        ]
+        found = self.accepted.filter(pl.any_horizontal(tests).fill_null(False)).select("row")
+        count, first = found.select(pl.len(), pl.col("row").min()).collect().row(0)
+        if not count:
+            return []
+        which = f"row {first} has" if count == 1 else f"{count} rows, the first is {first}, have"
+        return [
+            f"{which} pictures with transparent pixels: what is trained on is the colour beneath them, "
+            "which is often black; background (such as white) fills it"
+        ]
+
     def is_accepted(self, max_rejected_fraction: float) -> bool:
         """Whether no more rows are rejected than allowed, and one is accepted."""
         accepted, total = self.counts.get("ok", 0), sum(self.counts.values())
@@ -147,7 +169,8 @@ def check_columns(config: TrainingConfig, columns: Columns) -> tuple[Input, ...]
             if parameter == "extra_inputs" and column in extra:
                 continue
             if column not in known or not known[column].is_file:
-                hint = "" if column in extra else nearest(column, extra)
+                # Slips alone: a column that is merely alike is that of another variant.
+                hint = "" if column in extra else nearest(column, extra, _SLIP)
                 raise ParameterError(
                     f"{columns.reader} reads no {'file' if 'file' in parameter else ''} column "
                     f"'{column}'".replace("  ", " ")
@@ -183,6 +206,7 @@ def validate(
     rules = TrainedShape(
         size_rule(config.height, config.width, config.max_pixels, geometry, config.bucket_step),
         clip_rule(config.num_frames, config.frame_rate, geometry, reader),
+        config.background,
     )
     inputs = check_columns(config, columns)
     wanted, lists = [i.column for i in inputs], [i.column for i in inputs if i.many]

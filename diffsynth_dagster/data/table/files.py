@@ -16,6 +16,8 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import ClipRule, SizeRule, area_size, frame_indices
 from diffsynth_dagster.data.media.audio import audio_facts
+from diffsynth_dagster.data.media.budget import short_of_memory
+from diffsynth_dagster.data.media.colour import reading
 from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import image_facts
 from diffsynth_dagster.data.media.video import video_facts
@@ -41,6 +43,8 @@ _PER_FILE: dict[str, Any] = {
     "shown": pl.List(pl.Int64),
     "rate": pl.Float64,
     "seconds": pl.Float64,
+    "reading": pl.String,
+    "transparent": pl.Boolean,
 }
 _AT_ONCE = 1 << 16
 """Files that are looked at together: what is known of them lies in Python objects meanwhile."""
@@ -49,14 +53,17 @@ _ROW, _VALUE, _NOW, _WHY = "\x00row", "\x00value", "\x00now", "\x00why"
 
 @dataclass(frozen=True)
 class TrainedShape:
-    """The size and length that files are trained at."""
+    """How files are trained on: their size and length, and the colour `#rrggbb` beneath transparent
+    pixels; None for the file's own."""
 
     size: SizeRule
     clip: ClipRule | None
+    background: str | None = None
 
     def of(self, facts: Facts, item: Input) -> Facts:
-        """Facts about a file with `target` [width, height], `frames`, `stride` and `shown` beside them,
-        or with the `status` and `message` of a file that is too small or too short."""
+        """Facts about a file with `target` [width, height], `frames`, `stride`, `shown` and `reading`
+        (see `samples`) beside them, or with the `status` and `message` of a file that is too small or too
+        short."""
         if "status" in facts:
             return facts
         if item.kind == "audio":
@@ -71,7 +78,10 @@ class TrainedShape:
         if item.kind == "video":
             assert self.clip is not None, "a family with videos has a frame rule"
             trained |= _clip_of(facts, self.clip)
-        return {**facts, **trained}
+        if item.weighs:  # its values are no colours
+            facts = {**facts, "transparent": None}
+        words = reading(facts, self.background, is_data=item.weighs)
+        return {**facts, **trained, "reading": words}
 
 
 def _clip_of(facts: Facts, rule: ClipRule) -> Facts:
@@ -81,9 +91,8 @@ def _clip_of(facts: Facts, rule: ClipRule) -> Facts:
     stride = rule.stride(facts["rate"])
     taken = rule.taken(facts["frames"], facts["rate"], times)
     if not taken:
-        why = (
-            f"{facts['frames']} frames give less than the {rule.rule.smallest} of the shortest clip"
-        )
+        least = rule.rule.smallest
+        why = f"{facts['frames']} frames give less than the {least} of the shortest clip"
         return {"status": "too_short", "message": why}
     shown = [facts.get("first", 0) + index for index in taken]
     # What can be said by a stride is, so that samples keep their keys. decord gives frames in order only.
@@ -160,8 +169,9 @@ class FileCheck:
             `<column>:path` (resolved), `:digest`, `:size` and `:modified` (see `FileState`) of the
             file that was checked, `:width` and `:height` (pixels, upright),
             `:target` ([width, height] it is trained at), `:frames` (trained, 1 for an image),
-            `:stride` (see `frame_indices`) and `:shown` (see `samples`); `:rate` (frames or samples per
-            second) and for sound `:seconds`. Lists of these where the input takes many; null where an optional column
+            `:stride`, `:shown` and `:reading` (see `samples`); `:rate` (frames or samples per second)
+            and for sound `:seconds`; `:transparent`, whether a picture has pixels that are not opaque.
+            Lists of these where the input takes many; null where an optional column
             names no file.
         """
         wanted = frame.with_row_index(_ROW).filter(pl.col("status") == "ok")
@@ -193,7 +203,7 @@ class FileCheck:
         facts = self._fact_cache.look_up(
             f"{item.kind if item.kind in ('video', 'audio') else 'image'}:{_CHECK}",
             paths,
-            self._find_out(item),
+            _naming_the_file(self._find_out(item), item.kind),
             again=self._again,
             progress=self._progress,
         )
@@ -249,6 +259,18 @@ class FileCheck:
         if folder not in self._folders:
             self._folders[folder] = os.path.realpath(folder)
         return Path(self._folders[folder], name)
+
+
+def _naming_the_file(find_out: Callable[[Path], Facts], kind: str) -> Callable[[Path], Facts]:
+    """The check of a file, which says which one it was where memory is not enough (`OutOfMemory`)."""
+
+    def named(path: Path) -> Facts:
+        try:
+            return find_out(path)
+        except MemoryError as error:
+            raise short_of_memory(kind, str(path)) from error
+
+    return named
 
 
 def _file_row(value: str, path: Path | None, facts: Mapping[str, Any], item: Input) -> list[Any]:

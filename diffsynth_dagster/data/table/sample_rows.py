@@ -63,7 +63,7 @@ def check_sample_rows(
         require_columns(table, inputs, str(source), reader)
         given = [i for i in asked if i in inputs or i.column in table.columns]
         frame = check_structure(table, given, str(source))
-    shape = TrainedShape(size, None if clip is None else _with_stills(clip))
+    shape = TrainedShape(size, None if clip is None else _with_stills(clip), config.background)
     with FileCheck(own, shape, fact_cache, lambda count: None) as files:
         for item in (i for i in given if i.is_file):
             frame = files.check(frame, item)

@@ -44,7 +44,11 @@ def encode_control(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
 
 def encode_kontext(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     """Reference images → `kontext` (L, 4 C), the tokens of all one after another, and their
-    `kontext_ids` (L, 3), whose first axis counts the images from 1."""
+    `kontext_ids` (L, 3), whose first axis counts the images from 1.
+
+    A token of the i-th image has the position (i, h, w), and one of the sample (0, h, w) (Black
+    Forest Labs 2025, arXiv:2506.15742, section 3). DiffSynth-Studio gives (1, h, w) to all of them.
+    """
     # The n-th images of samples of equal shape are of equal size.
     numbered = zip(*(sample[KONTEXT] for sample in samples), strict=True)
     latents = (encode_scaled(loaded["vae"], torch.stack(images)) for images in numbered)

@@ -3,6 +3,7 @@ et al. 2026, arXiv:2601.03233).
 
 `input_audio` in `extra_inputs` names a column with the sound of each clip, a file or the clip
 itself; a cell left empty is a silent clip. `input_image` gives the first frame of the video.
+`first_frame_crf` compresses that frame, as the authors do when a video is made.
 `in_context_videos` are videos beside it (IC-LoRA).
 """
 
@@ -77,6 +78,10 @@ def inference_sigmas(steps: int, noise: Tensors) -> torch.Tensor:
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
     """LTX-2 with the stages of what `extra_inputs` names."""
     extra, wanted = config.extra_inputs, list(family.stages)
+    crf, at = config.first_frame_crf, wanted.index(VIDEO_STAGE)
+    if crf is not None:
+        run, settings = partial(stages.encode_from_compressed, crf=crf), (("first_frame_crf", crf),)
+        wanted[at] = replace(VIDEO_STAGE, run=run, settings=settings)
     frame_rate = config.frame_rate or stages.FRAME_RATE
     if SOUND.column in extra:
         wanted.append(SOUND_STAGE)
@@ -91,8 +96,7 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
         rate = f"{frame_rate:.10g}"
         pattern, wants = rf"^\s*{re.escape(rate)}(?:\.0*)?\s*$", f"{rate}, the rate of the clips"
         column = Input(stages.RATE, "number", pattern=pattern, wants=wants)
-        at = wanted.index(VIDEO_STAGE)
-        wanted[at] = replace(VIDEO_STAGE, reads=(*VIDEO_STAGE.reads, column))
+        wanted[at] = replace(wanted[at], reads=(*VIDEO_STAGE.reads, column))
     # Beside a first frame that is given there must be one to predict.
     least = 1 + stages.FRAMES_PER_LATENT if "input_image" in extra else 1
     frames = FrameRule(stages.FRAMES_PER_LATENT, 1, least)
@@ -116,7 +120,7 @@ FAMILY = Family(
         32, FrameRule(stages.FRAMES_PER_LATENT, 1), 121, stages.FRAME_RATE, (768, 512)
     ),
     sampling=Sampling(stages.shapes, euler(inference_sigmas), stages.decode),
-    parameters=("tokenizer_path", "audio_loss_weight"),
+    parameters=("tokenizer_path", "audio_loss_weight", "first_frame_crf"),
     extra_inputs=(SOUND.column, "input_image", CONTEXT.column, FACTOR.column, stages.RATE),
     refusals=(
         Refusal(
@@ -125,6 +129,13 @@ FAMILY = Family(
             when=(ParameterSet("audio_loss_weight"),),
             unless=(InputNamed(SOUND.column),),
             where="audio_loss_weight",
+        ),
+        Refusal(
+            "first_frame_crf is given, but no first frame is",
+            "name input_image in extra_inputs, or leave first_frame_crf out",
+            when=(ParameterSet("first_frame_crf"),),
+            unless=(InputNamed("input_image"),),
+            where="first_frame_crf",
         ),
         column_needs(CONTEXT.column, FACTOR.column),
         column_needs(FACTOR.column, CONTEXT.column),

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from diffsynth_dagster.families.contract import Clip, Loaded, Sample, SampleRequest, Tensors
-from diffsynth_dagster.families.shared.latents import pictures
+from diffsynth_dagster.families.shared.frames import compressed
+from diffsynth_dagster.families.shared.latents import pictures, stacked
 from diffsynth_dagster.families.shared.ltx_vae import (
     HOP,
     MEL_BINS,
@@ -18,6 +19,16 @@ from diffsynth_dagster.families.shared.ltx_vae import (
 
 FRAME_RATE, FRAMES_PER_LATENT = 24.0, 8
 CONTEXT, FACTOR, RATE = "in_context_videos", "in_context_downsample_factor", "frame_rate"
+
+
+def encode_from_compressed(loaded: Loaded, samples: Sequence[Sample], crf: int) -> list[Tensors]:
+    """Video (3, F, H, W) → `video` (C, F', H', W'), whose first latent frame is that of the
+    compressed first frame. The others are those of the video as it is."""
+    vae, videos = loaded["vae"], stacked(samples, "video")
+    given = torch.stack([compressed(video[:, 0], crf) for video in videos])
+    latents = encode_clips(vae, videos)
+    latents[:, :, :1] = encode_clips(vae, given.unsqueeze(2))
+    return [{"video": own} for own in latents]
 
 
 def encode_context(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit, -2509 and -2511: Qwen-Image with pictures beside the prompt.
+"""Qwen-Image-Edit, -2509, -2511 and FireRed-Image-Edit: Qwen-Image with pictures beside the prompt.
 
 The column `edit_image` names one picture or several. The text encoder looks at them with the
 prompt, and their latents stand behind the noisy ones in the transformer's sequence.
@@ -9,12 +9,10 @@ The releases show their pictures to the text encoder in two ways:
     later (the "Plus"  each picture is called "Picture 1", "Picture 2", … and has at most
     pipeline)          384 x 384 pixels
 
-Several pictures are always shown in the later way. A single one is with the parameter `edit_plus`,
-with `zero_cond_t`, which only a later release (-2511) has, and where the model list names a
-repository of a later release.
+Several pictures are always shown in the later way. How a single one is shown follows from the
+release, not from how many a row has: see `release.py`.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +21,6 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from diffsynth_dagster.config.entries import model_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import area_size
@@ -38,6 +35,7 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
+from diffsynth_dagster.families.qwen_image.release import is_later
 from diffsynth_dagster.families.qwen_image.stages import encode_pixels
 from diffsynth_dagster.families.requirements import InputNamed, ParameterSet, Refusal
 from diffsynth_dagster.families.shared.packing import pack_several
@@ -52,9 +50,8 @@ TEMPLATE = (
     "consistency with the original input where appropriate.<|im_end|>\n"
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-LATER = re.compile(r"Qwen-Image-Edit-\d{4}$")
 AREA = 1024 * 1024
-"""Pixels of a picture for the VAE."""
+"""Pixels of a picture for the VAE, whatever `max_pixels` bounds the trained image to."""
 SHOWN_AREA = 384 * 384
 """Pixels of a picture for the text encoder, in the later way."""
 
@@ -88,80 +85,71 @@ def resized(picture: Image.Image, area: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def shown(pictures: Sequence[Image.Image], area: int, later: bool) -> tuple[str, list[Image.Image]]:
+def shown(pictures: Sequence[Image.Image], later: bool) -> tuple[str, list[Image.Image]]:
     """How the text encoder is shown a row's pictures.
 
     Args:
-        area: of a picture for the VAE, in pixels.
         later: whether a single picture is shown in the way of the later releases.
 
     Returns:
         What stands before the prompt, with one `PICTURE` for each, and the pictures.
     """
     if len(pictures) == 1 and not later:
-        return PICTURE, [resized(pictures[0], area)]
+        return PICTURE, [resized(pictures[0], AREA)]
     named = [f"Picture {number}: {PICTURE}" for number in range(1, len(pictures) + 1)]
-    return "".join(named), [resized(picture, min(area, SHOWN_AREA)) for picture in pictures]
+    return "".join(named), [resized(picture, SHOWN_AREA) for picture in pictures]
 
 
-def encode_prompt(
-    loaded: Loaded, samples: Sequence[Sample], area: int, later: bool
-) -> list[Tensors]:
+def encode_prompt(loaded: Loaded, samples: Sequence[Sample], later: bool) -> list[Tensors]:
     """Prompt and pictures → `prompt_embeds` (L, hidden): the last hidden states after the
-    template's prefix. See `shown` for the arguments.
+    template's prefix. For `later` see `shown`.
 
     Each sample has a forward pass of its own: the sequences are long and differ in length.
     """
     results: list[Tensors] = []
     for sample in samples:
-        before, pictures = shown(sample[COLUMN], area, later)
+        before, pictures = shown(sample[COLUMN], later)
         states = encode_with_pictures(loaded, before + sample["prompt"], pictures, TEMPLATE)
         results.append({"prompt_embeds": states})
     return results
 
 
-def encode_pictures(loaded: Loaded, samples: Sequence[Sample], area: int) -> list[Tensors]:
+def encode_pictures(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     """Pictures → `edit_tokens` (L, 4 C): the latents of all, packed one after the other; and
     `edit_grids` (N, 2): rows and columns of tokens of each of the N.
-
-    Args:
-        area: of each picture, in pixels.
     """
     # The n-th pictures of samples of equal shape are of equal size.
     numbered = zip(*(sample[COLUMN] for sample in samples), strict=True)
-    pixels = (torch.stack([to_tensor(resized(p, area)) for p in pictures]) for pictures in numbered)
+    pixels = (torch.stack([to_tensor(resized(p, AREA)) for p in pictures]) for pictures in numbered)
     tokens, grids = pack_several(encode_pixels(loaded["vae"], each) for each in pixels)
     sizes = torch.tensor(grids, device=tokens.device)
     return [{"edit_tokens": own, "edit_grids": sizes} for own in tokens]
 
 
-def _names_later(config: TrainingConfig) -> bool:
-    """Whether the model list names a repository of a later release."""
-    repositories = [entry.repository or "" for entry in model_entries(config)]
-    return any(LATER.search(repository) for repository in repositories)
-
-
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
-    """Qwen-Image, or its editing releases where `extra_inputs` names the edit image."""
+    """Qwen-Image, or its editing releases where `extra_inputs` names the edit image.
+
+    Raises:
+        ParameterError: it is not clear which release.
+    """
     if COLUMN not in config.extra_inputs:
         return family
-    area = min(AREA, config.max_pixels)
-    pictures = Input(COLUMN, "picture", many=True, area=area)
-    later = config.zero_cond_t or config.edit_plus or _names_later(config)
+    pictures = Input(COLUMN, "picture", many=True, area=AREA)
+    later = is_later(config)
     # The ways of a single picture differ: their outputs have keys of their own.
     prompt = Stage(
         "edit_prompt_later" if later else "edit_prompt",
         (PROMPT, pictures),
         ("tokenizer", "processor", "text_encoder"),
         family.stage("prompt").yields,
-        partial(encode_prompt, area=area, later=later),
+        partial(encode_prompt, later=later),
     )
     latents = Stage(
         "edit_image",
         (pictures,),
         ("vae",),
         (Output("edit_tokens", "condition"), Output("edit_grids", "condition")),
-        partial(encode_pictures, area=area),
+        encode_pictures,
     )
     components = family.components
     if config.zero_cond_t:

@@ -1,6 +1,7 @@
 """Qwen-Image (Wu et al. 2025, arXiv:2508.02324): text to image, and with `edit_image` editing.
 
-Files are those of the repositories Qwen/Qwen-Image, -2512, and -Edit, -Edit-2509, -Edit-2511.
+Files are those of the repositories Qwen/Qwen-Image, -2512, and -Edit, -Edit-2509, -Edit-2511, and
+of FireRedTeam/FireRed-Image-Edit-1.0 and -1.1.
 """
 
 from functools import partial
@@ -76,7 +77,7 @@ FAMILY = Family(
     extra_inputs=(edit.COLUMN,),
     refusals=edit.REFUSALS,
     variant=edit.variant,
-    repositories=("Qwen/Qwen-Image",),
+    repositories=("Qwen/Qwen-Image", "FireRedTeam/FireRed-Image-Edit"),
     architecture="qwen-image",
     authors="https://github.com/QwenLM/Qwen-Image",
 )

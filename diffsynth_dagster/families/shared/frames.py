@@ -4,16 +4,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from PIL import Image
+from diffusers.pipelines.ltx2.utils import apply_image_conditioning_crf
 
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.families.contract import Loaded, Output, Sample, Stage, Tensors
 
 
-def picture_of(frame: torch.Tensor) -> Image.Image:
-    """Frame (3, H, W) in [-1, 1] → picture of 8 bits, the values it was read from."""
+def compressed(frame: torch.Tensor, crf: int) -> torch.Tensor:
+    """Frame (3, H, W) in [-1, 1], with even sides → what H.264 leaves of it.
+
+    Args:
+        crf: constant rate factor of libx264, from 1 (nearly all is kept) to 51.
+    """
     pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    left = apply_image_conditioning_crf(pixels.permute(1, 2, 0).cpu().numpy(), crf)
+    return torch.from_numpy(left).permute(2, 0, 1).to(frame) / 127.5 - 1
 
 
 def know_first_frame(loaded: Loaded, samples: Sequence[Sample], stride: int) -> list[Tensors]:

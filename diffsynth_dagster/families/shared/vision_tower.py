@@ -1,11 +1,11 @@
 """The vision tower of CLIP's ViT-H/14: its files, its settings, and what it makes of pictures."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPVisionModel
+from torch.nn import functional
+from transformers import CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
 from diffsynth_dagster.families.shared.architecture import clip_settings
@@ -90,9 +90,19 @@ def vision_tower(name: str) -> Component:
     )
 
 
-def penultimate_states(tower: Any, pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures → CLIP's hidden states before the last layer (N, tokens, hidden)."""
-    prepare: Any = CLIPImageProcessorPil()
-    pixels = prepare(images=list(pictures), return_tensors="pt").pixel_values
-    inputs = pixels.to(tower.device, tower.dtype)
+def penultimate_states(tower: Any, frames: torch.Tensor) -> torch.Tensor:
+    """Frames (N, 3, H, W) in [-1, 1] → CLIP's hidden states before the last layer (N, tokens,
+    hidden).
+
+    A frame is resized whole to the square that CLIP reads, with bicubic interpolation and without
+    antialiasing, as the authors of Wan do (`CLIPModel.visual`). CLIP's own processor, which is
+    published beside the weights, would cut the sides of a wide frame off.
+    """
+    side: int = tower.config.image_size
+    square = functional.interpolate(frames.float(), (side, side), mode="bicubic")
+    mean, std = (
+        torch.tensor(each, device=square.device).view(3, 1, 1)
+        for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    )
+    inputs = ((square * 0.5 + 0.5 - mean) / std).to(tower.device, tower.dtype)
     return tower(pixel_values=inputs, output_hidden_states=True).hidden_states[-2]

@@ -75,7 +75,11 @@ _DIT = Component(
     WanTransformer3DModel,
     dit_settings,
     convert_dit,
-    ("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
+    (
+        *("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
+        "krea-realtime-video-*",
+    ),
+    inside=("model.",),  # krea-realtime-video
     other_kinds={"vace_blocks.": WanVACETransformer3DModel},
     lora=_LORA,
 )
@@ -89,6 +93,7 @@ COMPONENTS = (
         folder="transformer_2",
         origin=("low_noise_model/*",),
         known_by=("low_noise", "transformer_2"),
+        inside=(),
     ),
     umt5_encoder("text_encoder"),
     WAN_VAE,

@@ -9,7 +9,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch.nn import functional
 
 from diffsynth_dagster.families.contract import Clip, Loaded, Sample, SampleRequest, Tensors
-from diffsynth_dagster.families.shared.frames import encode_given, picture_of
+from diffsynth_dagster.families.shared.frames import encode_given
 from diffsynth_dagster.families.shared.latents import (
     decode_standardised,
     encode_standardised,
@@ -64,7 +64,7 @@ def encode_given_frames(
 def encode_features(loaded: Loaded, samples: Sequence[Sample], last: bool = False) -> list[Tensors]:
     """Video (3, F, H, W) → `features` (N, 257, hidden): CLIP's penultimate hidden states of the
     first frame, and of the last one where it is given (N = 2)."""
-    shown = ([picture_of(sample["video"][:, i]) for i in _given(last)] for sample in samples)
+    shown = (sample["video"][:, list(_given(last))].transpose(0, 1) for sample in samples)
     return [{"features": penultimate_states(loaded["image_encoder"], each)} for each in shown]
 
 

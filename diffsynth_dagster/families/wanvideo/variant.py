@@ -226,4 +226,5 @@ def _features(last: bool) -> Stage:
     name = "first_and_last_features" if last else "first_features"
     output = (Output("features", "condition"),)
     run = partial(stages.encode_features, last=last)
-    return Stage(name, (VIDEO,), ("image_encoder",), output, run)
+    # 2: the whole frame is seen, where it was cut to a square before.
+    return Stage(name, (VIDEO,), ("image_encoder",), output, run, version=2)

@@ -149,7 +149,7 @@ def test_a_row_of_an_unknown_mode_is_rejected(values: Values, tmp_path: Path) ->
 
 
 def test_several_reference_images_are_counted(model: Path) -> None:
-    """Each sees the model as another: their order matters."""
+    """The i-th has the position (i, h, w), as the authors say: their order matters."""
     loaded = {"vae": AutoencoderKL.from_pretrained(model / "diffusers" / "vae")}
     dit: Any = FluxTransformer2DModel.from_pretrained(model / "diffusers" / "transformer")
     source = torch.Generator().manual_seed(3)

@@ -336,7 +336,7 @@ CASES = (
     _case("ltx2_t2av"),
     _case(
         "ltx2_i2av",
-        {"extra_inputs": ["input_audio", "input_image"]},
+        {"extra_inputs": ["input_audio", "input_image"], "first_frame_crf": 33},
         published=partial(published, kind=LTX2ImageToVideoPipeline, first_frame=True),
     ),
     _case(

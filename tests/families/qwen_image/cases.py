@@ -31,11 +31,16 @@ from transformers import (
 )
 
 from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.families.qwen_image import edit
 from diffsynth_dagster.families.qwen_image.family import SCHEDULER
 from diffsynth_dagster.families.shared.packing import unpack
 
 AREA = 64 * 64
 """Of edit images here, in pixels."""
+PUBLISHED_AREAS = {"AREA": edit.AREA, "SHOWN_AREA": edit.SHOWN_AREA}
+"""Of the published pipelines: minutes on a CPU. Ours are made small for every test that reads this
+module, and those of the pipelines where one is asked; `test_qwen_edit.py` has the real ones."""
+edit.AREA = edit.SHOWN_AREA = AREA
 
 
 def write(folder: Path) -> None:
@@ -235,7 +240,6 @@ EDIT = {
     "aliases": ("to_q", "to_v"),
 }
 EDIT_PARAMETERS = {
-    "max_pixels": AREA,
     "data_file_keys": "image,edit_image",
     "extra_inputs": "edit_image",
 }
@@ -254,14 +258,14 @@ CASES = (
     Case(
         name="qwen_image_edit",
         rows=rows_with_one,
-        parameters=EDIT_PARAMETERS,
+        parameters={**EDIT_PARAMETERS, "edit_plus": False},
         published=published_edit(QwenImageEditPipeline),
         **EDIT,
     ),
     Case(
         name="qwen_image_edit_plus",
         rows=rows_with_three,
-        parameters=EDIT_PARAMETERS,
+        parameters={**EDIT_PARAMETERS, "edit_plus": True},
         published=published_edit(QwenImageEditPlusPipeline),
         **EDIT,
     ),

@@ -1,28 +1,45 @@
 """What the table of families does not show of Qwen-Image-Edit: full sizes, and what is refused."""
 
+import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
-from conftest import make_config
+from conftest import make_config, write_qwen
+from diffusers import AutoencoderKLQwenImage
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from families.qwen_image.cases import CASES, PUBLISHED_AREAS
 from PIL import Image
 
+from diffsynth_dagster.cache.keys import Keys
+from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.config.effect import settled_by_encoding
 from diffsynth_dagster.data.geometry import area_size
+from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families.qwen_image.edit import (
-    AREA,
-    PROCESSOR,
-    SHOWN_AREA,
-    resized,
-    shown,
-)
+from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.families import find_family
+from diffsynth_dagster.families.qwen_image import edit
+from diffsynth_dagster.families.qwen_image.edit import PROCESSOR, resized, shown
 from diffsynth_dagster.families.qwen_image.family import FAMILY
 from diffsynth_dagster.families.usage import as_used
+from diffsynth_dagster.plan import check_particular
+from diffsynth_dagster.run.start import config_digest
+from diffsynth_dagster.weights.hub import ModelHub
+from diffsynth_dagster.weights.identify import find_model
 
+AREA, SHOWN_AREA = PUBLISHED_AREAS["AREA"], PUBLISHED_AREAS["SHOWN_AREA"]
 SIZES = [(512, 512), (1920, 1080), (1080, 1920), (333, 777), (4000, 300), (1365, 1024), (97, 61)]
+
+
+@pytest.fixture(autouse=True)
+def published_areas(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, area in PUBLISHED_AREAS.items():
+        monkeypatch.setattr(edit, name, area)
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
@@ -49,11 +66,11 @@ def test_a_row_is_shown_as_its_release_does() -> None:
     """One picture at the VAE's size and without a name; several smaller, and called by number."""
     picture = Image.new("RGB", (512, 512))
     block = "<|vision_start|><|image_pad|><|vision_end|>"
-    text, pictures = shown([picture], AREA, later=False)
+    text, pictures = shown([picture], later=False)
     assert (text, [p.size for p in pictures]) == (block, [(1024, 1024)])
-    text, pictures = shown([picture], AREA, later=True)
+    text, pictures = shown([picture], later=True)
     assert (text, [p.size for p in pictures]) == (f"Picture 1: {block}", [(384, 384)])
-    text, pictures = shown([picture] * 2, AREA, later=False)
+    text, pictures = shown([picture] * 2, later=False)
     assert text == f"Picture 1: {block}Picture 2: {block}"
     assert [p.size for p in pictures] == [(384, 384)] * 2
 
@@ -104,13 +121,13 @@ def test_what_is_about_edit_images_is_refused_without_them(values: dict[str, Any
 
 
 def test_each_use_has_its_own_keys_of_the_store() -> None:
-    """The prompt of a single picture is encoded in two ways, by flag or repository."""
+    """The prompt of a single picture is encoded in two ways, by flag or name."""
     edit = {"extra_inputs": "edit_image", "data_file_keys": "image,edit_image"}
     first = {"edit_prompt", "image", "edit_image"}
     later = {"edit_prompt_later", "image", "edit_image"}
     for values, stages in (
         ({}, {"prompt", "image"}),
-        (edit, first),
+        ({**edit, "edit_plus": False}, first),
         ({**edit, "zero_cond_t": True}, later),
         ({**edit, "edit_plus": True}, later),
         ({**edit, "model_id_with_origin_paths": "Qwen/Qwen-Image-Edit:a/*"}, first),
@@ -119,8 +136,113 @@ def test_each_use_has_its_own_keys_of_the_store() -> None:
         assert {stage.name for stage in used(**values).stages} == stages
 
 
+EDITS = {"extra_inputs": "edit_image", "data_file_keys": "image,edit_image"}
+LATER_ONES = (
+    "models/FireRedTeam/FireRed-Image-Edit-1.1/transformer/diffusion_pytorch_model.safetensors",
+    "models/Qwen-Image-Edit-2509/transformer/",
+    "models/qwen_image_edit_2511_bf16.safetensors",
+)
+FIRST_ONES = (
+    "models/Qwen/Qwen-Image-Edit/transformer/*.safetensors",
+    "models/qwen_image_edit_fp8_e4m3fn.safetensors",
+)
+UNKNOWN_ONES = (
+    "models/edit/transformer.safetensors",
+    "Qwen-Image-Edit-mine/transformer/model.safetensors",
+    "Qwen-Image-Edit/project/models/dit/model.safetensors",
+)
+
+
+@pytest.mark.parametrize("path", [*LATER_ONES, *FIRST_ONES, *UNKNOWN_ONES])
+def test_the_name_of_a_local_transformer_says_its_release_or_it_is_asked_for(path: str) -> None:
+    models = {"model_paths": [path, "Qwen-Image-Edit/text_encoder/model.safetensors"], **EDITS}
+    if path not in UNKNOWN_ONES:
+        stage = "edit_prompt_later" if path in LATER_ONES else "edit_prompt"
+        assert stage in {stage.name for stage in used(**models).stages}
+        return
+    with pytest.raises(ParameterError, match="not clear which release") as error:
+        used(**models)
+    assert "edit_plus: true (--edit_plus)" in str(error.value)
+    for plus, name in ((True, "edit_prompt_later"), (False, "edit_prompt")):
+        assert name in {stage.name for stage in used(**models, edit_plus=plus).stages}
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "stage"),
+    [
+        ("model_index.json", {"_class_name": "QwenImageEditPlusPipeline"}, "edit_prompt_later"),
+        ("model_index.json", {"_class_name": "QwenImageEditPipeline"}, "edit_prompt"),
+        ("transformer/config.json", {"zero_cond_t": True}, "edit_prompt_later"),
+    ],
+)
+def test_what_is_published_beside_a_local_transformer_says_its_release(
+    file: str, settings: dict[str, Any], stage: str, tmp_path: Path
+) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / file).write_text(json.dumps(settings), encoding="utf-8")
+    family = used(model_paths=[str(tmp_path / "transformer" / "model.safetensors")], **EDITS)
+    assert stage in {stage.name for stage in family.stages}
+
+
+def test_a_release_that_is_left_out_counts_as_the_switch_that_was_off() -> None:
+    """So that no training, table or store of before there was a third answer is out of date."""
+    base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "model_paths": ["a"]}
+    base |= {"lora_base_model": "dit"}
+    one, other = (make_config({**base, **more}) for more in ({}, {"edit_plus": False}))
+    assert (one.edit_plus, other.edit_plus) == (None, False)
+    assert settled_by_encoding(one) == settled_by_encoding(other)
+    assert settled_by_encoding(one)["edit_plus"] is False
+    assert config_digest(one) == config_digest(other)
+    for family in ("flux", "qwen_image"):
+        check_particular(other, find_family(family))
+        as_used(find_family(family), other, {})
+
+
+def test_the_reference_keeps_its_area_whatever_the_image_is_bounded_to(tmp_path: Path) -> None:
+    """4056 tokens for 900x600: 1248x832, in patches of 16x16. DiffSynth-Studio gives as many."""
+    folder = write_qwen(tmp_path) / "vae"
+    sample = {"edit_image": [Image.new("RGB", (900, 600), "red")]}
+    families = [
+        used(**EDITS, edit_plus=True, max_pixels=pixels) for pixels in (1048576, 262144, 65536)
+    ]
+    for family in families:
+        assert [i.area for i in family.inputs if i.column == "edit_image"] == [1024 * 1024]
+    vae = AutoencoderKLQwenImage.from_pretrained(folder)
+    with torch.no_grad():
+        (made,) = families[-1].stage("edit_image").run({"vae": vae}, [sample])
+    assert made["edit_grids"].tolist() == [[52, 78]]
+    assert made["edit_tokens"].shape[0] == 4056
+
+
+def test_max_pixels_changes_no_key_of_what_is_made_of_the_reference(tmp_path: Path) -> None:
+    (case,) = (case for case in CASES if case.name == "qwen_image_edit")
+    case.write(tmp_path / "model")
+    table = case.rows(tmp_path / "data")
+    values = {
+        "family": "qwen_image",
+        "dataset_base_path": str(table.parent),
+        "dataset_metadata_path": str(table),
+        "lora_base_model": "dit",
+        "output_path": str(tmp_path / "run"),
+        **case.models(tmp_path / "model", "diffusers"),
+        **case.parameters,
+    }
+    planned: list[pl.DataFrame] = []
+    for pixels in (1048576, 256):
+        config = make_config({**values, "max_pixels": pixels})
+        found = find_model(config, ModelHub(tmp_path, skip_download=True))
+        with closing(FactCache(tmp_path / "facts.sqlite")) as facts:
+            checked = prepare_data(config, found.family.columns, facts)
+            keys = Keys(found, facts, torch.float32)
+            planned.append(plan_samples(config, found, checked, keys).frame)
+    one, other = planned
+    same = {n for n in one.columns if n.startswith("key:") and one[n].equals(other[n])}
+    assert same == {"key:edit_image", "key:edit_prompt"}
+    assert not one["key:image"].equals(other["key:image"])
+
+
 def test_the_first_file_column_is_the_image() -> None:
     """Its size is that of the sample."""
-    family = used(extra_inputs="edit_image", data_file_keys="image,edit_image")
+    family = used(**EDITS, edit_plus=True)
     assert [item.column for item in family.file_inputs] == ["image", "edit_image"]
     assert not family.samples_from_text

@@ -27,12 +27,12 @@ from families.wanvideo.original import (
     original_vision,
     renamed,
 )
+from families.wanvideo.vision import AuthorsProcessor
 from family_case import Case, first_call
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     T5Tokenizer,
@@ -265,7 +265,7 @@ def published(
     own = folder / "diffusers"
     if clip:
         encoder = CLIPVisionModel.from_pretrained(own / "image_encoder")
-        options |= {"image_encoder": encoder, "image_processor": CLIPImageProcessorPil()}
+        options |= {"image_encoder": encoder, "image_processor": AuthorsProcessor()}
     pipeline = make(**parts(own, transformer, vae), **options)
     if lora is not None:
         pipeline.load_lora_weights(lora)
