@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from diffsynth_dagster.config.course import GradientParameters, TrainingParameters
 from diffsynth_dagster.config.dataset import DatasetParameters, SizeParameters
-from diffsynth_dagster.config.kinds import is_text, mark_of, marks_of, names_model_folder
+from diffsynth_dagster.config.kinds import is_text, mark_of, marks_of
 from diffsynth_dagster.config.learning import LearningParameters
 from diffsynth_dagster.config.models import LoraParameters, ModelParameters
 from diffsynth_dagster.config.objective import ObjectiveParameters

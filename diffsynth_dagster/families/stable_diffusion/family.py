@@ -87,7 +87,7 @@ FAMILY = Family(
         unet.CONTROLNET,
     ),
     tokenizers=(clip.clip_tokenizer("tokenizer", "tokenizer_path", f"{REPOSITORY}:tokenizer/"),),
-    stages=(prompt_stage(encode_prompt), image_stage(encode_scaled)),
+    stages=(prompt_stage(encode_prompt, limit=clip.LIMIT), image_stage(encode_scaled)),
     denoisers=(Denoiser("unet"),),
     denoise=denoise,
     path=diffusion.path,

@@ -149,7 +149,7 @@ FAMILY = Family(
         clip.clip_tokenizer("tokenizer_2", "tokenizer_2_path", f"{REPOSITORY}:tokenizer_2/"),
     ),
     stages=(
-        prompt_stage(encode_prompt),
+        prompt_stage(encode_prompt, limit=clip.LIMIT),
         Stage(
             "prompt_2",
             (PROMPT,),
