@@ -16,6 +16,7 @@ from assets.common import (
     tried_again,
     user_errors,
 )
+from assets.rows import long_captions_facts
 from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.run.events import Encoded, Encoding
 from resources import Launcher, Parameters
@@ -53,6 +54,7 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
     ) -> Iterator[dg.MaterializeResult]:
         from diffsynth_dagster.cache.contents import look_into
         from diffsynth_dagster.cache.held_out import held_out_config
+        from diffsynth_dagster.cache.long_captions import read_long_captions
         from diffsynth_dagster.cache.manifest import read_manifest
         from diffsynth_dagster.cache.split import first_half
         from diffsynth_dagster.data.table.checked import read_checked
@@ -79,6 +81,7 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
                 contents.append(look_into(held_out, read_checked(Path(own.output_path))))
                 version = digest_of([manifest.digest, held_out.digest])
             facts, check = _describe(manifest, contents)
+            facts |= long_captions_facts(read_long_captions(Path(config.output_path)))
         for kind, counts in (("hits", report.hits), ("misses", report.misses)):
             facts |= {f"{kind}/{stage}": count for stage, count in counts.items()}
             context.log.info(f"{kind}: {counts}")

@@ -16,7 +16,7 @@ from assets.common import (
     user_errors,
 )
 from assets.pictures import Shown, contact_sheet, inline
-from assets.rows import files_of_rows, markdown
+from assets.rows import files_of_rows, long_captions_facts, markdown
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from resources import Parameters
 
@@ -53,6 +53,7 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, parameters: Parameters
     ) -> Iterator[dg.MaterializeResult]:
         from diffsynth_dagster.cache.held_out import held_out_config
+        from diffsynth_dagster.cache.long_captions import count_if_there
         from diffsynth_dagster.cache.split import with_settled
         from diffsynth_dagster.data.prepare import prepare_data, require_named
         from diffsynth_dagster.facts import FactCache
@@ -73,13 +74,22 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
             with closing(FactCache(fact_cache_path(config))) as fact_cache:
                 checked = prepare_data(config, columns, fact_cache)
                 held_out = None if own is None else prepare_data(own, columns, fact_cache)
+                long_captions = count_if_there(config, checked, fact_cache)
             refuse_replaced_rows(config, [checked] if held_out is None else [checked, held_out])
             counts = checked.counts
             context.log.info(f"rows by status: {counts}")
-            for warning in checked.warnings():
+            warnings = checked.warnings()
+            if long_captions is not None and long_captions.warning is not None:
+                warnings.append(long_captions.warning)
+            for warning in warnings:
                 context.log.warning(warning)
-            facts = {**_describe(config, checked, counts), **_held_out(held_out)}
-            version, check = _version(checked, held_out), _check(key, config, checked, held_out)
+            facts = {
+                **_describe(config, checked, counts),
+                **long_captions_facts(long_captions),
+                **_held_out(held_out),
+            }
+            version = _version(checked, held_out)
+            check = _check(key, config, checked, held_out, warnings)
         yield dg.MaterializeResult(metadata=facts, data_version=version, check_results=[check])
         require_passed(check)
 
@@ -122,7 +132,13 @@ def _check(
     config: TrainingConfig,
     checked: "CheckedTable",
     held_out: "CheckedTable | None",
+    warnings: list[str],
 ) -> dg.AssetCheckResult:
+    """The result of the check.
+
+    Args:
+        warnings: of the table that is trained on.
+    """
     tables = [checked] if held_out is None else [checked, held_out]
     rows = sum(sum(each.counts.values()) for each in tables)
     accepted = sum(each.counts.get("ok", 0) for each in tables)
@@ -131,19 +147,22 @@ def _check(
         asset_key=key,
         check_name=CHECK,
         passed=all(each.is_accepted(allowed) for each in tables),
-        description="\n".join(_verdict(each, allowed) for each in tables),
+        description="\n".join(
+            _verdict(each, allowed, warnings if each is checked else each.warnings())
+            for each in tables
+        ),
         metadata={"rejected_rows": rows - accepted, "rows": rows},
     )
 
 
-def _verdict(checked: "CheckedTable", allowed: float) -> str:
+def _verdict(checked: "CheckedTable", allowed: float, warnings: list[str]) -> str:
     """What was found in a table, in numbers; if it is refused, with its first rejected rows."""
     from diffsynth_dagster.data.table.check import MEND_ROWS
     from diffsynth_dagster.errors import printable
 
     summary = checked.summary(allowed)
     if checked.is_accepted(allowed):
-        return "\n".join([summary, *(f"warning: {text}" for text in checked.warnings())])
+        return "\n".join([summary, *(f"warning: {text}" for text in warnings)])
     lines = [summary, *checked.first_rejected(), f"where: {printable(checked.source)}"]
     return "\n  ".join([*lines, f"what to do: {MEND_ROWS}"])
 

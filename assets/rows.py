@@ -4,10 +4,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import dagster as dg
+
 from assets.pictures import Shown
 
 if TYPE_CHECKING:
     from polars import DataFrame
+
+    from diffsynth_dagster.cache.long_captions import LongCaptions
 
 _STRIP = 4
 """Frames of a clip on the contact sheet."""
@@ -42,6 +46,21 @@ def _frames(count: int, stride: float, taken: list[int] | None) -> tuple[int, ..
 
     taken, shown = taken or frame_indices(count, stride), min(count, _STRIP)
     return tuple(dict.fromkeys(taken[round(i * (count - 1) / (shown - 1))] for i in range(shown)))
+
+
+def long_captions_facts(found: "LongCaptions | None") -> dict[str, dg.MetadataValue | int]:
+    """How many rows have captions that are longer than the text encoder reads, and the first of them.
+    Nothing where they were not counted."""
+    if found is None:
+        return {}
+    facts: dict[str, dg.MetadataValue | int] = {"long_captions": found.count}
+    if found.count:
+        more = found.count - len(found.rows)
+        text = markdown(["row", f"tokens, of which {found.most} are read"], found.rows)
+        facts["long_captions/rows"] = dg.MetadataValue.md(
+            text + (f"\n\nand {more} more" if more > 0 else "")
+        )
+    return facts
 
 
 def markdown(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -20,7 +20,7 @@ from diffsynth_dagster.own_names import OLDER
 
 FOLDER, MOVING, TABLES = "older", ".older", ".tables"
 _CHECKED, _PINNED = "metadata.parquet", ".metadata.encoded.parquet"
-_TABLES = (_CHECKED, "rejected.csv", "samples.parquet")
+_TABLES = (_CHECKED, "rejected.csv", "samples.parquet", "long_captions.parquet")
 _KEPT = (*_TABLES, *(f"held_out/{name}" for name in _TABLES))
 _RECORD, _CONFIG, _METRICS = "run.json", "config.yaml", "metrics.csv"
 

@@ -9,7 +9,7 @@ import re
 _CHECKPOINT = r"(?P<kind>epoch|step|best-step)-(?P<number>\d{1,18})(?:-[^/]+)?\.safetensors"
 _SAMPLE = r"samples/(?:step-\d+(?:-\d+)?|(?:before|after)-[^/]+)\.(?:png|mp4)"
 _OLDER = r"older/\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:-\d+)?"
-_TABLE = r"metadata\.parquet|\.metadata\.encoded\.parquet|rejected\.csv"
+_TABLE = r"metadata\.parquet|\.metadata\.encoded\.parquet|rejected\.csv|long_captions\.parquet"
 _MANIFEST = r"samples\.parquet|\.samples\.planned\.parquet"
 _OTHERS = "|".join(
     [

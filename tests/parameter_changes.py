@@ -273,6 +273,7 @@ ALTERNATIVES: dict[str, Change] = {
     "framewise_decoding": {"framewise_decoding": True},
     "audio_loss_weight": {"audio_loss_weight": 0.5},
     "first_frame_crf": {"first_frame_crf": 33},
+    "caption_chunks": {"caption_chunks": 3},
     "offload_idle_denoiser": {"offload_idle_denoiser": True},
     "offload_models": {"offload_models": ["a"]},
     "quant_options": {"quant_options": "a"},

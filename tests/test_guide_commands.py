@@ -288,6 +288,8 @@ ACCEPTED = [
     ("ltx2_t2av", "--initialize_model_on_cpu", ""),
     ("ltx2_t2av", "--audio_loss_weight", "0.5"),
     ("ltx2_i2av", "--first_frame_crf", "33"),
+    ("sd15", "--caption_chunks", "3"),
+    ("sdxl", "--caption_chunks", "2"),
 ]
 REFUSED = [
     ("qwen_image", "--tokenizer_1_path", "a", "qwen_image takes no tokenizer_1_path"),
@@ -304,6 +306,9 @@ REFUSED = [
     ("sd15", "--num_frames", "49", "num_frames = 49 is given"),
     ("sdxl", "--extra_inputs", "kontext_images", "'kontext_images'"),
     ("wan21_i2v_14b_480p", "--first_frame_crf", "33", "wanvideo takes no first_frame_crf"),
+    ("flux_dev", "--caption_chunks", "3", "flux takes no caption_chunks"),
+    ("qwen_image", "--caption_chunks", "3", "qwen_image takes no caption_chunks"),
+    ("sd15", "--caption_chunks", "5", "caption_chunks"),
     ("ltx2_t2av", "--first_frame_crf", "33", "first_frame_crf is given, but no first frame is"),
     ("ltx2_i2av", "--first_frame_crf", "52", "first_frame_crf"),
     ("wan21_t2v_1.3b", "--audio_processor_path", "a", "--audio_processor_path is not supported"),

@@ -24,15 +24,18 @@ from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
 
 READ = (Input("image", "image"), Input("prompt", "text"))
+SEVERAL = (Input("prompt", "text", many=True), Input("seed", "number"))
 ANY = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
-def structure(path: Path) -> pl.DataFrame:
-    with open_table(path, "utf-8", [i.column for i in READ]) as table:
-        require_columns(table, READ, str(path), "the family")
-        return check_structure(table, READ, str(path))
+def structure(path: Path, read: tuple[Input, ...] = READ) -> pl.DataFrame:
+    wanted, lists = [i.column for i in read], [i.column for i in read if i.many]
+    numbers = [i.column for i in read if i.kind == "number"]
+    with open_table(path, "utf-8", wanted, lists, numbers) as table:
+        require_columns(table, read, str(path), "the family")
+        return check_structure(table, read, str(path))
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -230,3 +233,66 @@ def test_names_that_are_no_text_are_named(tmp_path: Path) -> None:
     os.symlink(b"\xff", os.fsencode(tmp_path / "data"))
     with pytest.raises(MetadataError, match=r"/\\udcff, has a name that is not UTF-8"):
         check(tmp_path / "data", [{"image": "0.png", "prompt": "a"}])
+
+
+NUMBERS = ["2.0", "1e3", "-0", "0", "1E+05", "1.50", "12345678901234567890123", "7", "1e400", "-5"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+def test_a_caption_that_is_a_number_is_what_is_written(tmp_path: Path, suffix: str) -> None:
+    """And so is the name of a file."""
+    texts = [*NUMBERS, "007"] if suffix == "csv" else NUMBERS
+    if suffix == "csv":
+        text = "".join(f"{n},{n}\n" for n in ["image,prompt", *texts])
+        text = text.replace("image,prompt,image,prompt", "image,prompt")
+    else:
+        rows = [f'{{"image" : {n}\t,"other": 3.50, "prompt":{n}}}' for n in texts]
+        text = "\n".join(rows) if suffix == "jsonl" else "[" + ",\n".join(rows) + "\n]"
+        text = text.replace('"prompt":', '"prompt":\n ') if suffix == "json" else text
+    frame = structure(write(tmp_path, f"t.{suffix}", text))
+    assert frame["prompt"].to_list() == frame["image"].to_list() == texts
+    assert set(frame["status"]) == {"ok"}
+
+
+def test_captions_of_a_list_that_are_numbers(tmp_path: Path) -> None:
+    """In lists of JSON, in cells of csv, and alone where a list could be; a number column's numbers
+    are values."""
+    cells = ["[" + ", ".join(NUMBERS[:8]) + "]", '["a, 2.0]", 2.0, "\\"", 1e3]', "1.0", '["a"]']
+    want = [NUMBERS[:8], ["a, 2.0]", "2.0", '"', "1e3"], ["1.0"], ["a"]]
+    rows = [f'{{"prompt": {cell}, "seed": 4.0}}' for cell in cells]
+    for name, text in (("t.jsonl", "\n".join(rows)), ("t.json", "[" + ",".join(rows) + "]")):
+        frame = structure(write(tmp_path, name, text), SEVERAL)
+        assert frame["prompt"].to_list() == want
+        assert frame["seed"].to_list() == ["4"] * 4
+    pl.DataFrame({"prompt": cells, "seed": ["4"] * 4}).write_csv(tmp_path / "t.csv")
+    assert structure(tmp_path / "t.csv", SEVERAL)["prompt"].to_list() == want
+
+
+def test_what_looks_like_a_number_inside_a_text_stays(tmp_path: Path) -> None:
+    rows = [
+        {"image": "a", "prompt": 'she wrote "prompt": 2.0, and left'},
+        {"image": "b", "prompt": '{"prompt": 2.0}', "other": {"prompt": 2.0}},
+        {"image": "c", "prompt": "\\", "x": [{"prompt": [1.0]}]},
+    ]
+    frame = structure(write(tmp_path, "t.jsonl", "\n".join(map(json.dumps, rows))))
+    assert frame["prompt"].to_list() == [row["prompt"] for row in rows]
+    assert "line 1" in refused_json(write(tmp_path, "u.jsonl", '{"image":"a","prompt":2.}\n'))
+    assert "line 1" in refused_json(write(tmp_path, "u.jsonl", '{"image":"a","prompt":01.5}\n'))
+
+
+def refused_json(path: Path) -> str:
+    with pytest.raises(MetadataError) as error:
+        structure(path)
+    return str(error.value)
+
+
+_numbers = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**25), 10**25)
+
+
+@ANY
+@given(st.lists(st.lists(_numbers | st.text(max_size=4), min_size=1, max_size=4), min_size=1))
+def test_any_list_keeps_its_numbers(tmp_path: Path, values: list[list[Any]]) -> None:
+    rows = [{"prompt": each, "seed": 1} for each in values]
+    path = write(tmp_path, "t.jsonl", "\n".join(map(json.dumps, rows)))
+    want = [[e if isinstance(e, str) else json.dumps(e) for e in each] for each in values]
+    assert structure(path, SEVERAL)["prompt"].to_list() == want

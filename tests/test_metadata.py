@@ -101,7 +101,35 @@ def test_every_row_keeps_its_reason(data: Path, tmp_path: Path) -> None:
         )
     )
     assert told[4] == f"image 'nothing.png': the file does not exist: {data / 'nothing.png'}"
+    outside = "the file lies outside dataset_base_path"
+    allowed = "move it there, or set allow_outside_base_path if the table may name such files"
+    there = tmp_path / "outside.png"
+    assert told[5] == f"image '../outside.png': {outside}: it is {there}: {allowed}"
+    assert told[7] == f"image 'link.png': {outside}: a link leads to {there}: {allowed}"
     assert validated.frame["row"].to_list() == list(range(1, len(cases) + 1))
+
+
+def test_names_in_another_unicode_form_are_said_so(data: Path) -> None:
+    """Whether the name of the file or of a folder is, and whichever form it has."""
+    composed, apart = (unicodedata.normalize(form, "\u00e9t\u00e9") for form in ("NFC", "NFD"))
+    picture = (data / "0.png").read_bytes()
+    (data / f"{apart}.png").write_bytes(picture)
+    (data / f"{composed}2.png").write_bytes(picture)
+    (data / apart).mkdir()
+    (data / apart / "a.png").write_bytes(picture)
+    rows = [f"{composed}.png", f"{apart}2.png", f"{composed}/a.png", f"{apart}.png"]
+    rows += [f"{composed}3.png", f"{composed}/b.png"]
+    pl.DataFrame({"image": rows, "prompt": ["a"] * len(rows)}).write_csv(data / "t.csv")
+    frame = check(data, "t.csv").frame
+    if (data / rows[0]).exists():
+        pytest.skip("the file system takes both forms for one name")
+    assert frame["status"].to_list() == [*["file_missing"] * 3, "ok", *["file_missing"] * 2]
+    said = (
+        "there is a file whose name looks the same in another Unicode form (the table's is {}, the"
+    )
+    for row, forms in ((0, ("NFC", "NFD")), (1, ("NFD", "NFC")), (2, ("NFC", "NFD"))):
+        assert said.format(forms[0]) + f" file's {forms[1]}): rename it" in frame["message"][row]
+    assert all("Unicode" not in frame["message"][row] for row in (4, 5))
 
 
 paths = st.text(max_size=20) | st.sampled_from(

@@ -97,7 +97,7 @@ def held_out_manifest(config: TrainingConfig, manifest: Manifest) -> Manifest | 
 def forget_held_out(config: TrainingConfig) -> None:
     """Let what a run folder holds out no longer belong to its data set, which is encoded anew."""
     folder = Path(config.output_path) / FOLDER
-    for name in (FILE_NAME, PLANNED, CHECKED, PINNED, "rejected.csv"):
+    for name in (FILE_NAME, PLANNED, CHECKED, PINNED, "rejected.csv", "long_captions.parquet"):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # not there, or files of others are in it
         folder.rmdir()

@@ -87,6 +87,15 @@ class ParticularParameters(BaseModel):
         ge=1,
         le=51,
     )
+    caption_chunks: int = parameter(
+        1,
+        "Read up to so many chunks of 75 tokens of a caption, each encoded by CLIP with its own begin "
+        "and end, as AUTOMATIC1111 and ComfyUI do. With 1, what lies behind 75 tokens is cut off.",
+        affects="latents",
+        off_by_default=True,
+        ge=1,
+        le=4,
+    )
     align_to_opensource_format: bool = parameter(
         False,
         "Another word for checkpoint_format = kohya.",

@@ -15,6 +15,7 @@ from torch import nn
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import Geometry
+from diffsynth_dagster.families.limits import TokenLimit
 from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.making import Clip, SampleRequest, Sampling, Tensors
 from diffsynth_dagster.families.requirements import Refusal, Shapes
@@ -195,6 +196,7 @@ class Stage:
         needs: stages whose outputs it reads.
         settings: parameters of the config that `run` was made with; stored samples are told apart by
             them too. None of them is at its default.
+        limit: how much it reads of a caption, if not all.
     """
 
     name: str
@@ -205,6 +207,7 @@ class Stage:
     version: int = 1
     needs: tuple[str, ...] = ()
     settings: tuple[tuple[str, int], ...] = ()
+    limit: TokenLimit | None = None
 
     def to_store(self, outputs: Tensors) -> Tensors:
         """The outputs of a sample as they are stored: one that it lacks is an empty tensor."""

@@ -164,8 +164,9 @@ def _read_now(table: CheckedTable) -> pl.DataFrame:
     source = Path(_source(table))
     reader, inputs = str(table.read_as[0]), _inputs(table.read_as)
     wanted, lists = [i.column for i in inputs], [i.column for i in inputs if i.many]
+    numbers = [i.column for i in inputs if i.kind == "number"]
     encoding = str(table.parameters["metadata_encoding"])
-    with open_table(source, encoding, wanted, lists) as opened:
+    with open_table(source, encoding, wanted, lists, numbers) as opened:
         require_columns(opened, inputs, str(source), reader)
         return check_structure(opened, inputs, str(source))
 

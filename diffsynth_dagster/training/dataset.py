@@ -20,6 +20,7 @@ from diffsynth_dagster.cache.held_out import (
     parts_of,
 )
 from diffsynth_dagster.cache.keys import Keys
+from diffsynth_dagster.cache.long_captions import count_long_captions
 from diffsynth_dagster.cache.manifest import PLANNED, Manifest, read_manifest
 from diffsynth_dagster.cache.plan import plan_samples
 from diffsynth_dagster.cache.resolve import Samples, lacking, resolve
@@ -140,6 +141,10 @@ def _encode(
             rows = plan_sample_rows(config, models.found, keys, fact_cache)
             plan_samples(config, models.found, table, keys, rows)
         planned = read_manifest(output, PLANNED)
+        if parallel.is_node_main:
+            warning = count_long_captions(models.found, table, output, fact_cache).warning
+            if warning is not None:
+                reporter.warn(warning)
         sampled = planned_sample_rows(output)
     if parallel.is_main_process:  # so that a clean-up spares what an interrupted run encoded
         Store(Path(planned.store)).add_user(output)

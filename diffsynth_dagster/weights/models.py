@@ -73,18 +73,7 @@ class Models:
 
     def _load(self, name: str) -> Any:
         if name in self.found.tokenizers:
-            folder = self.found.tokenizers[name]
-            tokenizer = next(t for t in self.found.family.tokenizers if t.name == name)
-            try:
-                loaded = tokenizer.load(str(folder))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise WeightsError(
-                    f"the {name} cannot be loaded: {error}",
-                    where=str(folder),
-                    do="name the folder that holds its files",
-                ) from error
-            _require_tokens(tokenizer, loaded, folder)
-            return loaded
+            return load_tokenizer(self.found, name)
         require_component(self.found, name)
         stored = name in self.found.float8
         where = "cpu" if self._on_cpu_first or stored else self.device
@@ -109,6 +98,26 @@ class Models:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def load_tokenizer(found: FoundModel, name: str) -> Any:
+    """A tokenizer of a model.
+
+    Raises:
+        WeightsError: it cannot be loaded, or is not whole.
+    """
+    folder = found.tokenizers[name]
+    tokenizer = next(t for t in found.family.tokenizers if t.name == name)
+    try:
+        loaded = tokenizer.load(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"the {name} cannot be loaded: {error}",
+            where=str(folder),
+            do="name the folder that holds its files",
+        ) from error
+    _require_tokens(tokenizer, loaded, folder)
+    return loaded
 
 
 def _require_tokens(tokenizer: Tokenizer, loaded: Any, folder: Path) -> None:

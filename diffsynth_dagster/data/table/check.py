@@ -210,7 +210,8 @@ def validate(
     )
     inputs = check_columns(config, columns)
     wanted, lists = [i.column for i in inputs], [i.column for i in inputs if i.many]
-    with open_table(source, config.metadata_encoding, wanted, lists) as table:
+    numbers = [i.column for i in inputs if i.kind == "number"]
+    with open_table(source, config.metadata_encoding, wanted, lists, numbers) as table:
         require_columns(table, inputs, str(source), reader)
         frame = check_structure(table, inputs, str(source))
     with FileCheck(config, rules, fact_cache, progress) as files:

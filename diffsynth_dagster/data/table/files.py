@@ -21,6 +21,7 @@ from diffsynth_dagster.data.media.colour import reading
 from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import image_facts
 from diffsynth_dagster.data.media.video import video_facts
+from diffsynth_dagster.data.table.names import LookAlikes, outside
 from diffsynth_dagster.data.table.values import REASONS, STATUS
 from diffsynth_dagster.errors import MetadataError, is_text
 from diffsynth_dagster.facts import FactCache, Facts
@@ -146,6 +147,7 @@ class FileCheck:
                 do="rename the folder: tables hold text alone",
             )
         self._folders: dict[str, str] = {}
+        self._alike = LookAlikes(str(self._root))
         self._anywhere = config.allow_outside_base_path
         self._again = config.verify_content
         self._shape = shape
@@ -239,10 +241,15 @@ class FileCheck:
 
     def _lost(self, value: str, status: str) -> Facts:
         """What is said of a value that names no file."""
-        if status not in ("file_missing", "not_a_file"):
+        if status not in ("file_missing", "not_a_file", "outside_base_path"):
             return {"status": status}
         place = os.path.join(self._root, value)
-        return {"status": status, "message": f"{REASONS[status]}: {place[:300]}"}
+        if status == "outside_base_path":
+            more = outside(Path(place), self._real_path(value))
+            return {"status": status, "message": f"{REASONS[status]}: {more}"}
+        alike = self._alike.of(value) if status == "file_missing" else None
+        said = f"{REASONS[status]}: {place[:300]}" + (f"; {alike}" if alike else "")
+        return {"status": status, "message": said}
 
     def _real_path(self, value: str) -> Path:
         """The file that a value names, links followed; every folder is resolved once."""

@@ -1,7 +1,7 @@
 """Rows of JSON, one a line, whose text says what no table can hold: a column twice, or a lone
-surrogate, which is half a character.
+surrogate, which is half a character. And numbers that would not stay as they are written.
 
-Parsers take both without a word, so they are looked for before a table is scanned.
+Parsers take them without a word, so they are looked for before a table is scanned.
 """
 
 import json
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _ESCAPED = re.compile(
     rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>\\u[dD][89a-fA-F]..)|\\.", re.DOTALL
@@ -19,6 +19,11 @@ _CHUNK = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPES = (b"\\u00", b"\\ud", b"\\uD")
 """How a column's name may be written otherwise, and how a surrogate is written."""
+_STRING = rb'"(?:[^"\\\n]|\\.)*+"'
+_NUMBER = rb"-?+(?:0|[1-9]\d*+)(?:\.\d++)?+(?:[eE][+-]?+\d++)?+(?=[ \t\r]*[,}\]])"
+_ODD_NUMBER = rb"(?!(?:0|-?[1-9]\d{0,17})[ \t\r]*[,}\]])" + _NUMBER
+"""A number that parsers write otherwise: with a fraction, an exponent or many digits, or -0."""
+_IN_LIST = re.compile(_STRING + rb"|(?<![^\[, \t\r])" + _NUMBER)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def odd_rows(text: Path, columns: Sequence[str]) -> OddRows:
     found = OddRows()
     rows = 0
     with text.open("rb") as source:
-        while chunk := source.read(_CHUNK) + source.readline():
+        for chunk in _whole_lines(source):
             lines = [line for line in chunk.split(b"\n") if line.strip()]
             for at in _suspects(chunk, lines, columns):
                 if _mended(lines[at]) != lines[at]:
@@ -88,6 +93,85 @@ def mended(text: Path, copy: Path, broken: Set[int]) -> Path:
         for index, (_, line) in enumerate(lines_of(text)):
             target.write(_mended(line) if index in broken else line)
     return copy
+
+
+def with_written_numbers(text: Path, copy: Path, columns: Sequence[str]) -> Path:
+    """The rows with the numbers of columns as strings of what is written: a caption `2.0` is no `2`.
+
+    Args:
+        columns: those that hold text or files, or lists of them.
+
+    Returns:
+        The text itself, where every number stays as it is written; else the copy.
+    """
+    patterns = [_odd_numbers(column) for column in columns]
+    with text.open("rb") as source:
+        if not any(p.search(chunk) for chunk in _whole_lines(source) for p in patterns):
+            return text
+    with text.open("rb") as source, copy.open("wb") as target:
+        for chunk in _whole_lines(source):
+            for pattern in patterns:
+                chunk = pattern.sub(_as_strings, chunk)
+            target.write(chunk)
+    return copy
+
+
+def _whole_lines(source: BinaryIO) -> Iterator[bytes]:
+    """The text in parts that end where a line ends."""
+    while chunk := source.read(_CHUNK) + source.readline():
+        yield chunk
+
+
+def _odd_numbers(column: str) -> re.Pattern[bytes]:
+    """The column's name, and behind it an odd number, or a list. In JSON a quote inside a string has a
+    backslash before it: the name in quotes, with a colon behind it, is a name."""
+    name = re.escape(json.dumps(column, ensure_ascii=False).encode())
+    listed = rb"\[(?:[^\]\[\"{}\n]|" + _STRING + rb")*+\]"
+    space = rb"[ \t\r]*+"
+    return re.compile(
+        b"(?P<name>"
+        + name
+        + space
+        + b":"
+        + space
+        + b")(?=[-\\d\\[])(?:(?P<one>"
+        + _ODD_NUMBER
+        + b")|"
+        b"(?P<list>(?=\\[(?:[^\n]*?[, \t\r])?" + _ODD_NUMBER + b")" + listed + b"))"
+    )
+
+
+def _as_strings(found: re.Match[bytes]) -> bytes:
+    """What `_odd_numbers` found, with numbers as strings."""
+    if found["one"] is not None:
+        return found["name"] + b'"' + found["one"] + b'"'
+
+    def quoted(item: re.Match[bytes]) -> bytes:
+        return item[0] if item[0].startswith(b'"') else b'"' + item[0] + b'"'
+
+    return found["name"] + _IN_LIST.sub(quoted, found["list"])
+
+
+def with_lists(text: Path, copy: Path, columns: Sequence[str]) -> Path:
+    """A copy of a jsonl file in which the columns hold nothing but lists of text, and nulls.
+
+    Raises:
+        ValueError, AttributeError, RecursionError: a line is no row.
+    """
+    with copy.open("w", encoding="utf-8") as target:
+        for _, line in lines_of(text):
+            row: dict[str, Any] = json.loads(line)
+            row |= {name: as_list(row.get(name)) for name in columns}
+            target.write(json.dumps(row) + "\n")
+    return copy
+
+
+def as_list(value: Any) -> list[str | None] | None:
+    """A json value as a list of text: itself, or the only element; None for what cannot be one."""
+    if value is None or isinstance(value, dict | bool):
+        return None
+    elements: list[Any] = value if isinstance(value, list) else [value]
+    return [v if v is None or isinstance(v, str) else json.dumps(v) for v in elements]
 
 
 def _mended(line: bytes) -> bytes:

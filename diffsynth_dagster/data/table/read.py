@@ -24,7 +24,13 @@ import polars as pl
 from diffsynth_dagster.config.output import TABLES
 from diffsynth_dagster.data.frames import scan_csv, scan_lines, scan_parquet
 from diffsynth_dagster.data.table.json_array import json_array_to_lines
-from diffsynth_dagster.data.table.json_rows import lines_of, mended, odd_rows
+from diffsynth_dagster.data.table.json_rows import (
+    lines_of,
+    mended,
+    odd_rows,
+    with_lists,
+    with_written_numbers,
+)
 from diffsynth_dagster.errors import MetadataError, ParameterError
 
 INDEX = "row"
@@ -83,7 +89,11 @@ class Table:
 
 @contextmanager
 def open_table(
-    path: Path, encoding: str, wanted: Sequence[str], lists: Sequence[str] = ()
+    path: Path,
+    encoding: str,
+    wanted: Sequence[str],
+    lists: Sequence[str] = (),
+    numbers: Sequence[str] = (),
 ) -> Generator[Table]:
     """Open a metadata table; what it keeps beside the file is removed at the end.
 
@@ -91,6 +101,7 @@ def open_table(
         encoding: of csv, json and jsonl.
         wanted: the columns to read.
         lists: those of them that may hold lists.
+        numbers: those of them whose numbers are values; elsewhere a number keeps its text.
 
     Raises:
         MetadataError: the file is missing, of another format, damaged, or not of this encoding.
@@ -113,9 +124,9 @@ def open_table(
             lines = Path(folder) / "lines.jsonl"
             with _reading(path):
                 json_array_to_lines(text, lines)
-            yield _open_lines(path, lines, Path(folder), wanted, lists)
+            yield _open_lines(path, lines, Path(folder), wanted, lists, numbers)
         elif suffix == ".jsonl":
-            yield _open_lines(path, text, Path(folder), wanted, lists)
+            yield _open_lines(path, text, Path(folder), wanted, lists, numbers)
         else:
             yield _open_csv(path, text, wanted)
 
@@ -329,7 +340,12 @@ def _refuse_line(path: Path, text: Path, unit: str, error: Exception) -> NoRetur
 
 
 def _open_lines(
-    path: Path, text: Path, folder: Path, wanted: Sequence[str], lists: Sequence[str]
+    path: Path,
+    text: Path,
+    folder: Path,
+    wanted: Sequence[str],
+    lists: Sequence[str],
+    numbers: Sequence[str],
 ) -> Table:
     unit = "line" if path.suffix.lower() == ".jsonl" else "row"
 
@@ -343,6 +359,8 @@ def _open_lines(
     odd = odd_rows(text, wanted)
     if odd.broken:
         text = mended(text, folder / "mended.jsonl", odd.broken)
+    texts = [name for name in wanted if name not in numbers]
+    text = with_written_numbers(text, folder / "numbers.jsonl", texts)
     columns: dict[str, None] = {}
     for count, (_, line) in enumerate(lines_of(text)):
         try:
@@ -359,7 +377,7 @@ def _open_lines(
             rows.select(pl.col(*lists).null_count()).collect(engine="streaming")
         except pl.exceptions.PolarsError as error:
             try:
-                listed = _with_lists(text, folder / "lists.jsonl", lists)
+                listed = with_lists(text, folder / "lists.jsonl", lists)
             except (ValueError, AttributeError, RecursionError):
                 fail(error)
             rows = scan_lines(listed, types, INDEX)
@@ -368,24 +386,6 @@ def _open_lines(
         found = table.collect(rows.select(pl.col(name).is_not_null().any() for name in late))
         columns |= dict.fromkeys(name for name in late if found[name].item())
     return Table(rows, tuple(columns), fail, values=values, odd=odd.problems)
-
-
-def _with_lists(text: Path, copy: Path, columns: Sequence[str]) -> Path:
-    """A copy of a jsonl file in which the columns hold nothing but lists of text, and nulls."""
-    with copy.open("w", encoding="utf-8") as target:
-        for _, line in lines_of(text):
-            row: dict[str, Any] = json.loads(line)
-            row |= {name: as_list(row.get(name)) for name in columns}
-            target.write(json.dumps(row) + "\n")
-    return copy
-
-
-def as_list(value: Any) -> list[str | None] | None:
-    """A json value as a list of text: itself, or the only element; None for what cannot be one."""
-    if value is None or isinstance(value, dict | bool):
-        return None
-    elements: list[Any] = value if isinstance(value, list) else [value]
-    return [v if v is None or isinstance(v, str) else json.dumps(v) for v in elements]
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -54,10 +54,11 @@ def check_sample_rows(
     own = config.model_copy(update={"dataset_base_path": str(source.parent)})
     inputs = [*columns.named]
     asked = [*inputs] if trained is None or config.height is not None else [*inputs, trained]
-    lists = [i.column for i in asked if i.many]
+    wanted, lists = [i.column for i in asked], [i.column for i in asked if i.many]
+    numbers = [i.column for i in asked if i.kind == "number"]
     with (
         _naming_the_parameter(),
-        open_table(source, config.metadata_encoding, [i.column for i in asked], lists) as table,
+        open_table(source, config.metadata_encoding, wanted, lists, numbers) as table,
     ):
         require_columns(table, inputs, str(source), reader)
         given = [i for i in asked if i in inputs or i.column in table.columns]

@@ -12,7 +12,8 @@ from typing import Any
 import polars as pl
 
 from diffsynth_dagster.data.columns import Input
-from diffsynth_dagster.data.table.read import EXTRA, INDEX, Table, as_list
+from diffsynth_dagster.data.table.json_rows import as_list
+from diffsynth_dagster.data.table.read import EXTRA, INDEX, Table
 from diffsynth_dagster.errors import MetadataError, nearest
 
 REASONS = {
@@ -51,6 +52,8 @@ _UNSEEN = _SPACE + r"\p{Cc}\p{Cf}\p{DI}"
 """What cannot be seen, in the same way: space, control and format characters."""
 _NUMBER = r"^\s*-?\d+(?:\.\d*)?\s*$"
 _LOOKS_TYPED = r"^(?:[\[{]|true$|false$)"
+_ODD_NUMBER = r"[\[,]\s*-?(?:\d+[.eE]|0\s*[,\]]|\d{19})"
+"""What may be a number in a JSON list that Polars writes otherwise than it is written."""
 _Check = tuple[str, str, pl.Expr]
 """Column (and what it takes), reason, and where the row fails."""
 
@@ -187,7 +190,10 @@ def _lists(values: pl.Series) -> pl.Series:
     cells = values.filter(listed)
     try:
         parts = cells.str.json_decode(pl.List(pl.String))
+        is_as_written = not cells.str.contains(_ODD_NUMBER).any()
     except pl.exceptions.PolarsError:  # some cell is no list of texts
+        parts, is_as_written = cells, False
+    if not is_as_written:
         parts = pl.Series([_list(cell) for cell in cells], dtype=pl.List(pl.String))
     where = listed.cast(pl.Int64).cum_sum() - 1
     return (
@@ -199,7 +205,7 @@ def _lists(values: pl.Series) -> pl.Series:
 
 def _list(cell: str) -> list[str | None]:
     try:
-        value = json.loads(cell)
+        value = json.loads(cell, parse_float=str, parse_int=str)
     except (ValueError, RecursionError):
         return [cell]  # a name that begins with a bracket
     return as_list(value) or []

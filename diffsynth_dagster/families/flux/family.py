@@ -19,6 +19,7 @@ from diffsynth_dagster.families.contract import (
 )
 from diffsynth_dagster.families.flux import stages, variant
 from diffsynth_dagster.families.flux.modules import COMPONENTS
+from diffsynth_dagster.families.limits import TokenLimit
 from diffsynth_dagster.families.shared import clip
 from diffsynth_dagster.families.shared.latents import (
     decode_images,
@@ -63,7 +64,11 @@ FAMILY = Family(
     ),
     stages=(
         prompt_stage(stages.encode_pooled, "pooled_prompt", output="pooled_prompt_embeds"),
-        prompt_stage(stages.encode_prompt, uses=("tokenizer_2", "text_encoder_2")),
+        prompt_stage(
+            stages.encode_prompt,
+            uses=("tokenizer_2", "text_encoder_2"),
+            limit=TokenLimit("tokenizer_2", stages.MAX_T5_TOKENS),
+        ),
         image_stage(encode_scaled),
     ),
     denoisers=(Denoiser("dit"),),

@@ -64,7 +64,7 @@ FAMILY = Family(
         ),
     ),
     stages=(
-        prompt_stage(stages.encode_prompt, ragged=True),
+        prompt_stage(stages.encode_prompt, ragged=True, limit=stages.PROMPT_LIMIT),
         image_stage(stages.encode_pixels),
     ),
     denoisers=(Denoiser("dit"),),

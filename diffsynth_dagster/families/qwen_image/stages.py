@@ -8,6 +8,7 @@ from diffusers import AutoencoderKLQwenImage
 
 from diffsynth_dagster.families import making
 from diffsynth_dagster.families.contract import Clip, Loaded, Sample, SampleRequest, Tensors
+from diffsynth_dagster.families.limits import TokenLimit
 from diffsynth_dagster.families.shared.latents import (
     decode_standardised,
     encode_standardised,
@@ -22,6 +23,9 @@ PROMPT_TEMPLATE = (
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 MAX_PROMPT_TOKENS = 1024
+PROMPT_LIMIT = TokenLimit(
+    "tokenizer", MAX_PROMPT_TOKENS, PROMPT_TEMPLATE.format, PROMPT_TEMPLATE.split("{}")[0]
+)
 
 
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:

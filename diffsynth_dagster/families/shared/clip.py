@@ -16,11 +16,17 @@ from diffsynth_dagster.families.contract import (
     Tensors,
     Tokenizer,
 )
+from diffsynth_dagster.families.limits import TokenLimit
 from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.shared.architecture import clip_settings
 from diffsynth_dagster.families.shared.kohya import CLIP, PROJECTED_CLIP
 from diffsynth_dagster.families.shared.text import padded_tokens
 
+LIMIT = TokenLimit(
+    "tokenizer",
+    77,
+    advice="shorten them, or let more be read in chunks of 75 tokens with caption_chunks",
+)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The layers of the attention."""
 _NAMES = (

@@ -14,6 +14,7 @@ from diffsynth_dagster.families.contract import (
     Stage,
     Tensors,
 )
+from diffsynth_dagster.families.limits import TokenLimit
 from diffsynth_dagster.families.shared.architecture import count_blocks
 from diffsynth_dagster.families.shared.gemma import all_states
 from diffsynth_dagster.families.shared.names import with_new_starts
@@ -114,4 +115,5 @@ PROMPT_STAGE = Stage(
     ("tokenizer", "text_encoder", "text_encoder_post_modules"),
     (Output("prompt_embeds", "condition"), Output("audio_prompt_embeds", "condition")),
     encode_prompt,
+    limit=TokenLimit("tokenizer", PROMPT_TOKENS, str.strip),
 )

@@ -8,6 +8,7 @@ import torch
 
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.families.contract import Loaded, Output, Sample, Stage, Tensors
+from diffsynth_dagster.families.limits import TokenLimit
 from diffsynth_dagster.families.shared.latents import stacked
 
 PROMPT = Input("prompt", "text", caption=True)
@@ -22,6 +23,7 @@ def prompt_stage(
     uses: tuple[str, ...] = ("tokenizer", "text_encoder"),
     output: str = "prompt_embeds",
     ragged: bool = False,
+    limit: TokenLimit | None = None,
 ) -> Stage:
     """The stage of a text encoder: `prompt` → one condition.
 
@@ -29,8 +31,10 @@ def prompt_stage(
         run: see `Stage`.
         uses: the tokenizer and the encoder.
         ragged: whether the length of the output differs between prompts.
+        limit: see `Stage`.
     """
-    return Stage(name, (PROMPT,), uses, (Output(output, "condition", ragged),), run)
+    yields = (Output(output, "condition", ragged),)
+    return Stage(name, (PROMPT,), uses, yields, run, limit=limit)
 
 
 def image_stage(encode: Encode) -> Stage:

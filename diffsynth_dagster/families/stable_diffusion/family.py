@@ -3,7 +3,7 @@
 Files are the folders of diffusers, or one file such as `v1-5-pruned-emaonly.safetensors`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import Geometry
 from diffsynth_dagster.families.contract import (
     Denoiser,
@@ -18,11 +19,18 @@ from diffsynth_dagster.families.contract import (
     Loaded,
     Sample,
     Sampling,
+    Shapes,
     Tensors,
 )
 from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.requirements import refused_model
 from diffsynth_dagster.families.shared import clip, controlnet, diffusion, kohya, unet
+from diffsynth_dagster.families.shared.chunks import (
+    PARAMETER,
+    encode_chunks,
+    of_one_length,
+    with_chunks,
+)
 from diffsynth_dagster.families.shared.image_vae import image_vae
 from diffsynth_dagster.families.shared.latents import (
     decode_images,
@@ -35,9 +43,9 @@ NAME = "Stable Diffusion 1.5"
 REPOSITORY = "AI-ModelScope/stable-diffusion-v1-5"
 
 
-def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Prompt → `prompt_embeds` (77, hidden) of CLIP."""
-    embeds, _ = clip.encode_text(loaded, samples, "tokenizer", "text_encoder", hidden=False)
+def encode_prompt(loaded: Loaded, samples: Sequence[Sample], chunks: int = 1) -> list[Tensors]:
+    """Prompt → `prompt_embeds` (77 n, hidden) of CLIP, of up to `chunks` chunks."""
+    embeds, _, _ = encode_chunks(loaded, samples, "tokenizer", "text_encoder", False, chunks)
     return [{"prompt_embeds": own} for own in embeds]
 
 
@@ -45,9 +53,15 @@ def denoise(
     model: Any, loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor
 ) -> Tensors:
     """The UNet's prediction for `image` (B, C, H/8, W/8) at timesteps t (B,) in [0, 1000]."""
-    call = {"timestep": t, "encoder_hidden_states": conditions["prompt_embeds"]}
+    (embeds,) = of_one_length(conditions, "prompt_embeds")
+    call = {"timestep": t, "encoder_hidden_states": embeds}
     added = controlnet.residuals(loaded, conditions, x_t["image"], **call)
     return {"image": model(x_t["image"], **call, **added).sample}
+
+
+def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
+    """Stable Diffusion 1.5 with a ControlNet's column, and captions in chunks: see `Family.variant`."""
+    return with_chunks(controlnet.with_control(family, config, given), config, ("prompt_embeds",))
 
 
 FAMILY = Family(
@@ -87,14 +101,14 @@ FAMILY = Family(
         unet.CONTROLNET,
     ),
     tokenizers=(clip.clip_tokenizer("tokenizer", "tokenizer_path", f"{REPOSITORY}:tokenizer/"),),
-    stages=(prompt_stage(encode_prompt), image_stage(encode_scaled)),
+    stages=(prompt_stage(encode_prompt, limit=clip.LIMIT), image_stage(encode_scaled)),
     denoisers=(Denoiser("unet"),),
     denoise=denoise,
     path=diffusion.path,
     geometry=Geometry(side_factor=32, sample_size=(512, 512)),
     sampling=Sampling(image_shapes, diffusion.solver, decode_images),
     denoise_uses=("controlnet",),
-    parameters=("tokenizer_path", "align_to_opensource_format", *diffusion.PARAMETERS),
+    parameters=("tokenizer_path", "align_to_opensource_format", PARAMETER, *diffusion.PARAMETERS),
     extra_inputs=(controlnet.COLUMN,),
     refusals=(
         refused_model(
@@ -113,7 +127,7 @@ FAMILY = Family(
         unet.SAME_LATENTS,
         *controlnet.control_refusals(NAME, told_sizes=False),
     ),
-    variant=controlnet.with_control,
+    variant=variant,
     repositories=(REPOSITORY,),
     architecture="stable-diffusion-v1",
     authors="https://github.com/Stability-AI/generative-models",

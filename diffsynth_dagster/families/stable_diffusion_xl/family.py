@@ -3,7 +3,7 @@
 Files are the folders of diffusers, or one file such as `sd_xl_base_1.0.safetensors`.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import Geometry
 from diffsynth_dagster.families.contract import (
@@ -23,12 +24,19 @@ from diffsynth_dagster.families.contract import (
     Sample,
     SampleRequest,
     Sampling,
+    Shapes,
     Stage,
     Tensors,
 )
 from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.requirements import refused_model
 from diffsynth_dagster.families.shared import clip, controlnet, diffusion, kohya, unet
+from diffsynth_dagster.families.shared.chunks import (
+    PARAMETER,
+    encode_chunks,
+    of_one_length,
+    with_chunks,
+)
 from diffsynth_dagster.families.shared.image_vae import image_vae
 from diffsynth_dagster.families.shared.latents import (
     decode_images,
@@ -39,22 +47,23 @@ from diffsynth_dagster.families.shared.stages import PROMPT, image_stage, prompt
 
 NAME = "Stable Diffusion XL"
 REPOSITORY = "stabilityai/stable-diffusion-xl-base-1.0"
+EMBEDS = ("prompt_embeds", "prompt_embeds_2")
 SIZES = Input("image_sizes", "sizes")
 
 
-def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Prompt → `prompt_embeds` (77, hidden) of the first CLIP."""
-    embeds, _ = clip.encode_text(loaded, samples, "tokenizer", "text_encoder", hidden=True)
+def encode_prompt(loaded: Loaded, samples: Sequence[Sample], chunks: int = 1) -> list[Tensors]:
+    """Prompt → `prompt_embeds` (77 n, hidden) of the first CLIP, of up to `chunks` chunks."""
+    embeds, _, _ = encode_chunks(loaded, samples, "tokenizer", "text_encoder", True, chunks)
     return [{"prompt_embeds": own} for own in embeds]
 
 
-def encode_prompt_2(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Prompt → `prompt_embeds_2` (77, hidden) of the second CLIP, and `pooled_prompt_embeds`
-    (projection,)."""
-    embeds, outputs = clip.encode_text(
-        loaded, samples, "tokenizer_2", "text_encoder_2", hidden=True
+def encode_prompt_2(loaded: Loaded, samples: Sequence[Sample], chunks: int = 1) -> list[Tensors]:
+    """Prompt → `prompt_embeds_2` (77 n, hidden) of the second CLIP, and `pooled_prompt_embeds`
+    (projection,), which is that of the first chunk."""
+    embeds, outputs, first = encode_chunks(
+        loaded, samples, "tokenizer_2", "text_encoder_2", True, chunks
     )
-    together = zip(embeds, outputs.text_embeds, strict=True)
+    together = zip(embeds, outputs.text_embeds[first], strict=True)
     return [{"prompt_embeds_2": own, "pooled_prompt_embeds": pooled} for own, pooled in together]
 
 
@@ -82,8 +91,8 @@ def encode_sizes(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
 
 
 def _both(embeds: Tensors) -> torch.Tensor:
-    """The embeddings of both encoders, side by side (B, 77, hidden + hidden)."""
-    return torch.cat([embeds["prompt_embeds"], embeds["prompt_embeds_2"]], dim=-1)
+    """The embeddings of both encoders, side by side (B, 77 n, hidden + hidden)."""
+    return torch.cat(of_one_length(embeds, *EMBEDS), dim=-1)
 
 
 def denoise(
@@ -109,7 +118,7 @@ def decode(loaded: Loaded, request: SampleRequest, latents: Tensors) -> list[Cli
 def unprompted(conditions: Tensors) -> Tensors:
     """The conditions of the empty prompt with zeros for it: the model was trained on these, and the
     published pipeline gives it them."""
-    embeds = ("prompt_embeds", "prompt_embeds_2", "pooled_prompt_embeds")
+    embeds = (*EMBEDS, "pooled_prompt_embeds")
     return {n: torch.zeros_like(t) if n in embeds else t for n, t in conditions.items()}
 
 
@@ -117,6 +126,11 @@ def _encoder_lora(folder: str, kohya_start: str, projected: bool = False) -> Lor
     load = partial(kohya.load_text_encoder, StableDiffusionXLPipeline, folder)
     rules = clip.lora(folder, load, (kohya_start,), projected)
     return replace(rules, native="kohya")
+
+
+def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
+    """Stable Diffusion XL with a ControlNet's column, and captions in chunks: see `Family.variant`."""
+    return with_chunks(controlnet.with_control(family, config, given), config, EMBEDS)
 
 
 FAMILY = Family(
@@ -149,7 +163,7 @@ FAMILY = Family(
         clip.clip_tokenizer("tokenizer_2", "tokenizer_2_path", f"{REPOSITORY}:tokenizer_2/"),
     ),
     stages=(
-        prompt_stage(encode_prompt),
+        prompt_stage(encode_prompt, limit=clip.LIMIT),
         Stage(
             "prompt_2",
             (PROMPT,),
@@ -170,6 +184,7 @@ FAMILY = Family(
         "tokenizer_path",
         "tokenizer_2_path",
         "align_to_opensource_format",
+        PARAMETER,
         *diffusion.PARAMETERS,
     ),
     extra_inputs=(controlnet.COLUMN,),
@@ -184,7 +199,7 @@ FAMILY = Family(
         unet.SAME_LATENTS,
         *controlnet.control_refusals(NAME, told_sizes=True),
     ),
-    variant=controlnet.with_control,
+    variant=variant,
     repositories=(REPOSITORY,),
     architecture="stable-diffusion-xl-v1-base",
     authors="https://github.com/Stability-AI/generative-models",

@@ -58,7 +58,7 @@ FAMILY = Family(
         umt5_tokenizer("tokenizer", "tokenizer_path", "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"),
     ),
     stages=(
-        prompt_stage(stages.encode_prompt, ragged=True),
+        prompt_stage(stages.encode_prompt, ragged=True, limit=stages.PROMPT_LIMIT),
         Stage(
             "video", (variant.VIDEO,), ("vae",), (Output("video", "target"),), stages.encode_video
         ),

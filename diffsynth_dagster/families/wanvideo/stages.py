@@ -9,6 +9,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch.nn import functional
 
 from diffsynth_dagster.families.contract import Clip, Loaded, Sample, SampleRequest, Tensors
+from diffsynth_dagster.families.limits import TokenLimit
 from diffsynth_dagster.families.shared.frames import encode_given
 from diffsynth_dagster.families.shared.latents import (
     decode_standardised,
@@ -22,6 +23,7 @@ from diffsynth_dagster.families.shared.wan_vae import WIDE_LATENTS
 from diffsynth_dagster.families.wanvideo.modules import PATCH
 
 PROMPT_TOKENS = 512
+PROMPT_LIMIT = TokenLimit("tokenizer", PROMPT_TOKENS, prompt_clean)
 FRAMES_PER_LATENT = 4
 RATE, WIDE_RATE = 16.0, 24.0
 """Frames per second of what the models make: of 16 channels, and of TI2V-5B."""
