@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
 from diffsynth_dagster.config.kinds import names_model_folder
@@ -47,8 +48,8 @@ class ModelEntry:
         `("Qwen", "Qwen-Image", "transformer")`. It follows from the text of the entry alone.
 
         Files that diffusers and transformers call alike have the name of their folder; others have
-        their own as well: `("black-forest-labs", "FLUX_1-dev", "ae")`. Few different entries have the
-        same name.
+        their own as well: `("black-forest-labs", "FLUX_1-dev", "ae")`. Of an absolute path it is the end,
+        with a mark of the whole. Few different entries have the same name.
         """
         text = self.pattern if self.repository else SHARD.sub("", self.paths[0])
         path = PurePosixPath(text.replace("\\", "/"))
@@ -61,7 +62,12 @@ class ModelEntry:
             stem = parts[-1].removesuffix(".safetensors")
             parts[-1] = stem if stem.strip("*") else parts[-1]
         home = self.repository.split("/") if self.repository else []
-        return tuple(_as_name(part) for part in [*home, *parts])
+        names = [_as_name(part) for part in [*home, *parts]]
+        if not self.repository and path.is_absolute():
+            # The folders above differ from one machine to the next, and are long.
+            *home, last = names[-2:]
+            names = [*home, f"{last}_{blake2b(self.text.encode(), digest_size=3).hexdigest()}"]
+        return tuple(names)
 
     @property
     def folder_hint(self) -> str:
