@@ -16,6 +16,7 @@ from assets.common import (
     tried_again,
     user_errors,
 )
+from assets.launched import launched, step_tags
 from assets.rows import long_captions_facts
 from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.run.events import Encoded, Encoding
@@ -40,6 +41,7 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
         description=description(recipe, "The samples encoded once, so that training reads them."),
         code_version=code_version(recipe.config, "latents"),
         pool=GPU_POOL,
+        op_tags=step_tags(recipe),
         check_specs=[
             dg.AssetCheckSpec(
                 CHECK,
@@ -62,7 +64,8 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
 
         report = Encoded({}, {})
         with tried_again(context, recipe.options.retries), user_errors():
-            config = first_half(parameters.apply(recipe.config))
+            ran = launched(context, recipe, parameters)
+            config = first_half(ran.config)
             checked = read_checked(Path(config.output_path))
             with user_errors(config):
                 for event in launcher.run(context, config, recipe.options):
@@ -86,8 +89,9 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
             facts |= {f"{kind}/{stage}": count for stage, count in counts.items()}
             context.log.info(f"{kind}: {counts}")
         yield dg.MaterializeResult(
-            metadata=facts,
+            metadata={**facts, **ran.facts},
             data_version=dg.DataVersion(version),
+            tags=ran.tags("latents"),
             check_results=[check],
         )
         require_passed(check)
