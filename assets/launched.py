@@ -1,4 +1,4 @@
-"""What a run was launched with: what it sets otherwise than the recipe."""
+"""What a run was launched with: the recipe, which must be the same still, and what it sets otherwise."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.errors import ParameterError
 from resources import Parameters
 
-RECIPE = "diffsynth/recipe"
-"""Tag of each step of a recipe: its name."""
+RECIPE, DIGEST = "diffsynth/recipe", "diffsynth/recipe_digest"
+"""Tags of each step of a recipe: its name, and the digest of what it says."""
 _LAST: dict[Kind, Affects] = {
     "metadata": "rows",
     "latents": "latents",
@@ -72,7 +72,7 @@ def step_tags(recipe: Recipe) -> dict[str, str]:
     schedule, those of the definitions as they were loaded last. They come with jobs and with assets
     that are picked in the graph. (Tags of a run would be taken over by its re-executions.)
     """
-    return {RECIPE: recipe.name}
+    return {RECIPE: recipe.name, DIGEST: _digest_of(recipe)}
 
 
 def launched(context: dg.AssetExecutionContext, recipe: Recipe, parameters: Parameters) -> Launched:
@@ -82,9 +82,17 @@ def launched(context: dg.AssetExecutionContext, recipe: Recipe, parameters: Para
         recipe: as this process has loaded it.
 
     Raises:
-        ParameterError: the run sets parameters and has steps of several recipes; or see `read_config`.
+        ParameterError: the recipe is not the one that the run was launched with; the run sets
+            parameters and has steps of several recipes; or see `read_config`.
     """
     recipes = _recipes_of(context)
+    if recipes is not None and recipes.get(recipe.name) != _digest_of(recipe):
+        raise ParameterError(
+            "the recipe changed since the run was launched",
+            where=str(recipe.path),
+            do="reload definitions (in the UI: Deployment, then Reload beside the code location), and "
+            "launch a new run",
+        )
     given = parameters.given()
     if given and len(recipes or ()) > 1:
         names = [f"'{name}'" for name in sorted(recipes or ())]
@@ -100,15 +108,21 @@ def launched(context: dg.AssetExecutionContext, recipe: Recipe, parameters: Para
     return Launched(config, overrides, recipe.config.output_path)
 
 
-def _recipes_of(context: dg.AssetExecutionContext) -> set[str] | None:
-    """Names of the recipes that a run has steps of, as they were when it was launched; None
+def _recipes_of(context: dg.AssetExecutionContext) -> dict[str, str] | None:
+    """Name → digest of the recipes that a run has steps of, as they were when it was launched; None
     where Dagster kept no plan of it."""
     kept = context.run.execution_plan_snapshot_id
     if kept is None:
         return None
     plan = context.instance.get_execution_plan_snapshot(kept)
     steps = [step.tags or {} for step in plan.steps if step.key in plan.step_keys_to_execute]
-    return {tags[RECIPE] for tags in steps if RECIPE in tags}
+    return {tags[RECIPE]: tags[DIGEST] for tags in steps if RECIPE in tags}
+
+
+def _digest_of(recipe: Recipe) -> str:
+    """Digest of what a recipe makes a run do."""
+    options = recipe.options.model_dump(mode="json", exclude={"description", "schedule"})
+    return _digest({"parameters": recipe.config.model_dump(mode="json"), "options": options})
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -1,18 +1,26 @@
-"""An overridden run does not look like its recipe's."""
+"""A run is what it was launched with, and an overridden one does not look like its recipe's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.reconstruct import ReconstructableRepository
+from dagster._core.execution.api import execute_run
 from dagster_support import definitions_of, told, write_recipe
 
 from assets.common import KINDS, asset_key, code_version
 from assets.launched import Launched
 from diffsynth_dagster.config import read_config
 
+CHANGED = "the recipe changed since the run was launched"
 MISSING = "the metadata file does not exist"
+LOCATION = """
+from pathlib import Path
+from dagster_support import definitions_of
+definitions = definitions_of(Path({folder!r}))
+"""
 
 
 def recipe(name: str, **overrides: Any) -> dict[str, Any]:
@@ -32,6 +40,68 @@ def recipe(name: str, **overrides: Any) -> dict[str, Any]:
 def instance() -> Iterator[dg.DagsterInstance]:
     with dg.instance_for_test() as made:
         yield made
+
+
+def without_edit(path: Path) -> None:
+    """Leaves the recipe as it is."""
+
+
+def edit(path: Path) -> None:
+    path.write_text(path.read_text() + "num_epochs: 9\n")
+
+
+def describe(path: Path) -> None:
+    path.write_text(path.read_text() + "# no parameter\ndescription: Teaches a.\n")
+
+
+def break_it(path: Path) -> None:
+    path.write_text(path.read_text() + "num_epoch: 9\n")
+
+
+def mend(path: Path) -> None:
+    write_recipe(path.parent, path.stem, recipe("a"))
+
+
+@pytest.mark.parametrize("name", ["train_a", "__ASSET_JOB"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_edit, MISSING),
+        (describe, MISSING),
+        (edit, CHANGED),
+        (break_it, "unknown parameter 'num_epoch'"),
+        (mend, CHANGED),
+    ],
+)
+def test_recipe_is_that_of_the_launch(
+    tmp_path: Path,
+    instance: dg.DagsterInstance,
+    name: str,
+    change: Callable[[Path], None],
+    words: str,
+) -> None:
+    """A run is launched from the definitions of one process, and starts in another one: as a server of
+    Dagster does it, with a job and with assets that are picked in the graph."""
+    path = write_recipe(tmp_path / "recipes", "a", recipe("a"))
+    if change is mend:
+        break_it(path)
+    picked = frozenset({asset_key("a", "metadata")})
+    known = definitions_of(path.parent).get_repository_def().get_job(name)
+    known = known.get_subset(asset_selection=picked)
+    run = instance.create_run_for_job(known, asset_selection=picked)
+    change(path)
+    location = tmp_path / "location.py"
+    location.write_text(LOCATION.format(folder=str(path.parent)))
+    repository = ReconstructableRepository.for_file(str(location), "definitions")
+    job = repository.get_reconstructable_job(name).get_subset(asset_selection=picked)
+    execute_run(job, run, instance)
+    logs = instance.all_logs(run.run_id)
+    said = told(entry.dagster_event for entry in logs if entry.dagster_event is not None)
+    assert words in said.reason
+    if words == CHANGED:
+        assert f"where: {path}" in said.reason
+        assert "what to do: reload definitions" in said.reason
+    assert not said.trace
 
 
 def test_overrides_are_for_one_recipe(tmp_path: Path, instance: dg.DagsterInstance) -> None:
