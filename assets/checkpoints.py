@@ -52,14 +52,18 @@ class CheckpointsConfig(dg.Config):
     )
 
 
-def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinition:
-    """The checkpoints asset of a recipe, with its check."""
+def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefinition:
+    """The checkpoints asset of a recipe, with its check.
+
+    Args:
+        upstream: the models, and the assets that files to start from or encoded samples come from.
+    """
     key = asset_key(recipe.name, "checkpoints")
     has_latents = recipe.config.dataset_metadata_path is not None
 
     @dg.asset(
         key=key,
-        deps=[*([asset_key(recipe.name, "latents")] if has_latents else []), *weights],
+        deps=[*([asset_key(recipe.name, "latents")] if has_latents else []), *upstream],
         group_name=recipe.name,
         kinds={"pytorch", "accelerate"},
         description=description(recipe, "The trained weights."),

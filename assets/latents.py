@@ -29,13 +29,17 @@ if TYPE_CHECKING:
 CHECK = "latents_complete_and_finite"
 
 
-def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinition:
-    """The latents asset of a recipe, with its check."""
+def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefinition:
+    """The latents asset of a recipe, with its check.
+
+    Args:
+        upstream: the models, and the assets that files to encode with come from.
+    """
     key = asset_key(recipe.name, "latents")
 
     @dg.asset(
         key=key,
-        deps=[asset_key(recipe.name, "metadata"), *weights],
+        deps=[asset_key(recipe.name, "metadata"), *upstream],
         group_name=recipe.name,
         kinds={"pytorch", "safetensors"},
         description=description(recipe, "The samples encoded once, so that training reads them."),

@@ -29,12 +29,17 @@ _SHOWN_ROWS = 20
 _SHOWN_PICTURES = 48
 
 
-def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
-    """The metadata asset of a recipe, with its check."""
+def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefinition:
+    """The metadata asset of a recipe, with its check.
+
+    Args:
+        upstream: the assets that its tables come from.
+    """
     key = asset_key(recipe.name, "metadata")
 
     @dg.asset(
         key=key,
+        deps=upstream,
         group_name=recipe.name,
         kinds={"polars"},
         description=description(recipe, "The data set's table with every row checked."),

@@ -9,6 +9,7 @@ from pathlib import Path
 import dagster as dg
 
 from assets.common import RETRY_DELAY_S, fact_cache_path, table, tried_again, user_errors
+from assets.lineage import Lineage
 from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.entries import (
@@ -26,14 +27,14 @@ _RETRIES = 3
 class WeightsAssets:
     """One asset for each distinct entry of the recipes' model lists."""
 
-    def __init__(self, recipes: Sequence[Recipe]) -> None:
+    def __init__(self, recipes: Sequence[Recipe], lineage: Lineage) -> None:
         uses: dict[str, list[tuple[Recipe, ModelEntry]]] = {}
         for recipe in recipes:
             for entry in _entries(recipe.config):
                 uses.setdefault(entry.text, []).append((recipe, entry))
         self._keys = _make_keys([users[0][1] for users in uses.values()])
         self.definitions = [
-            _make_weights(self._keys[text], users[0][1], [recipe for recipe, _ in users])
+            _make_weights(self._keys[text], users[0][1], [recipe for recipe, _ in users], lineage)
             for text, users in uses.items()
         ]
 
@@ -69,13 +70,14 @@ def _mark(text: str) -> str:
 
 
 def _make_weights(
-    key: dg.AssetKey, entry: ModelEntry, recipes: list[Recipe]
+    key: dg.AssetKey, entry: ModelEntry, recipes: list[Recipe], lineage: Lineage
 ) -> dg.AssetsDefinition:
     users = ", ".join(recipe.name for recipe in recipes)
     config = recipes[0].config
 
     @dg.asset(
         key=key,
+        deps=lineage.upstream_of_weights(entry, recipes),
         group_name=GROUP,
         kinds={"modelscope" if entry.repository else "file", "safetensors"},
         description=f"{entry.text}\n\nUsed by: {users}",

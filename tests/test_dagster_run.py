@@ -1,6 +1,6 @@
 """Real runs of a recipe on a tiny model, in this process; the training in its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,11 @@ def why_stale(place: Place, kind: Kind, name: str) -> list[str]:
     context = LoadingContextForTest(place.instance)
     resolver = CachingStaleStatusResolver(place.instance, graph, context)
     return [cause.reason for cause in resolver.get_stale_causes(asset_key(name, kind))]
+
+
+def tags_of(result: dg.ExecuteInProcessResult, kind: Kind, name: str) -> Mapping[str, str]:
+    (found,) = result.asset_materializations_for_node(f"{name}__{kind}")
+    return found.tags or {}
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +235,11 @@ def test_a_recipe_for_each_half(place: Place) -> None:
     for trains in (True, False):
         result = place.run("second_half")
         assert result.success
+        assert not result.asset_materializations_for_node("first_half__latents")
+        taken = tags_of(result, "checkpoints", "second_half")
+        assert taken["dagster/input_data_version/first_half/latents"] == version(
+            place, "latents", "first_half"
+        )
         metadata = metadata_of(result, "checkpoints", "second_half")
         assert metadata["trained_in_this_run"].value is trains
 
