@@ -9,10 +9,10 @@ from typing import Literal, get_args
 
 import dagster as dg
 
-from diffsynth_dagster import __version__
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.effect import Affects, names_that_affect, values_that_affect
 from diffsynth_dagster.run.failure import failure_of, recognised
+from diffsynth_dagster.versions import VERSIONS
 from resources import Cancelled, StepFailure, TriedAgain, cancelled
 
 GPU_POOL = "gpu"
@@ -110,7 +110,7 @@ def code_version(config: TrainingConfig, kind: Kind) -> str:
     if kind == "checkpoints" and config.dataset_metadata_path is None:
         names = ("rows", *names)  # An encoded folder: there is no asset upstream of it.
     values = values_that_affect(config, *_BY_VALUE[kind])
-    text = json.dumps([__version__, values, names_that_affect(config, *names)], sort_keys=True)
+    text = json.dumps([VERSIONS[kind], values, names_that_affect(config, *names)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

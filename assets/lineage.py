@@ -12,7 +12,7 @@ import dagster as dg
 
 from assets.common import Kind, asset_key, kinds_of
 from diffsynth_dagster.config import Recipe, TrainingConfig
-from diffsynth_dagster.config.entries import ModelEntry, folder_entries, model_entries
+from diffsynth_dagster.config.entries import ModelEntry, named_entries
 from diffsynth_dagster.config.parameters import MARKS
 
 _READ = (
@@ -38,7 +38,7 @@ class Lineage:
         self._found: dict[str, list[tuple[str, str, Kind]]] = {}
         for recipe in recipes:
             found = self._found[recipe.name] = list(self._inputs(recipe.config))
-            models = [*model_entries(recipe.config), *folder_entries(recipe.config)]
+            models = named_entries(recipe.config)
             places = [self._made_by(path) for entry in models for path in entry.paths]
             reads[recipe.name] |= {owner for _, owner, _ in found}
             reads[recipe.name] |= {place[0] for place in places if place is not None}

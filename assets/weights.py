@@ -1,4 +1,5 @@
-"""`weights/<repository or folder>/<component>`: the files of one entry of a model list."""
+"""`weights/<owner>/<repository>/<component>`: the files of one entry of a model list; those of local
+files are named by their path."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -10,14 +11,13 @@ import dagster as dg
 
 from assets.common import RETRY_DELAY_S, fact_cache_path, table, tried_again, user_errors
 from assets.lineage import Lineage
-from diffsynth_dagster import __version__
-from diffsynth_dagster.config import Recipe, TrainingConfig
+from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.config.entries import (
     MODEL_FOLDERS,
     ModelEntry,
-    folder_entries,
-    model_entries,
+    named_entries,
 )
+from diffsynth_dagster.versions import VERSIONS
 from resources import Hub
 
 GROUP = "weights"
@@ -28,41 +28,23 @@ class WeightsAssets:
     """One asset for each distinct entry of the recipes' model lists."""
 
     def __init__(self, recipes: Sequence[Recipe], lineage: Lineage) -> None:
-        uses: dict[str, list[tuple[Recipe, ModelEntry]]] = {}
+        uses: dict[dg.AssetKey, list[tuple[Recipe, ModelEntry]]] = {}
         for recipe in recipes:
-            for entry in _entries(recipe.config):
-                uses.setdefault(entry.text, []).append((recipe, entry))
-        self._keys = _make_keys([users[0][1] for users in uses.values()])
+            for entry in named_entries(recipe.config):
+                uses.setdefault(weights_key(entry), []).append((recipe, entry))
         self.definitions = [
-            _make_weights(self._keys[text], users[0][1], [recipe for recipe, _ in users], lineage)
-            for text, users in uses.items()
+            _make_weights(key, users[0][1], [recipe for recipe, _ in users], lineage)
+            for key, users in uses.items()
         ]
 
     def keys(self, recipe: Recipe) -> list[dg.AssetKey]:
         """The weights that a recipe uses."""
-        return [self._keys[entry.text] for entry in _entries(recipe.config)]
+        return [weights_key(entry) for entry in named_entries(recipe.config)]
 
 
-def _entries(config: TrainingConfig) -> list[ModelEntry]:
-    return [*model_entries(config), *folder_entries(config)]
-
-
-def _make_keys(entries: Sequence[ModelEntry]) -> dict[str, dg.AssetKey]:
-    """Text of an entry → its key, such as `weights/Qwen-Image/transformer`.
-
-    Entries whose keys would be equal, or equal as the names of Dagster's steps, get a mark.
-    """
-    alike: dict[str, list[tuple[ModelEntry, dg.AssetKey]]] = {}
-    for entry in entries:
-        key = dg.AssetKey([GROUP, *entry.short_name])
-        alike.setdefault(key.to_python_identifier(), []).append((entry, key))
-    return {
-        entry.text: key
-        if len(group) == 1
-        else dg.AssetKey([*key.path[:-1], f"{key.path[-1]}_{_mark(entry.text)}"])
-        for group in alike.values()
-        for entry, key in group
-    }
+def weights_key(entry: ModelEntry) -> dg.AssetKey:
+    """The key of an entry of a model list: `weights/Qwen/Qwen-Image/transformer`."""
+    return dg.AssetKey([GROUP, *entry.name])
 
 
 def _mark(text: str) -> str:
@@ -81,7 +63,7 @@ def _make_weights(
         group_name=GROUP,
         kinds={"modelscope" if entry.repository else "file", "safetensors"},
         description=f"{entry.text}\n\nUsed by: {users}",
-        code_version=f"{__version__} {_mark(entry.text)}",
+        code_version=f"{VERSIONS['weights']} {_mark(entry.text)}",
     )
     def weights(context: dg.AssetExecutionContext, hub: Hub) -> dg.MaterializeResult:
         from diffsynth_dagster.facts import FactCache, digest_of

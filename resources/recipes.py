@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import dagster as dg
 import diffsynth_dagster
 from diffsynth_dagster.config import Recipe, read_recipe
 from diffsynth_dagster.config.checks import named_code
-from diffsynth_dagster.config.entries import model_entries
+from diffsynth_dagster.config.entries import named_entries
 from diffsynth_dagster.config.recipe import recipe_files
 from diffsynth_dagster.dotted import find_dotted
 from diffsynth_dagster.errors import ParameterError, UserError
@@ -54,10 +53,12 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
         )
     sound: list[Recipe] = []
     broken: list[BrokenRecipe] = []
-    for path, name in _named(folder):
+    for name, paths in _named(folder).items():
+        path = paths[0]
         try:
+            _require_one(name, paths)
             recipe = read_recipe(path)
-            model_entries(recipe.config)
+            named_entries(recipe.config)
             for parameter, dotted in named_code(recipe.config).items():
                 find_dotted(dotted, f"{path}: '{parameter}'")
             _check_schedule(recipe)
@@ -72,10 +73,11 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
             broken.append(BrokenRecipe(name, path, unforeseen))
         else:
             sound.append(Recipe(name, path, recipe.config, recipe.options))
-    shared = _in_one_folder(sound)
-    broken += shared
-    names = {recipe.name for recipe in shared}
-    return [recipe for recipe in sound if recipe.name not in names], broken
+    for found in (_in_one_folder(sound), _alike_weights(sound)):
+        broken += found
+        names = {recipe.name for recipe in found}
+        sound = [recipe for recipe in sound if recipe.name not in names]
+    return sound, broken
 
 
 def _naming(error: UserError, path: Path) -> UserError:
@@ -86,16 +88,48 @@ def _naming(error: UserError, path: Path) -> UserError:
     return ParameterError(error.what, where=where, do=error.do)
 
 
-def _named(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Each recipe file with the name of its assets and job, unique in the folder."""
-    taken: set[str] = set()
+def _named(folder: Path) -> dict[str, list[Path]]:
+    """The name of assets and job → the recipe files that have it."""
+    named: dict[str, list[Path]] = {}
     for path in recipe_files(folder):
-        name = base = identifier(path.stem)
-        number = 2
-        while name in taken:
-            name, number = f"{base}_{number}", number + 1
-        taken.add(name)
-        yield path, name
+        named.setdefault(identifier(path.stem), []).append(path)
+    return named
+
+
+def _require_one(name: str, paths: list[Path]) -> None:
+    """Refuse recipes whose assets would have the same name: the history of one would become that of the
+    other. Raises `ParameterError`."""
+    if len(paths) > 1:
+        raise ParameterError(
+            f"{' and '.join(p.name for p in paths)} would have the same assets, '{name}'",
+            where=str(paths[0].parent),
+            do="rename all but one of these recipes: their names must differ in letters, digits or '_'",
+        )
+
+
+def _alike_weights(recipes: list[Recipe]) -> list[BrokenRecipe]:
+    """Recipes that name weights whose asset would have the name of other weights, as broken: the one that
+    comes first has it."""
+    broken: list[BrokenRecipe] = []
+    taken: dict[str, tuple[str, str]] = {}
+    for recipe in recipes:
+        named, clashes = dict(taken), list[tuple[str, str, str]]()
+        for entry in named_entries(recipe.config):
+            step = identifier("/".join(entry.name))
+            text, first = named.setdefault(step, (entry.text, recipe.name))
+            if text != entry.text:
+                clashes.append((entry.text, text, first))
+        if not clashes:
+            taken = named
+            continue
+        text, other, first = clashes[0]
+        error = ParameterError(
+            f"the weights '{text}' would have the same asset as '{other}' of the recipe '{first}'",
+            where=str(recipe.path),
+            do="write both alike, if they are the same files; else rename one of the files or folders",
+        )
+        broken.append(BrokenRecipe(recipe.name, recipe.path, error))
+    return broken
 
 
 def _in_one_folder(recipes: list[Recipe]) -> list[BrokenRecipe]:

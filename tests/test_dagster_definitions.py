@@ -1,7 +1,6 @@
 """What a folder of recipes becomes in Dagster, before anything runs."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from assets.common import code_version
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.config.recipe import RecipeOptions
 from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.versions import VERSIONS
 from resources import Parameters, load_recipes, recipes_folder
 
 HUB = "Qwen/Qwen-Image"
@@ -81,17 +81,17 @@ def test_assets_of_two_recipes_share_weights(tmp_path: Path) -> None:
     definitions = definitions_of(tmp_path)
     dg.Definitions.validate_loadable(definitions)
     steps = ("metadata", "latents", "checkpoints", "exports")
-    shared = "weights/Qwen-Image/transformer"
+    shared = "weights/Qwen/Qwen-Image/transformer/all_safetensors"
     assert keys(definitions) == {
         *(f"{name}/{step}" for step in steps for name in "ab"),
         shared,
-        "weights/Qwen-Image/vae",
-        "weights/Qwen-Image/text_encoder",
-        "weights/Qwen-Image/tokenizer",
+        "weights/Qwen/Qwen-Image/vae/all_bin",
+        "weights/Qwen/Qwen-Image/text_encoder/all_safetensors",
+        "weights/Qwen/Qwen-Image/tokenizer",
     }
     graph = definitions.resolve_asset_graph()
     parents = {p.to_user_string() for p in graph.get(dg.AssetKey(["b", "latents"])).parent_keys}
-    assert parents >= {"b/metadata", shared, "weights/Qwen-Image/tokenizer"}
+    assert parents >= {"b/metadata", shared, "weights/Qwen/Qwen-Image/tokenizer"}
     assert graph.get(dg.AssetKey(["b", "exports"])).parent_keys == {
         dg.AssetKey(["b", "checkpoints"])
     }
@@ -109,12 +109,68 @@ def test_assets_of_two_recipes_share_weights(tmp_path: Path) -> None:
         definitions.resolve_schedule_def("retrain_a")
 
 
-def test_entries_written_alike_stay_apart(tmp_path: Path) -> None:
+def test_another_recipe_changes_no_key(tmp_path: Path) -> None:
+    """Of the same files under another glob, of a repository of another owner, of files beside."""
+    usual = f"{HUB}:vae/diffusion_pytorch_model*.safetensors"
+    write_recipe(tmp_path, "b", recipe(output_path="b", model_id_with_origin_paths=[usual]))
+    before = keys(definitions_of(tmp_path))
+    assert "weights/Qwen/Qwen-Image/vae" in before
+    others = [
+        f"{HUB}:vae/diffusion_pytorch_model.safetensors",
+        f"{HUB}:vae/*.safetensors",
+        f"{HUB}:vae/",
+        "Other/Qwen-Image:vae/diffusion_pytorch_model*.safetensors",
+    ]
+    write_recipe(tmp_path, "a", recipe(output_path="a", model_id_with_origin_paths=others))
+    added = keys(definitions_of(tmp_path)) - before
+    assert {k for k in added if k.startswith("weights/")} == {
+        "weights/Qwen/Qwen-Image/vae/diffusion_pytorch_model",
+        "weights/Qwen/Qwen-Image/vae/all_safetensors",
+        "weights/Qwen/Qwen-Image/vae/all",
+        "weights/Other/Qwen-Image/vae",
+    }
+    assert keys(definitions_of(tmp_path)) >= before
+
+
+def test_weights_that_are_named_alike_are_refused(tmp_path: Path) -> None:
     pair = ["Q/a:x-y.safetensors", "Q/a:x_y.safetensors"]
-    write_recipe(tmp_path, "a", recipe(model_id_with_origin_paths=pair))
-    weights = sorted(k for k in keys(definitions_of(tmp_path)) if k.startswith("weights/"))
-    assert len(weights) == 2
-    assert all(re.fullmatch("weights/a/x[-_]y_[0-9a-f]{6}", name) for name in weights)
+    write_recipe(tmp_path, "a", recipe(output_path="a", model_id_with_origin_paths=pair[:1]))
+    write_recipe(tmp_path, "b", recipe(output_path="b", model_id_with_origin_paths=pair[1:]))
+    write_recipe(tmp_path, "c", recipe(output_path="c", model_id_with_origin_paths=pair[:1]))
+    sound, broken = load_recipes(tmp_path)
+    assert [r.name for r in sound] == ["a", "c"]
+    assert "'Q/a:x_y.safetensors' would have the same asset as" in str(broken[0].error)
+    dg.Definitions.validate_loadable(definitions_of(tmp_path))
+
+
+def test_recipes_that_are_named_alike_are_refused(tmp_path: Path) -> None:
+    """A new file takes over nobody's history."""
+    write_recipe(tmp_path, "cat-lora", recipe(output_path="a"))
+    assert [r.name for r in load_recipes(tmp_path)[0]] == ["cat_lora"]
+    write_recipe(tmp_path, "cat lora", recipe(output_path="b"))
+    sound, broken = load_recipes(tmp_path)
+    assert sound == []
+    assert [b.name for b in broken] == ["cat_lora"]
+    assert "cat lora.yaml and cat-lora.yaml would have the same assets" in str(broken[0].error)
+    dg.Definitions.validate_loadable(definitions_of(tmp_path))
+
+
+def test_a_release_of_the_package_makes_nothing_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage whose version is raised, and no other."""
+    write_recipe(tmp_path, "a", recipe())
+
+    def versions() -> dict[str, str | None]:
+        graph = definitions_of(tmp_path).resolve_asset_graph()
+        return {k.to_user_string(): graph.get(k).code_version for k in graph.get_all_asset_keys()}
+
+    before = versions()
+    assert all(before.values())
+    monkeypatch.setattr("diffsynth_dagster.__version__", "9.9.9")
+    assert versions() == before
+    monkeypatch.setitem(VERSIONS, "latents", 99)
+    assert [k for k, version in versions().items() if version != before[k]] == ["a/latents"]
 
 
 @pytest.mark.parametrize(

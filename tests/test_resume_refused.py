@@ -16,7 +16,7 @@ from diffsynth_dagster.train import run as run_training
 
 def newer(state: dict[str, Any]) -> None:
     """A state of a newer version that holds the same."""
-    state["identity"]["dict"][-1] = ["the version of this program", "99.0"]
+    state["identity"]["dict"][-1] = ["the version of training", 99]
 
 
 def richer(state: dict[str, Any]) -> None:
@@ -28,8 +28,8 @@ def richer(state: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (newer, "differs in: the version of this program\n"),
-        (richer, "differs in: the version of this program, the layout of a state\n"),
+        (newer, "differs in: the version of training\n"),
+        (richer, "differs in: the version of training, the layout of a state\n"),
     ],
 )
 def test_a_state_of_a_newer_version_is_refused_and_stays(

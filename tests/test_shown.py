@@ -6,6 +6,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from diffsynth_dagster.data.geometry import FrameRule, frames_at
 from diffsynth_dagster.data.media.audio import load_sample_audio
 from diffsynth_dagster.data.samples import files_of, load_files
 
-RATE, FRAMES, SIZE = 30, 75, (64, 48)
+RATE, FRAMES, SIZE = 30, 48, (64, 48)
 CORNER = 12
 """Side of the white square in the upper left corner: it shows how a picture is turned."""
 H264 = ("-c:v", "libx264", "-qp", "1", "-pix_fmt", "yuv420p", "-bf", "3", "-g", "15")
@@ -48,7 +49,7 @@ WHOLE = (
     *("hevc.mp4", "hevc.mkv", "hevc.ts", "mpeg4.avi", "mpeg4.mp4", "mpeg2.mpg", "mpeg2.ts"),
     *("wmv.wmv", "vp9.webm", "av1.mp4"),
 )
-UNEVEN = "setpts=if(lt(N\\,30)\\,N\\,30+(N-30)*1.7)/30/TB"
+UNEVEN = "setpts=if(lt(N\\,20)\\,N\\,20+(N-20)*1.7)/30/TB"
 MADE: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cut.mp4": ("h264.mp4", ("-ss", "0.7"), ("-c", "copy")),
     "cut.mkv": ("h264.mp4", ("-ss", "0.7"), ("-c", "copy")),
@@ -101,6 +102,7 @@ def number(pixels: np.ndarray) -> int:
     return round((float(middle.mean()) - 10) / 3)
 
 
+@cache
 def shown(path: Path) -> tuple[list[float], list[int]]:
     """When each frame of a file is shown, in seconds, and which it is: decoded in order."""
     with av.open(str(path)) as container:

@@ -40,9 +40,9 @@ def test_what_has_changed_is_named(values: Values, tmp_path: Path) -> None:
     assert why(config) == "changed since: the samples, the weights of dit"
     # By an older version, whose records do not name the parameters.
     del other["parameters"]
-    write(folder, {**other, "identity": "0", "config_digest": "0", "version": "0.0"})
+    write(folder, {**other, "identity": "0", "config_digest": "0", "training_version": 0})
     assert why(config) == (
-        "changed since: the samples, the weights of dit, the version of this program, its parameters"
+        "changed since: the samples, the weights of dit, the version of training, its parameters"
     )
     write(folder, record)
     (folder / "epoch-0.safetensors").write_bytes(b"something else")

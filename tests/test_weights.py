@@ -285,22 +285,27 @@ def test_missing_component_is_named(
     assert "lacks the component 'vae'" in capsys.readouterr().err
 
 
-def test_short_names_are_of_models_and_not_of_shards() -> None:
+def test_names_are_of_models_and_not_of_shards() -> None:
     base = {"dataset_base_path": "d", "dataset_metadata_path": "m.csv", "lora_base_model": "dit"}
     entries = model_entries(
         make_config(
             {
                 **base,
-                "model_paths": '["a/b/model.safetensors", ["t/x-00001-of-00002.safetensors", '
-                '"t/x-00002-of-00002.safetensors"]]',
-                "model_id_with_origin_paths": "Qwen/Qwen-Image:transformer/diff*.safetensors",
+                "model_paths": '["a/b/model.safetensors", ["/t/x-00001-of-00002.safetensors", '
+                '"/t/x-00002-of-00002.safetensors"]]',
+                "model_id_with_origin_paths": "Qwen/Qwen-Image:transformer/diff*.safetensors,"
+                "Qwen/Qwen-Image:vae/diffusion_pytorch_model*.safetensors,Q/FLUX.1:ae.safetensors,"
+                "Q/Wan:",
             }
         )
     )
-    assert [e.short_name for e in entries] == [
-        ("a", "b"),
+    assert [e.name for e in entries] == [
+        ("a", "b", "model"),
         ("t", "x"),
-        ("Qwen-Image", "diff"),
+        ("Qwen", "Qwen-Image", "transformer", "diffall"),
+        ("Qwen", "Qwen-Image", "vae"),
+        ("Q", "FLUX_1", "ae"),
+        ("Q", "Wan", "all"),
     ]
 
 

@@ -11,12 +11,12 @@ from diffsynth_dagster.errors import ParameterError, is_text, nearest
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 """Number of a shard and of all, in the name of its file."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
-_USUAL_NAME = re.compile(r"((diffusion_)?(pytorch_)?model([.-].*)?)?")
-"""How diffusers and transformers call the file of any component; or nothing but a wildcard."""
+_USUAL = ("diffusion_pytorch_model*.safetensors", "model*.safetensors")
+"""How the files of a component are named in lists of models: the folder says what they are."""
 
 
 def _as_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_") or "model"
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", text.replace("*", "all")).strip("_") or "_"
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,26 @@ class ModelEntry:
         return f"{self.repository}:{self.pattern}" if self.repository else ", ".join(self.paths)
 
     @property
-    def short_name(self) -> tuple[str, str]:
-        """The repository or folder, and what it is in there: `("Qwen-Image", "transformer")`.
+    def name(self) -> tuple[str, ...]:
+        """What the entry names, in parts of letters, digits, hyphens and underscores:
+        `("Qwen", "Qwen-Image", "transformer")`. It follows from the text of the entry alone.
 
-        Made of letters, digits, hyphens and underscores. Files that libraries call alike are named
-        by their folder, others by their own name: `("FLUX_1-dev", "ae")`. Different entries may
-        have the same short name.
+        Files that diffusers and transformers call alike have the name of their folder; others have
+        their own as well: `("black-forest-labs", "FLUX_1-dev", "ae")`. Few different entries have the
+        same name.
         """
         text = self.pattern if self.repository else SHARD.sub("", self.paths[0])
-        path = PurePosixPath(text)
-        folders = [part for part in path.parts if part not in ("/", ".", "..")]
-        name = folders.pop() if folders else ""
-        if not text.endswith("/") and path.suffix:
-            name = path.stem
-        name = name.rstrip("*-_.")
-        if not text.endswith("/") and folders and _USUAL_NAME.fullmatch(name):
-            name = folders.pop()
-        if self.repository:
-            folders = [self.repository]
-        home = PurePosixPath(folders[-1]).name if folders else "local"
-        return _as_name(home), _as_name(name or "model")
+        path = PurePosixPath(text.replace("\\", "/"))
+        parts = [part for part in path.parts if part not in ("/", ".", "..")]
+        if text.endswith("/") or not parts:
+            parts += [] if self.parameter in MODEL_FOLDERS else ["all"]
+        elif parts[-1] in _USUAL and len(parts) > 1:
+            parts.pop()
+        else:
+            stem = parts[-1].removesuffix(".safetensors")
+            parts[-1] = stem if stem.strip("*") else parts[-1]
+        home = self.repository.split("/") if self.repository else []
+        return tuple(_as_name(part) for part in [*home, *parts])
 
     @property
     def folder_hint(self) -> str:
@@ -157,3 +157,12 @@ def folder_entry(text: str, parameter: str) -> ModelEntry:
     entry = parse_hub_entry(text, parameter)
     pattern = entry.pattern.rstrip("/")
     return ModelEntry(parameter, entry.repository, f"{pattern}/" if pattern else "")
+
+
+def named_entries(config: TrainingConfig) -> list[ModelEntry]:
+    """All that a config names of models: the entries of its list, and the folders beside it.
+
+    Raises:
+        ParameterError: see `model_entries`.
+    """
+    return [*model_entries(config), *folder_entries(config)]

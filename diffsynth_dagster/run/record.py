@@ -11,6 +11,7 @@ from diffsynth_dagster.errors import OutputError, shown
 from diffsynth_dagster.facts import digest_file, digest_of
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.own_names import is_trained
+from diffsynth_dagster.versions import TRAINING
 
 FILE_NAME = "run.json"
 PICTURES = "samples"
@@ -85,6 +86,7 @@ class RunRecord:
     resumed_from: list[int] = field(default_factory=list)
     finished: bool = False
     version: str = __version__
+    training_version: int = TRAINING
     architecture: str = ""
     libraries: dict[str, str] = field(default_factory=dict)
 

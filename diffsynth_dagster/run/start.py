@@ -5,7 +5,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffsynth_dagster import __version__
 from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.held_out import held_out_manifest
 from diffsynth_dagster.cache.manifest import Manifest
@@ -14,6 +13,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.facts import FactCache, digest_of
 from diffsynth_dagster.run.record import RunRecord
+from diffsynth_dagster.versions import TRAINING
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
@@ -73,7 +73,7 @@ def start_record(
     path = found.path.description
     samples = manifest.digest if held_out is None else [manifest.digest, held_out_digest]
     return RunRecord(
-        identity=digest_of([__version__, settings, samples, base, stages, path]),
+        identity=digest_of([TRAINING, settings, samples, base, stages, path]),
         family=found.family.name,
         trained=[*config.trainable_models, *config.lora_base_model],
         base=dict(sorted(base.items())),

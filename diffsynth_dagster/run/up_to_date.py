@@ -72,7 +72,7 @@ def _by_name(record: RunRecord, parameters: bool) -> dict[str, Any]:
         "the samples": record.samples_digest,
         "the held-out samples": record.held_out_digest,
         **{f"the weights of {name}": digest for name, digest in record.base.items()},
-        "the version of this program": record.version,
+        "the version of training": record.training_version,
     }
 
 

@@ -51,7 +51,7 @@ def identity_of(config: TrainingConfig, record: RunRecord) -> dict[str, Any]:
         "the samples": record.samples_digest,
         **({"the held-out samples": held_out} if held_out is not None else {}),
         **{f"the weights of {name}": digest for name, digest in record.base.items()},
-        "the version of this program": record.version,
+        "the version of training": record.training_version,
     }
 
 
