@@ -346,7 +346,7 @@ def test_allowed_rejects_pass_the_check(
         ({"dataset_metadata_path": "none.csv"}, "bad__metadata", "metadata file does not exist"),
         (
             {"model_paths": ["none.safetensors"]},
-            "weights__local__none",
+            "weights__none",
             "the model file does not exist",
         ),
         ({"output_path": "/dev/null/run"}, "bad__metadata", "cannot be written"),
@@ -380,11 +380,11 @@ def test_download_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("assets.weights._RETRIES", 2)
     monkeypatch.setattr("assets.weights.RETRY_DELAY_S", 0.0)
     place.recipe("away", model_paths=None, model_id_with_origin_paths=["a/b:c.safetensors"])
-    key = dg.AssetKey(["weights", "b", "c"])
+    key = dg.AssetKey(["weights", "a", "b", "c"])
     result = place.run("away", asset_selection=[key])
     assert not result.success
     assert len(tries) == 3
-    assert failure_of(result, "weights__b__c") == "the hub did not answer"
+    assert failure_of(result, "weights__a__b__c") == "the hub did not answer"
 
 
 def test_failure_of_the_training_is_told_in_its_words(place: Place) -> None:
