@@ -6,8 +6,10 @@ import dagster as dg
 
 from assets.broken import make_broken
 from assets.checkpoints import make_checkpoints
+from assets.common import kinds_of
 from assets.exports import make_exports
 from assets.latents import make_latents
+from assets.lineage import Lineage
 from assets.metadata import make_metadata
 from assets.weights import WeightsAssets
 from diffsynth_dagster.config import Recipe
@@ -19,19 +21,19 @@ __all__ = ["make_assets"]
 def make_assets(
     recipes: Sequence[Recipe], broken: Sequence[BrokenRecipe] = ()
 ) -> list[dg.AssetsDefinition]:
-    """Every asset of the recipes. Weights that several recipes name are one asset.
-
-    A recipe that only encodes (`task: sft:data_process`) ends with its latents; one that trains
-    from an encoded folder (no `dataset_metadata_path`) starts with its checkpoints.
-    """
-    weights = WeightsAssets(recipes)
+    """Every asset of the recipes. Weights that several recipes name are one asset."""
+    lineage = Lineage(recipes)
+    weights = WeightsAssets(recipes, lineage)
     assets = list(weights.definitions)
     for recipe in recipes:
-        upstream = weights.keys(recipe)
-        if recipe.config.dataset_metadata_path is not None:
-            assets += [make_metadata(recipe), make_latents(recipe, upstream)]
-        if not recipe.config.encodes_only:
-            assets += [make_checkpoints(recipe, upstream), make_exports(recipe)]
+        kinds, models = kinds_of(recipe.config), weights.keys(recipe)
+        tables, latents, checkpoints = (
+            lineage.upstream(recipe, kind) for kind in ("metadata", "latents", "checkpoints")
+        )
+        if "latents" in kinds:
+            assets += [make_metadata(recipe, tables), make_latents(recipe, [*models, *latents])]
+        if "checkpoints" in kinds:
+            assets += [make_checkpoints(recipe, [*models, *checkpoints]), make_exports(recipe)]
     for recipe in broken:
         assets += make_broken(recipe)
     return assets

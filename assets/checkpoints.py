@@ -18,6 +18,7 @@ from assets.common import (
     tried_again,
     user_errors,
 )
+from assets.launched import launched, step_tags
 from assets.losses import hardest_facts, held_out_facts
 from assets.pictures import animation, inline, loss_curve, stacked
 from diffsynth_dagster.config import Recipe, TrainingConfig
@@ -51,19 +52,24 @@ class CheckpointsConfig(dg.Config):
     )
 
 
-def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinition:
-    """The checkpoints asset of a recipe, with its check."""
+def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefinition:
+    """The checkpoints asset of a recipe, with its check.
+
+    Args:
+        upstream: the models, and the assets that files to start from or encoded samples come from.
+    """
     key = asset_key(recipe.name, "checkpoints")
     has_latents = recipe.config.dataset_metadata_path is not None
 
     @dg.asset(
         key=key,
-        deps=[*([asset_key(recipe.name, "latents")] if has_latents else []), *weights],
+        deps=[*([asset_key(recipe.name, "latents")] if has_latents else []), *upstream],
         group_name=recipe.name,
         kinds={"pytorch", "accelerate"},
         description=description(recipe, "The trained weights."),
         code_version=code_version(recipe.config, "checkpoints"),
         pool=GPU_POOL,
+        op_tags=step_tags(recipe),
         check_specs=[
             dg.AssetCheckSpec(
                 CHECK,
@@ -88,7 +94,8 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
         )
 
         with tried_again(context, recipe.options.retries), user_errors():
-            settings = second_half(parameters.apply(recipe.config))
+            ran = launched(context, recipe, parameters)
+            settings = second_half(ran.config)
             processes = launcher.num_processes or recipe.options.num_processes
             began = _began(context, recipe, Path(settings.output_path))
             moved = older_runs(Path(settings.output_path))
@@ -118,8 +125,10 @@ def make_checkpoints(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDef
                 **({} if why is None else {"trained_because": why}),
                 **_describe(settings, record, changed),
                 **({"moved_to": dg.MetadataValue.path(str(moved[-1].absolute()))} if moved else {}),
+                **ran.facts,
             },
             data_version=dg.DataVersion(record.chosen_digest),
+            tags=ran.tags("checkpoints"),
             check_results=[check],
         )
         require_passed(check)

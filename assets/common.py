@@ -76,6 +76,16 @@ def asset_key(recipe: str, kind: Kind) -> dg.AssetKey:
     return dg.AssetKey([recipe, kind])
 
 
+def kinds_of(config: TrainingConfig) -> tuple[Kind, ...]:
+    """The assets that a recipe has of its own.
+
+    One that only encodes (`task: sft:data_process`) ends with its latents; one that trains from an
+    encoded folder (no `dataset_metadata_path`) starts with its checkpoints.
+    """
+    encodes, trains = config.dataset_metadata_path is not None, not config.encodes_only
+    return (*(KINDS[:2] if encodes else ()), *(KINDS[2:] if trains else ()))
+
+
 _BY_VALUE: dict[Kind, tuple[Affects, ...]] = {
     "metadata": ("weights", "rows"),
     "latents": ("weights", "rows", "latents"),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from assets.common import asset_key, code_version, description, table, user_errors
+from assets.launched import launched, step_tags
 from diffsynth_dagster.config import Recipe
 from resources import Hub, Parameters
 
@@ -25,6 +26,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
         kinds={"diffusers", "safetensors"},
         description=description(recipe, "The newest checkpoint as files that other tools load."),
         code_version=code_version(recipe.config, "exports"),
+        op_tags=step_tags(recipe),
         check_specs=[
             dg.AssetCheckSpec(
                 CHECK,
@@ -41,7 +43,8 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
         from diffsynth_dagster.facts import digest_of
 
         with user_errors():
-            exported = export_folder(parameters.apply(recipe.config), hub.open())
+            ran = launched(context, recipe, parameters)
+            exported = export_folder(ran.config, hub.open())
         effect = exported.effect
         if effect is not None and effect.is_nothing:
             context.log.warning(f"the LoRA: {effect}")
@@ -70,11 +73,14 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
                 **({} if exported.effect is None else {"change_of_weights": str(exported.effect)}),
                 **({} if card is None else _card_facts(card)),
                 "folder": dg.MetadataValue.path(str(files[0].path.parent.absolute())),
+                **ran.facts,
             },
             data_version=dg.DataVersion(digest_of([item.digest for item in files])),
             # Stale until the training is finished, also where its end makes the checkpoint that the
             # asset checkpoints has known from a training before.
-            tags={} if exported.unfinished is None else {"dagster/code_version": "unfinished"},
+            tags=ran.tags("exports")
+            if exported.unfinished is None
+            else {"dagster/code_version": "unfinished"},
             check_results=[_check(exported)],
         )
 

@@ -16,6 +16,7 @@ from assets.common import (
     tried_again,
     user_errors,
 )
+from assets.launched import launched, step_tags
 from assets.rows import long_captions_facts
 from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.run.events import Encoded, Encoding
@@ -28,18 +29,23 @@ if TYPE_CHECKING:
 CHECK = "latents_complete_and_finite"
 
 
-def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinition:
-    """The latents asset of a recipe, with its check."""
+def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefinition:
+    """The latents asset of a recipe, with its check.
+
+    Args:
+        upstream: the models, and the assets that files to encode with come from.
+    """
     key = asset_key(recipe.name, "latents")
 
     @dg.asset(
         key=key,
-        deps=[asset_key(recipe.name, "metadata"), *weights],
+        deps=[asset_key(recipe.name, "metadata"), *upstream],
         group_name=recipe.name,
         kinds={"pytorch", "safetensors"},
         description=description(recipe, "The samples encoded once, so that training reads them."),
         code_version=code_version(recipe.config, "latents"),
         pool=GPU_POOL,
+        op_tags=step_tags(recipe),
         check_specs=[
             dg.AssetCheckSpec(
                 CHECK,
@@ -62,7 +68,8 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
 
         report = Encoded({}, {})
         with tried_again(context, recipe.options.retries), user_errors():
-            config = first_half(parameters.apply(recipe.config))
+            ran = launched(context, recipe, parameters)
+            config = first_half(ran.config)
             checked = read_checked(Path(config.output_path))
             with user_errors(config):
                 for event in launcher.run(context, config, recipe.options):
@@ -86,8 +93,9 @@ def make_latents(recipe: Recipe, weights: list[dg.AssetKey]) -> dg.AssetsDefinit
             facts |= {f"{kind}/{stage}": count for stage, count in counts.items()}
             context.log.info(f"{kind}: {counts}")
         yield dg.MaterializeResult(
-            metadata=facts,
+            metadata={**facts, **ran.facts},
             data_version=dg.DataVersion(version),
+            tags=ran.tags("latents"),
             check_results=[check],
         )
         require_passed(check)

@@ -15,6 +15,7 @@ from assets.common import (
     require_passed,
     user_errors,
 )
+from assets.launched import launched, step_tags
 from assets.pictures import Shown, contact_sheet, inline
 from assets.rows import files_of_rows, long_captions_facts, markdown
 from diffsynth_dagster.config import Recipe, TrainingConfig
@@ -28,18 +29,23 @@ _SHOWN_ROWS = 20
 _SHOWN_PICTURES = 48
 
 
-def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
-    """The metadata asset of a recipe, with its check."""
+def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefinition:
+    """The metadata asset of a recipe, with its check.
+
+    Args:
+        upstream: the assets that its tables come from.
+    """
     key = asset_key(recipe.name, "metadata")
 
     @dg.asset(
         key=key,
+        deps=upstream,
         group_name=recipe.name,
         kinds={"polars"},
         description=description(recipe, "The data set's table with every row checked."),
         code_version=code_version(recipe.config, "metadata"),
         # Before the weights, which nothing orders otherwise: a bad table costs no download.
-        op_tags={"dagster/priority": "10"},
+        op_tags={**step_tags(recipe), "dagster/priority": "10"},
         check_specs=[
             dg.AssetCheckSpec(
                 CHECK,
@@ -65,7 +71,8 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
         from diffsynth_dagster.weights.identify import guess_family
 
         with user_errors():
-            config = with_settled(parameters.apply(recipe.config))
+            ran = launched(context, recipe, parameters)
+            config = with_settled(ran.config)
             refuse_overlap(config)
             refuse_own_recipe(config, recipe.path)
             require_named(config)
@@ -87,10 +94,16 @@ def make_metadata(recipe: Recipe) -> dg.AssetsDefinition:
                 **_describe(config, checked, counts),
                 **long_captions_facts(long_captions),
                 **_held_out(held_out),
+                **ran.facts,
             }
             version = _version(checked, held_out)
             check = _check(key, config, checked, held_out, warnings)
-        yield dg.MaterializeResult(metadata=facts, data_version=version, check_results=[check])
+        yield dg.MaterializeResult(
+            metadata=facts,
+            data_version=version,
+            tags=ran.tags("metadata"),
+            check_results=[check],
+        )
         require_passed(check)
 
     return metadata

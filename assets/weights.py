@@ -10,6 +10,7 @@ from pathlib import Path
 import dagster as dg
 
 from assets.common import RETRY_DELAY_S, fact_cache_path, table, tried_again, user_errors
+from assets.lineage import Lineage
 from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.config.entries import (
     MODEL_FOLDERS,
@@ -26,13 +27,13 @@ _RETRIES = 3
 class WeightsAssets:
     """One asset for each distinct entry of the recipes' model lists."""
 
-    def __init__(self, recipes: Sequence[Recipe]) -> None:
+    def __init__(self, recipes: Sequence[Recipe], lineage: Lineage) -> None:
         uses: dict[dg.AssetKey, list[tuple[Recipe, ModelEntry]]] = {}
         for recipe in recipes:
             for entry in named_entries(recipe.config):
                 uses.setdefault(weights_key(entry), []).append((recipe, entry))
         self.definitions = [
-            _make_weights(key, users[0][1], [recipe for recipe, _ in users])
+            _make_weights(key, users[0][1], [recipe for recipe, _ in users], lineage)
             for key, users in uses.items()
         ]
 
@@ -51,13 +52,14 @@ def _mark(text: str) -> str:
 
 
 def _make_weights(
-    key: dg.AssetKey, entry: ModelEntry, recipes: list[Recipe]
+    key: dg.AssetKey, entry: ModelEntry, recipes: list[Recipe], lineage: Lineage
 ) -> dg.AssetsDefinition:
     users = ", ".join(recipe.name for recipe in recipes)
     config = recipes[0].config
 
     @dg.asset(
         key=key,
+        deps=lineage.upstream_of_weights(entry, recipes),
         group_name=GROUP,
         kinds={"modelscope" if entry.repository else "file", "safetensors"},
         description=f"{entry.text}\n\nUsed by: {users}",

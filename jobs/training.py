@@ -1,11 +1,12 @@
-"""`train_<recipe>`: everything that a recipe's exports depend on; and its schedule."""
+"""`train_<recipe>`: a recipe's assets and the weights they come from; and its schedule."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from assets.common import asset_key
+from assets.common import KINDS, Kind, asset_key, kinds_of
+from assets.weights import GROUP
 from diffsynth_dagster.config import Recipe
 from resources import JOB_CONFIG, BrokenRecipe
 
@@ -21,23 +22,20 @@ def job_name(recipe: str) -> str:
 
 
 def make_jobs(recipes: Sequence[Recipe], broken: Sequence[BrokenRecipe] = ()) -> "list[AssetJob]":
-    """One job for each recipe: its assets and the weights they come from."""
+    """One job for each recipe: its own assets and the weights they come from. What it reads from other
+    recipes is taken as it is: their jobs train them."""
     return [
-        *(_make_job(r.name, r.options.description, _last_asset(r)) for r in recipes),
-        *(_make_job(r.name, str(r.error), asset_key(r.name, "exports")) for r in broken),
+        *(_make_job(r.name, r.options.description, kinds_of(r.config)) for r in recipes),
+        *(_make_job(r.name, str(r.error), KINDS) for r in broken),
     ]
 
 
-def _make_job(name: str, description: str, last: dg.AssetKey) -> "AssetJob":
-    selection = dg.AssetSelection.assets(last).upstream()
+def _make_job(name: str, description: str, kinds: Sequence[Kind]) -> "AssetJob":
+    own = dg.AssetSelection.assets(*(asset_key(name, kind) for kind in kinds))
+    weights = own.upstream(depth=1) & dg.AssetSelection.groups(GROUP)
     return dg.define_asset_job(
-        job_name(name), selection=selection, description=description, config=JOB_CONFIG
+        job_name(name), selection=own | weights, description=description, config=JOB_CONFIG
     )
-
-
-def _last_asset(recipe: Recipe) -> dg.AssetKey:
-    only_encodes = recipe.config.encodes_only
-    return asset_key(recipe.name, "latents" if only_encodes else "exports")
 
 
 def make_schedules(

@@ -40,11 +40,15 @@ class ParametersBase(dg.ConfigurableResource):
         Raises:
             ParameterError: see `read_config`.
         """
-        given = {name: getattr(self, name) for name in _overridable()}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        if not chosen:
+        given = self.given()
+        if not given:
             return config
-        return read_config({**config.model_dump(), **chosen}, where="the run config")
+        return read_config({**config.model_dump(), **given}, where="the run config")
+
+    def given(self) -> dict[str, Any]:
+        """Parameter name → value, of those that the run sets."""
+        values = {name: getattr(self, name) for name in _overridable()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def _overridable() -> dict[str, FieldInfo]:

@@ -1,6 +1,6 @@
 """Real runs of a recipe on a tiny model, in this process; the training in its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,16 @@ import dagster as dg
 import polars as pl
 import pytest
 from conftest import lora_values, write_images
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.loader import LoadingContextForTest
 from dagster_support import definitions_of, write_recipe
 from process_support import forked_launches
 
+from assets.common import KINDS, Kind, asset_key
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
 from resources import Launcher
 
-STEPS = ("metadata", "latents", "checkpoints", "exports")
 MAX_EVENT = 100_000
 
 
@@ -80,6 +82,19 @@ def version(place: Place, kind: str, name: str) -> str:
     return (event.asset_materialization.tags or {})["dagster/data_version"]
 
 
+def why_stale(place: Place, kind: Kind, name: str) -> list[str]:
+    """Why Dagster shows an asset as stale."""
+    graph = definitions_of(place.folder / "recipes").resolve_asset_graph()
+    context = LoadingContextForTest(place.instance)
+    resolver = CachingStaleStatusResolver(place.instance, graph, context)
+    return [cause.reason for cause in resolver.get_stale_causes(asset_key(name, kind))]
+
+
+def tags_of(result: dg.ExecuteInProcessResult, kind: Kind, name: str) -> Mapping[str, str]:
+    (found,) = result.asset_materializations_for_node(f"{name}__{kind}")
+    return found.tags or {}
+
+
 @pytest.fixture(scope="module")
 def first(place: Place) -> dg.ExecuteInProcessResult:
     place.recipe("tiny")
@@ -129,6 +144,7 @@ def test_every_asset_says_what_a_person_wants_to_see(
     assert training["trained_because"].value == "there is no training in the run folder"
     assert training["steps"].value == 2
     assert training["trained_samples"].value == 8
+    assert "overrides" not in training
     assert training["devices"].value
     assert training["samples_per_second"].value > 0
     exports = metadata_of(first, "exports", "tiny")
@@ -180,7 +196,10 @@ def test_second_run_neither_encodes_nor_trains(
 def test_run_config_retrains_with_other_parameters(
     place: Place, second: dg.ExecuteInProcessResult
 ) -> None:
-    """Parameters of the run config reach the training; the recipe's own run stays as it was."""
+    """Parameters of the run config reach the training; the recipe's own run stays as it was, and Dagster
+    shows that the newest is another one."""
+    assert second.success
+    assert not [cause for kind in KINDS for cause in why_stale(place, kind, "tiny")]
     folder = str(place.folder / "other")
     parameters = {"config": {"num_epochs": 2, "output_path": folder, "sample_prompts": []}}
     result = place.run(
@@ -194,13 +213,14 @@ def test_run_config_retrains_with_other_parameters(
     facts = metadata_of(result, "checkpoints", "tiny")
     assert facts["steps"].value == 4
     assert facts["trained_because"].value == "retrain was asked for"
+    assert facts["overrides"].value == parameters["config"]
+    assert why_stale(place, "checkpoints", "tiny") == ["has a new code version"]
     record = read_record(Path(folder))
     assert record is not None
     assert record.steps == 4
     before = read_record(place.folder / "tiny")
     assert before is not None
     assert before.steps == 2
-    assert second.success
 
 
 def test_a_recipe_for_each_half(place: Place) -> None:
@@ -215,6 +235,11 @@ def test_a_recipe_for_each_half(place: Place) -> None:
     for trains in (True, False):
         result = place.run("second_half")
         assert result.success
+        assert not result.asset_materializations_for_node("first_half__latents")
+        taken = tags_of(result, "checkpoints", "second_half")
+        assert taken["dagster/input_data_version/first_half/latents"] == version(
+            place, "latents", "first_half"
+        )
         metadata = metadata_of(result, "checkpoints", "second_half")
         assert metadata["trained_in_this_run"].value is trains
 

@@ -1,0 +1,129 @@
+"""What a run was launched with: the recipe, which must be the same still, and what it sets otherwise."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+
+from assets.common import Kind, code_version
+from diffsynth_dagster.config import Recipe, TrainingConfig
+from diffsynth_dagster.config.effect import AFFECTS, Affects
+from diffsynth_dagster.config.parameters import MARKS
+from diffsynth_dagster.errors import ParameterError
+from resources import Parameters
+
+RECIPE, DIGEST = "diffsynth/recipe", "diffsynth/recipe_digest"
+"""Tags of each step of a recipe: its name, and the digest of what it says."""
+_LAST: dict[Kind, Affects] = {
+    "metadata": "rows",
+    "latents": "latents",
+    "checkpoints": "training",
+    "exports": "exports",
+}
+"""The last of what an asset depends on, in the order of `AFFECTS`."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a step goes by.
+
+    Attributes:
+        config: the recipe's parameters, with those that the run sets in their place.
+        overrides: those that the run sets otherwise than the recipe does, as JSON values.
+        output_path: the recipe's own run folder.
+    """
+
+    config: TrainingConfig
+    overrides: Mapping[str, Any]
+    output_path: str
+
+    def tags(self, kind: Kind) -> dict[str, str]:
+        """Tags of a materialization: the code version of what really ran. An asset whose own is another
+        one is shown as stale."""
+        version, beside = code_version(self.config, kind), self._beside(kind)
+        return {"dagster/code_version": f"{version} {_digest(beside)}" if beside else version}
+
+    @property
+    def facts(self) -> dict[str, dg.MetadataValue]:
+        """Metadata of a materialization: the overrides, if there are any."""
+        return {"overrides": dg.MetadataValue.json(dict(self.overrides))} if self.overrides else {}
+
+    def _beside(self, kind: Kind) -> dict[str, Any]:
+        """The overrides that are in no code version, and by which the asset is not that of its recipe:
+        the assets upstream are those of the recipe's files, and its result lies in the recipe's folder."""
+        last = AFFECTS.index(_LAST[kind])
+        found = {
+            name: value
+            for name, value in self.overrides.items()
+            if MARKS[name].by_content and AFFECTS.index(MARKS[name].affects) <= last
+        }
+        folder = os.path.abspath(self.config.output_path)
+        return found if folder == os.path.abspath(self.output_path) else {**found, "in": folder}
+
+
+def step_tags(recipe: Recipe) -> dict[str, str]:
+    """Tags of a recipe's steps.
+
+    With each run Dagster keeps the tags that its steps had where it was launched: in the UI, or by a
+    schedule, those of the definitions as they were loaded last. They come with jobs and with assets
+    that are picked in the graph. (Tags of a run would be taken over by its re-executions.)
+    """
+    return {RECIPE: recipe.name, DIGEST: _digest_of(recipe)}
+
+
+def launched(context: dg.AssetExecutionContext, recipe: Recipe, parameters: Parameters) -> Launched:
+    """What a step of a recipe goes by.
+
+    Args:
+        recipe: as this process has loaded it.
+
+    Raises:
+        ParameterError: the recipe is not the one that the run was launched with; the run sets
+            parameters and has steps of several recipes; or see `read_config`.
+    """
+    recipes = _recipes_of(context)
+    if recipes is not None and recipes.get(recipe.name) != _digest_of(recipe):
+        raise ParameterError(
+            "the recipe changed since the run was launched",
+            where=str(recipe.path),
+            do="reload definitions (in the UI: Deployment, then Reload beside the code location), and "
+            "launch a new run",
+        )
+    given = parameters.given()
+    if given and len(recipes or ()) > 1:
+        names = [f"'{name}'" for name in sorted(recipes or ())]
+        raise ParameterError(
+            f"parameters of the run config are for one recipe, and the run has assets of "
+            f"{', '.join(names[:-1])} and {names[-1]}",
+            where=f"resources.parameters.config: {', '.join(sorted(given))}",
+            do="launch a run for each recipe, or leave the parameters out and write them into the recipes",
+        )
+    config = parameters.apply(recipe.config)
+    before, now = (c.model_dump(mode="json") for c in (recipe.config, config))
+    overrides = {name: value for name, value in now.items() if value != before[name]}
+    return Launched(config, overrides, recipe.config.output_path)
+
+
+def _recipes_of(context: dg.AssetExecutionContext) -> dict[str, str] | None:
+    """Name → digest of the recipes that a run has steps of, as they were when it was launched; None
+    where Dagster kept no plan of it."""
+    kept = context.run.execution_plan_snapshot_id
+    if kept is None:
+        return None
+    plan = context.instance.get_execution_plan_snapshot(kept)
+    steps = [step.tags or {} for step in plan.steps if step.key in plan.step_keys_to_execute]
+    return {tags[RECIPE]: tags[DIGEST] for tags in steps if RECIPE in tags}
+
+
+def _digest_of(recipe: Recipe) -> str:
+    """Digest of what a recipe makes a run do."""
+    options = recipe.options.model_dump(mode="json", exclude={"description", "schedule"})
+    return _digest({"parameters": recipe.config.model_dump(mode="json"), "options": options})
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
