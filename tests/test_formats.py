@@ -104,7 +104,14 @@ def some_lora(place: tuple[str, str], kind: str = KINDS[0]) -> Lora:
     return lora
 
 
-@pytest.mark.parametrize("place", PLACES, ids="-".join)
+QUICKLY = [
+    # Its layers are those of Stable Diffusion 1.5, but more.
+    pytest.param(p, marks=pytest.mark.soak) if p == ("stable_diffusion_xl", "unet") else p
+    for p in PLACES
+]
+
+
+@pytest.mark.parametrize("place", QUICKLY, ids="-".join)
 def test_every_format_there_and_back_and_in_its_tool(
     place: tuple[str, str], show: Callable[[str], None]
 ) -> None:

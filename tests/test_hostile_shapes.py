@@ -42,7 +42,7 @@ def entries(shapes: dict[str, list[int]]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("family", family_names())
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_names_with_any_shapes_end_without_a_traceback(
     tmp_path_factory: pytest.TempPathFactory, family: str, data: st.DataObject

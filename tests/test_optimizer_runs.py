@@ -102,7 +102,10 @@ def test_each_model_has_its_learning_rate(of_two: Values, tmp_path: Path) -> Non
     assert [name for name in row if name.startswith("learning_rate")] == ["learning_rate"]
 
 
-@pytest.mark.parametrize("name", optimizers("adamw8bit", "muon", "adamw_schedule_free"))
+@pytest.mark.parametrize(
+    "name",
+    [*optimizers("adamw8bit", "adamw_schedule_free"), pytest.param("muon", marks=pytest.mark.soak)],
+)
 def test_groups_of_two_learning_rates_resume(of_two: Values, tmp_path: Path, name: str) -> None:
     more = {**TABLE[name], "optimizer": name, "learning_rates": {"text_encoder": 1e-3}}
     given = of_two(**{**LONG, "num_epochs": 3, "sample_prompts": [], **more})
@@ -117,6 +120,7 @@ def test_groups_of_two_learning_rates_resume(of_two: Values, tmp_path: Path, nam
     )
 
 
+@pytest.mark.soak  # `test_resume_processes.py` does it with the default optimizer
 def test_two_processes_then_one(values: Values, tmp_path: Path) -> None:
     """Muon and an average, of two processes and then of one: as one process alone, up to sums."""
     long = {"optimizer": "muon", "ema_sigma_rel": 0.25, "batch_size": 2, "learning_rate": 1e-2}

@@ -120,7 +120,15 @@ PUBLISHED: dict[str, Published] = {
 
 
 @pytest.mark.parametrize(
-    "place", [case for case in TABLE if case.name in PUBLISHED], ids=lambda c: c.name, indirect=True
+    "place",
+    [
+        # With a given frame, it is one that is made without, and more.
+        pytest.param(case, marks=pytest.mark.soak if case.name == "ltx2_t2av" else ())
+        for case in TABLE
+        if case.name in PUBLISHED
+    ],
+    ids=lambda c: c.name,
+    indirect=True,
 )
 def test_samples_are_those_of_the_published_pipeline(place: Place, tmp_path: Path) -> None:
     models = place.case.models(place.model, "diffusers")["model_paths"]
