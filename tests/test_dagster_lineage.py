@@ -7,6 +7,8 @@ import dagster as dg
 import pytest
 from dagster_support import definitions_of, write_recipe
 
+from diffsynth_dagster.config.entries import ModelEntry
+
 MODEL = "none/dit.safetensors"
 STEPS = {"metadata", "latents", "checkpoints", "exports"}
 
@@ -110,7 +112,7 @@ def test_job_trains_its_own_recipe_alone(recipes: Recipes) -> None:
     recipes.add(
         "next", (MODEL, control), lora_checkpoint=recipes.run("first", "step-5.safetensors")
     )
-    weights = "weights/step-5"
+    weights = "weights/" + ModelEntry("model_paths", paths=(control,)).name[-1]
     assert recipes.edges() == {
         weights: {"first/checkpoints"},
         "next/checkpoints": {"first/checkpoints"},

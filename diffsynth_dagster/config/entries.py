@@ -65,7 +65,9 @@ class ModelEntry:
         names = [_as_name(part) for part in [*home, *parts]]
         if not self.repository and path.is_absolute():
             # The folders above differ from one machine to the next, and are long.
-            *home, last = names[-2:]
+            if names[-1] in ("diffusion_pytorch_model", "model"):
+                names.pop()
+            *home, last = names[-2:] or ["model"]
             names = [*home, f"{last}_{blake2b(self.text.encode(), digest_size=3).hexdigest()}"]
         return tuple(names)
 
