@@ -14,6 +14,7 @@ from assets.common import Kind, asset_key, kinds_of
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.entries import ModelEntry, named_entries
 from diffsynth_dagster.config.parameters import MARKS
+from diffsynth_dagster.own_names import is_own
 
 _READ = (
     *("dataset_metadata_path", "validation_metadata_path", "dataset_base_path"),
@@ -93,7 +94,10 @@ class Lineage:
             return None
         place, owner = file.relative_to(folder), self._owners[folder]
         kind = "latents" if encoded else _kind(place)
-        made = kind in kinds_of(owner.config) and place.parts[:1] not in _KEPT
+        # A folder of weights or pictures may lie in a run folder, or be one.
+        whole = place.parts[:1] in (("samples",), ("exports",))
+        written = encoded or whole or is_own(place.as_posix())
+        made = written and kind in kinds_of(owner.config) and place.parts[:1] not in _KEPT
         return (owner.name, kind) if made else None
 
 

@@ -3,7 +3,6 @@ files are named by their path."""
 
 from collections.abc import Sequence
 from contextlib import closing
-from hashlib import blake2b
 from math import prod
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.config.entries import (
     MODEL_FOLDERS,
     ModelEntry,
+    mark_of_text,
     named_entries,
 )
 from diffsynth_dagster.versions import VERSIONS
@@ -47,10 +47,6 @@ def weights_key(entry: ModelEntry) -> dg.AssetKey:
     return dg.AssetKey([GROUP, *entry.name])
 
 
-def _mark(text: str) -> str:
-    return blake2b(text.encode(), digest_size=3).hexdigest()
-
-
 def _make_weights(
     key: dg.AssetKey, entry: ModelEntry, recipes: list[Recipe], lineage: Lineage
 ) -> dg.AssetsDefinition:
@@ -63,7 +59,7 @@ def _make_weights(
         group_name=GROUP,
         kinds={"modelscope" if entry.repository else "file", "safetensors"},
         description=f"{entry.text}\n\nUsed by: {users}",
-        code_version=f"{VERSIONS['weights']} {_mark(entry.text)}",
+        code_version=f"{VERSIONS['weights']} {mark_of_text(entry.same)}",
     )
     def weights(context: dg.AssetExecutionContext, hub: Hub) -> dg.MaterializeResult:
         from diffsynth_dagster.facts import FactCache, digest_of

@@ -8,9 +8,9 @@ from pathlib import Path
 import dagster as dg
 
 import diffsynth_dagster
-from diffsynth_dagster.config import Recipe, read_recipe
+from diffsynth_dagster.config import Recipe, TrainingConfig, read_recipe
 from diffsynth_dagster.config.checks import named_code
-from diffsynth_dagster.config.entries import named_entries
+from diffsynth_dagster.config.entries import ModelEntry, mark_of_text, named_entries
 from diffsynth_dagster.config.recipe import recipe_files
 from diffsynth_dagster.dotted import find_dotted
 from diffsynth_dagster.errors import ParameterError, UserError
@@ -56,9 +56,9 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
     for name, paths in _named(folder).items():
         path = paths[0]
         try:
-            _require_one(name, paths)
+            _require_own_name(name, paths)
             recipe = read_recipe(path)
-            named_entries(recipe.config)
+            _steps(recipe.config)
             for parameter, dotted in named_code(recipe.config).items():
                 find_dotted(dotted, f"{path}: '{parameter}'")
             _check_schedule(recipe)
@@ -73,7 +73,8 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
             broken.append(BrokenRecipe(name, path, unforeseen))
         else:
             sound.append(Recipe(name, path, recipe.config, recipe.options))
-    for found in (_in_one_folder(sound), _alike_weights(sound)):
+    for refused in (_in_one_folder, _alike_weights):
+        found = refused(sound)
         broken += found
         names = {recipe.name for recipe in found}
         sound = [recipe for recipe in sound if recipe.name not in names]
@@ -92,13 +93,22 @@ def _named(folder: Path) -> dict[str, list[Path]]:
     """The name of assets and job → the recipe files that have it."""
     named: dict[str, list[Path]] = {}
     for path in recipe_files(folder):
-        named.setdefault(identifier(path.stem), []).append(path)
+        name = identifier(path.stem)
+        if not path.stem.isascii():  # else all names of another script would be the same
+            name = f"{name.strip('_') or 'recipe'}_{mark_of_text(path.stem)}"
+        named.setdefault(name, []).append(path)
     return named
 
 
-def _require_one(name: str, paths: list[Path]) -> None:
-    """Refuse recipes whose assets would have the same name: the history of one would become that of the
-    other. Raises `ParameterError`."""
+def _require_own_name(name: str, paths: list[Path]) -> None:
+    """Refuse recipes whose assets would have the names of others: the history of one would become that of
+    the other. Raises `ParameterError`."""
+    if name == "weights" or name.startswith("weights__"):
+        raise ParameterError(
+            f"'{name}' is a name of the assets of weights",
+            where=str(paths[0]),
+            do="rename the recipe",
+        )
     if len(paths) > 1:
         raise ParameterError(
             f"{' and '.join(p.name for p in paths)} would have the same assets, '{name}'",
@@ -114,11 +124,10 @@ def _alike_weights(recipes: list[Recipe]) -> list[BrokenRecipe]:
     taken: dict[str, tuple[str, str]] = {}
     for recipe in recipes:
         named, clashes = dict(taken), list[tuple[str, str, str]]()
-        for entry in named_entries(recipe.config):
-            step = identifier("/".join(entry.name))
-            text, first = named.setdefault(step, (entry.text, recipe.name))
-            if text != entry.text:
-                clashes.append((entry.text, text, first))
+        for step, entry in _steps(recipe.config):
+            text, first = named.setdefault(step, (entry.same, recipe.name))
+            if text != entry.same:
+                clashes.append((entry.same, text, first))
         if not clashes:
             taken = named
             continue
@@ -126,10 +135,16 @@ def _alike_weights(recipes: list[Recipe]) -> list[BrokenRecipe]:
         error = ParameterError(
             f"the weights '{text}' would have the same asset as '{other}' of the recipe '{first}'",
             where=str(recipe.path),
-            do="write both alike, if they are the same files; else rename one of the files or folders",
+            do="rename one of the files or folders: their names must differ in letters, digits or folders",
         )
         broken.append(BrokenRecipe(recipe.name, recipe.path, error))
     return broken
+
+
+def _steps(config: TrainingConfig) -> list[tuple[str, ModelEntry]]:
+    """The name of Dagster's step for each model that a config names."""
+    entries = named_entries(config)
+    return [(dg.AssetKey(["weights", *e.name]).to_python_identifier(), e) for e in entries]
 
 
 def _in_one_folder(recipes: list[Recipe]) -> list[BrokenRecipe]:

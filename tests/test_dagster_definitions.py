@@ -1,6 +1,7 @@
 """What a folder of recipes becomes in Dagster, before anything runs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,13 +134,59 @@ def test_another_recipe_changes_no_key(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_named_alike_are_refused(tmp_path: Path) -> None:
+    """By the names of Dagster's steps, and of sound recipes alone."""
     pair = ["Q/a:x-y.safetensors", "Q/a:x_y.safetensors"]
-    write_recipe(tmp_path, "a", recipe(output_path="a", model_id_with_origin_paths=pair[:1]))
-    write_recipe(tmp_path, "b", recipe(output_path="b", model_id_with_origin_paths=pair[1:]))
-    write_recipe(tmp_path, "c", recipe(output_path="c", model_id_with_origin_paths=pair[:1]))
+    for name, entry, folder in (
+        ("a", pair[0], "a"),
+        ("b", pair[1], "shared"),
+        ("c", pair[0], "shared"),
+        ("d", pair[1], "d"),
+        ("e", "Q_a/x_y.safetensors", "e"),
+    ):
+        key = "model_id_with_origin_paths" if ":" in entry else "model_paths"
+        values = {"model_id_with_origin_paths": None, key: [entry]}
+        write_recipe(tmp_path, name, recipe(output_path=folder, **values))
     sound, broken = load_recipes(tmp_path)
-    assert [r.name for r in sound] == ["a", "c"]
-    assert "'Q/a:x_y.safetensors' would have the same asset as" in str(broken[0].error)
+    assert [r.name for r in sound] == ["a", "e"]
+    said = {b.name: b.error.what for b in broken}
+    assert "'output_path' is also that of" in said["b"]
+    assert "'output_path' is also that of" in said["c"]
+    assert "'Q/a:x_y.safetensors' would have the same asset as" in said["d"]
+    dg.Definitions.validate_loadable(definitions_of(tmp_path))
+
+
+def test_one_file_is_one_asset_however_it_is_written(tmp_path: Path) -> None:
+    for name, path in (("a", "./none/dit.safetensors"), ("b", "none//dit.safetensors")):
+        values = {"model_paths": [path], "model_id_with_origin_paths": None}
+        write_recipe(tmp_path, name, recipe(output_path=name, **values))
+    weights = {k for k in keys(definitions_of(tmp_path)) if k.startswith("weights/")}
+    assert weights == {"weights/none/dit"}
+
+
+def test_a_folder_of_a_model_is_not_that_of_its_tokenizer(tmp_path: Path) -> None:
+    shards = [["none/x-1.safetensors", "none/x-2.safetensors"], "none/x-1.safetensors", "none/vl"]
+    values = {
+        "model_paths": shards,
+        "model_id_with_origin_paths": None,
+        "tokenizer_path": "none/vl",
+    }
+    write_recipe(tmp_path, "a", recipe(**values))
+    write_recipe(tmp_path, "b", recipe(output_path="b", tokenizer_path="/"))
+    names = {k for k in keys(definitions_of(tmp_path)) if k.startswith("weights/none/")}
+    assert {re.sub("_[0-9a-f]{6}$", "_MARK", name) for name in names} == {
+        "weights/none/x-1_MARK",
+        "weights/none/x-1",
+        "weights/none/vl/all",
+        "weights/none/vl",
+    }
+
+
+def test_names_in_other_scripts_stay_apart(tmp_path: Path) -> None:
+    for index, name in enumerate(("猫", "狗", "weights", "weights__x")):
+        write_recipe(tmp_path, name, recipe(output_path=f"{index}"))
+    sound, broken = load_recipes(tmp_path)
+    assert len({r.name for r in sound}) == 2
+    assert {b.name for b in broken} == {"weights", "weights__x"}
     dg.Definitions.validate_loadable(definitions_of(tmp_path))
 
 

@@ -15,6 +15,14 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 _USUAL = ("diffusion_pytorch_model*.safetensors", "model*.safetensors")
 """How the files of a component are named in lists of models: the folder says what they are."""
 
+_SAID = re.compile(r"[A-Za-z0-9_.*-]*[A-Za-z0-9*][A-Za-z0-9_.*-]*")
+"""A part of a path that its name tells apart from others."""
+
+
+def mark_of_text(text: str) -> str:
+    """Six digits that tell a text from others."""
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=3).hexdigest()
+
 
 def _as_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text.replace("*", "all")).strip("_") or "_"
@@ -43,33 +51,42 @@ class ModelEntry:
         return f"{self.repository}:{self.pattern}" if self.repository else ", ".join(self.paths)
 
     @property
+    def same(self) -> str:
+        """The text in one of the ways to write it: entries of which it is equal are one."""
+        if self.repository:
+            return self.text
+        return ", ".join(str(PurePosixPath(path.replace("\\", "/"))) for path in self.paths)
+
+    @property
     def name(self) -> tuple[str, ...]:
         """What the entry names, in parts of letters, digits, hyphens and underscores:
         `("Qwen", "Qwen-Image", "transformer")`. It follows from the text of the entry alone.
 
         Files that diffusers and transformers call alike have the name of their folder; others have
-        their own as well: `("black-forest-labs", "FLUX_1-dev", "ae")`. Of an absolute path it is the end,
-        with a mark of the whole. Few different entries have the same name.
+        their own as well: `("black-forest-labs", "FLUX_1-dev", "ae")`. A text of which the parts do not
+        say enough has a mark at its end; of an absolute path only the end is shown.
         """
         text = self.pattern if self.repository else SHARD.sub("", self.paths[0])
         path = PurePosixPath(text.replace("\\", "/"))
-        parts = [part for part in path.parts if part not in ("/", ".", "..")]
-        if text.endswith("/") or not parts:
+        parts = [part for part in path.parts if part not in ("/", ".")]
+        is_folder = text.endswith("/") or not parts or not (path.suffix or "*" in path.name)
+        if is_folder:
             parts += [] if self.parameter in MODEL_FOLDERS else ["all"]
         elif parts[-1] in _USUAL and len(parts) > 1:
             parts.pop()
         else:
             stem = parts[-1].removesuffix(".safetensors")
             parts[-1] = stem if stem.strip("*") else parts[-1]
-        home = self.repository.split("/") if self.repository else []
-        names = [_as_name(part) for part in [*home, *parts]]
-        if not self.repository and path.is_absolute():
-            # The folders above differ from one machine to the next, and are long.
-            if names[-1] in ("diffusion_pytorch_model", "model"):
+        is_local = self.repository is None
+        parts = [*(self.repository or "").split("/"), *parts] if not is_local else parts
+        says_all = all(_SAID.fullmatch(part) for part in parts) and len(self.paths) < 2
+        names = [_as_name(part) for part in parts] or ["files"]
+        if is_local and path.is_absolute():
+            says_all = False
+            if names[-1] in ("diffusion_pytorch_model", "model") and len(names) > 1:
                 names.pop()
-            *home, last = names[-2:] or ["model"]
-            names = [*home, f"{last}_{blake2b(self.text.encode(), digest_size=3).hexdigest()}"]
-        return tuple(names)
+            names = names[-2:]
+        return tuple(names) if says_all else (*names[:-1], f"{names[-1]}_{mark_of_text(self.same)}")
 
     @property
     def folder_hint(self) -> str:

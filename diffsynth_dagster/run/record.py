@@ -265,6 +265,7 @@ def read_record(folder: Path) -> RunRecord | None:
         digest = facts.pop(_DIGEST, None)
         if digest is not None and digest != digest_of(facts):
             raise ValueError("its content has changed since it was written")
+        facts.setdefault("training_version", 0)  # of before there were versions of training
         return RunRecord(**facts)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise OutputError(
