@@ -117,4 +117,4 @@ def test_records_of_older_versions_are_read(tmp_path: Path) -> None:
     said = {"identity": "i", "family": "f", "trained": [], "base": {}, "samples": 1}
     said |= {"samples_digest": "d", "config_digest": "c", "lora": None}
     (tmp_path / "run.json").write_text(json.dumps(said))
-    assert read_record(tmp_path) == RunRecord(**said)
+    assert read_record(tmp_path) == RunRecord(**said, training_version=0)

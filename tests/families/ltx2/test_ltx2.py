@@ -163,6 +163,7 @@ def encoders_alone(model: Path, folder: Path) -> list[str]:
     return paths
 
 
+@pytest.mark.soak
 def test_vaes_without_decoders_train_alike_and_make_no_samples(
     model: Path, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
