@@ -110,7 +110,12 @@ def code_version(config: TrainingConfig, kind: Kind) -> str:
     if kind == "checkpoints" and config.dataset_metadata_path is None:
         names = ("rows", *names)  # An encoded folder: there is no asset upstream of it.
     values = values_that_affect(config, *_BY_VALUE[kind])
-    text = json.dumps([VERSIONS[kind], values, names_that_affect(config, *names)], sort_keys=True)
+    return short_digest([VERSIONS[kind], values, names_that_affect(config, *names)])
+
+
+def short_digest(value: object) -> str:
+    """Sixteen digits that stand for a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -1,7 +1,5 @@
 """What a run was launched with: the recipe, which must be the same still, and what it sets otherwise."""
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.common import Kind, code_version
+from assets.common import Kind, code_version, short_digest
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.effect import AFFECTS, Affects
 from diffsynth_dagster.config.parameters import MARKS
@@ -45,7 +43,7 @@ class Launched:
         """Tags of a materialization: the code version of what really ran. An asset whose own is another
         one is shown as stale."""
         version, beside = code_version(self.config, kind), self._beside(kind)
-        return {"dagster/code_version": f"{version} {_digest(beside)}" if beside else version}
+        return {"dagster/code_version": f"{version} {short_digest(beside)}" if beside else version}
 
     @property
     def facts(self) -> dict[str, dg.MetadataValue]:
@@ -122,8 +120,4 @@ def _recipes_of(context: dg.AssetExecutionContext) -> dict[str, str] | None:
 def _digest_of(recipe: Recipe) -> str:
     """Digest of what a recipe makes a run do."""
     options = recipe.options.model_dump(mode="json", exclude={"description", "schedule"})
-    return _digest({"parameters": recipe.config.model_dump(mode="json"), "options": options})
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return short_digest({"parameters": recipe.config.model_dump(mode="json"), "options": options})

@@ -297,7 +297,8 @@ def _decode_animation(path: str, report: Callable[[int], None]) -> dict[str, obj
 
 
 def _shows_what_is_beneath(image: "Image") -> bool:
-    """Whether a pixel of a decoded picture is not opaque."""
+    """Whether a pixel of a decoded picture is not opaque: `colour.is_transparent`, which this script, being
+    alone, cannot call."""
     if not image.has_transparency_data:
         return False
     height = max(1, _STRIP // image.width)
