@@ -8,7 +8,8 @@ import dagster as dg
 from assets.common import KINDS, Kind, asset_key, kinds_of
 from assets.weights import GROUP
 from diffsynth_dagster.config import Recipe
-from resources import JOB_CONFIG, BrokenRecipe
+from jobs.launchpad import broken_launch_config, launch_config
+from resources import BrokenRecipe
 
 if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import (
@@ -25,16 +26,21 @@ def make_jobs(recipes: Sequence[Recipe], broken: Sequence[BrokenRecipe] = ()) ->
     """One job for each recipe: its own assets and the weights they come from. What it reads from other
     recipes is taken as it is: their jobs train them."""
     return [
-        *(_make_job(r.name, r.options.description, kinds_of(r.config)) for r in recipes),
-        *(_make_job(r.name, str(r.error), KINDS) for r in broken),
+        *(
+            _make_job(r.name, r.options.description, kinds_of(r.config), launch_config(r))
+            for r in recipes
+        ),
+        *(_make_job(r.name, str(r.error), KINDS, broken_launch_config()) for r in broken),
     ]
 
 
-def _make_job(name: str, description: str, kinds: Sequence[Kind]) -> "AssetJob":
+def _make_job(
+    name: str, description: str, kinds: Sequence[Kind], config: dg.ConfigMapping
+) -> "AssetJob":
     own = dg.AssetSelection.assets(*(asset_key(name, kind) for kind in kinds))
     weights = own.upstream(depth=1) & dg.AssetSelection.groups(GROUP)
     return dg.define_asset_job(
-        job_name(name), selection=own | weights, description=description, config=JOB_CONFIG
+        job_name(name), selection=own | weights, description=description, config=config
     )
 
 

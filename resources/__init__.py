@@ -5,7 +5,7 @@ from resources.executor import run_executor
 from resources.failing import Cancelled, StepFailure, TriedAgain, cancelled
 from resources.hub import Hub
 from resources.launcher import Launcher
-from resources.parameters import Parameters
+from resources.parameters import Parameters, as_run_config, overridable
 from resources.recipes import BrokenRecipe, load_recipes, recipes_folder
 
 __all__ = [
@@ -17,9 +17,11 @@ __all__ = [
     "Parameters",
     "StepFailure",
     "TriedAgain",
+    "as_run_config",
     "cancelled",
     "console_logger",
     "load_recipes",
+    "overridable",
     "recipes_folder",
     "run_executor",
 ]

@@ -201,19 +201,13 @@ def test_run_config_retrains_with_other_parameters(
     assert second.success
     assert not [cause for kind in KINDS for cause in why_stale(place, kind, "tiny")]
     folder = str(place.folder / "other")
-    parameters = {"config": {"num_epochs": 2, "output_path": folder, "sample_prompts": []}}
-    result = place.run(
-        "tiny",
-        run_config={
-            "resources": {"parameters": parameters},
-            "ops": {"tiny__checkpoints": {"config": {"retrain": True}}},
-        },
-    )
+    parameters = {"num_epochs": 2, "output_path": folder, "sample_prompts": []}
+    result = place.run("tiny", run_config={**parameters, "retrain": True})
     assert result.success
     facts = metadata_of(result, "checkpoints", "tiny")
     assert facts["steps"].value == 4
     assert facts["trained_because"].value == "retrain was asked for"
-    assert facts["overrides"].value == parameters["config"]
+    assert facts["overrides"].value == parameters
     assert why_stale(place, "checkpoints", "tiny") == ["has a new code version"]
     record = read_record(Path(folder))
     assert record is not None

@@ -13,9 +13,10 @@ from typing import Any
 import dagster as dg
 import psutil
 import pytest
+import yaml
 from conftest import ROOT, lora_values, train
 from dagster import DagsterRunStatus
-from dagster_graphql import DagsterGraphQLClient
+from dagster_graphql import DagsterGraphQLClient, DagsterGraphQLClientError
 from dagster_support import (
     endless,
     environment,
@@ -37,6 +38,9 @@ MOST_LINES = 60
 TABLES = {"metadata.parquet", ".metadata.encoded.parquet", "samples.parquet", "rejected.csv"}
 """What a training that reads encoded samples leaves out."""
 CANCELLED = "cancelled: the run was asked to stop"
+LAUNCHPAD = """{ runConfigSchemaOrError(selector: {
+    repositoryLocationName: "diffsynth_dagster", repositoryName: "__repository__", pipelineName: "train_tiny"
+}) { ... on RunConfigSchema { rootDefaultYaml } } }"""
 LINEAGE = "{ assetNodes { assetKey { path } dependencyKeys { path } } }"
 
 
@@ -51,8 +55,7 @@ class Server:
     port: int
 
     def launch(self, name: str, parameters: dict[str, Any]) -> str:
-        config = {"resources": {"parameters": {"config": parameters}}} if parameters else {}
-        return self.client.submit_job_execution(f"train_{name}", run_config=config, **LOCATION)
+        return self.client.submit_job_execution(f"train_{name}", run_config=parameters, **LOCATION)
 
     def wait(self, run: str, seconds: float) -> DagsterRunStatus:
         ended = {
@@ -169,6 +172,15 @@ def test_ui_and_command_line_give_the_same_files(server: Server) -> None:
     assert ours == {name: line[name] for name in ours}
     left_out = {name for name in line if name not in ours}
     assert left_out == TABLES | {f".tables/{name}" for name in TABLES if name[0] != "."}
+
+
+def test_launchpad_shows_the_recipe_and_refuses_a_typo(server: Server) -> None:
+    schema = server.client._execute(LAUNCHPAD)["runConfigSchemaOrError"]
+    shown = yaml.safe_load(schema["rootDefaultYaml"])
+    assert shown["output_path"] == str(server.folder / "line")
+    with pytest.raises(DagsterGraphQLClientError, match="RunConfigValidationInvalid") as caught:
+        server.launch("tiny", {**shown, "lr_scheduler": "cosin"})
+    assert "got cosin" in str(caught.value)
 
 
 def test_lineage_runs_from_weights_and_metadata_to_exports(server: Server) -> None:
