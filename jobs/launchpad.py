@@ -46,11 +46,19 @@ def launch_config(recipe: Recipe) -> dg.ConfigMapping:
 
 
 def broken_launch_config() -> dg.ConfigMapping:
-    """The run config of the job of a recipe that cannot be used: it has no parameters."""
-    return _mapping({}, _common_options())
+    """The run config of the job of a recipe that cannot be used: it shows no parameters.
+
+    It takes anything: a run that was launched when the recipe was sound must come as far as to say what
+    is wrong with it.
+    """
+    return _mapping({}, _common_options(), dg.Permissive)
 
 
-def _mapping(parameters: Mapping[str, dg.Field], options: Mapping[str, Option]) -> dg.ConfigMapping:
+def _mapping(
+    parameters: Mapping[str, dg.Field],
+    options: Mapping[str, Option],
+    shape: Callable[[dict[str, dg.Field]], Any] = dg.Shape,
+) -> dg.ConfigMapping:
     execution = dg.Field(
         dg.Permissive(), is_required=False, description="Config of the executor, as Dagster has it."
     )
@@ -72,7 +80,7 @@ def _mapping(parameters: Mapping[str, dg.Field], options: Mapping[str, Option]) 
             _put(config, ("resources", PARAMETERS, "config"), as_run_config(changed))
         return config
 
-    return dg.ConfigMapping(nested, fields)
+    return dg.ConfigMapping(nested, shape(fields))
 
 
 def _put(config: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

@@ -81,14 +81,15 @@ def test_recipe_is_that_of_the_launch(
     words: str,
 ) -> None:
     """A run is launched from the definitions of one process, and starts in another one: as a server of
-    Dagster does it, with a job and with assets that are picked in the graph."""
+    Dagster does it, with what the Launchpad of a job shows, and with assets that are picked in the graph."""
     path = write_recipe(tmp_path / "recipes", "a", recipe("a"))
     if change is mend:
         break_it(path)
     picked = frozenset({asset_key("a", "metadata")})
     known = definitions_of(path.parent).get_repository_def().get_job(name)
     known = known.get_subset(asset_selection=picked)
-    run = instance.create_run_for_job(known, asset_selection=picked)
+    shown = {"num_epochs": 1, "retrain": False} if name == "train_a" else {}
+    run = instance.create_run_for_job(known, run_config=shown, asset_selection=picked)
     change(path)
     location = tmp_path / "location.py"
     location.write_text(LOCATION.format(folder=str(path.parent)))

@@ -202,7 +202,7 @@ def test_recipes_without_a_training_or_parameters(definitions: dg.Definitions) -
     assert "retrain" not in shown(definitions.resolve_job_def("train_encode"))
     broken = definitions.resolve_job_def("train_broken")
     assert shown(broken) == {"log_level": "INFO"}
-    assert "loggers" in dg.validate_run_config(broken, {"log_level": "DEBUG"})
+    assert "loggers" in dg.validate_run_config(broken, {"log_level": "DEBUG", "num_epochs": 2})
 
 
 def test_assets_picked_in_the_graph(definitions: dg.Definitions) -> None:
