@@ -6,6 +6,7 @@ import dagster as dg
 
 from assets.common import asset_key, code_version, description, table, user_errors
 from assets.launched import launched, step_tags
+from assets.unchanged import look
 from diffsynth_dagster.config import Recipe
 from resources import Hub, Parameters
 
@@ -39,11 +40,16 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
     def exports(
         context: dg.AssetExecutionContext, parameters: Parameters, hub: Hub
     ) -> dg.MaterializeResult:
+        with user_errors():
+            ran = launched(context, recipe, parameters)
+            seen = look(context, "exports", ran)
+            same = seen.unchanged()
+        if same is not None:
+            return same
         from diffsynth_dagster.export import export_folder
         from diffsynth_dagster.facts import digest_of
 
         with user_errors():
-            ran = launched(context, recipe, parameters)
             exported = export_folder(ran.config, hub.open())
         effect = exported.effect
         if effect is not None and effect.is_nothing:
@@ -78,9 +84,11 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(digest_of([item.digest for item in files])),
             # Stale until the training is finished, also where its end makes the checkpoint that the
             # asset checkpoints has known from a training before.
-            tags=ran.tags("exports")
-            if exported.unfinished is None
-            else {"dagster/code_version": "unfinished"},
+            tags={"dagster/code_version": "unfinished"}
+            if exported.unfinished is not None
+            else seen.tags
+            if exported.problems
+            else seen.marked,
             check_results=[_check(exported)],
         )
 

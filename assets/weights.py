@@ -10,6 +10,7 @@ import dagster as dg
 
 from assets.common import RETRY_DELAY_S, fact_cache_path, table, tried_again, user_errors
 from assets.lineage import Lineage
+from assets.unchanged import look_at_model
 from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.config.entries import (
     MODEL_FOLDERS,
@@ -52,6 +53,8 @@ def _make_weights(
 ) -> dg.AssetsDefinition:
     users = ", ".join(recipe.name for recipe in recipes)
     config = recipes[0].config
+    again = any(recipe.config.verify_content for recipe in recipes)
+    code = f"{VERSIONS['weights']} {mark_of_text(entry.same)}"
 
     @dg.asset(
         key=key,
@@ -59,11 +62,15 @@ def _make_weights(
         group_name=GROUP,
         kinds={"modelscope" if entry.repository else "file", "safetensors"},
         description=f"{entry.text}\n\nUsed by: {users}",
-        code_version=f"{VERSIONS['weights']} {mark_of_text(entry.same)}",
+        code_version=code,
     )
     def weights(context: dg.AssetExecutionContext, hub: Hub) -> dg.MaterializeResult:
         from diffsynth_dagster.facts import FactCache, digest_of
 
+        seen = look_at_model(context, entry, code)
+        same = None if again else seen.unchanged()
+        if same is not None:
+            return same
         with (
             tried_again(context, _RETRIES, RETRY_DELAY_S * 2**context.retry_number),
             user_errors(),
@@ -79,7 +86,6 @@ def _make_weights(
                 facts = _describe(entry, files)
                 beside = files[0].parent / "config.json"
                 files = [*files, *([beside] if beside.is_file() else [])]
-            again = any(recipe.config.verify_content for recipe in recipes)
             digests = {path: fact_cache.digest(path, again) for path in files}
         sizes = {path: path.stat().st_size for path in files}
         rows = table(
@@ -88,6 +94,7 @@ def _make_weights(
         return dg.MaterializeResult(
             metadata={**facts, "files": rows, "total_bytes": sum(sizes.values())},
             data_version=dg.DataVersion(digest_of(list(digests.values()))),
+            tags=look_at_model(context, entry, code).marked if seen.read is None else seen.marked,
         )
 
     return weights

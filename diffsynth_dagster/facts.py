@@ -36,6 +36,8 @@ _OUTSIDE = (
 """The kinds of its errors that say nothing of what is in the file."""
 
 Facts = dict[str, Any]
+Progress = Callable[[int], object]
+"""Called with the number of files done since the last call."""
 _Result = TypeVar("_Result")
 _BATCH = 1024
 _PATIENCE_S, _LOOK_EVERY_S = 60.0, 1.0
@@ -184,7 +186,7 @@ class FactCache:
         paths: Iterable[Path],
         find_out: Callable[[Path], Facts],
         again: bool = False,
-        progress: Callable[[int], object] = lambda count: None,
+        progress: Progress = lambda count: None,
     ) -> dict[Path, Facts]:
         """Facts about each file, found out (in threads) only where the file changed.
 

@@ -160,6 +160,21 @@ def test_command_line_prints_what_a_person_follows(server: Server, printed: list
     assert printed[-1].endswith(f": {exports / 'README.md'}, {exports / 'diffusers'}")
 
 
+@pytest.mark.usefixtures("printed")
+def test_unchanged_run_says_so_without_torch(server: Server) -> None:
+    """And without a process of its own, so that it takes seconds."""
+    (server.folder / "torch.py").write_text("raise ImportError('torch was imported')")
+    log = server.folder / "again.log"
+    env = {**server.env, "PYTHONPATH": f"{server.folder}:{server.env.get('PYTHONPATH', '')}"}
+    process = start(job("train_tiny"), env, log)
+    try:
+        assert process.wait(60) == 0, log.read_text()
+    finally:
+        process.kill()
+    text = log.read_text(encoding="utf-8").replace("\r", "\n")
+    assert text.count(": unchanged, because ") == 8, text
+
+
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("printed")
 def test_ui_and_command_line_give_the_same_files(server: Server) -> None:

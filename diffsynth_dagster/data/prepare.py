@@ -7,7 +7,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.settled import named_data
 from diffsynth_dagster.data.columns import Columns
 from diffsynth_dagster.data.media.budget import DECODING
-from diffsynth_dagster.data.table.check import CheckedTable, Progress, validate
+from diffsynth_dagster.data.table.check import CheckedTable, validate
 from diffsynth_dagster.data.table.checked import (
     FILE_NAME,
     PINNED,
@@ -16,11 +16,10 @@ from diffsynth_dagster.data.table.checked import (
     read_checked,
     write_checked,
 )
-from diffsynth_dagster.data.table.files import require_folder
-from diffsynth_dagster.data.table.read import require_file
+from diffsynth_dagster.data.table.read import require_file, require_folder
 from diffsynth_dagster.dotted import import_function
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import FactCache, Progress
 
 
 def require_named(config: TrainingConfig) -> None:
@@ -37,12 +36,26 @@ def require_named(config: TrainingConfig) -> None:
         require_folder(config)
 
 
+def make_data(config: TrainingConfig) -> None:
+    """Call `customized_dataset`, if there is one and no checked table is named.
+
+    Raises:
+        ParameterError: see `import_function`; or whatever it raises.
+    """
+    assert config.dataset_metadata_path is not None
+    if config.customized_dataset is None or find_checked(Path(config.dataset_metadata_path)):
+        return
+    make = import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
+    make(Path(config.dataset_base_path))
+
+
 def prepare_data(
     config: TrainingConfig,
     columns: Columns,
     fact_cache: FactCache,
     progress: Progress = lambda n: None,
     pinned: bool = False,
+    made: bool = False,
 ) -> CheckedTable:
     """The checked table of a config.
 
@@ -53,6 +66,7 @@ def prepare_data(
     Args:
         pinned: whether it is for the owner of the run folder, who goes on with it whatever others
             check meanwhile: see `table.checked.PINNED`.
+        made: whether `make_data` was called.
 
     Raises:
         MetadataError, ParameterError: see `validate`; or the checked table is for other columns or
@@ -73,9 +87,8 @@ def prepare_data(
         pin(own.parent)
         return read_checked(own.parent, PINNED)
     assert not is_own, "the data set's own table is not replaced: see `training.overlap`"
-    if config.customized_dataset is not None:
-        make = import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
-        make(Path(config.dataset_base_path))
+    if not made:
+        make_data(config)
     checked = validate(config, columns, fact_cache, progress)
     return write_checked(checked, own.parent, pinned)
 

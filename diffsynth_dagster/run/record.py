@@ -18,6 +18,8 @@ PICTURES = "samples"
 LOGS = ("metrics.csv", "loss.csv", "held_out.csv")
 """Files that grow with the steps."""
 SAMPLE_LOSSES = "sample_losses.parquet"
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+"""Those that compute: other versions may give other numbers."""
 _DIGEST = "digest"
 """Of all else that the file says; those of older versions have none."""
 

@@ -12,13 +12,11 @@ from diffsynth_dagster.config.effect import trained_components, values_that_affe
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.facts import FactCache, digest_of
-from diffsynth_dagster.run.record import RunRecord
+from diffsynth_dagster.run.record import LIBRARIES, RunRecord
 from diffsynth_dagster.versions import TRAINING
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-"""Those that compute: other versions may give other numbers."""
 STARTS = ("lora_checkpoint", "resume_from_checkpoint")
 """The parameters that name a file to start from."""
 

@@ -14,7 +14,6 @@ from diffsynth_dagster.config.parameters import DatasetParameters, TrainingConfi
 from diffsynth_dagster.config.settled import named_data
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
-from diffsynth_dagster.data.table.files import FileCheck, Progress, TrainedShape
 from diffsynth_dagster.data.table.read import open_table
 from diffsynth_dagster.data.table.shapes import (
     with_length_of,
@@ -25,7 +24,7 @@ from diffsynth_dagster.data.table.shapes import (
 )
 from diffsynth_dagster.data.table.values import REASONS, check_structure, require_columns
 from diffsynth_dagster.errors import MetadataError, ParameterError, nearest, printable
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import FactCache, Progress
 
 BOOKKEEPING = ("row", "status", "message", "width", "height", "frames", "shape")
 """Columns of a checked table that are not the family's."""
@@ -200,6 +199,9 @@ def validate(
         MetadataError: the table cannot be read or lacks a column.
         ParameterError: see `check_columns`, `size_rule` and `clip_rule`.
     """
+    # It reads pictures into tensors: whoever only reads a checked table does without torch.
+    from diffsynth_dagster.data.table.files import FileCheck, TrainedShape
+
     assert config.dataset_metadata_path is not None
     source = Path(config.dataset_metadata_path)
     geometry, reader = columns.geometry, columns.reader
@@ -245,7 +247,6 @@ __all__ = [
     "BOOKKEEPING",
     "REASONS",
     "CheckedTable",
-    "Progress",
     "check_columns",
     "validate",
 ]

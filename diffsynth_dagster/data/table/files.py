@@ -22,12 +22,11 @@ from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import image_facts
 from diffsynth_dagster.data.media.video import video_facts
 from diffsynth_dagster.data.table.names import LookAlikes, outside
+from diffsynth_dagster.data.table.read import require_folder
 from diffsynth_dagster.data.table.values import REASONS, STATUS
 from diffsynth_dagster.errors import MetadataError, is_text
-from diffsynth_dagster.facts import FactCache, Facts
+from diffsynth_dagster.facts import FactCache, Facts, Progress
 
-Progress = Callable[[int], object]
-"""Called with the number of files done since the last call."""
 _CHECK = "4"
 """Raised when the check of a file finds other facts: what older ones found is not believed."""
 _PER_FILE: dict[str, Any] = {
@@ -113,18 +112,6 @@ def _sound_of(facts: Facts, item: Input) -> Facts:
         why = f"the sound has {have} channels, and the model takes {wanted}: {do}"
         return {"status": "wrong_channels", "message": why}
     return {**facts, "target": [item.rate, wanted], "stride": 1.0}
-
-
-def require_folder(config: TrainingConfig) -> Path:
-    """The folder of the data set. Raises `MetadataError` where it is not there."""
-    base = Path(config.dataset_base_path)
-    if not base.is_dir():
-        raise MetadataError(
-            "the data set's folder does not exist",
-            where=f"dataset_base_path = {base.absolute()}",
-            do="correct the path",
-        )
-    return base
 
 
 class FileCheck:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import polars as pl
 
 from diffsynth_dagster.config.output import TABLES
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.frames import scan_csv, scan_lines, scan_parquet
 from diffsynth_dagster.data.table.json_array import json_array_to_lines
 from diffsynth_dagster.data.table.json_rows import (
@@ -129,6 +130,18 @@ def open_table(
             yield _open_lines(path, text, Path(folder), wanted, lists, numbers)
         else:
             yield _open_csv(path, text, wanted)
+
+
+def require_folder(config: TrainingConfig) -> Path:
+    """The folder of the data set. Raises `MetadataError` where it is not there."""
+    base = Path(config.dataset_base_path)
+    if not base.is_dir():
+        raise MetadataError(
+            "the data set's folder does not exist",
+            where=f"dataset_base_path = {base.absolute()}",
+            do="correct the path",
+        )
+    return base
 
 
 def require_file(path: Path) -> None:
