@@ -116,6 +116,7 @@ def test_every_asset_says_what_a_person_wants_to_see(
         "latents_complete_and_finite": True,
         "loss_finite_and_parameters_changed": True,
         "export_loads": True,
+        "not_worse": True,
     }
     weights = [
         e for e in first.get_asset_materialization_events() if e.asset_key.path[0] == "weights"
@@ -151,6 +152,9 @@ def test_every_asset_says_what_a_person_wants_to_see(
     (file,) = exports["files"].records
     assert file.data["format"] == "diffusers"
     assert Path(file.data["file"]).is_file()
+    promoted = metadata_of(first, "promoted", "tiny")
+    assert promoted["what_happened"].value == "promoted"
+    assert Path(promoted["checkpoint"].value).is_file()
     for facts, names in ((table, ["contact_sheet"]), (training, ["loss_curve", "samples"])):
         for name in names:
             assert facts[name].value.startswith("![](data:image/")
@@ -182,6 +186,7 @@ def test_second_run_neither_encodes_nor_trains(
     assert training["trained_in_this_run"].value is False
     assert "trained_because" not in training
     assert training["steps"].value == 2
+    assert metadata_of(second, "promoted", "tiny")["what_happened"].value == "unchanged"
     assert checks_of(second) == checks_of(first)
     before, after = (
         {
