@@ -1,4 +1,4 @@
-"""The assets of each recipe: weights → metadata → latents → checkpoints → exports."""
+"""The assets of each recipe: weights → metadata → latents → checkpoints → exports → promoted."""
 
 from collections.abc import Sequence
 
@@ -11,6 +11,7 @@ from assets.exports import make_exports
 from assets.latents import make_latents
 from assets.lineage import Lineage
 from assets.metadata import make_metadata
+from assets.promoted import make_promoted
 from assets.weights import WeightsAssets
 from diffsynth_dagster.config import Recipe
 from resources import BrokenRecipe
@@ -34,6 +35,7 @@ def make_assets(
             assets += [make_metadata(recipe, tables), make_latents(recipe, [*models, *latents])]
         if "checkpoints" in kinds:
             assets += [make_checkpoints(recipe, [*models, *checkpoints]), make_exports(recipe)]
+            assets.append(make_promoted(recipe))
     for recipe in broken:
         assets += make_broken(recipe)
     return assets

@@ -18,7 +18,7 @@ from resources import Cancelled, StepFailure, TriedAgain, cancelled
 GPU_POOL = "gpu"
 RETRY_DELAY_S = 5.0
 """A GPU that was lost may be back."""
-Kind = Literal["metadata", "latents", "checkpoints", "exports"]
+Kind = Literal["metadata", "latents", "checkpoints", "exports", "promoted"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """The assets that a recipe has of its own, in their order."""
 
@@ -91,12 +91,14 @@ _BY_VALUE: dict[Kind, tuple[Affects, ...]] = {
     "latents": ("weights", "rows", "latents"),
     "checkpoints": ("weights", "rows", "latents", "training"),
     "exports": ("exports",),
+    "promoted": (),
 }
 _BY_NAME: dict[Kind, tuple[Affects, ...]] = {
     "metadata": ("weights", "rows"),  # The model list says which columns there are.
     "latents": ("latents",),
     "checkpoints": ("latents", "training"),
     "exports": ("exports",),
+    "promoted": (),
 }
 """Parameters that count by content enter a code version by the name of the file where no asset
 upstream has its content in its data version. The content of weights is in their own assets, which

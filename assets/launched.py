@@ -21,6 +21,7 @@ _LAST: dict[Kind, Affects] = {
     "latents": "latents",
     "checkpoints": "training",
     "exports": "exports",
+    "promoted": "exports",
 }
 """The last of what an asset depends on, in the order of `AFFECTS`."""
 

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 import dagster as dg
 
 from assets.common import Kind, asset_key, kinds_of
+from diffsynth_dagster import promoted
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.entries import ModelEntry, named_entries
 from diffsynth_dagster.config.parameters import MARKS
@@ -24,6 +25,7 @@ _READ = (
 _TABLES = ("metadata.parquet", "rejected.csv", "long_captions.parquet")
 _KEPT = (("older",), (".older",))
 """Folders of a run folder that hold trainings of before: what lies there does not become another one."""
+_VERSIONS, _CURRENT = PurePath(promoted.FOLDER).parts, PurePath(promoted.CURRENT).parts
 
 
 class Lineage:
@@ -97,7 +99,10 @@ class Lineage:
         # A folder of weights or pictures may lie in a run folder, or be one.
         whole = place.parts[:1] in (("samples",), ("exports",))
         written = encoded or whole or is_own(place.as_posix())
-        made = written and kind in kinds_of(owner.config) and place.parts[:1] not in _KEPT
+        # A version that is named itself stays the same; behind `current` there is another one later.
+        named = Path(os.path.abspath(path)).parts[-len(place.parts) :] == place.parts
+        stays = place.parts[:1] in _KEPT or (place.parts[:2] == _VERSIONS and named)
+        made = written and kind in kinds_of(owner.config) and not stays
         return (owner.name, kind) if made else None
 
 
@@ -105,6 +110,8 @@ def _kind(place: PurePath) -> Kind:
     """The asset that makes a file, by its path from the run folder."""
     if place.name in _TABLES:
         return "metadata"
+    if place.parts[:2] in (_VERSIONS, _CURRENT):
+        return "promoted"
     return "exports" if place.parts[:1] == ("exports",) else "checkpoints"
 
 

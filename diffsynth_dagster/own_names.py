@@ -9,6 +9,10 @@ import re
 _CHECKPOINT = r"(?P<kind>epoch|step|best-step)-(?P<number>\d{1,18})(?:-[^/]+)?\.safetensors"
 _SAMPLE = r"samples/(?:step-\d+(?:-\d+)?|(?:before|after)-[^/]+)\.(?:png|mp4)"
 _OLDER = r"older/\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:-\d+)?"
+LISTING = "exports/exported.json"
+"""Written at the end of an export: see `export.listing`."""
+_VERSION = r"[0-9a-f]{12}"
+_PROMOTED = rf"exports/(?:current|promoted/{_VERSION})/.+|exports/promoted/\.lock"
 _TABLE = r"metadata\.parquet|\.metadata\.encoded\.parquet|rejected\.csv|long_captions\.parquet"
 _MANIFEST = r"samples\.parquet|\.samples\.planned\.parquet"
 _OTHERS = "|".join(
@@ -20,17 +24,21 @@ _OTHERS = "|".join(
         r"\.lock|\.owner\.json",
         # Folders that are the project's with all that is in them.
         r"(?:state/step-\d+|\.prompts|exports/(?:diffusers|comfyui|guide|kohya|peft|authors))/.+",
-        r"exports/(?:README\.md|loss\.svg)",
+        rf"exports/(?:README\.md|loss\.svg)|{re.escape(LISTING)}",
+        _PROMOTED,
     ]
 )
 OWN = rf"(?s)^(?:(?:{_OLDER}|\.older)/)?(?:{_CHECKPOINT}|{_SAMPLE}|{_OTHERS})$"
 """A file of a run folder, by its path from there; also for the regular expressions of Polars."""
 OLDER = re.compile(_OLDER)
 """The folder of an older training, which is a run folder itself: see `older.py`."""
+VERSION = re.compile(_VERSION)
+"""The folder of a promoted version: see `promoted.py`."""
 CHECKPOINT = re.compile(_CHECKPOINT)
 """A checkpoint: its `kind`, and the `number` of its epoch or step."""
 _TRAINED = re.compile(f"{_CHECKPOINT}|{_SAMPLE}")
 _OWN = re.compile(OWN)
+_IS_PROMOTED = re.compile(rf"(?s)(?:{_PROMOTED})")
 _OF_A_STORE = re.compile(
     r"shards/[0-9a-f]{32}\.safetensors|index/[0-9a-f]{32}\.parquet|users/[0-9a-f]{32}\.json"
 )
@@ -49,6 +57,11 @@ def is_trained(name: str) -> bool:
 def is_older(name: str) -> bool:
     """Whether a file is of an older training, by its path from the run folder."""
     return is_own(name) and OLDER.match(name) is not None
+
+
+def is_promoted(name: str) -> bool:
+    """Whether a file is of a promoted version, by its path from the run folder. No training replaces it."""
+    return _IS_PROMOTED.fullmatch(name) is not None
 
 
 def is_of_store(name: str) -> bool:

@@ -5,7 +5,14 @@ and is made anew. The version of the package is in none of them: a release that 
 is made makes nothing stale.
 """
 
-VERSIONS = {"weights": 1, "metadata": 1, "latents": 1, "checkpoints": 1, "exports": 1}
+VERSIONS = {
+    "weights": 1,
+    "metadata": 1,
+    "latents": 1,
+    "checkpoints": 1,
+    "exports": 1,
+    "promoted": 1,
+}
 """Stage → its version, which Dagster's code versions contain."""
 TRAINING = VERSIONS["checkpoints"]
 """Of trainings: it is part of their identity, and a state is gone on with by the same version only."""

@@ -81,7 +81,7 @@ def test_assets_of_two_recipes_share_weights(tmp_path: Path) -> None:
     )
     definitions = definitions_of(tmp_path)
     dg.Definitions.validate_loadable(definitions)
-    steps = ("metadata", "latents", "checkpoints", "exports")
+    steps = ("metadata", "latents", "checkpoints", "exports", "promoted")
     shared = "weights/Qwen/Qwen-Image/transformer/all_safetensors"
     assert keys(definitions) == {
         *(f"{name}/{step}" for step in steps for name in "ab"),
@@ -355,6 +355,7 @@ def test_recipes_that_do_half(tmp_path: Path) -> None:
         "encode/latents",
         "go_on/checkpoints",
         "go_on/exports",
+        "go_on/promoted",
     }
 
 

@@ -134,12 +134,12 @@ def test_overrides_are_for_one_recipe(tmp_path: Path, instance: dg.DagsterInstan
         ({"cache_path": "elsewhere"}, ""),
         ({"output_path": "none/../none/a"}, ""),
         ({"num_epochs": 9}, "checkpoints"),
-        ({"lora_checkpoint": "b.safetensors"}, "checkpoints exports"),
+        ({"lora_checkpoint": "b.safetensors"}, "checkpoints exports promoted"),
         ({"sample_cfg_scale": 2.0}, "latents checkpoints"),
-        ({"model_paths": '["b.safetensors"]'}, "metadata latents checkpoints exports"),
-        ({"dataset_metadata_path": "b.csv"}, "metadata latents checkpoints exports"),
+        ({"model_paths": '["b.safetensors"]'}, "metadata latents checkpoints exports promoted"),
+        ({"dataset_metadata_path": "b.csv"}, "metadata latents checkpoints exports promoted"),
         ({"export_formats": ["kohya"]}, "exports"),
-        ({"output_path": "none/b"}, "metadata latents checkpoints exports"),
+        ({"output_path": "none/b"}, "metadata latents checkpoints exports promoted"),
     ],
 )
 def test_overridden_assets_have_another_code_version(changed: dict[str, Any], kinds: str) -> None:

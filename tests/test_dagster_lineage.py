@@ -10,7 +10,7 @@ from dagster_support import definitions_of, write_recipe
 from diffsynth_dagster.config.entries import ModelEntry
 
 MODEL = "none/dit.safetensors"
-STEPS = {"metadata", "latents", "checkpoints", "exports"}
+STEPS = {"metadata", "latents", "checkpoints", "exports", "promoted"}
 
 
 def short(key: dg.AssetKey) -> str:
@@ -83,6 +83,8 @@ def recipes(tmp_path: Path) -> Recipes:
             {"latents": "exports", "checkpoints": "exports"},
         ),
         ("lora_checkpoint", "epoch-0.safetensors", {"checkpoints": "checkpoints"}),
+        ("lora_checkpoint", "exports/current/checkpoint.safetensors", {"checkpoints": "promoted"}),
+        ("lora_checkpoint", "exports/promoted/0123456789ab/checkpoint.safetensors", {}),
         ("lora_checkpoint", "older/2026-11-30T01-52-07/epoch-0.safetensors", {}),
     ],
 )
@@ -91,6 +93,22 @@ def test_files_of_a_run_folder_are_edges(
 ) -> None:
     recipes.add("next", **{overrides: recipes.run("first", file)})
     assert recipes.edges() == {f"next/{to}": {f"first/{from_}"} for to, from_ in edges.items()}
+
+
+def test_promoted_version_is_an_edge_as_a_model_too(recipes: Recipes) -> None:
+    """Before anything is promoted and after, and by a link of a person's own."""
+    current = Path(recipes.run("first", "exports/current"))
+    version = current.with_name("promoted") / "0123456789ab"
+    link = recipes.folder / "link"
+    link.symlink_to(current)
+    dit = "diffusers/transformer/diffusion_pytorch_model.safetensors"
+    recipes.add("next", (str(current / dit),), lora_checkpoint=str(link / "checkpoint.safetensors"))
+    edges = recipes.edges()
+    assert set(edges) > {"next/checkpoints"}
+    assert all(parents == {"first/promoted"} for parents in edges.values())
+    version.mkdir(parents=True)
+    current.symlink_to("promoted/0123456789ab")
+    assert recipes.edges() == edges
 
 
 def test_encoded_samples_are_an_edge(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +121,8 @@ def test_encoded_samples_are_an_edge(recipes: Recipes, monkeypatch: pytest.Monke
     recipes.add("next", **half, dataset_base_path="runs/../runs/encode/")
     recipes.add("linked", **half, dataset_base_path=str(link / "encode"))
     assert recipes.edges() == {f"{n}/checkpoints": {"encode/latents"} for n in ("next", "linked")}
-    assert recipes.job("next") == {"next/checkpoints", "next/exports", "weights/dit"}
+    own = {f"next/{step}" for step in ("checkpoints", "exports", "promoted")}
+    assert recipes.job("next") == {*own, "weights/dit"}
 
 
 def test_job_trains_its_own_recipe_alone(recipes: Recipes) -> None:

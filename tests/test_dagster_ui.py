@@ -144,7 +144,7 @@ def test_command_line_prints_what_a_person_follows(server: Server, printed: list
     """And no more."""
     text = "\n".join(printed)
     assert len(printed) < MOST_LINES, text
-    for asset in ("metadata", "latents", "checkpoints", "exports"):
+    for asset in ("metadata", "latents", "checkpoints", "exports", "promoted"):
         (done,) = (x for x in printed if ": done" in x and asset in x.split(":")[0])
         assert "tiny" in done
     assert sum(x.startswith("weights/") and ": done: " in x for x in printed) == 4
@@ -155,9 +155,9 @@ def test_command_line_prints_what_a_person_follows(server: Server, printed: list
     (where,) = (x for x in printed if "the whole log is in the UI" in x)
     assert Path(where.split(" processes in ")[1]).is_file()
     assert printed[-2].startswith("train_tiny: done in ")
-    assert printed[-2].endswith(": 8 assets, 4 checks passed")
-    exports = server.folder / "line" / "exports"
-    assert printed[-1].endswith(f": {exports / 'README.md'}, {exports / 'diffusers'}")
+    assert printed[-2].endswith(": 9 assets, 5 checks passed")
+    current = server.folder / "line" / "exports" / "current"
+    assert printed[-1].endswith(f": {current}, {current / 'checkpoint.safetensors'}")
 
 
 @pytest.mark.usefixtures("printed")
@@ -206,6 +206,7 @@ def test_lineage_runs_from_weights_and_metadata_to_exports(server: Server) -> No
     }
     weights = {name for name in parents if name.startswith("weights/")}
     assert len(weights) == 4
+    assert parents["tiny/promoted"] == {"tiny/exports"}
     assert parents["tiny/exports"] == {"tiny/checkpoints"}
     assert parents["tiny/checkpoints"] == {"tiny/latents"} | weights
     assert parents["tiny/latents"] == {"tiny/metadata"} | weights

@@ -32,6 +32,16 @@ class RecipeOptions(BaseModel):
         description="How often Dagster starts the processes again after a crash; they go on from the "
         "newest state. A mistake is never tried again.",
     )
+    promote_margin: float = Field(
+        0.05,
+        ge=0,
+        allow_inf_nan=False,
+        description="How much worse than the promoted export a new one may be, and be promoted still: a "
+        "fraction of its loss.",
+    )
+    promote_keep: int = Field(
+        3, ge=1, description="Promoted versions that are kept, the newest, with the current one."
+    )
     accelerate_config: str | None = Field(
         None, description="Configuration file handed to `accelerate launch --config_file`."
     )

@@ -72,7 +72,7 @@ def _named(config: TrainingConfig, record: RunRecord, family: Family) -> list[st
     found: dict[int, list[str]] = {}
     for names in _candidates(config, record, family):
         if names and all((folder / name).is_file() for name in names):
-            found.setdefault(_step_of(folder / names[0]), names)
+            found.setdefault(step_of(folder / names[0]), names)
     if asked != "best" and asked is not None and int(asked) in found:
         return found[int(asked)]
     steps = ", ".join(map(str, sorted(found))) or "none"
@@ -105,10 +105,10 @@ def _is_whole(path: Path, record: RunRecord) -> bool:
 
 def _progress(path: Path, record: RunRecord) -> str:
     """How far a training had come when it wrote a checkpoint."""
-    step = _step_of(path)
+    step = step_of(path)
     return f"step {step} of {record.total_steps}" if record.total_steps else f"step {step}"
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
     """The step after which a checkpoint was written."""
     return json.loads(read_metadata(path)[PROVENANCE_KEY])["step"]

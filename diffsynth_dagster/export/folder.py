@@ -1,5 +1,6 @@
 """Export what a run folder holds: what the asset `exports` does, and the trainer after its last step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,9 +8,10 @@ from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError, UserError
 from diffsynth_dagster.export.card import Card, write_card
-from diffsynth_dagster.export.chosen import chosen_checkpoint
+from diffsynth_dagster.export.chosen import Chosen, chosen_checkpoint, step_of
 from diffsynth_dagster.export.effect import Effect, effect_of
 from diffsynth_dagster.export.exported import Exported
+from diffsynth_dagster.export.listing import Listing, forget_listing, list_files, write_listing
 from diffsynth_dagster.export.run import export_checkpoint, verify_export
 from diffsynth_dagster.run.folder import owned
 from diffsynth_dagster.run.record import RunRecord, read_record
@@ -60,6 +62,7 @@ def export_held(config: TrainingConfig, record: RunRecord, found: FoundModel) ->
         OutputError: see `chosen_checkpoint`; or the folder cannot be written.
     """
     chosen = chosen_checkpoint(config, record, found.family)
+    forget_listing(Path(config.output_path))
     files = export_checkpoint(config, record, found, chosen)
     problems: list[UserError] = []
     for item in files:
@@ -70,7 +73,25 @@ def export_held(config: TrainingConfig, record: RunRecord, found: FoundModel) ->
     loras = {name: lora for item in files for name, lora in item.trained.items()}
     effect = effect_of(loras, record.weight_norms) if loras else None
     card = None if problems else write_card(config, record, found, chosen, files)
+    _list(Path(config.output_path), record, chosen, files, loads=not problems)
     return Exports(files, chosen.unfinished, problems, effect, card)
+
+
+def _list(
+    folder: Path, record: RunRecord, chosen: Chosen, files: Sequence[Exported], loads: bool
+) -> None:
+    """Write down what was exported. Raises `OutputError`."""
+    write_listing(
+        folder,
+        Listing(
+            training=record.identity,
+            step=step_of(chosen.paths[0]),
+            unfinished=chosen.unfinished,
+            loads=loads,
+            checkpoints={path.name: record.checkpoints[path.name] for path in chosen.paths},
+            files=list_files(folder / "exports", {item.path: item.digest for item in files}),
+        ),
+    )
 
 
 def _require_record(folder: Path) -> RunRecord:

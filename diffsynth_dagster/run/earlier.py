@@ -25,7 +25,7 @@ Warn = Callable[[str], None]
 _LEFT = "what an older training left"
 _EXPORTED = (
     *("diffusers", "comfyui", "guide", "kohya", "peft", "authors"),
-    *("README.md", "loss.svg"),
+    *("README.md", "loss.svg", "exported.json"),
 )
 _EXPORTS = tuple(f"exports/{name}" for name in _EXPORTED)
 

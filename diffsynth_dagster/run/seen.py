@@ -27,7 +27,7 @@ from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.facts import FactCache, FileState, digest_of
-from diffsynth_dagster.own_names import is_own
+from diffsynth_dagster.own_names import LISTING, is_own, is_promoted
 from diffsynth_dagster.run.record import FILE_NAME as RECORD
 from diffsynth_dagster.run.record import LIBRARIES, read_record
 from diffsynth_dagster.weights.hub import ModelHub
@@ -91,8 +91,10 @@ def digest_left(step: Step, config: TrainingConfig) -> str:
         case "checkpoints":
             return _own_states(_trained_files(folder))
         case "exports":
-            found = sorted(path for path in (folder / "exports").rglob("*") if path.is_file())
-            return _own_states(p for p in found if is_own(p.relative_to(folder).as_posix()))
+            found = [path for path in (folder / "exports").rglob("*") if path.is_file()]
+            names = {path.relative_to(folder).as_posix() for path in found} | {LISTING}
+            own = sorted(name for name in names if is_own(name) and not is_promoted(name))
+            return _own_states(folder / name for name in own)
 
 
 def _parameters(step: Step, config: TrainingConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
 from diffsynth_dagster.data.table.checked import find_checked
 from diffsynth_dagster.errors import ParameterError, WeightsError
-from diffsynth_dagster.own_names import CHECKPOINT, OWN, is_older, is_own, is_trained
+from diffsynth_dagster.own_names import CHECKPOINT, OWN, is_older, is_own, is_promoted, is_trained
 from diffsynth_dagster.run.earlier import earlier_files
 from diffsynth_dagster.weights.hub import ModelHub
 
@@ -128,7 +128,9 @@ def _inputs(config: TrainingConfig) -> Iterator[tuple[str, Path]]:
 def _writes(config: TrainingConfig) -> Callable[[str], bool]:
     """Tells whether a config replaces, moves or removes a file, by its path from the run folder."""
     if config.encodes_only:
-        return lambda name: is_own(name) and not is_trained(name) and not is_older(name)
+        return lambda name: (
+            is_own(name) and not (is_trained(name) or is_older(name) or is_promoted(name))
+        )
     moved = earlier_files(Path(config.output_path))
     by_steps = config.save_steps is not None
     stops_early = config.early_stopping_patience is not None
@@ -136,6 +138,8 @@ def _writes(config: TrainingConfig) -> Callable[[str], bool]:
     def writes(name: str) -> bool:
         if is_older(name):
             return config.runs_keep is not None
+        if is_promoted(name):
+            return False
         checkpoint = CHECKPOINT.fullmatch(name)
         if checkpoint is None or name in moved:
             return is_own(name)

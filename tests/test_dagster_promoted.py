@@ -1,0 +1,107 @@
+"""A regression made on purpose: the promoted export stays, Dagster says which number is worse, and a
+person goes forward and back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from conftest import Values, write_images
+from dagster_support import definitions_of, told, write_recipe
+from process_support import forked_launches
+from safetensors.torch import load_file
+
+from assets.common import KINDS, Kind, asset_key
+from diffsynth_dagster.promoted import current_promoted, promoted_versions
+
+DIT = "diffusers/transformer/diffusion_pytorch_model.safetensors"
+
+
+def event_of(done: dg.ExecuteInProcessResult) -> tuple[dict[str, Any], str]:
+    """Metadata and data version of the promoted export."""
+    (made,) = done.asset_materializations_for_node("tiny__promoted")
+    facts = {name: value.value for name, value in made.metadata.items()}
+    return facts, (made.tags or {})["dagster/data_version"]
+
+
+def check_of(done: dg.ExecuteInProcessResult) -> dg.AssetCheckEvaluation:
+    (found,) = (e for e in done.get_asset_check_evaluations() if e.check_name == "not_worse")
+    return found
+
+
+@pytest.fixture
+def recipe(values: Values, tmp_path: Path) -> Callable[..., None]:
+    """Writes the recipe, with samples held out."""
+    data = write_images(tmp_path / "data", 10)
+    given = {
+        **values(validation_split=2, trainable_models="dit", learning_rate=1e-4),
+        "dataset_base_path": str(data),
+        "dataset_metadata_path": str(data / "metadata.csv"),
+        "retries": 0,
+    }
+    return lambda **more: write_recipe(tmp_path / "recipes", "tiny", {**given, **more})
+
+
+def test_a_regression_made_on_purpose(recipe: Callable[..., None], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with forked_launches(), dg.instance_for_test(temp_dir=str(tmp_path)) as instance:
+
+        def execute(*kinds: Kind, **config: Any) -> dg.ExecuteInProcessResult:
+            job = definitions_of(tmp_path / "recipes").resolve_job_def("train_tiny")
+            return job.execute_in_process(
+                {"ops": {"tiny__promoted": {"config": config}}},
+                instance=instance,
+                raise_on_error=False,
+                asset_selection=[asset_key("tiny", kind) for kind in kinds or ("promoted",)],
+            )
+
+        recipe()
+        facts, good = event_of(execute(*KINDS))
+        assert facts["what_happened"] == "promoted"
+        assert facts["version"] == good
+        dit = run / "exports" / "current" / DIT
+        weights = dit.read_bytes()
+        old = facts["held_out_loss"]
+
+        # A learning rate that ruins it.
+        recipe(learning_rate=0.3)
+        ruined = execute(*KINDS[2:])
+        assert not ruined.success
+        check, (facts, version) = check_of(ruined), event_of(ruined)
+        assert (check.passed, check.blocking) == (False, True)
+        assert check.metadata["compared"].value == "held_out_loss"
+        assert check.metadata["promoted_before"].value == old
+        new: Any = check.metadata["new"].value
+        assert new > 1.05 * old
+        assert f"its held-out loss is {new:.6g} (" in (check.description or "")
+        assert f"and {old:.6g} that of the promoted one" in (check.description or "")
+        reason = told(ruined.all_events).reason
+        assert "the new export is not promoted" in reason
+        assert "materialize tiny/promoted with `force: true` in the run config" in reason
+        assert (facts["what_happened"], facts["version"], version) == ("refused", good, good)
+        # The one of before is in use still, though its training was moved.
+        (older,) = (run / "older").iterdir()
+        assert dit.read_bytes() == weights
+        assert dit.samefile(older / "exports" / DIT)
+        assert load_file(run / "exports" / "current" / "checkpoint.safetensors")
+        assert len(promoted_versions(run)) == 1
+
+        # Forward all the same, back, and no further by itself.
+        done = execute(force=True)
+        facts, bad = event_of(done)
+        assert (facts["what_happened"], check_of(done).passed) == ("promoted", True)
+        assert bad != good
+        assert facts["held_out_loss"] == new
+        facts, version = event_of(execute(version=good[:5]))
+        assert (facts["what_happened"], version) == ("rolled back", good)
+        assert dit.read_bytes() == weights
+        done = execute()
+        facts, version = event_of(done)
+        assert (done.success, facts["what_happened"], version) == (True, "kept", good)
+        assert f"version {bad} was rolled back from" in facts["why"]
+        unknown = told(execute(version="zzz").all_events).reason
+        assert f"the newest first: {good}, {bad}" in unknown
+        current = current_promoted(run)
+        assert current is not None
+        assert current.version == good
