@@ -82,9 +82,9 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
     def checkpoints(
         context: dg.AssetExecutionContext,
         config: CheckpointsConfig,
-        parameters: Parameters,
-        hub: Hub,
-        launcher: Launcher,
+        diffsynth_parameters: Parameters,
+        diffsynth_hub: Hub,
+        diffsynth_launcher: Launcher,
     ) -> Iterator[dg.MaterializeResult]:
         from diffsynth_dagster.cache.split import second_half
         from diffsynth_dagster.run.up_to_date import (
@@ -94,21 +94,21 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
         )
 
         with tried_again(context, recipe.options.retries), user_errors():
-            ran = launched(context, recipe, parameters)
+            ran = launched(context, recipe, diffsynth_parameters)
             settings = second_half(ran.config)
-            processes = launcher.num_processes or recipe.options.num_processes
+            processes = diffsynth_launcher.num_processes or recipe.options.num_processes
             began = _began(context, recipe, Path(settings.output_path))
             moved = older_runs(Path(settings.output_path))
             why = "retrain was asked for"
             if began or not config.retrain:
-                why = why_train(settings, hub.open(), processes)
+                why = why_train(settings, diffsynth_hub.open(), processes)
             if why is not None:
                 context.log.info(f"it trains, because: {why}")
                 progress = Progress(context)
                 resume = _resume(settings, config.retrain, began)
                 settings = settings.model_copy(update={"resume": resume})
                 with user_errors(settings):
-                    for event in launcher.run(context, settings, recipe.options):
+                    for event in diffsynth_launcher.run(context, settings, recipe.options):
                         progress.hear(event)
                 progress.last()
             else:

@@ -37,14 +37,14 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
         ],
     )
     def exports(
-        context: dg.AssetExecutionContext, parameters: Parameters, hub: Hub
+        context: dg.AssetExecutionContext, diffsynth_parameters: Parameters, diffsynth_hub: Hub
     ) -> dg.MaterializeResult:
         from diffsynth_dagster.export import export_folder
         from diffsynth_dagster.facts import digest_of
 
         with user_errors():
-            ran = launched(context, recipe, parameters)
-            exported = export_folder(ran.config, hub.open())
+            ran = launched(context, recipe, diffsynth_parameters)
+            exported = export_folder(ran.config, diffsynth_hub.open())
         effect = exported.effect
         if effect is not None and effect.is_nothing:
             context.log.warning(f"the LoRA: {effect}")

@@ -56,7 +56,9 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
         ],
     )
     def latents(
-        context: dg.AssetExecutionContext, parameters: Parameters, launcher: Launcher
+        context: dg.AssetExecutionContext,
+        diffsynth_parameters: Parameters,
+        diffsynth_launcher: Launcher,
     ) -> Iterator[dg.MaterializeResult]:
         from diffsynth_dagster.cache.contents import look_into
         from diffsynth_dagster.cache.held_out import held_out_config
@@ -68,11 +70,11 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
 
         report = Encoded({}, {})
         with tried_again(context, recipe.options.retries), user_errors():
-            ran = launched(context, recipe, parameters)
+            ran = launched(context, recipe, diffsynth_parameters)
             config = first_half(ran.config)
             checked = read_checked(Path(config.output_path))
             with user_errors(config):
-                for event in launcher.run(context, config, recipe.options):
+                for event in diffsynth_launcher.run(context, config, recipe.options):
                     match event:
                         case Encoding(stage, done, total):
                             context.log.info(f"{stage}: {done} of {total} encoded")

@@ -56,7 +56,7 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
         ],
     )
     def metadata(
-        context: dg.AssetExecutionContext, parameters: Parameters
+        context: dg.AssetExecutionContext, diffsynth_parameters: Parameters
     ) -> Iterator[dg.MaterializeResult]:
         from diffsynth_dagster.cache.held_out import held_out_config
         from diffsynth_dagster.cache.long_captions import count_if_there
@@ -71,7 +71,7 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
         from diffsynth_dagster.weights.identify import guess_family
 
         with user_errors():
-            ran = launched(context, recipe, parameters)
+            ran = launched(context, recipe, diffsynth_parameters)
             config = with_settled(ran.config)
             refuse_overlap(config)
             refuse_own_recipe(config, recipe.path)
@@ -97,7 +97,7 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
                 **ran.facts,
             }
             version = _version(checked, held_out)
-            check = _check(key, config, checked, held_out, warnings)
+            check = _check(config, checked, held_out, warnings)
         yield dg.MaterializeResult(
             metadata=facts,
             data_version=version,
@@ -141,7 +141,6 @@ def contents_of(checked: "CheckedTable") -> list[str]:
 
 
 def _check(
-    key: dg.AssetKey,
     config: TrainingConfig,
     checked: "CheckedTable",
     held_out: "CheckedTable | None",
@@ -157,7 +156,6 @@ def _check(
     accepted = sum(each.counts.get("ok", 0) for each in tables)
     allowed = config.max_rejected_fraction
     return dg.AssetCheckResult(
-        asset_key=key,
         check_name=CHECK,
         passed=all(each.is_accepted(allowed) for each in tables),
         description="\n".join(

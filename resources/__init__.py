@@ -4,12 +4,17 @@ from resources.console import JOB_CONFIG, console_logger
 from resources.executor import run_executor
 from resources.failing import Cancelled, StepFailure, TriedAgain, cancelled
 from resources.hub import Hub
+from resources.keys import HUB, LAUNCHER, LOGGER, PARAMETERS
 from resources.launcher import Launcher
 from resources.parameters import Parameters
-from resources.recipes import BrokenRecipe, load_recipes, recipes_folder
+from resources.recipes import BrokenRecipe, identifier, load_recipes, recipes_folder
 
 __all__ = [
+    "HUB",
     "JOB_CONFIG",
+    "LAUNCHER",
+    "LOGGER",
+    "PARAMETERS",
     "BrokenRecipe",
     "Cancelled",
     "Hub",
@@ -19,6 +24,7 @@ __all__ = [
     "TriedAgain",
     "cancelled",
     "console_logger",
+    "identifier",
     "load_recipes",
     "recipes_folder",
     "run_executor",

@@ -17,7 +17,7 @@ from process_support import forked_launches
 from assets.common import KINDS, Kind, asset_key
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
-from resources import Launcher
+from resources import PARAMETERS, Launcher
 
 MAX_EVENT = 100_000
 
@@ -205,7 +205,7 @@ def test_run_config_retrains_with_other_parameters(
     result = place.run(
         "tiny",
         run_config={
-            "resources": {"parameters": parameters},
+            "resources": {PARAMETERS: parameters},
             "ops": {"tiny__checkpoints": {"config": {"retrain": True}}},
         },
     )

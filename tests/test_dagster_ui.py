@@ -29,6 +29,8 @@ from dagster_support import (
     write_recipe,
 )
 
+from resources import PARAMETERS
+
 LOCATION = {
     "repository_location_name": "diffsynth_dagster",
     "repository_name": "__repository__",
@@ -51,7 +53,7 @@ class Server:
     port: int
 
     def launch(self, name: str, parameters: dict[str, Any]) -> str:
-        config = {"resources": {"parameters": {"config": parameters}}} if parameters else {}
+        config = {"resources": {PARAMETERS: {"config": parameters}}} if parameters else {}
         return self.client.submit_job_execution(f"train_{name}", run_config=config, **LOCATION)
 
     def wait(self, run: str, seconds: float) -> DagsterRunStatus:
