@@ -12,7 +12,7 @@ from assets.latents import make_latents
 from assets.lineage import Lineage
 from assets.metadata import make_metadata
 from assets.promoted import make_promoted
-from assets.weights import WeightsAssets
+from assets.weights import WeightsAssets, weights_keys
 from diffsynth_dagster.config import Recipe
 from resources import BrokenRecipe
 
@@ -24,10 +24,9 @@ def make_assets(
 ) -> list[dg.AssetsDefinition]:
     """Every asset of the recipes. Weights that several recipes name are one asset."""
     lineage = Lineage(recipes)
-    weights = WeightsAssets(recipes, lineage)
-    assets = list(weights.definitions)
+    assets = list(WeightsAssets(recipes, lineage).definitions)
     for recipe in recipes:
-        kinds, models = kinds_of(recipe.config), weights.keys(recipe)
+        kinds, models = kinds_of(recipe.config), weights_keys(recipe)
         tables, latents, checkpoints = (
             lineage.upstream(recipe, kind) for kind in ("metadata", "latents", "checkpoints")
         )

@@ -83,13 +83,13 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
     def checkpoints(
         context: dg.AssetExecutionContext,
         config: CheckpointsConfig,
-        parameters: Parameters,
-        hub: Hub,
-        launcher: Launcher,
+        diffsynth_parameters: Parameters,
+        diffsynth_hub: Hub,
+        diffsynth_launcher: Launcher,
     ) -> Iterator[dg.MaterializeResult]:
         with user_errors():
-            ran = launched(context, recipe, parameters)
-            processes = launcher.num_processes or recipe.options.num_processes
+            ran = launched(context, recipe, diffsynth_parameters)
+            processes = diffsynth_launcher.num_processes or recipe.options.num_processes
             seen = look(context, "checkpoints", ran, processes)
             same = None if config.retrain else seen.unchanged()
         if same is not None:
@@ -108,14 +108,14 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
             moved = older_runs(Path(settings.output_path))
             why = "retrain was asked for"
             if began or not config.retrain:
-                why = why_train(settings, hub.open(), processes)
+                why = why_train(settings, diffsynth_hub.open(), processes)
             if why is not None:
                 context.log.info(f"it trains, because: {why}")
                 progress = Progress(context)
                 resume = _resume(settings, config.retrain, began)
                 settings = settings.model_copy(update={"resume": resume})
                 with user_errors(settings):
-                    for event in launcher.run(context, settings, recipe.options):
+                    for event in diffsynth_launcher.run(context, settings, recipe.options):
                         progress.hear(event)
                 progress.last()
             else:

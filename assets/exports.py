@@ -38,10 +38,10 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
         ],
     )
     def exports(
-        context: dg.AssetExecutionContext, parameters: Parameters, hub: Hub
+        context: dg.AssetExecutionContext, diffsynth_parameters: Parameters, diffsynth_hub: Hub
     ) -> dg.MaterializeResult:
         with user_errors():
-            ran = launched(context, recipe, parameters)
+            ran = launched(context, recipe, diffsynth_parameters)
             seen = look(context, "exports", ran)
             same = seen.unchanged()
         if same is not None:
@@ -50,7 +50,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
         from diffsynth_dagster.facts import digest_of
 
         with user_errors():
-            exported = export_folder(ran.config, hub.open())
+            exported = export_folder(ran.config, diffsynth_hub.open())
         effect = exported.effect
         if effect is not None and effect.is_nothing:
             context.log.warning(f"the LoRA: {effect}")

@@ -57,10 +57,12 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
         ],
     )
     def latents(
-        context: dg.AssetExecutionContext, parameters: Parameters, launcher: Launcher
+        context: dg.AssetExecutionContext,
+        diffsynth_parameters: Parameters,
+        diffsynth_launcher: Launcher,
     ) -> Iterator[dg.MaterializeResult]:
         with user_errors():
-            ran = launched(context, recipe, parameters)
+            ran = launched(context, recipe, diffsynth_parameters)
             seen = look(context, "latents", ran)
             same = seen.unchanged()
         if same is not None:
@@ -79,7 +81,7 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
             config = first_half(ran.config)
             checked = read_checked(Path(config.output_path))
             with user_errors(config):
-                for event in launcher.run(context, config, recipe.options):
+                for event in diffsynth_launcher.run(context, config, recipe.options):
                     match event:
                         case Encoding(stage, done, total):
                             context.log.info(f"{stage}: {done} of {total} encoded")

@@ -12,7 +12,7 @@ from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.effect import AFFECTS, Affects
 from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.errors import ParameterError
-from resources import Parameters
+from resources import PARAMETERS, Parameters
 
 RECIPE, DIGEST = "diffsynth/recipe", "diffsynth/recipe_digest"
 """Tags of each step of a recipe: its name, and the digest of what it says."""
@@ -85,7 +85,7 @@ def launched(context: dg.AssetExecutionContext, recipe: Recipe, parameters: Para
             parameters and has steps of several recipes; or see `read_config`.
     """
     recipes = _recipes_of(context)
-    if recipes is not None and recipes.get(recipe.name) != _digest_of(recipe):
+    if recipes is not None and (recipe.name, _digest_of(recipe)) not in recipes:
         raise ParameterError(
             "the recipe changed since the run was launched",
             where=str(recipe.path),
@@ -94,11 +94,11 @@ def launched(context: dg.AssetExecutionContext, recipe: Recipe, parameters: Para
         )
     given = parameters.given()
     if given and len(recipes or ()) > 1:
-        names = [f"'{name}'" for name in sorted(recipes or ())]
+        names = sorted(f"'{name}'" for name, _ in recipes or ())
         raise ParameterError(
             f"parameters of the run config are for one recipe, and the run has assets of "
             f"{', '.join(names[:-1])} and {names[-1]}",
-            where=f"resources.parameters.config: {', '.join(sorted(given))}",
+            where=f"resources.{PARAMETERS}.config: {', '.join(sorted(given))}",
             do="launch a run for each recipe, or leave the parameters out and write them into the recipes",
         )
     config = parameters.apply(recipe.config)
@@ -107,15 +107,15 @@ def launched(context: dg.AssetExecutionContext, recipe: Recipe, parameters: Para
     return Launched(config, overrides, recipe.config.output_path)
 
 
-def _recipes_of(context: dg.AssetExecutionContext) -> dict[str, str] | None:
-    """Name → digest of the recipes that a run has steps of, as they were when it was launched; None
+def _recipes_of(context: dg.AssetExecutionContext) -> set[tuple[str, str]] | None:
+    """Name and digest of the recipes that a run has steps of, as they were when it was launched; None
     where Dagster kept no plan of it."""
     kept = context.run.execution_plan_snapshot_id
     if kept is None:
         return None
     plan = context.instance.get_execution_plan_snapshot(kept)
     steps = [step.tags or {} for step in plan.steps if step.key in plan.step_keys_to_execute]
-    return {tags[RECIPE]: tags[DIGEST] for tags in steps if RECIPE in tags}
+    return {(tags[RECIPE], tags[DIGEST]) for tags in steps if RECIPE in tags}
 
 
 def _digest_of(recipe: Recipe) -> str:

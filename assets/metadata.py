@@ -57,7 +57,7 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
         ],
     )
     def metadata(
-        context: dg.AssetExecutionContext, parameters: Parameters
+        context: dg.AssetExecutionContext, diffsynth_parameters: Parameters
     ) -> Iterator[dg.MaterializeResult]:
         from diffsynth_dagster.cache.held_out import held_out_config
         from diffsynth_dagster.cache.split import with_settled
@@ -70,7 +70,7 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
         )
 
         with user_errors():
-            ran = launched(context, recipe, parameters)
+            ran = launched(context, recipe, diffsynth_parameters)
             config = with_settled(ran.config)
             refuse_overlap(config)
             refuse_own_recipe(config, recipe.path)
@@ -108,7 +108,7 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
                 **ran.facts,
             }
             version = _version(checked, held_out)
-            check = _check(key, config, checked, held_out, warnings)
+            check = _check(config, checked, held_out, warnings)
         yield dg.MaterializeResult(
             metadata=facts,
             data_version=version,
@@ -152,7 +152,6 @@ def contents_of(checked: "CheckedTable") -> list[str]:
 
 
 def _check(
-    key: dg.AssetKey,
     config: TrainingConfig,
     checked: "CheckedTable",
     held_out: "CheckedTable | None",
@@ -168,7 +167,6 @@ def _check(
     accepted = sum(each.counts.get("ok", 0) for each in tables)
     allowed = config.max_rejected_fraction
     return dg.AssetCheckResult(
-        asset_key=key,
         check_name=CHECK,
         passed=all(each.is_accepted(allowed) for each in tables),
         description="\n".join(

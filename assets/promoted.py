@@ -68,10 +68,10 @@ def make_promoted(recipe: Recipe) -> dg.AssetsDefinition:
         ],
     )
     def promoted(
-        context: dg.AssetExecutionContext, config: PromotedConfig, parameters: Parameters
+        context: dg.AssetExecutionContext, config: PromotedConfig, diffsynth_parameters: Parameters
     ) -> Iterator[dg.MaterializeResult]:
         with user_errors():
-            ran = launched(context, recipe, parameters)
+            ran = launched(context, recipe, diffsynth_parameters)
             outcome = _promote(recipe, ran.config, config)
             check = _check(outcome, Path(ran.config.output_path), context.asset_key)
         said = f"{outcome.what}: {outcome.why}"

@@ -38,14 +38,15 @@ class WeightsAssets:
             for key, users in uses.items()
         ]
 
-    def keys(self, recipe: Recipe) -> list[dg.AssetKey]:
-        """The weights that a recipe uses."""
-        return [weights_key(entry) for entry in named_entries(recipe.config)]
-
 
 def weights_key(entry: ModelEntry) -> dg.AssetKey:
     """The key of an entry of a model list: `weights/Qwen/Qwen-Image/transformer`."""
     return dg.AssetKey([GROUP, *entry.name])
+
+
+def weights_keys(recipe: Recipe) -> list[dg.AssetKey]:
+    """The weights that a recipe uses."""
+    return [weights_key(entry) for entry in named_entries(recipe.config)]
 
 
 def _make_weights(
@@ -64,7 +65,7 @@ def _make_weights(
         description=f"{entry.text}\n\nUsed by: {users}",
         code_version=code,
     )
-    def weights(context: dg.AssetExecutionContext, hub: Hub) -> dg.MaterializeResult:
+    def weights(context: dg.AssetExecutionContext, diffsynth_hub: Hub) -> dg.MaterializeResult:
         from diffsynth_dagster.facts import FactCache, digest_of
 
         seen = look_at_model(context, entry, code)
@@ -76,7 +77,7 @@ def _make_weights(
             user_errors(),
             closing(FactCache(fact_cache_path(config))) as fact_cache,
         ):
-            model_hub = hub.open()
+            model_hub = diffsynth_hub.open()
             if entry.parameter in MODEL_FOLDERS:
                 folder = model_hub.folder(entry)
                 files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -2,38 +2,18 @@
 
 import dagster as dg
 
-from assets import make_assets
-from jobs import make_jobs, make_schedules
-from resources import (
-    Hub,
-    Launcher,
-    Parameters,
-    console_logger,
-    load_recipes,
-    recipes_folder,
-    run_executor,
-)
+from diffsynth_dagster.component import make_definitions
+from resources import run_executor
 
 
-def make_definitions() -> dg.Definitions:
-    """Assets, jobs, schedules and resources of the recipes in the folder of recipes.
+def make_code_location() -> dg.Definitions:
+    """The recipes in the folder of recipes, and the executor of all runs: also of those with assets that
+    are picked in the graph.
 
     Raises:
         ParameterError: the folder does not exist.
     """
-    recipes, broken = load_recipes(recipes_folder())
-    jobs = make_jobs(recipes, broken)
-    return dg.Definitions(
-        assets=make_assets(recipes, broken),
-        jobs=jobs,
-        schedules=make_schedules(recipes, jobs),
-        resources={"hub": Hub(), "launcher": Launcher(), "parameters": Parameters()},
-        loggers={"console": console_logger},
-        # The steps of a recipe form a line, and what is heavy in them runs in processes of its
-        # own: a process for each step would only add seconds, and a generation between whoever
-        # kills a run and the training that must die with it.
-        executor=run_executor,
-    )
+    return dg.Definitions.merge(make_definitions(), dg.Definitions(executor=run_executor))
 
 
-definitions = make_definitions()
+definitions = make_code_location()

@@ -15,11 +15,10 @@ import dagster as dg
 
 from assets.checkpoints import CheckpointsConfig
 from assets.common import asset_key, kinds_of
+from assets.prefix import Prefix
 from diffsynth_dagster.config import Recipe, TrainingConfig
-from resources import JOB_CONFIG, Launcher, as_run_config, overridable
+from resources import JOB_CONFIG, LAUNCHER, PARAMETERS, Launcher, as_run_config, overridable
 
-PARAMETERS, LAUNCHER = "parameters", "launcher"
-"""Keys of the resources."""
 (LOGGER,) = JOB_CONFIG["loggers"]
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _EXECUTION = "execution"
@@ -38,11 +37,11 @@ class Option:
     path: tuple[str, ...]
 
 
-def launch_config(recipe: Recipe) -> dg.ConfigMapping:
+def launch_config(recipe: Recipe, prefix: Prefix = Prefix()) -> dg.ConfigMapping:  # noqa: B008
     """The run config of a recipe's job: parameters and options, and how it goes on as Dagster's."""
     values = recipe.config.model_dump(mode="json")
     parameters = {name: _parameter(name, values[name]) for name in overridable()}
-    return _mapping(parameters, {**_options_of(recipe), **_common_options()})
+    return _mapping(parameters, {**_options_of(recipe, prefix), **_common_options()})
 
 
 def broken_launch_config() -> dg.ConfigMapping:
@@ -89,7 +88,7 @@ def _put(config: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     config[path[-1]] = value
 
 
-def _options_of(recipe: Recipe) -> dict[str, Option]:
+def _options_of(recipe: Recipe, prefix: Prefix) -> dict[str, Option]:
     """The options that depend on the recipe; those of the launcher have its values as defaults."""
     own = recipe.options.model_dump()
     options: dict[str, Option] = {}
@@ -102,7 +101,7 @@ def _options_of(recipe: Recipe) -> dict[str, Option]:
         path = ("resources", LAUNCHER, "config", name)
         options[name] = Option(_field(kind, default, field.description), path)
     if "checkpoints" in kinds_of(recipe.config):
-        step = asset_key(recipe.name, "checkpoints").to_python_identifier()
+        step = prefix.step(asset_key(recipe.name, "checkpoints"))
         field = CheckpointsConfig.model_fields["retrain"]
         retrain = _field(bool, field.default, field.description)
         options["retrain"] = Option(retrain, ("ops", step, "config", "retrain"))

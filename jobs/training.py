@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from assets.common import KINDS, Kind, asset_key, kinds_of
-from assets.weights import GROUP
+from assets.common import KINDS, asset_key, kinds_of
+from assets.prefix import Prefix
+from assets.weights import weights_keys
 from diffsynth_dagster.config import Recipe
 from jobs.launchpad import broken_launch_config, launch_config
-from resources import BrokenRecipe
+from resources import BrokenRecipe, run_executor
 
 if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import (
@@ -22,37 +23,57 @@ def job_name(recipe: str) -> str:
     return f"train_{recipe}"
 
 
-def make_jobs(recipes: Sequence[Recipe], broken: Sequence[BrokenRecipe] = ()) -> "list[AssetJob]":
+def make_jobs(
+    recipes: Sequence[Recipe],
+    broken: Sequence[BrokenRecipe] = (),
+    prefix: Prefix = Prefix(),  # noqa: B008 - it does not change
+) -> "list[AssetJob]":
     """One job for each recipe: its own assets and the weights they come from. What it reads from other
     recipes is taken as it is: their jobs train them."""
-    return [
-        *(
-            _make_job(r.name, r.options.description, kinds_of(r.config), launch_config(r))
-            for r in recipes
-        ),
-        *(_make_job(r.name, str(r.error), KINDS, broken_launch_config()) for r in broken),
-    ]
+    jobs: list[AssetJob] = []
+    for recipe in recipes:
+        own = [asset_key(recipe.name, kind) for kind in kinds_of(recipe.config)]
+        selection = prefix.selection([*own, *weights_keys(recipe)])
+        config = launch_config(recipe, prefix)
+        jobs.append(_make_job(recipe.name, recipe.options.description, selection, config, prefix))
+    for recipe in broken:
+        selection = prefix.selection(asset_key(recipe.name, kind) for kind in KINDS)
+        config = broken_launch_config()
+        jobs.append(_make_job(recipe.name, str(recipe.error), selection, config, prefix))
+    return jobs
 
 
 def _make_job(
-    name: str, description: str, kinds: Sequence[Kind], config: dg.ConfigMapping
+    recipe: str,
+    description: str,
+    selection: dg.AssetSelection,
+    config: dg.ConfigMapping,
+    prefix: Prefix,
 ) -> "AssetJob":
-    own = dg.AssetSelection.assets(*(asset_key(name, kind) for kind in kinds))
-    weights = own.upstream(depth=1) & dg.AssetSelection.groups(GROUP)
     return dg.define_asset_job(
-        job_name(name), selection=own | weights, description=description, config=config
+        prefix.name(job_name(recipe)),
+        selection=selection,
+        description=description,
+        config=config,
+        # Not in the code location, where it would run the assets of others too. The steps of a recipe
+        # form a line, and what is heavy in them runs in processes of its own: a process for each step
+        # would only add seconds, and a generation between whoever kills a run and the training that
+        # must die with it.
+        executor_def=run_executor,
     )
 
 
 def make_schedules(
-    recipes: Sequence[Recipe], jobs: "Sequence[AssetJob]"
+    recipes: Sequence[Recipe],
+    jobs: "Sequence[AssetJob]",
+    prefix: Prefix = Prefix(),  # noqa: B008 - it does not change
 ) -> list[dg.ScheduleDefinition]:
     """One schedule for each recipe that asks for one; switched off until someone turns it on."""
     by_name = {job.name: job for job in jobs}
     return [
         dg.ScheduleDefinition(
-            name=f"retrain_{recipe.name}",
-            job=by_name[job_name(recipe.name)],
+            name=prefix.name(f"retrain_{recipe.name}"),
+            job=by_name[prefix.name(job_name(recipe.name))],
             cron_schedule=recipe.options.schedule,
             default_status=dg.DefaultScheduleStatus.STOPPED,
         )

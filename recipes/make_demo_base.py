@@ -6,7 +6,7 @@ and has never seen an eight or a nine. Everything is seeded:
 1. a byte-level BPE tokenizer that knows the words of the prompt template and of the captions;
 2. a text encoder with random weights, never trained: distinct words give distinct embeddings;
 3. a VAE trained here by reconstruction, with the statistics of its latents in its config;
-4. a transformer trained by this project's own full training, `recipes/demo_base.yaml`.
+4. a transformer trained by this project's own full training, `recipes/demo_base/recipe.yaml`.
 
 Run it from the project's root: `python recipes/make_demo_base.py`.
 """
@@ -39,7 +39,7 @@ from diffsynth_dagster.demo.digits import DIGIT_NAMES, draw, load_scans
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "recipes" / "demo_base"
-RECIPE = ROOT / "recipes" / "demo_base.yaml"
+RECIPE = BASE / "recipe.yaml"
 TRANSFORMER_FILE = BASE / "transformer" / "diffusion_pytorch_model.safetensors"
 SEED = 0
 TEXT_ENCODER_SEED = 133
@@ -248,7 +248,8 @@ def save_base() -> None:
     so the folder loads in one type whether or not a type is asked for.
     """
     vae = train_vae(digit_pixels())
-    shutil.rmtree(BASE, ignore_errors=True)
+    for made in (path for path in BASE.iterdir() if path.is_dir()):
+        shutil.rmtree(made)
     tokenizer = make_tokenizer(BASE / "tokenizer")
     pipeline = QwenImagePipeline(
         scheduler=make_scheduler(),

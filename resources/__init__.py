@@ -4,12 +4,17 @@ from resources.console import JOB_CONFIG, console_logger
 from resources.executor import run_executor
 from resources.failing import Cancelled, StepFailure, TriedAgain, cancelled
 from resources.hub import Hub
+from resources.keys import HUB, LAUNCHER, LOGGER, PARAMETERS
 from resources.launcher import Launcher
 from resources.parameters import Parameters, as_run_config, overridable
-from resources.recipes import BrokenRecipe, load_recipes, recipes_folder
+from resources.recipes import BrokenRecipe, identifier, load_recipes, recipes_folder
 
 __all__ = [
+    "HUB",
     "JOB_CONFIG",
+    "LAUNCHER",
+    "LOGGER",
+    "PARAMETERS",
     "BrokenRecipe",
     "Cancelled",
     "Hub",
@@ -20,6 +25,7 @@ __all__ = [
     "as_run_config",
     "cancelled",
     "console_logger",
+    "identifier",
     "load_recipes",
     "overridable",
     "recipes_folder",

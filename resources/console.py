@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 
 from resources.failing import Cancelled
+from resources.keys import LOGGER
 
 _WIDTH = 110
 _MOST_LINES = 2
@@ -18,9 +19,9 @@ _REMARKS = ("[pipes]", "Dependencies for step ")
 """How Dagster's own remarks begin: on the channel to the training processes, and on each step that
 does not run because one before it failed."""
 
-JOB_CONFIG = {"loggers": {"console": {}}}
-"""Run config that a job needs to print with the logger "console": Dagster takes its own logger for
-runs whose config names none."""
+JOB_CONFIG = {"loggers": {LOGGER: {}}}
+"""Run config that a job needs to print with our logger: Dagster takes its own for runs whose config
+names none."""
 
 
 class ConsoleHandler(logging.Handler):
@@ -173,7 +174,7 @@ def _short(value: dg.MetadataValue[Any]) -> str | None:
     description="A short line for each asset, check that failed, log line, and the end of the run.",
 )
 def console_logger(context: dg.InitLoggerContext) -> logging.Logger:
-    """The logger "console" of all jobs."""
+    """The logger of all jobs of recipes."""
     least = logging.getLevelNamesMapping()[context.logger_config["log_level"].upper()]
     assert context.job_def is not None, "the loggers of a run know its job"
     layer = context.job_def.asset_layer

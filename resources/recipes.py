@@ -49,7 +49,8 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
         raise ParameterError(
             "the folder of recipes does not exist",
             where=str(folder.absolute()),
-            do=f"make it, or set {VARIABLE} to the folder that holds your recipes",
+            do=f"make it, or name the folder that holds your recipes: in {VARIABLE}, or as 'folder' of "
+            "the component",
         )
     sound: list[Recipe] = []
     broken: list[BrokenRecipe] = []

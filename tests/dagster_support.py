@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT
 from process_support import forked_launches
 
-from diffsynth_dagster.definitions import make_definitions
+from diffsynth_dagster.definitions import make_code_location
 
 STOPPED_WITHIN = 30.0
 
@@ -34,7 +34,7 @@ def definitions_of(folder: Path) -> dg.Definitions:
     """The code location as a folder of recipes makes it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFSYNTH_DAGSTER_RECIPES", str(folder))
-        return make_definitions()
+        return make_code_location()
 
 
 def make_job(folder: str, name: str) -> dg.JobDefinition:

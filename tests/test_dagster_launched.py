@@ -13,6 +13,7 @@ from dagster_support import definitions_of, told, write_recipe
 from assets.common import KINDS, asset_key, code_version
 from assets.launched import Launched
 from diffsynth_dagster.config import read_config
+from resources import PARAMETERS
 
 CHANGED = "the recipe changed since the run was launched"
 MISSING = "the metadata file does not exist"
@@ -109,7 +110,7 @@ def test_overrides_are_for_one_recipe(tmp_path: Path, instance: dg.DagsterInstan
     write_recipe(tmp_path, "a", recipe("a"))
     write_recipe(tmp_path, "b", recipe("b"))
     job = definitions_of(tmp_path).resolve_implicit_global_asset_job_def()
-    config = {"resources": {"parameters": {"config": {"num_epochs": 9}}}}
+    config = {"resources": {PARAMETERS: {"config": {"num_epochs": 9}}}}
     a, b = (asset_key(name, "metadata") for name in "ab")
 
     def reasons(run_config: dict[str, Any], *assets: dg.AssetKey) -> set[str]:
@@ -120,7 +121,7 @@ def test_overrides_are_for_one_recipe(tmp_path: Path, instance: dg.DagsterInstan
 
     for said in reasons(config, a, b):
         assert "are for one recipe, and the run has assets of 'a' and 'b'" in said
-        assert "where: resources.parameters.config: num_epochs" in said
+        assert "where: resources.diffsynth_parameters.config: num_epochs" in said
         assert "what to do: launch a run for each recipe" in said
     for run_config, assets in (({}, [a, b]), (config, [b])):
         assert all(MISSING in said for said in reasons(run_config, *assets))

@@ -73,7 +73,7 @@ def shown(job: dg.JobDefinition) -> dict[str, Any]:
 
 def applied(job: dg.JobDefinition, run_config: dict[str, Any], recipe: TrainingConfig) -> Any:
     """What a run trains with."""
-    config = dg.validate_run_config(job, run_config)["resources"]["parameters"]["config"]
+    config = dg.validate_run_config(job, run_config)["resources"][PARAMETERS]["config"]
     return Parameters(**config).apply(recipe)
 
 
@@ -113,7 +113,7 @@ def test_what_is_shown_is_a_run_without_config(definitions: dg.Definitions) -> N
     for name in ("train_a", "train_optional", "train_encode"):
         job = definitions.resolve_job_def(name)
         assert dg.validate_run_config(job, shown(job)) == dg.validate_run_config(job, {})
-        parameters = dg.validate_run_config(job, {})["resources"]["parameters"]["config"]
+        parameters = dg.validate_run_config(job, {})["resources"][PARAMETERS]["config"]
         assert not Parameters(**parameters).given()
 
 
@@ -128,7 +128,7 @@ def test_what_is_shown_is_a_run_without_config(definitions: dg.Definitions) -> N
         ({"num_epoch": 2}, 'unexpected config entry "num_epoch" at the root'),
         ({"task": "sft"}, 'unexpected config entry "task" at the root'),
         (
-            {"resources": {"parameters": {"config": {"num_epochs": 2}}}},
+            {"resources": {PARAMETERS: {"config": {"num_epochs": 2}}}},
             'unexpected config entry "resources" at the root',
         ),
         ({"execution": {"config": {"max_concurrent": 2}}}, '"max_concurrent" at path root:exec'),
@@ -187,7 +187,7 @@ def test_options_go_where_dagster_has_them(job: dg.JobDefinition) -> None:
     (logger,) = config["loggers"].values()
     assert logger["config"] == {"log_level": "DEBUG"}
     assert config["execution"] == {"in_process": {"retries": {"disabled": {}}}}
-    assert config["resources"]["parameters"] == before["resources"]["parameters"]
+    assert config["resources"][PARAMETERS] == before["resources"][PARAMETERS]
 
 
 def test_a_part_of_a_job_takes_the_same_config(job: dg.JobDefinition) -> None:
@@ -195,7 +195,7 @@ def test_a_part_of_a_job_takes_the_same_config(job: dg.JobDefinition) -> None:
     part = job.get_subset(asset_selection={asset_key("a", "metadata")})
     flat = {**shown(job), "retrain": True, "num_epochs": 9, "num_processes": 3}
     config = dg.validate_run_config(part, flat)
-    assert Parameters(**config["resources"]["parameters"]["config"]).given() == {"num_epochs": 9}
+    assert Parameters(**config["resources"][PARAMETERS]["config"]).given() == {"num_epochs": 9}
 
 
 def test_recipes_without_a_training_or_parameters(definitions: dg.Definitions) -> None:
@@ -210,7 +210,7 @@ def test_assets_picked_in_the_graph(definitions: dg.Definitions) -> None:
     job = definitions.resolve_implicit_global_asset_job_def()
 
     def nested(**values: Any) -> dict[str, Any]:
-        return {"resources": {"parameters": {"config": values}}}
+        return {"resources": {PARAMETERS: {"config": values}}}
 
     assert "not in enum type lr_scheduler got cosin" in refused(job, nested(lr_scheduler="cosin"))
     assert "got khoya" in refused(job, nested(export_formats=["khoya"]))

@@ -118,6 +118,10 @@ def test_commands_of_the_docs_run(
             == 2
         )
         assert "there is no store" in capsys.readouterr().err
+    elif "diffsynth_dagster.check" in command:
+        from diffsynth_dagster.check import main as check
+
+        assert check(command[command.index("diffsynth_dagster.check") + 1 :]) == 0
     elif "diffsynth_dagster.export" in command:
         # A fresh checkout has no LoRA: the command says so.
         assert convert(command[command.index("diffsynth_dagster.export") + 1 :]) == 2

@@ -1,0 +1,74 @@
+"""Recipes in anyone's Dagster project: as a component in its `defs` folder, or merged into its code."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import dagster as dg
+from pydantic import Field
+
+from assets import make_assets
+from assets.prefix import Prefix
+from jobs import make_jobs, make_schedules
+from resources import (
+    HUB,
+    LAUNCHER,
+    LOGGER,
+    PARAMETERS,
+    Hub,
+    Launcher,
+    Parameters,
+    console_logger,
+    load_recipes,
+    recipes_folder,
+)
+
+RESOURCES = {HUB: Hub(), LAUNCHER: Launcher(), PARAMETERS: Parameters()}
+"""Of all folders of recipes: definitions that are merged may share a key if they share its resource."""
+
+
+def make_definitions(
+    folder: Path | None = None, key_prefix: str | Sequence[str] | None = None
+) -> dg.Definitions:
+    """Assets, jobs, schedules and resources of a folder of recipes.
+
+    They leave alone what they are merged with: no executor for all jobs, no logger, resource or default
+    under a name that others may use.
+
+    Args:
+        folder: left out, that of the environment variable, or `recipes` in the root of this project.
+        key_prefix: first part, or parts, of all keys; it stands before the names of jobs, schedules
+            and groups too.
+
+    Raises:
+        ParameterError: the folder does not exist, or the prefix has other characters than letters,
+            digits and '_'. (A recipe that cannot be used is there, and its assets fail with the reason.)
+    """
+    prefix = Prefix.of(key_prefix)
+    recipes, broken = load_recipes(recipes_folder() if folder is None else folder)
+    jobs = make_jobs(recipes, broken, prefix)
+    return dg.Definitions(
+        assets=prefix.assets(make_assets(recipes, broken)),
+        jobs=jobs,
+        schedules=make_schedules(recipes, jobs, prefix),
+        resources=RESOURCES,
+        loggers={LOGGER: console_logger},
+    )
+
+
+class Recipes(dg.Component, dg.Model, dg.Resolvable):
+    """Trainings of diffusion models: the assets, jobs and schedules of a folder of recipes."""
+
+    folder: str = Field(
+        default="recipes",
+        description="The folder of recipes (YAML files), from the folder of defs.yaml.",
+    )
+    key_prefix: str | Sequence[str] | None = Field(
+        default=None,
+        description="First part, or parts, of all asset keys, and before the names of jobs, "
+        "schedules and groups: letters, digits and '_'.",
+    )
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        """The definitions of the folder. (Called by Dagster.)"""
+        here = context.path if context.path.is_dir() else context.path.parent
+        return make_definitions(here / self.folder, self.key_prefix)
