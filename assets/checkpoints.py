@@ -9,7 +9,6 @@ import dagster as dg
 from pydantic import Field
 
 from assets.common import (
-    GPU_POOL,
     asset_key,
     code_version,
     description,
@@ -33,7 +32,7 @@ from diffsynth_dagster.run.events import (
     StepMetrics,
 )
 from diffsynth_dagster.run.progress import every_line
-from resources import Hub, Launcher, Parameters
+from resources import Hub, Launcher, Parameters, pool_of
 
 if TYPE_CHECKING:
     from diffsynth_dagster.run.record import RunRecord
@@ -68,7 +67,7 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
         kinds={"pytorch", "accelerate"},
         description=description(recipe, "The trained weights."),
         code_version=code_version(recipe.config, "checkpoints"),
-        pool=GPU_POOL,
+        pool=pool_of(recipe.options),
         op_tags=step_tags(recipe),
         check_specs=[
             dg.AssetCheckSpec(
@@ -94,7 +93,7 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
         )
 
         with tried_again(context, recipe.options.retries), user_errors():
-            ran = launched(context, recipe, parameters)
+            ran = launched(context, recipe, parameters, launcher)
             settings = second_half(ran.config)
             processes = launcher.num_processes or recipe.options.num_processes
             began = _began(context, recipe, Path(settings.output_path))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from assets.common import (
-    GPU_POOL,
     asset_key,
     code_version,
     description,
@@ -20,7 +19,7 @@ from assets.launched import launched, step_tags
 from assets.rows import long_captions_facts
 from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.run.events import Encoded, Encoding
-from resources import Launcher, Parameters
+from resources import Launcher, Parameters, pool_of
 
 if TYPE_CHECKING:
     from diffsynth_dagster.cache.contents import Contents
@@ -44,7 +43,7 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
         kinds={"pytorch", "safetensors"},
         description=description(recipe, "The samples encoded once, so that training reads them."),
         code_version=code_version(recipe.config, "latents"),
-        pool=GPU_POOL,
+        pool=pool_of(recipe.options),
         op_tags=step_tags(recipe),
         check_specs=[
             dg.AssetCheckSpec(
@@ -68,7 +67,7 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
 
         report = Encoded({}, {})
         with tried_again(context, recipe.options.retries), user_errors():
-            ran = launched(context, recipe, parameters)
+            ran = launched(context, recipe, parameters, launcher)
             config = first_half(ran.config)
             checked = read_checked(Path(config.output_path))
             with user_errors(config):

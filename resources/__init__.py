@@ -6,6 +6,7 @@ from resources.failing import Cancelled, StepFailure, TriedAgain, cancelled
 from resources.hub import Hub
 from resources.launcher import Launcher
 from resources.parameters import Parameters
+from resources.pools import pool_of
 from resources.recipes import BrokenRecipe, load_recipes, recipes_folder
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "cancelled",
     "console_logger",
     "load_recipes",
+    "pool_of",
     "recipes_folder",
     "run_executor",
 ]

@@ -1,29 +1,28 @@
-"""Reads what a training says through Pipes."""
+"""Reads what a training says through Pipes, whatever way its messages come."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from diffsynth_dagster.run.events import Event, event_of
+from diffsynth_dagster.run.events import Event, Warned, event_of
 
 if TYPE_CHECKING:
-    from dagster_pipes import PipesMessage, PipesParams
+    from dagster_pipes import PipesMessage, PipesOpenedData, PipesParams
 
 
-class MessageReader(dg.PipesFileMessageReader):
-    """Hands out each event once. Dagster's own reader keeps all of a session and copies
+class MessageReader(dg.PipesMessageReader):
+    """Hands out each event once. Dagster's own readers keep all of a session and copy
     them whenever they are asked for, which a training of many steps would drown in.
 
     Args:
-        path: the file that the training writes them into, as messages.
+        reader: how the messages come: through a file, a bucket, the log of a job on a cluster.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
+    def __init__(self, reader: dg.PipesMessageReader) -> None:
+        self._reader = reader
         self._queue: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
     @property
@@ -35,8 +34,20 @@ class MessageReader(dg.PipesFileMessageReader):
     def read_messages(self, handler: Any) -> "Generator[PipesParams]":
         """Read into the queue what is ours; the rest is the handler's. (Called by Dagster.)"""
         sorter: Any = _Sorter(handler, self._queue)
-        with super().read_messages(sorter) as params:
+        with self._reader.read_messages(sorter) as params:
             yield params
+
+    def on_opened(self, opened_payload: "PipesOpenedData") -> None:
+        """(Called by Dagster.)"""
+        self._reader.on_opened(opened_payload)
+
+    def on_launched(self, launched_payload: Any) -> None:
+        """(Called by Dagster.)"""
+        self._reader.on_launched(launched_payload)
+
+    def no_messages_debug_text(self) -> str:
+        """(Called by Dagster.)"""
+        return self._reader.no_messages_debug_text()
 
     def new(self) -> Iterator[Event]:
         """The events that came in since the last call."""
@@ -46,6 +57,15 @@ class MessageReader(dg.PipesFileMessageReader):
             except Empty:
                 return
             yield event_of(message)
+
+
+def told(context: dg.AssetExecutionContext, reader: MessageReader) -> Iterator[Event]:
+    """What the processes said since the last time; their warnings go into the run's log."""
+    for event in reader.new():
+        if isinstance(event, Warned):
+            context.log.warning(event.text)
+        else:
+            yield event
 
 
 class _Sorter:

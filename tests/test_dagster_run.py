@@ -205,7 +205,7 @@ def test_run_config_retrains_with_other_parameters(
     result = place.run(
         "tiny",
         run_config={
-            "resources": {"parameters": parameters},
+            "resources": {"parameters": parameters, "launcher": {"config": {"num_processes": 1}}},
             "ops": {"tiny__checkpoints": {"config": {"retrain": True}}},
         },
     )
@@ -213,7 +213,7 @@ def test_run_config_retrains_with_other_parameters(
     facts = metadata_of(result, "checkpoints", "tiny")
     assert facts["steps"].value == 4
     assert facts["trained_because"].value == "retrain was asked for"
-    assert facts["overrides"].value == parameters["config"]
+    assert facts["overrides"].value == {**parameters["config"], "num_processes": 1}
     assert why_stale(place, "checkpoints", "tiny") == ["has a new code version"]
     record = read_record(Path(folder))
     assert record is not None
