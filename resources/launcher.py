@@ -24,7 +24,7 @@ from diffsynth_dagster.run.events import Event
 from diffsynth_dagster.run.failure import FAILURE_FOLDER
 from resources.ending import require_success
 from resources.failing import StepFailure
-from resources.messages import MessageReader, told
+from resources.messages import FileMessages, MessageReader, told
 from resources.places import Place, holder, take
 from resources.pools import devices_of, how_many, pool_of, warn_of_waiting
 
@@ -107,7 +107,7 @@ class Launcher(dg.ConfigurableResource):
             write_text(recipe, dump_config(config))
             failures = scratch / "failures"
             injector = dg.PipesFileContextInjector(str(scratch / "context"))
-            reader = MessageReader(dg.PipesFileMessageReader(str(scratch / "messages")))
+            reader = MessageReader(FileMessages(scratch / "messages"))
             with dg.open_pipes_session(context, injector, reader) as session:
                 pipes = session.get_bootstrap_env_vars()
                 env = _environment({**pipes, FAILURE_FOLDER: str(failures)}, place.devices)

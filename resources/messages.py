@@ -1,16 +1,72 @@
 """Reads what a training says through Pipes, whatever way its messages come."""
 
+import json
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from queue import Empty, SimpleQueue
+from threading import Event as Flag
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+from dagster_pipes import PipesDefaultMessageWriter
 
 from diffsynth_dagster.run.events import Event, Warned, event_of
 
 if TYPE_CHECKING:
     from dagster_pipes import PipesMessage, PipesOpenedData, PipesParams
+
+_LOOK_EVERY_S = 0.05
+
+
+class FileMessages(dg.PipesMessageReader):
+    """Messages that come through a file, a line each.
+
+    Dagster's own reader takes a line that is still being written for a whole one, and ends there: of a
+    training that reports thousands of steps nothing would be heard from then on.
+
+    Args:
+        path: the file, which is removed at the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextmanager
+    def read_messages(self, handler: Any) -> "Generator[PipesParams]":
+        """Read in a thread until all is read that was written. (Called by Dagster.)"""
+        self._path.write_bytes(b"")
+        over = Flag()
+        thread = Thread(target=self._read, args=(handler, over), daemon=True)
+        thread.start()
+        try:
+            yield {
+                PipesDefaultMessageWriter.FILE_PATH_KEY: str(self._path),
+                PipesDefaultMessageWriter.INCLUDE_STDIO_IN_MESSAGES_KEY: False,
+            }
+        finally:
+            over.set()
+            thread.join()
+            self._path.unlink(missing_ok=True)
+
+    def no_messages_debug_text(self) -> str:
+        """(Called by Dagster.)"""
+        return f"Attempted to read messages from file {self._path}."
+
+    def _read(self, handler: Any, over: Flag) -> None:
+        line = b""
+        with self._path.open("rb") as file:
+            while True:
+                last = over.is_set()
+                while part := file.readline():
+                    line += part
+                    if line.endswith(b"\n"):  # else the rest of it is still to come
+                        handler.handle_message(json.loads(line))
+                        line = b""
+                if last:
+                    return
+                over.wait(_LOOK_EVERY_S)
 
 
 class MessageReader(dg.PipesMessageReader):
