@@ -244,15 +244,17 @@ def test_messages_may_come_any_way() -> None:
 def test_a_message_that_is_still_being_written_is_waited_for(tmp_path: Path) -> None:
     reader, got = FileMessages(tmp_path / "messages"), list[Any]()
     handler: Any = SimpleNamespace(handle_message=got.append)
-    with reader.read_messages(handler) as parameters:
-        with open(parameters["path"], "a", encoding="utf-8", buffering=1) as file:
-            file.write('{"method": "a"}\n{"meth')
-            file.flush()
-            wait_for(lambda: got, 10, "the first message")
-            time.sleep(0.2)
-            file.write('od": "ü"}\n')
-            wait_for(lambda: len(got) == 2, 10, "the second one")
-            file.write('{"method": "last"}\n')
+    with (
+        reader.read_messages(handler) as parameters,
+        open(parameters["path"], "a", encoding="utf-8", buffering=1) as file,
+    ):
+        file.write('{"method": "a"}\n{"meth')
+        file.flush()
+        wait_for(lambda: got, 10, "the first message")
+        time.sleep(0.2)
+        file.write('od": "ü"}\n')
+        wait_for(lambda: len(got) == 2, 10, "the second one")
+        file.write('{"method": "last"}\n')
     assert got == [{"method": "a"}, {"method": "ü"}, {"method": "last"}]
 
 
