@@ -9,7 +9,6 @@ import dagster as dg
 from pydantic import Field
 
 from assets.common import (
-    GPU_POOL,
     asset_key,
     code_version,
     description,
@@ -34,7 +33,7 @@ from diffsynth_dagster.run.events import (
     StepMetrics,
 )
 from diffsynth_dagster.run.progress import every_line
-from resources import Hub, Launcher, Parameters
+from resources import Hub, Launcher, Parameters, pool_of
 
 if TYPE_CHECKING:
     from diffsynth_dagster.run.record import RunRecord
@@ -69,7 +68,7 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
         kinds={"pytorch", "accelerate"},
         description=description(recipe, "The trained weights."),
         code_version=code_version(recipe.config, "checkpoints"),
-        pool=GPU_POOL,
+        pool=pool_of(recipe.options),
         op_tags=step_tags(recipe),
         check_specs=[
             dg.AssetCheckSpec(
@@ -88,7 +87,7 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
         diffsynth_launcher: Launcher,
     ) -> Iterator[dg.MaterializeResult]:
         with user_errors():
-            ran = launched(context, recipe, diffsynth_parameters)
+            ran = launched(context, recipe, diffsynth_parameters, diffsynth_launcher)
             processes = diffsynth_launcher.num_processes or recipe.options.num_processes
             seen = look(context, "checkpoints", ran, processes)
             same = None if config.retrain else seen.unchanged()

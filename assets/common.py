@@ -15,7 +15,6 @@ from diffsynth_dagster.run.failure import failure_of, recognised
 from diffsynth_dagster.versions import VERSIONS
 from resources import Cancelled, StepFailure, TriedAgain, cancelled
 
-GPU_POOL = "gpu"
 RETRY_DELAY_S = 5.0
 """A GPU that was lost may be back."""
 Kind = Literal["metadata", "latents", "checkpoints", "exports", "promoted"]

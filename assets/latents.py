@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from assets.common import (
-    GPU_POOL,
     asset_key,
     code_version,
     description,
@@ -21,7 +20,7 @@ from assets.rows import long_captions_facts
 from assets.unchanged import look
 from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.run.events import Encoded, Encoding
-from resources import Launcher, Parameters
+from resources import Launcher, Parameters, pool_of
 
 if TYPE_CHECKING:
     from diffsynth_dagster.cache.contents import Contents
@@ -45,7 +44,7 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
         kinds={"pytorch", "safetensors"},
         description=description(recipe, "The samples encoded once, so that training reads them."),
         code_version=code_version(recipe.config, "latents"),
-        pool=GPU_POOL,
+        pool=pool_of(recipe.options),
         op_tags=step_tags(recipe),
         check_specs=[
             dg.AssetCheckSpec(
@@ -62,7 +61,7 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
         diffsynth_launcher: Launcher,
     ) -> Iterator[dg.MaterializeResult]:
         with user_errors():
-            ran = launched(context, recipe, diffsynth_parameters)
+            ran = launched(context, recipe, diffsynth_parameters, diffsynth_launcher)
             seen = look(context, "latents", ran)
             same = seen.unchanged()
         if same is not None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import dagster as dg
@@ -12,7 +12,7 @@ from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.config.effect import AFFECTS, Affects
 from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.errors import ParameterError
-from resources import PARAMETERS, Parameters
+from resources import PARAMETERS, Launcher, Parameters
 
 RECIPE, DIGEST = "diffsynth/recipe", "diffsynth/recipe_digest"
 """Tags of each step of a recipe: its name, and the digest of what it says."""
@@ -34,11 +34,13 @@ class Launched:
         config: the recipe's parameters, with those that the run sets in their place.
         overrides: those that the run sets otherwise than the recipe does, as JSON values.
         output_path: the recipe's own run folder.
+        options: the recipe's options that the run sets otherwise: how many processes there are.
     """
 
     config: TrainingConfig
     overrides: Mapping[str, Any]
     output_path: str
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def tags(self, kind: Kind) -> dict[str, str]:
         """Tags of a materialization: the code version of what really ran. An asset whose own is another
@@ -49,7 +51,8 @@ class Launched:
     @property
     def facts(self) -> dict[str, dg.MetadataValue]:
         """Metadata of a materialization: the overrides, if there are any."""
-        return {"overrides": dg.MetadataValue.json(dict(self.overrides))} if self.overrides else {}
+        given = {**self.overrides, **self.options}
+        return {"overrides": dg.MetadataValue.json(given)} if given else {}
 
     def _beside(self, kind: Kind) -> dict[str, Any]:
         """The overrides that are in no code version, and by which the asset is not that of its recipe:
@@ -74,11 +77,17 @@ def step_tags(recipe: Recipe) -> dict[str, str]:
     return {RECIPE: recipe.name, DIGEST: _digest_of(recipe)}
 
 
-def launched(context: dg.AssetExecutionContext, recipe: Recipe, parameters: Parameters) -> Launched:
+def launched(
+    context: dg.AssetExecutionContext,
+    recipe: Recipe,
+    parameters: Parameters,
+    launcher: Launcher | None = None,
+) -> Launched:
     """What a step of a recipe goes by.
 
     Args:
         recipe: as this process has loaded it.
+        launcher: of a step that runs processes.
 
     Raises:
         ParameterError: the recipe is not the one that the run was launched with; the run sets
@@ -104,7 +113,10 @@ def launched(context: dg.AssetExecutionContext, recipe: Recipe, parameters: Para
     config = parameters.apply(recipe.config)
     before, now = (c.model_dump(mode="json") for c in (recipe.config, config))
     overrides = {name: value for name, value in now.items() if value != before[name]}
-    return Launched(config, overrides, recipe.config.output_path)
+    asked = recipe.options.model_dump(mode="json")
+    given = {} if launcher is None else launcher.given()
+    options = {name: value for name, value in given.items() if value != asked[name]}
+    return Launched(config, overrides, recipe.config.output_path, options)
 
 
 def _recipes_of(context: dg.AssetExecutionContext) -> set[tuple[str, str]] | None:

@@ -7,6 +7,7 @@ from resources.hub import Hub
 from resources.keys import HUB, LAUNCHER, LOGGER, PARAMETERS
 from resources.launcher import Launcher
 from resources.parameters import Parameters, as_run_config, overridable
+from resources.pools import pool_of
 from resources.recipes import BrokenRecipe, identifier, load_recipes, recipes_folder
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "identifier",
     "load_recipes",
     "overridable",
+    "pool_of",
     "recipes_folder",
     "run_executor",
 ]

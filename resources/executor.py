@@ -1,13 +1,11 @@
 """The executor of all runs: Dagster's in-process one, and an eye on runs that died.
 
 A run that is killed keeps its place in a pool for ever: Dagster frees places of runs that end, and
-this one never did. So each run holds a lock on a file of its own, which the system takes back
-however the run dies, and a new run first clears away those that hold theirs no more.
+this one never did. So each run holds a lock (`run_locks`), by which the daemon finds those that are
+gone (`run_launcher`). Where no daemon runs, a new run first clears away those that hold theirs no more.
 """
 
-import fcntl
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +13,15 @@ import dagster as dg
 from dagster_shared.error import SerializableErrorInfo
 
 from resources.failing import Cancelled
+from resources.run_launcher import DIED
+from resources.run_locks import held, lock_state, locks_folder
 
 if TYPE_CHECKING:
     from dagster._core.executor.init import InitExecutorContext
 
-_FOLDER = "run_locks"
 _PROJECT_HOME = Path(__file__).parents[1] / "dagster_home"
 _TEMPORARY = ".tmp_dagster_home_"
 """How the folder begins that the commands of Dagster make where DAGSTER_HOME is not set."""
-_DIED = "The process of this run is gone: it was killed, or its machine was."
 
 
 class WatchedExecutor(dg.Executor):
@@ -42,9 +40,8 @@ class WatchedExecutor(dg.Executor):
 
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         instance: dg.DagsterInstance = plan_context.instance
-        locks = Path(instance.storage_directory()) / _FOLDER
-        with _held(locks, plan_context.run_id):
-            clear_dead_runs(instance, locks)
+        with held(instance, plan_context.dagster_run):
+            clear_dead_runs(instance)
             try:
                 for event in self._inner.execute(plan_context, execution_plan):
                     if event.event_type == dg.DagsterEventType.LOGS_CAPTURED:
@@ -96,41 +93,17 @@ def is_temporary(instance: dg.DagsterInstance) -> bool:
     return instance.is_ephemeral or folder.startswith(_TEMPORARY)
 
 
-@contextmanager
-def _held(folder: Path, run_id: str) -> Generator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    path, staged = folder / run_id, folder / f".{run_id}"
-    with staged.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        staged.replace(path)  # locked before anyone can find it
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def clear_dead_runs(instance: dg.DagsterInstance, locks: Path) -> None:
+def clear_dead_runs(instance: dg.DagsterInstance) -> None:
     """Free the places in pools of runs whose lock nobody holds, and mark them as failed."""
-    for path in sorted(locks.iterdir()):
-        if path.name.startswith(".") or not _is_free(path):
+    for path in sorted(locks_folder(instance).iterdir()):
+        if path.name.startswith(".") or lock_state(path) != "free":
             continue
         run = instance.get_run_by_id(path.name)
         if run is not None and not run.is_finished:
-            instance.report_run_failed(run, _DIED)
+            instance.report_run_failed(run, DIED)
         if instance.event_log_storage.supports_global_concurrency_limits:
             instance.event_log_storage.free_concurrency_slots_for_run(path.name)
         path.unlink(missing_ok=True)
-
-
-def _is_free(path: Path) -> bool:
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except FileNotFoundError:  # its run has just ended
-        return False
-    return True
 
 
 _CONFIG: Any = dg.in_process_executor.config_schema

@@ -6,46 +6,41 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
+import psutil
 from pydantic import Field
 
 import diffsynth_dagster
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.recipe import RecipeOptions, dump_config
-from diffsynth_dagster.errors import ParameterError, UserError
+from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.files import hidden_beside, require_writable, write_text
-from diffsynth_dagster.run.events import Event, Warned
-from diffsynth_dagster.run.failure import (
-    EXIT_STOPPED,
-    FAILURE_FOLDER,
-    read_failures,
-    read_silent,
-)
-from diffsynth_dagster.run.goes_on import newest_step, say_where_it_goes_on
+from diffsynth_dagster.run.events import Event
+from diffsynth_dagster.run.failure import FAILURE_FOLDER
+from resources.ending import require_success
 from resources.failing import StepFailure
-from resources.messages import MessageReader
+from resources.messages import FileMessages, MessageReader, told
+from resources.places import Place, holder, take
+from resources.pools import devices_of, how_many, pool_of, warn_of_waiting
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 POLL_SECONDS = 0.2
 _STOP_MARGIN = 10.0
 _SHOWN_LINES = 30
 _SCRATCH = "diffsynth-launch-"
-_KILLED = (
-    "if nobody killed it, the system did, for want of memory (`dmesg` says so): give it more, or "
-    "lower batch_size or dataset_num_workers. Then "
-)
 
 
 class Launcher(dg.ConfigurableResource):
     """Runs training processes and takes them down with whoever asked for them."""
 
     num_processes: int | None = Field(
-        default=None, description="Training processes; left out: the recipe's, or one for each GPU."
+        default=None,
+        description="Training processes; left out: the recipe's, or one for each GPU that it takes.",
     )
     accelerate_config: str | None = Field(
         default=None,
@@ -64,20 +59,45 @@ class Launcher(dg.ConfigurableResource):
         config: TrainingConfig,
         options: RecipeOptions,
     ) -> Iterator[Event]:
-        """Run the config's task to its end, yielding the events that it reports while it works.
+        """Run the config's task to its end, yielding the events that it reports while it works. It first
+        waits until the devices that it takes are free.
 
         However the iteration ends (done, failed, cancelled, dropped), no process of it is left.
 
         Raises:
             StepFailure: the processes failed or were stopped.
             OutputError: the run folder cannot be written.
-            ParameterError: the configuration of accelerate does not exist.
+            ParameterError: the configuration of accelerate does not exist, or there are not the devices
+                that the recipe asks for.
         """
         output = Path(config.output_path).absolute()
         require_writable(output, "output_path")
+        self._configuration(options)
+        pool = pool_of(options)
+        devices = devices_of(pool)
+        count = how_many(options, pool, devices)
+        warn_of_waiting(context, pool)
+        who = holder(context.asset_key.to_user_string(), context.run.run_id)
+        with take(devices, count, who, context.log.info, _require_parent) as place:
+            if place.devices:
+                context.log.info(f"on GPU {', '.join(place.devices)}")
+            yield from self._run(context, config, options, place)
+
+    def given(self) -> dict[str, Any]:
+        """What takes the place of a recipe's options: name → value."""
+        values = {name: getattr(self, name) for name in ("num_processes", "accelerate_config")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _run(
+        self,
+        context: dg.AssetExecutionContext,
+        config: TrainingConfig,
+        options: RecipeOptions,
+        place: Place,
+    ) -> Iterator[Event]:
         # A name of its own: another run may be about to read its file in this folder.
-        recipe = hidden_beside(output / "launch.yaml")
-        command = [*self._launch(config, options), "-m", "diffsynth_dagster.train"]
+        recipe = hidden_beside(Path(config.output_path).absolute() / "launch.yaml")
+        command = [*self._launch(config, options, place.devices), "-m", "diffsynth_dagster.train"]
         command += ["--recipe", str(recipe), "--checkpoints_only"]
         context.log.debug(f"running {' '.join(command)}")
         with ExitStack() as leaving:
@@ -87,47 +107,59 @@ class Launcher(dg.ConfigurableResource):
             write_text(recipe, dump_config(config))
             failures = scratch / "failures"
             injector = dg.PipesFileContextInjector(str(scratch / "context"))
-            reader = MessageReader(scratch / "messages")
+            reader = MessageReader(FileMessages(scratch / "messages"))
             with dg.open_pipes_session(context, injector, reader) as session:
                 pipes = session.get_bootstrap_env_vars()
-                variables = {**pipes, FAILURE_FOLDER: str(failures)}
-                processes = Processes(command, _environment(variables), scratch, self.grace_seconds)
+                env = _environment({**pipes, FAILURE_FOLDER: str(failures)}, place.devices)
+                held = place.descriptors
+                processes = Processes(command, env, scratch, self.grace_seconds, held)
                 try:
                     while processes.code() is None:
-                        yield from _told(context, reader)
+                        yield from told(context, reader)
                         _require_parent()
+                        place.freshen()
                         time.sleep(POLL_SECONDS)
                 finally:
                     processes.stop()
-            yield from _told(context, reader)
-            _require_success(processes.code(), failures, processes.last_words, config)
+            yield from told(context, reader)
+            require_success(processes.code(), failures, processes.last_words, config)
 
-    def _launch(self, config: TrainingConfig, options: RecipeOptions) -> list[str]:
+    def _configuration(self, options: RecipeOptions) -> str | None:
+        """The configuration of accelerate, if any. Raises `ParameterError` if it does not exist."""
+        file = self.accelerate_config or options.accelerate_config
+        if file is not None and not Path(file).is_file():
+            raise ParameterError(
+                "the configuration of accelerate does not exist",
+                where=f"accelerate_config = {Path(file).absolute()}",
+                do="correct the path",
+            )
+        return file
+
+    def _launch(
+        self, config: TrainingConfig, options: RecipeOptions, devices: Sequence[str]
+    ) -> list[str]:
         """`accelerate launch` with every option that it would warn about when left out.
+
+        Args:
+            devices: those that the processes see.
 
         Raises:
             ParameterError: its configuration does not exist.
         """
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-        file = self.accelerate_config or options.accelerate_config
+        # Those that they see are theirs: a configuration that names others would undo that.
+        command += ["--gpu_ids", "all"] if devices else []
+        file = self._configuration(options)
         count = self.num_processes or options.num_processes
         if file is not None:
-            if not Path(file).is_file():
-                raise ParameterError(
-                    "the configuration of accelerate does not exist",
-                    where=f"accelerate_config = {Path(file).absolute()}",
-                    do="correct the path",
-                )
+            count = count or (len(devices) if options.gpus else None)
             command += ["--config_file", file]
             return command + (["--num_processes", str(count)] if count else [])
 
-        import torch
-
-        gpus = torch.cuda.device_count()
-        count = count or max(1, gpus)
+        count = count or max(1, len(devices))
         # accelerate gives each process one thread unless asked otherwise, which is right beside a
         # GPU and wastes the machine without one.
-        threads = 1 if gpus else max(1, torch.get_num_threads() // count)
+        threads = 1 if devices else max(1, _threads() // count)
         return [
             *command,
             *("--num_processes", str(count)),
@@ -135,7 +167,7 @@ class Launcher(dg.ConfigurableResource):
             *("--mixed_precision", config.mixed_precision or "no"),
             *("--dynamo_backend", "no"),
             *("--num_cpu_threads_per_process", str(threads)),
-            *(["--multi_gpu"] if count > 1 and gpus > 1 else []),
+            *(["--multi_gpu"] if count > 1 and len(devices) > 1 else []),
         ]
 
 
@@ -145,10 +177,16 @@ class Processes:
     Args:
         scratch: folder for a file with the last of the command's standard error. It is removed at the
             end if this process is killed.
+        held: descriptors of lock files, which the supervisor keeps open until no process is left.
     """
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], scratch: Path, grace: float
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        scratch: Path,
+        grace: float,
+        held: Sequence[int],
     ) -> None:
         self._grace = grace
         self._tail = scratch / "stderr"
@@ -160,7 +198,7 @@ class Processes:
             # A session of its own: a Ctrl-C in the terminal reaches only Dagster, which then
             # stops the processes in order.
             self._process = subprocess.Popen(
-                supervise, env=dict(env), pass_fds=[watch], start_new_session=True
+                supervise, env=dict(env), pass_fds=[watch, *held], start_new_session=True
             )
         except BaseException:
             os.close(self._hold)
@@ -190,16 +228,7 @@ class Processes:
             self._process.wait()
 
 
-def _told(context: dg.AssetExecutionContext, reader: MessageReader) -> Iterator[Event]:
-    """What the processes said since the last time; their warnings go into the run's log."""
-    for event in reader.new():
-        if isinstance(event, Warned):
-            context.log.warning(event.text)
-        else:
-            yield event
-
-
-def _environment(variables: Mapping[str, str]) -> dict[str, str]:
+def _environment(variables: Mapping[str, str], devices: Sequence[str]) -> dict[str, str]:
     root = str(Path(diffsynth_dagster.__file__).parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
@@ -207,8 +236,19 @@ def _environment(variables: Mapping[str, str]) -> dict[str, str]:
         "TQDM_MININTERVAL": "10",
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
+        **({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}),
         **variables,
     }
+
+
+def _threads() -> int:
+    """The threads that torch has without being told: a core each."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    may_use = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return min(cores, may_use)
 
 
 def _require_parent() -> None:
@@ -217,62 +257,3 @@ def _require_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         raise StepFailure("the process of the run is gone")
-
-
-def _require_success(
-    code: int | None, folder: Path, last_words: Callable[[], str], config: TrainingConfig
-) -> None:
-    """Raise a `StepFailure` with what the processes reported, unless they succeeded.
-
-    Args:
-        folder: where they report; see `run.failure`.
-        last_words: the end of their standard error, where none of them came as far as to report.
-    """
-    if code == 0:
-        return
-    task = config.task
-    failures, silent = read_failures(folder), read_silent(folder)
-    first = failures[0] if failures else None
-    if first is not None and first.kind == "mistake":
-        raise StepFailure.of(first)
-    # With a process that reported nothing, the others may have been stopped because it was killed.
-    stopped = first is not None and first.kind == "stopped" and len(failures) == first.processes
-    if code == EXIT_STOPPED or stopped:
-        raise StepFailure(_said(f"{task} was stopped by a signal", None, _go_on(config)))
-    if first is not None and first.kind == "crash":
-        if newest_step(Path(config.output_path)) is not None:
-            first = replace(first, do=f"when the cause is gone, {_go_on(config)}")
-        raise StepFailure.of(first)
-    if silent:
-        raise _silent_failure(silent, config)
-    what = f"{task} could not be launched: exit code {code}"
-    raise StepFailure(what, last_words() or None, allow_retries=True)
-
-
-def _silent_failure(silent: Mapping[int, str], config: TrainingConfig) -> StepFailure:
-    """The failure of processes that reported nothing.
-
-    Args:
-        silent: see `read_silent`.
-    """
-    for process, trace in silent.items():
-        if trace:
-            what = f"process {process} of {config.task} crashed in compiled code: {trace.splitlines()[0]}"
-            return StepFailure(what, trace, allow_retries=True)
-    who = ", ".join(str(process) for process in silent)
-    return StepFailure(
-        _said(
-            f"{config.task} was killed by a signal from outside",
-            f"process {who}, in {Path(config.output_path).absolute()}",
-            _KILLED + _go_on(config),
-        ),
-        allow_retries=True,
-    )
-
-
-def _go_on(config: TrainingConfig) -> str:
-    return f"run it again: {say_where_it_goes_on(config)}"
-
-
-def _said(what: str, where: str | None, do: str) -> str:
-    return str(UserError(what, where=where, do=do))

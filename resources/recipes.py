@@ -14,6 +14,7 @@ from diffsynth_dagster.config.entries import ModelEntry, mark_of_text, named_ent
 from diffsynth_dagster.config.recipe import recipe_files
 from diffsynth_dagster.dotted import find_dotted
 from diffsynth_dagster.errors import ParameterError, UserError
+from resources.pools import pool_of
 
 VARIABLE = "DIFFSYNTH_DAGSTER_RECIPES"
 
@@ -63,6 +64,7 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
             for parameter, dotted in named_code(recipe.config).items():
                 find_dotted(dotted, f"{path}: '{parameter}'")
             _check_schedule(recipe)
+            pool_of(recipe.options)
         except UserError as error:
             broken.append(BrokenRecipe(name, path, _naming(error, path)))
         except Exception as error:  # noqa: BLE001 - whatever it is, the other recipes are there

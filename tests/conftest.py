@@ -42,6 +42,12 @@ def quick_collections() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def places(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Devices of this process's own: tests that run at the same time do not wait for each other."""
+    os.environ["DIFFSYNTH_DAGSTER_PLACES"] = str(tmp_path_factory.mktemp("places"))
+
+
 LORA = ["to_q", "to_v"]
 
 

@@ -147,7 +147,12 @@ class ForkedProcesses:
     newest: ClassVar[Any] = None
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], scratch: Path, grace: float
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        scratch: Path,
+        grace: float,
+        held: Sequence[int],
     ) -> None:
         self._grace = grace
         self._said = scratch / "stderr"

@@ -14,7 +14,7 @@ from assets.common import asset_key
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.errors import ParameterError
-from resources import Parameters
+from resources import PARAMETERS, Parameters
 
 RECIPE: dict[str, Any] = {
     "family": "qwen_image",

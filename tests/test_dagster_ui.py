@@ -6,6 +6,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ CANCELLED = "cancelled: the run was asked to stop"
 LAUNCHPAD = """{ runConfigSchemaOrError(selector: {
     repositoryLocationName: "diffsynth_dagster", repositoryName: "__repository__", pipelineName: "train_tiny"
 }) { ... on RunConfigSchema { rootDefaultYaml } } }"""
+STARTS_WITHIN = 10.0
 LINEAGE = "{ assetNodes { assetKey { path } dependencyKeys { path } } }"
 
 
@@ -87,22 +89,9 @@ def stop(pid: int) -> None:
         process.kill()
 
 
-@pytest.fixture(scope="module")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, tiny_qwen: Path, pictures: Path
-) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("ui")
-    values = lora_values(tiny_qwen, pictures, folder / "cache")
-    values["output_path"] = str(folder / "line")
-    write_recipe(folder / "recipes", "tiny", values)
-    again = {key: value for key, value in values.items() if key != "dataset_metadata_path"}
-    again |= {"dataset_base_path": str(folder / "line"), "task": "sft:train"}
-    write_recipe(folder / "recipes", "again", {**again, "output_path": str(folder / "ui")})
-    code, encoded = train(values, folder / "encoded", "--task", "sft:data_process")
-    assert code == 0
-    endless_values = endless(values, encoded, folder / "endless")
-    write_recipe(folder / "recipes", "endless", endless_values)
-    env = environment(home(folder / "home"), folder / "recipes")
+@contextmanager
+def serve(folder: Path, env: dict[str, str]) -> Iterator[Server]:
+    """`dagster dev` on a port of its own, until it is left."""
     port = free_port()
     address = ["-h", "127.0.0.1", "-p", str(port), "-w", str(ROOT / "workspace.yaml")]
     log = folder / "log"
@@ -119,6 +108,28 @@ def server(
         yield Server(folder, env, process, client, port)
     finally:
         stop(process.pid)
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, tiny_qwen: Path, pictures: Path
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("ui")
+    values = lora_values(tiny_qwen, pictures, folder / "cache")
+    values["output_path"] = str(folder / "line")
+    write_recipe(folder / "recipes", "tiny", values)
+    again = {key: value for key, value in values.items() if key != "dataset_metadata_path"}
+    again |= {"dataset_base_path": str(folder / "line"), "task": "sft:train"}
+    write_recipe(folder / "recipes", "again", {**again, "output_path": str(folder / "ui")})
+    code, encoded = train(values, folder / "encoded", "--task", "sft:data_process")
+    assert code == 0
+    endless_values = endless(values, encoded, folder / "endless")
+    write_recipe(folder / "recipes", "endless", endless_values)
+    values |= {"dataset_metadata_path": "none.csv", "output_path": str(folder / "next")}
+    write_recipe(folder / "recipes", "next", values)
+    env = environment(home(folder / "home"), folder / "recipes")
+    with serve(folder, env) as served:
+        yield served
 
 
 def files(run: Path) -> dict[str, bytes]:
@@ -152,6 +163,7 @@ def test_command_line_prints_what_a_person_follows(server: Server, printed: list
     assert any("step 2 of 2: loss" in x for x in printed), text
     assert "DEBUG" not in text
     assert "torchvision" not in text
+    assert "the pool 'gpu'" not in text  # its settings let runs wait in the queue
     (where,) = (x for x in printed if "the whole log is in the UI" in x)
     assert Path(where.split(" processes in ")[1]).is_file()
     assert printed[-2].startswith("train_tiny: done in ")
@@ -213,14 +225,40 @@ def test_lineage_runs_from_weights_and_metadata_to_exports(server: Server) -> No
 
 
 @pytest.fixture(scope="module")
-def cancelled(server: Server) -> str:
-    """A run that was cancelled while it trained."""
+def followed(server: Server) -> tuple[str, str]:
+    """A run that was cancelled while it trained, and one that waited for its place."""
     folder = server.folder / "endless"
     run = server.launch("endless", {})
+    following = server.launch("next", {})
     assert len(wait_until_training(folder, server.process, server.folder / "log")) >= 3
+    assert server.client.get_run_status(following) == DagsterRunStatus.QUEUED
+    locks = server.folder / "home" / "storage" / "run_locks"
+    assert [lock.name for lock in locks.iterdir()] == [run]
     server.client.terminate_run(run)
     require_gone(folder)
-    return run
+    return run, following
+
+
+@pytest.fixture(scope="module")
+def cancelled(followed: tuple[str, str]) -> str:
+    """A run that was cancelled while it trained."""
+    return followed[0]
+
+
+def test_the_next_run_starts_when_the_place_is_free(
+    server: Server, followed: tuple[str, str]
+) -> None:
+    """(With kills, and with two places: see `test_dagster_places.py`.)"""
+    first, following = followed
+    assert server.wait(following, 60) == DagsterRunStatus.FAILURE  # it has no table
+    with dg.DagsterInstance.from_config(server.env["DAGSTER_HOME"]) as instance:
+        ended, launched = (
+            instance.get_run_stats(first).end_time,
+            instance.get_run_stats(following).launch_time,
+        )
+    assert ended is not None
+    assert launched is not None
+    assert 0 < launched - ended < STARTS_WITHIN
 
 
 def test_cancel_stops_the_training(server: Server, cancelled: str) -> None:

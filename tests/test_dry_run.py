@@ -113,7 +113,7 @@ def test_where_a_recipe_was_looked_for_is_said(
         load_recipes(Path("recipes"))
     options = RecipeOptions(accelerate_config="gone.yaml")
     with pytest.raises(ParameterError, match=f"accelerate_config = {tmp_path / 'gone.yaml'}"):
-        Launcher()._launch(TrainingConfig(), options)
+        Launcher()._launch(TrainingConfig(), options, [])
 
 
 @pytest.mark.parametrize("name", ["dataset_metadata_path", "dataset_base_path"])

@@ -26,6 +26,12 @@ class RecipeOptions(BaseModel):
     num_processes: int | None = Field(
         None, ge=1, description="Training processes; accelerate's own choice when left out."
     )
+    gpus: int | None = Field(
+        None, ge=1, description="GPUs that it takes of its pool; all of them when left out."
+    )
+    pool: str | None = Field(
+        None, description="Pool whose GPUs it takes; the first one when left out."
+    )
     retries: int = Field(
         2,
         ge=0,
