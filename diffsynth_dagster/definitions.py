@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets import make_assets
-from jobs import make_jobs, make_schedules
+from jobs import make_failure_sensors, make_jobs, make_schedules, make_upkeep
 from resources import (
     Hub,
     Launcher,
@@ -19,14 +19,16 @@ def make_definitions() -> dg.Definitions:
     """Assets, jobs, schedules and resources of the recipes in the folder of recipes.
 
     Raises:
-        ParameterError: the folder does not exist.
+        ParameterError: the folder does not exist, or an environment variable has a wrong value.
     """
     recipes, broken = load_recipes(recipes_folder())
     jobs = make_jobs(recipes, broken)
+    upkeep = make_upkeep()
     return dg.Definitions(
         assets=make_assets(recipes, broken),
-        jobs=jobs,
-        schedules=make_schedules(recipes, jobs),
+        jobs=[*jobs, *upkeep.jobs],
+        schedules=[*make_schedules(recipes, jobs), *upkeep.schedules],
+        sensors=make_failure_sensors([job.name for job in upkeep.jobs]),
         resources={"hub": Hub(), "launcher": Launcher(), "parameters": Parameters()},
         loggers={"console": console_logger},
         # The steps of a recipe form a line, and what is heavy in them runs in processes of its

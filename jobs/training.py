@@ -1,6 +1,6 @@
 """`train_<recipe>`: a recipe's assets and the weights they come from; and its schedule."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -25,16 +25,30 @@ def make_jobs(recipes: Sequence[Recipe], broken: Sequence[BrokenRecipe] = ()) ->
     """One job for each recipe: its own assets and the weights they come from. What it reads from other
     recipes is taken as it is: their jobs train them."""
     return [
-        *(_make_job(r.name, r.options.description, kinds_of(r.config)) for r in recipes),
+        *(
+            _make_job(r.name, r.options.description, kinds_of(r.config), run_tags(r))
+            for r in recipes
+        ),
         *(_make_job(r.name, str(r.error), KINDS) for r in broken),
     ]
 
 
-def _make_job(name: str, description: str, kinds: Sequence[Kind]) -> "AssetJob":
+def run_tags(recipe: Recipe) -> dict[str, str]:
+    """Tags of the runs that train a recipe, whatever starts them."""
+    return dict(recipe.options.tags)
+
+
+def _make_job(
+    name: str, description: str, kinds: Sequence[Kind], tags: Mapping[str, str] | None = None
+) -> "AssetJob":
     own = dg.AssetSelection.assets(*(asset_key(name, kind) for kind in kinds))
     weights = own.upstream(depth=1) & dg.AssetSelection.groups(GROUP)
     return dg.define_asset_job(
-        job_name(name), selection=own | weights, description=description, config=JOB_CONFIG
+        job_name(name),
+        selection=own | weights,
+        description=description,
+        config=JOB_CONFIG,
+        tags=tags,
     )
 
 
