@@ -27,6 +27,7 @@ from diffsynth_dagster.run.failure import (
     read_silent,
 )
 from diffsynth_dagster.run.goes_on import newest_step, say_where_it_goes_on
+from resources.deadline import Deadline
 from resources.failing import StepFailure
 from resources.messages import MessageReader
 
@@ -69,7 +70,7 @@ class Launcher(dg.ConfigurableResource):
         However the iteration ends (done, failed, cancelled, dropped), no process of it is left.
 
         Raises:
-            StepFailure: the processes failed or were stopped.
+            StepFailure: the processes failed, were stopped, or took longer than the run may.
             OutputError: the run folder cannot be written.
             ParameterError: the configuration of accelerate does not exist.
         """
@@ -80,6 +81,7 @@ class Launcher(dg.ConfigurableResource):
         command = [*self._launch(config, options), "-m", "diffsynth_dagster.train"]
         command += ["--recipe", str(recipe), "--checkpoints_only"]
         context.log.debug(f"running {' '.join(command)}")
+        deadline = Deadline.of(context)
         with ExitStack() as leaving:
             # Not in the run folder: why a training failed must be told when its disk is full.
             scratch = Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix=_SCRATCH)))
@@ -91,15 +93,19 @@ class Launcher(dg.ConfigurableResource):
             with dg.open_pipes_session(context, injector, reader) as session:
                 pipes = session.get_bootstrap_env_vars()
                 variables = {**pipes, FAILURE_FOLDER: str(failures)}
+                late = False
                 processes = Processes(command, _environment(variables), scratch, self.grace_seconds)
                 try:
-                    while processes.code() is None:
+                    while processes.code() is None and not (late := deadline.is_over):
                         yield from _told(context, reader)
                         _require_parent()
                         time.sleep(POLL_SECONDS)
                 finally:
                     processes.stop()
             yield from _told(context, reader)
+            if late:
+                do = f"allow more in the recipe's 'tags', or {_go_on(config)}"
+                raise StepFailure(_said(deadline.told, None, do))
             _require_success(processes.code(), failures, processes.last_words, config)
 
     def _launch(self, config: TrainingConfig, options: RecipeOptions) -> list[str]:
