@@ -3,6 +3,7 @@
 import dagster as dg
 
 from assets.common import KINDS, Kind, asset_key, user_errors
+from assets.launched import RECIPE
 from resources import BrokenRecipe
 
 
@@ -20,6 +21,7 @@ def _make(recipe: BrokenRecipe, kind: Kind, deps: list[dg.AssetKey]) -> dg.Asset
         key=asset_key(recipe.name, kind),
         deps=deps,
         group_name=recipe.name,
+        op_tags={RECIPE: recipe.name},
         description=f"This recipe cannot be used:\n\n```\n{recipe.error}\n```",
     )
     def broken() -> None:

@@ -1,7 +1,7 @@
 """What a run was launched with: the recipe, which must be the same still, and what it sets otherwise."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from resources import PARAMETERS, Launcher, Parameters
 
 RECIPE, DIGEST = "diffsynth/recipe", "diffsynth/recipe_digest"
 """Tags of each step of a recipe: its name, and the digest of what it says."""
+OWN = {"diffsynth/own": "true"}
+"""Tags of steps of ours that are of no single recipe."""
 _LAST: dict[Kind, Affects] = {
     "metadata": "rows",
     "latents": "latents",
@@ -122,15 +124,45 @@ def launched(
 def _recipes_of(context: dg.AssetExecutionContext) -> set[tuple[str, str]] | None:
     """Name and digest of the recipes that a run has steps of, as they were when it was launched; None
     where Dagster kept no plan of it."""
-    kept = context.run.execution_plan_snapshot_id
-    if kept is None:
+    steps = _tags_of_steps(context.instance, context.run)
+    return None if steps is None else {(t[RECIPE], t[DIGEST]) for t in steps if DIGEST in t}
+
+
+def _tags_of_steps(
+    instance: dg.DagsterInstance, run: dg.DagsterRun
+) -> list[Mapping[str, str]] | None:
+    """The tags of each step that a run executes; None where Dagster kept no plan of it."""
+    if run.execution_plan_snapshot_id is None:
         return None
-    plan = context.instance.get_execution_plan_snapshot(kept)
-    steps = [step.tags or {} for step in plan.steps if step.key in plan.step_keys_to_execute]
-    return {(tags[RECIPE], tags[DIGEST]) for tags in steps if RECIPE in tags}
+    plan = instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id)
+    return [step.tags or {} for step in plan.steps if step.key in plan.step_keys_to_execute]
+
+
+@dataclass(frozen=True)
+class Ours:
+    """What of a run is ours: in a team's Dagster there are runs of others, and of assets of both.
+
+    Attributes:
+        recipes: names of the recipes that the run has steps of, sorted.
+        some: whether any of its steps is ours.
+        all: whether all of its steps are.
+    """
+
+    recipes: Sequence[str]
+    some: bool
+    all: bool
+
+
+def ours_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Ours:
+    """What of a run is ours, by the tags that its steps had when it was launched."""
+    steps = _tags_of_steps(instance, run) or []
+    own = [RECIPE in tags or OWN.items() <= tags.items() for tags in steps]
+    recipes = sorted({tags[RECIPE] for tags in steps if RECIPE in tags})
+    return Ours(recipes, any(own), bool(own) and all(own))
 
 
 def _digest_of(recipe: Recipe) -> str:
     """Digest of what a recipe makes a run do."""
-    options = recipe.options.model_dump(mode="json", exclude={"description", "schedule"})
+    beside = {"description", "schedule", "tags", "retries"}
+    options = recipe.options.model_dump(mode="json", exclude=beside)
     return short_digest({"parameters": recipe.config.model_dump(mode="json"), "options": options})

@@ -9,6 +9,7 @@ from pathlib import Path
 import dagster as dg
 
 from assets.common import RETRY_DELAY_S, fact_cache_path, table, tried_again, user_errors
+from assets.launched import OWN
 from assets.lineage import Lineage
 from assets.unchanged import look_at_model
 from diffsynth_dagster.config import Recipe
@@ -62,6 +63,7 @@ def _make_weights(
         deps=lineage.upstream_of_weights(entry, recipes),
         group_name=GROUP,
         kinds={"modelscope" if entry.repository else "file", "safetensors"},
+        op_tags=OWN,
         description=f"{entry.text}\n\nUsed by: {users}",
         code_version=code,
     )

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from assets import make_assets
 from assets.prefix import Prefix
-from jobs import make_jobs, make_schedules
+from jobs import make_failure_sensors, make_jobs, make_schedules, make_upkeep
 from resources import (
     HUB,
     LAUNCHER,
@@ -41,15 +41,17 @@ def make_definitions(
 
     Raises:
         ParameterError: the folder does not exist, or the prefix has other characters than letters,
-            digits and '_'. (A recipe that cannot be used is there, and its assets fail with the reason.)
+            digits and '_'; or an environment variable has a wrong value. (A recipe that cannot be used is there, and its assets fail with the reason.)
     """
     prefix = Prefix.of(key_prefix)
     recipes, broken = load_recipes(recipes_folder() if folder is None else folder)
     jobs = make_jobs(recipes, broken, prefix)
+    upkeep = make_upkeep(prefix.name(""))
     return dg.Definitions(
         assets=prefix.assets(make_assets(recipes, broken)),
-        jobs=jobs,
-        schedules=make_schedules(recipes, jobs, prefix),
+        jobs=[*jobs, *upkeep.jobs],
+        schedules=[*make_schedules(recipes, jobs, prefix), *upkeep.schedules],
+        sensors=make_failure_sensors([job.name for job in upkeep.jobs], prefix.name("")),
         resources=RESOURCES,
         loggers={LOGGER: console_logger},
     )

@@ -11,7 +11,7 @@ def make_code_location() -> dg.Definitions:
     are picked in the graph.
 
     Raises:
-        ParameterError: the folder does not exist.
+        ParameterError: the folder does not exist, or an environment variable has a wrong value.
     """
     return dg.Definitions.merge(make_definitions(), dg.Definitions(executor=run_executor))
 

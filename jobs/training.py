@@ -34,27 +34,31 @@ def make_jobs(
     for recipe in recipes:
         own = [asset_key(recipe.name, kind) for kind in kinds_of(recipe.config)]
         selection = prefix.selection([*own, *weights_keys(recipe)])
-        config = launch_config(recipe, prefix)
-        jobs.append(_make_job(recipe.name, recipe.options.description, selection, config, prefix))
+        jobs.append(_make_job(recipe, selection, launch_config(recipe, prefix), prefix))
     for recipe in broken:
         selection = prefix.selection(asset_key(recipe.name, kind) for kind in KINDS)
-        config = broken_launch_config()
-        jobs.append(_make_job(recipe.name, str(recipe.error), selection, config, prefix))
+        jobs.append(_make_job(recipe, selection, broken_launch_config(), prefix))
     return jobs
 
 
+def run_tags(recipe: Recipe) -> dict[str, str]:
+    """Tags of the runs that train a recipe, whatever starts them."""
+    return dict(recipe.options.tags)
+
+
 def _make_job(
-    recipe: str,
-    description: str,
+    recipe: Recipe | BrokenRecipe,
     selection: dg.AssetSelection,
     config: dg.ConfigMapping,
     prefix: Prefix,
 ) -> "AssetJob":
+    sound = isinstance(recipe, Recipe)
     return dg.define_asset_job(
-        prefix.name(job_name(recipe)),
+        prefix.name(job_name(recipe.name)),
         selection=selection,
-        description=description,
+        description=recipe.options.description if sound else str(recipe.error),
         config=config,
+        tags=run_tags(recipe) if sound else None,
         # Not in the code location, where it would run the assets of others too. The steps of a recipe
         # form a line, and what is heavy in them runs in processes of its own: a process for each step
         # would only add seconds, and a generation between whoever kills a run and the training that

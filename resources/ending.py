@@ -67,6 +67,15 @@ def _silent_failure(silent: Mapping[int, str], config: TrainingConfig) -> StepFa
     )
 
 
+def took_too_long(told: str, config: TrainingConfig) -> StepFailure:
+    """The failure of processes that were stopped when the time of their run was over.
+
+    Args:
+        told: what a person reads: how much time that was.
+    """
+    return StepFailure(_said(told, None, f"allow more in the recipe's 'tags', or {_go_on(config)}"))
+
+
 def _go_on(config: TrainingConfig) -> str:
     return f"run it again: {say_where_it_goes_on(config)}"
 

@@ -22,7 +22,8 @@ from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.files import hidden_beside, require_writable, write_text
 from diffsynth_dagster.run.events import Event
 from diffsynth_dagster.run.failure import FAILURE_FOLDER
-from resources.ending import require_success
+from resources.deadline import Deadline
+from resources.ending import require_success, took_too_long
 from resources.failing import StepFailure
 from resources.messages import FileMessages, MessageReader, told
 from resources.places import Place, holder, take
@@ -65,7 +66,7 @@ class Launcher(dg.ConfigurableResource):
         However the iteration ends (done, failed, cancelled, dropped), no process of it is left.
 
         Raises:
-            StepFailure: the processes failed or were stopped.
+            StepFailure: the processes failed, were stopped, or took longer than the run may.
             OutputError: the run folder cannot be written.
             ParameterError: the configuration of accelerate does not exist, or there are not the devices
                 that the recipe asks for.
@@ -100,6 +101,7 @@ class Launcher(dg.ConfigurableResource):
         command = [*self._launch(config, options, place.devices), "-m", "diffsynth_dagster.train"]
         command += ["--recipe", str(recipe), "--checkpoints_only"]
         context.log.debug(f"running {' '.join(command)}")
+        deadline = Deadline.of(context)
         with ExitStack() as leaving:
             # Not in the run folder: why a training failed must be told when its disk is full.
             scratch = Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix=_SCRATCH)))
@@ -111,10 +113,10 @@ class Launcher(dg.ConfigurableResource):
             with dg.open_pipes_session(context, injector, reader) as session:
                 pipes = session.get_bootstrap_env_vars()
                 env = _environment({**pipes, FAILURE_FOLDER: str(failures)}, place.devices)
-                held = place.descriptors
+                held, late = place.descriptors, False
                 processes = Processes(command, env, scratch, self.grace_seconds, held)
                 try:
-                    while processes.code() is None:
+                    while processes.code() is None and not (late := deadline.is_over):
                         yield from told(context, reader)
                         _require_parent()
                         place.freshen()
@@ -122,6 +124,8 @@ class Launcher(dg.ConfigurableResource):
                 finally:
                     processes.stop()
             yield from told(context, reader)
+            if late:
+                raise took_too_long(deadline.told, config)
             require_success(processes.code(), failures, processes.last_words, config)
 
     def _configuration(self, options: RecipeOptions) -> str | None:

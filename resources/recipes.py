@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.storage.tags import USER_EDITABLE_SYSTEM_TAGS
+from dagster._utils.tags import is_private_system_tag_key, is_valid_tag_key
 
 import diffsynth_dagster
 from diffsynth_dagster.config import Recipe, TrainingConfig, read_recipe
@@ -65,6 +67,7 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
                 find_dotted(dotted, f"{path}: '{parameter}'")
             _check_schedule(recipe)
             pool_of(recipe.options)
+            _check_tags(recipe)
         except UserError as error:
             broken.append(BrokenRecipe(name, path, _naming(error, path)))
         except Exception as error:  # noqa: BLE001 - whatever it is, the other recipes are there
@@ -180,3 +183,20 @@ def _check_schedule(recipe: Recipe) -> None:
             where=str(recipe.path),
             do='write it like "0 3 * * *": minute, hour, day of month, month, day of week',
         ) from None
+
+
+def _check_tags(recipe: Recipe) -> None:
+    for name in recipe.options.tags:
+        if not is_valid_tag_key(name):
+            raise ParameterError(
+                f"'tags' has '{name}', which is no name of a tag",
+                where=str(recipe.path),
+                do="write letters, digits, '_', '-', '.', at most 63 of them; one '/' may stand between two "
+                "such parts",
+            )
+        if is_private_system_tag_key(name):
+            raise ParameterError(
+                f"'tags' has '{name}', which Dagster sets itself",
+                where=str(recipe.path),
+                do=f"leave it out; those that may be set are {', '.join(USER_EDITABLE_SYSTEM_TAGS)}",
+            )

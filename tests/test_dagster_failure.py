@@ -4,15 +4,17 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
 from conftest import ROOT, Values, train, write_images
-from dagster_support import Told, execute, told, write_recipe
+from dagster_support import Told, execute, has_stepped, told, write_recipe
 from process_support import forked_launches
 
 from diffsynth_dagster.errors import DownloadError, ParameterError, Stopped
@@ -229,6 +231,28 @@ def test_cancelled_training_says_where_it_goes_on(
         + state.name.removeprefix("step-"),
     ]
     assert not said.trace
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_run_that_takes_too_long_is_ended(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its training, which goes on after the state that it then writes. It has failed, not been cancelled."""
+    run = place.folder / "run"
+
+    def now() -> float:
+        return time.time() + (1001 if has_stepped(run) else 0)
+
+    monkeypatch.setattr("resources.deadline.time", SimpleNamespace(time=now))
+    said = place.failure(tags={"dagster/max_runtime": 1000}, num_epochs=1_000_000)
+    (state,) = (run / "state").glob("step-*")
+    steps = (run / "metrics.csv").read_text()
+    assert said.reason.splitlines() == [
+        "the run took longer than the 1000 s of its tag 'dagster/max_runtime'",
+        "  what to do: allow more in the recipe's 'tags', or run it again: the training goes on after step "
+        + state.name.removeprefix("step-"),
+    ]
+    assert not said.trace
+    time.sleep(0.5)
+    assert (run / "metrics.csv").read_text() == steps, "it still trains"
 
 
 @pytest.mark.usefixtures("forked")

@@ -14,6 +14,7 @@ from conftest import ROOT
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.config.effect import settled_by_encoding
 from diffsynth_dagster.config.flags import parser
+from diffsynth_dagster.config.recipe import RecipeOptions
 from diffsynth_dagster.data.table.check import check_columns
 from diffsynth_dagster.data.table.read import open_table
 from diffsynth_dagster.data.table.values import check_structure
@@ -133,12 +134,16 @@ def test_commands_of_the_docs_run(
         assert definitions.resolve_job_def(command[command.index("-j") + 1]) is not None
 
 
-def test_run_config_of_the_usage_page_is_taken() -> None:
+def test_run_config_and_recipe_keys_of_the_usage_page_are_taken() -> None:
     import dagster as dg
 
     from diffsynth_dagster.definitions import definitions
 
-    (run_config,) = (yaml.safe_load(block) for block in blocks(USAGE, "yaml"))
+    shown = [yaml.safe_load(block) for block in blocks(USAGE, "yaml")]
+    (run_config,) = (values for values in shown if "resources" in values)
+    for values in shown:
+        if values is not run_config:
+            RecipeOptions.model_validate(values)
     assert dg.validate_run_config(definitions.resolve_job_def("train_demo"), run_config)
 
 

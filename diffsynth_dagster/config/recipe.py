@@ -1,17 +1,22 @@
 """Recipes: one flat YAML file for each training."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from diffsynth_dagster.config.checks import as_key, read_config, refuse_unknown, validated
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe_yaml import load_yaml
 from diffsynth_dagster.config.unsupported import refuse_unsupported
 from diffsynth_dagster.errors import ParameterError
+
+PRIORITY, MAX_RUNTIME = "dagster/priority", "dagster/max_runtime"
+"""Tags that Dagster reads as numbers, and silently ignores where they are none."""
 
 
 class RecipeOptions(BaseModel):
@@ -51,6 +56,42 @@ class RecipeOptions(BaseModel):
     accelerate_config: str | None = Field(
         None, description="Configuration file handed to `accelerate launch --config_file`."
     )
+    tags: Mapping[str, str] = Field(
+        {},
+        description="Tags of the runs of the job, such as dagster/priority (whole number, the higher "
+        "the sooner) and dagster/max_runtime (seconds after which a run is ended).",
+    )
+
+    @field_validator("tags", mode="before")
+    @classmethod
+    def _as_text(cls, tags: object) -> object:
+        """Numbers as the text that is written for them. Raises `ValueError`."""
+        if not isinstance(tags, Mapping):
+            raise ValueError("it must map texts to texts, one `name: value` in each line")
+        texts: dict[object, object] = {}
+        for name, value in cast(Mapping[object, object], tags).items():
+            if isinstance(value, bool) or not isinstance(value, int | float | str):
+                raise ValueError(f"the value of {name} must be a text: write it in quotes")
+            texts[name] = str(value)
+        return texts
+
+    @field_validator("tags")
+    @classmethod
+    def _with_numbers(cls, tags: Mapping[str, str]) -> Mapping[str, str]:
+        """Raises `ValueError`."""
+        priority, runtime = tags.get(PRIORITY), tags.get(MAX_RUNTIME)
+        if priority is not None and not _is_number(priority, int):
+            raise ValueError(f"{PRIORITY} must be a whole number, such as 5")
+        if runtime is not None and not (_is_number(runtime, float) and float(runtime) > 0):
+            raise ValueError(f"{MAX_RUNTIME} must be a number of seconds above 0, such as 3600")
+        return tags
+
+
+def _is_number(text: str, kind: type[int] | type[float]) -> bool:
+    try:
+        return math.isfinite(kind(text))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

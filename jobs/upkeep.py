@@ -1,0 +1,215 @@
+"""The job that deletes runs of long ago, so that what Dagster keeps of nights does not grow for ever."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from pydantic import Field
+
+from assets.launched import ours_of
+from diffsynth_dagster.errors import ParameterError
+from jobs.training import job_name
+from resources import run_executor
+
+if TYPE_CHECKING:
+    from dagster._core.storage.event_log import SqlEventLogStorage
+
+VARIABLE = "DIFFSYNTH_DAGSTER_KEEP_RUNS_DAYS"
+KEEP_DAYS = 90
+CRON = "40 4 * * *"
+JOB = "forget_old_runs"
+_FINISHED = [
+    dg.DagsterRunStatus.SUCCESS,
+    dg.DagsterRunStatus.FAILURE,
+    dg.DagsterRunStatus.CANCELED,
+]
+_ROOT_RUN = "dagster/root_run_id"
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """Definitions that keep what Dagster remembers in bounds; none where that is switched off."""
+
+    jobs: list[dg.JobDefinition]
+    schedules: list[dg.ScheduleDefinition]
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What came of one deletion.
+
+    Attributes:
+        deleted: ids of the runs that were deleted.
+        kept: ids of older runs of ours that hold the newest of something.
+    """
+
+    deleted: list[str]
+    kept: list[str]
+
+
+def keep_days() -> int:
+    """For how many days finished runs are kept; 0 is for ever.
+
+    Raises:
+        ParameterError: the environment variable is no whole number from 0 on.
+    """
+    given = os.environ.get(VARIABLE, "").strip()
+    if not given:
+        return KEEP_DAYS
+    if not (given.isascii() and given.isdecimal() and len(given) < 6):
+        raise ParameterError(
+            f"'{given}' is no number of days",
+            where=VARIABLE,
+            do=f"give a whole number, such as {KEEP_DAYS}; 0 keeps all runs",
+        )
+    return int(given)
+
+
+def make_upkeep(prefix: str = "") -> Upkeep:
+    """The job `forget_old_runs`, and its schedule for each night, which is switched on.
+
+    Args:
+        prefix: in front of the names of all jobs of ours.
+
+    Raises:
+        ParameterError: see `keep_days`.
+    """
+    days = keep_days()
+    if days == 0:
+        return Upkeep([], [])
+    job = _make_job(days, prefix)
+    schedule = dg.ScheduleDefinition(
+        name=job.name,
+        job=job,
+        cron_schedule=CRON,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description=f"Deletes finished runs that are older than {days} days; see {VARIABLE}.",
+    )
+    return Upkeep([job], [schedule])
+
+
+def _make_job(days: int, prefix: str) -> dg.JobDefinition:
+    name = f"{prefix}{JOB}"
+
+    class Retention(dg.Config):
+        keep_days: int = Field(
+            default=days, ge=1, description="Days for which finished runs are kept."
+        )
+
+    @dg.op(name=f"{name}_op")
+    def forget(context: dg.OpExecutionContext, config: Retention) -> None:
+        before = datetime.now(UTC) - timedelta(days=config.keep_days)
+        done = forget_runs(context.instance, before, lambda run: _is_ours(context, run, prefix))
+        context.log.info(
+            f"{len(done.deleted)} runs from before {before:%Y-%m-%d} are deleted; {len(done.kept)} are kept, "
+            "since they hold the newest materialization, observation or check of an asset"
+        )
+
+    @dg.job(
+        name=name,
+        executor_def=run_executor,
+        description="Deletes finished runs of recipes that are older than some days, with their logs. "
+        "Runs that hold the newest state of an asset are kept; so is every file of a training.",
+    )
+    def forget_old_runs() -> None:
+        forget()
+
+    return forget_old_runs
+
+
+def _is_ours(context: dg.OpExecutionContext, run: dg.DagsterRun, prefix: str) -> bool:
+    """Whether nothing in a run is of anyone else."""
+    if run.job_name == f"{prefix}{JOB}":
+        return True
+    ours = ours_of(context.instance, run)
+    return ours.all or run.job_name in {f"{prefix}{job_name(recipe)}" for recipe in ours.recipes}
+
+
+def forget_runs(
+    instance: dg.DagsterInstance, before: datetime, ours: Callable[[dg.DagsterRun], bool]
+) -> Forgotten:
+    """Delete runs with their events and logs.
+
+    Not those that hold the newest materialization, observation, check or attempt of an asset: without
+    it the asset would be missing, and made again. And not those that a later run, which is still there,
+    is a repetition of.
+
+    Args:
+        before: runs that ended before are deleted.
+        ours: whether a run may be deleted.
+    """
+    holders = set(_holders(instance))
+    wanted = dg.RunsFilter(statuses=_FINISHED, created_before=before)
+    done = Forgotten([], [])
+    for run_id in instance.get_run_ids(wanted):  # newest first: repetitions before what they repeat
+        record = instance.get_run_record_by_id(run_id)
+        if record is None or (record.end_time or 0) > before.timestamp():
+            continue
+        if not ours(record.dagster_run):
+            continue
+        repeated = dg.RunsFilter(tags={_ROOT_RUN: run_id})
+        if run_id in holders or instance.get_run_ids(repeated, limit=1):
+            done.kept.append(run_id)
+            continue
+        _delete(instance, run_id)
+        done.deleted.append(run_id)
+    return done
+
+
+def _holders(instance: dg.DagsterInstance) -> Iterator[str]:
+    """Ids of the runs that hold the newest of something of an asset."""
+    keys = list(instance.all_asset_keys())
+    for record in instance.get_asset_records(keys):
+        entry = record.asset_entry
+        yield from filter(None, [entry.last_run_id])  # which tried last to make it
+        if entry.last_materialization is not None:
+            yield entry.last_materialization.run_id
+    for key in keys:
+        for found in instance.fetch_observations(key, limit=1).records:
+            yield found.run_id
+    storage = _sql_storage(instance)
+    if storage is None:
+        return
+    import sqlalchemy as sql
+    from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable
+
+    columns = AssetCheckExecutionsTable.c
+    newest = sql.select(sql.func.max(columns.id)).group_by(columns.asset_key, columns.check_name)
+    evaluated = newest.where(columns.evaluation_event_storage_id.is_not(None))
+    either = sql.or_(columns.id.in_(newest), columns.id.in_(evaluated))
+    with storage.index_connection() as connection:
+        for (run_id,) in connection.execute(sql.select(columns.run_id).where(either)).all():
+            yield str(run_id)
+
+
+def _sql_storage(instance: dg.DagsterInstance) -> "SqlEventLogStorage | None":
+    """Where events are, if Dagster's own tables are there."""
+    from dagster._core.storage.event_log import SqlEventLogStorage
+
+    storage: Any = instance.event_log_storage
+    return storage if isinstance(storage, SqlEventLogStorage) else None
+
+
+def _delete(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Delete a run, and what Dagster's own deletion leaves: the output of its processes, the results of
+    its checks, and (SQLite) the file of its events. The run itself goes last, so that a deletion that was
+    interrupted is done again."""
+    instance.compute_log_manager.delete_logs(prefix=[run_id])
+    instance.event_log_storage.delete_events(run_id)
+    storage = _sql_storage(instance)
+    if storage is not None:
+        import sqlalchemy as sql
+        from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable
+        from dagster._core.storage.event_log.sqlite import SqliteEventLogStorage
+
+        of_run = AssetCheckExecutionsTable.c.run_id == run_id
+        with storage.index_connection() as connection:
+            connection.execute(sql.delete(AssetCheckExecutionsTable).where(of_run))
+        if isinstance(storage, SqliteEventLogStorage):
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{storage.path_for_shard(run_id)}{suffix}").unlink(missing_ok=True)
+    instance.run_storage.delete_run(run_id)
