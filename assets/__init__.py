@@ -1,12 +1,14 @@
-"""The assets of each recipe: weights → metadata → latents → checkpoints → exports."""
+"""The assets of each recipe: weights, data → metadata → latents → checkpoints → exports."""
 
 from collections.abc import Sequence
 
 import dagster as dg
 
+from assets.automation import with_automation
 from assets.broken import make_broken
 from assets.checkpoints import make_checkpoints
-from assets.common import kinds_of
+from assets.common import asset_key, kinds_of
+from assets.data import make_data
 from assets.exports import make_exports
 from assets.latents import make_latents
 from assets.lineage import Lineage
@@ -31,9 +33,11 @@ def make_assets(
             lineage.upstream(recipe, kind) for kind in ("metadata", "latents", "checkpoints")
         )
         if "latents" in kinds:
-            assets += [make_metadata(recipe, tables), make_latents(recipe, [*models, *latents])]
+            assets.append(make_data(recipe))
+            assets.append(make_metadata(recipe, [asset_key(recipe.name, "data"), *tables]))
+            assets.append(make_latents(recipe, [*models, *latents]))
         if "checkpoints" in kinds:
             assets += [make_checkpoints(recipe, [*models, *checkpoints]), make_exports(recipe)]
     for recipe in broken:
         assets += make_broken(recipe)
-    return assets
+    return with_automation(assets, recipes)

@@ -119,5 +119,5 @@ def _recipes_of(context: dg.AssetExecutionContext) -> dict[str, str] | None:
 
 def _digest_of(recipe: Recipe) -> str:
     """Digest of what a recipe makes a run do."""
-    options = recipe.options.model_dump(mode="json", exclude={"description", "schedule"})
+    options = recipe.options.model_dump(mode="json", exclude={"description", "retrain"})
     return short_digest({"parameters": recipe.config.model_dump(mode="json"), "options": options})

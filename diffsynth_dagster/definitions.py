@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets import make_assets
-from jobs import make_jobs, make_schedules
+from jobs import make_jobs, make_retraining
 from resources import (
     Hub,
     Launcher,
@@ -16,17 +16,18 @@ from resources import (
 
 
 def make_definitions() -> dg.Definitions:
-    """Assets, jobs, schedules and resources of the recipes in the folder of recipes.
+    """Assets, jobs, schedules, sensors and resources of the recipes in the folder of recipes.
 
     Raises:
         ParameterError: the folder does not exist.
     """
     recipes, broken = load_recipes(recipes_folder())
-    jobs = make_jobs(recipes, broken)
+    retraining = make_retraining(recipes, broken)
     return dg.Definitions(
         assets=make_assets(recipes, broken),
-        jobs=jobs,
-        schedules=make_schedules(recipes, jobs),
+        jobs=make_jobs(recipes, broken),
+        schedules=retraining.schedules,
+        sensors=retraining.sensors,
         resources={"hub": Hub(), "launcher": Launcher(), "parameters": Parameters()},
         loggers={"console": console_logger},
         # The steps of a recipe form a line, and what is heavy in them runs in processes of its

@@ -1,5 +1,6 @@
-"""Jobs and schedules of the recipes."""
+"""Jobs of the recipes, and what starts them by itself."""
 
-from jobs.training import make_jobs, make_schedules
+from jobs.retraining import Retraining, make_retraining
+from jobs.training import make_jobs
 
-__all__ = ["make_jobs", "make_schedules"]
+__all__ = ["Retraining", "make_jobs", "make_retraining"]

@@ -1,11 +1,13 @@
-"""`train_<recipe>`: a recipe's assets and the weights they come from; and its schedule."""
+"""`train_<recipe>`: a recipe's assets and the weights they come from."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from assets.common import KINDS, Kind, asset_key, kinds_of
+from assets.automation import own_keys
+from assets.common import KINDS, asset_key
+from assets.data import data_key
 from assets.weights import GROUP
 from diffsynth_dagster.config import Recipe
 from resources import JOB_CONFIG, BrokenRecipe
@@ -25,31 +27,25 @@ def make_jobs(recipes: Sequence[Recipe], broken: Sequence[BrokenRecipe] = ()) ->
     """One job for each recipe: its own assets and the weights they come from. What it reads from other
     recipes is taken as it is: their jobs train them."""
     return [
-        *(_make_job(r.name, r.options.description, kinds_of(r.config)) for r in recipes),
-        *(_make_job(r.name, str(r.error), KINDS) for r in broken),
+        *(_make_job(r.name, r.options.description, _own_keys(r)) for r in recipes),
+        *(
+            _make_job(r.name, str(r.error), [asset_key(r.name, kind) for kind in KINDS])
+            for r in broken
+        ),
     ]
 
 
-def _make_job(name: str, description: str, kinds: Sequence[Kind]) -> "AssetJob":
-    own = dg.AssetSelection.assets(*(asset_key(name, kind) for kind in kinds))
+def _own_keys(recipe: Recipe) -> list[dg.AssetKey]:
+    """What a recipe has of its own. Its files are listed only where that is of use."""
+    keys = own_keys(recipe)
+    return (
+        keys if recipe.options.retrain is not None else [k for k in keys if k != data_key(recipe)]
+    )
+
+
+def _make_job(name: str, description: str, keys: Sequence[dg.AssetKey]) -> "AssetJob":
+    own = dg.AssetSelection.assets(*keys)
     weights = own.upstream(depth=1) & dg.AssetSelection.groups(GROUP)
     return dg.define_asset_job(
         job_name(name), selection=own | weights, description=description, config=JOB_CONFIG
     )
-
-
-def make_schedules(
-    recipes: Sequence[Recipe], jobs: "Sequence[AssetJob]"
-) -> list[dg.ScheduleDefinition]:
-    """One schedule for each recipe that asks for one; switched off until someone turns it on."""
-    by_name = {job.name: job for job in jobs}
-    return [
-        dg.ScheduleDefinition(
-            name=f"retrain_{recipe.name}",
-            job=by_name[job_name(recipe.name)],
-            cron_schedule=recipe.options.schedule,
-            default_status=dg.DefaultScheduleStatus.STOPPED,
-        )
-        for recipe in recipes
-        if recipe.options.schedule is not None
-    ]
