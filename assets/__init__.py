@@ -1,12 +1,14 @@
-"""The assets of each recipe: weights → metadata → latents → checkpoints → exports → promoted."""
+"""The assets of each recipe: weights, data → metadata → latents → checkpoints → exports → promoted."""
 
 from collections.abc import Sequence
 
 import dagster as dg
 
+from assets.automation import with_automation
 from assets.broken import make_broken
 from assets.checkpoints import make_checkpoints
-from assets.common import kinds_of
+from assets.common import asset_key, kinds_of
+from assets.data import make_data
 from assets.exports import make_exports
 from assets.latents import make_latents
 from assets.lineage import Lineage
@@ -16,7 +18,7 @@ from assets.weights import WeightsAssets, weights_keys
 from diffsynth_dagster.config import Recipe
 from resources import BrokenRecipe
 
-__all__ = ["make_assets"]
+__all__ = ["make_assets", "with_automation"]
 
 
 def make_assets(
@@ -31,7 +33,9 @@ def make_assets(
             lineage.upstream(recipe, kind) for kind in ("metadata", "latents", "checkpoints")
         )
         if "latents" in kinds:
-            assets += [make_metadata(recipe, tables), make_latents(recipe, [*models, *latents])]
+            assets.append(make_data(recipe))
+            assets.append(make_metadata(recipe, [asset_key(recipe.name, "data"), *tables]))
+            assets.append(make_latents(recipe, [*models, *latents]))
         if "checkpoints" in kinds:
             assets += [make_checkpoints(recipe, [*models, *checkpoints]), make_exports(recipe)]
             assets.append(make_promoted(recipe))

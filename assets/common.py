@@ -70,7 +70,7 @@ def tried_again(
         raise TriedAgain(failure, times, delay) from failure
 
 
-def asset_key(recipe: str, kind: Kind) -> dg.AssetKey:
+def asset_key(recipe: str, kind: Kind | Literal["data"]) -> dg.AssetKey:
     """Key of a recipe's asset: `demo/metadata`. The UI titles an asset by the last part."""
     return dg.AssetKey([recipe, kind])
 

@@ -163,6 +163,6 @@ def ours_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Ours:
 
 def _digest_of(recipe: Recipe) -> str:
     """Digest of what a recipe makes a run do."""
-    beside = {"description", "schedule", "tags", "retries"}
+    beside = {"description", "retrain", "tags", "retries"}
     options = recipe.options.model_dump(mode="json", exclude=beside)
     return short_digest({"parameters": recipe.config.model_dump(mode="json"), "options": options})

@@ -6,9 +6,9 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field
 
-from assets import make_assets
+from assets import make_assets, with_automation
 from assets.prefix import Prefix
-from jobs import make_failure_sensors, make_jobs, make_schedules, make_upkeep
+from jobs import make_failure_sensors, make_jobs, make_retraining, make_upkeep
 from resources import (
     HUB,
     LAUNCHER,
@@ -46,12 +46,14 @@ def make_definitions(
     prefix = Prefix.of(key_prefix)
     recipes, broken = load_recipes(recipes_folder() if folder is None else folder)
     jobs = make_jobs(recipes, broken, prefix)
+    retraining = make_retraining(recipes, broken, prefix)
     upkeep = make_upkeep(prefix.name(""))
+    failures = make_failure_sensors([job.name for job in upkeep.jobs], prefix.name(""))
     return dg.Definitions(
-        assets=prefix.assets(make_assets(recipes, broken)),
+        assets=with_automation(prefix.assets(make_assets(recipes, broken)), recipes, prefix),
         jobs=[*jobs, *upkeep.jobs],
-        schedules=[*make_schedules(recipes, jobs, prefix), *upkeep.schedules],
-        sensors=make_failure_sensors([job.name for job in upkeep.jobs], prefix.name("")),
+        schedules=[*retraining.schedules, *upkeep.schedules],
+        sensors=[*retraining.sensors, *failures],
         resources=RESOURCES,
         loggers={LOGGER: console_logger},
     )

@@ -1,7 +1,8 @@
-"""Jobs and schedules of the recipes, and what looks after their runs."""
+"""Jobs of the recipes, what starts them by itself, and what looks after their runs."""
 
 from jobs.failures import make_failure_sensors
-from jobs.training import make_jobs, make_schedules
+from jobs.retraining import make_retraining
+from jobs.training import make_jobs
 from jobs.upkeep import make_upkeep
 
-__all__ = ["make_failure_sensors", "make_jobs", "make_schedules", "make_upkeep"]
+__all__ = ["make_failure_sensors", "make_jobs", "make_retraining", "make_upkeep"]

@@ -1,11 +1,13 @@
-"""`train_<recipe>`: a recipe's assets and the weights they come from; and its schedule."""
+"""`train_<recipe>`: a recipe's assets and the weights they come from."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from assets.common import KINDS, asset_key, kinds_of
+from assets.automation import own_keys
+from assets.common import KINDS, asset_key
+from assets.data import data_key
 from assets.prefix import Prefix
 from assets.weights import weights_keys
 from diffsynth_dagster.config import Recipe
@@ -32,13 +34,18 @@ def make_jobs(
     recipes is taken as it is: their jobs train them."""
     jobs: list[AssetJob] = []
     for recipe in recipes:
-        own = [asset_key(recipe.name, kind) for kind in kinds_of(recipe.config)]
-        selection = prefix.selection([*own, *weights_keys(recipe)])
+        selection = prefix.selection([*_own_keys(recipe), *weights_keys(recipe)])
         jobs.append(_make_job(recipe, selection, launch_config(recipe, prefix), prefix))
     for recipe in broken:
         selection = prefix.selection(asset_key(recipe.name, kind) for kind in KINDS)
         jobs.append(_make_job(recipe, selection, broken_launch_config(), prefix))
     return jobs
+
+
+def _own_keys(recipe: Recipe) -> list[dg.AssetKey]:
+    """What a recipe has of its own. Its files are listed only where that is of use."""
+    keys, data = own_keys(recipe), data_key(recipe)
+    return keys if recipe.options.retrain is not None else [key for key in keys if key != data]
 
 
 def run_tags(recipe: Recipe) -> dict[str, str]:
@@ -65,22 +72,3 @@ def _make_job(
         # must die with it.
         executor_def=run_executor,
     )
-
-
-def make_schedules(
-    recipes: Sequence[Recipe],
-    jobs: "Sequence[AssetJob]",
-    prefix: Prefix = Prefix(),  # noqa: B008 - it does not change
-) -> list[dg.ScheduleDefinition]:
-    """One schedule for each recipe that asks for one; switched off until someone turns it on."""
-    by_name = {job.name: job for job in jobs}
-    return [
-        dg.ScheduleDefinition(
-            name=prefix.name(f"retrain_{recipe.name}"),
-            job=by_name[prefix.name(job_name(recipe.name))],
-            cron_schedule=recipe.options.schedule,
-            default_status=dg.DefaultScheduleStatus.STOPPED,
-        )
-        for recipe in recipes
-        if recipe.options.schedule is not None
-    ]

@@ -4,6 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import dagster as dg
 from dagster._core.storage.tags import USER_EDITABLE_SYSTEM_TAGS
@@ -13,7 +14,8 @@ import diffsynth_dagster
 from diffsynth_dagster.config import Recipe, TrainingConfig, read_recipe
 from diffsynth_dagster.config.checks import named_code
 from diffsynth_dagster.config.entries import ModelEntry, mark_of_text, named_entries
-from diffsynth_dagster.config.recipe import recipe_files
+from diffsynth_dagster.config.recipe import read_retrain, recipe_files
+from diffsynth_dagster.config.retrain import Retrain
 from diffsynth_dagster.dotted import find_dotted
 from diffsynth_dagster.errors import ParameterError, UserError
 from resources.pools import pool_of
@@ -29,6 +31,11 @@ class BrokenRecipe:
     name: str
     path: Path
     error: UserError
+
+    @property
+    def retrain(self) -> Retrain | None:
+        """When it is trained again by itself, as far as that can be read."""
+        return _sound_retrain(self.path)
 
 
 def recipes_folder() -> Path:
@@ -65,7 +72,7 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
             _steps(recipe.config)
             for parameter, dotted in named_code(recipe.config).items():
                 find_dotted(dotted, f"{path}: '{parameter}'")
-            _check_schedule(recipe)
+            _check_retrain(recipe)
             pool_of(recipe.options)
             _check_tags(recipe)
         except UserError as error:
@@ -172,15 +179,26 @@ def _in_one_folder(recipes: list[Recipe]) -> list[BrokenRecipe]:
     return broken
 
 
-def _check_schedule(recipe: Recipe) -> None:
-    if recipe.options.schedule is None:
+def _check_times(retrain: Retrain, where: str) -> None:
+    """Check what `retrain` says of times. Raises `ParameterError`."""
+    zone = retrain.timezone
+    try:
+        ZoneInfo(zone)
+    # A name that is none, a text that cannot be one, or a folder of names.
+    except (KeyError, ValueError, OSError):
+        raise ParameterError(
+            f"'timezone' = '{zone}' in 'retrain' is no time zone",
+            where=where,
+            do="name one like Europe/Berlin, Asia/Tokyo or UTC",
+        ) from None
+    if retrain.cron is None:
         return
     try:
-        dg.ScheduleDefinition(job_name=recipe.name, cron_schedule=recipe.options.schedule)
+        dg.ScheduleDefinition(job_name="job", cron_schedule=retrain.cron, execution_timezone=zone)
     except dg.DagsterInvalidDefinitionError:
         raise ParameterError(
-            f"'schedule' = '{recipe.options.schedule}' is no cron expression",
-            where=str(recipe.path),
+            f"'cron' = '{retrain.cron}' in 'retrain' is no cron expression",
+            where=where,
             do='write it like "0 3 * * *": minute, hour, day of month, month, day of week',
         ) from None
 
@@ -200,3 +218,27 @@ def _check_tags(recipe: Recipe) -> None:
                 where=str(recipe.path),
                 do=f"leave it out; those that may be set are {', '.join(USER_EDITABLE_SYSTEM_TAGS)}",
             )
+
+
+def _check_retrain(recipe: Recipe) -> None:
+    retrain = recipe.options.retrain
+    if retrain is None:
+        return
+    _check_times(retrain, str(recipe.path))
+    if retrain.files and recipe.config.dataset_metadata_path is None:
+        raise ParameterError(
+            "'retrain' has 'files', and the recipe has no data set: it trains from encoded samples",
+            where=str(recipe.path),
+            do="give 'cron'",
+        )
+
+
+def _sound_retrain(path: Path) -> Retrain | None:
+    """What a broken recipe says of when it is trained again, if that is sound."""
+    retrain = read_retrain(path)
+    try:
+        if retrain is not None:
+            _check_times(retrain, str(path))
+    except ParameterError:
+        return None
+    return retrain

@@ -143,11 +143,13 @@ def test_flags_and_recipe_give_the_same_config(tmp_path: Path) -> None:
 
 def test_flags_override_the_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(yaml.safe_dump({**BASE, "seed": 1, "schedule": "0 3 * * *"}))
+    recipe.write_text(yaml.safe_dump({**BASE, "seed": 1, "retrain": {"cron": "0 3 * * *"}}))
     config = read_arguments(["--recipe", str(recipe), "--seed", "2"]).config
     assert config.seed == 2
     assert config.lora_base_model == ("dit",)
-    assert read_recipe(recipe).options.schedule == "0 3 * * *"
+    retrain = read_recipe(recipe).options.retrain
+    assert retrain is not None
+    assert retrain.cron == "0 3 * * *"
 
 
 @given(
@@ -236,7 +238,8 @@ def test_words_that_belong_to_no_flag_are_refused() -> None:
         ("seed: [1", "not YAML"),
         ("- a\n", "not a mapping"),
         ("lerning_rate: 1\n", "did you mean 'learning_rate'"),
-        ("shedule: x\n", "did you mean 'schedule'"),
+        ("retrian: x\n", "did you mean 'retrain'"),
+        ("schedule: x\n", "'schedule' is now `retrain: {cron: …}`"),
         ("", "not a mapping"),
     ],
 )

@@ -75,7 +75,7 @@ def test_assets_of_two_recipes_share_weights(tmp_path: Path) -> None:
             output_path="models/b",
             model_id_with_origin_paths=entries,
             tokenizer_path=tokenizer,
-            schedule="0 3 * * *",
+            retrain={"cron": "0 3 * * *", "when": "always"},
             description="Teaches b.",
         ),
     )
@@ -84,7 +84,7 @@ def test_assets_of_two_recipes_share_weights(tmp_path: Path) -> None:
     steps = ("metadata", "latents", "checkpoints", "exports", "promoted")
     shared = "weights/Qwen/Qwen-Image/transformer/all_safetensors"
     assert keys(definitions) == {
-        *(f"{name}/{step}" for step in steps for name in "ab"),
+        *(f"{name}/{step}" for step in ("data", *steps) for name in "ab"),
         shared,
         "weights/Qwen/Qwen-Image/vae/all_bin",
         "weights/Qwen/Qwen-Image/text_encoder/all_safetensors",
@@ -100,12 +100,12 @@ def test_assets_of_two_recipes_share_weights(tmp_path: Path) -> None:
     assert "Teaches b." in (graph.get(dg.AssetKey(["b", "latents"])).description or "")
     job = definitions.resolve_job_def("train_b")
     assert {k.to_user_string() for k in job.asset_layer.executable_asset_keys} == {
-        *(f"b/{step}" for step in steps),
+        *(f"b/{step}" for step in ("data", *steps)),
         *(k for k in keys(definitions) if k.startswith("weights") and "vae" not in k),
     }
     schedule = definitions.resolve_schedule_def("retrain_b")
     assert schedule.cron_schedule == "0 3 * * *"
-    assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
+    assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
     with pytest.raises(dg.DagsterInvariantViolationError):
         definitions.resolve_schedule_def("retrain_a")
 
@@ -225,7 +225,10 @@ def test_a_release_of_the_package_makes_nothing_stale(
     [
         (recipe(batch_sise=4), ["unknown parameter 'batch_sise'", "'batch_size'"]),
         (recipe(model_id_with_origin_paths=["Qwen"]), ["'Qwen' is not repository:pattern"]),
-        (recipe(schedule="often"), ["'schedule' = 'often' is no cron expression"]),
+        (
+            recipe(retrain={"cron": "often"}),
+            ["'cron' = 'often' in 'retrain' is no cron expression"],
+        ),
         (recipe(output_path="models/sound"), ["also that of the recipe 'sound'"]),
     ],
 )
@@ -351,6 +354,7 @@ def test_recipes_that_do_half(tmp_path: Path) -> None:
     definitions = definitions_of(tmp_path)
     dg.Definitions.validate_loadable(definitions)
     assert {k for k in keys(definitions) if not k.startswith("weights/")} == {
+        "encode/data",
         "encode/metadata",
         "encode/latents",
         "go_on/checkpoints",

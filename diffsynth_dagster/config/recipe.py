@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from diffsynth_dagster.config.checks import as_key, read_config, refuse_unknown, validated
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe_yaml import load_yaml
+from diffsynth_dagster.config.retrain import Retrain, as_retrain, refuse_schedule
 from diffsynth_dagster.config.unsupported import refuse_unsupported
 from diffsynth_dagster.errors import ParameterError
 
@@ -25,9 +26,7 @@ class RecipeOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     description: str = Field("", description="What the training is for.")
-    schedule: str | None = Field(
-        None, description="Cron expression; the schedule starts switched off."
-    )
+    retrain: Retrain | None = Field(None, description="When it is trained again by itself.")
     num_processes: int | None = Field(
         None, ge=1, description="Training processes; accelerate's own choice when left out."
     )
@@ -120,12 +119,27 @@ def read_values(path: Path) -> tuple[dict[str, Any], RecipeOptions]:
         )
     values = {str(key): value for key, value in cast(dict[Any, Any], loaded).items()}
     refuse_unsupported(values, where)
+    refuse_schedule(values, where)
     known = {**TrainingConfig.model_fields, **RecipeOptions.model_fields}
     for name in values:
         if name not in known:
             refuse_unknown(name, known, where, as_key)
     raw = {name: values.pop(name) for name in RecipeOptions.model_fields if name in values}
+    if raw.get("retrain") is not None:
+        raw["retrain"] = as_retrain(raw["retrain"], where)
     return values, validated(RecipeOptions, raw, where)
+
+
+def read_retrain(path: Path) -> Retrain | None:
+    """When a recipe is trained again by itself, whatever else is wrong in it; None if it does not say so,
+    or not in a way that can be read."""
+    try:
+        loaded = load_yaml(path)
+        if not isinstance(loaded, dict) or "retrain" not in loaded:
+            return None
+        return as_retrain(cast(dict[str, Any], loaded)["retrain"], str(path))
+    except ParameterError:
+        return None
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -1,0 +1,86 @@
+"""When a recipe is trained again by itself."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from diffsynth_dagster.config.checks import as_key, validated
+from diffsynth_dagster.errors import ParameterError, nearest
+
+_EXAMPLE = 'write it like `retrain: {cron: "0 3 * * *"}`'
+
+
+class Retrain(BaseModel):
+    """The recipe key `retrain`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cron: str | None = Field(
+        None, description="Cron expression: minute, hour, day of month, month, day of week."
+    )
+    timezone: str = Field("UTC", description="Name of the time zone of `cron`, such as Asia/Tokyo.")
+    when: Literal["changed", "always"] = Field(
+        "changed",
+        description="changed: at each time of `cron`, what has changed since it was made is made anew, "
+        "and nothing else; always: a whole training each time.",
+    )
+    files: bool = Field(
+        False, description="Train again when the files of the data set have changed and lie still."
+    )
+    settle_minutes: float = Field(
+        5.0, ge=0, description="How long the files lie still before that, in minutes."
+    )
+
+    @property
+    def nightly(self) -> bool:
+        """Whether what has changed is made anew at the times of `cron`."""
+        return self.cron is not None and self.when == "changed"
+
+
+def as_retrain(value: object, where: str) -> Retrain:
+    """The value of the key `retrain`, checked but for its cron expression and its time zone.
+
+    Raises:
+        ParameterError: it is no mapping, has an unknown key or a wrong value, or says nothing of when.
+    """
+
+    def refuse(what: str, do: str) -> ParameterError:
+        return ParameterError(what, where=where, do=do)
+
+    if not isinstance(value, Mapping):
+        raise refuse("'retrain' is not a mapping", _EXAMPLE)
+    values = {str(key): item for key, item in cast(Mapping[Any, Any], value).items()}
+    for name in values:
+        if name not in Retrain.model_fields:
+            hint = nearest(name, Retrain.model_fields)
+            raise refuse(
+                f"unknown key '{name}' in 'retrain'" + (f"; {hint}" if hint else ""),
+                f"its keys are {', '.join(Retrain.model_fields)}",
+            )
+    retrain = validated(Retrain, values, f"{where}: 'retrain'", as_key)
+    if retrain.cron is None and not retrain.files:
+        raise refuse(
+            "'retrain' says neither 'cron' nor 'files'", f"{_EXAMPLE}, or with files: true"
+        )
+    if retrain.when == "always" and retrain.files:
+        raise refuse(
+            "'retrain' has 'when: always', which trains whether files have changed or not, and 'files'",
+            "leave one of them out",
+        )
+    if "settle_minutes" in values and not retrain.files:
+        raise refuse(
+            "'retrain' has 'settle_minutes' and no 'files: true'", "add it, or leave it out"
+        )
+    return retrain
+
+
+def refuse_schedule(values: Mapping[str, Any], where: str) -> None:
+    """Refuse the key that `retrain` has taken the place of. Raises `ParameterError`."""
+    if "schedule" in values:
+        raise ParameterError(
+            "'schedule' is now `retrain: {cron: …}`",
+            where=where,
+            do=f'write `retrain: {{cron: "{values["schedule"]}"}}` in its place; it is on as soon as the '
+            "definitions are loaded",
+        )

@@ -1,0 +1,88 @@
+"""`files_<recipe>`: trains again when the files of the data set have changed and lie still."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+
+import dagster as dg
+
+from assets.automation import own_keys
+from assets.prefix import Prefix
+from diffsynth_dagster.config import Recipe
+from diffsynth_dagster.config.retrain import Retrain
+from jobs.training import job_name
+
+_INTERVAL_S = 60
+_UNDER_WAY = [
+    *(dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING),
+    *(dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING),
+]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a sensor remembers from one look at the files to the next, as its cursor.
+
+    Attributes:
+        asked: digest of the files for which a run was asked last.
+        seen: digest of the files as they were at the last look.
+        since: when they were seen to be so first, in seconds since 1970.
+    """
+
+    asked: str
+    seen: str
+    since: float
+
+
+def make_files_sensor(recipe: Recipe, retrain: Retrain, prefix: Prefix) -> dg.SensorDefinition:
+    """The sensor of a recipe with `retrain: {files: true}`. Its first look only remembers the files."""
+    job, keys = prefix.name(job_name(recipe.name)), set(map(prefix.key, own_keys(recipe)))
+
+    @dg.sensor(
+        name=prefix.name(f"files_{recipe.name}"),
+        job_name=job,
+        minimum_interval_seconds=_INTERVAL_S,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Trains again when files of the data set were added, changed or removed, and then lay "
+        f"still for {retrain.settle_minutes:g} minutes.",
+    )
+    def files(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        from diffsynth_dagster.data.listing import list_data
+
+        listing, now = list_data(recipe.config), time.time()
+        if context.cursor is None:
+            watched = Watched(listing.digest, listing.digest, now)
+            return _wait(watched, f"it knows the {listing.files} files now, and waits for a change")
+        watched = Watched(**json.loads(context.cursor))
+        if listing.digest != watched.seen:
+            watched = Watched(watched.asked, listing.digest, now)
+        if watched.seen == watched.asked:
+            return _wait(watched, f"nothing has changed in {listing.files} files")
+        left = watched.since + 60 * retrain.settle_minutes - now
+        if left > 0:
+            return _wait(
+                watched, f"files have changed: waits until they have lain still {left:.0f} s more"
+            )
+        run = _under_way(context.instance, job, keys)
+        if run is not None:
+            return _wait(
+                watched, f"files have changed: waits for the run {run}, which makes this recipe"
+            )
+        asked = Watched(watched.seen, watched.seen, watched.since)
+        # The time is in it, since files may become again what they were.
+        request = dg.RunRequest(run_key=f"{watched.seen} {watched.since:.0f}")
+        return dg.SensorResult(run_requests=[request], cursor=json.dumps(asdict(asked)))
+
+    return files
+
+
+def _wait(watched: Watched, why: str) -> dg.SensorResult:
+    return dg.SensorResult(skip_reason=why, cursor=json.dumps(asdict(watched)))
+
+
+def _under_way(instance: dg.DagsterInstance, job: str, keys: set[dg.AssetKey]) -> str | None:
+    """The run that makes a recipe's assets now, or will; None if there is none."""
+    for run in instance.get_runs(filters=dg.RunsFilter(statuses=_UNDER_WAY)):
+        if run.job_name == job or keys & (run.asset_selection or set()):
+            return run.run_id
+    return None
