@@ -98,7 +98,7 @@ def _own(recipe: Recipe, kind: Kind, tick: Condition) -> Condition:
         condition = condition & ~AC.asset_matches(asset_key(recipe.name, each), _failed())
     if before and before[-1] != "metadata":
         asked = AC.asset_matches(asset_key(recipe.name, before[-1]), AC.will_be_requested())
-        together = asked & ~AC.in_progress() & ~_waits_for_others()
+        together = asked & ~AC.in_progress() & ~_waits_for_others(data)
         condition = condition | together.with_label("together with the asset before it")
     return condition
 
@@ -108,19 +108,25 @@ def _busy(
 ) -> Condition:
     """Whether something is being made that an asset waits for: all that writes into the recipe's run
     folder, and what lies before it."""
-    busy = AC.in_progress() | _waits_for_others()
-    keys = [asset_key(recipe.name, kind) for kind in kinds]
-    for key in keys if data is None else [data, *keys]:
-        busy = busy | AC.asset_matches(key, AC.in_progress())
+    busy = AC.in_progress() | _waits_for_others(data)
+    for each in kinds:
+        busy = busy | AC.asset_matches(asset_key(recipe.name, each), AC.in_progress())
     for each in before:
         busy = busy | AC.asset_matches(asset_key(recipe.name, each), AC.will_be_requested())
     return busy.with_label("something before it, or in its run folder, is being made")
 
 
-def _waits_for_others() -> Condition:
-    """Whether assets upstream are being made, or weights are missing, which have a sensor of their own."""
+def _waits_for_others(data: dg.AssetKey | None) -> Condition:
+    """Whether assets upstream are being made, or weights are missing, which have a sensor of their own.
+
+    Args:
+        data: of the recipe. Its end begins the night: that it is made once more holds nothing up.
+    """
     weights = dg.AssetSelection.groups(GROUP)
-    return AC.any_deps_in_progress() | AC.any_deps_match(AC.missing()).allow(weights)
+    making = AC.any_deps_match(AC.in_progress())
+    if data is not None:
+        making = making.ignore(dg.AssetSelection.assets(data))
+    return making | AC.any_deps_match(AC.missing()).allow(weights)
 
 
 def _due(also: Condition | None = None) -> Condition:

@@ -27,6 +27,7 @@ VALUES: dict[str, Any] = {
 }
 
 
+@pytest.mark.soak
 def test_nights(
     tmp_path: Path, tiny_qwen: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +73,7 @@ def test_nights(
         assert nights.night() == [{"data"}, ALL - {"latents"}]
         assert "learning_rate" in nights.facts("checkpoints")["trained_because"]
 
-        edit(export_formats="kohya")
+        edit(export_formats=["guide"])
         assert nights.night() == [{"data"}, {"exports"}]
         assert nights.night() == [{"data"}]
 
@@ -125,12 +126,13 @@ def test_a_failed_night_is_tried_again(made: Place) -> None:
     assert nights.night() == [{"data"}, ALL - {"latents"}]
     made.stubs.fails.clear()
     assert nights.night() == [{"data"}, ALL - {"latents"}]
-    made.recipe(export_formats="kohya")
+    made.recipe(export_formats=["guide"])
     made.stubs.fails = {"exports"}
     assert nights.night() == [{"data"}, {"exports"}]
     assert nights.night() == [{"data"}, {"exports"}]
 
 
+@pytest.mark.soak
 def test_a_cancelled_night_is_tried_again(made: Place) -> None:
     made.recipe(learning_rate=1e-3)
     made.nights.now = made.nights.now.replace(day=5, hour=2)
@@ -163,6 +165,7 @@ def test_what_a_person_makes_by_day_waits_for_the_night(made: Place) -> None:
     assert made.nights.night() == [{"data"}, ALL]
 
 
+@pytest.mark.soak
 def test_weights_that_are_missing_are_tried_each_night(place: Place) -> None:
     place.stubs.fails = {"weights"}
     assert place.nights.night() == [{"data"}, {"weights"}, {"metadata"}]
@@ -184,6 +187,7 @@ def test_a_recipe_that_fails_holds_up_no_other(place: Place) -> None:
     assert made == {"a/data", "weights/none/dit", *(f"b/{k}" for k in ("data", "metadata", *ALL))}
 
 
+@pytest.mark.soak
 def test_encoded_samples_of_another_recipe(place: Place) -> None:
     """A recipe without a data set looks at its times at what it depends on."""
     encoded = {"task": "sft:train", "dataset_metadata_path": None}
@@ -204,6 +208,7 @@ def test_encoded_samples_of_another_recipe(place: Place) -> None:
     assert nights.ticks() == []
 
 
+@pytest.mark.soak
 def test_a_data_set_that_is_made_is_made_each_night(place: Place) -> None:
     place.recipe(customized_dataset="conftest.write_images")
     assert place.nights.night()[-1] == ALL

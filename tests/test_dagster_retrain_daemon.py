@@ -60,19 +60,18 @@ def daemon(tmp_path: Path, tiny_qwen: Path, pictures: Path) -> Iterator[Daemon]:
     folder = home(tmp_path / "home")
     workspace = str(ROOT / "workspace.yaml")
     arguments = ["-m", "dagster._daemon", "run", "-w", workspace]
-    process = start(arguments, environment(folder, tmp_path / "recipes"), tmp_path / "log")
-    try:
-        with dg.DagsterInstance.from_config(str(folder)) as instance:
+    with dg.DagsterInstance.from_config(str(folder)) as instance:
+        instance.get_runs_count()  # it makes the databases, which two processes must not do at once
+        process = start(arguments, environment(folder, tmp_path / "recipes"), tmp_path / "log")
+        try:
             yield Daemon(data, instance)
-    finally:
-        started = [
-            psutil.Process(process.pid),
-            *psutil.Process(process.pid).children(recursive=True),
-        ]
-        for each in started:
-            each.terminate()
-        for each in psutil.wait_procs(started, timeout=20)[1]:
-            each.kill()
+        finally:
+            daemon = psutil.Process(process.pid)
+            started = [daemon, *daemon.children(recursive=True)]
+            for each in started:
+                each.terminate()
+            for each in psutil.wait_procs(started, timeout=20)[1]:
+                each.kill()
 
 
 @pytest.mark.soak
