@@ -224,7 +224,7 @@ def test_a_whole_training_at_each_time(place: Place) -> None:
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 3 * * *", "Europe/Berlin")
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
     found = dg.build_schedule_context(repository_def=definitions.get_repository_def())
-    (request,) = schedule.evaluate_tick(found).run_requests or ()
+    (request,) = list(schedule.evaluate_tick(found).run_requests or [])
     job = definitions.resolve_job_def("train_a")
     assert schedule.job_name == job.name
     dg.validate_run_config(job, request.run_config)
@@ -298,7 +298,7 @@ def test_a_recipe_that_breaks_keeps_its_times(place: Place, wrong: dict[str, Any
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 4 * * *", "Asia/Tokyo")
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
     found = dg.build_schedule_context(repository_def=definitions.get_repository_def())
-    (request,) = schedule.evaluate_tick(found).run_requests or ()
+    (request,) = list(schedule.evaluate_tick(found).run_requests or [])
     job = definitions.resolve_job_def(schedule.job_name)
     result = job.execute_in_process(run_config=request.run_config, raise_on_error=False)
     failure = result.failure_data_for_node("a__metadata")
@@ -360,14 +360,14 @@ def test_files_that_lie_still_are_trained_on(place: Place) -> None:
     assert "lain still 120 s more" in why(found), "it is still being written"
     settled = later(found.cursor, 121)
     found = watch(place, settled)
-    (request,) = found.run_requests or ()
+    (request,) = list(found.run_requests or [])
     assert watch(place, settled).run_requests == [request], "the same after a crash"
     assert "nothing has changed in 2 files" in why(watch(place, found.cursor))
 
     (data / "more" / "0.png").unlink()
     found = watch(place, later(found.cursor, 999))
     found = watch(place, later(found.cursor, 121))
-    (other,) = found.run_requests or ()
+    (other,) = list(found.run_requests or [])
     assert other.run_key != request.run_key
     job = definitions_of(place.folder / "recipes").resolve_job_def("train_a")
     run = place.nights.instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
