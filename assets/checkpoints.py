@@ -89,8 +89,10 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
     ) -> Iterator[dg.MaterializeResult]:
         with user_errors():
             ran = launched(context, recipe, diffsynth_parameters, diffsynth_launcher)
-            processes = diffsynth_launcher.num_processes or recipe.options.num_processes
-            seen = look(context, "checkpoints", ran, processes)
+            options = recipe.options
+            processes = diffsynth_launcher.num_processes or options.num_processes or options.gpus
+            warm = options.retrain is not None and options.retrain.warm_start
+            seen = look(context, "checkpoints", ran, [processes, warm])
             same = None if config.retrain else seen.unchanged()
         if same is not None:
             yield same
@@ -107,7 +109,6 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
             began = _began(context, recipe, Path(settings.output_path))
             moved = older_runs(Path(settings.output_path))
             why = "retrain was asked for"
-            warm = recipe.options.retrain is not None and recipe.options.retrain.warm_start
             if began or not config.retrain:
                 why = why_train(settings, diffsynth_hub.open(), processes, warm)
             if why is not None:

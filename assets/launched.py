@@ -125,17 +125,20 @@ def _recipes_of(context: dg.AssetExecutionContext) -> set[tuple[str, str]] | Non
     """Name and digest of the recipes that a run has steps of, as they were when it was launched; None
     where Dagster kept no plan of it."""
     steps = _tags_of_steps(context.instance, context.run)
-    return None if steps is None else {(t[RECIPE], t[DIGEST]) for t in steps if DIGEST in t}
+    if steps is None:
+        return None
+    return {(tags[RECIPE], tags[DIGEST]) for tags in steps.values() if DIGEST in tags}
 
 
 def _tags_of_steps(
     instance: dg.DagsterInstance, run: dg.DagsterRun
-) -> list[Mapping[str, str]] | None:
-    """The tags of each step that a run executes; None where Dagster kept no plan of it."""
+) -> dict[str, Mapping[str, str]] | None:
+    """Name of each step that a run executes → its tags; None where Dagster kept no plan of it."""
     if run.execution_plan_snapshot_id is None:
         return None
     plan = instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id)
-    return [step.tags or {} for step in plan.steps if step.key in plan.step_keys_to_execute]
+    executed = plan.step_keys_to_execute
+    return {step.key: step.tags or {} for step in plan.steps if step.key in executed}
 
 
 @dataclass(frozen=True)
@@ -144,21 +147,21 @@ class Ours:
 
     Attributes:
         recipes: names of the recipes that the run has steps of, sorted.
-        some: whether any of its steps is ours.
+        steps: names of its steps that are ours.
         all: whether all of its steps are.
     """
 
     recipes: Sequence[str]
-    some: bool
+    steps: frozenset[str]
     all: bool
 
 
 def ours_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Ours:
     """What of a run is ours, by the tags that its steps had when it was launched."""
-    steps = _tags_of_steps(instance, run) or []
-    own = [RECIPE in tags or OWN.items() <= tags.items() for tags in steps]
-    recipes = sorted({tags[RECIPE] for tags in steps if RECIPE in tags})
-    return Ours(recipes, any(own), bool(own) and all(own))
+    steps = _tags_of_steps(instance, run) or {}
+    own = {n for n, tags in steps.items() if RECIPE in tags or OWN.items() <= tags.items()}
+    recipes = sorted({tags[RECIPE] for tags in steps.values() if RECIPE in tags})
+    return Ours(recipes, frozenset(own), bool(own) and len(own) == len(steps))
 
 
 def _digest_of(recipe: Recipe) -> str:

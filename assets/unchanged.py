@@ -1,8 +1,9 @@
 """An asset that would only make again what it made: said at once, from what Dagster knows of the last time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import dagster as dg
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
@@ -11,12 +12,13 @@ from assets.launched import Launched
 
 if TYPE_CHECKING:
     from diffsynth_dagster.config.entries import ModelEntry
-    from diffsynth_dagster.run.seen import Step
+    from diffsynth_dagster.run.seen import Read, Step
 
+_Found = TypeVar("_Found")
 SEEN = "diffsynth/seen"
 """Tag of a materialization: what its step read, and what it left."""
 _VERSION, _CODE = "dagster/data_version", "dagster/code_version"
-_OF_THAT_RUN = ("trained_because", "resumed_after_step", "moved_to")
+_OF_THAT_RUN = ("trained_because", "resumed_after_step", "moved_to", "overrides")
 """Metadata that is about the run that made the asset."""
 
 
@@ -25,37 +27,44 @@ class Look:
     """What a step goes by, looked at before it does anything.
 
     Attributes:
-        read: digest of that; None where some of it is not there.
+        read: that; None where it is not known.
+        again: looks once more.
         left: digest of what the step leaves; raises `NotTheSame` where that is not there.
         tags: of a materialization: see `Launched.tags`.
+        facts: metadata of a materialization: see `Launched.facts`.
     """
 
     context: dg.AssetExecutionContext
-    read: str | None
+    read: "Read | None"
+    again: "Callable[[], Read]"
     left: Callable[[], str]
-    tags: dict[str, str]
+    tags: Mapping[str, str]
+    facts: Mapping[str, dg.MetadataValue]
 
     @property
-    def marked(self) -> dict[str, str]:
+    def marked(self) -> Mapping[str, str]:
         """The tags of a materialization after the step's work, which say what it read and left. For one
         whose checks have passed."""
-        from diffsynth_dagster.facts import digest_of
-        from diffsynth_dagster.run.seen import NotTheSame
+        read, now = self.read, _known(self.again)
+        if read is None or now is None or not read.has_grown_to(now):
+            return self.tags
+        return self._marked(now)
 
-        if self.read is None:
+    def _marked(self, read: "Read") -> Mapping[str, str]:
+        from diffsynth_dagster.facts import digest_of
+
+        left = _known(self.left)
+        if left is None:
             return self.tags
-        try:
-            return {**self.tags, SEEN: digest_of([self.read, self.left()])[:32]}
-        except NotTheSame:
-            return self.tags
+        return {**self.tags, SEEN: digest_of([read.digest, left])[:32]}
 
     def unchanged(self) -> dg.MaterializeResult | None:
         """The result of the last time, if all that was read and left is as it was, and its checks passed."""
         event = self.context.instance.get_latest_materialization_event(self.context.asset_key)
         made = None if event is None else event.asset_materialization
-        if event is None or made is None:
+        if event is None or made is None or self.read is None or SEEN not in (made.tags or {}):
             return None
-        before, now = made.tags or {}, self.marked
+        before, now = made.tags or {}, self._marked(self.read)
         if SEEN not in now or any(before.get(tag) != now[tag] for tag in (SEEN, _CODE)):
             return None
         checks = self._checks(event.run_id)
@@ -64,7 +73,7 @@ class Look:
         why = "unchanged, because its parameters and files are what they were"
         self.context.log.info(why)
         return dg.MaterializeResult(
-            metadata={**_shown(made.metadata), "unchanged": why},
+            metadata={**_shown(made.metadata), "unchanged": why, **self.facts},
             data_version=dg.DataVersion(before[_VERSION]),
             tags=now,
             check_results=checks,
@@ -113,31 +122,32 @@ def look(
     Args:
         beside: a JSON value that it goes by beside its parameters and files.
     """
-    from diffsynth_dagster.run.seen import digest_left, digest_read
+    from diffsynth_dagster.run.seen import digest_left, look_at
 
-    return Look(
-        context,
-        _known(lambda: digest_read(step, ran.config, beside)),
-        lambda: digest_left(step, ran.config),
-        ran.tags(step),
-    )
+    def read() -> "Read":
+        return look_at(step, ran.config, beside)
+
+    left = partial(digest_left, step, ran.config)
+    return Look(context, _known(read), read, left, ran.tags(step), ran.facts)
 
 
-def look_at_model(context: dg.AssetExecutionContext, entry: "ModelEntry", code: str) -> Look:
+def look_at_weights(context: dg.AssetExecutionContext, entry: "ModelEntry", code: str) -> Look:
     """What the step of a model goes by.
 
     Args:
         code: the code version of its asset.
     """
-    from diffsynth_dagster.run.seen import digest_model
+    from diffsynth_dagster.run.seen import look_at_model
 
-    return Look(context, _known(lambda: digest_model(entry)), lambda: "", {_CODE: code})
+    read = partial(look_at_model, entry)
+    return Look(context, read(), read, lambda: "", {_CODE: code}, {})
 
 
-def _known(digest: Callable[[], str]) -> str | None:
+def _known(find_out: Callable[[], _Found]) -> _Found | None:
+    """What a function returns; None where that is not known."""
     from diffsynth_dagster.run.seen import NotTheSame
 
     try:
-        return digest()
+        return find_out()
     except NotTheSame:
         return None

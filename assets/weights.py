@@ -11,7 +11,7 @@ import dagster as dg
 from assets.common import RETRY_DELAY_S, fact_cache_path, table, tried_again, user_errors
 from assets.launched import OWN
 from assets.lineage import Lineage
-from assets.unchanged import look_at_model
+from assets.unchanged import look_at_weights
 from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.config.entries import (
     MODEL_FOLDERS,
@@ -70,7 +70,7 @@ def _make_weights(
     def weights(context: dg.AssetExecutionContext, diffsynth_hub: Hub) -> dg.MaterializeResult:
         from diffsynth_dagster.facts import FactCache, digest_of
 
-        seen = look_at_model(context, entry, code)
+        seen = look_at_weights(context, entry, code)
         same = None if again else seen.unchanged()
         if same is not None:
             return same
@@ -97,7 +97,7 @@ def _make_weights(
         return dg.MaterializeResult(
             metadata={**facts, "files": rows, "total_bytes": sum(sizes.values())},
             data_version=dg.DataVersion(digest_of(list(digests.values()))),
-            tags=look_at_model(context, entry, code).marked if seen.read is None else seen.marked,
+            tags=seen.marked,
         )
 
     return weights

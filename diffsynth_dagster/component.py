@@ -48,9 +48,11 @@ def make_definitions(
     jobs = make_jobs(recipes, broken, prefix)
     retraining = make_retraining(recipes, broken, prefix)
     upkeep = make_upkeep(prefix.name(""))
-    failures = make_failure_sensors([job.name for job in upkeep.jobs], prefix.name(""))
+    assets = prefix.assets(make_assets(recipes, broken))
+    steps = [asset.op.name for asset in assets]
+    failures = make_failure_sensors(steps, [job.name for job in upkeep.jobs], prefix.name(""))
     return dg.Definitions(
-        assets=with_automation(prefix.assets(make_assets(recipes, broken)), recipes, prefix),
+        assets=with_automation(assets, recipes, prefix),
         jobs=[*jobs, *upkeep.jobs],
         schedules=[*retraining.schedules, *upkeep.schedules],
         sensors=[*retraining.sensors, *failures],

@@ -7,7 +7,7 @@ gives up at last.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -70,10 +70,13 @@ class Cursor:
         return cls(kept["after"], [Waiting(**waiting) for waiting in kept["waiting"]])
 
 
-def make_failure_sensors(jobs: Sequence[str] = (), prefix: str = "") -> list[dg.SensorDefinition]:
+def make_failure_sensors(
+    steps: Collection[str], jobs: Sequence[str] = (), prefix: str = ""
+) -> list[dg.SensorDefinition]:
     """The sensor, if there is someone to tell.
 
     Args:
+        steps: names of the steps that are told of: another folder of recipes has a sensor of its own.
         jobs: names of jobs whose runs have no steps of a recipe, and are told of as well.
         prefix: in front of the sensor's name.
 
@@ -81,11 +84,11 @@ def make_failure_sensors(jobs: Sequence[str] = (), prefix: str = "") -> list[dg.
         ParameterError: see `find_listener`.
     """
     tell = find_listener()
-    return [] if tell is None else [make_failure_sensor(tell, jobs, prefix)]
+    return [] if tell is None else [make_failure_sensor(tell, steps, jobs, prefix)]
 
 
 def make_failure_sensor(
-    tell: Tell, jobs: Sequence[str] = (), prefix: str = ""
+    tell: Tell, steps: Collection[str], jobs: Sequence[str] = (), prefix: str = ""
 ) -> dg.SensorDefinition:
     """The sensor that tells of each failed run, exactly once if telling does not raise."""
 
@@ -103,7 +106,7 @@ def make_failure_sensor(
             cursor = Cursor(newest[0].storage_id if newest else -1)
             yield dg.SkipReason("failures from now on are told")
         else:
-            cursor = _take_up(context.instance, Cursor.read(context.cursor), jobs)
+            cursor = _take_up(context.instance, Cursor.read(context.cursor), steps, jobs)
             cursor, reactions = _tell_due(context.instance, cursor, tell)
             yield from reactions or [dg.SkipReason("nothing is to be told now")]
         context.update_cursor(cursor.text())
@@ -121,7 +124,9 @@ def _failures_after(instance: dg.DagsterInstance, after: int | None) -> Sequence
     return instance.fetch_run_status_changes(wanted, limit=_AT_ONCE, ascending=True).records
 
 
-def _take_up(instance: dg.DagsterInstance, cursor: Cursor, jobs: Sequence[str]) -> Cursor:
+def _take_up(
+    instance: dg.DagsterInstance, cursor: Cursor, steps: Collection[str], jobs: Sequence[str]
+) -> Cursor:
     """The cursor with the failures that came since."""
     waiting = list(cursor.waiting)
     after = cursor.after
@@ -129,7 +134,9 @@ def _take_up(instance: dg.DagsterInstance, cursor: Cursor, jobs: Sequence[str]) 
         after, entry = record.storage_id, record.event_log_entry
         run = instance.get_run_by_id(entry.run_id)
         old = time.time() - entry.timestamp > GIVEN_UP_AFTER
-        if run is None or old or not (run.job_name in jobs or ours_of(instance, run).some):
+        if run is None or old:
+            continue
+        if run.job_name not in jobs and ours_of(instance, run).steps.isdisjoint(steps):
             continue
         first = _failure_of(instance, entry.run_id)
         if first is not None and first.timestamp == entry.timestamp:  # a run may be failed twice

@@ -1,7 +1,7 @@
 """The longest that a run may take, by its tag `dagster/max_runtime`.
 
-Dagster's daemon ends runs that it launched itself, where `run_monitoring` is on; a run of
-`dagster job execute` it marks as failed, and lets go on. So whoever waits for a training looks too.
+Dagster's daemon ends such runs where it runs and `run_monitoring` is on; with `dagster job execute` there may be
+none. So whoever waits for a training looks too.
 """
 
 import time

@@ -74,17 +74,34 @@ class Launcher(dg.ConfigurableResource):
         """
         output = Path(config.output_path).absolute()
         require_writable(output, "output_path")
-        self._configuration(options)
         pool = pool_of(options)
         devices = devices_of(pool)
         count = how_many(options, pool, devices)
+        self._require_one_each(options, count)
         warn_of_waiting(context, pool)
         who = holder(context.asset_key.to_user_string(), context.run.run_id)
-        alive = _watch_parent(context)
-        with take(devices, count, who, context.log.info, alive) as place:
+        alive, deadline = _watch_parent(context), Deadline.of(context)
+
+        def meanwhile() -> None:
+            alive()
+            if deadline.is_over:
+                raise took_too_long(f"{deadline.told}: it waited for a GPU until then", config)
+
+        with take(devices, count, who, context.log.info, meanwhile) as place:
             if place.devices:
                 context.log.info(f"on GPU {', '.join(place.devices)}")
             yield from self._run(context, config, options, place, alive)
+
+    def _require_one_each(self, options: RecipeOptions, devices: int) -> None:
+        """Refuse more processes than there are devices for. Raises `ParameterError`; see `_configuration`."""
+        count = self.num_processes or options.num_processes
+        if self._configuration(options) is None and count is not None and count > max(1, devices):
+            there = f"GPU{'s' * (devices > 1)}" if devices else "CPU"
+            raise ParameterError(
+                f"{count} processes do not fit on {max(1, devices)} {there}",
+                where=f"num_processes = {count}",
+                do="lower it, or leave it out: then each GPU that is taken has one process",
+            )
 
     def given(self) -> dict[str, Any]:
         """What takes the place of a recipe's options: name → value."""

@@ -168,7 +168,10 @@ def _choosing(folder: Path) -> Generator[None]:
 
 
 def _open(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:  # Linux may refuse to "create" what another user has made in a shared folder.
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     with suppress(PermissionError):  # another user's, who shares the folder
         os.fchmod(descriptor, 0o666)
     return descriptor

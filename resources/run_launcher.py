@@ -46,6 +46,8 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
         """
         path = self._lock(run.run_id)
         state = lock_state(path)
+        if state != "gone":
+            self._gone_since.pop(run.run_id, None)
         if state == "gone" and self._is_missing(run.run_id, path):
             state = "free"
         if state == "free":

@@ -114,7 +114,7 @@ def test_failures_are_heard_once_with_their_reason(
         sensors: list[Sensor] = []
         for value in ("own_hook:hear", address):
             monkeypatch.setenv(telling.VARIABLE, value)
-            (sensor,) = make_failure_sensors()
+            (sensor,) = make_failure_sensors(["cats__metadata"])
             assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
             sensors.append(Sensor(sensor, instance))
         by_function, by_address = sensors
@@ -164,7 +164,7 @@ def test_a_failure_that_cannot_be_told_holds_up_no_other_and_is_given_up(
 
     write_recipe(tmp_path, "cats", BROKEN)
     job = definitions_of(tmp_path).resolve_job_def("train_cats")
-    patient, vain = (Sensor(make_failure_sensor(t), instance) for t in (tell, deaf))
+    patient, vain = (Sensor(make_failure_sensor(t, ["cats__metadata"]), instance) for t in (tell, deaf))
     assert patient.tick() == vain.tick() == []
     first, second = (instance.create_run_for_job(job) for _ in range(2))
     for run in (first, second):

@@ -6,9 +6,9 @@ else. Where the answer is no, the step itself finds out what has changed.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import polars as pl
 from blake3 import blake3
 
 from diffsynth_dagster import __version__
+from diffsynth_dagster.cache.held_out import FOLDER as HELD_OUT
 from diffsynth_dagster.cache.held_out import held_out_config
 from diffsynth_dagster.cache.manifest import FILE_NAME as MANIFEST
 from diffsynth_dagster.cache.manifest import read_manifest
@@ -25,6 +26,7 @@ from diffsynth_dagster.config.entries import MODEL_FOLDERS, ModelEntry, named_en
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
 from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
+from diffsynth_dagster.data.table.checked import read_checked
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.facts import FactCache, FileState, digest_of
 from diffsynth_dagster.own_names import LISTING, is_own, is_promoted
@@ -41,49 +43,77 @@ class NotTheSame(Exception):
     """Something is not what it was, or is not there, or nothing tells whether it is."""
 
 
-def digest_read(step: Step, config: TrainingConfig, beside: object = None) -> str:
-    """Digest of what a step goes by: the parameters, the versions of this package and of the libraries,
-    and the states of the files that it reads. The hub is asked nothing.
+@dataclass(frozen=True)
+class Read:
+    """What a step goes by.
+
+    Attributes:
+        values: all but the files, as a JSON value.
+        states: file → its state, of all that it reads and that is there.
+    """
+
+    values: Any
+    states: Mapping[str, FileState]
+
+    @property
+    def digest(self) -> str:
+        return digest_of([self.values, sorted(self.states.items())])
+
+    def has_grown_to(self, now: "Read") -> bool:
+        """Whether nothing has changed since, but for files that were downloaded."""
+        return self.values == now.values and self.states.items() <= now.states.items()
+
+
+def look_at(step: Step, config: TrainingConfig, beside: object = None) -> Read:
+    """What a step of a recipe goes by: the parameters, the versions of this package and of the libraries,
+    what the step before has left, and the files that it reads. The hub is asked nothing.
 
     Args:
         beside: a JSON value that it goes by as well.
 
     Raises:
-        NotTheSame: a file is not there.
+        NotTheSame: what the step before leaves is not there; or which files there are is not known.
     """
     if config.verify_content or config.sample_table is not None:
-        raise NotTheSame  # what is asked for is to read the files; or which there are is not known
-    hub = replace(ModelHub.from_environment(), skip_download=True)
-    files = [*_named_files(config), *_model_files(config, hub)]
+        raise NotTheSame
     made: dict[Step, list[Step]] = {
         "metadata": [],
         "latents": ["metadata"],
         "checkpoints": ["latents"],
         "exports": ["checkpoints"],
     }
-    before = [digest_left(each, config) for each in made[step]]
-    return digest_of([_parameters(step, config), _versions(), _states(files), before, beside])
+    before = [digest_left(each, config, itself=False) for each in made[step]]
+    return Read(
+        [_parameters(step, config), _versions(), before, beside],
+        _states([*_named_files(config), *_model_files(config, _local_hub())]),
+    )
 
 
-def digest_model(entry: ModelEntry) -> str:
-    """The same of one entry of a model list. Raises `NotTheSame`."""
-    hub = replace(ModelHub.from_environment(), skip_download=True)
-    return digest_of([_versions(), entry.text, _states(_entry_files(entry, hub))])
+def look_at_model(entry: ModelEntry) -> Read:
+    """What the step of one entry of a model list goes by."""
+    return Read([_versions(), entry.text], _states(_entry_files(entry, _local_hub())))
 
 
-def digest_left(step: Step, config: TrainingConfig) -> str:
+def _local_hub() -> ModelHub:
+    return replace(ModelHub.from_environment(), skip_download=True)
+
+
+def digest_left(step: Step, config: TrainingConfig, itself: bool = True) -> str:
     """Digest of what a step has left in the run folder and in the store.
 
+    Args:
+        itself: whether that step is asked for, and not one that follows. It has to look anew at rows that it
+            rejected, since the table does not say which files they are.
+
     Raises:
-        NotTheSame: some of it is not there; or a row was rejected, or its file is no longer what was
-            checked.
+        NotTheSame: some of it is not there, or a row's file is no longer what was checked.
     """
     folder = Path(config.output_path)
     match step:
         case "metadata":
-            for table in _checked_tables(config):
-                _require_as_checked(table)
-            return _digest_contents(_checked_tables(config), config)
+            for folder in _folders(config):
+                _require_as_checked(folder, also_rejected=itself)
+            return _digest_contents([folder / CHECKED for folder in _folders(config)], config)
         case "latents":
             listed = _manifests(config)
             shards = [_shards_of(path) for path in listed]
@@ -120,18 +150,18 @@ def _model_files(config: TrainingConfig, hub: ModelHub) -> list[Path]:
     folders = {f.parent for f in files}
     roots = [*folders, *(folder.parent for folder in folders), *hub.base_path.glob("*/*")]
     beside = {f for root in roots for name in _BESIDE for f in root.glob(f"{name}/*")}
-    return sorted({*files, *(f for f in beside if f.is_file())})
+    return [*files, *beside]
 
 
 def _entry_files(entry: ModelEntry, hub: ModelHub) -> list[Path]:
-    """The files of one entry of a model list, and the config beside them."""
+    """The files of one entry of a model list, and the config beside them; none where it is not there yet."""
     try:
         if entry.parameter in MODEL_FOLDERS:
-            return sorted(p for p in hub.folder(entry).rglob("*") if p.is_file())
+            return [path for path in hub.folder(entry).rglob("*") if path.is_file()]
         files = hub.files(entry)
-    except UserError as error:
-        raise NotTheSame from error
-    return [*files, *(p for p in {f.parent / "config.json" for f in files} if p.is_file())]
+    except UserError:
+        return []
+    return [*files, *{file.parent / "config.json" for file in files}]
 
 
 def _named_files(config: TrainingConfig) -> list[Path]:
@@ -140,8 +170,9 @@ def _named_files(config: TrainingConfig) -> list[Path]:
     return sorted(Path(text) for text in texts if os.path.isfile(text))
 
 
-def _states(paths: Iterable[Path]) -> list[tuple[str, FileState | None]]:
-    return [(str(path.absolute()), _state(path)) for path in paths]
+def _states(paths: Iterable[Path]) -> dict[str, FileState]:
+    found = {str(path.absolute()): _state(path) for path in paths if not path.is_dir()}
+    return {path: state for path, state in found.items() if state is not None}
 
 
 def _state(path: Path) -> FileState | None:
@@ -173,16 +204,13 @@ def _digest_contents(paths: list[Path], config: TrainingConfig) -> str:
         return digest_of([fact_cache.digest(path) for path in paths])
 
 
-def _checked_tables(config: TrainingConfig) -> list[Path]:
-    """The checked tables: of what is trained on, and of what is held out."""
-    return [folder / CHECKED for folder in _folders(config)]
-
-
 def _manifests(config: TrainingConfig) -> list[Path]:
     """The lists of encoded samples that the training reads."""
+    folders = _folders(config)
     if config.dataset_metadata_path is None:
-        return [Path(config.dataset_base_path) / MANIFEST]
-    return [folder / MANIFEST for folder in _folders(config)]
+        base = Path(config.dataset_base_path)
+        folders = [base, *([base / HELD_OUT] if config.validation_metadata_path else [])]
+    return [folder / MANIFEST for folder in folders]
 
 
 def _folders(config: TrainingConfig) -> list[Path]:
@@ -190,30 +218,38 @@ def _folders(config: TrainingConfig) -> list[Path]:
     return [Path(c.output_path) for c in (config, own) if c is not None]
 
 
-def _require_as_checked(table: Path) -> None:
-    """Refuse a checked table with a row whose file is not what was checked, and one with rejected rows:
-    it does not say which files they are. Raises `NotTheSame`."""
+def _require_as_checked(folder: Path, also_rejected: bool) -> None:
+    """Refuse a checked table with a row whose file is not what was checked, or whose link leads to another
+    one; and one with rejected rows. Raises `NotTheSame`."""
     try:
-        rows = scan_parquet(table)
-        rejected = rows.filter(pl.col("status") != "ok").select(pl.len()).collect().item()
-        changed = any(_state(path) != state for path, state in _checked_files(rows))
-    except (OSError, pl.exceptions.PolarsError) as error:
+        table = read_checked(folder)
+        rejected = also_rejected and table.rejected.select(pl.len()).collect().item()
+        base = Path(table.data["dataset_base_path"])
+        if rejected or not all(_is_as_checked(*file) for file in _checked_files(table.rows, base)):
+            raise NotTheSame
+    except (UserError, OSError, KeyError, pl.exceptions.PolarsError) as error:
         raise NotTheSame from error
-    if rejected or changed:
-        raise NotTheSame
 
 
-def _checked_files(rows: pl.LazyFrame) -> Iterator[tuple[Path, FileState]]:
-    """Each file of the rows, with its state when it was checked."""
+def _checked_files(rows: pl.LazyFrame, base: Path) -> Iterator[tuple[str, str, FileState]]:
+    """Each file of the rows: as it is named, where it was found, and its state when it was checked."""
     kinds = rows.collect_schema()
-    for path in (name for name in kinds if name.endswith(":path")):
-        columns = [path, *(path.removesuffix("path") + part for part in ("size", "modified"))]
+    folders: dict[str, str] = {}
+    for column in (name.removesuffix(":path") for name in kinds if name.endswith(":path")):
+        columns = [column, *(f"{column}:{part}" for part in ("path", "size", "modified"))]
         part = rows.select(columns)
-        if isinstance(kinds[path], pl.List):
+        if isinstance(kinds[f"{column}:path"], pl.List):
             part = part.explode(columns)
-        named = part.filter(pl.col(path).is_not_null()).unique(path).collect(engine="streaming")
-        for text, size, modified in named.iter_rows():
-            yield Path(text), FileState(size, modified)
+        named = part.filter(pl.col(f"{column}:path").is_not_null()).unique()
+        for name, path, size, modified in named.collect(engine="streaming").iter_rows():
+            folder, file = os.path.split(base / name)
+            if folder not in folders:
+                folders[folder] = os.path.realpath(folder)
+            yield os.path.join(folders[folder], file), path, FileState(size, modified)
+
+
+def _is_as_checked(named: str, path: str, state: FileState) -> bool:
+    return (named == path or os.path.realpath(named) == path) and _state(Path(path)) == state
 
 
 def _shards_of(path: Path) -> list[Path]:
