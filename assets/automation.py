@@ -111,7 +111,10 @@ def _own(recipe: Recipe, kind: Kind, tick: Condition, prefix: Prefix) -> Conditi
     night = begin.since(ended | AC.newly_requested()).with_label("the night goes on")
     # An export that is refused is no better the next night.
     due = _due(begin if makes_data else None, refused=kind != "promoted")
-    condition = night & idle & due & ~AC.any_deps_missing()
+    ours = dg.AssetSelection.assets(*keys) | dg.AssetSelection.groups(prefix.name(GROUP))
+    # What others make may lie there all the same, made without this Dagster.
+    missing = AC.any_deps_match(AC.missing() & ~AC.will_be_requested()).allow(ours)
+    condition = night & idle & due & ~missing
     for each in earlier:
         condition = condition & ~AC.asset_matches(each, _failed())
     if before and before[-1] != "metadata":
@@ -167,7 +170,10 @@ def _due(also: Condition | None, refused: bool) -> Condition:
     changed = changed | AC.any_deps_match(AC.data_version_changed())
     if also is not None:
         changed = changed | also
-    due = changed.since(AC.newly_updated())
+    # A run that was under way when the recipe was edited made it with what was before.
+    late = (AC.code_version_changed() & AC.in_progress()).since(AC.newly_requested())
+    changed = changed | (late & AC.newly_requested())
+    due = changed.since(AC.newly_updated()) | late | AC.execution_failed()
     return (due | _refused() if refused else due).with_label("changed since it was made")
 
 

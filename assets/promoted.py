@@ -54,16 +54,16 @@ def make_promoted(recipe: Recipe) -> dg.AssetsDefinition:
         kinds={"safetensors"},
         description=description(
             recipe,
-            "The export that others use: the newest one that is not worse than those before.",
+            "The export that others use: the newest one that is not worse than the best before it.",
         ),
-        code_version=code_version(recipe.config, "promoted"),
+        code_version=_version(recipe, code_version(recipe.config, "promoted")),
         op_tags=step_tags(recipe),
         check_specs=[
             dg.AssetCheckSpec(
                 CHECK,
                 asset=key,
                 blocking=True,
-                description="The loss of the new export is not worse than that of the promoted one.",
+                description="The loss of the new export is not worse than the best of those promoted before.",
             )
         ],
     )
@@ -82,6 +82,7 @@ def make_promoted(recipe: Recipe) -> dg.AssetsDefinition:
         else:
             context.log.info(said)
         tags = ran.tags("promoted")
+        tags["dagster/code_version"] = _version(recipe, tags["dagster/code_version"])
         if outcome.unfinished:  # as the exports are
             tags = {"dagster/code_version": "unfinished"}
         yield dg.MaterializeResult(
@@ -94,6 +95,11 @@ def make_promoted(recipe: Recipe) -> dg.AssetsDefinition:
         require_passed(check)
 
     return promoted
+
+
+def _version(recipe: Recipe, version: str) -> str:
+    """A code version with the margin: with another one, what was refused may be promoted."""
+    return f"{version} {recipe.options.promote_margin:g}"
 
 
 def _promote(recipe: Recipe, config: TrainingConfig, asked: PromotedConfig) -> "Outcome":

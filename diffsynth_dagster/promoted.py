@@ -30,10 +30,18 @@ class Measured:
         value: smaller is better.
         of: digest of the samples that it was measured on and of how: two numbers can be compared where
             these are equal.
+        best: the smallest of those that led to it, each measured in the same way: what a new one is compared
+            with, so that many that are a little worse do not add up. Left out: the value.
     """
 
     value: float
     of: str
+    best: float | None = None
+
+    @property
+    def bar(self) -> float:
+        """What a new one is compared with."""
+        return self.value if self.best is None else self.best
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from assets.prefix import Prefix
 from assets.weights import GROUP
 from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.config.retrain import Retrain
-from jobs.settled import make_files_sensor
+from jobs.settled import make_files_sensor, under_way
 from jobs.training import job_name, run_tags
 from resources import BrokenRecipe
 
@@ -80,12 +80,20 @@ def _schedule(
     name: str, retrain: Retrain, config: Mapping[str, Any], prefix: Prefix
 ) -> dg.ScheduleDefinition:
     assert retrain.cron is not None, "a schedule has times"
+    job = prefix.name(job_name(name))
+
+    def begin(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        run = under_way(context.instance, job)
+        if run is not None:
+            return dg.SkipReason(f"the run {run} of this recipe is not done yet")
+        return dg.RunRequest(run_config=dict(config))
+
     return dg.ScheduleDefinition(
         name=prefix.name(f"retrain_{name}"),
-        job_name=prefix.name(job_name(name)),
+        job_name=job,
         cron_schedule=retrain.cron,
         execution_timezone=retrain.timezone,
-        run_config=config,
+        execution_fn=begin,
         default_status=dg.DefaultScheduleStatus.RUNNING,
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 
 import dagster as dg
@@ -63,7 +64,7 @@ def make_files_sensor(recipe: Recipe, retrain: Retrain, prefix: Prefix) -> dg.Se
             return _wait(
                 watched, f"files have changed: waits until they have lain still {left:.0f} s more"
             )
-        run = _under_way(context.instance, job, keys)
+        run = under_way(context.instance, job, keys)
         if run is not None:
             return _wait(
                 watched, f"files have changed: waits for the run {run}, which makes this recipe"
@@ -80,8 +81,15 @@ def _wait(watched: Watched, why: str) -> dg.SensorResult:
     return dg.SensorResult(skip_reason=why, cursor=json.dumps(asdict(watched)))
 
 
-def _under_way(instance: dg.DagsterInstance, job: str, keys: set[dg.AssetKey]) -> str | None:
-    """The run that makes a recipe's assets now, or will; None if there is none."""
+def under_way(
+    instance: dg.DagsterInstance, job: str, keys: Set[dg.AssetKey] = frozenset()
+) -> str | None:
+    """The run that makes a recipe's assets now, or will; None if there is none.
+
+    Args:
+        job: of the recipe.
+        keys: assets that other jobs' runs may make as well.
+    """
     for run in instance.get_runs(filters=dg.RunsFilter(statuses=_UNDER_WAY)):
         if run.job_name == job or keys & (run.asset_selection or set()):
             return run.run_id

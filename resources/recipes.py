@@ -230,6 +230,12 @@ def _check_retrain(recipe: Recipe) -> None:
         raise ParameterError(
             "'retrain' has 'files', and the recipe has no data set: it trains from encoded samples",
             where=str(recipe.path),
+            do="give 'cron', with 'when: always' where nothing here makes the samples",
+        )
+    if retrain.files and recipe.config.customized_dataset is not None:
+        raise ParameterError(
+            "'retrain' has 'files', and 'customized_dataset' writes the files in each run",
+            where=str(recipe.path),
             do="give 'cron'",
         )
     if retrain.warm_start and (recipe.config.encodes_only or start_of(recipe.config) is None):

@@ -164,7 +164,9 @@ def test_a_failure_that_cannot_be_told_holds_up_no_other_and_is_given_up(
 
     write_recipe(tmp_path, "cats", BROKEN)
     job = definitions_of(tmp_path).resolve_job_def("train_cats")
-    patient, vain = (Sensor(make_failure_sensor(t, ["cats__metadata"]), instance) for t in (tell, deaf))
+    patient, vain = (
+        Sensor(make_failure_sensor(t, ["cats__metadata"]), instance) for t in (tell, deaf)
+    )
     assert patient.tick() == vain.tick() == []
     first, second = (instance.create_run_for_job(job) for _ in range(2))
     for run in (first, second):

@@ -81,7 +81,7 @@ def test_a_regression_made_on_purpose(recipe: Callable[..., None], tmp_path: Pat
         new: Any = check.metadata["new"].value
         assert new > 1.05 * old
         assert f"its held-out loss is {new:.6g} (" in (check.description or "")
-        assert f"and {old:.6g} that of the promoted one" in (check.description or "")
+        assert f"and {old:.6g} the best of those promoted before" in (check.description or "")
         reason = told(ruined.all_events).reason
         assert "the new export is not promoted" in reason
         assert "materialize tiny/promoted with `force: true` in the run config" in reason

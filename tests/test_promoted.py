@@ -165,7 +165,9 @@ def test_a_worse_export_is_refused_and_named(training: Training) -> None:
     assert worse.what == "refused"
     assert worse.verdict is not None
     assert (worse.verdict.old, worse.verdict.new) == (0.5, 0.6)
-    assert "its held-out loss is 0.6 (+20.0%), and 0.5 that of the promoted one" in worse.why
+    assert (
+        "its held-out loss is 0.6 (+20.0%), and 0.5 the best of those promoted before" in worse.why
+    )
     assert training.current == "a"
     assert training.promote(margin=0.25).what == "promoted", "within the margin"
     assert training.made("c", loss=1.2, held_out=None).promote().why.startswith("it cannot be")

@@ -7,6 +7,9 @@ from hashlib import blake2b
 
 from diffsynth_dagster.config import TrainingConfig
 
+_MARKS = ("run.json", "launch.yaml", ".owner.json", "facts.sqlite")
+"""What only a run folder or a store holds."""
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -26,11 +29,11 @@ class Listing:
 def list_data(config: TrainingConfig) -> Listing:
     """The tables of a data set and every file in its folder, as they lie there now.
 
-    Hidden files, the run folder and the store are left out, and so are files that rows name outside of
-    `dataset_base_path`. Nothing is read; what is missing is no error.
+    Hidden files are left out, and so are run folders, stores, Dagster's folder, folders that may not be read,
+    and files that rows name outside of `dataset_base_path`. Nothing is read; what is missing is no error.
 
     Raises:
-        OSError: a folder cannot be listed.
+        OSError: the folder of the data set cannot be listed.
     """
     digest, files, size = blake2b(digest_size=16), 0, 0
     for name, stat in _entries(config):
@@ -51,7 +54,8 @@ def _entries(config: TrainingConfig) -> Iterator[tuple[str, os.stat_result]]:
             yield f"{parameter} {table}", stat
     base = config.dataset_base_path
     if base and os.path.isdir(base):
-        own = {os.path.realpath(path) for path in (config.output_path, config.cache_path)}
+        written = (config.output_path, config.cache_path, os.environ.get("DAGSTER_HOME"))
+        own = {os.path.realpath(path) for path in written if path}
         for name, stat in _walk(base, own - {os.path.realpath(base)}):
             if (stat.st_dev, stat.st_ino) not in tables:
                 yield name, stat
@@ -62,12 +66,19 @@ def _walk(base: str, left_out: set[str]) -> Iterator[tuple[str, os.stat_result]]
     waiting, seen = [base], set[tuple[int, int]]()
     while waiting:
         folder = waiting.pop()
-        place = os.stat(folder)
+        try:
+            place = os.stat(folder)
+            with os.scandir(folder) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except (FileNotFoundError, PermissionError):
+            if folder == base:
+                raise
+            continue
         if (place.st_dev, place.st_ino) in seen:
             continue
         seen.add((place.st_dev, place.st_ino))
-        with os.scandir(folder) as entries:
-            listed = sorted(entries, key=lambda entry: entry.name)
+        if folder != base and any(entry.name in _MARKS for entry in listed):
+            continue
         for entry in listed:
             if entry.name.startswith("."):
                 continue

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Verdict:
 
     Attributes:
         number: the name of what was compared.
-        old, new: of the promoted export, and of the new one; smaller is better.
+        old: the best of the promoted exports that led to the present one; smaller is better.
+        new: of the new one.
         margin: how much worse the new one may be, as a fraction of the old one.
     """
 
@@ -54,8 +55,8 @@ class Verdict:
         change = self.new / self.old - 1 if self.old else math.nan
         by = f" ({change:+.1%})" if math.isfinite(change) else ""
         return (
-            f"its {TITLES[self.number]} is {self.new:.6g}{by}, and {self.old:.6g} that of the promoted "
-            f"one; promote_margin = {self.margin:g}"
+            f"its {TITLES[self.number]} is {self.new:.6g}{by}, and {self.old:.6g} the best of those "
+            f"promoted before; promote_margin = {self.margin:g}"
         )
 
 
@@ -66,8 +67,18 @@ def compare(
     same way. None where there is none."""
     for name in TITLES:
         if name in new and name in old and new[name].of == old[name].of:
-            return Verdict(name, old[name].value, new[name].value, margin)
+            return Verdict(name, old[name].bar, new[name].value, margin)
     return None
+
+
+def with_best(new: Mapping[str, Measured], old: Mapping[str, Measured]) -> dict[str, Measured]:
+    """The numbers of an export that takes the place of another one, with the best of both."""
+    return {
+        name: replace(each, best=min(each.value, old[name].bar))
+        if name in old and old[name].of == each.of and math.isfinite(old[name].bar)
+        else each
+        for name, each in new.items()
+    }
 
 
 def numbers_of(folder: Path, record: RunRecord, step: int) -> dict[str, Measured]:

@@ -5,7 +5,7 @@ See `diffsynth_dagster.promoted` for where versions lie.
 """
 
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from filelock import FileLock, Timeout
 
 from diffsynth_dagster.errors import OutputError
-from diffsynth_dagster.export.judged import Verdict, compare, numbers_of
+from diffsynth_dagster.export.judged import Verdict, compare, numbers_of, with_best
 from diffsynth_dagster.export.listing import Listing, changed_since, read_listing
 from diffsynth_dagster.facts import digest_of
 from diffsynth_dagster.files import (
@@ -97,11 +97,12 @@ def promote(folder: Path, margin: float, keep: int, digest: Digest, force: bool 
         if current is not None and current.version == new.version:
             current = _measured_anew(current, new)
             outcome = Outcome("unchanged", "it is the current version already", current)
-        elif current is not None and before is not None and before.rolled_back and not force:
-            why = f"version {new.version} was rolled back from at {before.rolled_back}"
+        elif current is not None and (left := _rolled_back(new, known.values())) and not force:
+            why = f"version {left.version} was rolled back from at {left.rolled_back}"
             return Outcome("kept", why, current)
         else:
             outcome = _judged(new, current, margin, force)
+            new = outcome.current if outcome.what == "promoted" else new
         if outcome.what == "promoted":
             if before is None:
                 _write(folder, new, listing)
@@ -148,6 +149,12 @@ def roll_back(folder: Path, version: str) -> Outcome:
         )
 
 
+def _rolled_back(new: Promoted, known: Iterable[Promoted]) -> Promoted | None:
+    """The version of the same checkpoint, perhaps in other files, that was rolled back from, if there is one."""
+    same = (each for each in known if (each.training, each.step) == (new.training, new.step))
+    return next((each for each in same if each.rolled_back), None)
+
+
 def _of_unfinished(folder: Path, unfinished: str, current: Promoted | None) -> Outcome:
     """Refuse what is exported of an unfinished training. Raises `OutputError`: there is nothing else."""
     why = f"what is exported is of an unfinished training ({unfinished})"
@@ -169,6 +176,7 @@ def _judged(new: Promoted, current: Promoted | None, margin: float, force: bool)
         why = "it cannot be compared: it has no loss of the same samples as the one before"
         return Outcome("promoted", why, new)
     if not verdict.is_worse:
+        new = replace(new, numbers=with_best(new.numbers, current.numbers))
         return Outcome("promoted", f"it is not worse: {verdict}", new, verdict)
     if force:
         return Outcome(
@@ -221,9 +229,14 @@ def _described(folder: Path, listing: Listing, record: RunRecord) -> Promoted:
 
 def _measured_anew(known: Promoted, new: Promoted) -> Promoted:
     """A version that is there, with the numbers of an export that is equal to it. Raises `OutputError`."""
-    numbers = {**known.numbers, **new.numbers}
-    if numbers == known.numbers:
+    others = {
+        name: number
+        for name, number in new.numbers.items()
+        if name not in known.numbers or replace(known.numbers[name], best=number.best) != number
+    }
+    if not others:
         return known
+    numbers = {**known.numbers, **others}
     known = replace(known, numbers=numbers)
     write_promoted(known, known.folder)
     return known
