@@ -19,6 +19,7 @@ from dagster_support import (
     home,
     require_gone,
     wait_for,
+    wait_until_training,
     write_recipe,
 )
 from server_support import Server, serve
@@ -120,6 +121,7 @@ def test_a_launch_by_clicks_leads_to_the_page_of_the_run(window: Window, launche
     assert window.server.client.get_run_status(launched) is not None
 
 
+@pytest.mark.soak  # what its assets say: see `test_dagster_definitions.py`
 def test_a_broken_recipe_says_its_mistake(window: Window) -> None:
     """In the description of its assets, and on the page of a run, which waits for no place."""
     browser, server = window.browser, window.server
@@ -136,12 +138,14 @@ def test_a_broken_recipe_says_its_mistake(window: Window) -> None:
 
 @pytest.fixture(scope="module")
 def training(window: Window, launched: str) -> str:
-    """The page of the run, which is open, has gone on to a loss by itself."""
-    look(window.browser, window.server.port, launched, "endless__checkpoints")
-    window.browser.wait("ASSET_OBSERVATION\n", ": loss ", seconds=LONG)
+    """The run of `endless`, which has made a step."""
+    server = window.server
+    window.browser.open("about:blank")  # The page of a run that goes on takes a core.
+    wait_until_training(server.folder / "endless", server.process, server.folder / "log")
     return launched
 
 
+@pytest.mark.soak  # that it waits: see `test_dagster_ui.py`
 def test_a_run_waits_while_another_one_trains(window: Window, waiting: str, training: str) -> None:
     window.open(f"runs/{waiting}")
     shown = window.browser.wait("This run is queued for execution")
@@ -153,9 +157,10 @@ def test_a_run_waits_while_another_one_trains(window: Window, waiting: str, trai
     window.keep("waiting")
 
 
-@pytest.mark.usefixtures("training")
-def test_the_loss_is_shown_while_it_trains(window: Window) -> None:
+def test_the_loss_is_shown_while_it_trains(window: Window, training: str) -> None:
     browser = window.browser
+    look(browser, window.server.port, training, ": loss ")
+    assert "Started" in browser.wait("ASSET_OBSERVATION\n", "\nloss\n")
     window.open("assets/endless/checkpoints?view=events")
     browser.wait("is currently refreshing this asset", "Observed in run", "loss\n", "grad_norm")
     window.open("assets/endless/checkpoints?view=overview")
