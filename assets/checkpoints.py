@@ -33,6 +33,7 @@ from diffsynth_dagster.run.events import (
     StepMetrics,
 )
 from diffsynth_dagster.run.progress import every_line
+from diffsynth_dagster.run.warm_start import with_warm_start
 from resources import Hub, Launcher, Parameters, pool_of
 
 if TYPE_CHECKING:
@@ -106,10 +107,12 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
             began = _began(context, recipe, Path(settings.output_path))
             moved = older_runs(Path(settings.output_path))
             why = "retrain was asked for"
+            warm = recipe.options.retrain is not None and recipe.options.retrain.warm_start
             if began or not config.retrain:
-                why = why_train(settings, diffsynth_hub.open(), processes)
+                why = why_train(settings, diffsynth_hub.open(), processes, warm)
             if why is not None:
                 context.log.info(f"it trains, because: {why}")
+                settings = with_warm_start(settings) if warm else settings
                 progress = Progress(context)
                 resume = _resume(settings, config.retrain, began)
                 settings = settings.model_copy(update={"resume": resume})

@@ -165,4 +165,6 @@ def _digest_of(recipe: Recipe) -> str:
     """Digest of what a recipe makes a run do."""
     beside = {"description", "retrain", "tags", "retries"}
     options = recipe.options.model_dump(mode="json", exclude=beside)
+    if recipe.options.retrain is not None and recipe.options.retrain.warm_start:
+        options["warm_start"] = True
     return short_digest({"parameters": recipe.config.model_dump(mode="json"), "options": options})

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import dagster as dg
 
 from assets.checkpoints import CheckpointsConfig
-from assets.common import asset_key, kinds_of
+from assets.common import Kind, asset_key
 from assets.prefix import Prefix
+from assets.promoted import PromotedConfig
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from resources import JOB_CONFIG, LAUNCHER, PARAMETERS, Launcher, as_run_config, overridable
 
@@ -100,11 +101,15 @@ def _options_of(recipe: Recipe, prefix: Prefix) -> dict[str, Option]:
             kind, default = _config_type(name, field.annotation, optional=False), own[name]
         path = ("resources", LAUNCHER, "config", name)
         options[name] = Option(_field(kind, default, field.description), path)
-    if "checkpoints" in kinds_of(recipe.config):
-        step = prefix.step(asset_key(recipe.name, "checkpoints"))
-        field = CheckpointsConfig.model_fields["retrain"]
-        retrain = _field(bool, field.default, field.description)
-        options["retrain"] = Option(retrain, ("ops", step, "config", "retrain"))
+    of_steps: tuple[tuple[Kind, type[dg.Config]], ...] = (
+        ("checkpoints", CheckpointsConfig),
+        ("promoted", PromotedConfig),
+    )
+    for kind, config in of_steps if not recipe.config.encodes_only else ():
+        step = prefix.step(asset_key(recipe.name, kind))
+        for name, field in config.model_fields.items():
+            taken = _field(_config_type(name, field.annotation), field.default, field.description)
+            options[name] = Option(taken, ("ops", step, "config", name))
     return options
 
 

@@ -18,6 +18,7 @@ from diffsynth_dagster.config.recipe import read_retrain, recipe_files
 from diffsynth_dagster.config.retrain import Retrain
 from diffsynth_dagster.dotted import find_dotted
 from diffsynth_dagster.errors import ParameterError, UserError
+from diffsynth_dagster.run.warm_start import start_of
 from resources.pools import pool_of
 
 VARIABLE = "DIFFSYNTH_DAGSTER_RECIPES"
@@ -230,6 +231,12 @@ def _check_retrain(recipe: Recipe) -> None:
             "'retrain' has 'files', and the recipe has no data set: it trains from encoded samples",
             where=str(recipe.path),
             do="give 'cron'",
+        )
+    if retrain.warm_start and (recipe.config.encodes_only or start_of(recipe.config) is None):
+        raise ParameterError(
+            "'retrain' has 'warm_start', and the recipe does not train one model alone",
+            where=str(recipe.path),
+            do="leave it out: a training starts from one file",
         )
 
 

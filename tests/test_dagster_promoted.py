@@ -13,7 +13,13 @@ from process_support import forked_launches
 from safetensors.torch import load_file
 
 from assets.common import KINDS, Kind, asset_key
+from diffsynth_dagster.cache.split import second_half
+from diffsynth_dagster.config import TrainingConfig, read_recipe
+from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.promoted import current_promoted, promoted_versions
+from diffsynth_dagster.run.record import read_record
+from diffsynth_dagster.run.up_to_date import why_train
+from diffsynth_dagster.weights.hub import ModelHub
 
 DIT = "diffusers/transformer/diffusion_pytorch_model.safetensors"
 
@@ -50,7 +56,7 @@ def test_a_regression_made_on_purpose(recipe: Callable[..., None], tmp_path: Pat
         def execute(*kinds: Kind, **config: Any) -> dg.ExecuteInProcessResult:
             job = definitions_of(tmp_path / "recipes").resolve_job_def("train_tiny")
             return job.execute_in_process(
-                {"ops": {"tiny__promoted": {"config": config}}},
+                config,
                 instance=instance,
                 raise_on_error=False,
                 asset_selection=[asset_key("tiny", kind) for kind in kinds or ("promoted",)],
@@ -105,3 +111,23 @@ def test_a_regression_made_on_purpose(recipe: Callable[..., None], tmp_path: Pat
         current = current_promoted(run)
         assert current is not None
         assert current.version == good
+
+        # The next one starts from it, and does so once: what it makes is no reason to train again.
+        recipe(seed=1, retrain={"cron": "0 3 * * *", "warm_start": True})
+        done = execute(*KINDS[2:])
+        assert event_of(done)[0]["what_happened"] == "promoted"
+        record, settings = read_record(run), second_half(config_of(tmp_path))
+        assert record is not None
+        (checkpoint,) = current.checkpoint_files
+        assert record.base["resume_from_checkpoint"] == digest_file(checkpoint)
+        hub = ModelHub.from_environment()
+        assert why_train(settings, hub, None, warm=True) is None
+        why = "changed since: the weights of resume_from_checkpoint"
+        assert why_train(settings, hub, None) == why
+        recipe(seed=2, retrain={"cron": "0 3 * * *", "warm_start": True})
+        changed = why_train(second_half(config_of(tmp_path)), hub, None, warm=True)
+        assert changed == "changed since: seed (was 1)"
+
+
+def config_of(folder: Path) -> TrainingConfig:
+    return read_recipe(folder / "recipes" / "tiny.yaml").config

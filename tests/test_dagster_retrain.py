@@ -16,7 +16,7 @@ from retrain_support import CRON, Nights, Stubs, nights_of
 
 from resources import load_recipes
 
-ALL = {"latents", "checkpoints", "exports"}
+ALL = {"latents", "checkpoints", "exports", "promoted"}
 VALUES: dict[str, Any] = {
     "family": "qwen_image",
     "dataset_base_path": "none",
@@ -74,7 +74,7 @@ def test_nights(
         assert "learning_rate" in nights.facts("checkpoints")["trained_because"]
 
         edit(export_formats=["guide"])
-        assert nights.night() == [{"data"}, {"exports"}]
+        assert nights.night() == [{"data"}, {"exports", "promoted"}]
         assert nights.night() == [{"data"}]
 
         # A night that fails is tried again, and nothing goes on from it.
@@ -128,8 +128,8 @@ def test_a_failed_night_is_tried_again(made: Place) -> None:
     assert nights.night() == [{"data"}, ALL - {"latents"}]
     made.recipe(export_formats=["guide"])
     made.stubs.fails = {"exports"}
-    assert nights.night() == [{"data"}, {"exports"}]
-    assert nights.night() == [{"data"}, {"exports"}]
+    assert nights.night() == [{"data"}, {"exports", "promoted"}]
+    assert nights.night() == [{"data"}, {"exports", "promoted"}]
 
 
 @pytest.mark.soak
@@ -228,12 +228,12 @@ def test_a_whole_training_at_each_time(place: Place) -> None:
     job = definitions.resolve_job_def("train_a")
     assert schedule.job_name == job.name
     dg.validate_run_config(job, request.run_config)
-    assert request.run_config["ops"]["a__checkpoints"]["config"] == {"retrain": True}
+    assert request.run_config == {"retrain": True}
     graph = definitions.resolve_asset_graph()
     policies = {
         kind: graph.get(dg.AssetKey(["a", kind])).freshness_policy for kind in ("metadata", *ALL)
     }
-    assert {kind for kind, policy in policies.items() if policy} == {"checkpoints", "exports"}
+    assert {kind for kind, policy in policies.items() if policy} == ALL - {"latents"}
     place.recipe(retrain={"cron": "0 3 * * 1-5", "when": "always"})
     graph = definitions_of(place.folder / "recipes").resolve_asset_graph()
     assert graph.get(dg.AssetKey(["a", "exports"])).freshness_policy
@@ -273,7 +273,7 @@ def test_wrong_times_are_refused(place: Place, retrain: object, message: str) ->
         raise broken.error
     assert str(path) in str(broken.error)
     definitions = definitions_of(place.folder / "recipes")
-    assert not definitions.schedules
+    assert [schedule.name for schedule in definitions.schedules or ()] == ["forget_old_runs"]
 
 
 def test_the_key_of_before_is_refused(place: Place) -> None:

@@ -249,9 +249,10 @@ def test_only_what_is_not_as_it_was_is_made_again(place: Place) -> None:
     assert "unchanged" not in metadata_of(touched, "metadata", "edited")
     assert version(place, "metadata", "edited") == tags_of(exported, "metadata", "edited")[DATA]
     assert metadata_of(touched, "checkpoints", "edited")["trained_in_this_run"].value is False
-    exports = place.folder / "edited" / "exports"
-    file = next(exports.rglob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-1])
+    file = next((place.folder / "edited" / "exports" / "comfyui").rglob("*.safetensors"))
+    damaged = file.read_bytes()[:-1]
+    file.unlink()  # what is promoted has a second name of it
+    file.write_bytes(damaged)
     mended = place.run("edited")
     assert unchanged(mended, "edited") == ["metadata", "latents", "checkpoints"]
     assert version(place, "exports", "edited") == tags_of(exported, "exports", "edited")[DATA]

@@ -32,6 +32,12 @@ class Retrain(BaseModel):
         5.0, ge=0, description="How long the files lie still before that, in minutes."
     )
 
+    warm_start: bool = Field(
+        False,
+        description="Start each training from the promoted version, as soon as there is one, instead of "
+        "from the beginning.",
+    )
+
     @property
     def nightly(self) -> bool:
         """Whether what has changed is made anew at the times of `cron`."""

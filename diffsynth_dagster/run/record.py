@@ -18,6 +18,8 @@ PICTURES = "samples"
 LOGS = ("metrics.csv", "loss.csv", "held_out.csv")
 """Files that grow with the steps."""
 SAMPLE_LOSSES = "sample_losses.parquet"
+STARTS = ("lora_checkpoint", "resume_from_checkpoint")
+"""The parameters that name a file to start from."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 """Those that compute: other versions may give other numbers."""
 _DIGEST = "digest"

@@ -1,6 +1,6 @@
 """The record of a training that is about to start, with all that its result depends on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,10 @@ from diffsynth_dagster.config.effect import trained_components, values_that_affe
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.facts import FactCache, digest_of
-from diffsynth_dagster.run.record import LIBRARIES, RunRecord
+from diffsynth_dagster.run.record import LIBRARIES, STARTS, RunRecord
 from diffsynth_dagster.versions import TRAINING
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
-
-STARTS = ("lora_checkpoint", "resume_from_checkpoint")
-"""The parameters that name a file to start from."""
 
 
 def parameters_of(config: TrainingConfig) -> dict[str, Any]:
@@ -41,12 +38,15 @@ def start_record(
     fact_cache: FactCache,
     devices: Sequence[str] = (),
     mixed_precision: str = "no",
+    starts: Mapping[str, str] | None = None,
 ) -> RunRecord:
     """The record of a training that is about to start.
 
     Args:
         devices: name of the device of each process.
         mixed_precision: what is computed in. Neither of the two is part of the identity.
+        starts: parameter → digest of the file to start from, in the place of those that the config names,
+            which are then not looked for.
 
     Raises:
         WeightsError: the file of `lora_checkpoint` or `resume_from_checkpoint` is missing; or a file
@@ -55,7 +55,8 @@ def start_record(
     """
     names = step_components(found, trained_components(config))
     base = manifest.weights | {name: component_digest(found, name, fact_cache) for name in names}
-    for parameter, path in _starts(config).items():
+    base |= starts or {}
+    for parameter, path in _starts(config).items() if starts is None else ():
         if not path.is_file():
             raise WeightsError(
                 "the file to start from does not exist",

@@ -5,7 +5,7 @@ What is imported only to compare is imported then: it takes seconds, and a first
 compare with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.run.goes_on import say_where_it_goes_on
-from diffsynth_dagster.run.record import RunRecord, differing, read_record
+from diffsynth_dagster.run.record import STARTS, RunRecord, differing, read_record
 from diffsynth_dagster.weights.hub import ModelHub
 
 
-def why_train(config: TrainingConfig, hub: ModelHub, processes: int | None) -> str | None:
+def why_train(
+    config: TrainingConfig, hub: ModelHub, processes: int | None, warm: bool = False
+) -> str | None:
     """Why a training would be started, in words; None where the run folder holds a finished one that it
     would only repeat.
 
@@ -28,6 +30,8 @@ def why_train(config: TrainingConfig, hub: ModelHub, processes: int | None) -> s
         config: of a training on encoded samples: see `cache.split.second_half`.
         processes: how many the new training would have, if that is asked for: the batch of a step
             grows with them.
+        warm: whether it starts from the promoted version, which is another one after each training: what
+            the training in the run folder started from is no reason to train.
 
     Raises:
         UserError: a model file or the encoded data set is missing or damaged.
@@ -39,7 +43,9 @@ def why_train(config: TrainingConfig, hub: ModelHub, processes: int | None) -> s
     why: list[str] = []
     if not record.finished or not record.checkpoints:
         why.append("the training in the run folder is not finished")
-    changed = _changed_since(record, _record_of(with_settled(config), hub))
+    starts = {name: digest for name, digest in record.base.items() if name in STARTS}
+    now = _record_of(with_settled(config), hub, starts if warm else None)
+    changed = _changed_since(record, now)
     if changed:
         why.append(f"changed since: {', '.join(changed)}")
     if processes is not None and processes != len(record.devices):
@@ -76,14 +82,16 @@ def _by_name(record: RunRecord, parameters: bool) -> dict[str, Any]:
     }
 
 
-def _record_of(config: TrainingConfig, hub: ModelHub) -> RunRecord:
-    """The record of a training that would start now."""
+def _record_of(
+    config: TrainingConfig, hub: ModelHub, starts: Mapping[str, str] | None
+) -> RunRecord:
+    """The record of a training that would start now; for `starts` see `start_record`."""
     from diffsynth_dagster.run.start import start_record
     from diffsynth_dagster.weights.identify import find_model
 
     with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
         manifest = read_manifest(Path(config.dataset_base_path))
-        return start_record(config, find_model(config, hub), manifest, fact_cache)
+        return start_record(config, find_model(config, hub), manifest, fact_cache, starts=starts)
 
 
 def changed_beside(folder: Path, record: RunRecord) -> list[Path]:
