@@ -6,43 +6,25 @@ It starts the real webserver with the project's settings, launches each run thro
 the page with Chromium (`apt-get install chromium chromium-driver`).
 """
 
-import base64
-import io
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-import requests
 import yaml
+from browser import INSTALL, Browser, browsing, free_port, listens, look, stop, wait_for
 from dagster import DagsterRunStatus
 from dagster_graphql import DagsterGraphQLClient
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "failures"
-INSTALL = "apt-get install chromium chromium-driver"
 LOCATION = {"repository_location_name": "diffsynth_dagster", "repository_name": "__repository__"}
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-WINDOW = (1280, 1000)
 MY_CODE = '''\
 import os
 import signal
@@ -86,92 +68,6 @@ WORDS = {
 """What the page says, by which it is known to be complete."""
 STEPS = {"user_exception": "user_exception__metadata"}
 """The step that is chosen on a page: the traceback is in its events."""
-_COLOURS = 64
-
-
-class Browser:
-    """Chromium without a window, through chromedriver.
-
-    Args:
-        folder: an empty one for its profile.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        port = free_port()
-        self._driver = subprocess.Popen(
-            [str(shutil.which("chromedriver")), f"--port={port}"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            # What it writes beside its profile goes there too.
-            env={**os.environ, "HOME": str(folder), "TMPDIR": str(folder)},
-        )
-        address = f"http://127.0.0.1:{port}/session"
-        wait_for(lambda: listens(port), 20, "chromedriver listens")
-        size = f"--window-size={WINDOW[0]},{WINDOW[1]}"
-        options = {
-            "binary": shutil.which("chromium"),
-            "args": [*FLAGS, size, f"--user-data-dir={folder / 'profile'}"],
-        }
-        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
-        self._session = address
-        self._session = f"{address}/{self._ask('', wanted)['sessionId']}"
-
-    @staticmethod
-    def is_installed() -> bool:
-        return all(map(shutil.which, ("chromium", "chromedriver")))
-
-    def open(self, address: str) -> None:
-        self._ask("/url", {"url": address})
-
-    def run(self, script: str) -> Any:
-        """What a script returns on the open page."""
-        return self._ask("/execute/sync", {"script": script, "args": []})
-
-    def picture(self) -> bytes:
-        """The page as it is seen, as PNG."""
-        answer = requests.get(f"{self._session}/screenshot", timeout=60)
-        return base64.b64decode(answer.json()["value"])
-
-    def close(self) -> None:
-        requests.delete(self._session, timeout=20)
-        stop(self._driver.pid)
-
-    def _ask(self, path: str, what: Mapping[str, Any]) -> Any:
-        answer = requests.post(f"{self._session}{path}", json=what, timeout=60)
-        value = answer.json()["value"]
-        assert answer.ok, value
-        return value
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.2)
-    raise TimeoutError(f"not within {seconds:.0f} s: {what}")
-
-
-def stop(pid: int) -> None:
-    """End a process and whatever it started."""
-    first = psutil.Process(pid)
-    processes = [first, *first.children(recursive=True)]
-    first.send_signal(signal.SIGINT)
-    _, alive = psutil.wait_procs(processes, timeout=20)
-    for process in alive:
-        process.kill()
 
 
 def write_runs(folder: Path) -> None:
@@ -214,6 +110,8 @@ def webserver(folder: Path) -> Iterator[int]:
     names = {
         "DAGSTER_HOME": str(home),
         "DIFFSYNTH_DAGSTER_RECIPES": str(folder / "recipes"),
+        # So that no other training on this machine is waited for.
+        "DIFFSYNTH_DAGSTER_PLACES": str(folder / "places"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
     }
     port = free_port()
@@ -246,22 +144,6 @@ def fail(client: DagsterGraphQLClient, name: str, folder: Path) -> str:
     return run
 
 
-def look(browser: Browser, port: int, run: str, words: str, step: str | None = None) -> str:
-    """Open a run's page; returns its text when it has some words.
-
-    Args:
-        step: chosen there, so that only its events are shown.
-    """
-    chosen = "" if step is None else f"?logs=step%3A{step}"
-    browser.open(f"http://127.0.0.1:{port}/runs/{run}{chosen}")
-
-    def text() -> str | None:
-        found = browser.run("return document.body.innerText")
-        return found if words in found else None
-
-    return wait_for(text, 30, f"the page says '{words}'")
-
-
 def main() -> None:
     if not Browser.is_installed():
         sys.exit(f"Chromium is not installed: {INSTALL}")
@@ -272,12 +154,10 @@ def main() -> None:
         port = leaving.enter_context(webserver(folder))
         client = DagsterGraphQLClient("127.0.0.1", port_number=port)
         runs = {name: fail(client, name, folder) for name in sys.argv[1:] or CHANGES}
-        browser = Browser(folder / "browser")
-        leaving.callback(browser.close)
+        browser = leaving.enter_context(browsing())
         for name, run in runs.items():
             look(browser, port, run, WORDS[name], STEPS.get(name))
-            shown = Image.open(io.BytesIO(browser.picture())).convert("RGB")
-            shown.quantize(_COLOURS).save(PICTURES / f"{name}.png", optimize=True)
+            browser.keep(PICTURES / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 
 
 BEGIN_WITH = (
-    *("test_dagster_ui.py", "test_dagster_resume.py", "test_dagster_stop.py", "test_soak.py"),
+    *("test_dagster_browser.py", "test_dagster_ui.py", "test_dagster_resume.py"),
+    *("test_dagster_stop.py", "test_soak.py"),
     *("test_resume_kills.py", "test_dagster_failure.py", "test_benchmarks.py"),
 )
 """Files of tests that wait for processes most of the time: left to the end, others would wait for them."""

@@ -31,7 +31,8 @@ from dagster_support import (
     wait_for,
     write_recipe,
 )
-from test_dagster_ui import STARTS_WITHIN, Server, serve
+from server_support import Server, serve
+from test_dagster_ui import STARTS_WITHIN
 
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.recipe import RecipeOptions

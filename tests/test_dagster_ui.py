@@ -1,23 +1,15 @@
-"""The UI's way: a webserver with its daemon on loopback, driven through GraphQL."""
+"""The UI's way: a webserver with its daemon on loopback, driven through GraphQL. (In a browser: see
+`test_dagster_browser.py`.)"""
 
-import runpy
-import signal
-import socket
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
-import psutil
 import pytest
 import yaml
-from conftest import ROOT, lora_values, train
+from conftest import lora_values, train
 from dagster import DagsterRunStatus
-from dagster_graphql import DagsterGraphQLClient, DagsterGraphQLClientError
+from dagster_graphql import DagsterGraphQLClientError
 from dagster_support import (
     endless,
     environment,
@@ -30,11 +22,8 @@ from dagster_support import (
     wait_until_training,
     write_recipe,
 )
+from server_support import Server, serve
 
-LOCATION = {
-    "repository_location_name": "diffsynth_dagster",
-    "repository_name": "__repository__",
-}
 MOST_LINES = 60
 TABLES = {"metadata.parquet", ".metadata.encoded.parquet", "samples.parquet", "rejected.csv"}
 """What a training that reads encoded samples leaves out."""
@@ -44,70 +33,6 @@ LAUNCHPAD = """{ runConfigSchemaOrError(selector: {
 }) { ... on RunConfigSchema { rootDefaultYaml } } }"""
 STARTS_WITHIN = 10.0
 LINEAGE = "{ assetNodes { assetKey { path } dependencyKeys { path } } }"
-
-
-@dataclass
-class Server:
-    """A running `dagster dev` and the folders it works in."""
-
-    folder: Path
-    env: dict[str, str]
-    process: subprocess.Popen[bytes]
-    client: DagsterGraphQLClient
-    port: int
-
-    def launch(self, name: str, parameters: dict[str, Any]) -> str:
-        return self.client.submit_job_execution(f"train_{name}", run_config=parameters, **LOCATION)
-
-    def wait(self, run: str, seconds: float) -> DagsterRunStatus:
-        ended = {
-            DagsterRunStatus.SUCCESS,
-            DagsterRunStatus.FAILURE,
-            DagsterRunStatus.CANCELED,
-        }
-
-        def status() -> DagsterRunStatus | None:
-            now = self.client.get_run_status(run)
-            return now if now in ended else None
-
-        return wait_for(status, seconds, f"the end of run {run}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def stop(pid: int) -> None:
-    """End `dagster dev` and whatever it started."""
-    server = psutil.Process(pid)
-    processes = [server, *server.children(recursive=True)]
-    server.send_signal(signal.SIGINT)
-    _, alive = psutil.wait_procs(processes, timeout=20)
-    for process in alive:
-        process.kill()
-
-
-@contextmanager
-def serve(folder: Path, env: dict[str, str]) -> Iterator[Server]:
-    """`dagster dev` on a port of its own, until it is left."""
-    port = free_port()
-    address = ["-h", "127.0.0.1", "-p", str(port), "-w", str(ROOT / "workspace.yaml")]
-    log = folder / "log"
-    process = start(["-m", "dagster", "dev", *address], env, log)
-
-    def listens() -> bool:
-        assert process.poll() is None, log.read_text()
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
-    try:
-        wait_for(listens, 90, "dagster dev listens")
-        client = DagsterGraphQLClient("127.0.0.1", port_number=port)
-        yield Server(folder, env, process, client, port)
-    finally:
-        stop(process.pid)
 
 
 @pytest.fixture(scope="module")
@@ -272,21 +197,3 @@ def test_cancel_stops_the_training(server: Server, cancelled: str) -> None:
     assert len(said.reasons) == 1
     assert said.reason.startswith(CANCELLED)
     assert not said.trace
-
-
-def test_page_of_a_run_says_the_reason(server: Server, cancelled: str) -> None:
-    """In a real browser."""
-    made = runpy.run_path(str(ROOT / "docs" / "make_failures.py"))
-    if not made["Browser"].is_installed():
-        pytest.skip(f"Chromium is not installed: {made['INSTALL']}")
-    # Chromium's socket needs a short path.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        browser = made["Browser"](Path(folder))
-        try:
-            shown = made["look"](browser, server.port, cancelled, CANCELLED)
-        finally:
-            browser.close()
-    assert shown.index("STEP_FAILURE") < shown.index(CANCELLED) < shown.index("RUN_CANCELED")
-    assert shown.count(CANCELLED) == 1
-    assert "Stack Trace" not in shown
-    assert "AttributeError" not in shown

@@ -1,0 +1,214 @@
+"""What a person sees and clicks: the real webserver and daemon, in Chromium without a window.
+
+Its pictures are those of `docs/ui.md`: `docs/make_ui.py` keeps them.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from browser import INSTALL, Browser, browsing, look
+from conftest import lora_values, train
+from dagster import DagsterRunStatus
+from dagster_support import (
+    endless,
+    environment,
+    home,
+    require_gone,
+    wait_for,
+    wait_until_training,
+    write_recipe,
+)
+from server_support import Server, serve
+
+LARGEST = 120 * 1024
+CANCELLED = "cancelled: the run was asked to stop"
+MISTAKE = "unknown parameter 'learning_rat'; did you mean 'learning_rate'?"
+CHECK = "loss_finite_and_parameters_changed"
+EDGES = "return document.querySelectorAll('svg:has(marker[id^=arrow]) > path').length"
+PLOTTED = "return document.querySelectorAll('canvas').length > 0"
+CAN_LAUNCH = """return [...document.querySelectorAll("button:enabled")].some(
+    (button) => button.innerText.includes("Launch Run"))"""
+LONG = 120.0
+"""Seconds for what takes a tenth of them when nothing else runs."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A browser that looks at a server, and the folder of its pictures."""
+
+    browser: Browser
+    server: Server
+    pictures: Path
+
+    def open(self, page: str) -> None:
+        self.browser.open(f"http://127.0.0.1:{self.server.port}/{page}")
+
+    def keep(self, name: str) -> None:
+        path = self.pictures / f"{name}.png"
+        self.browser.keep(path)
+        assert path.stat().st_size <= LARGEST, name
+
+
+@pytest.fixture(scope="module")
+def window(
+    tmp_path_factory: pytest.TempPathFactory, tiny_qwen: Path, pictures: Path
+) -> Iterator[Window]:
+    """Recipes: `tiny` encodes and trains, `finished` has been trained, `endless` goes on for ever, and
+    `broken` has a mistake."""
+    if not Browser.is_installed():
+        pytest.skip(f"Chromium is not installed: {INSTALL}")
+    folder = tmp_path_factory.mktemp("browser")
+    recipes = folder / "recipes"
+    values = lora_values(tiny_qwen, pictures, folder / "cache")
+    write_recipe(recipes, "tiny", {**values, "output_path": str(folder / "tiny")})
+    write_recipe(recipes, "broken", {**values, "learning_rat": 0.1})
+    code, encoded = train(values, folder / "encoded", "--task", "sft:data_process")
+    assert code == 0
+    write_recipe(recipes, "endless", endless(values, encoded, folder / "endless"))
+    finished = {**endless(values, encoded, folder / "finished"), "num_epochs": 1}
+    write_recipe(recipes, "finished", finished)
+    assert train(finished, folder / "finished")[0] == 0
+    env = environment(home(folder / "home"), recipes)
+    kept = Path(os.environ.get("BROWSER_PICTURES", folder))
+    with ExitStack() as leaving:
+        server = leaving.enter_context(serve(folder, env))
+        yield Window(leaving.enter_context(browsing()), server, kept)
+
+
+@pytest.fixture(scope="module")
+def launched(window: Window) -> str:
+    """The run of `endless`, launched by clicks in the Launchpad, which shows the recipe's values."""
+    browser = window.browser
+    window.open("locations/diffsynth_dagster/jobs/train_endless/playground")
+    encoded = window.server.folder / "encoded"
+    browser.wait("batch_size: 4", f"dataset_base_path: {encoded}", "family: qwen_image", seconds=60)
+    browser.wait("No errors")
+    wait_for(lambda: browser.run(CAN_LAUNCH), 30, "the config is checked")
+    window.keep("launchpad")
+    browser.click("Launch Run")
+    wait_for(lambda: "/runs/" in browser.address(), 60, "the page of the run is open")
+    return browser.address().split("/runs/")[1].split("?")[0]
+
+
+@pytest.fixture(scope="module")
+def waiting(window: Window, launched: str) -> str:
+    """The run of `finished`, launched while `endless` has the place."""
+    # Dagster's queue sets the limit of a pool that it never saw beside the first run of it.
+    status = window.server.client.get_run_status
+    wait_for(lambda: status(launched) != DagsterRunStatus.QUEUED, LONG, "the first run is launched")
+    run = window.server.launch("finished", {})
+    assert run != launched
+    return run
+
+
+def test_the_graph_shows_assets_and_edges(window: Window) -> None:
+    """Five edges from `data` to `promoted`, and from each of four weights to latents and checkpoints."""
+    browser = window.browser
+    window.open("locations/diffsynth_dagster/asset-groups/tiny/lineage")
+    shown = ("data", "metadata", "latents", "checkpoints", "exports", "promoted")
+    weights = ("text_encoder_", "tokenizer_", "transformer_", "vae_")
+    browser.wait(*(f"\n{name}" for name in (*shown, *weights)), seconds=60)
+    wait_for(lambda: browser.run(EDGES) == 5 + 4 * 2, 30, "the edges are drawn")
+    window.keep("graph")
+
+
+def test_a_launch_by_clicks_leads_to_the_page_of_the_run(window: Window, launched: str) -> None:
+    window.browser.wait(f"Runs\n/\n{launched[:8]}", "Run of \ntrain_endless", seconds=60)
+    assert window.server.client.get_run_status(launched) is not None
+
+
+@pytest.mark.soak  # what its assets say: see `test_dagster_definitions.py`
+def test_a_broken_recipe_says_its_mistake(window: Window) -> None:
+    """In the description of its assets, and on the page of a run, which waits for no place."""
+    browser, server = window.browser, window.server
+    run = server.launch("broken", {})
+    window.open("assets/broken/checkpoints")
+    browser.wait("This recipe cannot be used", MISTAKE, "what to do:", seconds=60)
+    window.keep("broken")
+    server.wait(run, LONG)
+    shown = look(browser, server.port, run, "RUN_FAILURE")
+    assert "Failure" in shown
+    assert shown.index("STEP_FAILURE") < shown.index(MISTAKE) < shown.index("RUN_FAILURE")
+    assert "Stack Trace" not in shown
+
+
+@pytest.fixture(scope="module")
+def training(window: Window, launched: str) -> str:
+    """The run of `endless`, which has made a step."""
+    server = window.server
+    window.browser.open("about:blank")  # The page of a run that goes on takes a core.
+    wait_until_training(server.folder / "endless", server.process, server.folder / "log")
+    return launched
+
+
+@pytest.mark.soak  # that it waits: see `test_dagster_ui.py`
+def test_a_run_waits_while_another_one_trains(window: Window, waiting: str, training: str) -> None:
+    window.open(f"runs/{waiting}")
+    shown = window.browser.wait("This run is queued for execution")
+    assert "Queued" in shown
+    assert training not in shown
+    window.open("runs")
+    shown = window.browser.wait("train_finished", "train_endless")
+    assert shown.index("train_finished") < shown.index("Queued…") < shown.index("train_endless")
+    window.keep("waiting")
+
+
+def test_the_loss_is_shown_while_it_trains(window: Window, training: str) -> None:
+    browser = window.browser
+    look(browser, window.server.port, training, ": loss ")
+    assert "Started" in browser.wait("ASSET_OBSERVATION\n", "\nloss\n")
+    window.open("assets/endless/checkpoints?view=events")
+    browser.wait("is currently refreshing this asset", "Observed in run", "loss\n", "grad_norm")
+    window.open("assets/endless/checkpoints?view=overview")
+    browser.wait("\nloss\n", "\nlearning_rate\n")
+    browser.click("Plots")
+    wait_for(lambda: browser.run(PLOTTED), 30, "the loss is plotted")
+    browser.show("loss")
+    window.keep("loss")
+
+
+@pytest.fixture(scope="module")
+def unchecked(window: Window, waiting: str) -> str:
+    """The run that waits, of whose asset the page says that a check is to come."""
+    window.open("assets/finished/checkpoints?view=checks")
+    assert "Passed" not in window.browser.wait(CHECK, "Evaluation result\nRunning")
+    return waiting
+
+
+@pytest.fixture(scope="module")
+def cancelled(window: Window, unchecked: str, training: str) -> str:
+    """The run that trained, after Terminate was clicked; so the one that waits may start."""
+    assert unchecked != training
+    browser = window.browser
+    look(browser, window.server.port, training, "loss")
+    browser.click("Terminate")
+    browser.click("Terminate 1 run")
+    return training
+
+
+def test_a_run_is_cancelled_by_clicks(window: Window, cancelled: str) -> None:
+    """Its page says so, with the reason, and no process is left."""
+    browser = window.browser
+    browser.wait(CANCELLED, "RUN_CANCELED", seconds=LONG)
+    shown = look(browser, window.server.port, cancelled, "RUN_CANCELED")
+    assert "Canceled" in shown
+    assert shown.index("STEP_FAILURE") < shown.index(CANCELLED) < shown.index("RUN_CANCELED")
+    assert shown.count(CANCELLED) == 1
+    assert "Stack Trace" not in shown
+    assert "AttributeError" not in shown
+    window.keep("cancelled")
+    require_gone(window.server.folder / "endless")
+
+
+def test_a_check_turns_green(window: Window, unchecked: str, cancelled: str) -> None:
+    """Of the run that waited, when the place is free; nobody reloads the page."""
+    assert unchecked != cancelled
+    browser = window.browser
+    window.open("assets/finished/checkpoints?view=checks")
+    browser.wait(CHECK, "Evaluation result", "Passed", seconds=LONG)
+    window.keep("check")
+    look(browser, window.server.port, unchecked, "RUN_SUCCESS")
