@@ -223,7 +223,9 @@ def test_a_whole_training_at_each_time(place: Place) -> None:
     schedule = definitions.resolve_schedule_def("retrain_a")
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 3 * * *", "Europe/Berlin")
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
-    found = dg.build_schedule_context(repository_def=definitions.get_repository_def())
+    found = dg.build_schedule_context(
+        instance=place.nights.instance, repository_def=definitions.get_repository_def()
+    )
     (request,) = list(schedule.evaluate_tick(found).run_requests or [])
     job = definitions.resolve_job_def("train_a")
     assert schedule.job_name == job.name
@@ -297,7 +299,9 @@ def test_a_recipe_that_breaks_keeps_its_times(place: Place, wrong: dict[str, Any
     schedule = definitions.resolve_schedule_def("retrain_a")
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 4 * * *", "Asia/Tokyo")
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
-    found = dg.build_schedule_context(repository_def=definitions.get_repository_def())
+    found = dg.build_schedule_context(
+        instance=place.nights.instance, repository_def=definitions.get_repository_def()
+    )
     (request,) = list(schedule.evaluate_tick(found).run_requests or [])
     job = definitions.resolve_job_def(schedule.job_name)
     result = job.execute_in_process(run_config=request.run_config, raise_on_error=False)
