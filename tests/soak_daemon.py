@@ -27,6 +27,6 @@ def _last_night(self: AssetGraphView, **cron: Any) -> datetime:
 if __name__ == "__main__":
     AssetGraphView.compute_previous_cron_tick = _last_night
     asset_daemon.MIN_INTERVAL_LOOP_SECONDS = 2
-    controller.RELOAD_WORKSPACE_INTERVAL = 3
+    controller.RELOAD_WORKSPACE_INTERVAL = 6
     controller.THREAD_CHECK_INTERVAL = 2
     main()

@@ -230,7 +230,7 @@ class Soak:
                 self.again += listed > began
                 self.begin()
                 quiet = time.time()
-            time.sleep(0.3)
+            time.sleep(0.7)
 
     def reference(self) -> dict[str, str]:
         """What a training from nothing makes of the recipe, by the trainer's command line."""
