@@ -105,8 +105,8 @@ def _own(recipe: Recipe, kind: Kind, tick: Condition, prefix: Prefix) -> Conditi
         begin = AC.asset_matches(data, asked)
     makes_data = kind == "metadata" and recipe.config.customized_dataset is not None
     keys = [prefix.key(asset_key(recipe.name, each)) for each in kinds]
-    own, earlier = [*keys, *([] if data is None else [data])], keys[: len(before)]
-    idle = ~_busy(own, earlier, prefix)
+    earlier = keys[: len(before)]
+    idle = ~_busy(keys, earlier, data, prefix)
     ended = ~idle.newly_true() & idle & ~begin
     night = begin.since(ended | AC.newly_requested()).with_label("the night goes on")
     # An export that is refused is no better the next night.
@@ -116,31 +116,44 @@ def _own(recipe: Recipe, kind: Kind, tick: Condition, prefix: Prefix) -> Conditi
         condition = condition & ~AC.asset_matches(each, _failed())
     if before and before[-1] != "metadata":
         asked = AC.asset_matches(earlier[-1], AC.will_be_requested())
-        together = asked & ~AC.in_progress() & ~_waits_for_others(prefix)
+        together = asked & ~AC.in_progress() & ~_waits_for_others(data, prefix)
         condition = condition | together.with_label("together with the asset before it")
     return condition
 
 
-def _busy(own: Sequence[dg.AssetKey], before: Sequence[dg.AssetKey], prefix: Prefix) -> Condition:
+def _busy(
+    keys: Sequence[dg.AssetKey],
+    before: Sequence[dg.AssetKey],
+    data: dg.AssetKey | None,
+    prefix: Prefix,
+) -> Condition:
     """Whether something is being made that an asset waits for: all that writes into the recipe's run
     folder, and what lies before it.
 
     Args:
-        own: the assets of the recipe.
+        keys: the assets of the recipe, but for its data.
         before: those of them that lie before the asset.
+        data: see `_waits_for_others`.
     """
-    busy = AC.in_progress() | _waits_for_others(prefix)
-    for key in own:
+    busy = AC.in_progress() | _waits_for_others(data, prefix)
+    for key in keys:
         busy = busy | AC.asset_matches(key, AC.in_progress())
     for key in before:
         busy = busy | AC.asset_matches(key, AC.will_be_requested())
     return busy.with_label("something before it, or in its run folder, is being made")
 
 
-def _waits_for_others(prefix: Prefix) -> Condition:
-    """Whether assets upstream are being made, or weights are missing, which have a sensor of their own."""
+def _waits_for_others(data: dg.AssetKey | None, prefix: Prefix) -> Condition:
+    """Whether assets upstream are being made, or weights are missing, which have a sensor of their own.
+
+    Args:
+        data: of the recipe. Its end begins the night: that it is made once more holds nothing up.
+    """
     weights = dg.AssetSelection.groups(prefix.name(GROUP))
-    return AC.any_deps_in_progress() | AC.any_deps_match(AC.missing()).allow(weights)
+    making = AC.any_deps_match(AC.in_progress())
+    if data is not None:
+        making = making.ignore(dg.AssetSelection.assets(data))
+    return making | AC.any_deps_match(AC.missing()).allow(weights)
 
 
 def _due(also: Condition | None, refused: bool) -> Condition:

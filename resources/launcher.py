@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from resources.failing import StepFailure
 from resources.messages import FileMessages, MessageReader, told
 from resources.places import Place, holder, take
 from resources.pools import devices_of, how_many, pool_of, warn_of_waiting
+from resources.run_locks import locks_folder, process_of
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 POLL_SECONDS = 0.2
@@ -79,10 +80,11 @@ class Launcher(dg.ConfigurableResource):
         count = how_many(options, pool, devices)
         warn_of_waiting(context, pool)
         who = holder(context.asset_key.to_user_string(), context.run.run_id)
-        with take(devices, count, who, context.log.info, _require_parent) as place:
+        alive = _watch_parent(context)
+        with take(devices, count, who, context.log.info, alive) as place:
             if place.devices:
                 context.log.info(f"on GPU {', '.join(place.devices)}")
-            yield from self._run(context, config, options, place)
+            yield from self._run(context, config, options, place, alive)
 
     def given(self) -> dict[str, Any]:
         """What takes the place of a recipe's options: name → value."""
@@ -95,6 +97,7 @@ class Launcher(dg.ConfigurableResource):
         config: TrainingConfig,
         options: RecipeOptions,
         place: Place,
+        require_alive: Callable[[], None],
     ) -> Iterator[Event]:
         # A name of its own: another run may be about to read its file in this folder.
         recipe = hidden_beside(Path(config.output_path).absolute() / "launch.yaml")
@@ -118,7 +121,7 @@ class Launcher(dg.ConfigurableResource):
                 try:
                     while processes.code() is None and not (late := deadline.is_over):
                         yield from told(context, reader)
-                        _require_parent()
+                        require_alive()
                         place.freshen()
                         time.sleep(POLL_SECONDS)
                 finally:
@@ -255,9 +258,17 @@ def _threads() -> int:
     return min(cores, may_use)
 
 
-def _require_parent() -> None:
-    """Under the multiprocess executor this is a child of the run's process, and would go on as an
-    orphan that no one can cancel when that one is killed."""
+def _watch_parent(context: dg.AssetExecutionContext) -> Callable[[], None]:
+    """What raises a `StepFailure` when the run's process is gone. Under the multiprocess executor this
+    process is a child of it, and would go on as an orphan that no one can cancel.
+
+    The run's process itself may be a child too, of the code server, and outlives that.
+    """
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        raise StepFailure("the process of the run is gone")
+    lock = locks_folder(context.instance) / context.run.run_id
+
+    def require() -> None:
+        if parent is not None and not parent.is_alive():
+            raise StepFailure("the process of the run is gone")
+
+    return (lambda: None) if process_of(lock) == os.getpid() else require

@@ -1,7 +1,9 @@
 """Recipes in a Dagster project of others: as a component, and merged into their definitions."""
 
+import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,6 @@ from assets.common import KINDS
 from diffsynth_dagster.check import main as check
 from diffsynth_dagster.component import Recipes, make_definitions
 from diffsynth_dagster.errors import ParameterError
-from resources import LOGGER, PARAMETERS
 
 ENTRY_POINT = 'diffsynth_dagster = "diffsynth_dagster.component"'
 
@@ -47,7 +48,8 @@ class Team:
 @pytest.fixture(scope="module")
 def team(tmp_path_factory: pytest.TempPathFactory, shared_values: dict[str, Any]) -> Iterator[Team]:
     folder = tmp_path_factory.mktemp("team")
-    recipe = {**shared_values, "output_path": str(folder / "run"), "schedule": "0 3 * * *"}
+    recipe = {**shared_values, "output_path": str(folder / "run")}
+    recipe["retrain"] = {"cron": "0 3 * * *", "when": "always"}
     with (
         team_project(folder / "project", recipe) as project,
         dg.DagsterInstance.from_config(str(home(folder / "home"))) as instance,
@@ -75,7 +77,7 @@ def test_an_export_is_made_in_a_teams_project(
     assert team.used == []
     assert "vision/tiny/exports: done" in capfd.readouterr().err
     made = asset_keys(events)
-    assert {k for k in made if "weights" not in k} == {f"vision/tiny/{kind}" for kind in KINDS}
+    assert {k for k in made if "weights" not in k} == {f"vision/tiny/{k}" for k in ("data", *KINDS)}
     assert all(key.startswith("vision/") for key in made)
     (folder,) = (
         e.step_materialization_data.materialization.metadata["folder"].value
@@ -101,7 +103,7 @@ def test_assets_of_a_team_stay_as_they_are(team: Team, job: str) -> None:
 def test_a_team_sets_owners_tags_and_automation(team: Team) -> None:
     graph = team.definitions.asset_graph
     ours = [key for key in graph.get_all_asset_keys() if key.path[0] == "vision"]
-    assert len(ours) == 8
+    assert len(ours) == 4 + len(KINDS) + 1
     for key in ours:
         assert graph.get(key).owners == ["team:vision"]
         assert graph.get(key).tags["tier"] == "gold"
@@ -128,12 +130,15 @@ def recipe(**overrides: Any) -> dict[str, Any]:
 
 def test_folders_with_the_same_recipes_live_side_by_side(tmp_path: Path) -> None:
     """Under prefixes of their own: keys, steps, groups, jobs and schedules, also of a broken recipe."""
-    write_recipe(tmp_path, "a", recipe(schedule="0 3 * * *"))
+    write_recipe(tmp_path, "a", recipe(retrain={"cron": "0 3 * * *", "when": "always"}))
+    nightly = recipe(retrain={"cron": "0 3 * * *"}, output_path="none/nightly")
+    write_recipe(tmp_path, "nightly", nightly)
     write_recipe(tmp_path, "broken", recipe(num_epoch=1))
     prefixes = (None, "one", ["two", "three"])
     merged = dg.Definitions.merge(*(make_definitions(tmp_path, prefix) for prefix in prefixes))
     dg.Definitions.validate_loadable(merged)
-    names = {"a": KINDS, "broken": KINDS, "weights": ("none/dit",)}
+    sound = ("data", *KINDS)
+    names = {"a": sound, "nightly": sound, "broken": KINDS, "weights": ("none/dit",)}
     expected = {f"{name}/{kind}" for name, kinds in names.items() for kind in kinds}
     graph = merged.resolve_asset_graph()
     found = {key.to_user_string(): key for key in graph.get_all_asset_keys()}
@@ -148,15 +153,18 @@ def test_folders_with_the_same_recipes_live_side_by_side(tmp_path: Path) -> None
     }
     for prefix, before in (("", ""), ("one_", "one/"), ("two_three_", "two/three/")):
         job = merged.resolve_job_def(f"{prefix}train_a")
-        own = {f"{before}{key}" for key in expected if not key.startswith("broken")}
+        own = {before + key for key in expected if key.startswith(("a/", "weights/"))}
         assert {k.to_user_string() for k in job.asset_layer.executable_asset_keys} == own
         assert {node.name for node in job.nodes} == {
             key.replace("/", "__").replace("-", "_") for key in own
         }
         assert merged.resolve_schedule_def(f"{prefix}retrain_a").job_name == job.name
-        assert dg.validate_run_config(
-            job, {"resources": {PARAMETERS: {"config": {"num_epochs": 3}}}, "loggers": {LOGGER: {}}}
-        )
+        assert dg.validate_run_config(job, {"num_epochs": 3, "retrain": True, "log_level": "ERROR"})
+        assert merged.resolve_sensor_def(f"{prefix}changed_nightly") is not None
+        condition = repr(graph.get(found[f"{before}nightly/exports"]).automation_condition)
+        for key in re.findall(r"AssetKey\((\[[^]]*\])\)", condition):
+            assert "/".join(ast.literal_eval(key)) in found
+            assert ast.literal_eval(key)[:-2] == before.split("/")[:-1]
 
 
 def test_mistakes_of_a_component_are_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from assets.common import asset_key
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.errors import ParameterError
-from resources import PARAMETERS, Parameters
+from resources import LAUNCHER, PARAMETERS, Parameters
 
 RECIPE: dict[str, Any] = {
     "family": "qwen_image",
@@ -168,7 +168,7 @@ def test_null_leaves_out_what_the_recipe_sets(definitions: dg.Definitions) -> No
 
 def test_options_go_where_dagster_has_them(job: dg.JobDefinition) -> None:
     before = dg.validate_run_config(job, {})
-    assert before["resources"]["launcher"]["config"]["num_processes"] is None, "the recipe's"
+    assert before["resources"][LAUNCHER]["config"]["num_processes"] is None, "the recipe's"
     flat = {
         "num_processes": 3,
         "accelerate_config": "accelerate.yaml",
@@ -178,7 +178,7 @@ def test_options_go_where_dagster_has_them(job: dg.JobDefinition) -> None:
         "execution": {"config": {"retries": {"disabled": {}}}},
     }
     config = dg.validate_run_config(job, flat)
-    assert config["resources"]["launcher"]["config"] == {
+    assert config["resources"][LAUNCHER]["config"] == {
         "num_processes": 3,
         "accelerate_config": "accelerate.yaml",
         "grace_seconds": 5,

@@ -317,7 +317,11 @@ def test_days_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tags_reach_the_run(tmp_path: Path, instance: dg.DagsterInstance) -> None:
     """Also the run that a schedule starts."""
     tags = {"dagster/priority": 5, "dagster/max_runtime": "3600", "team": "vision"}
-    write_recipe(tmp_path / "recipes", "cats", recipe(schedule="0 3 * * *", tags=tags))
+    write_recipe(
+        tmp_path / "recipes",
+        "cats",
+        recipe(retrain={"cron": "0 3 * * *", "when": "always"}, tags=tags),
+    )
     execute(tmp_path / "recipes", "train_cats", instance, dg.AssetKey(["cats", "metadata"]))
     (run,) = instance.get_runs(limit=1)
     expected = {"dagster/priority": "5", "dagster/max_runtime": "3600", "team": "vision"}

@@ -435,7 +435,9 @@ def test_a_run_waits_without_a_process_and_starts_when_a_place_is_free(
     wait_until_it_starts(night, fourth, 60)
     assert night.status(first) == dg.DagsterRunStatus.FAILURE
     show(
-        f"{free:.1f} s after a cancel, {night.record(fourth).start_time - began:.1f} s after kill -9"
+        f"launched {free:.1f} s after the end of a run, "
+        f"{launched_after(instance, fourth, began):.1f} s after kill -9; "
+        f"started {night.record(fourth).start_time - began:.1f} s after it"
     )
     server.client.terminate_run(third)  # the code server that started it is gone
     assert server.wait(third, 60) == dg.DagsterRunStatus.CANCELED

@@ -27,6 +27,7 @@ VALUES: dict[str, Any] = {
 }
 
 
+@pytest.mark.soak
 def test_nights(
     tmp_path: Path, tiny_qwen: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +73,7 @@ def test_nights(
         assert nights.night() == [{"data"}, ALL - {"latents"}]
         assert "learning_rate" in nights.facts("checkpoints")["trained_because"]
 
-        edit(export_formats="kohya")
+        edit(export_formats=["guide"])
         assert nights.night() == [{"data"}, {"exports"}]
         assert nights.night() == [{"data"}]
 
@@ -125,12 +126,13 @@ def test_a_failed_night_is_tried_again(made: Place) -> None:
     assert nights.night() == [{"data"}, ALL - {"latents"}]
     made.stubs.fails.clear()
     assert nights.night() == [{"data"}, ALL - {"latents"}]
-    made.recipe(export_formats="kohya")
+    made.recipe(export_formats=["guide"])
     made.stubs.fails = {"exports"}
     assert nights.night() == [{"data"}, {"exports"}]
     assert nights.night() == [{"data"}, {"exports"}]
 
 
+@pytest.mark.soak
 def test_a_cancelled_night_is_tried_again(made: Place) -> None:
     made.recipe(learning_rate=1e-3)
     made.nights.now = made.nights.now.replace(day=5, hour=2)
@@ -163,6 +165,7 @@ def test_what_a_person_makes_by_day_waits_for_the_night(made: Place) -> None:
     assert made.nights.night() == [{"data"}, ALL]
 
 
+@pytest.mark.soak
 def test_weights_that_are_missing_are_tried_each_night(place: Place) -> None:
     place.stubs.fails = {"weights"}
     assert place.nights.night() == [{"data"}, {"weights"}, {"metadata"}]
@@ -184,6 +187,7 @@ def test_a_recipe_that_fails_holds_up_no_other(place: Place) -> None:
     assert made == {"a/data", "weights/none/dit", *(f"b/{k}" for k in ("data", "metadata", *ALL))}
 
 
+@pytest.mark.soak
 def test_encoded_samples_of_another_recipe(place: Place) -> None:
     """A recipe without a data set looks at its times at what it depends on."""
     encoded = {"task": "sft:train", "dataset_metadata_path": None}
@@ -204,6 +208,7 @@ def test_encoded_samples_of_another_recipe(place: Place) -> None:
     assert nights.ticks() == []
 
 
+@pytest.mark.soak
 def test_a_data_set_that_is_made_is_made_each_night(place: Place) -> None:
     place.recipe(customized_dataset="conftest.write_images")
     assert place.nights.night()[-1] == ALL
@@ -219,7 +224,7 @@ def test_a_whole_training_at_each_time(place: Place) -> None:
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 3 * * *", "Europe/Berlin")
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
     found = dg.build_schedule_context(repository_def=definitions.get_repository_def())
-    (request,) = schedule.evaluate_tick(found).run_requests or ()
+    (request,) = list(schedule.evaluate_tick(found).run_requests or [])
     job = definitions.resolve_job_def("train_a")
     assert schedule.job_name == job.name
     dg.validate_run_config(job, request.run_config)
@@ -293,7 +298,7 @@ def test_a_recipe_that_breaks_keeps_its_times(place: Place, wrong: dict[str, Any
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 4 * * *", "Asia/Tokyo")
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
     found = dg.build_schedule_context(repository_def=definitions.get_repository_def())
-    (request,) = schedule.evaluate_tick(found).run_requests or ()
+    (request,) = list(schedule.evaluate_tick(found).run_requests or [])
     job = definitions.resolve_job_def(schedule.job_name)
     result = job.execute_in_process(run_config=request.run_config, raise_on_error=False)
     failure = result.failure_data_for_node("a__metadata")
@@ -355,14 +360,14 @@ def test_files_that_lie_still_are_trained_on(place: Place) -> None:
     assert "lain still 120 s more" in why(found), "it is still being written"
     settled = later(found.cursor, 121)
     found = watch(place, settled)
-    (request,) = found.run_requests or ()
+    (request,) = list(found.run_requests or [])
     assert watch(place, settled).run_requests == [request], "the same after a crash"
     assert "nothing has changed in 2 files" in why(watch(place, found.cursor))
 
     (data / "more" / "0.png").unlink()
     found = watch(place, later(found.cursor, 999))
     found = watch(place, later(found.cursor, 121))
-    (other,) = found.run_requests or ()
+    (other,) = list(found.run_requests or [])
     assert other.run_key != request.run_key
     job = definitions_of(place.folder / "recipes").resolve_job_def("train_a")
     run = place.nights.instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)

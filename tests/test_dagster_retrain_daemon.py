@@ -23,26 +23,34 @@ class Daemon:
     data: Path
     instance: dg.DagsterInstance
 
-    def runs(self) -> list[set[str]]:
-        """What each run makes, first to last."""
-        runs = reversed(self.instance.get_runs())
-        return [{short(key) for key in run.asset_selection or ()} for run in runs]
+    def runs(self, *statuses: dg.DagsterRunStatus) -> list[set[str]]:
+        """What each run makes beside the list of files, first to last."""
+        found = self.instance.get_runs(dg.RunsFilter(statuses=statuses or None))
+        return [{short(key) for key in run.asset_selection or ()} - {"data"} for run in found][::-1]
 
     def wait_for_runs(self, *wanted: set[str], after: int = 0) -> int:
-        """Wait until runs of these assets have succeeded in this order; the count of all runs."""
+        """Wait until runs of these assets, and no others, have succeeded in this order.
+
+        Args:
+            after: how many runs before are left out.
+
+        Returns:
+            The count of all runs.
+        """
 
         def found() -> bool:
-            done = [
-                {short(key) for key in run.asset_selection or ()}
-                for run in reversed(self.instance.get_runs())
-                if run.status == dg.DagsterRunStatus.SUCCESS
-            ][after:]
-            others = [assets for assets in done if assets != {"data"}]
-            assert len(others) <= len(wanted), others
-            return others == list(wanted)
+            done = list(filter(None, self.runs(dg.DagsterRunStatus.SUCCESS)[after:]))
+            assert done == list(wanted)[: len(done)]
+            return done == list(wanted)
 
         wait_for(found, RUN_WITHIN, f"runs of {wanted}")
         return len(self.runs())
+
+    def wait_for_quiet(self, runs: int) -> None:
+        """Wait for some more runs, which must list files alone."""
+        count = len(self.runs())
+        wait_for(lambda: len(self.runs()) >= count + runs, RUN_WITHIN, f"{runs} minutes")
+        assert not any(self.runs()[count:])
 
     def facts(self, kind: str) -> dict[str, object]:
         event = self.instance.get_latest_materialization_event(dg.AssetKey(["tiny", kind]))
@@ -60,36 +68,30 @@ def daemon(tmp_path: Path, tiny_qwen: Path, pictures: Path) -> Iterator[Daemon]:
     folder = home(tmp_path / "home")
     workspace = str(ROOT / "workspace.yaml")
     arguments = ["-m", "dagster._daemon", "run", "-w", workspace]
-    process = start(arguments, environment(folder, tmp_path / "recipes"), tmp_path / "log")
-    try:
-        with dg.DagsterInstance.from_config(str(folder)) as instance:
+    with dg.DagsterInstance.from_config(str(folder)) as instance:
+        instance.get_runs_count()  # it makes the databases, which two processes must not do at once
+        process = start(arguments, environment(folder, tmp_path / "recipes"), tmp_path / "log")
+        try:
             yield Daemon(data, instance)
-    finally:
-        started = [
-            psutil.Process(process.pid),
-            *psutil.Process(process.pid).children(recursive=True),
-        ]
-        for each in started:
-            each.terminate()
-        for each in psutil.wait_procs(started, timeout=20)[1]:
-            each.kill()
+        finally:
+            daemon = psutil.Process(process.pid)
+            started = [daemon, *daemon.children(recursive=True)]
+            for each in started:
+                each.terminate()
+            for each in psutil.wait_procs(started, timeout=20)[1]:
+                each.kill()
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_minutes_of_a_daemon(daemon: Daemon) -> None:
     """A first training; minutes in which nothing has changed; one caption."""
-    wait_for(lambda: ALL in daemon.runs(), RUN_WITHIN, "the first training is asked for")
-    count = daemon.wait_for_runs({"weights"}, {"metadata"}, ALL)
-    wait_for(lambda: len(daemon.runs()) >= count + 3, RUN_WITHIN, "three minutes")
-    assert daemon.runs()[count:] == [{"data"}] * (len(daemon.runs()) - count)
-    table = daemon.data / "metadata.csv"
-    count = len(daemon.runs())
+    daemon.wait_for_runs({"weights"}, {"metadata"}, ALL)
+    daemon.wait_for_quiet(3)
+    table, count = daemon.data / "metadata.csv", len(daemon.runs())
     table.write_text(table.read_text().replace("picture", "drawing", 1))
     daemon.wait_for_runs({"metadata"}, ALL, after=count)
     facts = daemon.facts("latents")
     assert (facts["misses/prompt"], facts["misses/image"]) == (1, 0)
     assert daemon.facts("checkpoints")["trained_in_this_run"] is True
-    count = len(daemon.runs())
-    wait_for(lambda: len(daemon.runs()) >= count + 2, RUN_WITHIN, "two minutes")
-    assert daemon.runs()[count:] == [{"data"}] * (len(daemon.runs()) - count)
+    daemon.wait_for_quiet(2)

@@ -140,7 +140,7 @@ def test_run_config_and_recipe_keys_of_the_usage_page_are_taken() -> None:
     from diffsynth_dagster.definitions import definitions
 
     shown = [yaml.safe_load(block) for block in blocks(USAGE, "yaml")]
-    (run_config,) = (values for values in shown if "resources" in values)
+    (run_config,) = (values for values in shown if "num_epochs" in values)
     for values in shown:
         if values is not run_config:
             RecipeOptions.model_validate(values)
