@@ -4,7 +4,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import yaml
-from dagster_graphql import DagsterGraphQLClient
+from dagster_graphql import DagsterGraphQLClient, ReloadRepositoryLocationStatus
 from dagster_support import environment, home, start, wait_for
 
 SHORT_TIMES = {
@@ -102,8 +102,8 @@ class Deployment:
 
         def done() -> bool:
             client = DagsterGraphQLClient("127.0.0.1", port_number=self.ports["webserver"])
-            status = client.reload_repository_location(LOCATION).status.value
-            return status == "ReloadRepositoryLocationStatus.SUCCESS" or "SUCCESS" in str(status)
+            status = client.reload_repository_location(LOCATION).status
+            return status == ReloadRepositoryLocationStatus.SUCCESS
 
         wait_for(done, STARTS_WITHIN, "definitions are loaded again")
 
@@ -137,7 +137,7 @@ class Deployment:
 
 
 @contextmanager
-def deployed(folder: Path, **variables: str) -> Iterator[Deployment]:
+def deployed(folder: Path, **variables: str) -> Generator[Deployment]:
     """Start all of it on a folder's `recipes`, until it is left."""
     dagster_home = home(folder / "home")
     settings: dict[str, Any] = yaml.safe_load((dagster_home / "dagster.yaml").read_text())

@@ -3,11 +3,12 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -33,6 +34,8 @@ KEPT_SECONDS = 150
 EDITS = ("caption", "added", "removed", "parameter", "formats", "nothing")
 KILLS = ("run", "training", "code server", "its child", "daemon", "webserver", "all")
 FORMATS = (["comfyui"], ["comfyui", "kohya"], ["diffusers", "peft"], ["kohya"])
+STAGED = re.compile(r"-\d+-[0-9a-f]{8}$")
+"""How the names of files end that are being written: see `hidden_beside`."""
 UNDER_WAY = [
     *(dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING),
     *(dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING),
@@ -294,9 +297,12 @@ class Soak:
         return (reasons[0] if reasons else "no reason").splitlines()[0][:110]
 
     def measure(self) -> None:
-        files = [p for p in (self.deployment.home / "history").rglob("*") if p.is_file()]
-        everything = sum(1 for p in self.deployment.folder.rglob("*") if p.is_file())
-        self.sizes.append((sum(p.stat().st_size for p in files), len(files), everything))
+        history, size = list((self.deployment.home / "history").rglob("*")), 0
+        for path in history:
+            with suppress(FileNotFoundError):  # it is being deleted
+                size += path.stat().st_size
+        everything = sum(len(files) for _, _, files in os.walk(self.deployment.folder))
+        self.sizes.append((size, len(history), everything))
 
 
 def left_over(soak: Soak) -> list[str]:
@@ -306,8 +312,8 @@ def left_over(soak: Soak) -> list[str]:
     place = deployment.folder / "places" / CPU
     found += [] if lock_state(place) == "free" else [f"{place} is {lock_state(place)}"]
     found += [f"temporary: {p}" for p in (deployment.folder / "tmp").rglob("diffsynth*")]
-    data = {*soak.run.glob(".*"), *(soak.run / "exports").glob(".*")}
-    found += [f"staged: {p}" for p in data if ".launch" in p.name or p.name.endswith(".staged")]
+    files = deployment.folder.rglob(".*")
+    found += [f"staged: {path}" for path in files if STAGED.search(path.name)]
     for pool in instance.event_log_storage.get_pool_limits():
         taken = instance.event_log_storage.get_concurrency_info(pool.name)
         if taken.active_slot_count or taken.pending_step_count or taken.assigned_step_count:
@@ -320,7 +326,7 @@ def left_over(soak: Soak) -> list[str]:
 @contextmanager
 def soaked(
     folder: Path, model: Path, pictures: Path, seed: int, show: Callable[[str], None]
-) -> Iterator[Soak]:
+) -> Generator[Soak]:
     """A deployment with one recipe, at its first night."""
     data = Path(shutil.copytree(pictures, folder / "data"))
     values = lora_values(model, data, folder / "cache") | {
@@ -329,6 +335,7 @@ def soaked(
         "export_formats": FORMATS[0],
         "promote_margin": 1e9,
         "retries": 1,
+        "runs_keep": 2,
     }
     source = random.Random(seed)
     recipe = Recipe(source, folder / "recipes" / "tiny.yaml", data, values)
