@@ -1,6 +1,5 @@
 """Two hundred nights: a recipe that is trained again by itself, with edits, kills and restarts."""
 
-import json
 import os
 import random
 import re
@@ -8,12 +7,11 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import psutil
@@ -21,7 +19,7 @@ import pytest
 from conftest import lora_values
 from dagster_support import told, wait_for, write_recipe
 from deployment_support import Deployment, deployed
-from PIL import Image
+from recipe_edits import EDITS, FORMATS, Recipe
 from soak_support import make_attempt, start_server
 
 from resources.places import CPU
@@ -31,71 +29,16 @@ NIGHT_WITHIN = 420.0
 AGAIN_AFTER = 20.0
 """A night that failed is tried again at the next time of the cron: here after so many quiet seconds."""
 KEPT_SECONDS = 150
-EDITS = ("caption", "added", "removed", "parameter", "formats", "nothing")
 KILLS = ("run", "training", "code server", "its child", "daemon", "webserver", "all")
-FORMATS = (["comfyui"], ["comfyui", "kohya"], ["diffusers", "peft"], ["kohya"])
+MEASURED = ("bytes of events", "files of events", "bytes of ticks", "files of all")
+ENOUGH_TO_GROW = 40
+"""So many nights have to be for it to be seen whether something grows; the first fill what is kept."""
 STAGED = re.compile(r"-\d+-[0-9a-f]{8}$")
 """How the names of files end that are being written: see `hidden_beside`."""
 UNDER_WAY = [
     *(dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING),
     *(dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING),
 ]
-
-
-@dataclass
-class Recipe:
-    """A recipe and its data set, as edits leave them; `write` puts both where they are read."""
-
-    source: random.Random
-    path: Path
-    data: Path
-    values: dict[str, Any]
-    captions: dict[str, str] = field(default_factory=dict[str, str])
-    made: int = 0
-
-    def edit(self, kind: str) -> None:
-        source, names = self.source, list(self.captions)
-        if kind == "caption":
-            self.captions[source.choice(names)] = f"drawing {source.randrange(1000)}"
-        elif kind == "removed" and len(names) > 4:
-            name = source.choice(names)
-            del self.captions[name]
-            self._write_table()
-            (self.data / name).unlink()
-        elif kind in ("added", "removed"):
-            self.add()
-        elif kind == "parameter":
-            name, values = source.choice(
-                [("learning_rate", [1e-3, 2e-3, 5e-4]), ("seed", [0, 1, 2])]
-            )
-            self.values[name] = source.choice([v for v in values if v != self.values.get(name)])
-        elif kind == "formats":
-            others = [f for f in FORMATS if f != self.values["export_formats"]]
-            self.values["export_formats"] = source.choice(others)
-        self._write_table()
-        if kind in ("parameter", "formats"):
-            self.write()
-
-    def add(self) -> None:
-        self.made += 1
-        name = f"new-{self.made}.png"
-        colour = tuple(self.source.randrange(256) for _ in range(3))
-        Image.new("RGB", (32, 32), colour).save(self.data / name)
-        self.captions[name] = f"picture {self.made}"
-
-    def write(self) -> None:
-        write_recipe(self.path.parent, self.path.stem, self.values)
-
-    def _write_table(self) -> None:
-        rows = "".join(f'{name},"{caption}"\n' for name, caption in self.captions.items())
-        staged = self.data.parent / "staged.csv"
-        staged.write_text(f"image,prompt\n{rows}", encoding="utf-8")
-        staged.replace(self.data / "metadata.csv")
-
-    @property
-    def state(self) -> str:
-        """Stands for what is to be made."""
-        return json.dumps([self.captions, self.values], sort_keys=True)
 
 
 def weights_of(run: Path) -> dict[str, str]:
@@ -111,7 +54,7 @@ class Soak:
 
     Attributes:
         seen: run → its status at the last look.
-        sizes: bytes and files of DAGSTER_HOME, at the end of each night.
+        sizes: at the end of each night: see `MEASURED`.
     """
 
     deployment: Deployment
@@ -123,7 +66,7 @@ class Soak:
         default_factory=lambda: {name: Counter() for name in ("edits", "kills", "runs", "reasons")}
     )
     seen: dict[str, dg.DagsterRunStatus] = field(default_factory=dict[str, dg.DagsterRunStatus])
-    sizes: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
+    sizes: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
     wanted: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     again: int = 0
 
@@ -297,12 +240,18 @@ class Soak:
         return (reasons[0] if reasons else "no reason").splitlines()[0][:110]
 
     def measure(self) -> None:
-        history, size = list((self.deployment.home / "history").rglob("*")), 0
-        for path in history:
-            with suppress(FileNotFoundError):  # it is being deleted
-                size += path.stat().st_size
+        home = self.deployment.home
+        history, schedules = ([*(home / name).rglob("*")] for name in ("history", "schedules"))
         everything = sum(len(files) for _, _, files in os.walk(self.deployment.folder))
-        self.sizes.append((size, len(history), everything))
+        self.sizes.append((bytes_of(history), len(history), bytes_of(schedules), everything))
+
+
+def bytes_of(files: Iterable[Path]) -> int:
+    size = 0
+    for path in files:
+        with suppress(FileNotFoundError):  # it is being deleted
+            size += path.stat().st_size
+    return size
 
 
 def left_over(soak: Soak) -> list[str]:
@@ -380,6 +329,7 @@ def test_two_hundred_nights(
         report(soak, done, time.monotonic() - began)
         assert left
         assert left_over(soak) == []
+        require_bounded(soak.sizes)
         assert not [line for line in leaked if "resource_tracker" not in " ".join(line)]
 
 
@@ -387,7 +337,12 @@ def report(soak: Soak, nights: int, seconds: float) -> None:
     soak.show(f"{nights} nights in {seconds:.0f} s; {soak.again} were tried again at the next time")
     for name, counter in soak.counted.items():
         soak.show(f"{name}: {dict(counter.most_common())}")
-    for name, sizes in zip(
-        ("bytes", "files", "all files"), zip(*soak.sizes, strict=True), strict=True
-    ):
-        soak.show(f"{name} of the event database over time: {sizes[:: max(1, nights // 10)]}")
+    for name, sizes in zip(MEASURED, zip(*soak.sizes, strict=True), strict=True):
+        soak.show(f"{name} over time: {sizes[:: max(1, nights // 10)]}")
+
+
+def require_bounded(sizes: list[tuple[int, ...]]) -> None:
+    """Fail if the event database has grown in the last half of many nights."""
+    if len(sizes) >= ENOUGH_TO_GROW:
+        half = [size for size, *_ in sizes[ENOUGH_TO_GROW // 4 : len(sizes) // 2]]
+        assert max(size for size, *_ in sizes[len(sizes) // 2 :]) < 2 * max(half), sizes
