@@ -58,19 +58,20 @@ def serve(name: str) -> None:
     for module in (*HEAVY, *OURS):
         import_module(module)
     gc.freeze()
+    ends_with_us, held = os.pipe()
     if os.fork() == 0:
-        _serve_runs(name)
+        os.close(held)
+        _serve_runs(name, ends_with_us)
     _serve_trainings(name)
 
 
-def _serve_runs(name: str) -> None:
+def _serve_runs(name: str, alive: int) -> None:
     from multiprocessing import forkserver
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(_address(f"{name}.runs"))
     listener.listen()
-    for_ever, _ = os.pipe()
-    forkserver.main(listener.fileno(), for_ever, [])
+    forkserver.main(listener.fileno(), alive, [])
 
 
 def _serve_trainings(name: str) -> None:

@@ -267,7 +267,7 @@ def left_over(soak: Soak) -> list[str]:
         taken = instance.event_log_storage.get_concurrency_info(pool.name)
         if taken.active_slot_count or taken.pending_step_count or taken.assigned_step_count:
             found.append(f"place in a pool: {taken}")
-    shards = {p.stem for p in (deployment.home / "history" / "runs").glob("*.db")} - {"index"}
+    shards = {p.stem for p in (deployment.home / "history" / "runs").glob("[!.]*.db")} - {"index"}
     found += [f"events of no run: {run}" for run in shards - set(instance.get_run_ids())]
     return found
 
@@ -315,6 +315,7 @@ def test_two_hundred_nights(
             if time.monotonic() > until:
                 break
         deployment = soak.deployment
+        report(soak, done, time.monotonic() - began)
         for name in ("daemon", "webserver"):
             deployment.stop(name)
         wait_for(lambda: not soak.look(), 60, "all runs have ended")
@@ -326,7 +327,6 @@ def test_two_hundred_nights(
         for name in ("code server", "forks"):
             deployment.stop(name)
         left = wait_for(lambda: deployment.belonging() == [] or None, 60, "no process is left")
-        report(soak, done, time.monotonic() - began)
         assert left
         assert left_over(soak) == []
         require_bounded(soak.sizes)
