@@ -1,0 +1,177 @@
+"""Dagster as it is deployed: webserver, daemon and code server in processes of their own, killed apart."""
+
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from dagster_graphql import DagsterGraphQLClient, ReloadRepositoryLocationStatus
+from dagster_support import environment, home, start, wait_for
+
+SHORT_TIMES = {
+    "run_queue": {"user_code_failure_retry_delay": 3, "dequeue_interval_seconds": 1},
+    "run_monitoring": {"poll_interval_seconds": 2, "start_timeout_seconds": 60},
+}
+"""What a soak's dagster.yaml has otherwise than ours."""
+LOCATION = "diffsynth_dagster"
+TESTS = Path(__file__).parent
+STARTS_WITHIN = 180.0
+ENDS_WITHIN = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run."""
+    found: list[psutil.Process] = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@dataclass
+class Deployment:
+    """The processes of a DAGSTER_HOME of its own, with short times.
+
+    Attributes:
+        folder: of everything: `home`, `recipes`, `tmp` (TMPDIR), `places`, logs.
+        night: file with the time at which a night begins, beside those of the cron.
+        real: file whose presence lets trainings be launched as ever; see `soak_forks`.
+    """
+
+    folder: Path
+    env: dict[str, str]
+    ports: Mapping[str, int]
+    processes: dict[str, subprocess.Popen[bytes]] = field(
+        default_factory=dict[str, subprocess.Popen[bytes]]
+    )
+
+    @property
+    def night(self) -> Path:
+        return Path(self.env["SOAK_NIGHT"])
+
+    @property
+    def real(self) -> Path:
+        return Path(self.env["SOAK_REAL"])
+
+    @property
+    def home(self) -> Path:
+        return Path(self.env["DAGSTER_HOME"])
+
+    def start(self, name: str) -> None:
+        """Start one of the processes, unless it runs; the answer of a server is not waited for."""
+        if name in self.processes and self.processes[name].poll() is None:
+            return
+        port, workspace = str(self.ports.get(name, 0)), str(self.folder / "workspace.yaml")
+        address = ["-h", "127.0.0.1", "-p", port]
+        server = ["-m", "dagster", "code-server", "start"]
+        arguments = {
+            "forks": [str(TESTS / "soak_forks.py"), "serve", self.env["SOAK_FORKS"]],
+            "code server": [*server, *address, "-m", "soak_location", "--location-name", LOCATION],
+            "daemon": [str(TESTS / "soak_daemon.py"), "run", "-w", workspace],
+            "webserver": ["-m", "dagster_webserver", *address, "-w", workspace],
+        }
+        log = self.folder / f"{name}.{time.time():.0f}.log"
+        self.processes[name] = start(arguments[name], self.env, log)
+
+    def wait(self) -> None:
+        """Wait until all servers answer."""
+        for name, port in self.ports.items():
+            wait_for(lambda port=port: listens(port), STARTS_WITHIN, f"the {name} listens")
+
+    def reload(self) -> None:
+        """What a person does in the UI after an edit of a recipe."""
+
+        def done() -> bool:
+            client = DagsterGraphQLClient("127.0.0.1", port_number=self.ports["webserver"])
+            status = client.reload_repository_location(LOCATION).status
+            return status == ReloadRepositoryLocationStatus.SUCCESS
+
+        wait_for(done, STARTS_WITHIN, "definitions are loaded again")
+
+    def stop(self, name: str, by: signal.Signals = signal.SIGTERM) -> None:
+        """End one of the processes; it has a minute."""
+        process = self.processes.pop(name)
+        process.send_signal(by)
+        try:
+            process.wait(ENDS_WITHIN)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+    def child_of_code_server(self) -> psutil.Process | None:
+        """The server that has loaded the definitions: `dagster code-server start` stands before it."""
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.processes["code server"].pid).children():
+                if "grpc" in child.cmdline():
+                    return child
+        return None
+
+    def belonging(self) -> list[psutil.Process]:
+        """All living processes with this DAGSTER_HOME in their environment."""
+        found: list[psutil.Process] = []
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if process.environ().get("DAGSTER_HOME") == str(self.home):
+                    found.append(process)
+        return alive(found)
+
+
+@contextmanager
+def deployed(folder: Path, **variables: str) -> Generator[Deployment]:
+    """Start all of it on a folder's `recipes`, until it is left."""
+    dagster_home = home(folder / "home")
+    settings: dict[str, Any] = yaml.safe_load((dagster_home / "dagster.yaml").read_text())
+    for name, values in SHORT_TIMES.items():
+        settings[name] |= values
+    (dagster_home / "dagster.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    ports = {name: free_port() for name in ("code server", "webserver")}
+    where = {"host": "127.0.0.1", "port": ports["code server"], "location_name": LOCATION}
+    workspace = yaml.safe_dump({"load_from": [{"grpc_server": where}]})
+    (folder / "workspace.yaml").write_text(workspace, encoding="utf-8")
+    for name in ("tmp", "places"):
+        (folder / name).mkdir()
+    own = {
+        "TMPDIR": str(folder / "tmp"),
+        "DIFFSYNTH_DAGSTER_PLACES": str(folder / "places"),
+        "SOAK_FORKS": f"soak-{folder}",
+        "SOAK_NIGHT": str(folder / "night"),
+        "SOAK_REAL": str(folder / "real"),
+        "CUDA_VISIBLE_DEVICES": "",
+        **variables,
+    }
+    env = environment(dagster_home, folder / "recipes") | own
+    env["PYTHONPATH"] = ":".join([str(TESTS), *filter(None, [env.get("PYTHONPATH")])])
+    made = Deployment(folder, env, ports)
+    made.night.write_text("0")
+    try:
+        for name in ("forks", "code server"):
+            made.start(name)
+        wait_for(lambda: listens(ports["code server"]), STARTS_WITHIN, "the code server listens")
+        for name in ("daemon", "webserver"):
+            made.start(name)
+        made.wait()
+        yield made
+    finally:
+        for process in made.belonging():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
