@@ -70,6 +70,7 @@ def test_checks(tiny: Tiny) -> None:
     assert found["weights"]["seconds"] > 0
 
 
+@pytest.mark.soak
 def test_the_same_training_in_dagster(tiny: Tiny) -> None:
     """The one benchmark that starts a process: the training that Dagster launches."""
     bare, dagster = tiny("in_dagster")["rows"]

@@ -157,6 +157,7 @@ def test_a_run_waits_while_another_one_trains(window: Window, waiting: str, trai
     window.keep("waiting")
 
 
+@pytest.mark.soak
 def test_the_loss_is_shown_while_it_trains(window: Window, training: str) -> None:
     browser = window.browser
     look(browser, window.server.port, training, ": loss ")
@@ -190,6 +191,7 @@ def cancelled(window: Window, unchecked: str, training: str) -> str:
     return training
 
 
+@pytest.mark.soak
 def test_a_run_is_cancelled_by_clicks(window: Window, cancelled: str) -> None:
     """Its page says so, with the reason, and no process is left."""
     browser = window.browser
@@ -204,6 +206,7 @@ def test_a_run_is_cancelled_by_clicks(window: Window, cancelled: str) -> None:
     require_gone(window.server.folder / "endless")
 
 
+@pytest.mark.soak
 def test_a_check_turns_green(window: Window, unchecked: str, cancelled: str) -> None:
     """Of the run that waited, when the place is free; nobody reloads the page."""
     assert unchecked != cancelled

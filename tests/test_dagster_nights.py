@@ -332,6 +332,7 @@ def test_tags_reach_the_run(tmp_path: Path, instance: dg.DagsterInstance) -> Non
     schedule = definitions.resolve_schedule_def("retrain_cats")
     tick = schedule.evaluate_tick(
         dg.build_schedule_context(
+            instance=instance,
             scheduled_execution_time=datetime.now(UTC),
             repository_def=definitions.get_repository_def(),
         )

@@ -111,6 +111,13 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 @pytest.fixture
+def kept(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """An instance that is not in memory alone: a schedule opens it anew."""
+    with dg.instance_for_test(temp_dir=str(tmp_path)) as instance:
+        yield instance
+
+
+@pytest.fixture
 def made(place: Place) -> Place:
     """After the first night."""
     assert place.nights.night() == [{"data"}, {"weights"}, {"metadata"}, ALL]
@@ -130,6 +137,19 @@ def test_a_failed_night_is_tried_again(made: Place) -> None:
     made.stubs.fails = {"exports"}
     assert nights.night() == [{"data"}, {"exports", "promoted"}]
     assert nights.night() == [{"data"}, {"exports", "promoted"}]
+
+
+def test_a_recipe_that_was_broken_goes_on_when_it_is_mended(made: Place) -> None:
+    """Though nothing of what failed had changed."""
+    made.recipe(learning_rat=1e-3)
+    job = definitions_of(made.folder / "recipes").resolve_job_def("train_a")
+    done = job.execute_in_process(instance=made.nights.instance, raise_on_error=False)
+    assert not done.success
+    made.recipe(learning_rate=1e-3)
+    asked = made.nights.night()
+    assert asked[:2] == [{"data"}, {"metadata"}]
+    assert set.union(*asked[2:]) >= ALL - {"latents"}
+    assert made.nights.night() == [{"data"}]
 
 
 @pytest.mark.soak
@@ -215,7 +235,7 @@ def test_a_data_set_that_is_made_is_made_each_night(place: Place) -> None:
     assert place.nights.night() == [{"data"}, {"metadata"}]
 
 
-def test_a_whole_training_at_each_time(place: Place) -> None:
+def test_a_whole_training_at_each_time(place: Place, kept: dg.DagsterInstance) -> None:
     place.recipe(retrain={**CRON, "timezone": "Europe/Berlin", "when": "always"})
     definitions = definitions_of(place.folder / "recipes")
     dg.Definitions.validate_loadable(definitions)
@@ -224,13 +244,15 @@ def test_a_whole_training_at_each_time(place: Place) -> None:
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 3 * * *", "Europe/Berlin")
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
     found = dg.build_schedule_context(
-        instance=place.nights.instance, repository_def=definitions.get_repository_def()
+        instance=kept, repository_def=definitions.get_repository_def()
     )
     (request,) = list(schedule.evaluate_tick(found).run_requests or [])
     job = definitions.resolve_job_def("train_a")
     assert schedule.job_name == job.name
     dg.validate_run_config(job, request.run_config)
     assert request.run_config == {"retrain": True}
+    under_way = kept.create_run_for_job(job)
+    assert under_way.run_id in (schedule.evaluate_tick(found).skip_message or "")
     graph = definitions.resolve_asset_graph()
     policies = {
         kind: graph.get(dg.AssetKey(["a", kind])).freshness_policy for kind in ("metadata", *ALL)
@@ -292,7 +314,9 @@ def test_files_of_encoded_samples_are_not_watched(place: Place) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"batch_sise": 4}, {"batch_size": "many"}])
-def test_a_recipe_that_breaks_keeps_its_times(place: Place, wrong: dict[str, Any]) -> None:
+def test_a_recipe_that_breaks_keeps_its_times(
+    place: Place, wrong: dict[str, Any], kept: dg.DagsterInstance
+) -> None:
     place.recipe(**wrong, retrain={"cron": "0 4 * * *", "timezone": "Asia/Tokyo"})
     definitions = definitions_of(place.folder / "recipes")
     dg.Definitions.validate_loadable(definitions)
@@ -300,7 +324,7 @@ def test_a_recipe_that_breaks_keeps_its_times(place: Place, wrong: dict[str, Any
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 4 * * *", "Asia/Tokyo")
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
     found = dg.build_schedule_context(
-        instance=place.nights.instance, repository_def=definitions.get_repository_def()
+        instance=kept, repository_def=definitions.get_repository_def()
     )
     (request,) = list(schedule.evaluate_tick(found).run_requests or [])
     job = definitions.resolve_job_def(schedule.job_name)
