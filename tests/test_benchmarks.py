@@ -45,6 +45,7 @@ def percent(text: str) -> float:
     return float(text.removesuffix("%"))
 
 
+@pytest.mark.soak
 def test_encoding(tiny: Tiny) -> None:
     rows = tiny("cache")["rows"]
     assert [(row["data"], row["samples"]) for row in rows] == [("digits", 16), ("mixed", 10)]
@@ -118,6 +119,7 @@ def test_scale(tiny: Tiny) -> None:
     assert 0 < rows["peak_gib"] < 64
 
 
+@pytest.mark.soak
 def test_states(tiny: Tiny) -> None:
     rows = tiny("states")["rows"]
     assert len(rows) == 6

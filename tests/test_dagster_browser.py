@@ -24,6 +24,8 @@ from dagster_support import (
 )
 from server_support import Server, serve
 
+# Its page of a cancelled run is in `test_dagster_ui.py` too.
+pytestmark = pytest.mark.soak
 LARGEST = 120 * 1024
 CANCELLED = "cancelled: the run was asked to stop"
 MISTAKE = "unknown parameter 'learning_rat'; did you mean 'learning_rate'?"
@@ -121,7 +123,6 @@ def test_a_launch_by_clicks_leads_to_the_page_of_the_run(window: Window, launche
     assert window.server.client.get_run_status(launched) is not None
 
 
-@pytest.mark.soak  # what its assets say: see `test_dagster_definitions.py`
 def test_a_broken_recipe_says_its_mistake(window: Window) -> None:
     """In the description of its assets, and on the page of a run, which waits for no place."""
     browser, server = window.browser, window.server
@@ -145,7 +146,6 @@ def training(window: Window, launched: str) -> str:
     return launched
 
 
-@pytest.mark.soak  # that it waits: see `test_dagster_ui.py`
 def test_a_run_waits_while_another_one_trains(window: Window, waiting: str, training: str) -> None:
     window.open(f"runs/{waiting}")
     shown = window.browser.wait("This run is queued for execution")
@@ -157,7 +157,6 @@ def test_a_run_waits_while_another_one_trains(window: Window, waiting: str, trai
     window.keep("waiting")
 
 
-@pytest.mark.soak
 def test_the_loss_is_shown_while_it_trains(window: Window, training: str) -> None:
     browser = window.browser
     look(browser, window.server.port, training, ": loss ")
@@ -191,7 +190,6 @@ def cancelled(window: Window, unchecked: str, training: str) -> str:
     return training
 
 
-@pytest.mark.soak
 def test_a_run_is_cancelled_by_clicks(window: Window, cancelled: str) -> None:
     """Its page says so, with the reason, and no process is left."""
     browser = window.browser
@@ -206,7 +204,6 @@ def test_a_run_is_cancelled_by_clicks(window: Window, cancelled: str) -> None:
     require_gone(window.server.folder / "endless")
 
 
-@pytest.mark.soak
 def test_a_check_turns_green(window: Window, unchecked: str, cancelled: str) -> None:
     """Of the run that waited, when the place is free; nobody reloads the page."""
     assert unchecked != cancelled

@@ -5,11 +5,13 @@ from typing import Any
 
 import dagster as dg
 import polars as pl
+import pytest
 from conftest import Values, write_images
 from dagster_support import definitions_of, write_recipe
 from process_support import forked_launches
 
 
+@pytest.mark.soak
 def test_other_held_out_rows_are_trained_with(values: Values, tmp_path: Path) -> None:
     data = write_images(tmp_path / "data", 12)
     rows = pl.read_csv(data / "metadata.csv")

@@ -7,6 +7,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
+from browser import INSTALL, Browser, browsing, look
 from conftest import lora_values, train
 from dagster import DagsterRunStatus
 from dagster_graphql import DagsterGraphQLClientError
@@ -197,3 +198,15 @@ def test_cancel_stops_the_training(server: Server, cancelled: str) -> None:
     assert len(said.reasons) == 1
     assert said.reason.startswith(CANCELLED)
     assert not said.trace
+
+
+def test_page_of_a_run_says_the_reason(server: Server, cancelled: str) -> None:
+    """In a real browser. (Graph, launch, losses, checks: `test_dagster_browser.py`, in `make soak`.)"""
+    if not Browser.is_installed():
+        pytest.skip(f"Chromium is not installed: {INSTALL}")
+    with browsing() as browser:
+        shown = look(browser, server.port, cancelled, "RUN_CANCELED")
+    assert shown.index("STEP_FAILURE") < shown.index(CANCELLED) < shown.index("RUN_CANCELED")
+    assert shown.count(CANCELLED) == 1
+    assert "Stack Trace" not in shown
+    assert "AttributeError" not in shown

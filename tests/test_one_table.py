@@ -132,6 +132,7 @@ def test_a_picture_exchanged_between_two_assets_stops_the_run(project: Project) 
     assert keys_of(project.run_folder) <= set(Store(project.store).index()["key"])
 
 
+@pytest.mark.soak
 def test_latents_alone_go_on_with_their_own_data_set_only(project: Project) -> None:
     """Nor with other parameters, also where the recipe leaves out now what it gave before."""
     project.give(max_pixels=512)
