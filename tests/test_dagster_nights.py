@@ -330,14 +330,12 @@ def test_tags_reach_the_run(tmp_path: Path, instance: dg.DagsterInstance) -> Non
     assert expected.items() <= run.tags.items()
     definitions = definitions_of(tmp_path / "recipes")
     schedule = definitions.resolve_schedule_def("retrain_cats")
-    tick = schedule.evaluate_tick(
-        dg.build_schedule_context(
-            instance=instance,
-            scheduled_execution_time=datetime.now(UTC),
-            repository_def=definitions.get_repository_def(),
-        )
-    )
-    (request,) = tick.run_requests or ()
+    with dg.build_schedule_context(
+        instance=instance,
+        scheduled_execution_time=datetime.now(UTC),
+        repository_def=definitions.get_repository_def(),
+    ) as context:
+        (request,) = schedule.evaluate_tick(context).run_requests or ()
     job = definitions.resolve_job_def("train_cats")
     assert expected.items() <= {**job.run_tags, **request.tags}.items()
 

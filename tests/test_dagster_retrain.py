@@ -235,6 +235,15 @@ def test_a_data_set_that_is_made_is_made_each_night(place: Place) -> None:
     assert place.nights.night() == [{"data"}, {"metadata"}]
 
 
+def tick_of(
+    schedule: dg.ScheduleDefinition, definitions: dg.Definitions, instance: dg.DagsterInstance
+) -> Any:
+    """What a schedule asks for. (A context that is not closed leaves the instance behind, for other tests.)"""
+    repository = definitions.get_repository_def()
+    with dg.build_schedule_context(instance=instance, repository_def=repository) as context:
+        return schedule.evaluate_tick(context)
+
+
 def test_a_whole_training_at_each_time(place: Place, kept: dg.DagsterInstance) -> None:
     place.recipe(retrain={**CRON, "timezone": "Europe/Berlin", "when": "always"})
     definitions = definitions_of(place.folder / "recipes")
@@ -243,16 +252,13 @@ def test_a_whole_training_at_each_time(place: Place, kept: dg.DagsterInstance) -
     schedule = definitions.resolve_schedule_def("retrain_a")
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 3 * * *", "Europe/Berlin")
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
-    found = dg.build_schedule_context(
-        instance=kept, repository_def=definitions.get_repository_def()
-    )
-    (request,) = list(schedule.evaluate_tick(found).run_requests or [])
+    (request,) = tick_of(schedule, definitions, kept).run_requests or []
     job = definitions.resolve_job_def("train_a")
     assert schedule.job_name == job.name
     dg.validate_run_config(job, request.run_config)
     assert request.run_config == {"retrain": True}
     under_way = kept.create_run_for_job(job)
-    assert under_way.run_id in (schedule.evaluate_tick(found).skip_message or "")
+    assert under_way.run_id in (tick_of(schedule, definitions, kept).skip_message or "")
     graph = definitions.resolve_asset_graph()
     policies = {
         kind: graph.get(dg.AssetKey(["a", kind])).freshness_policy for kind in ("metadata", *ALL)
@@ -287,6 +293,7 @@ def test_sensors_are_on(place: Place) -> None:
         ({**CRON, "when": "often"}, "'when' = 'often'"),
         ({**CRON, "when": "always", "files": True}, "whether files have changed or not"),
         ({**CRON, "settle_minutes": 1}, "no 'files: true'"),
+        ({"files": True, "timezone": "Asia/Tokyo"}, "'timezone' and no 'cron'"),
         ({"files": True, "settle_minutes": -1}, "'settle_minutes' = '?-1'?"),
     ],
 )
@@ -307,6 +314,12 @@ def test_the_key_of_before_is_refused(place: Place) -> None:
     assert 'write `retrain: {cron: "0 4 * * *"}` in its place' in str(broken.error)
 
 
+def test_files_that_each_run_writes_are_not_watched(place: Place) -> None:
+    place.recipe(customized_dataset="conftest.write_images", retrain={"files": True})
+    (broken,) = load_recipes(place.folder / "recipes")[1]
+    assert "'customized_dataset' writes the files in each run" in str(broken.error)
+
+
 def test_files_of_encoded_samples_are_not_watched(place: Place) -> None:
     place.recipe(task="sft:train", dataset_metadata_path=None, retrain={"files": True})
     (broken,) = load_recipes(place.folder / "recipes")[1]
@@ -323,10 +336,7 @@ def test_a_recipe_that_breaks_keeps_its_times(
     schedule = definitions.resolve_schedule_def("retrain_a")
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 4 * * *", "Asia/Tokyo")
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
-    found = dg.build_schedule_context(
-        instance=kept, repository_def=definitions.get_repository_def()
-    )
-    (request,) = list(schedule.evaluate_tick(found).run_requests or [])
+    (request,) = tick_of(schedule, definitions, kept).run_requests or []
     job = definitions.resolve_job_def(schedule.job_name)
     result = job.execute_in_process(run_config=request.run_config, raise_on_error=False)
     failure = result.failure_data_for_node("a__metadata")

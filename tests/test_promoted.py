@@ -14,7 +14,7 @@ import pytest
 
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.export.judged import Verdict
-from diffsynth_dagster.export.listing import Listing, list_files, write_listing
+from diffsynth_dagster.export.listing import Listing, list_files, read_listing, write_listing
 from diffsynth_dagster.export.promote import Outcome, promote, roll_back
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.own_names import is_own, is_promoted
@@ -181,6 +181,32 @@ def test_a_worse_export_is_refused_and_named(training: Training) -> None:
     assert training.made("f", loss=1.3).promote(force=True).what == "promoted"
     assert training.made("g", loss=math.nan).promote().what == "refused"
     assert training.current == "f"
+
+
+def test_many_that_are_a_little_worse_do_not_add_up(training: Training) -> None:
+    for content, loss in (("a", 1.0), ("b", 1.04)):
+        assert training.made(content, loss=loss).promote().what == "promoted"
+    worse = training.made("c", loss=1.06).promote()
+    assert worse.what == "refused"
+    assert worse.verdict is not None
+    assert worse.verdict.old == 1.0
+    assert training.promote(force=True).what == "promoted"
+    assert training.made("d", loss=1.1).promote().what == "promoted", "the one asked for is the bar"
+
+
+def test_what_was_rolled_back_from_does_not_come_again_in_another_format(
+    training: Training,
+) -> None:
+    a, b = (training.made(name).promote().current.version for name in "ab")
+    roll_back(training.folder, a)
+    exported = training.folder / "exports" / LORA
+    exported.unlink()  # the version has a second name of it
+    exported.write_text("export b, otherwise")
+    listing = read_listing(training.folder)
+    write_listing(training.folder, replace(listing, files={LORA: digest_file(exported)}))
+    stays = training.promote()
+    assert (stays.what, training.current) == ("kept", "a")
+    assert f"version {b} was rolled back from" in stays.why
 
 
 def test_the_last_ones_are_kept(training: Training) -> None:
