@@ -19,9 +19,8 @@ import dagster as dg
 from assets.common import Kind, asset_key, kinds_of
 from assets.data import data_key
 from assets.prefix import Prefix
-from assets.weights import GROUP, weights_key
+from assets.weights import GROUP, weights_keys
 from diffsynth_dagster.config import Recipe
-from diffsynth_dagster.config.entries import named_entries
 from diffsynth_dagster.config.retrain import Retrain
 
 AC = dg.AutomationCondition
@@ -41,10 +40,8 @@ def with_automation(
     Args:
         prefix: of the assets' keys.
     """
-    conditions = {
-        prefix.key(k): condition for k, condition in conditions_of(recipes, prefix).items()
-    }
-    policies = {prefix.key(k): policy for k, policy in _policies(recipes).items()}
+    conditions = {prefix.key(k): found for k, found in _conditions(recipes, prefix).items()}
+    policies = {prefix.key(k): found for k, found in _policies(recipes).items()}
 
     def automated(spec: dg.AssetSpec) -> dg.AssetSpec:
         if spec.key in conditions:
@@ -58,10 +55,7 @@ def with_automation(
     return list(dg.map_asset_specs(automated, assets))
 
 
-def conditions_of(
-    recipes: Sequence[Recipe],
-    prefix: Prefix = Prefix(),  # noqa: B008 - it does not change
-) -> dict[dg.AssetKey, Condition]:
+def _conditions(recipes: Sequence[Recipe], prefix: Prefix) -> dict[dg.AssetKey, Condition]:
     """Asset, by its key without the prefix → its condition, of the recipes of which what has changed is made
     anew each night."""
     found: dict[dg.AssetKey, Condition] = {}
@@ -75,8 +69,7 @@ def conditions_of(
             found[data] = tick & ~AC.in_progress()
         for kind in kinds_of(recipe.config):
             found[asset_key(recipe.name, kind)] = _own(recipe, kind, tick, prefix)
-        for entry in named_entries(recipe.config):
-            key = weights_key(entry)
+        for key in weights_keys(recipe):
             ticks[key] = ticks[key] | tick if key in ticks else tick
     return {**found, **{key: _weights(tick) for key, tick in ticks.items()}}
 

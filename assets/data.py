@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.common import asset_key, short_digest, user_errors
-from assets.launched import launched, step_tags
+from assets.launched import CODE_VERSION, launched, step_tags
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from resources import Parameters
 
@@ -40,7 +40,7 @@ def make_data(recipe: Recipe) -> dg.AssetsDefinition:
         return dg.MaterializeResult(
             metadata={"files": listing.files, "bytes": listing.bytes, **ran.facts},
             data_version=dg.DataVersion(listing.digest),
-            tags={"dagster/code_version": _version(ran.config)},
+            tags={CODE_VERSION: _version(ran.config)},
         )
 
     return data

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from assets.common import asset_key, code_version, description, table, user_errors
-from assets.launched import launched, step_tags
+from assets.launched import CODE_VERSION, launched, step_tags
 from assets.unchanged import look
 from diffsynth_dagster.config import Recipe
 from resources import Hub, Parameters
@@ -84,7 +84,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(digest_of([item.digest for item in files])),
             # Stale until the training is finished, also where its end makes the checkpoint that the
             # asset checkpoints has known from a training before.
-            tags={"dagster/code_version": "unfinished"}
+            tags={CODE_VERSION: "unfinished"}
             if exported.unfinished is not None
             else seen.tags
             if exported.problems

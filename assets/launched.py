@@ -14,6 +14,8 @@ from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.errors import ParameterError
 from resources import PARAMETERS, Launcher, Parameters
 
+CODE_VERSION = "dagster/code_version"
+"""Tag of a materialization by which its asset is stale where it has another one."""
 RECIPE, DIGEST = "diffsynth/recipe", "diffsynth/recipe_digest"
 """Tags of each step of a recipe: its name, and the digest of what it says."""
 OWN = {"diffsynth/own": "true"}
@@ -48,7 +50,7 @@ class Launched:
         """Tags of a materialization: the code version of what really ran. An asset whose own is another
         one is shown as stale."""
         version, beside = code_version(self.config, kind), self._beside(kind)
-        return {"dagster/code_version": f"{version} {short_digest(beside)}" if beside else version}
+        return {CODE_VERSION: f"{version} {short_digest(beside)}" if beside else version}
 
     @property
     def facts(self) -> dict[str, dg.MetadataValue]:

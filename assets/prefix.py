@@ -42,12 +42,12 @@ class Prefix:
         return key.with_prefix(self.parts) if self.parts else key
 
     def name(self, name: str) -> str:
-        """The name of a job, schedule, sensor, group or step: `vision_train_demo`."""
+        """The name of a job, schedule, sensor or group: `vision_train_demo`."""
         return "_".join([*self.parts, name])
 
     def step(self, key: dg.AssetKey) -> str:
         """The name of the step that makes an asset, by the key that it has without the prefix."""
-        return "__".join([*self.parts, key.to_python_identifier()])
+        return self._step(key.to_python_identifier())
 
     def assets(self, assets: Sequence[dg.AssetsDefinition]) -> list[dg.AssetsDefinition]:
         """All assets of a folder of recipes, with the edges between them and their checks."""
@@ -60,6 +60,9 @@ class Prefix:
         """Assets by the keys that they have without the prefix."""
         return dg.AssetSelection.assets(*map(self.key, keys))
 
+    def _step(self, name: str) -> str:
+        return "__".join([*self.parts, name])
+
     def _asset(self, asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
         """An asset with its group and its step renamed: names of steps must differ in a code location,
         and Dagster makes them of the keys that assets had first."""
@@ -70,6 +73,5 @@ class Prefix:
         op: Any = attributes["node_def"]
         if op is None:
             return asset
-        name = "__".join([*self.parts, op.name])
-        renamed = op.with_replaced_properties(name=name)
+        renamed = op.with_replaced_properties(name=self._step(op.name))
         return type(asset).dagster_internal_init(**{**attributes, "node_def": renamed})

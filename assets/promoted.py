@@ -18,7 +18,7 @@ from assets.common import (
     table,
     user_errors,
 )
-from assets.launched import launched, step_tags
+from assets.launched import CODE_VERSION, launched, step_tags
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from resources import Parameters
 
@@ -82,9 +82,9 @@ def make_promoted(recipe: Recipe) -> dg.AssetsDefinition:
         else:
             context.log.info(said)
         tags = ran.tags("promoted")
-        tags["dagster/code_version"] = _version(recipe, tags["dagster/code_version"])
+        tags[CODE_VERSION] = _version(recipe, tags[CODE_VERSION])
         if outcome.unfinished:  # as the exports are
-            tags = {"dagster/code_version": "unfinished"}
+            tags = {CODE_VERSION: "unfinished"}
         yield dg.MaterializeResult(
             metadata={**_describe(outcome, Path(ran.config.output_path)), **ran.facts},
             # What is made from it is stale when the version changes, and not before.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import dagster as dg
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 
-from assets.launched import Launched
+from assets.launched import CODE_VERSION, Launched
 
 if TYPE_CHECKING:
     from diffsynth_dagster.config.entries import ModelEntry
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _Found = TypeVar("_Found")
 SEEN = "diffsynth/seen"
 """Tag of a materialization: what its step read, and what it left."""
-_VERSION, _CODE = "dagster/data_version", "dagster/code_version"
+_DATA_VERSION = "dagster/data_version"
 _OF_THAT_RUN = ("trained_because", "resumed_after_step", "moved_to", "overrides")
 """Metadata that is about the run that made the asset."""
 
@@ -65,7 +65,7 @@ class Look:
         if event is None or made is None or self.read is None or SEEN not in (made.tags or {}):
             return None
         before, now = made.tags or {}, self._marked(self.read)
-        if SEEN not in now or any(before.get(tag) != now[tag] for tag in (SEEN, _CODE)):
+        if SEEN not in now or any(before.get(tag) != now[tag] for tag in (SEEN, CODE_VERSION)):
             return None
         checks = self._checks(event.run_id)
         if checks is None:
@@ -74,7 +74,7 @@ class Look:
         self.context.log.info(why)
         return dg.MaterializeResult(
             metadata={**_shown(made.metadata), "unchanged": why, **self.facts},
-            data_version=dg.DataVersion(before[_VERSION]),
+            data_version=dg.DataVersion(before[_DATA_VERSION]),
             tags=now,
             check_results=checks,
         )
@@ -140,7 +140,7 @@ def look_at_weights(context: dg.AssetExecutionContext, entry: "ModelEntry", code
     from diffsynth_dagster.run.seen import look_at_model
 
     read = partial(look_at_model, entry)
-    return Look(context, read(), read, lambda: "", {_CODE: code}, {})
+    return Look(context, read(), read, lambda: "", {CODE_VERSION: code}, {})
 
 
 def _known(find_out: Callable[[], _Found]) -> _Found | None:

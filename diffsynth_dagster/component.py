@@ -47,10 +47,10 @@ def make_definitions(
     recipes, broken = load_recipes(recipes_folder() if folder is None else folder)
     jobs = make_jobs(recipes, broken, prefix)
     retraining = make_retraining(recipes, broken, prefix)
-    upkeep = make_upkeep(prefix.name(""))
+    upkeep = make_upkeep(prefix)
     assets = prefix.assets(make_assets(recipes, broken))
     steps = [asset.op.name for asset in assets]
-    failures = make_failure_sensors(steps, [job.name for job in upkeep.jobs], prefix.name(""))
+    failures = make_failure_sensors(steps, [job.name for job in upkeep.jobs], prefix)
     return dg.Definitions(
         assets=with_automation(assets, recipes, prefix),
         jobs=[*jobs, *upkeep.jobs],

@@ -19,6 +19,7 @@ from dagster._utils.error import serializable_error_info_from_exc_info
 from dagster_shared.error import SerializableErrorInfo
 
 from assets.launched import Ours, ours_of
+from assets.prefix import Prefix
 from jobs.telling import VARIABLE, FailedRun, NotTold, Tell, find_listener
 
 TICK_SECONDS = 30
@@ -71,7 +72,9 @@ class Cursor:
 
 
 def make_failure_sensors(
-    steps: Collection[str], jobs: Sequence[str] = (), prefix: str = ""
+    steps: Collection[str],
+    jobs: Sequence[str] = (),
+    prefix: Prefix = Prefix(),  # noqa: B008 - it does not change
 ) -> list[dg.SensorDefinition]:
     """The sensor, if there is someone to tell.
 
@@ -88,12 +91,15 @@ def make_failure_sensors(
 
 
 def make_failure_sensor(
-    tell: Tell, steps: Collection[str], jobs: Sequence[str] = (), prefix: str = ""
+    tell: Tell,
+    steps: Collection[str],
+    jobs: Sequence[str] = (),
+    prefix: Prefix = Prefix(),  # noqa: B008 - it does not change
 ) -> dg.SensorDefinition:
     """The sensor that tells of each failed run, exactly once if telling does not raise."""
 
     @dg.sensor(
-        name=f"{prefix}tell_failures",
+        name=prefix.name("tell_failures"),
         minimum_interval_seconds=TICK_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description=f"Tells of runs that failed, as {VARIABLE} says.",

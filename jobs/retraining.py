@@ -6,10 +6,10 @@ from typing import Any
 
 import dagster as dg
 
-from assets.automation import conditions_of, own_keys
+from assets.automation import own_keys
 from assets.common import kinds_of
 from assets.prefix import Prefix
-from assets.weights import GROUP
+from assets.weights import GROUP, weights_keys
 from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.config.retrain import Retrain
 from jobs.settled import make_files_sensor, under_way
@@ -52,7 +52,7 @@ def make_retraining(
     sensors: list[dg.SensorDefinition] = []
     nightly = [recipe for recipe, retrain in asked if retrain is not None and retrain.nightly]
     sensors += [_changed_sensor(recipe, prefix) for recipe in nightly]
-    weights = [key for key in conditions_of(nightly) if key.path[0] == GROUP]
+    weights = list(dict.fromkeys(key for recipe in nightly for key in weights_keys(recipe)))
     if weights:
         sensors.append(
             _automation_sensor(

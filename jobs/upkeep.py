@@ -11,6 +11,7 @@ import dagster as dg
 from pydantic import Field
 
 from assets.launched import ours_of
+from assets.prefix import Prefix
 from diffsynth_dagster.errors import ParameterError
 from jobs.training import job_name
 from resources import run_executor
@@ -69,7 +70,7 @@ def keep_days() -> int:
     return int(given)
 
 
-def make_upkeep(prefix: str = "") -> Upkeep:
+def make_upkeep(prefix: Prefix = Prefix()) -> Upkeep:  # noqa: B008 - it does not change
     """The job `forget_old_runs`, and its schedule for each night, which is switched on.
 
     Args:
@@ -92,8 +93,8 @@ def make_upkeep(prefix: str = "") -> Upkeep:
     return Upkeep([job], [schedule])
 
 
-def _make_job(days: int, prefix: str) -> dg.JobDefinition:
-    name = f"{prefix}{JOB}"
+def _make_job(days: int, prefix: Prefix) -> dg.JobDefinition:
+    name = prefix.name(JOB)
 
     class Retention(dg.Config):
         keep_days: int = Field(
@@ -121,12 +122,12 @@ def _make_job(days: int, prefix: str) -> dg.JobDefinition:
     return forget_old_runs
 
 
-def _is_ours(context: dg.OpExecutionContext, run: dg.DagsterRun, prefix: str) -> bool:
+def _is_ours(context: dg.OpExecutionContext, run: dg.DagsterRun, prefix: Prefix) -> bool:
     """Whether nothing in a run is of anyone else."""
-    if run.job_name == f"{prefix}{JOB}":
+    if run.job_name == prefix.name(JOB):
         return True
     ours = ours_of(context.instance, run)
-    return ours.all or run.job_name in {f"{prefix}{job_name(recipe)}" for recipe in ours.recipes}
+    return ours.all or run.job_name in {prefix.name(job_name(r)) for r in ours.recipes}
 
 
 def forget_runs(

@@ -1,7 +1,6 @@
 """Dagster as it is deployed: webserver, daemon and code server in processes of their own, killed apart."""
 
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Generator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 import psutil
 import yaml
+from browser import free_port, listens
 from dagster_graphql import DagsterGraphQLClient, ReloadRepositoryLocationStatus
 from dagster_support import environment, home, start, wait_for
 
@@ -24,17 +24,6 @@ LOCATION = "diffsynth_dagster"
 TESTS = Path(__file__).parent
 STARTS_WITHIN = 180.0
 ENDS_WITHIN = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:

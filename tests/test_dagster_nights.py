@@ -16,6 +16,7 @@ from dagster_support import definitions_of, execute, write_recipe
 from test_dagster_definitions import recipe
 
 from assets.launched import ours_of
+from assets.prefix import Prefix
 from diffsynth_dagster.errors import ParameterError
 from jobs import failures, telling
 from jobs.failures import make_failure_sensor, make_failure_sensors
@@ -267,7 +268,7 @@ def test_old_runs_are_forgotten_but_for_what_is_newest(instance: dg.DagsterInsta
     old, foreign, newest = [run(make), run(see)], run(theirs), [run(make), run(see)]
     mine = {*old, foreign, *newest}
     assert all(len(list(_files_of(instance, run_id))) >= 2 for run_id in old)  # events, logs
-    (forget,) = make_upkeep("team_").jobs
+    (forget,) = make_upkeep(Prefix(("team",))).jobs
     assert forget.name == "team_forget_old_runs"
     assert forget.execute_in_process(instance=instance).success  # nothing is old enough
     assert mine <= set(instance.get_run_ids())
