@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from browser import INSTALL, Browser
 
@@ -22,8 +23,10 @@ def main() -> int:
     pictures = ROOT / "docs" / "ui"
     pictures.mkdir(exist_ok=True)
     env = {**os.environ, "BROWSER_PICTURES": str(pictures)}
-    every = ["-n", "0", "-m", "soak or not soak", TEST]
-    return subprocess.call([sys.executable, "-m", "pytest", *every], cwd=ROOT, env=env)
+    with TemporaryDirectory(prefix="pictures-") as folder:
+        # The pages show paths in it.
+        every = ["-n", "0", "-m", "soak", f"--basetemp={folder}/training", TEST]
+        return subprocess.call([sys.executable, "-m", "pytest", *every], cwd=ROOT, env=env)
 
 
 if __name__ == "__main__":
