@@ -1,11 +1,13 @@
 """Another value for every parameter, and what a change of it comes to; for `test_marks.py`."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 from conftest import make_config
 from families.flux.cases import CASES as FLUX
@@ -152,17 +154,36 @@ def preset(place: Place) -> dict[str, Any]:
     return {"preset_lora_path": str(place.folder / "one.safetensors")}
 
 
+def captions_in_files(place: Place, extension: str) -> dict[str, Any]:
+    """A copy of the data set whose captions lie in files beside the others."""
+    folder = place.folder / "captioned"
+    shutil.copytree(place.data, folder, dirs_exist_ok=True)
+    rows = pl.read_csv(place.data / "metadata.csv")
+    rows.drop("prompt").write_csv(folder / "metadata.csv")
+    for number, name in enumerate(rows[find_family(place.case.family).columns.files[0].column]):
+        text = f"{extension} {number}"
+        (folder / name).with_suffix(extension).write_text(text, encoding="utf-8")
+    named = {"dataset_base_path": folder, "dataset_metadata_path": folder / "metadata.csv"}
+    return {**{name: str(path) for name, path in named.items()}, "caption_extension": extension}
+
+
 BEFORE: dict[str, Change] = {
+    "caption_extension": lambda place: captions_in_files(place, ".one"),
     "preset_lora_model": preset,
     "lokr_decompose_factor": {"lora_method": "lokr"},
     "lokr_decompose_both": {"lora_method": "lokr"},
     "oft_block_size": {"lora_method": "oft"},
+    "keep_tags": {"shuffle_tags": True},
+    "tag_orders": {"shuffle_tags": True},
     "sample_steps": {"sample_prompts": ["a cat"]},
 }
 """Parameter → what a config has before its value is changed."""
 ALTERNATIVES: dict[str, Change] = {
     # dataset
     "metadata_encoding": {"metadata_encoding": "utf-8-sig"},
+    "caption_extension": lambda place: captions_in_files(place, ".two"),
+    "caption_prefix": {"caption_prefix": "sks"},
+    "folder_repeats": {"folder_repeats": {".": 2}},
     "dataset_repeat": {"dataset_repeat": 2},
     "dataset_num_workers": {"dataset_num_workers": 1},
     "decode_megapixels": {"decode_megapixels": 1},
@@ -215,6 +236,9 @@ ALTERNATIVES: dict[str, Change] = {
     "timestep_shift": {"timestep_shift": "resolution"},
     "caption_dropout_rate": {"caption_dropout_rate": 0.1},
     "caption_lists": {"caption_lists": True},
+    "shuffle_tags": {"shuffle_tags": True},
+    "keep_tags": {"shuffle_tags": True, "keep_tags": 1},
+    "tag_orders": {"shuffle_tags": True, "tag_orders": 2},
     "sample_weight_column": {"sample_weight_column": "seed"},
     "loss_mask_column": {"loss_mask_column": "mask"},
     "learning_rate": {"learning_rate": 0.5},

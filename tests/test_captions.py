@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from test_resume import never, stop_after
 
 from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.tag_orders import TagOrders
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.samples import PARTS, load_files
 from diffsynth_dagster.objective.captions import caption_index
@@ -29,7 +31,7 @@ from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import FoundModel, find_model
 from diffsynth_dagster.weights.models import Models
 
-CAPTIONS = [["a cat"], ["a dog", "an animal that barks", "a"], ["a"], ["two", "twins"]]
+CAPTIONS = [["a cat, red"], ["a dog", "an animal that barks", "a"], ["a"], ["two", "twins"]]
 FORMATS = ("csv", "json", "jsonl", "parquet")
 
 
@@ -57,6 +59,7 @@ def listed(values: Values, tmp_path: Path) -> dict[str, Any]:
     return values(
         dataset_base_path=str(folder),
         dataset_metadata_path=str(table),
+        cache_path=str(tmp_path / "cache"),  # others have pictures of equal content
         caption_lists=True,
         batch_size=2,
         num_epochs=4,
@@ -137,6 +140,61 @@ def test_each_visit_is_told_what_a_caption_is_encoded_to(
         assert set(told[row]) <= {*captions, *([""] if dropout else [])}
     seen = {text for own in told.values() for text in own}
     assert seen == texts if dropout else seen == texts - {""}
+
+
+def test_tags_are_told_in_several_orders(values: Values, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "pictures", 3)
+    prompts = ["1girl, red, sky, sea", "one,two", "alone"]
+    table = write_table(folder, prompts)
+    given = values(
+        dataset_base_path=str(folder),
+        dataset_metadata_path=str(table),
+        cache_path=str(tmp_path / "cache"),
+        caption_prefix="ohwx",
+        shuffle_tags=True,
+        keep_tags=1,
+        tag_orders=6,
+    )
+    place = encoded(given, tmp_path)
+    lists = read_manifest(place.run).frame["key:prompt"].to_list()
+    assert [len(keys) for keys in lists] == [6, 6, 6]
+    assert [len(set(keys)) for keys in lists][1:] == [
+        2,
+        1,
+    ]  # "one,two" and "one, two" are two texts
+    rest = [", ".join(order) for order in permutations(["red", "sky", "sea"])]
+    expected = [
+        {f"ohwx 1girl, {order}" for order in rest},
+        {"ohwx one,two", "ohwx one, two"},
+        {"ohwx alone"},
+    ]
+    embeds = {
+        text: place.made("prompt", {"prompt": text})["prompt_embeds"]
+        for texts in expected
+        for text in texts
+    }
+    told: dict[int, list[str]] = {}
+    for row, handed in place.visits(place.data(), 40):
+        own = handed["prompt_embeds"]
+        (text,) = (t for t, e in embeds.items() if e.shape == own.shape and torch.equal(e, own))
+        told.setdefault(row, []).append(text)
+    assert all(set(told[row]) <= expected[row - 1] for row in told)
+    assert len(set(told[1])) > 2
+    assert len(set(told[2])) == 2
+
+
+@given(st.text(), st.integers(2, 9), st.integers(0, 4))
+def test_an_order_of_tags_holds_the_same_tags(caption: str, count: int, kept: int) -> None:
+    def tags(text: str) -> list[str]:
+        return [tag for tag in (part.strip() for part in text.split(",")) if tag]
+
+    orders = TagOrders(count, kept).of(caption)
+    assert orders[0] == caption
+    assert len(orders) == count
+    for order in orders:
+        assert sorted(tags(order)) == sorted(tags(caption))
+        assert tags(order)[:kept] == tags(caption)[:kept]
+    assert TagOrders(count, kept).of(caption) == orders
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -253,7 +311,7 @@ def test_an_edit_keeps_its_picture_where_the_text_is_dropped(tmp_path: Path) -> 
 def test_captions_do_not_depend_on_processes_or_batches(
     listed: dict[str, Any], tmp_path: Path
 ) -> None:
-    place = encoded({**listed, "caption_dropout_rate": 0.3}, tmp_path)
+    place = encoded({**listed, "caption_dropout_rate": 0.3, "shuffle_tags": True}, tmp_path)
 
     def told(*parts: StepDataset) -> dict[tuple[str, int], float]:
         """Sample and visit → the sum of what its caption is encoded to, in three epochs."""
@@ -282,6 +340,7 @@ def test_a_stopped_training_goes_on_with_the_same_captions(
     listed: dict[str, Any], tmp_path: Path
 ) -> None:
     config = {**listed, "caption_dropout_rate": 0.3, "dataset_num_workers": 1}
+    config |= {"shuffle_tags": True, "tag_orders": 2}
     code, whole = train(config, tmp_path / "whole")
     assert code == 0
     config["output_path"] = str(tmp_path / "run")
@@ -294,6 +353,7 @@ def test_a_stopped_training_goes_on_with_the_same_captions(
 
 def test_two_processes_encode_and_train_on_them(listed: dict[str, Any], tmp_path: Path) -> None:
     config = {**listed, "caption_dropout_rate": 0.3, "cache_path": str(tmp_path / "cache")}
+    config |= {"shuffle_tags": True, "tag_orders": 2}
     config |= {"batch_size": 1, "output_path": str(tmp_path / "run")}
     one = {**config, "gradient_accumulation_steps": 2, "cache_path": str(tmp_path / "own")}
     code, alone = train(one, tmp_path / "alone")

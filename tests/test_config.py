@@ -202,7 +202,6 @@ def test_wrong_flags_are_refused_with_one_message(change: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("dataset_metadata_path", "--dataset_metadata_path is missing"),
         ("dataset_base_path", "--dataset_base_path is missing"),
         ("model_paths", "no model is named"),
         ("lora_base_model", "nothing is trained"),

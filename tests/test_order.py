@@ -123,3 +123,32 @@ def test_a_step_mixes_samples_as_a_shuffled_order_does(
         shuffled += [len(set(drawn[cut : cut + batch * slots])) for cut in cuts]
     show(f"different samples in a step: {ours:.2f}; in a shuffled order {mean(shuffled):.2f}")
     assert ours == pytest.approx(mean(shuffled), rel=0.05)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 5)), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 3),
+)
+def test_buckets_are_taken_as_often_as_they_say(
+    buckets: list[tuple[int, int]], repeat: int, batch: int, slots: int
+) -> None:
+    sizes, repeats = [size for size, _ in buckets], [often for _, often in buckets]
+    order = StepOrder(sizes, repeat, batch, slots, 7, repeats)
+    steps = range(order.steps_per_epoch, 2 * order.steps_per_epoch)
+    visits = [visit for step in steps for micro in order.step(step) for visit in micro]
+    expected = {
+        (bucket, index, turn + repeats[bucket] * repeat)
+        for bucket, size in enumerate(sizes)
+        for index in range(size)
+        for turn in range(repeats[bucket] * repeat)
+    }
+    assert len(visits) == len(expected) == order.samples_per_epoch
+    assert {(v.bucket, v.index, v.visit) for v in visits} == expected
+
+
+def test_repeats_of_one_change_nothing() -> None:
+    plain, same = StepOrder([5, 3], 2, 2, 2, 1), StepOrder([5, 3], 2, 2, 2, 1, [1, 1])
+    assert plain.key == same.key
+    assert [plain.step(n) for n in range(9)] == [same.step(n) for n in range(9)]

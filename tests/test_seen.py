@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -46,6 +47,29 @@ def config(tmp_path: Path) -> TrainingConfig:
 def check(config: TrainingConfig) -> None:
     with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
         prepare_data(config, find_family("qwen_image").columns, fact_cache)
+
+
+def edit_caption(data: Path) -> None:
+    (data / "1.txt").write_text("another caption")
+
+
+def add_picture(data: Path) -> None:
+    shutil.copy(data / "1.png", data / "3.png")
+
+
+@pytest.mark.parametrize("change", [edit_caption, add_picture])
+def test_a_folder_without_a_table_is_looked_at_file_by_file(
+    config: TrainingConfig, change: Callable[[Path], None]
+) -> None:
+    data = Path(config.dataset_base_path)
+    (data / "metadata.csv").unlink()
+    for number in range(3):
+        (data / f"{number}.txt").write_text("a caption")
+    folder = config.model_copy(update={"dataset_metadata_path": str(data)})
+    before = look_at("metadata", folder)
+    assert look_at("metadata", folder) == before
+    change(data)
+    assert look_at("metadata", folder) != before
 
 
 def relink(data: Path) -> None:

@@ -2,7 +2,7 @@
 
 `samples.parquet` in a run folder has a row for each sample: `sample` (its identity), `content` (a
 number between 0 and 2 to the 64 that follows from what is trained on alone), `row`,
-`width`, `height`, `frames` and `shape` as the checked table has them, `tokens` (patches of its
+`width`, `height`, `frames`, `shape` and, where there is one, `repeat` as the checked table has them, `tokens` (patches of its
 latents), `key:<stage>` for each cached stage, and `input:<column>` for what the stages of the
 training step read: a text, or files as JSON (see `data.samples`). Where a row has several captions,
 some of these are lists (see `cache.captions`). It is read in parts, where it is needed: a manifest may be larger

@@ -4,7 +4,7 @@ The table is read in batches and the manifest written in batches: ten million ro
 memory than a hundred thousand, but for a number each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from diffsynth_dagster.data.digests import digest_rows
 from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.data.samples import PARTS, files_as_json
 from diffsynth_dagster.data.table.check import CheckedTable
+from diffsynth_dagster.data.table.rows import REPEAT
 from diffsynth_dagster.families.contract import Stage
 from diffsynth_dagster.files import hidden_folder, write_whole
 from diffsynth_dagster.weights.identify import FoundModel
@@ -71,17 +72,18 @@ def plan_samples(
     output = Path(config.output_path)
     with hidden_folder(output / "plan") as folder:
         draft = folder / "draft.parquet"
-        make_rows = _row_maker(family.columns, cached, step_inputs, keys, captions)
-        made = table.accepted.select(_read_columns(family.columns)).map_batches(
+        sizes = _sizes(table)
+        make_rows = _row_maker(family.columns, cached, step_inputs, keys, captions, sizes)
+        made = table.accepted.select(_read_columns(family.columns, sizes)).map_batches(
             make_rows,
-            schema=_schema(cached, step_inputs, captions),
+            schema=_schema(cached, step_inputs, captions, sizes),
             streamable=True,
             predicate_pushdown=False,
             projection_pushdown=False,
         )
         write_whole(draft, lambda staged: made.sink_parquet(staged, compression="lz4"))
         rows = _with_occurrence(scan_parquet(draft))
-        identity = [*_SIZES, "shape", "sample", *(f"key:{s.name}" for s in cached)]
+        identity = [*sizes, "shape", "sample", *(f"key:{s.name}" for s in cached)]
         prompts = _prompts(config)
         text_stages = [s for s in family.text_stages if s in cached]
         notes = Notes(
@@ -102,10 +104,16 @@ def plan_samples(
         return write_manifest(rows, notes, output / PLANNED)
 
 
-def _read_columns(columns: Columns) -> list[str]:
+def _sizes(table: CheckedTable) -> dict[str, Any]:
+    """The columns of numbers that a manifest takes over from a checked table."""
+    names = table.rows.collect_schema().names()
+    return {**_SIZES, **({REPEAT: pl.UInt32} if REPEAT in names else {})}
+
+
+def _read_columns(columns: Columns, sizes: Mapping[str, Any]) -> list[str]:
     """The columns of a checked table that a manifest is made of."""
     parts = [f"{item.column}:{part}" for item in columns.files for part in PARTS]
-    return [*_SIZES, "shape", *(item.column for item in columns.inputs), *parts]
+    return [*sizes, "shape", *(item.column for item in columns.inputs), *parts]
 
 
 def _prompts(config: TrainingConfig) -> list[str]:
@@ -115,7 +123,10 @@ def _prompts(config: TrainingConfig) -> list[str]:
 
 
 def _schema(
-    cached: Sequence[Stage], step_inputs: Sequence[Input], captions: Captions | None
+    cached: Sequence[Stage],
+    step_inputs: Sequence[Input],
+    captions: Captions | None,
+    sizes: Mapping[str, Any],
 ) -> dict[str, Any]:
     texts = [
         "shape",
@@ -125,7 +136,7 @@ def _schema(
     listed = dict.fromkeys(_listed(cached, step_inputs, captions), pl.List(pl.String))
     plain = dict.fromkeys(texts, pl.String)
     own = {"sample": pl.String, CONTENT_NUMBER: pl.UInt64}
-    return {**own, **_SIZES, "tokens": pl.Int64, **plain, **listed}
+    return {**own, **sizes, "tokens": pl.Int64, **plain, **listed}
 
 
 def _listed(
@@ -144,12 +155,13 @@ def _row_maker(
     step_inputs: Sequence[Input],
     keys: Keys,
     captions: Captions | None,
+    sizes: Mapping[str, Any],
 ) -> Any:
     """Makes rows of a manifest from rows of a checked table."""
     identity = sample_identity(columns.inputs).alias("sample")
     said = [
         content_number(columns.inputs).alias(CONTENT_NUMBER),
-        *(pl.col(name).cast(kind) for name, kind in _SIZES.items()),
+        *(pl.col(name).cast(kind) for name, kind in sizes.items()),
         tokens(columns).alias("tokens"),
         pl.col("shape"),
         *(keys.of_rows(stage).alias(f"key:{stage.name}") for stage in cached),
@@ -158,7 +170,7 @@ def _row_maker(
             for i in step_inputs
         ),
     ]
-    names = [*_schema(cached, step_inputs, captions)]
+    names = [*_schema(cached, step_inputs, captions, sizes)]
     listed = _listed(cached, step_inputs, captions)
 
     def make(rows: pl.DataFrame) -> pl.DataFrame:

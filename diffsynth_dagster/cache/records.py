@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from diffsynth_dagster.cache.keys import KEY_DIGITS
 from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.data.table.rows import REPEAT
 
 _SHAPE = ("height", "width", "frames", "shape")
 _SAMPLE_DIGITS = KEY_DIGITS + 11
@@ -96,7 +97,8 @@ def write_records(
                 text_file.write(_fill_places(more, each, own, columns.told_inputs, at))
                 told_file.write(more.tobytes())
                 told += each.height
-            numbered = batch.join(buckets, on=_SHAPE, how="left", maintain_order="left")
+            shape = bucket_columns(manifest)
+            numbered = batch.join(buckets, on=shape, how="left", maintain_order="left")
             bucket = numbered["bucket"].to_numpy()
             for number in np.unique(bucket):
                 added = made[bucket == number]
@@ -161,7 +163,15 @@ def _fixed(texts: pl.Series, size: int) -> Any:
     return np.frombuffer(padded, dtype=f"S{size}")
 
 
+def bucket_columns(manifest: Manifest) -> list[str]:
+    """The columns in which samples of a bucket are equal: their shape, and how often they are taken."""
+    more = [REPEAT] if REPEAT in manifest.rows.collect_schema().names() else []
+    return [*_SHAPE, *more]
+
+
 def buckets_of(manifest: Manifest) -> pl.DataFrame:
-    """The shapes of the samples in order of size: `_SHAPE`, `len` and number (`bucket`) of each."""
-    counted = manifest.rows.group_by(_SHAPE).len().collect(engine="streaming").sort(_SHAPE)
+    """The buckets of the samples in order of size: `bucket_columns`, `len` and number (`bucket`) of
+    each."""
+    shape = bucket_columns(manifest)
+    counted = manifest.rows.group_by(shape).len().collect(engine="streaming").sort(shape)
     return counted.with_row_index("bucket")

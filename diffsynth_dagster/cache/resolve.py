@@ -33,6 +33,7 @@ from diffsynth_dagster.cache.records import (
     write_records,
 )
 from diffsynth_dagster.cache.store import Store
+from diffsynth_dagster.data.table.rows import REPEAT
 from diffsynth_dagster.errors import StoreError
 from diffsynth_dagster.files import write_text, write_whole
 
@@ -44,10 +45,11 @@ class _Facts:
     Attributes:
         store: folder of the store.
         digest: of the manifest.
-        buckets: number of samples of each shape, in the order of the records.
+        buckets: number of samples of each bucket, in the order of the records.
         pixels: of a picture or frame of each shape.
         shards: names, by the numbers that the records hold.
         columns: what the records hold.
+        repeats: how often each bucket is taken in a pass over the data set; empty where each is once.
     """
 
     store: str
@@ -56,6 +58,7 @@ class _Facts:
     pixels: list[int]
     shards: list[str]
     columns: Columns
+    repeats: list[int]
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Samples:
             self._texts: Any = b"" if empty else mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         self.store = Path(self._facts.store)
         self.buckets: Sequence[int] = self._facts.buckets
+        self.repeats: Sequence[int] = self._facts.repeats
         self._starts = np.cumsum([0, *self.buckets])
 
     def __len__(self) -> int:
@@ -209,7 +213,8 @@ def resolve(manifest: Manifest, folder: Path, name: str = "samples") -> Samples:
 
     write_whole(records_file, write_both if columns.has_captions else write)
     pixels: list[int] = (buckets["width"] * buckets["height"]).to_list()
-    facts = _Facts(manifest.store, manifest.digest, sizes, pixels, shards, columns)
+    repeats: list[int] = buckets[REPEAT].to_list() if REPEAT in buckets.columns else []
+    facts = _Facts(manifest.store, manifest.digest, sizes, pixels, shards, columns, repeats)
     write_text(facts_file, json.dumps(asdict(facts)))
     return Samples(folder, name)
 

@@ -42,8 +42,8 @@ class SampleTable:
 
 def sample_rows_config(config: TrainingConfig) -> TrainingConfig:
     """The config that rows of samples are encoded with: each has one caption."""
-    plain = {"sample_prompts": (), "caption_lists": False, "caption_dropout_rate": 0.0}
-    return config.model_copy(update=plain)
+    plain = {"caption_lists": False, "caption_dropout_rate": 0.0, "shuffle_tags": False}
+    return config.model_copy(update={"sample_prompts": (), **plain})
 
 
 def plan_sample_rows(

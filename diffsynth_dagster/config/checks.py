@@ -133,10 +133,9 @@ def _check_data(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
         )
     if config.dataset_metadata_path is None and not config.trains_only:
         raise refuse(
-            f"{n('dataset_metadata_path')} is missing",
-            "name the metadata table (csv, json, jsonl or parquet); only `sft:train` and "
-            "`direct_distill:train` go without one, with a folder that the task with "
-            "`:data_process` wrote as dataset_base_path",
+            "no data set is named",
+            f"give {n('dataset_base_path')}, its folder, and {n('dataset_metadata_path')}, the metadata "
+            "table (csv, json, jsonl or parquet), where there is one",
         )
     if not config.dataset_base_path:
         raise refuse(f"{n('dataset_base_path')} is missing", "name the root folder of the data set")
@@ -306,7 +305,8 @@ def _check_objective(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
             f"{n(given[0])} has no effect on direct distillation, which samples over the whole schedule",
             "leave it out",
         )
-    told = [name for name in ("caption_dropout_rate", "caption_lists") if _is_given(config, name)]
+    of_visits = ("caption_dropout_rate", "caption_lists", "shuffle_tags")
+    told = [name for name in of_visits if _is_given(config, name)]
     if told and config.distills:
         raise refuse(
             f"{n(told[0])} does not go with direct distillation: the teacher made each sample from one "

@@ -1,8 +1,13 @@
 """What is trained on: the data set, and the size at which its samples are read."""
 
-from pydantic import BaseModel
+from typing import Annotated, cast
+
+from pydantic import BaseModel, BeforeValidator, Field
 
 from diffsynth_dagster.config.kinds import Colour, CommaList, parameter
+from diffsynth_dagster.config.pairs import read_pairs
+
+Repeats = Annotated[dict[str, Annotated[int, Field(ge=1, le=1000)]], BeforeValidator(read_pairs)]
 
 
 class DatasetParameters(BaseModel):
@@ -14,14 +19,39 @@ class DatasetParameters(BaseModel):
     dataset_metadata_path: str | None = parameter(
         None,
         "Metadata table of the data set: csv, json, jsonl or parquet. The metadata.parquet of a "
-        "run folder is taken as it was checked there.",
+        "run folder is taken as it was checked there. A folder, or left out for dataset_base_path: "
+        "its pictures or clips, with their captions in text files beside them.",
         affects="rows",
         by_content=True,
     )
     metadata_encoding: str = parameter(
         "utf-8",
-        "Encoding of a csv, json or jsonl table; a byte-order mark is skipped.",
+        "Encoding of a csv, json or jsonl table, and of caption files; a byte-order mark is skipped.",
         affects="rows",
+    )
+    caption_extension: str | None = parameter(
+        None,
+        "Extension of the text files beside the samples that hold their captions, such as .txt: for a "
+        "table that has no column of captions. A folder without a table has .txt where this is left out.",
+        affects="rows",
+        off_by_default=True,
+        pattern=r"^\.\w+$",
+    )
+    caption_prefix: str | None = parameter(
+        None,
+        "Text, such as a trigger word, that is put before every caption with a space between; a sample "
+        "without a caption is told this alone.",
+        affects="rows",
+        off_by_default=True,
+    )
+    folder_repeats: Repeats = parameter(
+        cast(dict[str, int], {}),
+        "How often each pass over the data set takes the samples of a folder, by its path from "
+        "dataset_base_path, as JSON or as name=value with blanks between, such as portraits=10 style=2; "
+        "1 for the others. Left out for a folder without a table: as the names of the folders in it say, "
+        "such as 10_portraits.",
+        affects="rows",
+        off_by_default=True,
     )
     dataset_repeat: int = parameter(
         1, "How many times an epoch goes through the data set.", affects="training", ge=1

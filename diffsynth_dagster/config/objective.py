@@ -70,6 +70,32 @@ class ObjectiveParameters(BaseModel):
         affects="rows",
         off_by_default=True,
     )
+    # Latents: each order is encoded. The orders follow from the caption alone; the seed says which visit
+    # is told which.
+    shuffle_tags: bool = parameter(
+        False,
+        "Captions are tags separated by commas: each visit of a sample is told them in one of several "
+        "orders.",
+        affects="latents",
+        off_by_default=True,
+    )
+    keep_tags: int = parameter(
+        0,
+        "Of shuffle_tags: how many tags stay first. caption_prefix stays before them.",
+        affects="latents",
+        needs="shuffle_tags",
+        off_by_default=True,
+        ge=0,
+    )
+    tag_orders: int = parameter(
+        8,
+        "Of shuffle_tags: how many orders of a caption are encoded, the written one among them.",
+        affects="latents",
+        needs="shuffle_tags",
+        off_by_default=True,
+        ge=2,
+        le=1000,
+    )
     sample_weight_column: str | None = parameter(
         None,
         "Column of numbers, 0 or more, that the losses of the rows are multiplied by: such as 0.5 for "

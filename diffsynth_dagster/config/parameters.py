@@ -46,11 +46,20 @@ class TrainingConfig(
 
     @model_validator(mode="before")
     @classmethod
-    def _without_empty_texts(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """An empty text leaves out a parameter that may be left out."""
+    def _completed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """An empty text leaves out a parameter that may be left out; a data set without a table is the
+        folder itself."""
         fields = cls.model_fields
         left_out = {n for n, v in values.items() if v == "" and n in fields and is_text(fields[n])}
-        return {name: None if name in left_out else value for name, value in values.items()}
+        values = {name: None if name in left_out else value for name, value in values.items()}
+        # A folder is its own table, unless it holds what is encoded.
+        base, is_encoded = (
+            values.get("dataset_base_path"),
+            str(values.get("task")).endswith(":train"),
+        )
+        if values.get("dataset_metadata_path") is None and base and not is_encoded:
+            values["dataset_metadata_path"] = base
+        return values
 
     def sets(self, name: str) -> bool:
         """Whether a parameter has another value than its default, or than what that stands for."""

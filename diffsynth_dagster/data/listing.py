@@ -56,13 +56,21 @@ def _entries(config: TrainingConfig) -> Iterator[tuple[str, os.stat_result]]:
     if base and os.path.isdir(base):
         written = (config.output_path, config.cache_path, os.environ.get("DAGSTER_HOME"))
         own = {os.path.realpath(path) for path in written if path}
-        for name, stat in _walk(base, own - {os.path.realpath(base)}):
+        for name, stat in walk(base, own - {os.path.realpath(base)}):
             if (stat.st_dev, stat.st_ino) not in tables:
                 yield name, stat
 
 
-def _walk(base: str, left_out: set[str]) -> Iterator[tuple[str, os.stat_result]]:
-    """The files in a folder and all below, links followed, each folder once."""
+def walk(base: str, left_out: set[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """The files in a folder and all below, by their paths from it: links are followed, each folder is
+    looked into once, and what is hidden or of this project's own is left out.
+
+    Args:
+        left_out: further folders, links followed.
+
+    Raises:
+        OSError: the folder itself cannot be listed.
+    """
     waiting, seen = [base], set[tuple[int, int]]()
     while waiting:
         folder = waiting.pop()

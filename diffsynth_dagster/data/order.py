@@ -1,7 +1,7 @@
 """Which samples an optimizer step sees: a function of (seed, step), with no state.
 
-Samples of equal shape form a bucket. An epoch goes through every bucket `repeat` times, each time in
-another order, and what follows from that is cut into micro-batches. The micro-batches of all buckets
+Samples of equal shape form a bucket. An epoch goes through every bucket `repeat` times, or a multiple of
+that where its samples are to be taken more often, each time in another order, and what follows from that is cut into micro-batches. The micro-batches of all buckets
 are shuffled together, and a step takes consecutive ones. So a step mixes shapes, every sample is seen
 exactly once per epoch and repeat, no incomplete batch is lost, and a step sees the same samples
 however its micro-batches are split among processes and accumulation.
@@ -40,27 +40,39 @@ class StepOrder:
         repeat: how often an epoch goes through them.
         batch_size: samples of a micro-batch.
         slots: micro-batches of an optimizer step over all processes.
+        repeats: what `repeat` is multiplied by for each bucket; left out, 1.
     """
 
     def __init__(
-        self, sizes: Sequence[int], repeat: int, batch_size: int, slots: int, seed: int
+        self,
+        sizes: Sequence[int],
+        repeat: int,
+        batch_size: int,
+        slots: int,
+        seed: int,
+        repeats: Sequence[int] = (),
     ) -> None:
         assert all(size > 0 for size in sizes)
         assert sizes
         self._sizes = list(sizes)
         self._repeat = repeat
+        self._repeats = [number for number in repeats if any(n > 1 for n in repeats)]
+        turns = [repeat * number for number in repeats or [1] * len(sizes)]
+        self._turns = turns
         self._batch = batch_size
         self._slots = slots
         self._seed = seed
-        self._ends = list(accumulate(-(-size * repeat // batch_size) for size in sizes))
-        self.samples_per_epoch = sum(sizes) * repeat
+        visits = [size * often for size, often in zip(sizes, turns, strict=True)]
+        self._ends = list(accumulate(-(-number // batch_size) for number in visits))
+        self.samples_per_epoch = sum(visits)
         self.steps_per_epoch = -(-self._ends[-1] // slots)
 
     @property
     def key(self) -> list[Any]:
         """What every step depends on. Equal keys give equal steps, with the samples in the same order,
         however these are split among processes."""
-        return [self._sizes, self._repeat, self._seed, self._batch, self._slots]
+        more = [self._repeats] if self._repeats else []
+        return [self._sizes, self._repeat, self._seed, self._batch, self._slots, *more]
 
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step`, counted from 0 over all epochs."""
@@ -75,13 +87,13 @@ class StepOrder:
         bucket = bisect_right(self._ends, number)
         size = self._sizes[bucket]
         first = (number - (self._ends[bucket - 1] if bucket else 0)) * self._batch
-        last = min(first + self._batch, size * self._repeat)
+        last = min(first + self._batch, size * self._turns[bucket])
         orders = {
             turn: _permutation(size, self._seed, "sample", epoch, bucket, turn)
             for turn in range(first // size, (last - 1) // size + 1)
         }
         visits = (divmod(element, size) for element in range(first, last))
         return [
-            Visit(bucket, orders[turn][place], epoch * self._repeat + turn)
+            Visit(bucket, orders[turn][place], epoch * self._turns[bucket] + turn)
             for turn, place in visits
         ]

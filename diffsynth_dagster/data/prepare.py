@@ -31,9 +31,10 @@ def require_named(config: TrainingConfig) -> None:
     if config.dataset_metadata_path is None or config.customized_dataset is not None:
         return
     table = Path(config.dataset_metadata_path)
-    require_file(table)
+    if table != Path(config.dataset_base_path):
+        require_file(table)
     if find_checked(table) is None:
-        require_folder(config)
+        require_folder(Path(config.dataset_base_path))
 
 
 def make_data(config: TrainingConfig) -> None:

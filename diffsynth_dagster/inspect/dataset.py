@@ -7,13 +7,14 @@ from typing import Any
 
 import polars as pl
 
+from diffsynth_dagster.config.effect import off_values
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import find_checked
-from diffsynth_dagster.data.table.read import open_table
-from diffsynth_dagster.data.table.values import check_structure, require_columns
+from diffsynth_dagster.data.table.rows import RowSource
 from diffsynth_dagster.errors import MetadataError, printable
 from diffsynth_dagster.facts import FileState, digest_file
+from diffsynth_dagster.families.shared.stages import PROMPT
 from diffsynth_dagster.inspect.subject import Subject
 from diffsynth_dagster.inspect.tables import (
     Differences,
@@ -161,20 +162,30 @@ def _source(table: CheckedTable) -> str:
 
 def _read_now(table: CheckedTable) -> pl.DataFrame:
     """The rows of the source now, by the columns that were read. Raises `MetadataError`."""
-    source = Path(_source(table))
-    reader, inputs = str(table.read_as[0]), _inputs(table.read_as)
-    wanted, lists = [i.column for i in inputs], [i.column for i in inputs if i.many]
-    numbers = [i.column for i in inputs if i.kind == "number"]
-    encoding = str(table.parameters["metadata_encoding"])
-    with open_table(source, encoding, wanted, lists, numbers) as opened:
-        require_columns(opened, inputs, str(source), reader)
-        return check_structure(opened, inputs, str(source))
+    values = {**off_values("rows"), **table.parameters}
+    known = {
+        name: values[name] for name in ("caption_extension", "caption_prefix", "folder_repeats")
+    }
+    source = RowSource(
+        Path(_source(table)),
+        Path(table.data["dataset_base_path"]),
+        str(values["metadata_encoding"]),
+        **known,
+        left_out=(),
+    )
+    return source.read(_inputs(table.read_as), str(table.read_as[0]))
 
 
 def _inputs(read_as: Sequence[Any]) -> list[Input]:
     """The columns of a table, as `Columns.described` wrote them down."""
     return [
-        Input(column, kind, many=many, optional=any(m is True for m in more))
+        Input(
+            column,
+            kind,
+            many=many,
+            optional=any(m is True for m in more),
+            caption=column == PROMPT.column,
+        )
         for column, kind, many, _, _, *more in read_as[1]
         if kind != "sizes"
     ]

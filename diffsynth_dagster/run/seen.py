@@ -25,6 +25,7 @@ from diffsynth_dagster.config.effect import AFFECTS, Affects, names_that_affect
 from diffsynth_dagster.config.entries import MODEL_FOLDERS, ModelEntry, named_entries
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
 from diffsynth_dagster.data.frames import scan_parquet
+from diffsynth_dagster.data.listing import list_data
 from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
 from diffsynth_dagster.data.table.checked import read_checked
 from diffsynth_dagster.errors import UserError
@@ -73,6 +74,7 @@ def look_at(step: Step, config: TrainingConfig, beside: object = None) -> Read:
 
     Raises:
         NotTheSame: what the step before leaves is not there; or which files there are is not known.
+        OSError: see `list_data`.
     """
     if config.verify_content or config.sample_table is not None:
         raise NotTheSame
@@ -83,8 +85,10 @@ def look_at(step: Step, config: TrainingConfig, beside: object = None) -> Read:
         "exports": ["checkpoints"],
     }
     before = [digest_left(each, config, itself=False) for each in made[step]]
+    # No file that a table names says that a caption file was edited, or a picture added to a folder.
+    listed = [list_data(config).digest] if step == "metadata" and _has_no_list(config) else []
     return Read(
-        [_parameters(step, config), _versions(), before, beside],
+        [_parameters(step, config), _versions(), before, beside, *listed],
         _states([*_named_files(config), *_model_files(config, _local_hub())]),
     )
 
@@ -138,6 +142,13 @@ def _parameters(step: Step, config: TrainingConfig) -> dict[str, Any]:
     kinds = [*AFFECTS[: AFFECTS.index(last[step]) + 1], "nothing"]
     values = config.model_dump(mode="json")
     return {name: value for name, value in values.items() if MARKS[name].affects in kinds}
+
+
+def _has_no_list(config: TrainingConfig) -> bool:
+    """Whether no table says all that the rows are."""
+    named = (config.dataset_metadata_path, config.validation_metadata_path)
+    folder = any(path is not None and os.path.isdir(path) for path in named)
+    return folder or config.caption_extension is not None
 
 
 def _versions() -> dict[str, str]:

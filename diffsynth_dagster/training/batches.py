@@ -104,6 +104,7 @@ class StepDataset(Dataset[list[Batch]]):
             config.batch_size,
             config.gradient_accumulation_steps * world,
             config.seed,
+            samples.repeats,
         )
         self._step: tuple[int, list[MicroBatch]] | None = None
 

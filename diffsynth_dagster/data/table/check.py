@@ -4,7 +4,6 @@ Every row keeps a `status` ("ok" or one of `REASONS`) and a message.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -14,7 +13,7 @@ from diffsynth_dagster.config.parameters import DatasetParameters, TrainingConfi
 from diffsynth_dagster.config.settled import named_data
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
-from diffsynth_dagster.data.table.read import open_table
+from diffsynth_dagster.data.table.rows import REPEAT, RowSource
 from diffsynth_dagster.data.table.shapes import (
     with_length_of,
     with_same_aspect,
@@ -22,11 +21,11 @@ from diffsynth_dagster.data.table.shapes import (
     with_shape,
     with_size_facts,
 )
-from diffsynth_dagster.data.table.values import REASONS, check_structure, require_columns
+from diffsynth_dagster.data.table.values import REASONS
 from diffsynth_dagster.errors import MetadataError, ParameterError, nearest, printable
 from diffsynth_dagster.facts import FactCache, Progress
 
-BOOKKEEPING = ("row", "status", "message", "width", "height", "frames", "shape")
+BOOKKEEPING = ("row", "status", "message", "width", "height", "frames", "shape", REPEAT)
 """Columns of a checked table that are not the family's."""
 
 MEND_ROWS = "mend or remove these rows, or allow some to be left out with max_rejected_fraction"
@@ -48,7 +47,8 @@ class CheckedTable:
             for each file column what `FileCheck.check` adds to it;
             `width`, `height` (pixels) and `frames` that the first file is trained at, 0 where the
             row is rejected; `shape`, which is equal for rows whose files are all trained at equal
-            sizes. Read in parts where they are needed: a table may be larger than memory.
+            sizes; `repeat`, how often a pass over the data set takes the row, where that is not once for
+            all. Read in parts where they are needed: a table may be larger than memory.
         source: the metadata table that was checked.
         parameters: the parameters that say what the rows are, as JSON values.
         data: the data set that was checked, as absolute paths: see `config.settled.named_data`.
@@ -113,6 +113,22 @@ class CheckedTable:
     def warnings(self) -> list[str]:
         """What is trained on in a way that people may not expect: a sentence for each kind, with the
         number of rows and the first of them."""
+        return [*self._transparent(), *self._without_captions()]
+
+    def _without_captions(self) -> list[str]:
+        """The warning of rows that are told `caption_prefix` alone."""
+        prefix = self.parameters.get("caption_prefix")
+        kind = self.rows.collect_schema().get("prompt")
+        if prefix is None or kind is None:
+            return []
+        alone = [prefix] if isinstance(kind, pl.List) else prefix
+        found = self.accepted.filter(pl.col("prompt") == pl.lit(alone, kind)).select("row")
+        count, first = found.select(pl.len(), pl.col("row").min()).collect().row(0)
+        which = f"row {first} has" if count == 1 else f"{count} rows, the first is {first}, have"
+        return [f"{which} no caption: what is told is caption_prefix alone"] if count else []
+
+    def _transparent(self) -> list[str]:
+        """The warning of pictures with transparent pixels."""
         schema = self.rows.collect_schema()
         flags = {c: kind for c, kind in schema.items() if c.endswith(":transparent")}
         if not flags or self.parameters.get("background") is not None:
@@ -202,8 +218,6 @@ def validate(
     # It reads pictures into tensors: whoever only reads a checked table does without torch.
     from diffsynth_dagster.data.table.files import FileCheck, TrainedShape
 
-    assert config.dataset_metadata_path is not None
-    source = Path(config.dataset_metadata_path)
     geometry, reader = columns.geometry, columns.reader
     rules = TrainedShape(
         size_rule(config.height, config.width, config.max_pixels, geometry, config.bucket_step),
@@ -211,11 +225,8 @@ def validate(
         config.background,
     )
     inputs = check_columns(config, columns)
-    wanted, lists = [i.column for i in inputs], [i.column for i in inputs if i.many]
-    numbers = [i.column for i in inputs if i.kind == "number"]
-    with open_table(source, config.metadata_encoding, wanted, lists, numbers) as table:
-        require_columns(table, inputs, str(source), reader)
-        frame = check_structure(table, inputs, str(source))
+    source = RowSource.of(config)
+    frame = source.read(inputs, reader)
     with FileCheck(config, rules, fact_cache, progress) as files:
         for item in columns.files:
             frame = files.check(frame, item)
@@ -229,7 +240,7 @@ def validate(
         frame = with_size_facts(frame, columns.files[0], item)
     return CheckedTable(
         _with_printable_messages(with_shape(frame, columns.files)).lazy(),
-        str(source),
+        str(source.path),
         settled_by_checking(config),
         named_data(config),
         columns.described,

@@ -125,7 +125,7 @@ class FileCheck:
         Raises:
             MetadataError: the data set's folder does not exist, or its name is no text.
         """
-        base = require_folder(config)
+        base = require_folder(Path(config.dataset_base_path))
         self._root = base.resolve()
         if not is_text(str(self._root)):
             raise MetadataError(

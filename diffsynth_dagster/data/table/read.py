@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 import polars as pl
 
 from diffsynth_dagster.config.output import TABLES
-from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.frames import scan_csv, scan_lines, scan_parquet
 from diffsynth_dagster.data.table.json_array import json_array_to_lines
 from diffsynth_dagster.data.table.json_rows import (
@@ -132,9 +131,8 @@ def open_table(
             yield _open_csv(path, text, wanted)
 
 
-def require_folder(config: TrainingConfig) -> Path:
+def require_folder(base: Path) -> Path:
     """The folder of the data set. Raises `MetadataError` where it is not there."""
-    base = Path(config.dataset_base_path)
     if not base.is_dir():
         raise MetadataError(
             "the data set's folder does not exist",
@@ -145,8 +143,8 @@ def require_folder(config: TrainingConfig) -> Path:
 
 
 def require_file(path: Path) -> None:
-    """Refuse a metadata table that is not there. Raises `MetadataError`."""
-    if not path.is_file():
+    """Refuse a metadata table, or a folder that is one, that is not there. Raises `MetadataError`."""
+    if not path.is_file() and not path.is_dir():
         what = "is not a regular file" if path.exists() else "does not exist"
         raise MetadataError(f"the metadata file {what}", where=_where(path), do="correct the path")
 

@@ -22,6 +22,8 @@ REASONS = {
     "lone_surrogate": "the value holds half a character, a lone surrogate",
     "missing_value": "the column has no value",
     "empty_caption": "the caption is empty: it holds nothing that can be seen",
+    "no_caption_file": "there is no caption file",
+    "unreadable_caption": "the caption file cannot be read",
     "not_a_number": "the value is no number",
     "not_taken": "the value is none that the column takes",
     "wrong_type": "the value is of another type than the column's",
@@ -170,7 +172,7 @@ def _as_declared(item: Input, dtype: pl.DataType) -> pl.Expr:
         return pl.lit(None, pl.String).alias(item.column)
     text = (value.fill_nan(None) if dtype.is_float() else value).cast(pl.String)
     if item.optional:
-        return pl.when(~_is_blank(text)).then(text).alias(item.column)
+        return pl.when(~is_blank(text)).then(text).alias(item.column)
     return text
 
 
@@ -211,7 +213,7 @@ def _list(cell: str) -> list[str | None]:
     return as_list(value) or []
 
 
-def _is_blank(text: pl.Expr, blank: str = _SPACE) -> pl.Expr:
+def is_blank(text: pl.Expr, blank: str = _SPACE) -> pl.Expr:
     """Whether a text is empty or nothing but space, or of other such characters."""
     return ~text.str.contains(f"[^{blank}]")
 
@@ -237,10 +239,10 @@ def _checks(item: Input, dtype: pl.DataType) -> list[_Check]:
 
     each = pl.element() if item.many else value
     if item.kind == "text":
-        unseen = anywhere(_is_blank(each, _UNSEEN).fill_null(True))
+        unseen = anywhere(is_blank(each, _UNSEEN).fill_null(True))
         none = value.list.len() == 0 if item.many else pl.lit(False)
         return [(name, "empty_caption", value.is_null() | none | unseen), *taken]
-    blank = anywhere(_is_blank(each).fill_null(True))
+    blank = anywhere(is_blank(each).fill_null(True))
     empty = value.is_null() | (value.list.len() == 0) if item.many else value.is_null()
     missing = pl.lit(False) if item.optional else empty | blank
     return [

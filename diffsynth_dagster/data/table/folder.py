@@ -1,0 +1,110 @@
+"""A folder as a metadata table: a row for each picture or clip in it and in the folders below.
+
+Captions lie in text files beside them: see `caption_files`.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import polars as pl
+from PIL import Image
+
+from diffsynth_dagster.config.output import TABLES
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.listing import walk
+from diffsynth_dagster.data.media.image import IMAGE_FORMATS
+from diffsynth_dagster.data.table.read import INDEX, Table
+from diffsynth_dagster.errors import MetadataError, is_text
+
+_CLIPS = {
+    ".avi",
+    ".flv",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".ogv",
+    ".ts",
+    ".webm",
+    ".wmv",
+}
+_NUMBERED = re.compile(r"([1-9]\d{0,2})_(.+)")
+"""How folders are called that say how often their samples are taken: 10_portraits."""
+
+
+def numbered(folder: str) -> tuple[int, str] | None:
+    """What the name of a folder says: how often its samples are taken, and what they show; None where it
+    says nothing."""
+    found = _NUMBERED.fullmatch(folder)
+    return None if found is None else (int(found[1]), found[2])
+
+
+def open_folder(
+    folder: Path, base: Path, item: Input, sound: Sequence[str] = (), left_out: Sequence[str] = ()
+) -> Table:
+    """The files of a folder as a table, in the order of their names.
+
+    Hidden files are left out, and so are run folders and stores. A column of pictures takes pictures; one
+    of clips takes clips and pictures.
+
+    Args:
+        base: the folder that paths of a table start from.
+        item: the column of the files.
+        sound: further columns, which name the same files for their sound.
+        left_out: further folders that hold no samples.
+
+    Raises:
+        MetadataError: the folder holds a metadata table, or nothing that the column takes.
+    """
+    tables = [name for name in (f"metadata{kind}" for kind in TABLES) if (folder / name).is_file()]
+    if tables:
+        raise MetadataError(
+            f"the folder holds '{tables[0]}', and no metadata table is named",
+            where=str(folder.absolute()),
+            do=f"give dataset_metadata_path = {folder / tables[0]}, or take that file out of the folder "
+            "if its files are the whole data set",
+        )
+    wanted = {e for e, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
+    if item.kind == "video":
+        wanted |= _CLIPS
+    skipped = {os.path.realpath(path) for path in left_out} - {os.path.realpath(folder)}
+    found = (name for name, _ in walk(str(folder), skipped))
+    names = sorted(name for name in found if os.path.splitext(name)[1].lower() in wanted)
+    if not names:
+        _refuse_empty(folder, item)
+    odd = [name for name in names if not is_text(name)]
+    if odd:
+        raise MetadataError(
+            f"the name of a file is not UTF-8: {odd[0]!r}",
+            where=str(folder.absolute()),
+            do="rename it",
+        )
+    start = os.path.relpath(folder, base)
+    paths = names if start == "." else [os.path.join(start, name) for name in names]
+    columns = (item.column, *sound)
+    rows = pl.DataFrame(dict.fromkeys(columns, paths), schema=dict.fromkeys(columns, pl.String()))
+    return Table(rows.with_row_index(INDEX).lazy(), columns, _never)
+
+
+def class_names(rows: pl.DataFrame, column: str) -> Mapping[str, str]:
+    """Path → what the name of its folder says that the sample shows, for those that say it."""
+    found = {path: numbered(path.split("/")[0]) for path in rows[column] if "/" in path}
+    return {path: says[1] for path, says in found.items() if says is not None}
+
+
+def _refuse_empty(folder: Path, item: Input) -> NoReturn:
+    what = "no picture or clip" if item.kind == "video" else "no picture"
+    raise MetadataError(
+        f"the folder holds {what}",
+        where=str(folder.absolute()),
+        do="correct dataset_base_path, or name a metadata table as dataset_metadata_path",
+    )
+
+
+def _never(error: Exception) -> NoReturn:
+    raise AssertionError("rows in memory can be read") from error
