@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.columns import described_inputs
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import find_checked
 from diffsynth_dagster.data.table.read import open_table
@@ -162,19 +162,10 @@ def _source(table: CheckedTable) -> str:
 def _read_now(table: CheckedTable) -> pl.DataFrame:
     """The rows of the source now, by the columns that were read. Raises `MetadataError`."""
     source = Path(_source(table))
-    reader, inputs = str(table.read_as[0]), _inputs(table.read_as)
+    reader, inputs = str(table.read_as[0]), described_inputs(table.read_as)
     wanted, lists = [i.column for i in inputs], [i.column for i in inputs if i.many]
     numbers = [i.column for i in inputs if i.kind == "number"]
     encoding = str(table.parameters["metadata_encoding"])
     with open_table(source, encoding, wanted, lists, numbers) as opened:
         require_columns(opened, inputs, str(source), reader)
         return check_structure(opened, inputs, str(source))
-
-
-def _inputs(read_as: Sequence[Any]) -> list[Input]:
-    """The columns of a table, as `Columns.described` wrote them down."""
-    return [
-        Input(column, kind, many=many, optional=any(m is True for m in more))
-        for column, kind, many, _, _, *more in read_as[1]
-        if kind != "sizes"
-    ]

@@ -163,7 +163,8 @@ def _geometry(usual: Geometry, config: TrainingConfig, vae: Shapes) -> Geometry:
     # Beside a first frame that is given there must be one to predict.
     least = 1 + stages.FRAMES_PER_LATENT if "input_image" in config.extra_inputs else 1
     frames = FrameRule(stages.FRAMES_PER_LATENT, 1, least)
-    return replace(usual, side_factor=WIDE_FACTOR, frames=frames)
+    rate = stages.WIDE_RATE
+    return replace(usual, side_factor=WIDE_FACTOR, frames=frames, published_frame_rate=rate)
 
 
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
