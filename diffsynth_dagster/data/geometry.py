@@ -245,11 +245,16 @@ def clip_rule(
     if count < rule.smallest or rule.longest(count) != count:
         below = rule.longest(count) or rule.smallest
         raise ParameterError(
-            f"num_frames = {count} is no length that {family} takes: it is not "
-            f"{rule.remainder} more than a multiple of {rule.step}"
+            f"num_frames = {count} is no length that {family} takes: {_unfit(count, rule)}"
             if rule.remainder
             else f"num_frames = {count} is not a multiple of {rule.step}, as {family} needs",
             where="num_frames",
             do=f"{below} is, or {below + rule.step}",
         )
     return ClipRule(count, frame_rate or geometry.default_frame_rate, rule)
+
+
+def _unfit(count: int, rule: FrameRule) -> str:
+    if count % rule.step == rule.remainder:
+        return f"the shortest clip has {rule.smallest} frames"
+    return f"it is not {rule.remainder} more than a multiple of {rule.step}"
