@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from conftest import make_config
+from conftest import Values, make_config, train
 from media_support import write_clip
 from PIL import Image
 from video_family import video_family
@@ -112,6 +112,16 @@ def test_pictures_that_a_fixed_size_enlarges_or_crops(tmp_path: Path) -> None:
     # Each in its own size: rounding down, and scaling down, neither enlarges nor crops much.
     assert told(config_of(tmp_path, rows, max_pixels=5000), columns) == []
     assert told(config_of(tmp_path, rows, max_pixels=5000, bucket_step=32), columns) == []
+
+
+def test_the_command_line_shows_them(
+    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = values(height=32, width=64, task="sft:data_process")
+    assert train(given, tmp_path / "run")[0] == 0
+    said = capsys.readouterr().err
+    assert "warning: 8 rows, the first is 1, have pictures or clips that are smaller" in said
+    assert "warning: 8 rows, the first is 1, have pictures or clips of which more than a" in said
 
 
 def test_edit_pictures_and_what_has_the_size_of_the_sample(tmp_path: Path) -> None:
