@@ -364,10 +364,16 @@ def test_allowed_rejects_pass_the_check(
         dataset_base_path=str(data),
         dataset_metadata_path=str(data / "metadata.csv"),
         max_rejected_fraction=0.5,
+        height=64,
+        width=64,
     )
     result = place.run("allowed", asset_selection=[dg.AssetKey(["allowed", "metadata"])])
     assert result.success
     assert checks_of(result) == {"every_row_valid": True}
+    (check,) = result.get_asset_check_evaluations()
+    assert "\nwarning: 2 rows, the first is 1, have pictures or clips that are smaller" in str(
+        check.description
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """The columns of a metadata table that a model reads."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from diffsynth_dagster.data.geometry import Geometry
+
+CAPTION = "prompt"
+"""The column of captions of every family."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,9 @@ class Columns:
             + [more for more in (i.optional, i.divided_by, i.rate, i.channels) if more]
             for i in self.inputs
         ]
-        return json.loads(json.dumps([self.reader, inputs, asdict(self.geometry)]))
+        geometry = asdict(self.geometry)
+        del geometry["published_frame_rate"]  # rows are the same whatever it is
+        return json.loads(json.dumps([self.reader, inputs, geometry]))
 
     @property
     def named(self) -> tuple[Input, ...]:
@@ -93,3 +99,21 @@ class Columns:
     def files(self) -> tuple[Input, ...]:
         """The columns that name files; the first decides the size of a sample."""
         return tuple(i for i in self.inputs if i.is_file)
+
+
+def described_inputs(described: Sequence[Any]) -> list[Input]:
+    """The columns that a table has, of what `Columns.described` wrote down; without patterns, rates and
+    whatever else is not asked for later."""
+    return [
+        Input(
+            column,
+            kind,
+            many,
+            same,
+            area=area,
+            optional=any(m is True for m in more),
+            caption=column == CAPTION,
+        )
+        for column, kind, many, same, area, *more in (described[1] if described else [])
+        if kind != "sizes"
+    ]

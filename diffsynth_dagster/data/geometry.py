@@ -12,7 +12,10 @@ _NEAR_S = 1.5e-3
 
 @dataclass(frozen=True)
 class FrameRule:
-    """The lengths that a family takes: n ≡ `remainder` (mod `step`) frames, `least` or more."""
+    """The lengths that a family takes: n ≡ `remainder` (mod `step`) frames, `least` or more.
+
+    `least` is above 1 where the first frame of a clip is given: one must follow that is predicted.
+    """
 
     step: int
     remainder: int
@@ -39,6 +42,8 @@ class Geometry:
         frames: lengths of a clip; None for a family without videos.
         default_frames: `num_frames` when it is left out.
         default_frame_rate: `frame_rate` when it is left out; None keeps each clip's own.
+        published_frame_rate: where each clip keeps its own: frames per second of the clips that the
+            models were trained on. It changes nothing, and is there for warnings.
         sample_size: width and height in pixels of what is made as a sample, where a training has no
             fixed size.
     """
@@ -48,6 +53,7 @@ class Geometry:
     default_frames: int = 81
     default_frame_rate: float | None = None
     sample_size: tuple[int, int] = (1024, 1024)
+    published_frame_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -239,11 +245,16 @@ def clip_rule(
     if count < rule.smallest or rule.longest(count) != count:
         below = rule.longest(count) or rule.smallest
         raise ParameterError(
-            f"num_frames = {count} is no length that {family} takes: it is not "
-            f"{rule.remainder} more than a multiple of {rule.step}"
+            f"num_frames = {count} is no length that {family} takes: {_unfit(count, rule)}"
             if rule.remainder
             else f"num_frames = {count} is not a multiple of {rule.step}, as {family} needs",
             where="num_frames",
             do=f"{below} is, or {below + rule.step}",
         )
     return ClipRule(count, frame_rate or geometry.default_frame_rate, rule)
+
+
+def _unfit(count: int, rule: FrameRule) -> str:
+    if count % rule.step == rule.remainder:
+        return f"the shortest clip has {rule.smallest} frames"
+    return f"it is not {rule.remainder} more than a multiple of {rule.step}"

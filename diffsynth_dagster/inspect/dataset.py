@@ -8,13 +8,12 @@ from typing import Any
 import polars as pl
 
 from diffsynth_dagster.config.effect import off_values
-from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.columns import described_inputs
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import find_checked
 from diffsynth_dagster.data.table.rows import RowSource
 from diffsynth_dagster.errors import MetadataError, printable
 from diffsynth_dagster.facts import FileState, digest_file
-from diffsynth_dagster.families.shared.stages import PROMPT
 from diffsynth_dagster.inspect.subject import Subject
 from diffsynth_dagster.inspect.tables import (
     Differences,
@@ -171,21 +170,5 @@ def _read_now(table: CheckedTable) -> pl.DataFrame:
         Path(table.data["dataset_base_path"]),
         str(values["metadata_encoding"]),
         **known,
-        left_out=(),
     )
-    return source.read(_inputs(table.read_as), str(table.read_as[0]))
-
-
-def _inputs(read_as: Sequence[Any]) -> list[Input]:
-    """The columns of a table, as `Columns.described` wrote them down."""
-    return [
-        Input(
-            column,
-            kind,
-            many=many,
-            optional=any(m is True for m in more),
-            caption=column == PROMPT.column,
-        )
-        for column, kind, many, _, _, *more in read_as[1]
-        if kind != "sizes"
-    ]
+    return source.read(described_inputs(table.read_as), str(table.read_as[0]))

@@ -11,7 +11,7 @@ import polars as pl
 from diffsynth_dagster.config.effect import settled_by_checking
 from diffsynth_dagster.config.parameters import DatasetParameters, TrainingConfig
 from diffsynth_dagster.config.settled import named_data
-from diffsynth_dagster.data.columns import Columns, Input
+from diffsynth_dagster.data.columns import Columns, Input, described_inputs
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.table.rows import REPEAT, RowSource
 from diffsynth_dagster.data.table.shapes import (
@@ -22,6 +22,7 @@ from diffsynth_dagster.data.table.shapes import (
     with_size_facts,
 )
 from diffsynth_dagster.data.table.values import REASONS
+from diffsynth_dagster.data.table.warnings import warnings_about
 from diffsynth_dagster.errors import MetadataError, ParameterError, nearest, printable
 from diffsynth_dagster.facts import FactCache, Progress
 
@@ -53,6 +54,7 @@ class CheckedTable:
         parameters: the parameters that say what the rows are, as JSON values.
         data: the data set that was checked, as absolute paths: see `config.settled.named_data`.
         read_as: the columns and sizes that it was checked for: see `Columns.described`.
+        published_frame_rate: see `Geometry`.
     """
 
     rows: pl.LazyFrame
@@ -60,6 +62,7 @@ class CheckedTable:
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])
     data: dict[str, str] = field(default_factory=dict[str, str])
     read_as: list[Any] = field(default_factory=list[Any])
+    published_frame_rate: float | None = None
 
     @property
     def frame(self) -> pl.DataFrame:
@@ -111,40 +114,9 @@ class CheckedTable:
         return [f"row {row}: {message}" for row, message in first.iter_rows()]
 
     def warnings(self) -> list[str]:
-        """What is trained on in a way that people may not expect: a sentence for each kind, with the
-        number of rows and the first of them."""
-        return [*self._transparent(), *self._without_captions()]
-
-    def _without_captions(self) -> list[str]:
-        """The warning of rows that are told `caption_prefix` alone."""
-        prefix = self.parameters.get("caption_prefix")
-        kind = self.rows.collect_schema().get("prompt")
-        if prefix is None or kind is None:
-            return []
-        alone = [prefix] if isinstance(kind, pl.List) else prefix
-        found = self.accepted.filter(pl.col("prompt") == pl.lit(alone, kind)).select("row")
-        count, first = found.select(pl.len(), pl.col("row").min()).collect().row(0)
-        which = f"row {first} has" if count == 1 else f"{count} rows, the first is {first}, have"
-        return [f"{which} no caption: what is told is caption_prefix alone"] if count else []
-
-    def _transparent(self) -> list[str]:
-        """The warning of pictures with transparent pixels."""
-        schema = self.rows.collect_schema()
-        flags = {c: kind for c, kind in schema.items() if c.endswith(":transparent")}
-        if not flags or self.parameters.get("background") is not None:
-            return []
-        tests = [
-            pl.col(c).list.any() if kind == pl.List else pl.col(c) for c, kind in flags.items()
-        ]
-        found = self.accepted.filter(pl.any_horizontal(tests).fill_null(False)).select("row")
-        count, first = found.select(pl.len(), pl.col("row").min()).collect().row(0)
-        if not count:
-            return []
-        which = f"row {first} has" if count == 1 else f"{count} rows, the first is {first}, have"
-        return [
-            f"{which} pictures with transparent pixels: what is trained on is the colour beneath them, "
-            "which is often black; background (such as white) fills it"
-        ]
+        """What is trained on in a way that people may not expect: see `warnings_about`."""
+        inputs = described_inputs(self.read_as)
+        return warnings_about(self.accepted, inputs, self.parameters, self.published_frame_rate)
 
     def is_accepted(self, max_rejected_fraction: float) -> bool:
         """Whether no more rows are rejected than allowed, and one is accepted."""
@@ -244,6 +216,7 @@ def validate(
         settled_by_checking(config),
         named_data(config),
         columns.described,
+        geometry.published_frame_rate,
     )
 
 

@@ -21,7 +21,7 @@ FILE_NAME = "metadata.parquet"
 PINNED = ".metadata.encoded.parquet"
 """The table that is being encoded: it stays what it is when the other is made anew meanwhile."""
 _NOTES = "diffsynth_dagster"
-_NOTED = ("source", "parameters", "data", "read_as")
+_NOTED = ("source", "parameters", "data", "read_as", "published_frame_rate")
 
 
 def write_checked(table: CheckedTable, folder: Path, pinned: bool = False) -> CheckedTable:

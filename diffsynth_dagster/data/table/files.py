@@ -90,9 +90,7 @@ def _clip_of(facts: Facts, rule: ClipRule) -> Facts:
     stride = rule.stride(facts["rate"])
     taken = rule.taken(facts["frames"], facts["rate"], times)
     if not taken:
-        least = rule.rule.smallest
-        why = f"{facts['frames']} frames give less than the {least} of the shortest clip"
-        return {"status": "too_short", "message": why}
+        return {"status": "too_short", "message": _why_too_short(facts, rule)}
     shown = [facts.get("first", 0) + index for index in taken]
     # What can be said by a stride is, so that samples keep their keys. decord gives frames in order only.
     every = shown == list(range(len(taken)))
@@ -100,6 +98,18 @@ def _clip_of(facts: Facts, rule: ClipRule) -> Facts:
     if by_stride and shown == frame_indices(len(taken), stride):
         return {"frames": len(taken), "stride": stride}
     return {"frames": len(taken), "stride": stride, "shown": shown}
+
+
+def _why_too_short(facts: Facts, rule: ClipRule) -> str:
+    """What is said of a clip that is shorter than the family takes."""
+    least = rule.rule.smallest
+    if facts["rate"] is None:
+        why = f"a still image is one frame, and the shortest clip has {least}"
+    else:
+        why = f"{facts['frames']} frames give less than the {least} of the shortest clip"
+    if rule.rule.least > 1:
+        why += ": the first frame is given, and with no other there is nothing to predict"
+    return why
 
 
 def _sound_of(facts: Facts, item: Input) -> Facts:

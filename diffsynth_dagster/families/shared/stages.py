@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.columns import CAPTION, Input
 from diffsynth_dagster.families.contract import Loaded, Output, Sample, Stage, Tensors
 from diffsynth_dagster.families.limits import TokenLimit
 from diffsynth_dagster.families.shared.latents import stacked
 
-PROMPT = Input("prompt", "text", caption=True)
+PROMPT = Input(CAPTION, "text", caption=True)
 
 Encode = Callable[[Any, torch.Tensor], torch.Tensor]
 """(VAE, images (B, 3, H, W) in [-1, 1]) → latents (B, C, h, w)."""

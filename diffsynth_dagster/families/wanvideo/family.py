@@ -66,7 +66,12 @@ FAMILY = Family(
     denoisers=(Denoiser("dit"),),
     denoise=stages.denoise,
     path=path,
-    geometry=Geometry(16, FrameRule(stages.FRAMES_PER_LATENT, 1), sample_size=(832, 480)),
+    geometry=Geometry(
+        16,
+        FrameRule(stages.FRAMES_PER_LATENT, 1),
+        sample_size=(832, 480),
+        published_frame_rate=stages.RATE,
+    ),
     sampling=Sampling(stages.shapes, euler(inference_sigmas), stages.decode),
     inference_sigmas=inference_sigmas,
     parts=(Part("vace", "dit", ("vace_blocks.", "vace_patch_embedding."), lora=VACE_LORA),),

@@ -145,7 +145,8 @@ def _is_wide(vae: Shapes) -> bool:
 
 
 def _geometry(usual: Geometry, config: TrainingConfig, vae: Shapes) -> Geometry:
-    """Sides are multiples of 16, and of 32 with the VAE of 16x16.
+    """Sides are multiples of 16, and of 32 with the VAE of 16x16. Where frames are given, clips have
+    a second latent frame.
 
     Sizes are checked before files are there, so this VAE is recognised by its name. Where it has
     another name the size must be given. Raises `ParameterError`.
@@ -158,12 +159,13 @@ def _geometry(usual: Geometry, config: TrainingConfig, vae: Shapes) -> Geometry:
             where="height, width",
             do=f"give height and width, both multiples of {WIDE_FACTOR}",
         )
+    if "input_image" in config.extra_inputs:
+        # Beside a first frame that is given there must be one to predict.
+        frames = FrameRule(stages.FRAMES_PER_LATENT, 1, least=1 + stages.FRAMES_PER_LATENT)
+        usual = replace(usual, frames=frames)
     if not (wide or named):
         return usual
-    # Beside a first frame that is given there must be one to predict.
-    least = 1 + stages.FRAMES_PER_LATENT if "input_image" in config.extra_inputs else 1
-    frames = FrameRule(stages.FRAMES_PER_LATENT, 1, least)
-    return replace(usual, side_factor=WIDE_FACTOR, frames=frames)
+    return replace(usual, side_factor=WIDE_FACTOR, published_frame_rate=stages.WIDE_RATE)
 
 
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:

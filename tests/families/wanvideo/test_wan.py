@@ -12,6 +12,8 @@ from conftest import keys_of, make_config, train
 from diffusers import FlowMatchEulerDiscreteScheduler, WanVACETransformer3DModel
 from families.wanvideo.cases import CASES, FRAMES, MODELS, rows, write
 from family_case import Case
+from media_support import write_clip
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffsynth_dagster.config import TrainingConfig
@@ -304,15 +306,57 @@ def test_the_plan_needs_no_files(case: Case, model: Path, clips: Path, tmp_path:
     assert guessed.geometry == found.geometry
 
 
-def test_a_given_first_frame_is_not_all(model: Path, clips: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["wan22_ti2v_5b", "wan_i2v", "wan_flf2v"])
+def test_a_given_first_frame_is_not_all(
+    model: Path, clips: Path, tmp_path: Path, name: str
+) -> None:
     """With one frame, which is given, there would be nothing to predict."""
-    config = make_config(values(WAN["wan22_ti2v_5b"], model, clips, tmp_path, num_frames=1))
-    with pytest.raises(ParameterError, match="num_frames = 1 is no length"):
+    config = make_config(values(WAN[name], model, clips, tmp_path, num_frames=1))
+    with pytest.raises(ParameterError, match=r"num_frames = 1 is no length .* has 5 frames"):
         check_plan(config, find_model(config, HUB).family)
+
+
+def test_one_frame_is_a_picture_where_none_is_given(
+    model: Path, clips: Path, tmp_path: Path
+) -> None:
     from_text = make_config(
         values(WAN["wan22_ti2v_5b"], model, clips, tmp_path, num_frames=1, extra_inputs=None)
     )
     check_plan(from_text, find_model(from_text, HUB).family)
+
+
+@pytest.mark.parametrize(
+    ("extra", "models"),
+    [
+        ("input_image", "Wan-AI/Wan2.1-I2V-14B-480P:Wan2.1_VAE.pth"),
+        ("input_image,end_image", "Wan-AI/Wan2.1-FLF2V-14B-720P:Wan2.1_VAE.pth"),
+        ("input_image", "Wan-AI/Wan2.2-TI2V-5B:Wan2.2_VAE.pth"),
+        ("", "Wan-AI/Wan2.1-T2V-14B:Wan2.1_VAE.pth"),
+    ],
+)
+def test_clips_whose_given_frame_is_all_are_rejected(
+    tmp_path: Path, extra: str, models: str
+) -> None:
+    for frames in (4, 5):
+        write_clip(tmp_path / f"{frames}.mp4", frames, 16)
+    Image.new("RGB", (96, 80)).save(tmp_path / "still.png")
+    lines = ["video,prompt", *(f"{name},a" for name in ("4.mp4", "5.mp4", "still.png"))]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    given = {"model_id_with_origin_paths": models, "extra_inputs": extra, "family": "wanvideo"}
+    data = {
+        "dataset_base_path": str(tmp_path),
+        "dataset_metadata_path": str(tmp_path / "t.csv"),
+        "lora_base_model": "dit",
+    }
+    config = make_config({**given, **data})
+    frame = validate(config, guess_family(config).columns, FactCache(tmp_path / "f.sqlite")).frame
+    if not extra:
+        assert frame["frames"].to_list() == [1, 5, 1]
+        return
+    assert frame["status"].to_list() == ["too_short", "ok", "too_short"]
+    assert "4 frames give less than the 5" in frame["message"][0]
+    assert "a still image is one frame" in frame["message"][2]
+    assert all("there is nothing to predict" in frame["message"][at] for at in (0, 2))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""The templates in recipes/examples/ train well: length, clipping, samples, the rate of clips, sizes."""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from diffsynth_dagster.config import TrainingConfig, read_recipe
+from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.plan import check_plan, make_plan
+from diffsynth_dagster.weights.identify import guess_family
+
+TEMPLATES = sorted((ROOT / "recipes" / "examples").rglob("*.yaml"))
+LENGTH = {"max_train_steps": 2000, "save_steps": 500, "max_grad_norm": 1.0, "dataset_repeat": 1}
+AREAS = {"stable_diffusion": 512**2, "stable_diffusion_xl": 1024**2}
+CHOICES = (
+    *("height", "max_pixels", "num_frames", "frame_rate", "lora_rank", "learning_rate"),
+    *("max_train_steps", "save_steps", "max_grad_norm", "sample_prompts"),
+)
+
+
+def read(path: Path) -> tuple[TrainingConfig, Family]:
+    config = read_recipe(path).config
+    return config, guess_family(config)
+
+
+def commented_samples(path: Path) -> str:
+    """The comment around the `sample_prompts` that a template leaves out; empty where there is none."""
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r"(?:^# .*\n)*^# sample_prompts:.*\n(?:^# .*\n)*", text, re.M)
+    return found[0] if found else ""
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_is_as_long_with_any_number_of_samples(path: Path) -> None:
+    config, family = read(path)
+    assert {name: getattr(config, name) for name in LENGTH} == LENGTH
+    assert config.save_keep == (2 if config.trainable_models else None)
+    assert config.learning_rate in ((1e-5, 5e-5) if config.trainable_models else (1e-4,))
+    if family.geometry.published_frame_rate is not None:
+        assert config.frame_rate == family.geometry.published_frame_rate
+        assert config.frame_rate == (24 if "ti2v_5b" in path.stem else 16)
+    if family.name in AREAS:
+        assert (config.max_pixels, config.bucket_step) == (AREAS[family.name], 64)
+    # Only clips, and what a teacher made, have a fixed size.
+    fixed = family.geometry.frames is not None or config.distills
+    assert (config.height is not None) == (config.width is not None) == fixed
+    assert make_plan(config)["trained"]
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_shows_samples_or_says_how(path: Path) -> None:
+    config, family = read(path)
+    text, comment = path.read_text(encoding="utf-8"), commented_samples(path)
+    assert config.sample_table is None, "a table that is not there would fail"
+    if config.sample_prompts:
+        assert comment == ""
+        assert 2 <= len(config.sample_texts) <= 3
+        assert family.samples_from_text
+        return
+    if not comment:  # one of two experts
+        assert "one expert alone makes only its part" in text
+        assert config.min_timestep_boundary > 0 or config.max_timestep_boundary < 1
+        return
+    # With the comment taken away, it is a recipe whose samples are made of what the comment names.
+    lines = comment[comment.index("# sample_prompts:") :].splitlines()
+    named = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines))
+    given = TrainingConfig.model_validate({**config.model_dump(), **named})
+    check_plan(given, family)
+    assert (given.sample_table is None) == family.samples_from_text
+    for stage in family.sample_stages:
+        columns = [i.column for i in stage.reads if i.kind != "sizes"]
+        assert all(re.search(rf"\b{name}\b", comment) for name in columns) or given.sample_texts
+
+
+def test_each_choice_has_a_comment_above_it() -> None:
+    for path in TEMPLATES:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert max(map(len, lines)) <= 125, path
+        for above, line in pairwise(lines):
+            name = line.partition(":")[0]
+            assert name not in CHOICES or above.startswith("# "), (path, name)
