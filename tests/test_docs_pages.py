@@ -1,8 +1,13 @@
-"""The pages of the documentation: what they quote is in the code."""
+"""The pages of the documentation: they build as a site, and what they quote is in the code."""
 
 import ast
+import os
 import re
 import runpy
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -22,6 +27,23 @@ OTHERS = {
 def test_the_page_of_parameters_is_what_is_declared() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "make_parameters.py"))
     assert made["page"]() == PAGES["parameters.md"], "run docs/make_parameters.py"
+
+
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="mkdocs is not installed: the extra docs")
+def test_the_site_builds_without_warnings_and_needs_nothing_of_the_network(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir"]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path)], cwd=ROOT, env=quiet, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    built = list(tmp_path.rglob("*.html"))
+    assert {path.stem for path in built} >= {name.removesuffix(".md") for name in PAGES} - {
+        "README"
+    }
+    loaded = r'<(?:script|img|iframe)[^>]* src="(?:https?:)?//|<link[^>]* rel="(?:stylesheet|preconnect)"[^>]*//'
+    for path in built:
+        assert not re.search(loaded, path.read_text(encoding="utf-8")), path.name
 
 
 def said_in(source: str) -> str:
