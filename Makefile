@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export DAGSTER_HOME ?= $(CURDIR)/dagster_home
 
-.PHONY: demo test soak check format ui clean
+.PHONY: demo test soak check docs format ui clean
 
 # Set up once; again when a pin or a dependency changed.
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ check: $(VENV)/.done
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Into build/site. mkdocs-material tells each time of the versions to come.
+docs: $(VENV)/.done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.done
 	$(BIN)/ruff check --fix .

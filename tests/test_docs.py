@@ -24,8 +24,13 @@ from diffsynth_dagster.families import each_family, find_family
 from diffsynth_dagster.train import main
 from diffsynth_dagster.weights.identify import guess_family
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-USAGE = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+PAGES = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+}
+README, USAGE = PAGES["README.md"], PAGES["usage.md"]
+SOON = ("max_train_steps",)
+"""Parameters that another change brings."""
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -34,10 +39,10 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Every command of the bash blocks of the README and the usage page, as words."""
-    found = "\n".join(block for page in (README, USAGE) for block in blocks(page, "bash"))
+    """Every command of the bash blocks of the README and the docs, once, as words."""
+    found = "\n".join(block for page in PAGES.values() for block in blocks(page, "bash"))
     lines = found.replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line.strip()]
+    return [shlex.split(line) for line in dict.fromkeys(map(str.strip, lines)) if line]
 
 
 def sections(page: str) -> dict[str, str]:
@@ -127,6 +132,10 @@ def test_commands_of_the_docs_run(
         # A fresh checkout has no LoRA: the command says so.
         assert convert(command[command.index("diffsynth_dagster.export") + 1 :]) == 2
         assert "the LoRA file does not exist" in capsys.readouterr().err
+    elif command[1:3] == ["asset", "materialize"]:
+        require_assets(
+            *(command[command.index(name) + 1] for name in ("--select", "--config-json"))
+        )
     else:
         assert command[1:3] == ["job", "execute"]
         from diffsynth_dagster.definitions import definitions
@@ -134,30 +143,47 @@ def test_commands_of_the_docs_run(
         assert definitions.resolve_job_def(command[command.index("-j") + 1]) is not None
 
 
-def test_run_config_and_recipe_keys_of_the_usage_page_are_taken() -> None:
+def require_assets(selected: str, run_config: str) -> None:
+    """Fail unless there is such an asset, and its run takes this run config."""
     import dagster as dg
 
     from diffsynth_dagster.definitions import definitions
 
-    shown = [yaml.safe_load(block) for block in blocks(USAGE, "yaml")]
+    key = dg.AssetKey(selected.split("/"))
+    job = definitions.resolve_implicit_global_asset_job_def().get_subset(asset_selection={key})
+    assert job.asset_layer.executable_asset_keys == {key}
+    assert dg.validate_run_config(job, json.loads(run_config))
+
+
+def test_run_config_and_recipe_keys_of_the_docs_are_taken() -> None:
+    import dagster as dg
+
+    from diffsynth_dagster.definitions import definitions
+
+    shown = [yaml.safe_load(b) for page in PAGES.values() for b in blocks(page, "yaml")]
     (run_config,) = (values for values in shown if "num_epochs" in values)
     for values in shown:
         if values is not run_config:
-            RecipeOptions.model_validate(values)
+            options = {name: v for name, v in values.items() if name in RecipeOptions.model_fields}
+            others = {n: v for n, v in values.items() if n not in (*options, *SOON)}
+            RecipeOptions.model_validate(options)
+            TrainingConfig.model_validate(others)
     assert dg.validate_run_config(definitions.resolve_job_def("train_demo"), run_config)
 
 
-def test_names_of_the_usage_page_are_those_of_the_code() -> None:
+def test_names_of_the_docs_are_those_of_the_code() -> None:
     """Environment variables, flags and lists of parameters."""
     folders = ("diffsynth_dagster", "assets", "jobs", "resources")
     code = "\n".join(
         p.read_text(encoding="utf-8") for f in folders for p in (ROOT / f).rglob("*.py")
     )
-    for name in set(re.findall(r"DIFFSYNTH_[A-Z_]+", USAGE)):
+    pages = "\n".join(PAGES.values())
+    for name in set(re.findall(r"DIFFSYNTH_[A-Z_]+", pages)):
         assert re.search(rf"\b{name}\b", code), name
     parsers = (parser(), convert_parser())
     flags = {o for each in parsers for action in each._actions for o in action.option_strings}
-    named = set(re.findall(r"`(--[\w-]+)[^`]*`", USAGE))
+    flags |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', code))  # of `cache` and `inspect`
+    named = set(re.findall(r"`(--[\w-]+)[^`]*`", pages))
     assert named
     assert named <= flags, named - flags
     (refused,) = re.findall(r"Refused by name: (.*?)\.\n", USAGE, re.DOTALL)
