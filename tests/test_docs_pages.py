@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_docs import PAGES, SOON, blocks
+from test_docs import PAGES, blocks
 
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.recipe import RecipeOptions
@@ -76,7 +76,7 @@ def test_messages_of_the_page_of_troubles_are_those_of_the_code() -> None:
     "page", ["choosing.md", "memory.md", "using_a_lora.md", "troubleshooting.md"]
 )
 def test_parameters_that_a_page_names_are_there(page: str) -> None:
-    known = {*TrainingConfig.model_fields, *RecipeOptions.model_fields, *SOON, *OTHERS}
+    known = {*TrainingConfig.model_fields, *RecipeOptions.model_fields, *OTHERS}
     named = re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)+)(?:: [^`]*)?`", PAGES[page])
     code = {family.name for family in each_family()} | known
     code |= {part for family in each_family() for part in family.trainable}
