@@ -281,6 +281,7 @@ def test_too_little_memory_is_said_and_not_tried_again(place: Place) -> None:
     assert (place.folder / "tries").read_text() == "again "
 
 
+@pytest.mark.soak
 def test_killed_trainer(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     said = place.failure(customized_optimizer="failing.Killed")
     what, where, do = said.reason.splitlines()

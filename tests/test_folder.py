@@ -11,12 +11,14 @@ import polars as pl
 import pytest
 from conftest import Values, make_config, samples_of, train, write_images
 from families.ltx2.cases import CASES as LTX2
+from test_resume import never, stop_after
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.data.table.check import CheckedTable, validate
 from diffsynth_dagster.errors import MetadataError, ParameterError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
+from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model, guess_family
@@ -226,6 +228,36 @@ def test_repeats_hold_where_samples_are_held_out(
     trained = pl.read_parquet(run / ".trained.parquet")
     assert trained.height == 2
     assert pl.read_csv(run / "metrics.csv")["step"].max() == trained["repeat"].sum()
+
+
+def test_repeats_do_not_depend_on_processes_or_stops(
+    given: dict[str, Any], folders: Path, tmp_path: Path
+) -> None:
+    given |= {"batch_size": 1, "shuffle_tags": True, "caption_prefix": "sks"}
+    code, whole = train(given, tmp_path / "whole")
+    assert code == 0
+    config = make_config({**given, "output_path": str(whole)})
+    found = find_model(config, ModelHub(whole, skip_download=True))
+
+    def seen(world: int, accumulation: int) -> list[list[tuple[str, int, float]]]:
+        """Sample, visit and caption of all that each step sees."""
+        split = config.model_copy(update={"gradient_accumulation_steps": accumulation})
+        ranks = [StepDataset(split, found, samples_of(whole), n, world) for n in range(world)]
+        steps = range(ranks[0].order.steps_per_epoch)
+        batches = [[b for rank in ranks for b in rank[step] if b.scale] for step in steps]
+        return [
+            sorted(
+                (b.samples[0], b.visits[0], b.outputs["prompt_embeds"].sum().item()) for b in each
+            )
+            for each in batches
+        ]
+
+    assert seen(1, 2) == seen(2, 1)
+    given["output_path"] = str(tmp_path / "stopped")
+    stop_after(given, 2, 4)
+    run_training(make_config(given), never)
+    stopped = (tmp_path / "stopped" / "epoch-0.safetensors").read_bytes()
+    assert stopped == (whole / "epoch-0.safetensors").read_bytes()
 
 
 def test_the_sound_of_a_folder_is_that_of_its_clips(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def short(folder: Path) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize(("kills", "terms"), [(4, 1), pytest.param(30, 10, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("kills", "terms"), [(2, 1), pytest.param(30, 10, marks=pytest.mark.soak)])
 def test_kills_change_no_byte(
     tmp_path: Path, show: Callable[[str], None], kills: int, terms: int
 ) -> None:
