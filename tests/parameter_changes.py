@@ -219,6 +219,7 @@ ALTERNATIVES: dict[str, Change] = {
     "loss_mask_column": {"loss_mask_column": "mask"},
     "learning_rate": {"learning_rate": 0.5},
     "num_epochs": {"num_epochs": 2},
+    "max_train_steps": {"max_train_steps": 3},
     "batch_size": {"batch_size": 2},
     "seed": {"seed": 1},
     "trainable_models": {"trainable_models": ["text_encoder"]},

@@ -166,6 +166,10 @@ def test_links_are_followed() -> None:
     assert "'epoch-0.safetensors'" in refusal(
         model_paths=["run/epoch-0.safetensors"], output_path="linked"
     )
+    within = {"max_train_steps": 3}
+    assert "'epoch-2.safetensors'" in refusal(lora_checkpoint="run/epoch-2.safetensors", **within)
+    assert "'step-3.safetensors'" in refusal(lora_checkpoint="run/step-3.safetensors", **within)
+    assert refusal(lora_checkpoint="run/step-2.safetensors", **within) == ""
     # The link in the run folder would be replaced, and not what it leads to.
     of_two = {"num_epochs": 2}
     assert "'epoch-1.safetensors'" in refusal(model_paths=["run/epoch-1.safetensors"], **of_two)

@@ -130,7 +130,7 @@ def refusal(config: dict[str, Any], *flags: str) -> str:
         ({"learning_rate": 1e-4}, r"differs in: learning_rate \(was 0.001\)"),
         ({"lora_rank": 2}, r"differs in: lora_rank \(was 4\)"),
         ({"seed": 1, "weight_decay": 0.0}, r"seed \(was 0\), weight_decay"),
-        ({"num_epochs": 1}, "the number of epochs, on which the learning rate depends"),
+        ({"num_epochs": 1}, r"on which the learning rate depends \(2, and it was 8\)"),
         (
             {"batch_size": 2},
             r"the samples of each step \(batch_size, or gradient_accumulation_steps",

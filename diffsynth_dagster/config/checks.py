@@ -220,6 +220,11 @@ def _check_lora(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
 
 def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
     """Check what is about the course of a training, and how it is watched."""
+    if config.max_train_steps is not None and _is_given(config, "num_epochs"):
+        raise refuse(
+            f"{n('num_epochs')} and {n('max_train_steps')} both say how long the training is",
+            "give one of them",
+        )
     if int(config.min_timestep_boundary * 1000) >= int(config.max_timestep_boundary * 1000):
         raise refuse(
             f"{n('min_timestep_boundary')} = {config.min_timestep_boundary} leaves no timestep "

@@ -50,6 +50,13 @@ class TrainingParameters(BaseModel):
         le=1000.0,
     )
     num_epochs: int = parameter(1, "Number of epochs.", affects="training", ge=1)
+    max_train_steps: int | None = parameter(
+        None,
+        "Optimizer steps of the whole training, in place of num_epochs; it may end within an epoch.",
+        affects="training",
+        off_by_default=True,
+        ge=1,
+    )
     # Encoding takes as many at once too, but keys and what is trained do not depend on that.
     batch_size: int = parameter(
         1, "Samples of one shape in a forward pass of one process.", affects="training", ge=1

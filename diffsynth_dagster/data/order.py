@@ -14,10 +14,16 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.permutation import Permutation
 
 _permutation = lru_cache(maxsize=1024)(Permutation)
 """A step asks for the permutations that the one before asked for."""
+
+
+def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a whole training: `max_train_steps`, or those of its epochs."""
+    return config.max_train_steps or config.num_epochs * steps_per_epoch
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from diffsynth_dagster.training.states import States
 
 
 def train(session: Session) -> RunRecord:
-    """Train to the end of the last epoch; returns the finished record. Collective.
+    """Train to the last step; returns the finished record. Collective.
 
     Raises:
         Stopped: the run was asked to stop.
@@ -58,7 +58,8 @@ def _train(work: Work) -> RunRecord:
         write_text(run_file.folder / "config.yaml", dump_config(config))
     run_file.begin(work.total_steps, weight_norms(work.step_module.components.items()))
     pictures = Pictures(work)
-    points = SavePoints(config, work.data.order.steps_per_epoch, work.total_steps)
+    order = work.data.order
+    points = SavePoints(config, order.steps_per_epoch, work.total_steps)
     checkpoints = Checkpoints(points)
     checkpoints.warn_of_space(work)
     states = States(work)
@@ -85,7 +86,7 @@ def _train(work: Work) -> RunRecord:
     run_file.measured(
         steps=last,
         seconds=states.seconds,
-        samples=work.data.order.samples_per_epoch * config.num_epochs * last // work.total_steps,
+        samples=order.samples_per_epoch * last // order.steps_per_epoch,
         peak_memory_bytes=peak_memory(parallel.device),
     )
     after = fingerprints(work.trained.items())

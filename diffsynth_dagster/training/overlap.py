@@ -144,10 +144,12 @@ def _writes(config: TrainingConfig) -> Callable[[str], bool]:
         if checkpoint is None or name in moved:
             return is_own(name)
         kind, number = checkpoint["kind"], int(checkpoint["number"])
+        # How many steps an epoch has, and which are left, depends on the number of samples.
         if kind == "epoch":
-            return not by_steps and number < config.num_epochs
-        # Of which steps depends on the number of samples.
-        return config.keep_best if kind == "best-step" else by_steps or stops_early
+            return not by_steps and number < (config.max_train_steps or config.num_epochs)
+        if kind == "best-step":
+            return config.keep_best
+        return by_steps or stops_early or number == config.max_train_steps
 
     return writes
 

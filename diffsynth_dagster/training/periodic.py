@@ -91,10 +91,10 @@ class SavePoints:
         """Name of the checkpoint that is due after a step. The last step always leaves one."""
         if step == 0:
             return None
-        if self._every is None:
-            ends_epoch = step % self._epoch_steps == 0
-            return f"epoch-{step // self._epoch_steps - 1}" if ends_epoch else None
-        return f"step-{step}" if step % self._every == 0 or step == self._total_steps else None
+        if step % (self._every or self._epoch_steps) and not self.is_last(step):
+            return None
+        ends_epoch = self._every is None and step % self._epoch_steps == 0
+        return f"epoch-{step // self._epoch_steps - 1}" if ends_epoch else f"step-{step}"
 
 
 class Checkpoints:

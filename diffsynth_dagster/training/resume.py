@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from diffsynth_dagster.config.effect import values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.order import total_steps
 from diffsynth_dagster.errors import DamagedError, ParameterError
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.files import refusals, require_held
@@ -20,8 +21,11 @@ from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.setup import Work
 from diffsynth_dagster.training.state import Notes, WrittenState, read_state
 
-_BY_STEPS = ("num_epochs", "batch_size", "gradient_accumulation_steps")
-"""More epochs go on where fewer ended; the others are compared by the samples of each step."""
+_BY_STEPS = ("num_epochs", "max_train_steps", "batch_size", "gradient_accumulation_steps")
+"""A longer training goes on where a shorter one ended; the others are compared by the samples of each
+step."""
+_EPOCHS = "the number of epochs, on which the learning rate depends"
+"""In states of before; the number of steps is compared."""
 _SAME_COURSE = ("constant", "constant_with_warmup")
 """Courses of the learning rate that do not depend on how many steps there are."""
 _CARRIED = (
@@ -44,8 +48,6 @@ def identity_of(config: TrainingConfig, record: RunRecord) -> dict[str, Any]:
     values = values_that_affect(config, "weights", "rows", "latents", "training")
     held_out = record.held_out_digest
     values["mixed_precision"] = record.mixed_precision  # asked for by the launcher, where not here
-    if config.lr_scheduler not in _SAME_COURSE:
-        values["the number of epochs, on which the learning rate depends"] = config.num_epochs
     return {
         **{name: value for name, value in values.items() if name not in _BY_STEPS},
         "the samples": record.samples_digest,
@@ -90,7 +92,8 @@ def choose_state(
         except DamagedError as error:
             warn(f"{error.what}; where: {folder}; an older state is looked for")
             continue
-        names = differing(state.identity, identity_of(config, record))
+        known = {name: value for name, value in state.identity.items() if name != _EPOCHS}
+        names = differing(known, identity_of(config, record))
         names += _differing_steps(config, state, data)
         if not can_restore:
             names.append("DeepSpeed, which keeps the optimizer's state in parts")
@@ -132,9 +135,15 @@ def _differing_steps(config: TrainingConfig, state: Notes, data: StepDataset) ->
             "the samples of each step (batch_size, or gradient_accumulation_steps times the number "
             "of processes)"
         )
-    steps = data.order.steps_per_epoch * config.num_epochs
+    steps = total_steps(config, data.order.steps_per_epoch)
+    planned = state.record.get("total_steps", steps)
+    if config.lr_scheduler not in _SAME_COURSE and steps != planned:
+        names.append(
+            f"the number of steps, on which the learning rate depends ({steps}, and it was {planned})"
+        )
     if state.step > steps:
-        names.append(f"num_epochs ({state.step} steps are made, and it gives {steps})")
+        name = "num_epochs" if config.max_train_steps is None else "max_train_steps"
+        names.append(f"{name} ({state.step} steps are made, and it gives {steps})")
     return names
 
 

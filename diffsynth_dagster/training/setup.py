@@ -12,6 +12,7 @@ from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.order import total_steps
 from diffsynth_dagster.run.record import RunFile
 from diffsynth_dagster.run.reporting import Reporter
 from diffsynth_dagster.run.start import require_starts
@@ -114,8 +115,8 @@ def set_up(session: Session) -> Work:
     tables = [m.weight for m in step_module.modules() if isinstance(m, nn.Embedding)]
     optimizer = make_optimizer(config, groups, tables)
     samples, data = session.samples, session.data
-    total_steps = data.order.steps_per_epoch * config.num_epochs
-    schedule = make_schedule(config, optimizer, total_steps)
+    steps = total_steps(config, data.order.steps_per_epoch)
+    schedule = make_schedule(config, optimizer, steps)
     if parallel.synchronises_gradients and not config.find_unused_parameters:
         parallel.expect_gradients(step_module, _who_gets_gradients(session, step_module, data))
     refuse_average(config, parallel, optimizer)
@@ -133,7 +134,7 @@ def set_up(session: Session) -> Work:
         data,
         samples,
         losses,
-        total_steps,
+        steps,
         average,
     )
 

@@ -115,7 +115,7 @@ class States:
         self._thread.start()
 
     def finish(self) -> None:
-        """Keep the newest state alone: the training has ended, and more epochs may go on from there."""
+        """Keep the newest state alone: the training has ended, and a longer one may go on from there."""
         self.close()
         if self._writes and self._parallel.is_main_process:
             self._keep(1)
