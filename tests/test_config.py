@@ -276,7 +276,7 @@ def test_the_guides_command_prints_a_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([*GUIDE_COMMAND, "--dry_run"]) == 0
+    assert main([*GUIDE_COMMAND, "--dry_run", "--no_files"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["family"] == "qwen_image"
     assert plan["components"]["vae"].endswith("vae/diffusion_pytorch_model.safetensors")
@@ -300,9 +300,9 @@ def test_videos_are_trained_with_gradient_checkpointing(
     command = [word for word in GUIDE_COMMAND if word != "--use_gradient_checkpointing"]
     models = "Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*.safetensors"
     wan = [*command, "--model_id_with_origin_paths", models]
-    assert main([*wan, *flags, "--dry_run"]) == 0
+    assert main([*wan, *flags, "--dry_run", "--no_files"]) == 0
     assert json.loads(capsys.readouterr().out)["gradient_checkpointing"] is expected
-    assert main([*command, "--dry_run"]) == 0
+    assert main([*command, "--dry_run", "--no_files"]) == 0
     assert json.loads(capsys.readouterr().out)["gradient_checkpointing"] is False
 
 

@@ -82,7 +82,7 @@ def test_the_command_prints_a_plan(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code = main([*command(variant, kind), "--dry_run"])
+    code = main([*command(variant, kind), "--dry_run", "--no_files"])
     output = capsys.readouterr()
     assert code == 0, output.err
     plan = json.loads(output.out)
@@ -132,7 +132,7 @@ def test_each_half_of_a_split_command_prints_a_plan(
     if half == "train":
         at = words.index("--dataset_metadata_path")
         words = words[:at] + words[at + 2 :]
-    assert main([*words, "--task", f"sft:{half}", "--dry_run"]) == 0
+    assert main([*words, "--task", f"sft:{half}", "--dry_run", "--no_files"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["family"] == "ltx2"
     assert ("dit" in plan["components"]) == (half == "train")

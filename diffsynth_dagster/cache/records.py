@@ -161,7 +161,7 @@ def _fixed(texts: pl.Series, size: int) -> Any:
     return np.frombuffer(padded, dtype=f"S{size}")
 
 
-def buckets_of(manifest: Manifest) -> pl.DataFrame:
+def buckets_of(rows: pl.LazyFrame) -> pl.DataFrame:
     """The shapes of the samples in order of size: `_SHAPE`, `len` and number (`bucket`) of each."""
-    counted = manifest.rows.group_by(_SHAPE).len().collect(engine="streaming").sort(_SHAPE)
+    counted = rows.group_by(_SHAPE).len().collect(engine="streaming").sort(_SHAPE)
     return counted.with_row_index("bucket")

@@ -26,6 +26,22 @@ def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
     return config.max_train_steps or config.num_epochs * steps_per_epoch
 
 
+def order_of(config: TrainingConfig, sizes: Sequence[int], processes: int) -> "StepOrder":
+    """The order of a training.
+
+    Args:
+        sizes: number of samples of each bucket.
+        processes: of the whole job.
+    """
+    return StepOrder(
+        sizes,
+        config.dataset_repeat,
+        config.batch_size,
+        config.gradient_accumulation_steps * processes,
+        config.seed,
+    )
+
+
 @dataclass(frozen=True)
 class Visit:
     """One look at one sample. `visit` counts how often the sample was seen before."""
