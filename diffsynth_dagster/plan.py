@@ -1,4 +1,5 @@
-"""What a training would do, found out before a weight is loaded: the answer to `--dry_run`."""
+"""What a training would do, found out before a weight is loaded: the first half of the answer to
+`--dry_run`, and all of it with `--no_files`. (The other half is `training.dry_run`.)"""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,10 @@ from diffsynth_dagster.cache.manifest import FILE_NAME
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.entries import (
-    ModelEntry,
     float8_entries,
-    folder_entries,
     model_entries,
+    named_entries,
+    start_entries,
 )
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.particular import ParticularParameters
@@ -129,10 +130,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
         config = with_settled(config)
     if config.customized_dataset is not None:
         import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
-    starts = ("lora_checkpoint", "preset_lora_path", "resume_from_checkpoint")
-    given = {name: getattr(config, name) for name in starts}
-    entries = [ModelEntry(name, paths=(path,)) for name, path in given.items() if path is not None]
-    require_listed([*model_entries(config), *folder_entries(config), *entries])
+    require_listed([*named_entries(config), *start_entries(config)])
     family = guess_family(config)
     check_plan(config, family)
     refuse_overlap(config)

@@ -62,9 +62,7 @@ def plan_sample_rows(
     if config.sample_table is None:
         return None
     family = reduced(found.family)
-    files = found.family.file_inputs
-    trained = files[0] if files and files[0] not in family.inputs else None
-    table = check_sample_rows(config, family.columns, trained, fact_cache)
+    table = checked_sample_rows(config, found.family, fact_cache)
     if config.sample_cfg_scale > 1:
         table = replace(table, rows=_doubled(table.rows))
     table = write_checked(table, folder)
@@ -73,6 +71,15 @@ def plan_sample_rows(
     rows = _sample_rows(planned)
     count = len(rows) // 2 if config.sample_cfg_scale > 1 else len(rows)
     return SampleRows(rows[:count], rows[count:], digest_file(Path(config.sample_table)))
+
+
+def checked_sample_rows(
+    config: TrainingConfig, family: Family, fact_cache: FactCache
+) -> CheckedTable:
+    """The table that `sample_prompts` names, checked. Raises `MetadataError`: see `check_sample_rows`."""
+    columns, files = reduced(family).columns, family.file_inputs
+    trained = files[0] if files and files[0] not in columns.inputs else None
+    return check_sample_rows(config, columns, trained, fact_cache)
 
 
 def planned_sample_rows(folder: Path) -> SampleTable | None:

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from diffsynth_dagster.config.other_names import other_name
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
 from diffsynth_dagster.config.unsupported import family_with, refuse_unsupported
 from diffsynth_dagster.dotted import check_dotted
@@ -29,8 +30,8 @@ def as_key(name: str) -> str:
 
 
 def refuse_unknown(name: str, known: Mapping[str, Any], where: str, naming: Naming) -> None:
-    """Raise a `ParameterError` naming the nearest valid parameter, or the unsupported family that
-    has this one."""
+    """Raise a `ParameterError` naming what the parameter is here if it is another trainer's, or the nearest
+    valid one, or the unsupported family that has it."""
     family = family_with(name)
     if family is not None:
         raise ParameterError(
@@ -38,7 +39,7 @@ def refuse_unknown(name: str, known: Mapping[str, Any], where: str, naming: Nami
             where=where,
             do=f"leave {naming(name)} out",
         )
-    hint = nearest(name, known)
+    hint = other_name(name) or nearest(name, known)
     raise ParameterError(
         f"unknown parameter {naming(name)}" + (f"; {hint}" if hint else ""),
         where=where,

@@ -149,7 +149,6 @@ FAMILY = Family(
     variant=variant,
     checkpoints_gradients=True,
     decoder=("vae", "audio_vae", "vocoder"),
-    repositories=("Lightricks/LTX-2", "DiffSynth-Studio/LTX-2"),
     architecture="ltx-2",
     authors="https://github.com/Lightricks/LTX-2",
 )

@@ -77,7 +77,6 @@ FAMILY = Family(
     extra_inputs=(edit.COLUMN,),
     refusals=edit.REFUSALS,
     variant=edit.variant,
-    repositories=("Qwen/Qwen-Image", "FireRedTeam/FireRed-Image-Edit"),
     architecture="qwen-image",
     authors="https://github.com/QwenLM/Qwen-Image",
 )

@@ -128,7 +128,6 @@ FAMILY = Family(
         *controlnet.control_refusals(NAME, told_sizes=False),
     ),
     variant=variant,
-    repositories=(REPOSITORY,),
     architecture="stable-diffusion-v1",
     authors="https://github.com/Stability-AI/generative-models",
     scheduler_marks=diffusion.SCHEDULER_MARKS,

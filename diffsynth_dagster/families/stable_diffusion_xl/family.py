@@ -200,7 +200,6 @@ FAMILY = Family(
         *controlnet.control_refusals(NAME, told_sizes=True),
     ),
     variant=variant,
-    repositories=(REPOSITORY,),
     architecture="stable-diffusion-xl-v1-base",
     authors="https://github.com/Stability-AI/generative-models",
     scheduler_marks=diffusion.SCHEDULER_MARKS,

@@ -80,7 +80,6 @@ FAMILY = Family(
     refusals=variant.REFUSALS,
     variant=variant.variant,
     checkpoints_gradients=True,
-    repositories=("Wan-AI/Wan2", "PAI/Wan2", "krea/krea-realtime-video"),
     architecture="wan2.1",
     authors="https://github.com/Wan-Video/Wan2.1",
 )
