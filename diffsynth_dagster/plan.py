@@ -19,6 +19,7 @@ from diffsynth_dagster.data.table.check import check_columns
 from diffsynth_dagster.dotted import import_function
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.families.making import guidance_of
 from diffsynth_dagster.training.checkpoint import check_prefix
 from diffsynth_dagster.training.modules import lora_target_names
 from diffsynth_dagster.training.optimizer import OPTIMIZERS, check_optimizer
@@ -104,6 +105,13 @@ def check_particular(config: TrainingConfig, family: Family) -> None:
 
 
 def _check_samples(config: TrainingConfig, family: Family) -> None:
+    guided = guidance_of(config, family.sampling).is_on
+    if config.sample_negative_prompt is not None and not guided:
+        raise ParameterError(
+            "a negative prompt is what guidance leads away from, and samples are made without guidance",
+            where="sample_negative_prompt",
+            do="leave it out, or give a sample_cfg_scale above 1",
+        )
     if (config.sample_texts or config.customized_evaluation) and not family.samples_from_text:
         reads = (i for stage in family.sample_stages for i in stage.reads)
         needed = dict.fromkeys(i.column for i in reads if i.kind not in ("text", "sizes"))

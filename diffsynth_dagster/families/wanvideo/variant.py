@@ -9,7 +9,14 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import FrameRule, Geometry
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families.contract import Denoiser, Family, Output, Shapes, Stage
+from diffsynth_dagster.families.contract import (
+    Denoiser,
+    Family,
+    Output,
+    Sampling,
+    Shapes,
+    Stage,
+)
 from diffsynth_dagster.families.requirements import (
     MODEL_LIST,
     InputNamed,
@@ -192,14 +199,23 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
         shown = VACE_VIDEO if "vace_video" in extra else VIDEO
         output = (Output("vace", "condition"),)
         wanted.append(Stage("vace", (shown, *reference), ("vae",), output, stages.encode_control))
-    is_2_2 = "dit2" in given or (bool(dit) and _has_wide_latents(dit))
+    both = "dit2" in given
+    is_2_2 = both or (bool(dit) and _has_wide_latents(dit))
     return replace(
         family,
         architecture="wan2.2" if is_2_2 else family.architecture,
         stages=tuple(wanted),
         geometry=_geometry(family.geometry, config, vae),
-        denoisers=_experts(config, dit, given["dit2"]) if "dit2" in given else family.denoisers,
+        denoisers=_experts(config, dit, given["dit2"]) if both else family.denoisers,
+        sampling=_sampling_of_both(family.sampling, config) if both else family.sampling,
     )
+
+
+def _sampling_of_both(usual: Sampling, config: TrainingConfig) -> Sampling:
+    """With the guidance that is published for the experts of Wan2.2 A14B."""
+    if "input_image" in config.extra_inputs:
+        return replace(usual, cfg_scale=3.5)
+    return replace(usual, cfg_scales={"dit": 4.0, "dit2": 3.0})
 
 
 def _experts(config: TrainingConfig, high: Shapes, low: Shapes) -> tuple[Denoiser, ...]:
