@@ -120,3 +120,12 @@ def test_pictures_are_guided_where_nothing_is_said(values: Values, tmp_path: Pat
 def test_a_negative_prompt_without_guidance_is_refused(more: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         make_plan(config_of("Qwen/Qwen-Image:*", **{"sample_negative_prompt": "grey", **more}))
+
+
+@pytest.mark.parametrize("listed", [experts(T2V)[:1], experts(T2V)[1:], [f"{T2V}:transformer/*"]])
+def test_one_expert_alone_makes_no_samples(listed: list[str]) -> None:
+    with pytest.raises(UserError, match="A14B alone denoises in its own part") as refused:
+        make_plan(config_of(*listed))
+    assert "name the files of the other expert" in str(refused.value)
+    make_plan(config_of(*listed, sample_prompts=[]))
+    make_plan(config_of(*experts(T2V)))

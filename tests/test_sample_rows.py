@@ -169,7 +169,7 @@ def test_what_does_not_go_together_is_refused(place: Place, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    "place", [c for c in WAN if c.name == "wan22_i2v_low"], ids=["i2v"], indirect=True
+    "place", [c for c in WAN if c.name == "wan_i2v"], ids=["i2v"], indirect=True
 )
 def test_a_picture_is_the_first_frame_of_a_clip(place: Place, tmp_path: Path) -> None:
     """It stands still for as long as a sample is, as does a clip that is shorter."""

@@ -257,6 +257,8 @@ class Sampler:
             with torch.no_grad(), self._autocast():
                 clips = make_clips(self._family, loaded, request, self._stop_asked)
             yield from clips
+        # An expert that is not trained is not needed until the next samples.
+        self._models.free([name for name in denoisers if name not in live])
 
     def _batches(self, items: Sequence[_Item], encoded: Sequence[Tensors]) -> Iterator[list[int]]:
         """The places of items that are made together: neighbours with outputs of equal shapes."""

@@ -19,6 +19,7 @@ from diffsynth_dagster.families.contract import (
 )
 from diffsynth_dagster.families.requirements import (
     MODEL_LIST,
+    EntryNamed,
     InputNamed,
     ModelHas,
     ModelListed,
@@ -69,11 +70,23 @@ def _has_wide_latents(dit: Shapes) -> bool:
     return _channels(dit) == (WIDE_LATENTS, WIDE_LATENTS)
 
 
+def _is_frame_expert(dit: Shapes) -> bool:
+    """Whether it is an expert of I2V A14B: all others with 16 channels that read frames read CLIP's
+    features too."""
+    is_wide = _channels(dit)[1] == WIDE_LATENTS
+    return _reads_frames(dit) and not is_wide and not _reads_features(dit)
+
+
 _reads_features, _has_vace = has_start(_EMBEDDER), has_start("vace_blocks.")
 _FIRST, _LAST = InputNamed("input_image"), InputNamed("end_image")
 _VACE_INPUTS = (InputNamed("vace_video"), InputNamed("vace_reference_image"))
 _FRAMES, _WIDE = ModelHas("dit", _reads_frames), ModelHas("dit", _has_wide_latents)
 _VACE, _SECOND = ModelHas("dit", _has_vace), ModelListed("dit2")
+_EXPERT = (
+    EntryNamed(r"high_noise|low_noise|transformer_2|A14B.*[:/]transformer/"),
+    ModelHas("dit", _is_frame_expert),
+)
+_SAMPLES = ("sample_prompts", "customized_evaluation")
 
 REFUSALS = (
     column_needs("end_image", "input_image"),
@@ -113,6 +126,20 @@ REFUSALS = (
         "name the files of one of them",
         when=(_VACE, _SECOND),
         where=MODEL_LIST,
+    ),
+    *(
+        Refusal(
+            "one expert of Wan2.2 A14B alone denoises in its own part of the schedule only, and samples "
+            "need all of it",
+            "name the files of the other expert in the model list too, which is not trained then and "
+            f"loaded for samples (that of low noise is called dit2 beside the other); or leave {samples} "
+            "out",
+            when=(ParameterSet(samples), expert),
+            unless=(_SECOND,),
+            where=samples,
+        )
+        for samples in _SAMPLES
+        for expert in _EXPERT
     ),
     *(
         Refusal(

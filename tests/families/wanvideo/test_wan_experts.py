@@ -236,7 +236,14 @@ def test_samples_are_made_while_both_take_turns(values: dict[str, Any], tmp_path
     more = {"sample_prompts": ["a clip"], "sample_num_inference_steps": 4, "num_epochs": 1}
     code, run = train({**values, **more, "offload_idle_denoiser": True}, tmp_path / "run")
     assert code == 0
-    assert (run / "samples" / "step-0.png").is_file()
+    before = (run / "samples" / "step-0.png").read_bytes()
+    # One that is trained alone makes samples with the other, of which it changes nothing.
+    code, one = train({**values, **more, "lora_base_model": "dit2"}, tmp_path / "one")
+    assert code == 0
+    assert (one / "samples" / "step-0.png").read_bytes() == before
+    record = read_record(one)
+    assert record is not None
+    assert (record.trained, list(record.checkpoints)) == (["dit2"], ["epoch-0.safetensors"])
 
 
 def test_direct_distillation_of_experts_is_refused(values: dict[str, Any]) -> None:
