@@ -105,13 +105,6 @@ def check_particular(config: TrainingConfig, family: Family) -> None:
 
 
 def _check_samples(config: TrainingConfig, family: Family) -> None:
-    guided = guidance_of(config, family.sampling).is_on
-    if config.sample_negative_prompt is not None and not guided:
-        raise ParameterError(
-            "a negative prompt is what guidance leads away from, and samples are made without guidance",
-            where="sample_negative_prompt",
-            do="leave it out, or give a sample_cfg_scale above 1",
-        )
     if (config.sample_texts or config.customized_evaluation) and not family.samples_from_text:
         reads = (i for stage in family.sample_stages for i in stage.reads)
         needed = dict.fromkeys(i.column for i in reads if i.kind not in ("text", "sizes"))
@@ -122,6 +115,13 @@ def _check_samples(config: TrainingConfig, family: Family) -> None:
             do=f"give a table with the columns prompt, {listed} as sample_prompts"
             if config.sample_texts
             else "leave it out",
+        )
+    guided = guidance_of(config, family.sampling).is_on
+    if config.sample_negative_prompt is not None and not guided:
+        raise ParameterError(
+            "a negative prompt is what guidance leads away from, and samples are made without guidance",
+            where="sample_negative_prompt",
+            do="leave it out, or give a sample_cfg_scale above 1",
         )
 
 
