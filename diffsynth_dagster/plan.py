@@ -20,6 +20,7 @@ from diffsynth_dagster.data.table.check import check_columns
 from diffsynth_dagster.dotted import import_function
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.families.making import guidance_of
 from diffsynth_dagster.training.checkpoint import check_prefix
 from diffsynth_dagster.training.modules import lora_target_names
 from diffsynth_dagster.training.optimizer import OPTIMIZERS, check_optimizer
@@ -115,6 +116,13 @@ def _check_samples(config: TrainingConfig, family: Family) -> None:
             do=f"give a table with the columns prompt, {listed} as sample_prompts"
             if config.sample_texts
             else "leave it out",
+        )
+    guided = guidance_of(config, family.sampling).is_on
+    if config.sample_negative_prompt is not None and not guided:
+        raise ParameterError(
+            "a negative prompt is what guidance leads away from, and samples are made without guidance",
+            where="sample_negative_prompt",
+            do="leave it out, or give a sample_cfg_scale above 1",
         )
 
 

@@ -205,8 +205,7 @@ def test_wrong_flags_are_refused_with_one_message(change: dict[str, Any], messag
 def test_names_of_other_trainers_lead_to_parameters() -> None:
     known = {*TrainingConfig.model_fields, *RecipeOptions.model_fields}
     named = {name for here in OTHER_NAMES.values() for name in re.findall(r"`(\w+)`", here)}
-    # Made on other branches of issue 29: goes with them.
-    assert named - known <= {"sample_negative_prompt"}
+    assert named <= known
     assert not known & OTHER_NAMES.keys()
     for name, here in OTHER_NAMES.items():
         with pytest.raises(ParameterError) as error:

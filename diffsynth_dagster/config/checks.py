@@ -238,6 +238,12 @@ def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
             "direct distillation, which samples over the whole schedule",
             "leave them out",
         )
+    samples = config.sample_prompts or config.customized_evaluation
+    if config.sample_negative_prompt is not None and not samples:
+        raise refuse(
+            f"{n('sample_negative_prompt')} is given, and no samples are made",
+            f"give {n('sample_prompts')}, or leave it out",
+        )
     if config.use_gradient_checkpointing_offload and config.use_gradient_checkpointing is False:
         raise refuse(
             f"{n('use_gradient_checkpointing_offload')} is gradient checkpointing, which "

@@ -146,7 +146,7 @@ def _encoded_rows(config: TrainingConfig) -> _Rows:
     for each in [manifest] if held_out is None else [manifest, held_out]:
         require_encoded_as(config, guess_family(config), each)
         require_stored(each)
-    require_sample_rows(config, manifest)
+    require_sample_rows(config, guess_family(config), manifest)
     apart = rows_apart(config, manifest.rows, None if held_out is None else held_out.rows)
     return _Rows({"encoded": str(manifest.folder)}, *apart)
 

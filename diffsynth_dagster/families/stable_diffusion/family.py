@@ -106,7 +106,7 @@ FAMILY = Family(
     denoise=denoise,
     path=diffusion.path,
     geometry=Geometry(side_factor=32, sample_size=(512, 512)),
-    sampling=Sampling(image_shapes, diffusion.solver, decode_images),
+    sampling=Sampling(image_shapes, diffusion.solver, decode_images, cfg_scale=7.5),
     denoise_uses=("controlnet",),
     parameters=("tokenizer_path", "align_to_opensource_format", PARAMETER, *diffusion.PARAMETERS),
     extra_inputs=(controlnet.COLUMN,),

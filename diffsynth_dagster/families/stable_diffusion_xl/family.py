@@ -178,7 +178,14 @@ FAMILY = Family(
     denoise=denoise,
     path=diffusion.path,
     geometry=Geometry(side_factor=32),
-    sampling=Sampling(image_shapes, diffusion.solver, decode, unprompted=unprompted),
+    sampling=Sampling(
+        image_shapes,
+        diffusion.solver,
+        decode,
+        unprompted=unprompted,
+        cfg_scale=5.0,
+        distilled=("sdxl-turbo", "sd_xl_turbo", "sdxl-lightning", "sdxl_lightning"),
+    ),
     denoise_uses=("controlnet",),
     parameters=(
         "tokenizer_path",
