@@ -129,3 +129,23 @@ def test_one_expert_alone_makes_no_samples(listed: list[str]) -> None:
     assert "name the files of the other expert" in str(refused.value)
     make_plan(config_of(*listed, sample_prompts=[]))
     make_plan(config_of(*experts(T2V)))
+
+
+@pytest.mark.parametrize(
+    ("listed", "do"),
+    [
+        ("PAI/Wan2.2-VACE-Fun-A14B:high_noise_model/*", "leave sample_prompts out"),
+        (f"{T2V}:Wan2_2-T2V-A14B_HIGH_fp8.safetensors", "name the files of the other expert"),
+    ],
+)
+def test_an_expert_is_told_by_its_name(listed: str, do: str) -> None:
+    with pytest.raises(UserError, match="A14B alone denoises in its own part") as refused:
+        make_plan(config_of(listed))
+    assert do in str(refused.value)
+    assert ("other expert" in str(refused.value)) == ("other expert" in do)
+
+
+def test_a_distilled_lora_that_is_fused_in_needs_no_guidance() -> None:
+    path = "loras/Qwen-Image-Lightning-8steps-V2.0.safetensors"
+    config = config_of("Qwen/Qwen-Image:*", preset_lora_path=path)
+    assert not guidance(config).is_on

@@ -93,7 +93,11 @@ def choose_state(
             warn(f"{error.what}; where: {folder}; an older state is looked for")
             continue
         known = {name: value for name, value in state.identity.items() if name != _EPOCHS}
-        names = differing(known, identity_of(config, record))
+        now = identity_of(config, record)
+        if config.sample_cfg_scale is None and known.get("sample_cfg_scale") == 1.0:
+            # What was left out meant none before; samples are guided from here on, and no step changes.
+            known["sample_cfg_scale"] = now["sample_cfg_scale"]
+        names = differing(known, now)
         names += _differing_steps(config, state, data)
         if not can_restore:
             names.append("DeepSpeed, which keeps the optimizer's state in parts")
