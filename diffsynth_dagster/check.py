@@ -1,7 +1,7 @@
 """`python -m diffsynth_dagster.check [FOLDER]`: check all recipes of a folder, as a step of CI.
 
 It looks at what needs no file of the models and no data: what the code location refuses, and what
-`--dry_run` does. Exit code 0 if all recipes can be used, 1 if one cannot, 2 without a folder.
+`--dry_run --no_files` does. Exit code 0 if all recipes can be used, 1 if one cannot, 2 without a folder.
 """
 
 import argparse

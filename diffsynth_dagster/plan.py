@@ -1,4 +1,5 @@
-"""What a training would do, found out before a weight is loaded: the answer to `--dry_run`."""
+"""What a training would do, found out before a weight is loaded: the first half of the answer to
+`--dry_run`, and all of it with `--no_files`. (The other half is `training.dry_run`.)"""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,10 @@ from diffsynth_dagster.cache.manifest import FILE_NAME
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.entries import (
-    ModelEntry,
     float8_entries,
-    folder_entries,
     model_entries,
+    named_entries,
+    start_entries,
 )
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.particular import ParticularParameters
@@ -19,6 +20,7 @@ from diffsynth_dagster.data.table.check import check_columns
 from diffsynth_dagster.dotted import import_function
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.families.making import guidance_of
 from diffsynth_dagster.training.checkpoint import check_prefix
 from diffsynth_dagster.training.modules import lora_target_names
 from diffsynth_dagster.training.optimizer import OPTIMIZERS, check_optimizer
@@ -115,6 +117,13 @@ def _check_samples(config: TrainingConfig, family: Family) -> None:
             if config.sample_texts
             else "leave it out",
         )
+    guided = guidance_of(config, family.sampling).is_on
+    if config.sample_negative_prompt is not None and not guided:
+        raise ParameterError(
+            "a negative prompt is what guidance leads away from, and samples are made without guidance",
+            where="sample_negative_prompt",
+            do="leave it out, or give a sample_cfg_scale above 1",
+        )
 
 
 def make_plan(config: TrainingConfig) -> dict[str, Any]:
@@ -129,10 +138,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
         config = with_settled(config)
     if config.customized_dataset is not None:
         import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
-    starts = ("lora_checkpoint", "preset_lora_path", "resume_from_checkpoint")
-    given = {name: getattr(config, name) for name in starts}
-    entries = [ModelEntry(name, paths=(path,)) for name, path in given.items() if path is not None]
-    require_listed([*model_entries(config), *folder_entries(config), *entries])
+    require_listed([*named_entries(config), *start_entries(config)])
     family = guess_family(config)
     check_plan(config, family)
     refuse_overlap(config)

@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 a mistake in the input (one message, no traceback), 130 st
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -14,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffsynth_dagster.config.flags import read_arguments
+from diffsynth_dagster.config.flags import Arguments, read_arguments
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError, Stopped, UserError
 from diffsynth_dagster.run.failure import process_number, recognised
@@ -196,6 +197,23 @@ def export(config: TrainingConfig, record: "RunRecord", found: "FoundModel") -> 
         print(f"exported {item.path.absolute()}\n  {how_to_load(item, found.family)}", flush=True)
 
 
+def dry_run(arguments: Arguments) -> None:
+    """Print as JSON what a training would do, and its warnings on standard error; see `make_plan` and
+    `look_at_files`, also for what is raised."""
+    from diffsynth_dagster.plan import make_plan
+
+    plan = make_plan(arguments.config)
+    if not arguments.no_files:
+        from diffsynth_dagster.training.dry_run import look_at_files
+
+        processes = int(os.environ.get("WORLD_SIZE") or arguments.num_processes or 1)
+        looked = look_at_files(arguments.config, processes)
+        plan |= looked.values
+        for text in looked.warnings:
+            print(f"warning: {text}", file=sys.stderr)
+    print(json.dumps(plan, indent=2))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     with FailureGuard(failure_reporter()) as guard:
@@ -205,9 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             refuse_own_recipe(arguments.config, arguments.recipe)
         if arguments.dry_run:
-            from diffsynth_dagster.plan import make_plan
-
-            print(json.dumps(make_plan(arguments.config), indent=2))
+            if process_number() == 0:
+                dry_run(arguments)
             return 0
         with StopSignal() as stop_asked:
             try:

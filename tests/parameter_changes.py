@@ -176,6 +176,7 @@ BEFORE: dict[str, Change] = {
     "keep_tags": {"shuffle_tags": True},
     "tag_orders": {"shuffle_tags": True},
     "sample_steps": {"sample_prompts": ["a cat"]},
+    "sample_negative_prompt": {"sample_prompts": ["a cat"]},
 }
 """Parameter → what a config has before its value is changed."""
 ALTERNATIVES: dict[str, Change] = {
@@ -292,6 +293,7 @@ ALTERNATIVES: dict[str, Change] = {
     "sample_num_inference_steps": {"sample_num_inference_steps": 1},
     "sample_steps": {"sample_steps": 1, "sample_prompts": ["a cat"]},
     "sample_cfg_scale": {"sample_cfg_scale": 2.0},
+    "sample_negative_prompt": {"sample_prompts": ["a cat"], "sample_negative_prompt": ""},
     "customized_evaluation": {"customized_evaluation": "parameter_changes.unchanged"},
     # planned: any other value is refused
     "audio_processor_path": {"audio_processor_path": "a"},
@@ -332,7 +334,7 @@ BY_VALUE = [n for n, mark in MARKS.items() if not mark.by_content and not mark.p
 BY_CONTENT = [n for n, mark in MARKS.items() if mark.by_content and not mark.planned]
 IMAGES = dict.fromkeys(("num_frames", "frame_rate"), "is trained on images")
 NO_SAMPLES = dict.fromkeys(
-    ("sample_prompts", "sample_steps", "customized_evaluation"),
+    ("sample_prompts", "sample_steps", "sample_negative_prompt", "customized_evaluation"),
     "a prompt alone makes no sample here",
 )
 NO_EDIT = dict.fromkeys(
@@ -342,7 +344,12 @@ ALONE = {"offload_idle_denoiser": "no denoiser is ever idle"}
 REFUSED: dict[str, dict[str, str]] = {
     "qwen_image": {**ALONE, **IMAGES, **NO_EDIT, "extra_inputs": "not clear which release"},
     "qwen_image_edit": {**ALONE, **IMAGES, **NO_SAMPLES},
-    "flux": {**ALONE, **IMAGES, "extra_inputs": "reads files from the column"},
+    "flux": {
+        **ALONE,
+        **IMAGES,
+        "extra_inputs": "reads files from the column",
+        "sample_negative_prompt": "without guidance",
+    },
     "flux_kontext": {**ALONE, **IMAGES, **NO_SAMPLES},
     "sd15": {
         **ALONE,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from diffsynth_dagster.config import TrainingConfig, find_recipes, read_config, read_recipe
 from diffsynth_dagster.config.flags import parser, read_arguments
-from diffsynth_dagster.config.recipe import dump_config
+from diffsynth_dagster.config.other_names import OTHER_NAMES
+from diffsynth_dagster.config.recipe import RecipeOptions, dump_config
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.train import main
 from diffsynth_dagster.training.join import precision
@@ -175,6 +177,7 @@ def test_a_written_config_reads_back(values: dict[str, Any]) -> None:
     ("change", "message"),
     [
         ({"lora_rnk": 3}, "unknown parameter --lora_rnk; did you mean 'lora_rank'?"),
+        ({"network_dim": 3}, "unknown parameter --network_dim; network_dim is lora_rank here"),
         ({"lora_rank": 0}, "--lora_rank = '0': input should be greater than or equal to 1"),
         ({"lora_rank": "many"}, "--lora_rank = 'many'"),
         ({"task": "sftt"}, "--task = 'sftt'"),
@@ -197,6 +200,26 @@ def test_a_written_config_reads_back(values: dict[str, Any]) -> None:
 def test_wrong_flags_are_refused_with_one_message(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         read_arguments(as_argv({**BASE, **change}))
+
+
+def test_names_of_other_trainers_lead_to_parameters() -> None:
+    known = {*TrainingConfig.model_fields, *RecipeOptions.model_fields}
+    named = {name for here in OTHER_NAMES.values() for name in re.findall(r"`(\w+)`", here)}
+    assert named <= known
+    assert not known & OTHER_NAMES.keys()
+    for name, here in OTHER_NAMES.items():
+        with pytest.raises(ParameterError) as error:
+            read_config({**BASE, name: 1}, "test")
+        assert f"{name} is {here.replace('`', '')} here" in error.value.what
+
+
+def test_a_recipe_with_the_name_of_another_trainer_is_told_its_own(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**BASE, "Resolution": 1024}))
+    with pytest.raises(
+        ParameterError, match=r"Resolution is max_pixels .*, or height and width here"
+    ):
+        read_recipe(recipe)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +298,7 @@ def test_the_guides_command_prints_a_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([*GUIDE_COMMAND, "--dry_run"]) == 0
+    assert main([*GUIDE_COMMAND, "--dry_run", "--no_files"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["family"] == "qwen_image"
     assert plan["components"]["vae"].endswith("vae/diffusion_pytorch_model.safetensors")
@@ -299,9 +322,9 @@ def test_videos_are_trained_with_gradient_checkpointing(
     command = [word for word in GUIDE_COMMAND if word != "--use_gradient_checkpointing"]
     models = "Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*.safetensors"
     wan = [*command, "--model_id_with_origin_paths", models]
-    assert main([*wan, *flags, "--dry_run"]) == 0
+    assert main([*wan, *flags, "--dry_run", "--no_files"]) == 0
     assert json.loads(capsys.readouterr().out)["gradient_checkpointing"] is expected
-    assert main([*command, "--dry_run"]) == 0
+    assert main([*command, "--dry_run", "--no_files"]) == 0
     assert json.loads(capsys.readouterr().out)["gradient_checkpointing"] is False
 
 
@@ -331,7 +354,7 @@ def test_a_gpu_computes_in_bf16_unless_told_otherwise(
 
 
 def test_the_stage_rule_decides_what_is_cached(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [*GUIDE_COMMAND, "--trainable_models", "text_encoder", "--dry_run"]
+    argv = [*GUIDE_COMMAND, "--trainable_models", "text_encoder", "--dry_run", "--no_files"]
     assert main(argv) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["stages"] == {"cached": ["image"], "in_step": ["prompt"]}

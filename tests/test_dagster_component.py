@@ -176,7 +176,7 @@ def test_mistakes_of_a_component_are_named(tmp_path: Path) -> None:
 
 
 def test_recipes_are_checked_for_ci(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the code location refuses, and what `--dry_run` does; without a file of the models."""
+    """What the code location refuses, and what `--dry_run --no_files` does; without a file of the models."""
     write_recipe(tmp_path, "sound", recipe())
     assert check([str(tmp_path)]) == 0
     assert "1 of 1 recipes" in capsys.readouterr().out

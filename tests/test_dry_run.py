@@ -66,7 +66,8 @@ def test_a_tokenizer_that_is_not_there_is_named(
 
 def test_a_plan_for_another_machine_needs_no_file(values: Values, tmp_path: Path) -> None:
     given = values(model_paths=[GONE, "/nowhere/vae/*.safetensors"], tokenizer_path="/nowhere/t")
-    assert train(given, tmp_path / "run", "--dry_run")[0] == 0
+    given |= {"dataset_base_path": "/nowhere", "dataset_metadata_path": "/nowhere/metadata.csv"}
+    assert train(given, tmp_path / "run", "--dry_run", "--no_files")[0] == 0
 
 
 def test_a_plan_with_all_files_is_made(values: Values, tmp_path: Path) -> None:

@@ -4,18 +4,22 @@ And each template in recipes/examples/ asks for the same as its command line, bu
 """
 
 import json
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import ROOT
 from guide_variants import FULL, FULL_LORA, VARIANTS, Variant
 
+from diffsynth_dagster import families
 from diffsynth_dagster.config import read_recipe, unsupported
 from diffsynth_dagster.config.flags import read_arguments
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families import each_family, family_names
+from diffsynth_dagster.families import family_names, repositories_of
 from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.train import main
+from diffsynth_dagster.weights.identify import guess_family
 
 
 def command(variant: Variant, kind: str) -> list[str]:
@@ -62,6 +66,20 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.template)
+def test_the_family_alone_is_imported(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+
+    def note(name: str) -> ModuleType:
+        imported.append(name)
+        return import_module(name)
+
+    monkeypatch.setattr(families, "import_module", note)
+    config = read_arguments(command(variant, "lora")).config
+    family = guess_family(config)
+    assert set(imported) == {f"diffsynth_dagster.families.{family.name}.family"}
+
+
 @pytest.mark.parametrize(("variant", "kind"), COMMANDS)
 def test_the_command_prints_a_plan(
     variant: Variant,
@@ -71,7 +89,7 @@ def test_the_command_prints_a_plan(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code = main([*command(variant, kind), "--dry_run"])
+    code = main([*command(variant, kind), "--dry_run", "--no_files"])
     output = capsys.readouterr()
     assert code == 0, output.err
     plan = json.loads(output.out)
@@ -123,7 +141,7 @@ def test_each_half_of_a_split_command_prints_a_plan(
     if half == "train":
         at = words.index("--dataset_metadata_path")
         words = words[:at] + words[at + 2 :]
-    assert main([*words, "--task", f"sft:{half}", "--dry_run"]) == 0
+    assert main([*words, "--task", f"sft:{half}", "--dry_run", "--no_files"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["family"] == "ltx2"
     assert ("dit" in plan["components"]) == (half == "train")
@@ -266,9 +284,9 @@ def test_a_flag_of_an_unsupported_family_is_not_taken_for_a_slip(
 
 def test_no_supported_family_or_repository_counts_as_unsupported() -> None:
     assert not set(unsupported.FAMILIES) & set(family_names())
-    for family in each_family():
-        for component in family.repositories:
-            models = {"model_id_with_origin_paths": f"{component}:a.safetensors"}
+    for family in family_names():
+        for start in repositories_of(family):
+            models = {"model_id_with_origin_paths": f"{start}:a.safetensors"}
             unsupported.refuse_unsupported(models, "here")
 
 

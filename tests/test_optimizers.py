@@ -237,7 +237,7 @@ def test_a_plan_names_the_optimizer(name: str, capsys: pytest.CaptureFixture[str
         for key, value in TABLE[name].items()
         if key != "lr_scheduler"
     ]
-    assert main([*GUIDE_COMMAND, "--optimizer", name, *given, "--dry_run"]) == 0
+    assert main([*GUIDE_COMMAND, "--optimizer", name, *given, "--dry_run", "--no_files"]) == 0
     assert json.loads(capsys.readouterr().out)["optimizer"] == OPTIMIZERS[name].path
 
 

@@ -151,12 +151,17 @@ def test_what_does_not_go_together_is_refused(place: Place, tmp_path: Path, caps
     missing = given(place, tmp_path / "no.csv")
     assert train(missing, tmp_path / "missing")[0] == 2
     assert f"sample_prompts = {tmp_path / 'no.csv'}" in capsys.readouterr().err
-    assert train(given(place, samples, task="sft:data_process"), tmp_path / "split")[0] == 0
-    guided = given(place, samples, task="sft:train", sample_cfg_scale=2.0)
+    first = given(place, samples, task="sft:data_process", sample_cfg_scale=1.0)
+    assert train(first, tmp_path / "split")[0] == 0
+    guided = given(place, samples, task="sft:train")
     base = {"dataset_base_path": str(tmp_path / "split"), "dataset_metadata_path": None}
     second = {k: v for k, v in {**guided, **base}.items() if v is not None}
     assert train(second, tmp_path / "second")[0] == 2
     assert "encoded for samples without guidance" in capsys.readouterr().err
+    del first["sample_cfg_scale"]
+    assert train({**first, "sample_negative_prompt": "grey"}, tmp_path / "split")[0] == 0
+    assert train(second, tmp_path / "second")[0] == 2
+    assert "encoded for samples with another negative prompt" in capsys.readouterr().err
     samples.write_text(samples.read_text() + " ")
     second["sample_cfg_scale"] = 1.0
     assert train(second, tmp_path / "second")[0] == 2
@@ -164,7 +169,7 @@ def test_what_does_not_go_together_is_refused(place: Place, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    "place", [c for c in WAN if c.name == "wan22_i2v_low"], ids=["i2v"], indirect=True
+    "place", [c for c in WAN if c.name == "wan_i2v"], ids=["i2v"], indirect=True
 )
 def test_a_picture_is_the_first_frame_of_a_clip(place: Place, tmp_path: Path) -> None:
     """It stands still for as long as a sample is, as does a clip that is shorter."""

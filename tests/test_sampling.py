@@ -27,6 +27,7 @@ from test_family_samples import alone, pixels, write_table
 from transformers import CLIPVisionModel
 
 from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.families import find_family
 from diffsynth_dagster.objective.noise import generator
 from diffsynth_dagster.training.sampling import Sampler
 from diffsynth_dagster.weights.identify import find_model
@@ -83,7 +84,8 @@ def of_wan(
     pipeline: Any = kind(**parts)
     evenly(pipeline)
     size = {"height": side, "width": side, "num_frames": wan.FRAMES, "output_type": "pil"}
-    call = {"negative_prompt": "", "guidance_scale": SCALE, **size, **given}
+    negative = find_family("wanvideo").sampling.negative_prompt
+    call = {"negative_prompt": negative, "guidance_scale": SCALE, **size, **given}
     return pipeline(**common(row), **call).frames[0]
 
 
@@ -96,7 +98,7 @@ def of_ltx(folder: Path, row: Mapping[str, Any], kind: Any) -> list[Image.Image]
     return pipeline(
         **common(row),
         **given,
-        negative_prompt="",
+        negative_prompt=find_family("ltx2").sampling.negative_prompt,
         height=ltx2.SIDE,
         width=ltx2.SIDE,
         num_frames=ltx2.FRAMES,

@@ -1,16 +1,22 @@
 """The templates in recipes/examples/ train well: length, clipping, samples, the rate of clips, sizes."""
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, write_images
+from media_support import write_clip
 
 from diffsynth_dagster.config import TrainingConfig, read_recipe
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.plan import check_plan, make_plan
+from diffsynth_dagster.training.dry_run import look_at_files
 from diffsynth_dagster.weights.identify import guess_family
 
 TEMPLATES = sorted((ROOT / "recipes" / "examples").rglob("*.yaml"))
@@ -83,3 +89,56 @@ def test_each_choice_has_a_comment_above_it() -> None:
         for above, line in pairwise(lines):
             name = line.partition(":")[0]
             assert name not in CHOICES or above.startswith("# "), (path, name)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture, a clip of five seconds and its sound, for tables of any template."""
+    folder = tmp_path_factory.mktemp("data")
+    write_images(folder / "pictures", 1, [(96, 80)])
+    noise = np.random.default_rng(0).integers(-9000, 9000, (2, 44100 * 6), dtype=np.int16)
+    write_clip(folder / "clip.mp4", 130, 24, noise)
+    return folder
+
+
+NUMBERS = {"frame_rate": 24, "in_context_downsample_factor": 2, "num_inference_steps": 4}
+FILES = {"video": "clip.mp4", "audio": "clip.mp4"}
+
+
+def value_of(item: Input) -> str | int:
+    """A cell of a column."""
+    if item.is_file:
+        return FILES.get(item.kind, "pictures/0.png")
+    if item.kind == "number":
+        return NUMBERS.get(item.column, 1)
+    return "canny" if item.pattern else "a caption"
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_the_dry_run_of_a_template_says_steps_and_visits(
+    path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of twelve rows with the columns that its first lines name. No model is there."""
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
+    config, family = read(path)
+    rows = [{i.column: value_of(i) for i in family.columns.named}] * 12
+    table = tmp_path / "metadata.json"
+    table.write_text(json.dumps(rows))
+    own = {
+        "dataset_base_path": str(data),
+        "dataset_metadata_path": str(table),
+        "output_path": str(tmp_path / "run"),
+        "cache_path": str(data / "cache"),
+    }
+    config = config.model_copy(update=own)
+    if config.model_paths:  # a file that is the user's to name
+        with pytest.raises(WeightsError, match="the model file does not exist"):
+            look_at_files(config, 1)
+        return
+    said = look_at_files(config, 1).values
+    assert said["models"].startswith("not all are there")
+    assert said["data"]["rows"] == {"ok": 12}
+    course = said["course"]
+    assert course["steps"] == 2000
+    assert course["visits_of_a_sample"] == round(2000 / 12, 2)
+    assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
@@ -18,7 +19,19 @@ def require_encoded_for(
     Raises:
         ParameterError: it was.
     """
-    family = found.family
+    require_encoded_as(config, found.family, manifest)
+    for name, digest in manifest.weights.items():
+        named = found.components.get(name)
+        if named is not None and component_digest(found, name, fact_cache) != digest:
+            raise _refuse(
+                config,
+                f"the data set was encoded with another '{name}' than {named.entry.text}",
+                "name the one that it was encoded with, or none",
+            )
+
+
+def require_encoded_as(config: TrainingConfig, family: Family, manifest: Manifest) -> None:
+    """Refuse a data set that was encoded for another family, variant or task. Raises `ParameterError`."""
     if manifest.family != family.name:
         raise _refuse(
             config,
@@ -45,14 +58,6 @@ def require_encoded_for(
             f"the data set was encoded without what this training reads: {', '.join(lacks)}",
             "give both halves of split training the same models, columns and trained modules",
         )
-    for name, digest in manifest.weights.items():
-        named = found.components.get(name)
-        if named is not None and component_digest(found, name, fact_cache) != digest:
-            raise _refuse(
-                config,
-                f"the data set was encoded with another '{name}' than {named.entry.text}",
-                "name the one that it was encoded with, or none",
-            )
 
 
 def require_planned_weights(found: FoundModel, manifest: Manifest, fact_cache: FactCache) -> None:

@@ -132,13 +132,13 @@ def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
     held_out = held_out_manifest(config, manifest)
     trained = manifest
     if held_out is not None:
-        _require_apart(manifest, held_out, config)
+        _require_apart(manifest.rows, held_out.rows, config)
     else:
-        last = last_held_out(config, manifest)
+        last = last_held_out(config, manifest.rows)
         is_held_out = pl.col(CONTENT_NUMBER) <= last
         held_out = _part(manifest, is_held_out, folder / ".held_out.parquet")
         trained = _part(manifest, ~is_held_out, folder / ".trained.parquet")
-        _require_some(config, held_out, trained)
+        _require_some(config, held_out.samples, trained.samples)
     count = min(held_out.samples, trained.samples)
     numbers = trained.rows.select(pl.col(CONTENT_NUMBER).bottom_k(count).max())
     last = numbers.collect(engine="streaming").item()
@@ -146,14 +146,37 @@ def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
     return Parts(trained, held_out, compared)
 
 
-def last_held_out(config: TrainingConfig, manifest: Manifest) -> int:
+def rows_apart(
+    config: TrainingConfig, rows: pl.LazyFrame, held_out: pl.LazyFrame | None
+) -> tuple[pl.LazyFrame, pl.LazyFrame | None]:
+    """The rows that are trained on, and those that are held out, if there are any. Nothing is written.
+
+    Args:
+        rows: of the data set, with their `CONTENT_NUMBER`.
+        held_out: the same of the data set that is held out as a table of its own.
+
+    Raises:
+        ParameterError, MetadataError: see `parts_of`.
+    """
+    if held_out is not None:
+        _require_apart(rows, held_out, config)
+    if held_out is not None or not config.holds_out:
+        return rows, held_out
+    is_held_out = pl.col(CONTENT_NUMBER) <= last_held_out(config, rows)
+    held_out, trained = rows.filter(is_held_out), rows.filter(~is_held_out)
+    counts = [part.select(pl.len()).collect().item() for part in (held_out, trained)]
+    _require_some(config, *counts)
+    return trained, held_out
+
+
+def last_held_out(config: TrainingConfig, rows: pl.LazyFrame) -> int:
     """The greatest `CONTENT_NUMBER` of a sample that `validation_split` holds out. Equal contents go
     together."""
     split = config.validation_split
     assert split is not None
     if split < 1:
         return min(int(split * _NUMBERS), _NUMBERS - 1)
-    numbers = manifest.rows.select(pl.col(CONTENT_NUMBER).bottom_k(int(split)).max())
+    numbers = rows.select(pl.col(CONTENT_NUMBER).bottom_k(int(split)).max())
     return numbers.collect(engine="streaming").item()
 
 
@@ -165,12 +188,12 @@ def _part(manifest: Manifest, chosen: pl.Expr, path: Path) -> Manifest:
     return replace(manifest, path=path, samples=count)
 
 
-def _require_some(config: TrainingConfig, held_out: Manifest, trained: Manifest) -> None:
-    """Refuse a split that leaves nothing on one side. Raises `ParameterError`."""
-    if held_out.samples and trained.samples:
+def _require_some(config: TrainingConfig, held_out: int, trained: int) -> None:
+    """Refuse a split that leaves no sample on one side. Raises `ParameterError`."""
+    if held_out and trained:
         return
-    whole = held_out.samples + trained.samples
-    what = "left to train on" if held_out.samples else "held out"
+    whole = held_out + trained
+    what = "left to train on" if held_out else "held out"
     raise ParameterError(
         f"of {whole} samples none is {what}",
         where=f"validation_split = {config.validation_split:g}",
@@ -178,19 +201,19 @@ def _require_some(config: TrainingConfig, held_out: Manifest, trained: Manifest)
     )
 
 
-def _require_apart(manifest: Manifest, held_out: Manifest, config: TrainingConfig) -> None:
+def _require_apart(rows: pl.LazyFrame, held_out: pl.LazyFrame, config: TrainingConfig) -> None:
     """Refuse a sample that is held out and trained on: its loss would say nothing of others.
 
     Raises:
         MetadataError: there is one.
     """
-    mine = held_out.rows.select("row", CONTENT_NUMBER)
-    both = mine.join(manifest.rows.select(CONTENT_NUMBER).unique(), on=CONTENT_NUMBER, how="semi")
-    rows = both.select(pl.col("row").sort()).collect(engine="streaming")["row"].to_list()
-    if rows:
-        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    mine = held_out.select("row", CONTENT_NUMBER)
+    both = mine.join(rows.select(CONTENT_NUMBER).unique(), on=CONTENT_NUMBER, how="semi")
+    found = both.select(pl.col("row").sort()).collect(engine="streaming")["row"].to_list()
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise MetadataError(
-            f"what rows {', '.join(map(str, rows[:5]))}{more} hold out is trained on as well",
+            f"what rows {', '.join(map(str, found[:5]))}{more} hold out is trained on as well",
             where=f"validation_metadata_path = {config.validation_metadata_path}",
             do="take them out of one of the tables",
         )

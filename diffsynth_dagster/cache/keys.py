@@ -13,6 +13,7 @@ import polars as pl
 import torch
 
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
+from diffsynth_dagster.cache.manifest import CONTENT_NUMBER
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.digests import digest_column
 from diffsynth_dagster.data.samples import READ_BY, trained_sizes
@@ -81,6 +82,13 @@ def content_number(inputs: Sequence[Input]) -> pl.Expr:
     first = next((i for i in inputs if i.is_file), inputs[0])
     digest = digest_column(pl.concat_str(pl.lit("content="), pl.col(CONTENT + first.column)))
     return digest.str.slice(0, 16).str.to_integer(base=16, dtype=pl.UInt64)
+
+
+def with_content_numbers(rows: pl.LazyFrame, inputs: Sequence[Input]) -> pl.LazyFrame:
+    """Rows of a checked table with their `content_number` as `CONTENT_NUMBER`."""
+    first = next((i for i in inputs if i.is_file), inputs[0])
+    rows = rows.with_columns(_content(first).alias(CONTENT + first.column))
+    return rows.with_columns(content_number(inputs).alias(CONTENT_NUMBER))
 
 
 def all_reads(stage: Stage, family: Family) -> list[Input]:

@@ -52,6 +52,12 @@ class LongCaptions:
 
     @property
     def warning(self) -> str | None:
+        """What is said of them, and where they are listed, if there are any."""
+        said = self.said
+        return None if said is None else f"{said}. {FILE_NAME} in the run folder lists them"
+
+    @property
+    def said(self) -> str | None:
         """A sentence about them, if there are any."""
         if not self.count:
             return None
@@ -63,7 +69,7 @@ class LongCaptions:
         )
         return (
             f"{which} longer than the {self.most} tokens that the text encoder reads (the longest has "
-            f"{self.longest}): what lies behind is cut off; {self.advice or 'shorten them'}. {FILE_NAME} in the run folder lists them"
+            f"{self.longest}): what lies behind is cut off; {self.advice or 'shorten them'}"
         )
 
 
@@ -98,6 +104,16 @@ def count_long_captions(
     notes = {_NOTES: json.dumps({"known_by": known_by, **asdict(counted)})}
     write_whole(folder / FILE_NAME, lambda staged: rows.write_parquet(staged, metadata=notes))
     return counted
+
+
+def long_captions_of(found: FoundModel, table: CheckedTable) -> LongCaptions:
+    """Count the long captions of a checked table; nothing is written. Raises `WeightsError`: see
+    `count_long_captions`."""
+    limit = caption_limit(found.family)
+    suspects = None if limit is None else _suspects(table, found.family, limit)
+    if limit is None or suspects is None:
+        return LongCaptions()
+    return _described(_count(suspects, limit, load_tokenizer(found, limit.tokenizer)), limit)
 
 
 def count_if_there(

@@ -28,7 +28,12 @@ PLANNED = ".samples.planned.parquet"
 """The manifest of samples of which the store may still lack some."""
 CONTENT_NUMBER = "content"
 _NOTES = "diffsynth_dagster"
-_OF_A_TABLE = ("sample_rows", "unprompted_rows", "sample_table")
+_OF_A_TABLE: dict[str, Any] = {
+    "sample_rows": [],
+    "unprompted_rows": [],
+    "sample_table": "",
+    "negative_prompt": None,
+}
 _DO = (
     "encode it first: materialize the recipe's latents, or run the task sft:data_process with this "
     "folder as output_path"
@@ -58,7 +63,8 @@ class Notes:
         outputs: cached stage → name of its first output, by which the store's index is searched.
         prompts: sample prompt → stage → key, for the images made during training.
         sample_rows: what they are made of where a table names them.
-        unprompted_rows: the same rows with the empty prompt, where there is guidance.
+        unprompted_rows: the same rows with the negative prompt, where there is guidance.
+        negative_prompt: of these rows.
         sample_table: digest of this table.
         weights: component → digest of the files that it was encoded with.
         parameters: what encoding has settled: see `config.effect.settled_by_encoding`.
@@ -81,6 +87,7 @@ class Notes:
     sample_rows: list[SampleRow] = field(default_factory=list[SampleRow])
     unprompted_rows: list[SampleRow] = field(default_factory=list[SampleRow])
     sample_table: str = ""
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,12 +97,14 @@ class SampleRows:
     rows: list[SampleRow]
     unprompted: list[SampleRow]
     table: str
+    negative_prompt: str | None = None
 
     def noted(self, notes: Notes) -> Notes:
         """The notes with these rows: what is trained on is another data set with others."""
         rows = {"sample_rows": self.rows, "unprompted_rows": self.unprompted}
         digest = digest_of([notes.digest, rows])
-        return replace(notes, digest=digest, sample_table=self.table, **rows)
+        about = {"sample_table": self.table, "negative_prompt": self.negative_prompt}
+        return replace(notes, digest=digest, **about, **rows)
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,8 @@ class Manifest(Notes):
 def write_manifest(rows: pl.LazyFrame, notes: Notes, path: Path) -> Manifest:
     """Write a manifest whole, its rows in batches. Raises `OutputError`."""
     values: dict[str, Any] = asdict(notes)
-    said = {n: value for n, value in values.items() if value or n not in _OF_A_TABLE}
+    of_none = _OF_A_TABLE.items()
+    said = {n: value for n, value in values.items() if (n, value) not in of_none}
     text = {_NOTES: json.dumps(said)}
     write_sealed(path, lambda staged, said: rows.sink_parquet(staged, metadata=said), text)
     return Manifest(**values, path=path)

@@ -38,7 +38,8 @@ from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.data.samples import PARTS, files_as_json
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.rows import REPEAT
-from diffsynth_dagster.families.contract import Stage
+from diffsynth_dagster.families.contract import Sampling, Stage
+from diffsynth_dagster.families.making import guidance_of
 from diffsynth_dagster.files import hidden_folder, write_whole
 from diffsynth_dagster.weights.identify import FoundModel
 
@@ -84,7 +85,7 @@ def plan_samples(
         write_whole(draft, lambda staged: made.sink_parquet(staged, compression="lz4"))
         rows = _with_occurrence(scan_parquet(draft))
         identity = [*sizes, "shape", "sample", *(f"key:{s.name}" for s in cached)]
-        prompts = _prompts(config)
+        prompts = _prompts(config, family.sampling)
         text_stages = [s for s in family.text_stages if s in cached]
         notes = Notes(
             store=str(Path(config.cache_path).absolute()),
@@ -116,10 +117,10 @@ def _read_columns(columns: Columns, sizes: Mapping[str, Any]) -> list[str]:
     return [*sizes, "shape", *(item.column for item in columns.inputs), *parts]
 
 
-def _prompts(config: TrainingConfig) -> list[str]:
-    """The prompts of sample images, and the empty one where guidance needs it."""
-    prompts = list(config.sample_texts)
-    return [*prompts, ""] if prompts and config.sample_cfg_scale > 1 else prompts
+def _prompts(config: TrainingConfig, sampling: Sampling) -> list[str]:
+    """The prompts of sample images, and the negative one where guidance needs it."""
+    prompts, guidance = list(config.sample_texts), guidance_of(config, sampling)
+    return [*prompts, guidance.negative_prompt] if prompts and guidance.is_on else prompts
 
 
 def _schema(

@@ -97,7 +97,7 @@ def write_records(
                 text_file.write(_fill_places(more, each, own, columns.told_inputs, at))
                 told_file.write(more.tobytes())
                 told += each.height
-            shape = bucket_columns(manifest)
+            shape = bucket_columns(manifest.rows)
             numbered = batch.join(buckets, on=shape, how="left", maintain_order="left")
             bucket = numbered["bucket"].to_numpy()
             for number in np.unique(bucket):
@@ -163,15 +163,19 @@ def _fixed(texts: pl.Series, size: int) -> Any:
     return np.frombuffer(padded, dtype=f"S{size}")
 
 
-def bucket_columns(manifest: Manifest) -> list[str]:
+def bucket_columns(rows: pl.LazyFrame) -> list[str]:
     """The columns in which samples of a bucket are equal: their shape, and how often they are taken."""
-    more = [REPEAT] if REPEAT in manifest.rows.collect_schema().names() else []
+    more = [REPEAT] if REPEAT in rows.collect_schema().names() else []
     return [*_SHAPE, *more]
 
 
-def buckets_of(manifest: Manifest) -> pl.DataFrame:
+def buckets_of(rows: pl.LazyFrame) -> pl.DataFrame:
     """The buckets of the samples in order of size: `bucket_columns`, `len` and number (`bucket`) of
-    each."""
-    shape = bucket_columns(manifest)
-    counted = manifest.rows.group_by(shape).len().collect(engine="streaming").sort(shape)
+    each.
+
+    Args:
+        rows: of a manifest, or accepted ones of a checked table.
+    """
+    shape = bucket_columns(rows)
+    counted = rows.group_by(shape).len().collect(engine="streaming").sort(shape)
     return counted.with_row_index("bucket")

@@ -199,7 +199,7 @@ def resolve(manifest: Manifest, folder: Path, name: str = "samples") -> Samples:
         stage: _shard_numbers(manifest, store, stage, shards)
         for stage in (*columns.stages, *columns.told_stages)
     }
-    buckets = buckets_of(manifest)
+    buckets = buckets_of(manifest.rows)
     sizes: list[int] = buckets["len"].to_list()
 
     records_file, texts, captions_file, facts_file = _files(folder, name)

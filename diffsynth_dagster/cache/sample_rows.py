@@ -27,6 +27,7 @@ from diffsynth_dagster.data.table.sample_rows import check_sample_rows
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.families.making import guidance_of
 from diffsynth_dagster.weights.identify import FoundModel
 
 FOLDER = ".prompts"
@@ -51,7 +52,7 @@ def plan_sample_rows(
 ) -> SampleRows | None:
     """Check the table that `sample_prompts` names, and plan its rows; None where it names none.
 
-    With guidance, each row is there with the empty prompt as well, behind all others.
+    With guidance, each row is there with the negative prompt as well, behind all others.
 
     Raises:
         MetadataError: see `check_sample_rows`.
@@ -62,17 +63,27 @@ def plan_sample_rows(
     if config.sample_table is None:
         return None
     family = reduced(found.family)
-    files = found.family.file_inputs
-    trained = files[0] if files and files[0] not in family.inputs else None
-    table = check_sample_rows(config, family.columns, trained, fact_cache)
-    if config.sample_cfg_scale > 1:
-        table = replace(table, rows=_doubled(table.rows))
+    table = checked_sample_rows(config, found.family, fact_cache)
+    guidance = guidance_of(config, family.sampling)
+    if guidance.is_on:
+        table = replace(table, rows=_doubled(table.rows, guidance.negative_prompt))
     table = write_checked(table, folder)
     own = sample_rows_config(config).model_copy(update={"output_path": str(folder)})
     planned = plan_samples(own, replace(found, family=family), table, keys)
     rows = _sample_rows(planned)
-    count = len(rows) // 2 if config.sample_cfg_scale > 1 else len(rows)
-    return SampleRows(rows[:count], rows[count:], digest_file(Path(config.sample_table)))
+    count = len(rows) // 2 if guidance.is_on else len(rows)
+    negative = guidance.negative_prompt if guidance.is_on else None
+    digest = digest_file(Path(config.sample_table))
+    return SampleRows(rows[:count], rows[count:], digest, negative)
+
+
+def checked_sample_rows(
+    config: TrainingConfig, family: Family, fact_cache: FactCache
+) -> CheckedTable:
+    """The table that `sample_prompts` names, checked. Raises `MetadataError`: see `check_sample_rows`."""
+    columns, files = reduced(family).columns, family.file_inputs
+    trained = files[0] if files and files[0] not in columns.inputs else None
+    return check_sample_rows(config, columns, trained, fact_cache)
 
 
 def planned_sample_rows(folder: Path) -> SampleTable | None:
@@ -90,16 +101,17 @@ def reduced(family: Family) -> Family:
     return replace(family, stages=tuple(stages))
 
 
-def require_sample_rows(config: TrainingConfig, manifest: Manifest) -> None:
+def require_sample_rows(config: TrainingConfig, family: Family, manifest: Manifest) -> None:
     """Refuse a data set that was encoded without the table that `sample_prompts` names.
 
     Raises:
-        ParameterError: it was, or with another content of the table, or without the empty prompt that
-            guidance needs.
+        ParameterError: it was, or with another content of the table, or without the negative prompt
+            that guidance needs.
     """
     if config.sample_table is None:
         return
-    path = Path(config.sample_table)
+    path, guidance = Path(config.sample_table), guidance_of(config, family.sampling)
+    known = manifest.negative_prompt  # None in data sets of before
     checks: tuple[tuple[str, Callable[[], bool]], ...] = (
         ("without a table of samples", lambda: not manifest.sample_rows),
         (
@@ -108,7 +120,11 @@ def require_sample_rows(config: TrainingConfig, manifest: Manifest) -> None:
         ),
         (
             "for samples without guidance",
-            lambda: config.sample_cfg_scale > 1 and not manifest.unprompted_rows,
+            lambda: guidance.is_on and not manifest.unprompted_rows,
+        ),
+        (
+            "for samples with another negative prompt",
+            lambda: guidance.is_on and known not in (None, guidance.negative_prompt),
         ),
     )
     for said, holds in checks:
@@ -116,15 +132,15 @@ def require_sample_rows(config: TrainingConfig, manifest: Manifest) -> None:
             raise ParameterError(
                 f"the data set was encoded {said}",
                 where=f"sample_prompts = {path}",
-                do="give both halves of split training the same sample_prompts and sample_cfg_scale, "
-                "or leave them out in the second",
+                do="give both halves of split training the same sample_prompts, sample_cfg_scale and "
+                "sample_negative_prompt, or leave sample_prompts out in the second",
             )
 
 
-def _doubled(rows: pl.LazyFrame) -> pl.LazyFrame:
-    """The rows, and behind them the same with the empty prompt."""
+def _doubled(rows: pl.LazyFrame, negative: str) -> pl.LazyFrame:
+    """The rows, and behind them the same with the negative prompt."""
     unprompted = rows.with_columns(
-        pl.lit("").alias("prompt"), (pl.col("row") + pl.len()).cast(pl.UInt32).alias("row")
+        pl.lit(negative).alias("prompt"), (pl.col("row") + pl.len()).cast(pl.UInt32).alias("row")
     )
     return pl.concat([rows, unprompted])
 

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from diffsynth_dagster.config.other_names import other_name
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
 from diffsynth_dagster.config.unsupported import family_with, refuse_unsupported
 from diffsynth_dagster.dotted import check_dotted
@@ -29,8 +30,8 @@ def as_key(name: str) -> str:
 
 
 def refuse_unknown(name: str, known: Mapping[str, Any], where: str, naming: Naming) -> None:
-    """Raise a `ParameterError` naming the nearest valid parameter, or the unsupported family that
-    has this one."""
+    """Raise a `ParameterError` naming what the parameter is here if it is another trainer's, or the nearest
+    valid one, or the unsupported family that has it."""
     family = family_with(name)
     if family is not None:
         raise ParameterError(
@@ -38,7 +39,7 @@ def refuse_unknown(name: str, known: Mapping[str, Any], where: str, naming: Nami
             where=where,
             do=f"leave {naming(name)} out",
         )
-    hint = nearest(name, known)
+    hint = other_name(name) or nearest(name, known)
     raise ParameterError(
         f"unknown parameter {naming(name)}" + (f"; {hint}" if hint else ""),
         where=where,
@@ -236,6 +237,12 @@ def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
             f"{n('min_timestep_boundary')} and {n('max_timestep_boundary')} have no effect on "
             "direct distillation, which samples over the whole schedule",
             "leave them out",
+        )
+    samples = config.sample_prompts or config.customized_evaluation
+    if config.sample_negative_prompt is not None and not samples:
+        raise refuse(
+            f"{n('sample_negative_prompt')} is given, and no samples are made",
+            f"give {n('sample_prompts')}, or leave it out",
         )
     if config.use_gradient_checkpointing_offload and config.use_gradient_checkpointing is False:
         raise refuse(

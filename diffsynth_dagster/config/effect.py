@@ -82,7 +82,13 @@ def _is_off(name: str, value: Any) -> bool:
 def _chosen(config: TrainingConfig, kinds: tuple[Affects, ...], by_content: bool) -> dict[str, Any]:
     values = config.model_dump(mode="json") | {"task": config.task.split(":")[0]}
     return {
-        name: MARKS[name].left_out_as if value is None else value
+        name: _left_out(config, name) if value is None else value
         for name, value in values.items()
         if MARKS[name].affects in kinds and MARKS[name].by_content == by_content
     }
+
+
+def _left_out(config: TrainingConfig, name: str) -> bool | float | None:
+    """What a parameter that is left out is written as: see `Mark`."""
+    mark = MARKS[name]
+    return None if any(getattr(config, other) for other in mark.used_with) else mark.left_out_as

@@ -184,6 +184,13 @@ def folder_entry(text: str, parameter: str) -> ModelEntry:
     return ModelEntry(parameter, entry.repository, f"{pattern}/" if pattern else "")
 
 
+def start_entries(config: TrainingConfig) -> list[ModelEntry]:
+    """The weight files that a training starts from, beside its models."""
+    names = ("lora_checkpoint", "preset_lora_path", "resume_from_checkpoint")
+    given = {name: getattr(config, name) for name in names}
+    return [ModelEntry(name, paths=(path,)) for name, path in given.items() if path is not None]
+
+
 def named_entries(config: TrainingConfig) -> list[ModelEntry]:
     """All that a config names of models: the entries of its list, and the folders beside it.
 

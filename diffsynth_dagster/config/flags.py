@@ -22,18 +22,24 @@ class Arguments:
 
     Attributes:
         dry_run: only say what would happen.
+        no_files: without a look at the files of the models and the data.
         checkpoints_only: export nothing after the training.
         recipe: the file that it names, if it names one.
+        num_processes: what the recipe says of it.
     """
 
     config: TrainingConfig
     dry_run: bool = False
     checkpoints_only: bool = False
     recipe: Path | None = None
+    no_files: bool = False
+    num_processes: int | None = None
 
 
 _SWITCHES = {
-    "dry_run": "Print as JSON what would happen, without loading a weight or needing the files.",
+    "dry_run": "Check the models and the data, and print as JSON what would happen. Nothing is loaded, "
+    "downloaded or made.",
+    "no_files": "With --dry_run: say what can be said without the files of the models and the data.",
     "checkpoints_only": "End after the last checkpoint, without files for other tools under exports/.",
 }
 """What is no parameter of a training: name → help."""
@@ -124,9 +130,15 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     values = vars(namespace)
     named = values.pop("recipe", None)
     recipe = None if named is None else Path(named)
+    processes: int | None = None
     switches = {name: values.pop(name) for name in _SWITCHES if name in values}
+    if switches.get("no_files") and not switches.get("dry_run"):
+        raise ParameterError(
+            "--no_files is given but no --dry_run", where=where, do="leave --no_files out"
+        )
     if recipe is not None:
-        loaded, _ = read_values(recipe)
-        values = {**loaded, **values}
+        loaded, options = read_values(recipe)
+        values, processes = {**loaded, **values}, options.num_processes
         where = f"{recipe} and the command line"
-    return Arguments(read_config(values, where, as_flag), **switches, recipe=recipe)
+    config = read_config(values, where, as_flag)
+    return Arguments(config, **switches, recipe=recipe, num_processes=processes)

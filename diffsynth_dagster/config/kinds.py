@@ -42,7 +42,9 @@ class Mark:
         off_by_default: whether its default leaves everything as it was before there was this
             parameter: it then counts only with another value, so that older results stay up to date.
         left_out_as: what None is written as where a value counts, and means the same as: that of a
-            switch of before, so that older results stay up to date.
+            parameter of before, so that older results stay up to date.
+        used_with: parameters without any of which this one changes nothing. Only then None is written
+            as `left_out_as`, if it has both: with one of them it means something of its own.
     """
 
     affects: Affects
@@ -52,7 +54,8 @@ class Mark:
     planned: bool = False
     needs: str | None = None
     off_by_default: bool = False
-    left_out_as: bool | None = None
+    left_out_as: bool | float | None = None
+    used_with: tuple[str, ...] = ()
 
 
 class Limits(TypedDict, total=False):
@@ -77,12 +80,21 @@ def parameter(
     planned: bool = False,
     needs: str | None = None,
     off_by_default: bool = False,
-    left_out_as: bool | None = None,
+    left_out_as: bool | float | None = None,
+    used_with: tuple[str, ...] = (),
     **limits: Unpack[Limits],
 ) -> T:
     """A field of a group of parameters. For the marks see `Mark`."""
     mark = Mark(
-        affects, by_content, each_half, set_by_asset, planned, needs, off_by_default, left_out_as
+        affects,
+        by_content,
+        each_half,
+        set_by_asset,
+        planned,
+        needs,
+        off_by_default,
+        left_out_as,
+        used_with,
     )
     # What type checkers see is the default, as with pydantic's own `Field`.
     field: Any = Field(default, description=description, json_schema_extra=asdict(mark), **limits)
@@ -170,6 +182,14 @@ class _NamesFolder:
 
 ModelFolder = Annotated[str, _NamesFolder()]
 """A path or `repository:folder/`, such as that of a tokenizer."""
+
+
+class _MayBeEmpty:
+    """Marks the type of a text that may be given as the empty one."""
+
+
+Text = Annotated[str, _MayBeEmpty()]
+"""A text whose empty value is a value, and does not leave the parameter out."""
 
 
 def names_model_folder(field: FieldInfo) -> bool:

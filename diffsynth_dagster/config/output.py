@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from diffsynth_dagster.config.kinds import Texts, parameter
+from diffsynth_dagster.config.kinds import Text, Texts, parameter
 
 
 class OutputParameters(BaseModel):
@@ -113,7 +113,7 @@ TABLES = (".csv", ".json", ".jsonl", ".parquet")
 class SamplingParameters(BaseModel):
     """Images made before, during and after training, to look at."""
 
-    # Latents: the prompts are encoded with the captions, and the empty one where there is guidance.
+    # Latents: the prompts are encoded with the captions, and the negative one where there is guidance.
     sample_prompts: Texts = parameter(
         (),
         "Prompts of the sample images; as a flag, a JSON list or one prompt. Or a table (csv, json, "
@@ -132,12 +132,23 @@ class SamplingParameters(BaseModel):
     sample_num_inference_steps: int = parameter(
         20, "Denoising steps of a sample image.", affects="training", ge=1
     )
-    sample_cfg_scale: float = parameter(
-        1.0,
-        "Classifier-free guidance of a sample image; 1 is none.",
+    sample_cfg_scale: float | None = parameter(
+        None,
+        "Classifier-free guidance of a sample image; 1 is none. Left out, what the model's authors "
+        "publish.",
         affects="latents",
         each_half=True,
+        left_out_as=1.0,
+        used_with=("sample_prompts", "customized_evaluation"),
         ge=1.0,
+    )
+    sample_negative_prompt: Text | None = parameter(
+        None,
+        "Prompt that guidance leads sample images away from. Left out, what the model's authors "
+        "publish, or the empty one.",
+        affects="latents",
+        each_half=True,
+        off_by_default=True,
     )
     customized_evaluation: str | None = parameter(
         None,

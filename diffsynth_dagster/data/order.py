@@ -26,6 +26,26 @@ def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
     return config.max_train_steps or config.num_epochs * steps_per_epoch
 
 
+def order_of(
+    config: TrainingConfig, sizes: Sequence[int], processes: int, repeats: Sequence[int] = ()
+) -> "StepOrder":
+    """The order of a training.
+
+    Args:
+        sizes: number of samples of each bucket.
+        processes: of the whole job.
+        repeats: how often a pass over the data set takes each bucket; left out, once.
+    """
+    return StepOrder(
+        sizes,
+        config.dataset_repeat,
+        config.batch_size,
+        config.gradient_accumulation_steps * processes,
+        config.seed,
+        repeats,
+    )
+
+
 @dataclass(frozen=True)
 class Visit:
     """One look at one sample. `visit` counts how often the sample was seen before."""

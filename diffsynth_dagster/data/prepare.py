@@ -50,6 +50,26 @@ def make_data(config: TrainingConfig) -> None:
     make(Path(config.dataset_base_path))
 
 
+def check_data(
+    config: TrainingConfig,
+    columns: Columns,
+    fact_cache: FactCache,
+    progress: Progress = lambda n: None,
+) -> CheckedTable:
+    """The checked table of a config as `prepare_data` finds it, but nothing is made and nothing written.
+
+    Raises:
+        MetadataError, ParameterError: see `prepare_data`.
+    """
+    assert config.dataset_metadata_path is not None
+    DECODING.megapixels = config.decode_megapixels
+    checked = find_checked(Path(config.dataset_metadata_path))
+    if checked is None:
+        return validate(config, columns, fact_cache, progress)
+    _require_fit(config, columns, checked)
+    return checked
+
+
 def prepare_data(
     config: TrainingConfig,
     columns: Columns,

@@ -1,6 +1,7 @@
 """The registry of model families: one line for each."""
 
 import logging
+from collections.abc import Iterable
 from importlib import import_module
 
 from diffsynth_dagster.config.unsupported import FAMILIES
@@ -12,26 +13,54 @@ from diffsynth_dagster.families.contract import Family
 logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
 
 _MODULES: dict[str, str] = {}
+_REPOSITORIES: dict[str, tuple[str, ...]] = {}
 
 
-def register(name: str, module: str) -> None:
-    """Register a family: `module` defines `FAMILY`, and is imported at its first use."""
+def register(name: str, *repositories: str) -> None:
+    """Register a family: `families/<name>/family.py` defines `FAMILY`, and is imported at its first use.
+
+    Args:
+        repositories: how the names of its repositories on the hub start. They show the family of a
+            model list before any file is there, and before any family is imported.
+    """
     if name in _MODULES:
         raise AssertionError(f"the family '{name}' is registered twice")
-    _MODULES[name] = module
+    _MODULES[name] = f"{__name__}.{name}.family"
+    _REPOSITORIES[name] = repositories
 
 
-register("qwen_image", "diffsynth_dagster.families.qwen_image.family")
-register("flux", "diffsynth_dagster.families.flux.family")
-register("wanvideo", "diffsynth_dagster.families.wanvideo.family")
-register("stable_diffusion", "diffsynth_dagster.families.stable_diffusion.family")
-register("ltx2", "diffsynth_dagster.families.ltx2.family")
-register("stable_diffusion_xl", "diffsynth_dagster.families.stable_diffusion_xl.family")
+register("qwen_image", "Qwen/Qwen-Image", "FireRedTeam/FireRed-Image-Edit")
+register("flux", "black-forest-labs/FLUX.1")
+register("wanvideo", "Wan-AI/Wan2", "PAI/Wan2", "krea/krea-realtime-video")
+register("stable_diffusion", "AI-ModelScope/stable-diffusion-v1-5")
+register("ltx2", "Lightricks/LTX-2", "DiffSynth-Studio/LTX-2")
+register("stable_diffusion_xl", "stabilityai/stable-diffusion-xl-base-1.0")
 
 
 def family_names() -> tuple[str, ...]:
     """The registered families."""
     return tuple(_MODULES)
+
+
+def repositories_of(name: str) -> tuple[str, ...]:
+    """How the names of a registered family's repositories on the hub start."""
+    return _REPOSITORIES[name]
+
+
+def family_of(texts: Iterable[str]) -> str | None:
+    """The first family one of whose repositories is named in a model list; None where none is. No
+    family is imported.
+
+    Args:
+        texts: the repository of each entry, or its path.
+    """
+    given = tuple(texts)
+    named = (
+        name
+        for name, starts in _REPOSITORIES.items()
+        if starts and any(text.startswith(starts) for text in given)
+    )
+    return next(named, None)
 
 
 def find_family(name: str) -> Family:
@@ -63,4 +92,12 @@ def each_family() -> list[Family]:
     return [find_family(name) for name in _MODULES]
 
 
-__all__ = ["Family", "each_family", "family_names", "find_family", "register"]
+__all__ = [
+    "Family",
+    "each_family",
+    "family_names",
+    "family_of",
+    "find_family",
+    "register",
+    "repositories_of",
+]

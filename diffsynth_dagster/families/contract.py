@@ -259,8 +259,6 @@ class Family:
             Called after `refusals` were checked.
         checkpoints_gradients: whether activations are recomputed where the config leaves it open.
         decoder: components that `sampling` decodes with.
-        repositories: how the names of the family's repositories on the hub start. They show the
-            family of a model list before any file is there.
         architecture: what ModelSpec's `architecture` calls the model in the header of what is written.
         authors: the code of the model's authors, whose names its files may have; ModelSpec's
             `implementation` of those.
@@ -287,7 +285,6 @@ class Family:
     variant: Callable[["Family", TrainingConfig, Mapping[str, Shapes]], "Family"] | None = None
     checkpoints_gradients: bool = False
     decoder: tuple[str, ...] = ("vae",)
-    repositories: tuple[str, ...] = ()
     architecture: str = ""
     authors: str = ""
     scheduler_marks: Mapping[str, Settings] = field(default_factory=dict[str, Settings])

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from diffsynth_dagster.config.entries import model_entries
+from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.objective.path import NoisingPath
 
 Tensors = dict[str, torch.Tensor]
@@ -20,8 +22,9 @@ Tensors = dict[str, torch.Tensor]
 class SampleRequest:
     """Images or clips to make with the model in its present state, of one size.
 
-    `conditions` are what `denoise` is handed, stacked (B, …), and `negative` the same with the empty
-    prompt when cfg_scale is above 1. `known` are masks of what is given of a target, and `given` the
+    `conditions` are what `denoise` is handed, stacked (B, …), and `negative` the same with
+    `negative_prompt` where there is guidance: of `cfg_scale`, or for a denoiser that has one in
+    `cfg_scales` of that. `known` are masks of what is given of a target, and `given` the
     clean latents of these targets. `num_frames` is 1 and `frame_rate` None for a family without
     videos. `path` is the noising path that the model is trained on: its sampler has to undo the
     same.
@@ -39,6 +42,8 @@ class SampleRequest:
     path: NoisingPath
     known: Tensors = field(default_factory=Tensors)
     given: Tensors = field(default_factory=Tensors)
+    cfg_scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    negative_prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,15 @@ class Sampling:
         solver: (request, noise by target (B, …)) → the published sampler.
         decode: (loaded components, request, clean latents by target (B, …)) → a clip for each sample.
         guide: how guidance combines two predictions.
-        unprompted: (conditions with the empty prompt) → those that guidance leads away from.
+        unprompted: (conditions with the empty prompt) → those that guidance leads away from, where no
+            other negative prompt is given.
         constants: name → number: conditions that `denoise` takes and that the training has at another
             value, such as the guidance that a distilled model is told.
+        cfg_scale: guidance that the authors publish; 1 for none.
+        cfg_scales: denoiser → the guidance that they publish for it, where that is another one.
+        negative_prompt: that they publish.
+        distilled: what the files of models contain in their names, in small letters, that were
+            distilled to samples without guidance.
     """
 
     shapes: Callable[[Mapping[str, Any], SampleRequest], dict[str, tuple[int, ...]]]
@@ -110,3 +121,36 @@ class Sampling:
     guide: Guide = guide
     unprompted: Callable[[Tensors], Tensors] = lambda conditions: conditions
     constants: Mapping[str, float] = field(default_factory=dict[str, float])
+    cfg_scale: float = 1.0
+    cfg_scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    negative_prompt: str = ""
+    distilled: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the samples of a training are guided: see `Sampling`."""
+
+    scale: float
+    scales: Mapping[str, float]
+    negative_prompt: str
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is any."""
+        return max(self.scale, *self.scales.values(), 1.0) > 1.0
+
+
+def guidance_of(config: TrainingConfig, sampling: Sampling) -> Guidance:
+    """The guidance of a config: its own, or what is published. A given scale holds for all denoisers.
+
+    What is or was distilled is sampled without: it was trained to need none.
+    """
+    own = config.sample_negative_prompt
+    negative = sampling.negative_prompt if own is None else own
+    if config.sample_cfg_scale is not None:
+        return Guidance(config.sample_cfg_scale, {}, negative)
+    names = [entry.text.lower() for entry in model_entries(config)]
+    if config.distills or any(mark in name for mark in sampling.distilled for name in names):
+        return Guidance(1.0, {}, negative)
+    return Guidance(sampling.cfg_scale, sampling.cfg_scales, negative)

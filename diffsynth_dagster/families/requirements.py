@@ -4,10 +4,12 @@ A family lists `Refusal`s. One holds conditions about a config and its model lis
 for the user. `check_refusals` raises the first one that applies.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from diffsynth_dagster.config.entries import model_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError
 
@@ -79,6 +81,17 @@ class ModelListed:
         if self.component in use.given:
             return True
         return False if use.knows_every_model else None
+
+
+@dataclass(frozen=True)
+class EntryNamed:
+    """An entry of the model list has this in its text: a regular expression."""
+
+    pattern: str
+
+    def holds(self, use: Use) -> bool:
+        """Whether one has."""
+        return any(re.search(self.pattern, entry.text) for entry in model_entries(use.config))
 
 
 @dataclass(frozen=True)

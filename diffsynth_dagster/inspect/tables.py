@@ -39,7 +39,7 @@ class Tables:
         rows = self.manifest.rows
         config = run.config
         if config is not None and config.validation_split is not None:
-            rows = rows.filter(pl.col(CONTENT_NUMBER) > last_held_out(config, self.manifest))
+            rows = rows.filter(pl.col(CONTENT_NUMBER) > last_held_out(config, self.manifest.rows))
         return (
             rows.select(pl.col("row").unique().sort()).collect(engine="streaming")["row"].to_list()
         )

@@ -12,7 +12,7 @@ from diffsynth_dagster.cache.resolve import Sample, Samples
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.order import MicroBatch, StepOrder, Visit
+from diffsynth_dagster.data.order import MicroBatch, Visit, order_of
 from diffsynth_dagster.data.samples import load_files, parse_value
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families.contract import Output, Tensors
@@ -98,14 +98,7 @@ class StepDataset(Dataset[list[Batch]]):
         self._store = Store(samples.store)
         self._rank = rank
         self._world = world
-        self.order = StepOrder(
-            samples.buckets,
-            config.dataset_repeat,
-            config.batch_size,
-            config.gradient_accumulation_steps * world,
-            config.seed,
-            samples.repeats,
-        )
+        self.order = order_of(config, samples.buckets, world, samples.repeats)
         self._step: tuple[int, list[MicroBatch]] | None = None
 
     def counts(self, step: int) -> tuple[int, int]:

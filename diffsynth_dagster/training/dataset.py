@@ -108,8 +108,8 @@ def encoded_manifest(
         held_out = held_out_manifest(config, manifest)
         for each in [manifest] if held_out is None else [manifest, held_out]:
             require_encoded_for(config, models.found, each, fact_cache)
-            _require_stored(each)
-        require_sample_rows(config, manifest)
+            require_stored(each)
+        require_sample_rows(config, models.found.family, manifest)
     else:
         own = held_out_config(config)
         held_out = None
@@ -149,7 +149,7 @@ def _encode(
     if parallel.is_main_process:  # so that a clean-up spares what an interrupted run encoded
         Store(Path(planned.store)).add_user(output)
     if config.trains_only:
-        _require_stored(planned)
+        require_stored(planned)
     else:
         for each in [planned] if sampled is None else [planned, sampled.manifest]:
             require_planned_weights(models.found, each, fact_cache)
@@ -176,7 +176,7 @@ def _encode(
         return read_manifest(output)
 
 
-def _require_stored(manifest: Manifest) -> None:
+def require_stored(manifest: Manifest) -> None:
     """Refuse a manifest of which the store lacks samples. Raises `StoreError`."""
     missing = len(Store(Path(manifest.store)).missing(manifest.keys))
     if missing:

@@ -23,6 +23,7 @@ from diffsynth_dagster.data.geometry import clip_rule
 from diffsynth_dagster.data.samples import load_files, parse_value
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.families.contract import Clip, Family, Loaded, SampleRequest, Stage, Tensors
+from diffsynth_dagster.families.making import guidance_of
 from diffsynth_dagster.objective.noise import generator
 from diffsynth_dagster.training.batches import collate
 from diffsynth_dagster.training.step import weight_dtype
@@ -77,17 +78,23 @@ def make_clips(
     constants = {n: torch.full((count,), v, device=device) for n, v in sampling.constants.items()}
     handed = [{**request.conditions, **constants}]
     if request.negative is not None:
-        handed.append({**sampling.unprompted(request.negative), **constants})
+        # Some families have something else in the place of the empty prompt.
+        unprompted = (lambda given: given) if request.negative_prompt else sampling.unprompted
+        handed.append({**unprompted(request.negative), **constants})
     x = solver.start(noise)
     for index, t in enumerate(solver.timesteps):
         if stop_asked():
             raise Stopped
         x_t = _with_given(solver.seen(x, index), request)
         each = t.float().expand(count).to(device)
-        predictions = [_predict(family, loaded, conditions, x_t, each) for conditions in handed]
+        now = float(each[0])
+        at_work = (d.component for d in family.denoisers if d.low <= now < d.high)
+        name = next(at_work, family.denoiser)
+        predictions = [_predict(family, name, loaded, given, x_t, each) for given in handed]
         prediction = predictions[0]
         if len(predictions) > 1:
-            prediction = sampling.guide(*predictions, request.cfg_scale)
+            scale = request.cfg_scales.get(name, request.cfg_scale)
+            prediction = sampling.guide(*predictions, scale)
         x = solver.step(prediction, x, index)
     return sampling.decode(loaded, request, _with_given(x, request))
 
@@ -102,12 +109,15 @@ def _with_given(x: Tensors, request: SampleRequest) -> Tensors:
 
 
 def _predict(
-    family: Family, loaded: Loaded, conditions: Tensors, x_t: Tensors, t: torch.Tensor
+    family: Family,
+    denoiser: str,
+    loaded: Loaded,
+    conditions: Tensors,
+    x_t: Tensors,
+    t: torch.Tensor,
 ) -> Tensors:
-    """The prediction float32 of the denoiser that is at work at t, which is the same for all."""
-    now = float(t[0])
-    at_work = (d.component for d in family.denoisers if d.low <= now < d.high)
-    model = loaded[next(at_work, family.denoiser)]
+    """The prediction float32 of a denoiser at t, which is the same for all."""
+    model = loaded[denoiser]
     dtype = weight_dtype(model)
     prediction = family.denoise(
         model,
@@ -167,7 +177,7 @@ class Sampler:
         clip = clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
         self._frames = 1 if clip is None else clip.num_frames
         self._frame_rate = None if clip is None else clip.frame_rate
-        self._guided = config.sample_cfg_scale > 1
+        self._guidance = guidance_of(config, family.sampling)
 
     def named(self, live: Mapping[str, Any], seed: int) -> Iterator[Clip]:
         """One clip for each prompt, or row of a table, that `sample_prompts` names."""
@@ -176,7 +186,7 @@ class Sampler:
             return
         items = [self._row(row) for row in self._manifest.sample_rows]
         negative = [self._row(row) for row in self._manifest.unprompted_rows]
-        yield from self._make(live, items, negative if self._guided else None, seed)
+        yield from self._make(live, items, negative if self._guidance.is_on else None, seed)
 
     def __call__(
         self, live: Mapping[str, Any], prompts: Sequence[str], seed: int
@@ -186,7 +196,8 @@ class Sampler:
         They come as they are made, so that not all of them are in memory at once.
         """
         items = [self._prompt(prompt) for prompt in prompts]
-        negative = [self._prompt("")] * len(items) if self._guided else None
+        without = self._prompt(self._guidance.negative_prompt)
+        negative = [without] * len(items) if self._guidance.is_on else None
         yield from self._make(live, items, negative, seed)
 
     def _prompt(self, prompt: str) -> _Item:
@@ -231,7 +242,9 @@ class Sampler:
                 num_frames=first.frames,
                 frame_rate=self._frame_rate,
                 num_inference_steps=self._config.sample_num_inference_steps,
-                cfg_scale=self._config.sample_cfg_scale,
+                cfg_scale=self._guidance.scale,
+                cfg_scales=self._guidance.scales,
+                negative_prompt=self._guidance.negative_prompt,
                 generators=[generator(seed, "image", i) for i in part],
                 path=self._models.found.path,
                 known={
@@ -244,6 +257,8 @@ class Sampler:
             with torch.no_grad(), self._autocast():
                 clips = make_clips(self._family, loaded, request, self._stop_asked)
             yield from clips
+        # An expert that is not trained is not needed until the next samples.
+        self._models.free([name for name in denoisers if name not in live])
 
     def _batches(self, items: Sequence[_Item], encoded: Sequence[Tensors]) -> Iterator[list[int]]:
         """The places of items that are made together: neighbours with outputs of equal shapes."""

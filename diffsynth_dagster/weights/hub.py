@@ -7,7 +7,8 @@ modelscope package.
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -96,6 +97,38 @@ class ModelHub:
         )
 
 
+class NotDownloaded(WeightsError):
+    """A file of a repository is not there yet."""
+
+
+class Downloads(ModelHub):
+    """A hub that finds what was downloaded before, and downloads nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(ModelHub.from_environment().base_path, skip_download=True)
+
+    def files(self, entry: ModelEntry) -> list[Path]:
+        """See `ModelHub`. Raises `NotDownloaded` for what it would download."""
+        with _not_yet(entry):
+            return super().files(entry)
+
+    def folder(self, entry: ModelEntry) -> Path:
+        """See `ModelHub`. Raises `NotDownloaded` for what it would download."""
+        with _not_yet(entry):
+            return super().folder(entry)
+
+
+@contextmanager
+def _not_yet(entry: ModelEntry) -> Generator[None]:
+    """What is missing of a repository is to be downloaded."""
+    try:
+        yield
+    except WeightsError as error:
+        if entry.repository is None:
+            raise
+        raise NotDownloaded(error.what, where=error.where, do=error.do) from error
+
+
 def require_listed(entries: Iterable[ModelEntry]) -> None:
     """Check that all local files and folders are there, unless none is: then the entries are for
     another machine.
@@ -103,10 +136,23 @@ def require_listed(entries: Iterable[ModelEntry]) -> None:
     Raises:
         WeightsError: some are there, and one is not.
     """
-    listed = [(text, entry.parameter) for entry in entries for text in entry.paths]
-    missing = [each for each in listed if not os.path.exists(each[0]) and not _matching(*each)]
+    listed, missing = _listed(entries)
     if missing and len(missing) < len(listed):
         raise _no_file(*missing[0])
+
+
+def require_there(entries: Iterable[ModelEntry]) -> None:
+    """Check that all local files and folders are there. Raises `WeightsError`: one is not."""
+    _, missing = _listed(entries)
+    if missing:
+        raise _no_file(*missing[0])
+
+
+def _listed(entries: Iterable[ModelEntry]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Path and parameter of all that is named as local, and of what of it is not there."""
+    listed = [(text, entry.parameter) for entry in entries for text in entry.paths]
+    missing = [each for each in listed if not os.path.exists(each[0]) and not _matching(*each)]
+    return listed, missing
 
 
 def _matching(text: str, parameter: str) -> list[Path]:

@@ -16,7 +16,7 @@ from diffsynth_dagster.config.entries import (
 )
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, WeightsError, nearest, reason_of
-from diffsynth_dagster.families import each_family, family_names, find_family
+from diffsynth_dagster.families import family_names, family_of, find_family
 from diffsynth_dagster.families.contract import Component, Family, Settings, Shapes, Tokenizer
 from diffsynth_dagster.families.usage import as_used
 from diffsynth_dagster.objective.path import NoisingPath
@@ -343,10 +343,9 @@ def guess_family(config: TrainingConfig) -> Family:
     entries = model_entries(config)
     if config.family:
         return _guessed(find_family(config.family), config, entries)
-    texts = [e.repository or e.paths[0] for e in entries]
-    for family in each_family():
-        if any(text.startswith(r) for text in texts for r in family.repositories):
-            return _guessed(family, config, entries)
+    named = family_of(e.repository or e.paths[0] for e in entries)
+    if named is not None:
+        return _guessed(find_family(named), config, entries)
     hub = ModelHub(Path(), skip_download=True)
     try:
         return _find_components(config, hub, Contents())[0]

@@ -84,7 +84,6 @@ FAMILY = Family(
     extra_inputs=(stages.KONTEXT, stages.CONTROL, stages.MODE),
     refusals=variant.REFUSALS,
     variant=variant.variant,
-    repositories=("black-forest-labs/FLUX.1",),
     architecture="flux-1-dev",
     authors="https://github.com/black-forest-labs/flux",
 )

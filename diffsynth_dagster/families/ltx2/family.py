@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from diffusers.pipelines.ltx2.utils import DEFAULT_NEGATIVE_PROMPT
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
@@ -119,7 +120,14 @@ FAMILY = Family(
     geometry=Geometry(
         32, FrameRule(stages.FRAMES_PER_LATENT, 1), 121, stages.FRAME_RATE, (768, 512)
     ),
-    sampling=Sampling(stages.shapes, euler(inference_sigmas), stages.decode),
+    sampling=Sampling(
+        stages.shapes,
+        euler(inference_sigmas),
+        stages.decode,
+        cfg_scale=3.0,
+        negative_prompt=DEFAULT_NEGATIVE_PROMPT,
+        distilled=("distilled",),
+    ),
     parameters=("tokenizer_path", "audio_loss_weight", "first_frame_crf"),
     extra_inputs=(SOUND.column, "input_image", CONTEXT.column, FACTOR.column, stages.RATE),
     refusals=(
@@ -149,7 +157,6 @@ FAMILY = Family(
     variant=variant,
     checkpoints_gradients=True,
     decoder=("vae", "audio_vae", "vocoder"),
-    repositories=("Lightricks/LTX-2", "DiffSynth-Studio/LTX-2"),
     architecture="ltx-2",
     authors="https://github.com/Lightricks/LTX-2",
 )

@@ -178,7 +178,14 @@ FAMILY = Family(
     denoise=denoise,
     path=diffusion.path,
     geometry=Geometry(side_factor=32),
-    sampling=Sampling(image_shapes, diffusion.solver, decode, unprompted=unprompted),
+    sampling=Sampling(
+        image_shapes,
+        diffusion.solver,
+        decode,
+        unprompted=unprompted,
+        cfg_scale=5.0,
+        distilled=("sdxl-turbo", "sd_xl_turbo", "sdxl-lightning", "sdxl_lightning"),
+    ),
     denoise_uses=("controlnet",),
     parameters=(
         "tokenizer_path",
@@ -200,7 +207,6 @@ FAMILY = Family(
         *controlnet.control_refusals(NAME, told_sizes=True),
     ),
     variant=variant,
-    repositories=(REPOSITORY,),
     architecture="stable-diffusion-xl-v1-base",
     authors="https://github.com/Stability-AI/generative-models",
     scheduler_marks=diffusion.SCHEDULER_MARKS,

@@ -39,6 +39,12 @@ from diffsynth_dagster.families.wanvideo.modules import COMPONENTS, VACE_LORA
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift, linear_sigmas
 
 SHIFT = 5.0
+# One text over several lines, as the authors' configs have it for all models.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 
 
 def path(config: TrainingConfig, published: Settings) -> FlowPath:
@@ -72,7 +78,14 @@ FAMILY = Family(
         sample_size=(832, 480),
         published_frame_rate=stages.RATE,
     ),
-    sampling=Sampling(stages.shapes, euler(inference_sigmas), stages.decode),
+    sampling=Sampling(
+        stages.shapes,
+        euler(inference_sigmas),
+        stages.decode,
+        cfg_scale=5.0,
+        negative_prompt=NEGATIVE_PROMPT,
+        distilled=("krea-realtime-video",),
+    ),
     inference_sigmas=inference_sigmas,
     parts=(Part("vace", "dit", ("vace_blocks.", "vace_patch_embedding."), lora=VACE_LORA),),
     parameters=("tokenizer_path",),
@@ -80,7 +93,6 @@ FAMILY = Family(
     refusals=variant.REFUSALS,
     variant=variant.variant,
     checkpoints_gradients=True,
-    repositories=("Wan-AI/Wan2", "PAI/Wan2", "krea/krea-realtime-video"),
     architecture="wan2.1",
     authors="https://github.com/Wan-Video/Wan2.1",
 )

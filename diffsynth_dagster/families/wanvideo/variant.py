@@ -9,9 +9,17 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import FrameRule, Geometry
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families.contract import Denoiser, Family, Output, Shapes, Stage
+from diffsynth_dagster.families.contract import (
+    Denoiser,
+    Family,
+    Output,
+    Sampling,
+    Shapes,
+    Stage,
+)
 from diffsynth_dagster.families.requirements import (
     MODEL_LIST,
+    EntryNamed,
     InputNamed,
     ModelHas,
     ModelListed,
@@ -62,11 +70,23 @@ def _has_wide_latents(dit: Shapes) -> bool:
     return _channels(dit) == (WIDE_LATENTS, WIDE_LATENTS)
 
 
+def _is_frame_expert(dit: Shapes) -> bool:
+    """Whether it is an expert of I2V A14B: all others with 16 channels that read frames read CLIP's
+    features too."""
+    is_wide = _channels(dit)[1] == WIDE_LATENTS
+    return _reads_frames(dit) and not is_wide and not _reads_features(dit)
+
+
 _reads_features, _has_vace = has_start(_EMBEDDER), has_start("vace_blocks.")
 _FIRST, _LAST = InputNamed("input_image"), InputNamed("end_image")
 _VACE_INPUTS = (InputNamed("vace_video"), InputNamed("vace_reference_image"))
 _FRAMES, _WIDE = ModelHas("dit", _reads_frames), ModelHas("dit", _has_wide_latents)
 _VACE, _SECOND = ModelHas("dit", _has_vace), ModelListed("dit2")
+_EXPERT = (
+    EntryNamed(r"high_noise|low_noise|transformer_2|A14B.*[:/]transformer/"),
+    ModelHas("dit", _is_frame_expert),
+)
+_SAMPLES = ("sample_prompts", "customized_evaluation")
 
 REFUSALS = (
     column_needs("end_image", "input_image"),
@@ -106,6 +126,20 @@ REFUSALS = (
         "name the files of one of them",
         when=(_VACE, _SECOND),
         where=MODEL_LIST,
+    ),
+    *(
+        Refusal(
+            "one expert of Wan2.2 A14B alone denoises in its own part of the schedule only, and samples "
+            "need all of it",
+            "name the files of the other expert in the model list too, which is not trained then and "
+            f"loaded for samples (that of low noise is called dit2 beside the other); or leave {samples} "
+            "out",
+            when=(ParameterSet(samples), expert),
+            unless=(_SECOND,),
+            where=samples,
+        )
+        for samples in _SAMPLES
+        for expert in _EXPERT
     ),
     *(
         Refusal(
@@ -194,14 +228,23 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
         shown = VACE_VIDEO if "vace_video" in extra else VIDEO
         output = (Output("vace", "condition"),)
         wanted.append(Stage("vace", (shown, *reference), ("vae",), output, stages.encode_control))
-    is_2_2 = "dit2" in given or (bool(dit) and _has_wide_latents(dit))
+    both = "dit2" in given
+    is_2_2 = both or (bool(dit) and _has_wide_latents(dit))
     return replace(
         family,
         architecture="wan2.2" if is_2_2 else family.architecture,
         stages=tuple(wanted),
         geometry=_geometry(family.geometry, config, vae),
-        denoisers=_experts(config, dit, given["dit2"]) if "dit2" in given else family.denoisers,
+        denoisers=_experts(config, dit, given["dit2"]) if both else family.denoisers,
+        sampling=_sampling_of_both(family.sampling, config) if both else family.sampling,
     )
+
+
+def _sampling_of_both(usual: Sampling, config: TrainingConfig) -> Sampling:
+    """With the guidance that is published for the experts of Wan2.2 A14B."""
+    if "input_image" in config.extra_inputs:
+        return replace(usual, cfg_scale=3.5)
+    return replace(usual, cfg_scales={"dit": 4.0, "dit2": 3.0})
 
 
 def _experts(config: TrainingConfig, high: Shapes, low: Shapes) -> tuple[Denoiser, ...]:

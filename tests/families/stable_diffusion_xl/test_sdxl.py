@@ -1,5 +1,6 @@
 """Stable Diffusion XL: its loss, size facts, published settings, what is refused, LoRAs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,14 +311,18 @@ def test_samples_are_those_of_the_published_pipeline(
             (outputs,) = stage.run(loaded, [{"prompt": "a cat"}])
             conditions |= {name: tensor[None] for name, tensor in outputs.items()}
         conditions["time_ids"] = torch.tensor([[64, 96, 0, 0, 64, 96]])
-        for scale in (1.0, 3.0):
-            (clip,) = make_clips(FAMILY, loaded, request(found, conditions, scale))
+        for scale, negative in ((1.0, None), (3.0, None), (3.0, "a cat")):
+            asked = request(found, conditions, scale)
+            # A negative prompt that is given is encoded: here it is the prompt itself.
+            asked = replace(asked, negative_prompt=negative or "")
+            (clip,) = make_clips(FAMILY, loaded, asked)
             pipeline: Any = StableDiffusionXLPipeline(**parts_of(model / "diffusers"))
             pipeline.scheduler = EulerDiscreteScheduler.from_config(
                 SCHEDULER, prediction_type=prediction, timestep_spacing="leading"
             )
             (wanted,) = pipeline(
                 "a cat",
+                negative_prompt=negative,
                 height=64,
                 width=96,
                 num_inference_steps=2,

@@ -1,5 +1,6 @@
 """Both experts of Wan2.2 A14B in one training."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, UserError
 from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families import find_family
-from diffsynth_dagster.families.contract import SampleRequest
+from diffsynth_dagster.families.contract import SampleRequest, Tensors
+from diffsynth_dagster.families.making import guide
 from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.batches import StepDataset
@@ -202,28 +204,46 @@ def test_samples_are_made_by_both(values: dict[str, Any]) -> None:
     loaded["vae"] = load_component(found.components["vae"], "cpu", torch.float32)
     request = SampleRequest(
         conditions={"prompt_embeds": torch.zeros(1, 7, 64)},
-        negative=None,
+        negative={"prompt_embeds": torch.ones(1, 7, 64)},
         height=32,
         width=32,
         num_frames=5,
         frame_rate=16.0,
         num_inference_steps=6,
-        cfg_scale=1.0,
+        cfg_scale=5.0,
+        cfg_scales=found.family.sampling.cfg_scales,
         generators=[torch.Generator().manual_seed(0)],
         path=found.path,
     )
+    scales: list[float] = []
+
+    def noted(prompted: Tensors, unprompted: Tensors, scale: float) -> Tensors:
+        scales.append(scale)
+        return guide(prompted, unprompted, scale)
+
+    family = replace(found.family, sampling=replace(found.family.sampling, guide=noted))
     with torch.no_grad():
-        (clip,) = make_clips(found.family, loaded, request)
+        (clip,) = make_clips(family, loaded, request)
     assert len(clip.frames) == 5
-    assert len(seen["dit"]) + len(seen["dit2"]) == 6
+    # Twice in each step: with the prompt, and without.
+    assert len(seen["dit"]) + len(seen["dit2"]) == 12
     assert min(seen["dit"]) >= 875 > max(seen["dit2"])
+    first = len(seen["dit"]) // 2
+    assert scales == [4.0] * first + [3.0] * (6 - first)
 
 
 def test_samples_are_made_while_both_take_turns(values: dict[str, Any], tmp_path: Path) -> None:
     more = {"sample_prompts": ["a clip"], "sample_num_inference_steps": 4, "num_epochs": 1}
     code, run = train({**values, **more, "offload_idle_denoiser": True}, tmp_path / "run")
     assert code == 0
-    assert (run / "samples" / "step-0.png").is_file()
+    before = (run / "samples" / "step-0.png").read_bytes()
+    # One that is trained alone makes samples with the other, of which it changes nothing.
+    code, one = train({**values, **more, "lora_base_model": "dit2"}, tmp_path / "one")
+    assert code == 0
+    assert (one / "samples" / "step-0.png").read_bytes() == before
+    record = read_record(one)
+    assert record is not None
+    assert (record.trained, list(record.checkpoints)) == (["dit2"], ["epoch-0.safetensors"])
 
 
 def test_direct_distillation_of_experts_is_refused(values: dict[str, Any]) -> None:

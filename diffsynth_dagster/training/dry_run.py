@@ -1,0 +1,193 @@
+"""What a training would find in the files that it names: the second half of the answer to `--dry_run`.
+
+The models and the data are looked at as the training does, and refused for what it would refuse. Nothing
+is written but the cache of facts about files, and nothing is downloaded.
+"""
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from tqdm import tqdm
+
+from diffsynth_dagster.cache.encoded_for import require_encoded_as
+from diffsynth_dagster.cache.held_out import held_out_config, held_out_manifest, rows_apart
+from diffsynth_dagster.cache.keys import with_content_numbers
+from diffsynth_dagster.cache.long_captions import long_captions_of
+from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.records import buckets_of
+from diffsynth_dagster.cache.sample_rows import checked_sample_rows, require_sample_rows
+from diffsynth_dagster.cache.split import with_settled
+from diffsynth_dagster.config.entries import named_entries, start_entries
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.order import order_of, total_steps
+from diffsynth_dagster.data.prepare import check_data, require_named
+from diffsynth_dagster.data.table.check import CheckedTable
+from diffsynth_dagster.data.table.rows import REPEAT
+from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.training.dataset import require_stored
+from diffsynth_dagster.training.modules import check_model
+from diffsynth_dagster.training.overlap import refuse_replaced_rows
+from diffsynth_dagster.weights.hub import Downloads, ModelHub, NotDownloaded, require_there
+from diffsynth_dagster.weights.identify import FoundModel, find_model, guess_family
+
+_SHOWN_SIZES = 12
+_FIT = "all are there, and fit"
+_DOWNLOADED_LATER = "not all are there: the training downloads them when it begins"
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What was found.
+
+    Attributes:
+        values: what is added to the plan, as JSON values.
+        warnings: what the training would warn of before its first step.
+    """
+
+    values: Mapping[str, Any]
+    warnings: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The samples of a data set, each a row with its sizes.
+
+    Attributes:
+        said: about the table that they come from, as JSON values.
+    """
+
+    said: Mapping[str, Any]
+    trained: pl.LazyFrame
+    held_out: pl.LazyFrame | None
+    warnings: list[str] = field(default_factory=list[str])
+
+
+def look_at_files(config: TrainingConfig, processes: int) -> Looked:
+    """Look at the models and the data of a config.
+
+    Args:
+        processes: that the training would have.
+
+    Raises:
+        MetadataError: the data is not there, or too many rows are rejected.
+        WeightsError: a model file is not there, is damaged, or does not fit.
+        StoreError: the folder holds no encoded data set, or the store lacks samples of it.
+        ParameterError: the files do not fit what is asked for.
+        TargetError: see `check_model`.
+    """
+    config = with_settled(config)
+    require_named(config)
+    found, warnings = _look_at_models(config)
+    values: dict[str, Any] = {"models": _DOWNLOADED_LATER if found is None else _FIT}
+    if _is_to_be_made(config):
+        values["data"] = f"made by {config.customized_dataset} when the training begins"
+        return Looked(values, warnings)
+    rows = _encoded_rows(config) if config.reads_encoded else _checked_rows(config, found)
+    values["data"] = {**rows.said, **_counted(rows)}
+    if not config.encodes_only:
+        values["course"] = _course(config, rows.trained, processes)
+    return Looked(values, [*rows.warnings, *warnings])
+
+
+def _look_at_models(config: TrainingConfig) -> tuple[FoundModel | None, list[str]]:
+    """The model, if all of its files are there, and what to warn of. Raises: see `look_at_files`."""
+    require_there([*named_entries(config), *start_entries(config)])
+    hub = ModelHub.from_environment()
+    try:
+        found = find_model(config, hub if hub.skip_download else Downloads())
+    except NotDownloaded:
+        return None, []
+    warnings = list(found.family.warnings)
+    check_model(config, found, torch.float32, warnings.append)
+    return found, warnings
+
+
+def _is_to_be_made(config: TrainingConfig) -> bool:
+    """Whether a function makes the data set, and has not made it yet. It is not called here."""
+    tables = filter(None, (config.dataset_metadata_path, config.validation_metadata_path))
+    return config.customized_dataset is not None and not all(Path(t).exists() for t in tables)
+
+
+def _checked_rows(config: TrainingConfig, found: FoundModel | None) -> _Rows:
+    """The rows of a data set whose table is checked now. Raises: see `look_at_files`."""
+    own, family = held_out_config(config), guess_family(config)
+    tables: list[CheckedTable] = []
+    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+        for each in [config] if own is None else [config, own]:
+            with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
+                tables.append(check_data(each, family.columns, facts, bar.update))
+            tables[-1].require_accepted(config.max_rejected_fraction)
+        refuse_replaced_rows(config, tables)
+        if config.sample_table is not None:
+            checked_sample_rows(config, family, facts)
+    parts = [with_content_numbers(table.accepted, family.columns.inputs) for table in tables]
+    trained, held_out = rows_apart(config, parts[0], None if own is None else parts[1])
+    said = _said_of(tables[0]) | ({} if own is None else {"held_out_rows": _said_of(tables[1])})
+    warnings = tables[0].warnings()
+    long = None if found is None else long_captions_of(found, tables[0]).said
+    return _Rows(said, trained, held_out, warnings if long is None else [*warnings, long])
+
+
+def _said_of(table: CheckedTable) -> dict[str, Any]:
+    """The rows of a table by status, and why the first of them are rejected."""
+    rejected = table.first_rejected()
+    return {"rows": table.counts, **({"rejected": rejected} if rejected else {})}
+
+
+def _encoded_rows(config: TrainingConfig) -> _Rows:
+    """The rows of a data set that was encoded before. Raises: see `look_at_files`."""
+    manifest = read_manifest(Path(config.dataset_base_path))
+    held_out = held_out_manifest(config, manifest)
+    for each in [manifest] if held_out is None else [manifest, held_out]:
+        require_encoded_as(config, guess_family(config), each)
+        require_stored(each)
+    require_sample_rows(config, guess_family(config), manifest)
+    apart = rows_apart(config, manifest.rows, None if held_out is None else held_out.rows)
+    return _Rows({"encoded": str(manifest.folder)}, *apart)
+
+
+def _counted(rows: _Rows) -> dict[str, Any]:
+    """How many samples there are, and of which sizes, those of most samples first."""
+    buckets = buckets_of(rows.trained)
+    sides = ("width", "height", "frames")
+    by_size = buckets.group_by(sides).agg(pl.col("len").sum())
+    by_size = by_size.sort("len", *sides, descending=[True, False, False, False])
+    sizes: dict[str, int] = {}
+    for width, height, frames, count in by_size.head(_SHOWN_SIZES).iter_rows():
+        sizes[f"{width}x{height}" + (f"x{frames}" if frames > 1 else "")] = count
+    more = by_size.slice(_SHOWN_SIZES)
+    if more.height:
+        sizes[f"{more.height} other sizes"] = int(more["len"].sum())
+    counts = {"samples": int(buckets["len"].sum())}
+    if rows.held_out is not None:
+        counts["held_out"] = rows.held_out.select(pl.len()).collect().item()
+    return {**counts, "sizes": sizes, "buckets": buckets.height}
+
+
+def _course(config: TrainingConfig, trained: pl.LazyFrame, processes: int) -> dict[str, Any]:
+    """The optimizer steps of a training, and how often it sees a sample."""
+    buckets = buckets_of(trained)
+    sizes: list[int] = buckets["len"].to_list()
+    repeats: list[int] = buckets[REPEAT].to_list() if REPEAT in buckets.columns else []
+    order = order_of(config, sizes, processes, repeats)
+    steps = total_steps(config, order.steps_per_epoch)
+    epochs = steps / order.steps_per_epoch
+    return {
+        "processes": processes,
+        "steps": steps,
+        "steps_per_epoch": order.steps_per_epoch,
+        "epochs": round(epochs, 2),
+        "visits_of_a_sample": round(epochs * order.samples_per_epoch / sum(sizes), 2),
+        **({"repeats": _repeats(buckets)} if repeats else {}),
+    }
+
+
+def _repeats(buckets: pl.DataFrame) -> dict[str, int]:
+    """How many samples each pass over the data set takes how often."""
+    counted = buckets.group_by(REPEAT).agg(pl.col("len").sum()).sort(REPEAT)
+    return {f"{often} times": count for often, count in counted.iter_rows()}
