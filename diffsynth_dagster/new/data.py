@@ -116,12 +116,10 @@ def look_at(config: TrainingConfig, family: "Family", facts: FactCache) -> Found
     Raises:
         MetadataError: it cannot be read, or a row cannot be trained on.
     """
-    from diffsynth_dagster.data.media.budget import DECODING
-    from diffsynth_dagster.data.table.check import validate
+    from diffsynth_dagster.data.prepare import check_data
 
-    DECODING.megapixels = config.decode_megapixels
     with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
-        table = validate(config, family.columns, facts, bar.update)
+        table = check_data(config, family.columns, facts, bar.update)
     table.require_accepted(config.max_rejected_fraction)
     smallest, largest = _sizes(table, family)
     return Found(
