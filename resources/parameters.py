@@ -11,6 +11,7 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from diffsynth_dagster.config import TrainingConfig, read_config
+from diffsynth_dagster.config.override import overridden
 from diffsynth_dagster.config.parameters import MARKS
 
 _SCALARS = (bool, int, float, str)
@@ -56,7 +57,7 @@ class ParametersBase(dg.ConfigurableResource):
         given = self.given()
         if not given:
             return config
-        return read_config({**config.model_dump(), **given}, where="the run config")
+        return read_config(overridden(config.model_dump(), given), where="the run config")
 
     def given(self) -> dict[str, Any]:
         """Parameter name → value, of those that the run sets; None of those that it leaves out."""

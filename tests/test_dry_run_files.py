@@ -84,6 +84,7 @@ def test_what_the_training_does_is_said_before(
         "steps": record.total_steps,
         "steps_per_epoch": record.total_steps // 2,
         "epochs": 2,
+        "checkpoints": 2,
         "visits_of_a_sample": 6,
     }
     assert plan["models"] == "all are there, and fit"

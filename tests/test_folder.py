@@ -7,17 +7,25 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from conftest import Values, make_config, samples_of, train, write_images
 from families.ltx2.cases import CASES as LTX2
+from media_support import write_clip
+from PIL import Image
 from test_resume import never, stop_after
 
 from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.config.override import overridden
+from diffsynth_dagster.config.recipe import dump_config
+from diffsynth_dagster.data.listing import list_data
 from diffsynth_dagster.data.table.check import CheckedTable, validate
 from diffsynth_dagster.errors import MetadataError, ParameterError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
+from diffsynth_dagster.inspect.dataset import trained_on
+from diffsynth_dagster.inspect.subject import read_subject
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.weights.hub import ModelHub
@@ -261,15 +269,97 @@ def test_repeats_do_not_depend_on_processes_or_stops(
 
 
 def test_the_sound_of_a_folder_is_that_of_its_clips(tmp_path: Path) -> None:
+    """Clips without sound, and pictures, are trained on without."""
     case = next(case for case in LTX2 if case.name == "ltx2_t2av")
     data = case.rows(tmp_path / "data").parent
     for path in [*data.glob("*.wav"), data / "metadata.json"]:
         path.unlink()
+    noise = np.random.default_rng(0).integers(-9000, 9000, (2, 2 * 44100), dtype=np.int16)
+    write_clip(data / "9.mp4", 40, 24, noise)
     for clip in data.glob("*.mp4"):
         clip.with_suffix(".txt").write_text("a caption")
     given = {"family": "ltx2", "dataset_base_path": str(data), "model_paths": ["x"]}
     config = make_config({**case.parameters, **given, "lora_base_model": "dit"})
     columns = guess_family(config).columns
     checked = validate(config, columns, FactCache(tmp_path / "facts.sqlite")).frame
-    assert checked["input_audio"].to_list() == [f"{number}.mp4" for number in range(4)]
-    assert set(checked["status"]) == {"no_audio"}  # these have none
+    assert set(checked["status"]) == {"ok"}
+    assert checked["input_audio"].to_list() == [None] * 4 + ["9.mp4"]
+
+
+def test_repeats_of_the_training_are_none_of_what_is_held_out(
+    folders: Path, given: dict[str, Any], tmp_path: Path
+) -> None:
+    held = folders / "held_out" / "5_x"
+    held.mkdir(parents=True)
+    shutil.copy(folders / "2_dog" / "1.png", held / "other.png")
+    (held / "other.txt").write_text("another dog")
+    with Image.open(held / "other.png") as picture:
+        picture.rotate(90).save(held / "other.png")
+    more = {"validation_metadata_path": str(held.parent), "folder_repeats": {"2_dog": 4}}
+    code, run = train({**given, **more, "batch_size": 1}, tmp_path / "run")
+    assert code == 0
+    assert pl.read_parquet(run / "metadata.parquet")["repeat"].to_list() == [1, 4, 1]
+    lines = trained_on(read_subject(run / "epoch-0.safetensors"))
+    assert [line for line in lines if "changed" in line] == ["  changed since: nothing"] * 2
+    (held / "other.txt").write_text("a cat")
+    before = list_data(make_config({**given, **more})).digest
+    (held / "other.txt").write_text("a cat that sleeps")
+    assert list_data(make_config({**given, **more})).digest != before
+
+
+def test_a_folder_is_that_of_the_config_that_overrides_it(folders: Path) -> None:
+    """A table is kept; a folder without one follows `dataset_base_path`."""
+    values = {"dataset_base_path": str(folders), "model_paths": ["x"], "lora_base_model": "dit"}
+    config = make_config(values)
+    other = str(folders / "2_dog")
+    changed = make_config(overridden(config.model_dump(), {"dataset_base_path": other}))
+    assert changed.dataset_metadata_path == other
+    assert "dataset_metadata_path: null" in dump_config(config)
+    table = {**values, "dataset_metadata_path": "a.csv"}
+    kept = make_config(overridden(table, {"dataset_base_path": other}))
+    assert kept.dataset_metadata_path == "a.csv"
+
+
+def test_a_folder_in_the_folder_of_the_data_set_is_a_table(folders: Path) -> None:
+    table = check(folders.parent, dataset_metadata_path=str(folders))
+    assert table.frame["image"].to_list()[0] == "data/2024_x/2.png"
+    assert told(table) == ["a bird", "a dog, on the grass", "sks cat"]
+    assert table.frame["repeat"].to_list() == [1, 2, 3]
+    rows = "image,prompt\n./2_dog/1.png,a\n"
+    (folders / "rows.csv").write_text(rows)
+    given = {"dataset_metadata_path": str(folders / "rows.csv"), "folder_repeats": {"2_dog": 3}}
+    assert check(folders, **given).frame["repeat"].to_list() == [3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ({"image": [1, 2]}, "file_missing"),
+        ({"image": [["a"], ["b"]]}, "wrong_type"),
+        ({"image": [None, None]}, "missing_value"),
+    ],
+)
+def test_odd_columns_of_files_are_rejected(
+    folder: Path, rows: dict[str, list[Any]], reason: str
+) -> None:
+    table = folder / "table.parquet"
+    pl.DataFrame(rows).write_parquet(table)
+    given = {"dataset_metadata_path": str(table), "caption_extension": ".txt"}
+    assert set(check(folder, **given, caption_prefix="a").frame["status"]) == {reason}
+
+
+def test_an_encoding_that_there_is_not_is_refused(folder: Path) -> None:
+    with pytest.raises(ParameterError, match="there is no text encoding 'foo'"):
+        check(folder, metadata_encoding="foo")
+    (folder / "0.txt").write_bytes("\ufeffa cat".encode())
+    assert told(check(folder, metadata_encoding="utf_8"))[0] == "a cat"
+
+
+def test_a_prefix_fills_any_column_without_captions(folder: Path) -> None:
+    table = folder / "table.parquet"
+    for kind in (pl.Null(), pl.Int64(), pl.Categorical()):
+        pl.DataFrame(
+            {"image": ["0.png"], "prompt": [None]}, schema_overrides={"prompt": kind}
+        ).write_parquet(table)
+        rows = check(folder, dataset_metadata_path=str(table), caption_prefix="sks")
+        assert told(rows) == ["sks"]

@@ -57,6 +57,7 @@ def held_out_config(config: TrainingConfig) -> TrainingConfig | None:
         "dataset_metadata_path": config.validation_metadata_path,
         "validation_metadata_path": None,
         "customized_dataset": None,
+        "folder_repeats": {},
         "sample_prompts": (),
         "output_path": folder,
     }

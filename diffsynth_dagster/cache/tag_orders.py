@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 import polars as pl
-
-from diffsynth_dagster.facts import digest_text
+from blake3 import blake3
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,12 @@ class TagOrders:
         first, others = tags[: self.kept], tags[self.kept :]
         orders = [caption]
         for number in range(1, self.count):
-
-            def drawn(place: int, number: int = number) -> str:
-                return digest_text(f"{number}\x1f{place}\x1f{caption}")
-
-            shuffled = [others[place] for place in sorted(range(len(others)), key=drawn)]
+            # A number of 64 bits for each tag, to sort them by.
+            source = blake3(f"{number}\x1f{caption}".encode()).digest(length=8 * len(others))
+            drawn = [source[place * 8 : place * 8 + 8] for place in range(len(others))]
+            shuffled = [
+                others[place] for place in sorted(range(len(others)), key=drawn.__getitem__)
+            ]
             orders.append(head + ", ".join([*first, *shuffled]))
         return orders
 

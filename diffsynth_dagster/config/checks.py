@@ -223,7 +223,7 @@ def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
     if config.max_train_steps is not None and _is_given(config, "num_epochs"):
         raise refuse(
             f"{n('num_epochs')} and {n('max_train_steps')} both say how long the training is",
-            "give one of them",
+            "leave one of them out",
         )
     if int(config.min_timestep_boundary * 1000) >= int(config.max_timestep_boundary * 1000):
         raise refuse(

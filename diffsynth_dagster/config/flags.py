@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from pydantic.fields import FieldInfo
 
 from diffsynth_dagster.config.checks import as_flag, read_config, refuse_unknown
+from diffsynth_dagster.config.override import overridden
 from diffsynth_dagster.config.parameters import GROUPS, MARKS, TrainingConfig
 from diffsynth_dagster.config.recipe import read_values
 from diffsynth_dagster.config.unsupported import refuse_unsupported
@@ -138,7 +139,7 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
         )
     if recipe is not None:
         loaded, options = read_values(recipe)
-        values, processes = {**loaded, **values}, options.num_processes
+        values, processes = overridden(loaded, values), options.num_processes
         where = f"{recipe} and the command line"
     config = read_config(values, where, as_flag)
     return Arguments(config, **switches, recipe=recipe, num_processes=processes)

@@ -41,8 +41,8 @@ class OutputParameters(BaseModel):
     )
     save_steps: int | None = parameter(
         None,
-        "Optimizer steps between two step-N.safetensors; left out, every epoch "
-        "ends with an epoch-N.safetensors.",
+        "Optimizer steps between two step-N.safetensors; left out, every epoch ends with an "
+        "epoch-N.safetensors. With max_train_steps and a small data set these are many.",
         affects="training",
         ge=1,
     )

@@ -175,4 +175,7 @@ def recipe_files(folder: Path) -> list[Path]:
 def dump_config(config: TrainingConfig) -> str:
     """The config as resolved: YAML that `read_values` reads back to the same config."""
     # Escaped: YAML takes some Unicode characters for line breaks.
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    values = config.model_dump(mode="json")
+    if config.dataset_metadata_path == config.dataset_base_path:  # it follows from that
+        values["dataset_metadata_path"] = None
+    return yaml.safe_dump(values, sort_keys=False)

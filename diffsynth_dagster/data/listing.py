@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 
 from diffsynth_dagster.config import TrainingConfig
 
@@ -52,13 +53,28 @@ def _entries(config: TrainingConfig) -> Iterator[tuple[str, os.stat_result]]:
             stat = os.stat(table)
             tables.add((stat.st_dev, stat.st_ino))
             yield f"{parameter} {table}", stat
-    base = config.dataset_base_path
-    if base and os.path.isdir(base):
-        written = (config.output_path, config.cache_path, os.environ.get("DAGSTER_HOME"))
-        own = {os.path.realpath(path) for path in written if path}
-        for name, stat in walk(base, own - {os.path.realpath(base)}):
+    written = (config.output_path, config.cache_path, os.environ.get("DAGSTER_HOME"))
+    own = {os.path.realpath(path) for path in written if path}
+    for folder in _folders(config):
+        for name, stat in walk(folder, own - {os.path.realpath(folder)}):
             if (stat.st_dev, stat.st_ino) not in tables:
                 yield name, stat
+
+
+def _folders(config: TrainingConfig) -> list[str]:
+    """The folder of a data set, and those that are tables and lie elsewhere."""
+    named = (
+        config.dataset_base_path,
+        config.dataset_metadata_path,
+        config.validation_metadata_path,
+    )
+    found: list[str] = []
+    for folder in named:
+        if folder and os.path.isdir(folder):
+            place = os.path.realpath(folder)
+            if not any(Path(place).is_relative_to(os.path.realpath(above)) for above in found):
+                found.append(folder)
+    return found
 
 
 def walk(base: str, left_out: set[str]) -> Iterator[tuple[str, os.stat_result]]:

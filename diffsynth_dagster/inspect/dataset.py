@@ -12,7 +12,7 @@ from diffsynth_dagster.data.columns import described_inputs
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import find_checked
 from diffsynth_dagster.data.table.rows import RowSource
-from diffsynth_dagster.errors import MetadataError, printable
+from diffsynth_dagster.errors import UserError, printable
 from diffsynth_dagster.facts import FileState, digest_file
 from diffsynth_dagster.inspect.subject import Subject
 from diffsynth_dagster.inspect.tables import (
@@ -44,8 +44,9 @@ def trained_on(subject: Subject) -> list[str]:
         *_counts("the data set", tables),
         f"  trained on: rows {ranges(tables.trained_rows(run))}",
     ]
-    lines += changes(tables)
     held_out = held_out_tables(run, tables)
+    apart = () if held_out is None else (_source(held_out.checked),)
+    lines += changes(tables, apart)
     if held_out is not None:
         lines += [*_counts("held out", held_out), *changes(held_out)]
     return lines
@@ -62,13 +63,13 @@ def _counts(what: str, tables: Tables) -> list[str]:
     ]
 
 
-def changes(tables: Tables) -> list[str]:
-    """What has changed since in the rows that were used, as lines."""
+def changes(tables: Tables, left_out: tuple[str, ...] = ()) -> list[str]:
+    """What has changed since in the rows that were used, as lines. For `left_out` see `changed_rows`."""
     used = tables.checked.accepted.collect(engine="streaming")
     found = [f"row {row}: {what}" for row, what in changed_files(used)]
     try:
-        since = changed_rows(tables.checked, used)
-    except MetadataError as error:
+        since = changed_rows(tables.checked, used, left_out)
+    except UserError as error:
         found.append(f"the table cannot be compared: {error.what} ({error.where})")
     else:
         found += [f"row {row}: {what}" for row, _, what in since.changed]
@@ -133,14 +134,19 @@ def _problem(known: Sequence[Any]) -> str:
     return ""
 
 
-def changed_rows(table: CheckedTable, used: pl.DataFrame) -> Differences:
+def changed_rows(
+    table: CheckedTable, used: pl.DataFrame, left_out: tuple[str, ...] = ()
+) -> Differences:
     """In what the table that was checked differs now.
 
+    Args:
+        left_out: what is held out of a folder without a table.
+
     Raises:
-        MetadataError: it is gone, or is no table of these columns any more.
+        UserError: it is gone, or is no table of these columns any more.
     """
     whole = table.rows.collect(engine="streaming")
-    since = differences(whole, _read_now(table), digests=False)
+    since = differences(whole, _read_now(table, left_out), digests=False)
     rows = set(used["row"])
     return Differences(
         [item for item in since.changed if item[0] in rows],
@@ -159,16 +165,16 @@ def _source(table: CheckedTable) -> str:
     return table.source if path in seen else str(path)
 
 
-def _read_now(table: CheckedTable) -> pl.DataFrame:
-    """The rows of the source now, by the columns that were read. Raises `MetadataError`."""
+def _read_now(table: CheckedTable, left_out: tuple[str, ...]) -> pl.DataFrame:
+    """The rows of the source now, by the columns that were read. Raises `UserError`."""
     values = {**off_values("rows"), **table.parameters}
-    known = {
-        name: values[name] for name in ("caption_extension", "caption_prefix", "folder_repeats")
-    }
     source = RowSource(
         Path(_source(table)),
         Path(table.data["dataset_base_path"]),
         str(values["metadata_encoding"]),
-        **known,
+        values["caption_extension"],
+        values["caption_prefix"],
+        {},
+        left_out,
     )
     return source.read(described_inputs(table.read_as), str(table.read_as[0]))

@@ -32,6 +32,7 @@ from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.training.dataset import require_stored
 from diffsynth_dagster.training.modules import check_model
 from diffsynth_dagster.training.overlap import refuse_replaced_rows
+from diffsynth_dagster.training.periodic import SavePoints
 from diffsynth_dagster.weights.hub import Downloads, ModelHub, NotDownloaded, require_there
 from diffsynth_dagster.weights.identify import FoundModel, find_model, guess_family
 
@@ -182,6 +183,7 @@ def _course(config: TrainingConfig, trained: pl.LazyFrame, processes: int) -> di
         "steps": steps,
         "steps_per_epoch": order.steps_per_epoch,
         "epochs": round(epochs, 2),
+        "checkpoints": SavePoints(config, order.steps_per_epoch, steps).count,
         "visits_of_a_sample": round(epochs * order.samples_per_epoch / sum(sizes), 2),
         **({"repeats": _repeats(buckets)} if repeats else {}),
     }

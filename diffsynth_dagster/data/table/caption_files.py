@@ -1,14 +1,14 @@
 """Captions that lie in text files beside the samples: `cat.txt` for `cat.png`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 
 from diffsynth_dagster.data.columns import Input
-from diffsynth_dagster.data.table.read import INDEX, Table
+from diffsynth_dagster.data.table.read import INDEX, Table, text_codec
 
 USUAL = ".txt"
 _NONE = "no_caption_file"
@@ -43,34 +43,32 @@ class CaptionFiles:
 
         Raises:
             MetadataError: the table cannot be read.
+            ParameterError: there is no such encoding.
         """
+        codec = text_codec(self.encoding)
+        encoding = "utf-8-sig" if codec.name == "utf-8" else codec.name
         rows = table.collect(table.rows)
-        texts: list[list[str] | None] = []
         problems = dict(table.odd)
+        texts: list[str | None] = []
         for index, path in rows.select(INDEX, file).iter_rows():
-            text, problem = self._read(path)
-            if text is None and path in instead:
+            text, problem = self._read(path, encoding)
+            if text is None and isinstance(path, str) and path in instead:
                 text, problem = instead[path], None
             if problem is not None:
                 problems.setdefault(index, problem)
-            lines = None if text is None else [" ".join(line.split()) for line in text.splitlines()]
-            texts.append(lines and [line for line in lines if line])
-        values = pl.Series(caption.column, texts, dtype=pl.List(pl.String))
-        if not caption.many:
-            values = values.list.join(" ")
+            texts.append(text)
         return replace(
             table,
-            rows=rows.with_columns(values).lazy(),
+            rows=rows.with_columns(_captions(texts, caption)).lazy(),
             columns=(*table.columns, caption.column),
             odd=problems,
         )
 
-    def _read(self, path: str | None) -> tuple[str | None, tuple[str, str] | None]:
+    def _read(self, path: object, encoding: str) -> tuple[str | None, tuple[str, str] | None]:
         """The text of a caption file, or why there is none: reason and message."""
-        if path is None:
+        if not isinstance(path, str):  # the row is refused for that
             return None, None
         name = os.path.splitext(path)[0] + self.extension
-        encoding = "utf-8-sig" if self.encoding.lower() in ("utf-8", "utf8") else self.encoding
         try:
             return Path(self.base, name).read_text(encoding=encoding), None
         except (FileNotFoundError, NotADirectoryError):
@@ -79,3 +77,15 @@ class CaptionFiles:
         except (OSError, ValueError) as error:
             what = f"is not {self.encoding} text" if isinstance(error, UnicodeError) else str(error)
             return None, (_UNREADABLE, f"the caption file '{name}': {what}")
+
+
+def _captions(texts: Sequence[str | None], caption: Input) -> pl.Series:
+    """The texts of files as a column of captions."""
+    if not caption.many:
+        plain = [None if text is None else " ".join(text.split()) for text in texts]
+        return pl.Series(caption.column, plain, dtype=pl.String)
+    # Lists are cut out of one text each: those of Python would be a builder each for Polars.
+    lines = pl.Series(caption.column, texts, dtype=pl.String).str.replace_all(r"[^\S\n\r]+", " ")
+    listed = lines.str.replace_all(r"\r\n?", "\n").str.split("\n")
+    kept = pl.element().str.strip_chars()
+    return listed.list.eval(kept.filter(kept != ""))

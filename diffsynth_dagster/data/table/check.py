@@ -201,7 +201,12 @@ def validate(
     frame = source.read(inputs, reader)
     with FileCheck(config, rules, fact_cache, progress) as files:
         for item in columns.files:
-            frame = files.check(frame, item)
+            checked = files.check(frame, item)
+            if item.kind == "audio" and item.optional and source.is_folder:
+                silent = pl.col("row").is_in(checked.filter(pl.col("status") == "no_audio")["row"])
+                sound = pl.when(silent).then(None).otherwise(item.column).alias(item.column)
+                checked = files.check(frame.with_columns(sound), item)
+            frame = checked
             if item.same_size:
                 frame = with_same_size(frame, columns.files[0], item, geometry.side_factor)
             if item.weighs:

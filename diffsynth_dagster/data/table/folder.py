@@ -38,10 +38,11 @@ _NUMBERED = re.compile(r"([1-9]\d{0,2})_(.+)")
 
 
 def numbered(folder: str) -> tuple[int, str] | None:
-    """What the name of a folder says: how often its samples are taken, and what they show; None where it
-    says nothing."""
-    found = _NUMBERED.fullmatch(folder)
-    return None if found is None else (int(found[1]), found[2])
+    """What the path of a folder says by the innermost name that says something: how often its samples are
+    taken, and what they show."""
+    found = filter(None, map(_NUMBERED.fullmatch, reversed(folder.split("/"))))
+    innermost = next(found, None)
+    return None if innermost is None else (int(innermost[1]), innermost[2])
 
 
 def open_folder(
@@ -55,7 +56,7 @@ def open_folder(
     Args:
         base: the folder that paths of a table start from.
         item: the column of the files.
-        sound: further columns, which name the same files for their sound.
+        sound: further columns, which name the same clips for their sound.
         left_out: further folders that hold no samples.
 
     Raises:
@@ -87,13 +88,15 @@ def open_folder(
     start = os.path.relpath(folder, base)
     paths = names if start == "." else [os.path.join(start, name) for name in names]
     columns = (item.column, *sound)
-    rows = pl.DataFrame(dict.fromkeys(columns, paths), schema=dict.fromkeys(columns, pl.String()))
+    clips = [path if os.path.splitext(path)[1].lower() in _CLIPS else None for path in paths]
+    values = {item.column: paths, **dict.fromkeys(sound, clips)}
+    rows = pl.DataFrame(values, schema=dict.fromkeys(columns, pl.String()))
     return Table(rows.with_row_index(INDEX).lazy(), columns, _never)
 
 
 def class_names(rows: pl.DataFrame, column: str) -> Mapping[str, str]:
-    """Path → what the name of its folder says that the sample shows, for those that say it."""
-    found = {path: numbered(path.split("/")[0]) for path in rows[column] if "/" in path}
+    """Path → what its folder says that the sample shows, for those that say it."""
+    found = {path: numbered(os.path.dirname(path)) for path in rows[column]}
     return {path: says[1] for path, says in found.items() if says is not None}
 
 

@@ -170,7 +170,8 @@ def _reading(path: Path) -> Generator[None]:
         _refuse(path, " ".join(str(error).split())[:300])
 
 
-def _text_codec(encoding: str) -> codecs.CodecInfo:
+def text_codec(encoding: str) -> codecs.CodecInfo:
+    """The codec of an encoding of text. Raises `ParameterError` where there is none."""
     try:
         codec = codecs.lookup(encoding)
         "a".encode(encoding)  # refuses the codecs that are none of text
@@ -185,7 +186,7 @@ def _text_codec(encoding: str) -> codecs.CodecInfo:
 
 def _as_utf8(path: Path, encoding: str, rewritten: Path) -> Path:
     """The text of a file in UTF-8 without a byte-order mark: itself, or a rewritten copy."""
-    codec = _text_codec(encoding)
+    codec = text_codec(encoding)
     if codec.name == "utf-8":
         with path.open("rb") as source:
             if not source.read(3).startswith(_MARKS):

@@ -143,16 +143,16 @@ class RowSource:
         folders = frame.select(paths.str.replace(r"/?[^/]*$", "").alias("folder"))["folder"]
         known = folders.drop_nulls().unique().to_list()
         given = {os.path.normpath(name): often for name, often in self.folder_repeats.items()}
-        repeats = given or _by_name(known)
+        repeats = given or _by_name(known) if self.is_folder else given
         for name in given:
-            if not any(_lies_in(folder, name) for folder in known):
-                hint = nearest(name, {folder.split("/")[0] for folder in known})
+            if not any(_lies_in(os.path.normpath(folder), name) for folder in known):
+                hint = nearest(name, {os.path.normpath(folder) for folder in known})
                 raise ParameterError(
                     f"no sample lies in the folder '{name}'" + (f"; {hint}" if hint else ""),
                     where="folder_repeats",
                     do="name folders by their paths from dataset_base_path",
                 )
-        each = {folder: _repeat_of(folder, repeats) for folder in known}
+        each = {folder: _repeat_of(os.path.normpath(folder), repeats) for folder in known}
         if set(each.values()) <= {1}:
             return frame
         numbers = folders.replace_strict(each, default=1, return_dtype=pl.UInt32)
@@ -160,9 +160,9 @@ class RowSource:
 
 
 def _by_name(folders: Sequence[str]) -> dict[str, int]:
-    """How often the samples of folders are taken by the names of the outermost."""
-    found = {name: numbered(name) for name in (folder.split("/")[0] for folder in folders)}
-    return {name: says[0] for name, says in found.items() if says is not None}
+    """How often the samples of folders are taken, by what their names say."""
+    found = {folder: numbered(folder) for folder in folders}
+    return {folder: says[0] for folder, says in found.items() if says is not None}
 
 
 def _lies_in(folder: str, name: str) -> bool:
@@ -178,14 +178,15 @@ def _repeat_of(folder: str, repeats: dict[str, int]) -> int:
 def _filled(rows: pl.LazyFrame, column: str, prefix: str) -> pl.LazyFrame:
     """The rows with the prefix in the place of captions that are missing or empty."""
     value, kind = pl.col(column), rows.collect_schema()[column]
-    if isinstance(kind, pl.String):
+    if not kind.is_nested():
+        value = value.cast(pl.String)
         empty = value.is_null() | is_blank(value)
         return rows.with_columns(pl.when(empty).then(pl.lit(prefix)).otherwise(value).alias(column))
     if isinstance(kind, pl.List):
         empty = value.is_null() | (value.list.len() == 0)
         alone: Any = pl.lit([prefix], dtype=pl.List(pl.String))
         return rows.with_columns(pl.when(empty).then(alone).otherwise(value).alias(column))
-    return rows
+    return rows  # which is refused
 
 
 def _prefixed(value: pl.Expr, caption: Input, prefix: str) -> pl.Expr:
