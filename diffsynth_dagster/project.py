@@ -19,3 +19,8 @@ def project_root() -> Path:
     """The folder that `recipes/` lies in: the root of a checkout; of a package that was installed, the
     working directory."""
     return Path.cwd() if _PACKAGED.is_dir() else Path(__file__).parents[1]
+
+
+def ui_command() -> str:
+    """The command that starts the UI in the project's root."""
+    return "dagster dev" if _PACKAGED.is_dir() else "make ui"

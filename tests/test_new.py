@@ -175,7 +175,7 @@ def test_every_template_takes_a_data_set_of_ones_own(tmp_path: Path) -> None:
     assert set(PLAIN) == set(family_names())
     assert set(PLAIN.values()) <= set(templates())
     asked = Asked("mine", tmp_path, Data(tmp_path / "my_data", None), (), "ohwx")
-    prompts = ["a cat: yes", "'x' # y", "[1]"]
+    prompts = ["a cat: yes", "'x' # y", "[1]\x85 2"]
     found = Found(50, "pictures", (400, 300), (640, 480), "", [], prompts)
     for name, path in templates().items():
         values, options = read_values(path)

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffsynth_dagster.config.recipe import read_values
-from diffsynth_dagster.errors import EXIT_USER_ERROR, UserError
 from diffsynth_dagster.new.data import find_data
 from diffsynth_dagster.new.make import Made, make_recipe
 from diffsynth_dagster.new.recipe import Asked
 from diffsynth_dagster.new.template import PLAIN, find_template, plain_template, templates
 from diffsynth_dagster.project import project_root
+from diffsynth_dagster.run.guard import FailureGuard, failure_reporter
 from resources import identifier
 from resources.recipes import VARIABLE
 
@@ -68,18 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.name is None or given.data is None or not (given.family or given.template):
         flags.error("give a NAME, --data, and --family or --template")
-    try:
+    with FailureGuard(failure_reporter()) as guard:
         template = plain_template(given.family) if given.family else find_template(given.template)
         root = Path.cwd() if os.environ.get(VARIABLE) else project_root()
         models = tuple(os.path.abspath(path) for path in given.models)
         asked = Asked(given.name, root, find_data(given.data), models, given.trigger)
         made = make_recipe(asked, template)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USER_ERROR
-    for line in (*_told(asked, made), "", *_next(asked, made)):
-        print(line)
-    return 0
+        for line in (*_told(asked, made), "", *_next(asked, made)):
+            print(line)
+    return guard.code
 
 
 def _told(asked: Asked, made: Made) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Generator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,7 +97,7 @@ def facts_in(folder: Path) -> Generator[FactCache]:
     has ended well.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: the folder is there, and cannot be written.
     """
     if folder.exists():
         with closing(FactCache(folder / _FACTS)) as facts:
@@ -106,8 +106,9 @@ def facts_in(folder: Path) -> Generator[FactCache]:
     with tempfile.TemporaryDirectory() as scratch:
         with closing(FactCache(Path(scratch, _FACTS))) as facts:
             yield facts
-        folder.mkdir(parents=True)
-        shutil.move(Path(scratch, _FACTS), folder / _FACTS)
+        with suppress(OSError):  # the training finds them out again
+            folder.mkdir(parents=True)
+            shutil.move(Path(scratch, _FACTS), folder / _FACTS)
 
 
 def look_at(config: TrainingConfig, family: "Family", facts: FactCache) -> Found:

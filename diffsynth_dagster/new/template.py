@@ -140,14 +140,18 @@ def _apply(blocks: list[_Block], change: Change) -> None:
 def _written(key: str, value: Any) -> list[str]:
     """A key and its value as lines of YAML."""
     if not isinstance(value, list):
-        return [_yaml({key: value})]
+        return [f"{key}: {_yaml(value)}"]
     texts: list[str] = value
-    return [f"{key}:", *(f"  {_yaml([text])}" for text in texts)]
+    return [f"{key}:", *(f"  - {_yaml(text)}" for text in texts)]
 
 
-def _yaml(value: Any) -> str:
-    text = yaml.safe_dump(value, width=1_000_000, allow_unicode=True, default_flow_style=False)
-    return text.removesuffix("\n")
+def _yaml(value: str | float) -> str:
+    """A value on one line."""
+    odd = isinstance(value, str) and not value.isprintable()  # line breaks of Unicode among others
+    text: str = yaml.safe_dump(
+        [value], width=1_000_000, allow_unicode=True, default_style='"' if odd else None
+    )
+    return text.removeprefix("- ").removesuffix("\n")
 
 
 def _comment(text: str) -> list[str]:
