@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from dagster_shared.error import SerializableErrorInfo
 
+from diffsynth_dagster.project import project_root, ui_command
 from resources.failing import Cancelled
 from resources.run_launcher import DIED
 from resources.run_locks import held, lock_state, locks_folder
@@ -19,7 +20,6 @@ from resources.run_locks import held, lock_state, locks_folder
 if TYPE_CHECKING:
     from dagster._core.executor.init import InitExecutorContext
 
-_PROJECT_HOME = Path(__file__).parents[1] / "dagster_home"
 _TEMPORARY = ".tmp_dagster_home_"
 """How the folder begins that the commands of Dagster make where DAGSTER_HOME is not set."""
 
@@ -76,13 +76,13 @@ def _where_logged(instance: dg.DagsterInstance, run_id: str, event: dg.DagsterEv
     if is_temporary(instance):
         return (
             f"run {run_id}: DAGSTER_HOME is not set, so its log is gone when this command ends. "
-            f"To find it in the UI (make ui): export DAGSTER_HOME={_PROJECT_HOME}"
+            f"To find it in the UI ({ui_command()}): export DAGSTER_HOME={project_root() / 'dagster_home'}"
         )
     manager = instance.compute_log_manager
     key = manager.build_log_key_for_run(run_id, event.logs_captured_data.file_key)
     printed = manager.get_log_metadata(key).stderr_location
     return (
-        f"run {run_id}: the whole log is in the UI (make ui), "
+        f"run {run_id}: the whole log is in the UI ({ui_command()}), "
         f"the output of the processes in {printed}"
     )
 

@@ -10,7 +10,6 @@ import dagster as dg
 from dagster._core.storage.tags import USER_EDITABLE_SYSTEM_TAGS
 from dagster._utils.tags import is_private_system_tag_key, is_valid_tag_key
 
-import diffsynth_dagster
 from diffsynth_dagster.config import Recipe, TrainingConfig, read_recipe
 from diffsynth_dagster.config.checks import named_code
 from diffsynth_dagster.config.entries import ModelEntry, mark_of_text, named_entries
@@ -18,6 +17,7 @@ from diffsynth_dagster.config.recipe import read_retrain, recipe_files
 from diffsynth_dagster.config.retrain import Retrain
 from diffsynth_dagster.dotted import find_dotted
 from diffsynth_dagster.errors import ParameterError, UserError
+from diffsynth_dagster.project import project_root
 from diffsynth_dagster.run.warm_start import start_of
 from resources.pools import pool_of
 
@@ -40,9 +40,10 @@ class BrokenRecipe:
 
 
 def recipes_folder() -> Path:
-    """The folder of recipes: of the environment variable, or `recipes` in the project's root."""
+    """The folder of recipes: of the environment variable, or `recipes` in the project's root (see
+    `project_root`)."""
     given = os.environ.get(VARIABLE)
-    return Path(given) if given else Path(diffsynth_dagster.__file__).parents[1] / "recipes"
+    return Path(given) if given else project_root() / "recipes"
 
 
 def identifier(text: str) -> str:
@@ -60,8 +61,8 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
         raise ParameterError(
             "the folder of recipes does not exist",
             where=str(folder.absolute()),
-            do=f"make it, or name the folder that holds your recipes: in {VARIABLE}, or as 'folder' of "
-            "the component",
+            do="make one with `python -m diffsynth_dagster.new`, or name the folder that holds your recipes: "
+            f"in {VARIABLE}, or as 'folder' of the component",
         )
     sound: list[Recipe] = []
     broken: list[BrokenRecipe] = []

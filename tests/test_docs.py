@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from test_new import captioned
 
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.config.effect import settled_by_encoding
@@ -21,6 +22,7 @@ from diffsynth_dagster.data.table.values import check_structure
 from diffsynth_dagster.export.__main__ import main as convert
 from diffsynth_dagster.export.__main__ import parser as convert_parser
 from diffsynth_dagster.families import each_family, find_family
+from diffsynth_dagster.new.__main__ import main as new
 from diffsynth_dagster.train import main
 from diffsynth_dagster.weights.identify import guess_family
 
@@ -90,6 +92,17 @@ def test_links_of_the_docs_lead_somewhere() -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def new_recipe(command: list[str], root: Path) -> None:
+    """Give the command that writes a recipe, in a project with the pictures that it names.
+
+    The working directory is the project's root, and the variable for its recipes is set.
+    """
+    words = command[command.index("diffsynth_dagster.new") + 1 :]
+    captioned(root / words[words.index("--data") + 1], 3)
+    assert new(words) == 0
+    assert (root / "recipes" / f"{words[0]}.yaml").is_file()
+
+
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_commands_of_the_docs_run(
     command: list[str],
@@ -99,7 +112,15 @@ def test_commands_of_the_docs_run(
 ) -> None:
     """Make targets exist; trainings print their plan; jobs are there to be executed."""
     monkeypatch.chdir(ROOT)
-    if command[0] == "make":
+    if any("my_style" in word for word in command):  # one's own recipe
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("DIFFSYNTH_DAGSTER_RECIPES", str(tmp_path / "recipes"))
+        (first,) = (each for each in commands() if "diffsynth_dagster.new" in each)
+        new_recipe(first, tmp_path)
+        capsys.readouterr()
+    if "diffsynth_dagster.new" in command:
+        assert command[:3] == [".venv/bin/python", "-m", "diffsynth_dagster.new"]
+    elif command[0] == "make":
         subprocess.run(["make", "-n", *command[1:]], check=True, capture_output=True)
     elif command[0] == "export":
         name, _, value = command[1].partition("=")
@@ -107,7 +128,8 @@ def test_commands_of_the_docs_run(
         assert Path(value.replace("$PWD", str(ROOT)), "dagster.yaml").is_file()
     elif "diffsynth_dagster.train" in command:
         flags = command[command.index("diffsynth_dagster.train") + 1 :]
-        assert main([*flags, "--dry_run", "--no_files"]) == 0
+        no_files = [] if Path.cwd() == tmp_path else ["--no_files"]  # the others name examples
+        assert main([*flags, "--dry_run", *no_files]) == 0
         plan = json.loads(capsys.readouterr().out)
         assert plan["family"] in {family.name for family in each_family()}
     elif "diffsynth_dagster.cache" in command:
@@ -136,9 +158,10 @@ def test_commands_of_the_docs_run(
         )
     else:
         assert command[1:3] == ["job", "execute"]
-        from diffsynth_dagster.definitions import definitions
+        from diffsynth_dagster.component import make_definitions
 
-        assert definitions.resolve_job_def(command[command.index("-j") + 1]) is not None
+        job = make_definitions().resolve_job_def(command[command.index("-j") + 1])
+        assert job is not None
 
 
 def require_assets(selected: str, run_config: str) -> None:

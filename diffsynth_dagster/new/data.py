@@ -1,0 +1,160 @@
+"""What a recipe follows from: the data set, looked at with the check that a training begins with."""
+
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from diffsynth_dagster.config.output import TABLES
+from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.errors import MetadataError
+from diffsynth_dagster.facts import FactCache
+
+if TYPE_CHECKING:
+    from diffsynth_dagster.data.table.check import CheckedTable
+    from diffsynth_dagster.families.contract import Family
+
+_FACTS = "facts.sqlite"
+_PROMPTS, _LONGEST_PROMPT = 3, 400
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: its folder, and its table where it has one."""
+
+    base: Path
+    table: Path | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a data set holds.
+
+    Attributes:
+        samples: rows that can be trained on.
+        files: "pictures" or "clips".
+        smallest, largest: width and height in pixels, by area.
+        summary: how many rows are usable, and why the others are not.
+        warnings: see `CheckedTable.warnings`.
+        prompts: some of the captions, as the model is told them.
+    """
+
+    samples: int
+    files: str
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+    summary: str
+    warnings: list[str]
+    prompts: list[str]
+
+    @property
+    def described(self) -> str:
+        """How many there are, from the smallest to the largest: `12 pictures of 512x512 to 1024x768 pixels`."""
+        ends = dict.fromkeys(f"{width}x{height}" for width, height in (self.smallest, self.largest))
+        what = self.files.removesuffix("s") if self.samples == 1 else self.files
+        return f"{self.samples} {what} of {' to '.join(ends)} pixels"
+
+
+def find_data(given: Path) -> Data:
+    """The data set that a path names: a folder with a metadata table or without one, or a table.
+
+    Raises:
+        MetadataError: there is nothing there, no table, or several.
+    """
+    given = given.absolute()
+    if not given.is_dir():
+        if not given.is_file():
+            raise MetadataError(
+                "there is no such folder or table",
+                where=str(given),
+                do="name the folder of your pictures or clips, or a metadata table",
+            )
+        if given.suffix.lower() not in TABLES:
+            raise MetadataError(
+                "it is neither a folder nor a metadata table",
+                where=str(given),
+                do=f"name a folder, or a file that ends in {', '.join(TABLES)}",
+            )
+        return Data(given.parent, given)
+    tables = [given / f"metadata{kind}" for kind in TABLES if (given / f"metadata{kind}").is_file()]
+    if len(tables) > 1:
+        raise MetadataError(
+            f"the folder holds {' and '.join(table.name for table in tables)}",
+            where=str(given),
+            do=f"name the one that is meant, such as {tables[0]}",
+        )
+    return Data(given, tables[0] if tables else None)
+
+
+@contextmanager
+def facts_in(folder: Path) -> Generator[FactCache]:
+    """The cache of facts about files in a store's folder. A folder that is not there is made when the block
+    has ended well.
+
+    Raises:
+        OutputError: the folder is there, and cannot be written.
+    """
+    if folder.exists():
+        with closing(FactCache(folder / _FACTS)) as facts:
+            yield facts
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        with closing(FactCache(Path(scratch, _FACTS))) as facts:
+            yield facts
+        with suppress(OSError):  # the training finds them out again
+            folder.mkdir(parents=True)
+            shutil.move(Path(scratch, _FACTS), folder / _FACTS)
+
+
+def look_at(config: TrainingConfig, family: "Family", facts: FactCache) -> Found:
+    """Check every row and every file of a data set; no weight is read.
+
+    Raises:
+        MetadataError: it cannot be read, or a row cannot be trained on.
+    """
+    from diffsynth_dagster.data.prepare import check_data
+
+    with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
+        table = check_data(config, family.columns, facts, bar.update)
+    table.require_accepted(config.max_rejected_fraction)
+    smallest, largest = _sizes(table, family)
+    return Found(
+        samples=table.counts["ok"],
+        files="clips" if family.file_inputs[0].kind == "video" else "pictures",
+        smallest=smallest,
+        largest=largest,
+        summary=table.summary(config.max_rejected_fraction),
+        warnings=table.warnings(),
+        prompts=_prompts(table, family),
+    )
+
+
+def _sizes(table: "CheckedTable", family: "Family") -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height of the smallest and of the largest of the files that give samples their sizes."""
+    import polars as pl
+
+    column = family.file_inputs[0].column
+    sides = [pl.col(f"{column}:{side}").alias(side) for side in ("width", "height")]
+    sizes = table.accepted.select(sides).unique().collect()
+    sizes = sizes.sort(pl.col("width").cast(pl.Int64) * pl.col("height"), "width")
+    return sizes.row(0), sizes.row(-1)
+
+
+def _prompts(table: "CheckedTable", family: "Family") -> list[str]:
+    """Some of the captions: the first, the one in the middle, and the last."""
+    import polars as pl
+
+    caption = family.caption
+    if caption is None or caption.many:
+        return []
+    text = pl.col(caption.column)
+    column = table.accepted.select(text).unique(maintain_order=True).collect().to_series()
+    texts = [" ".join(text.split()) for text in column]
+    short = [t for t in texts if len(t) <= _LONGEST_PROMPT and not t.lower().endswith(TABLES)]
+    places = dict.fromkeys((0, len(short) // 2, len(short) - 1) if short else ())
+    return [short[place] for place in places][:_PROMPTS]

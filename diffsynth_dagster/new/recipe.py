@@ -1,0 +1,167 @@
+"""The values of a new recipe: those of a template, with what follows from the data set."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsynth_dagster.config import TrainingConfig, read_config
+from diffsynth_dagster.config.recipe import RecipeOptions
+from diffsynth_dagster.new.data import Data, Found
+from diffsynth_dagster.new.template import Change
+
+VISITS, LEAST_STEPS = 100, 500
+"""How often each sample is seen, and steps at the least: see docs/choosing.md, "How many steps"."""
+_HELD_OUT_FROM, _HELD_OUT_MOST = 30, 20
+"""With fewer samples none is held out: each would be missed. More than so many are not needed to see a loss."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person asks for.
+
+    Attributes:
+        name: of the recipe.
+        root: the folder that paths in the recipe start from.
+        models: files in the place of the template's model list, if any.
+        trigger: text before every caption.
+    """
+
+    name: str
+    root: Path
+    data: Data
+    models: tuple[str, ...] = ()
+    trigger: str | None = None
+
+    def written(self, path: Path | str) -> str:
+        """A path as the recipe has it: from the root, or whole where it lies elsewhere."""
+        whole = os.path.abspath(path)
+        inside = Path(whole).is_relative_to(self.root)
+        return os.path.relpath(whole, self.root) if inside else whole
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long a training is.
+
+    Attributes:
+        held_out: samples that are not trained on, about.
+        visits: how often each of the others is seen, about, as it is said.
+    """
+
+    steps: int
+    held_out: int
+    visits: str
+
+    @property
+    def save_steps(self) -> int:
+        """Steps from one checkpoint to the next."""
+        return self.steps // 4
+
+
+def course_of(samples: int, at_once: int, most: int) -> Course:
+    """How long a training of so many samples is.
+
+    Args:
+        at_once: samples of a step.
+        most: steps of the template.
+    """
+    held_out = min(samples // 10, _HELD_OUT_MOST) if samples >= _HELD_OUT_FROM else 0
+    trained = samples - held_out
+    wanted = -(-VISITS * trained // at_once)
+    steps = min(max(-(-wanted // 100) * 100, LEAST_STEPS), most)
+    visits = steps * at_once / trained
+    return Course(steps, held_out, f"{visits:.0f}" if visits >= 10 else f"{visits:.2g}")
+
+
+def settings_of(asked: Asked) -> list[Change]:
+    """What is known before the data set was looked at: where everything lies."""
+    data = asked.data
+    table = None if data.table is None else asked.written(data.table)
+    changes = [
+        Change("dataset_base_path", asked.written(data.base)),
+        Change("dataset_metadata_path", table),
+        Change("output_path", f"models/train/{asked.name}"),
+    ]
+    if asked.trigger is not None:
+        comment = "Stands before every caption: write it into prompts, too."
+        changes.append(Change("caption_prefix", asked.trigger, comment, "dataset_base_path"))
+    if asked.models:
+        paths = [asked.written(path) for path in asked.models]
+        changes.append(Change("model_paths", paths, None, "model_id_with_origin_paths"))
+        changes.append(Change("model_id_with_origin_paths", None))
+    return changes
+
+
+def changed(values: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
+    """Values of a recipe with others in their places."""
+    others = {change.key: change.value for change in changes}
+    together = {**values, **others}
+    return {name: value for name, value in together.items() if value is not None}
+
+
+def config_of(values: Mapping[str, Any], root: Path) -> TrainingConfig:
+    """The config of a recipe's values, with paths that hold from anywhere.
+
+    Raises:
+        ParameterError: a value cannot be taken.
+    """
+    default = TrainingConfig.model_fields["cache_path"].default
+    whole = {"cache_path": default, **values}
+    for name in ("dataset_base_path", "dataset_metadata_path", "output_path", "cache_path"):
+        if name in whole:
+            whole[name] = os.path.normpath(root / whole[name])
+    if "model_paths" in whole:
+        whole["model_paths"] = [str(root / path) for path in whole["model_paths"]]
+    return read_config(whole, "the new recipe")
+
+
+def choices_of(
+    found: Found, asked: Asked, config: TrainingConfig, options: RecipeOptions
+) -> tuple[list[Change], Course]:
+    """What follows from the data set, and how long the training is.
+
+    Args:
+        config, options: of the template, with the settings.
+    """
+    at_once = config.batch_size * config.gradient_accumulation_steps * (options.num_processes or 1)
+    assert config.max_train_steps is not None, "templates say how long they train"
+    course = course_of(found.samples, at_once, config.max_train_steps)
+    captions = "; captions lie in text files beside them" if asked.data.table is None else ""
+    size = f"{found.described}{captions}."
+    steps = (
+        f"How long it trains, in steps of the optimizer: about {course.visits} visits of each sample. {VISITS} "
+        f"visits are a place to begin, in {LEAST_STEPS} steps or more and {config.max_train_steps} at most."
+    )
+    changes = [
+        Change("dataset_base_path", asked.written(asked.data.base), size),
+        Change("max_train_steps", course.steps, steps),
+        Change("save_steps", course.save_steps, _SAVED),
+    ]
+    width, height = found.largest
+    if config.height is None and width * height < config.max_pixels:
+        comment = (
+            f"The area in pixels of the largest picture, {width}x{height}: none is scaled down."
+        )
+        changes.append(Change("max_pixels", width * height, comment))
+    if course.held_out:
+        split = 0.1 if course.held_out < _HELD_OUT_MOST else _HELD_OUT_MOST
+        changes.append(Change("validation_split", split, _HELD_OUT, "save_steps"))
+    if config.sample_texts and found.prompts:
+        changes.append(Change("sample_prompts", found.prompts, _PROMPTS))
+    return changes, course
+
+
+_SAVED = (
+    "Steps from one checkpoint to the next: a quarter, so that there are four to choose from. "
+    "Samples are made with each, where there are prompts."
+)
+_HELD_OUT = (
+    "These samples (a fraction of them, or their number) are not trained on: their loss shows when the "
+    "training begins to memorise the others."
+)
+_PROMPTS = (
+    "What is made with each checkpoint, to look at: captions of the data set. Put prompts of your own "
+    "beside them, also of something else, to see what else has changed."
+)
