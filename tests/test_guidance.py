@@ -129,3 +129,15 @@ def test_one_expert_alone_makes_no_samples(listed: list[str]) -> None:
     assert "name the files of the other expert" in str(refused.value)
     make_plan(config_of(*listed, sample_prompts=[]))
     make_plan(config_of(*experts(T2V)))
+
+
+def test_an_expert_with_vace_blocks_has_no_other_beside_it() -> None:
+    with pytest.raises(UserError, match="A14B alone denoises in its own part") as refused:
+        make_plan(config_of("PAI/Wan2.2-VACE-Fun-A14B:high_noise_model/*"))
+    assert "the other expert" not in str(refused.value)
+
+
+def test_a_distilled_lora_that_is_fused_in_needs_no_guidance() -> None:
+    path = "loras/Qwen-Image-Lightning-8steps-V2.0.safetensors"
+    config = config_of("Qwen/Qwen-Image:*", preset_lora_path=path)
+    assert not guidance(config).is_on

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Values, make_config
 from safetensors.torch import load_file
 from soak_support import result
 from test_resume import never, refusal, stop_after
 
+from diffsynth_dagster.config.flags import read_arguments
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.train import run as run_training
@@ -97,3 +99,39 @@ def test_a_longer_training_goes_on_where_a_shorter_one_ended(
 def test_one_of_both_says_how_long_it_is(values: Values) -> None:
     with pytest.raises(ParameterError, match="both say how long the training is"):
         make_config(values(num_epochs=2, max_train_steps=4))
+
+
+@pytest.mark.parametrize("made", [3, 1])
+def test_a_training_that_is_shortened_to_what_it_made_leaves_its_last_checkpoint(
+    values: Values, tmp_path: Path, made: int
+) -> None:
+    config = values(**{**GIVEN, "lr_scheduler": "constant"}, output_path=str(tmp_path / "run"))
+    stop_after({**config, "max_train_steps": 8}, made)
+    run = trained(config, tmp_path / "run", max_train_steps=made)
+    whole = trained(config, tmp_path / "whole", max_train_steps=made)
+    record, expected = read_record(run), read_record(whole)
+    assert record is not None
+    assert expected is not None
+    assert record.finished
+    assert list(record.checkpoints) == list(expected.checkpoints)
+    assert [each["step"] for each in record.held_out] == [
+        each["step"] for each in expected.held_out
+    ]
+    name = f"step-{made}.safetensors"
+    assert same_weights(run / name, whole / name)
+    assert (run / "samples" / f"step-{made}.png").is_file()
+    longer = trained(config, tmp_path / "run", max_train_steps=5)
+    assert (longer / "step-5.safetensors").is_file()
+
+
+def test_a_choice_of_the_command_line_takes_the_place_of_the_other(
+    values: Values, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**values(max_train_steps=2000)}))
+    for epochs in (1, 3):
+        config = read_arguments(["--recipe", str(recipe), "--num_epochs", str(epochs)]).config
+        assert (config.num_epochs, config.max_train_steps) == (epochs, None)
+    recipe.write_text(yaml.safe_dump({**values(num_epochs=7)}))
+    config = read_arguments(["--recipe", str(recipe), "--max_train_steps", "5"]).config
+    assert (config.num_epochs, config.max_train_steps) == (1, 5)

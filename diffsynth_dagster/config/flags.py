@@ -139,7 +139,8 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
         )
     if recipe is not None:
         loaded, options = read_values(recipe)
-        values, processes = overridden(loaded, values), options.num_processes
+        values = overridden(loaded, values)
+        processes = options.num_processes or options.gpus
         where = f"{recipe} and the command line"
     config = read_config(values, where, as_flag)
     return Arguments(config, **switches, recipe=recipe, num_processes=processes)

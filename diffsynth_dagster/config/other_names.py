@@ -37,8 +37,13 @@ _NAMES: dict[str, str] = {
     "`prediction_type`": "v_parameterization",
     "`timestep_shift`": "discrete_flow_shift flow_schedule_shift",
     "`timestep_sampling`": "weighting_scheme timestep_distribution timestep_type",
-    "`min_timestep_boundary` (a fraction of the schedule)": "min_timestep",
-    "`max_timestep_boundary` (a fraction of the schedule)": "max_timestep",
+    # There t counts from the data, here the fraction from the noise.
+    "`max_timestep_boundary` = 1 - min_timestep / 1000 (the schedule begins with the most noise)": (
+        "min_timestep"
+    ),
+    "`min_timestep_boundary` = 1 - max_timestep / 1000 (the schedule begins with the most noise)": (
+        "max_timestep"
+    ),
     "`loss_mask_column`": "masked_loss masked_training alpha_mask",
     # The data.
     "`dataset_base_path`": "train_data_dir instance_data_dir data_dir folder_path image_directory "

@@ -6,6 +6,7 @@ it, by the same `denoise` and with the same conditions as a training step.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Protocol
 
 import torch
@@ -144,13 +145,16 @@ class Guidance:
 def guidance_of(config: TrainingConfig, sampling: Sampling) -> Guidance:
     """The guidance of a config: its own, or what is published. A given scale holds for all denoisers.
 
-    What is or was distilled is sampled without: it was trained to need none.
+    What is or was distilled, or has such a LoRA fused in, is sampled without: it was trained to need
+    none.
     """
     own = config.sample_negative_prompt
     negative = sampling.negative_prompt if own is None else own
     if config.sample_cfg_scale is not None:
         return Guidance(config.sample_cfg_scale, {}, negative)
+    fused = config.preset_lora_path
     names = [entry.text.lower() for entry in model_entries(config)]
+    names += [] if fused is None else [PurePath(fused).name.lower()]
     if config.distills or any(mark in name for mark in sampling.distilled for name in names):
         return Guidance(1.0, {}, negative)
     return Guidance(sampling.cfg_scale, sampling.cfg_scales, negative)

@@ -51,7 +51,6 @@ class HeldOut:
         config = work.session.config
         self._points = points
         self._every = config.validation_steps
-        self._total = work.total_steps
         self._patience = config.early_stopping_patience
         self._sets = [s for s in (work.samples.held_out, work.samples.compared) if s is not None]
         self._history = [_metrics(said) for said in work.session.run_file.record.held_out]
@@ -68,7 +67,7 @@ class HeldOut:
         """Whether it is measured after a step: before the first, after the last, and between."""
         if not self._sets:
             return False
-        if step in (0, self._total):
+        if step == 0 or self._points.is_last(step):
             return True
         if self._every is None:
             return self._points.name(step) is not None

@@ -59,13 +59,15 @@ def _train(work: Work) -> RunRecord:
     run_file.begin(work.total_steps, weight_norms(work.step_module.components.items()))
     pictures = Pictures(work)
     order = work.data.order
-    points = SavePoints(config, order.steps_per_epoch, work.total_steps)
+    first, done = (0, 0) if state is None else (state.step, state.done)
+    # What was to be longer when the state was written has not done what the last step leaves.
+    planned = state.record["total_steps"] if state is not None and first == work.total_steps else 0
+    points = SavePoints(config, order.steps_per_epoch, max(planned, work.total_steps))
     checkpoints = Checkpoints(points)
     checkpoints.warn_of_space(work)
     states = States(work)
     held_out = HeldOut(work, points)
     beside = [held_out, checkpoints, SamplePictures(points, pictures, config.sample_steps)]
-    first, done = (0, 0) if state is None else (state.step, state.done)
     if run_due(beside, work, first, done) < len(beside):
         raise Stopped
     if state is None:
@@ -77,9 +79,9 @@ def _train(work: Work) -> RunRecord:
         parallel.load_random(random)
     with closing(states):
         last = _make_steps(work, steps, beside, states, held_out) or first
-        if last < work.total_steps:
-            # Before what may be stopped: going on from there ends early at once.
-            states.run(work, last, len(beside))
+        if not points.is_last(last):
+            if last > first:  # before what may be stopped: going on from there ends early at once
+                states.run(work, last, len(beside))
             end_early(beside, work, last)
         states.finish()
 

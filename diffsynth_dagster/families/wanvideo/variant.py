@@ -83,9 +83,10 @@ _VACE_INPUTS = (InputNamed("vace_video"), InputNamed("vace_reference_image"))
 _FRAMES, _WIDE = ModelHas("dit", _reads_frames), ModelHas("dit", _has_wide_latents)
 _VACE, _SECOND = ModelHas("dit", _has_vace), ModelListed("dit2")
 _EXPERT = (
-    EntryNamed(r"high_noise|low_noise|transformer_2|A14B.*[:/]transformer/"),
+    EntryNamed(r"(?i)high_?noise|low_?noise|transformer_2|A14B.*(?:[:/]transformer/|high|low)"),
     ModelHas("dit", _is_frame_expert),
 )
+_VACE_NAMED = EntryNamed("(?i)vace")
 _SAMPLES = ("sample_prompts", "customized_evaluation")
 
 REFUSALS = (
@@ -135,7 +136,18 @@ REFUSALS = (
             f"loaded for samples (that of low noise is called dit2 beside the other); or leave {samples} "
             "out",
             when=(ParameterSet(samples), expert),
-            unless=(_SECOND,),
+            unless=(_SECOND, _VACE_NAMED),
+            where=samples,
+        )
+        for samples in _SAMPLES
+        for expert in _EXPERT
+    ),
+    *(
+        Refusal(
+            "one expert of Wan2.2 VACE A14B alone denoises in its own part of the schedule only, and "
+            "samples need all of it",
+            f"leave {samples} out",
+            when=(ParameterSet(samples), expert, _VACE_NAMED),
             where=samples,
         )
         for samples in _SAMPLES
