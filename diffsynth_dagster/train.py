@@ -206,8 +206,8 @@ def dry_run(arguments: Arguments) -> None:
     if not arguments.no_files:
         from diffsynth_dagster.training.dry_run import look_at_files
 
-        processes = int(os.environ.get("WORLD_SIZE") or arguments.num_processes or 1)
-        looked = look_at_files(arguments.config, processes)
+        processes = os.environ.get("WORLD_SIZE") or arguments.num_processes
+        looked = look_at_files(arguments.config, int(processes) if processes else None)
         plan |= looked.values
         for text in looked.warnings:
             print(f"warning: {text}", file=sys.stderr)

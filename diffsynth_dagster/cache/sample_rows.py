@@ -4,7 +4,7 @@ They have a checked table and a manifest of their own, in a folder inside the ru
 about the stages that samples need. What a training reads of them goes into its own manifest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
@@ -27,10 +27,14 @@ from diffsynth_dagster.data.table.sample_rows import check_sample_rows
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.families.contract import Family
-from diffsynth_dagster.families.making import guidance_of
+from diffsynth_dagster.families.making import Guidance, guidance_of
 from diffsynth_dagster.weights.identify import FoundModel
 
 FOLDER = ".prompts"
+_SAME = (
+    "give both halves of split training the same sample_prompts, sample_cfg_scale and "
+    "sample_negative_prompt"
+)
 
 
 @dataclass(frozen=True)
@@ -101,17 +105,24 @@ def reduced(family: Family) -> Family:
     return replace(family, stages=tuple(stages))
 
 
-def require_sample_rows(config: TrainingConfig, family: Family, manifest: Manifest) -> None:
-    """Refuse a data set that was encoded without the table that `sample_prompts` names.
+def require_sample_rows(
+    config: TrainingConfig, family: Family, manifest: Manifest, components: Collection[str]
+) -> None:
+    """Refuse a data set that was encoded without what `sample_prompts` gives.
+
+    Args:
+        components: those that the model list has. Texts are encoded by them when samples are made.
 
     Raises:
-        ParameterError: it was, or with another content of the table, or without the negative prompt
-            that guidance needs.
+        ParameterError: it was: without a text that cannot be encoded later; without the table, or with
+            another content of it; or without the negative prompt that guidance needs.
     """
+    guidance = guidance_of(config, family.sampling)
     if config.sample_table is None:
+        _require_prompts(config, family, manifest, components, guidance)
         return
-    path, guidance = Path(config.sample_table), guidance_of(config, family.sampling)
-    known = manifest.negative_prompt  # None in data sets of before
+    path = Path(config.sample_table)
+    known = manifest.negative_prompt or ""  # None in data sets of before: it was empty
     checks: tuple[tuple[str, Callable[[], bool]], ...] = (
         ("without a table of samples", lambda: not manifest.sample_rows),
         (
@@ -124,7 +135,7 @@ def require_sample_rows(config: TrainingConfig, family: Family, manifest: Manife
         ),
         (
             "for samples with another negative prompt",
-            lambda: guidance.is_on and known not in (None, guidance.negative_prompt),
+            lambda: guidance.is_on and known != guidance.negative_prompt,
         ),
     )
     for said, holds in checks:
@@ -132,8 +143,34 @@ def require_sample_rows(config: TrainingConfig, family: Family, manifest: Manife
             raise ParameterError(
                 f"the data set was encoded {said}",
                 where=f"sample_prompts = {path}",
-                do="give both halves of split training the same sample_prompts, sample_cfg_scale and "
-                "sample_negative_prompt, or leave sample_prompts out in the second",
+                do=f"{_SAME}, or leave sample_prompts out in the second",
+            )
+
+
+def _require_prompts(
+    config: TrainingConfig,
+    family: Family,
+    manifest: Manifest,
+    components: Collection[str],
+    guidance: Guidance,
+) -> None:
+    """Refuse texts of samples that are not encoded, and cannot be later. Raises `ParameterError`."""
+    texts = {text: f"the sample prompt '{text}'" for text in config.sample_texts}
+    if texts and guidance.is_on:
+        negative = guidance.negative_prompt
+        texts.setdefault(negative, f"the negative prompt '{negative}' that guidance needs")
+    buildable = {component.name for component in family.components}
+    for text, said in texts.items():
+        keys = manifest.prompts.get(text, {})
+        used = [n for s in family.sample_stages if s.name not in keys for n in s.uses]
+        lacks = [name for name in used if name in buildable and name not in components]
+        if lacks:
+            raise ParameterError(
+                f"the data set was encoded without {said}, and the model list lacks the "
+                f"'{lacks[0]}' to encode it now",
+                where="sample_prompts, sample_cfg_scale, sample_negative_prompt",
+                do=f"{_SAME} (sample_cfg_scale: 1 needs no negative prompt), or add the files of "
+                f"'{lacks[0]}' to the model list",
             )
 
 

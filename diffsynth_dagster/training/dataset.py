@@ -109,7 +109,7 @@ def encoded_manifest(
         for each in [manifest] if held_out is None else [manifest, held_out]:
             require_encoded_for(config, models.found, each, fact_cache)
             require_stored(each)
-        require_sample_rows(config, models.found.family, manifest)
+        require_sample_rows(config, models.found.family, manifest, models.found.components)
     else:
         own = held_out_config(config)
         held_out = None

@@ -7,6 +7,7 @@ is written but the cache of facts about files, and nothing is downloaded.
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,38 @@ import polars as pl
 import torch
 from tqdm import tqdm
 
-from diffsynth_dagster.cache.encoded_for import require_encoded_as
+from diffsynth_dagster.cache.encoded_for import require_encoded_as, require_encoded_for
 from diffsynth_dagster.cache.held_out import held_out_config, held_out_manifest, rows_apart
 from diffsynth_dagster.cache.keys import with_content_numbers
 from diffsynth_dagster.cache.long_captions import long_captions_of
-from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.manifest import Manifest, read_manifest
 from diffsynth_dagster.cache.records import buckets_of
 from diffsynth_dagster.cache.sample_rows import checked_sample_rows, require_sample_rows
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.entries import named_entries, start_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.order import order_of, total_steps
+from diffsynth_dagster.data.order import StepOrder, order_of, total_steps
 from diffsynth_dagster.data.prepare import check_data, require_named
 from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.rows import REPEAT
+from diffsynth_dagster.data.table.folder import open_folder
+from diffsynth_dagster.data.table.rows import REPEAT, RowSource
+from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.run.goes_on import state_folders
+from diffsynth_dagster.run.record import RunRecord
+from diffsynth_dagster.run.start import start_record
 from diffsynth_dagster.training.dataset import require_stored
+from diffsynth_dagster.training.join import trackers_of
 from diffsynth_dagster.training.modules import check_model
 from diffsynth_dagster.training.overlap import refuse_replaced_rows
 from diffsynth_dagster.training.periodic import SavePoints
+from diffsynth_dagster.training.resume import require_going_on
+from diffsynth_dagster.weights.adapter_files import read_adapter
+from diffsynth_dagster.weights.header import read_headers
 from diffsynth_dagster.weights.hub import Downloads, ModelHub, NotDownloaded, require_there
 from diffsynth_dagster.weights.identify import FoundModel, find_model, guess_family
+from diffsynth_dagster.weights.lora import read_lora
 
 _SHOWN_SIZES = 12
 _FIT = "all are there, and fit"
@@ -60,38 +72,49 @@ class _Rows:
 
     Attributes:
         said: about the table that they come from, as JSON values.
+        manifest: of a data set that was encoded before.
     """
 
     said: Mapping[str, Any]
     trained: pl.LazyFrame
     held_out: pl.LazyFrame | None
     warnings: list[str] = field(default_factory=list[str])
+    manifest: Manifest | None = None
 
 
-def look_at_files(config: TrainingConfig, processes: int) -> Looked:
+def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
     """Look at the models and the data of a config.
 
     Args:
-        processes: that the training would have.
+        processes: that the training would have; None where that is not said.
 
     Raises:
         MetadataError: the data is not there, or too many rows are rejected.
         WeightsError: a model file is not there, is damaged, or does not fit.
         StoreError: the folder holds no encoded data set, or the store lacks samples of it.
-        ParameterError: the files do not fit what is asked for.
+        ParameterError: the files do not fit what is asked for; or the run folder holds an unfinished
+            training with other parameters, or no state to go on from where there must be one.
+        OutputError: see `choose_state`.
         TargetError: see `check_model`.
     """
     config = with_settled(config)
     require_named(config)
+    trackers_of(config)
     found, warnings = _look_at_models(config)
     values: dict[str, Any] = {"models": _DOWNLOADED_LATER if found is None else _FIT}
-    if _is_to_be_made(config):
+    family = guess_family(config) if found is None else found.family
+    if _is_to_be_made(config, family):
+        if not config.encodes_only:
+            require_going_on(config)
         values["data"] = f"made by {config.customized_dataset} when the training begins"
         return Looked(values, warnings)
-    rows = _encoded_rows(config) if config.reads_encoded else _checked_rows(config, found)
+    rows = _encoded_rows(config, found) if config.reads_encoded else _checked_rows(config, found)
     values["data"] = {**rows.said, **_counted(rows)}
     if not config.encodes_only:
-        values["course"] = _course(config, rows.trained, processes)
+        buckets = buckets_of(rows.trained)
+        order_on = partial(_order, config, buckets)
+        require_going_on(config, _record(config, rows.manifest, found), order_on, processes)
+        values["course"] = _course(config, buckets, processes or 1)
     return Looked(values, [*rows.warnings, *warnings])
 
 
@@ -102,16 +125,46 @@ def _look_at_models(config: TrainingConfig) -> tuple[FoundModel | None, list[str
     try:
         found = find_model(config, hub if hub.skip_download else Downloads())
     except NotDownloaded:
+        _read_starts(config)
         return None, []
     warnings = list(found.family.warnings)
     check_model(config, found, torch.float32, warnings.append)
     return found, warnings
 
 
-def _is_to_be_made(config: TrainingConfig) -> bool:
+def _read_starts(config: TrainingConfig) -> None:
+    """Read the weights to start from without the models. Whether they fit is not known. Raises
+    `WeightsError`: they are damaged, or something else."""
+    family = guess_family(config)
+    if config.preset_lora_path is not None:
+        name = config.preset_lora_model or family.denoiser
+        read_lora(Path(config.preset_lora_path), family, name, "preset_lora_path")
+    if config.lora_checkpoint is not None:
+        read = read_lora if config.lora_method == "lora" else read_adapter
+        for name in config.lora_base_model:
+            read(Path(config.lora_checkpoint), family, name, "lora_checkpoint")
+    if config.resume_from_checkpoint is not None:
+        read_headers([Path(config.resume_from_checkpoint)])
+
+
+def _is_to_be_made(config: TrainingConfig, family: Family) -> bool:
     """Whether a function makes the data set, and has not made it yet. It is not called here."""
-    tables = filter(None, (config.dataset_metadata_path, config.validation_metadata_path))
-    return config.customized_dataset is not None and not all(Path(t).exists() for t in tables)
+    if config.customized_dataset is None or config.dataset_metadata_path is None:
+        return False
+    own = held_out_config(config)
+    return not all(_is_made(each, family) for each in ([config] if own is None else [config, own]))
+
+
+def _is_made(config: TrainingConfig, family: Family) -> bool:
+    """Whether the table of a data set is there; of a folder that is one, whether it holds samples."""
+    source = RowSource.of(config)
+    if not source.is_folder:
+        return source.path.exists()
+    try:
+        open_folder(source.path, source.base, family.columns.files[0], (), source.left_out)
+    except MetadataError:
+        return False
+    return True
 
 
 def _checked_rows(config: TrainingConfig, found: FoundModel | None) -> _Rows:
@@ -140,16 +193,37 @@ def _said_of(table: CheckedTable) -> dict[str, Any]:
     return {"rows": table.counts, **({"rejected": rejected} if rejected else {})}
 
 
-def _encoded_rows(config: TrainingConfig) -> _Rows:
+def _encoded_rows(config: TrainingConfig, found: FoundModel | None) -> _Rows:
     """The rows of a data set that was encoded before. Raises: see `look_at_files`."""
     manifest = read_manifest(Path(config.dataset_base_path))
     held_out = held_out_manifest(config, manifest)
-    for each in [manifest] if held_out is None else [manifest, held_out]:
-        require_encoded_as(config, guess_family(config), each)
+    parts = [manifest] if held_out is None else [manifest, held_out]
+    if found is None:
+        family = guess_family(config)
+        components = {component.name for component in family.components}  # as far as is known
+        for each in parts:
+            require_encoded_as(config, family, each)
+    else:
+        family, components = found.family, found.components.keys()
+        with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+            for each in parts:
+                require_encoded_for(config, found, each, facts)
+    for each in parts:
         require_stored(each)
-    require_sample_rows(config, guess_family(config), manifest)
+    require_sample_rows(config, family, manifest, components)
     apart = rows_apart(config, manifest.rows, None if held_out is None else held_out.rows)
-    return _Rows({"encoded": str(manifest.folder)}, *apart)
+    return _Rows({"encoded": str(manifest.folder)}, *apart, manifest=manifest)
+
+
+def _record(
+    config: TrainingConfig, manifest: Manifest | None, found: FoundModel | None
+) -> RunRecord | None:
+    """The record that a training is compared by with the states in its run folder; None where there are none,
+    or where it follows from samples that are not encoded yet. Raises: see `start_record`."""
+    if manifest is None or found is None or not state_folders(Path(config.output_path)):
+        return None
+    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+        return start_record(config, found, manifest, facts)
 
 
 def _counted(rows: _Rows) -> dict[str, Any]:
@@ -170,22 +244,26 @@ def _counted(rows: _Rows) -> dict[str, Any]:
     return {**counts, "sizes": sizes, "buckets": buckets.height}
 
 
-def _course(config: TrainingConfig, trained: pl.LazyFrame, processes: int) -> dict[str, Any]:
-    """The optimizer steps of a training, and how often it sees a sample."""
-    buckets = buckets_of(trained)
+def _order(config: TrainingConfig, buckets: pl.DataFrame, processes: int) -> StepOrder:
+    """The order of a training on so many processes."""
     sizes: list[int] = buckets["len"].to_list()
     repeats: list[int] = buckets[REPEAT].to_list() if REPEAT in buckets.columns else []
-    order = order_of(config, sizes, processes, repeats)
+    return order_of(config, sizes, processes, repeats)
+
+
+def _course(config: TrainingConfig, buckets: pl.DataFrame, processes: int) -> dict[str, Any]:
+    """The optimizer steps of a training, and how often it sees a sample."""
+    order = _order(config, buckets, processes)
     steps = total_steps(config, order.steps_per_epoch)
-    epochs = steps / order.steps_per_epoch
+    epochs, samples = steps / order.steps_per_epoch, int(buckets["len"].sum())
     return {
         "processes": processes,
         "steps": steps,
         "steps_per_epoch": order.steps_per_epoch,
         "epochs": round(epochs, 2),
         "checkpoints": SavePoints(config, order.steps_per_epoch, steps).count,
-        "visits_of_a_sample": round(epochs * order.samples_per_epoch / sum(sizes), 2),
-        **({"repeats": _repeats(buckets)} if repeats else {}),
+        "visits_of_a_sample": round(epochs * order.samples_per_epoch / samples, 2),
+        **({"repeats": _repeats(buckets)} if REPEAT in buckets.columns else {}),
     }
 
 

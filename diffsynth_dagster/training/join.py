@@ -31,13 +31,13 @@ def start_parallel(config: TrainingConfig) -> Parallel:
             config switches on is not installed.
     """
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    available = {str(getattr(t, "value", t)) for t in get_available_trackers()}
+    trackers = trackers_of(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
         # Or accelerate would take several processes without a GPU for as many trainings.
         cpu=processes > 1 and not torch.accelerator.is_available(),
         mixed_precision=precision(config.mixed_precision, _gpu_has_bf16()),
-        log_with=[*tracker_names(config, available)] or None,
+        log_with=[*trackers] or None,
         project_dir=config.output_path,
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
@@ -46,6 +46,12 @@ def start_parallel(config: TrainingConfig) -> Parallel:
     )
     _require_whole_weights(accelerator)
     return Parallel(accelerator)
+
+
+def trackers_of(config: TrainingConfig) -> list[str]:
+    """The trackers that a config switches on, by accelerate's names. Raises `ParameterError`: one is not
+    installed."""
+    return tracker_names(config, {str(getattr(t, "value", t)) for t in get_available_trackers()})
 
 
 def _require_whole_weights(accelerator: Accelerator) -> None:

@@ -10,22 +10,25 @@ from blake3 import blake3
 
 from diffsynth_dagster.config.effect import values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.order import total_steps
+from diffsynth_dagster.data.order import StepOrder, total_steps
 from diffsynth_dagster.errors import DamagedError, ParameterError
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.files import refusals, require_held
+from diffsynth_dagster.older import is_moving
 from diffsynth_dagster.run.earlier import clear, earlier_record, finish_moving
 from diffsynth_dagster.run.goes_on import state_folders
 from diffsynth_dagster.run.record import LOGS, RunRecord, differing, written_files
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.setup import Work
 from diffsynth_dagster.training.state import Notes, WrittenState, read_state
+from diffsynth_dagster.versions import TRAINING
 
 _BY_STEPS = ("num_epochs", "max_train_steps", "batch_size", "gradient_accumulation_steps")
 """A longer training goes on where a shorter one ended; the others are compared by the samples of each
 step."""
 _EPOCHS = "the number of epochs, on which the learning rate depends"
 """In states of before; the number of steps is compared."""
+_VERSION = "the version of training"
 _SAME_COURSE = ("constant", "constant_with_warmup")
 """Courses of the learning rate that do not depend on how many steps there are."""
 _CARRIED = (
@@ -45,16 +48,21 @@ _CARRIED = (
 
 def identity_of(config: TrainingConfig, record: RunRecord) -> dict[str, Any]:
     """What the steps of a training depend on, by name: JSON values."""
-    values = values_that_affect(config, "weights", "rows", "latents", "training")
     held_out = record.held_out_digest
-    values["mixed_precision"] = record.mixed_precision  # asked for by the launcher, where not here
     return {
-        **{name: value for name, value in values.items() if name not in _BY_STEPS},
+        **_chosen_of(config),
+        "mixed_precision": record.mixed_precision,  # asked for by the launcher, where not here
         "the samples": record.samples_digest,
         **({"the held-out samples": held_out} if held_out is not None else {}),
         **{f"the weights of {name}": digest for name, digest in record.base.items()},
-        "the version of training": record.training_version,
+        _VERSION: record.training_version,
     }
+
+
+def _chosen_of(config: TrainingConfig) -> dict[str, Any]:
+    """The parameters of an identity: JSON values."""
+    values = values_that_affect(config, "weights", "rows", "latents", "training")
+    return {name: value for name, value in values.items() if name not in _BY_STEPS}
 
 
 def choose_state(
@@ -92,13 +100,8 @@ def choose_state(
         except DamagedError as error:
             warn(f"{error.what}; where: {folder}; an older state is looked for")
             continue
-        known = {name: value for name, value in state.identity.items() if name != _EPOCHS}
-        now = identity_of(config, record)
-        if config.sample_cfg_scale is None and known.get("sample_cfg_scale") == 1.0:
-            # What was left out meant none before; samples are guided from here on, and no step changes.
-            known["sample_cfg_scale"] = now["sample_cfg_scale"]
-        names = differing(known, now)
-        names += _differing_steps(config, state, data)
+        names = _differing_values(config, state.identity, identity_of(config, record))
+        names += _differing_steps(config, state, data.order)
         if not can_restore:
             names.append("DeepSpeed, which keeps the optimizer's state in parts")
         if names and (config.resume == "same" or (is_finished and config.resume == "auto")):
@@ -106,13 +109,7 @@ def choose_state(
             warn(f"training from the beginning: changed since {before}: {', '.join(names)}")
             return None
         if names:
-            raise ParameterError(
-                "the run folder holds the state of another training, which differs in: "
-                + ", ".join(names),
-                where=f"output_path = {output}",
-                do="give another output_path; or resume: never, which moves what is there to older/ and "
-                "trains from the beginning",
-            )
+            raise _of_another(output, names)
         changed = _changed_checkpoints(output, state)
         if not changed:
             return _with_what_is_left(output, state, config.save_keep is not None, warn)
@@ -123,23 +120,113 @@ def choose_state(
         warn(f"no state is older than {changed[0]}, which is removed and not made again")
         return _with_what_is_left(output, state, config.save_keep is not None, warn, changed)
     if config.resume == "must":
-        raise ParameterError(
-            "there is no whole state to go on from",
-            where=f"resume = must, output_path = {output}",
-            do="leave resume out, or correct output_path",
-        )
+        raise _no_state(output)
     return None
 
 
-def _differing_steps(config: TrainingConfig, state: Notes, data: StepDataset) -> list[str]:
+def require_going_on(
+    config: TrainingConfig,
+    record: RunRecord | None = None,
+    order_on: Callable[[int], StepOrder] | None = None,
+    processes: int | None = None,
+) -> None:
+    """Refuse a run folder that `choose_state` would refuse, as far as that is known before the training.
+    Nothing is written.
+
+    Args:
+        record: of the training; None where the digest of its samples is not known. Its precision is not
+            looked at.
+        order_on: (number of processes) → the order of the samples; None where there are none yet.
+        processes: of the training; None for as many as the state is of.
+
+    Raises:
+        ParameterError, OutputError: see `choose_state`.
+    """
+    output = Path(config.output_path)
+    if config.resume == "never":
+        return
+    earlier = earlier_record(output)
+    is_finished = earlier is not None and earlier.finished
+    # Where a move to older/ was killed, the training finishes it first, and no state is left.
+    for _, folder in [] if is_moving(output) else state_folders(output):
+        try:
+            state = read_state(folder)
+        except DamagedError:
+            continue
+        if config.resume == "same" or (is_finished and config.resume == "auto"):
+            return
+        names = _differing_as_far_as_known(config, state, record)
+        if order_on is not None:
+            as_before = max(1, _slots(state) // config.gradient_accumulation_steps)
+            order = order_on(processes or as_before)
+            if record is None and state.order[:1] != order.key[:1]:
+                names.append("the samples")
+            names += _differing_steps(config, state, order)
+        if names:
+            raise _of_another(output, names)
+        return
+    if config.resume == "must":
+        raise _no_state(output)
+
+
+def _differing_as_far_as_known(
+    config: TrainingConfig, state: Notes, record: RunRecord | None
+) -> list[str]:
+    """In what a state differs from a training that has not begun."""
+    known = dict(state.identity)
+    if record is not None:
+        now = identity_of(config, record)
+    else:
+        now = {**_chosen_of(config), _VERSION: TRAINING}
+        of_files = ("the samples", "the held-out samples", "the weights of ")
+        known = {name: value for name, value in known.items() if not name.startswith(of_files)}
+    asked = config.mixed_precision  # left out, the launcher says it
+    now["mixed_precision"] = known.get("mixed_precision") if asked is None else asked
+    return _differing_values(config, known, now)
+
+
+def _slots(state: Notes) -> int:
+    """The micro-batches of each step of a state, on all processes together: see `StepOrder.key`."""
+    return int(state.order[4]) if len(state.order) > 4 else 1
+
+
+def _of_another(output: Path, names: Sequence[str]) -> ParameterError:
+    return ParameterError(
+        "the run folder holds the state of another training, which differs in: " + ", ".join(names),
+        where=f"output_path = {output}",
+        do="give another output_path; or resume: never, which moves what is there to older/ and "
+        "trains from the beginning",
+    )
+
+
+def _no_state(output: Path) -> ParameterError:
+    return ParameterError(
+        "there is no whole state to go on from",
+        where=f"resume = must, output_path = {output}",
+        do="leave resume out, or correct output_path",
+    )
+
+
+def _differing_values(
+    config: TrainingConfig, identity: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[str]:
+    """In what the identity of a state differs from that of a training."""
+    known = {name: value for name, value in identity.items() if name != _EPOCHS}
+    if config.sample_cfg_scale is None and known.get("sample_cfg_scale") == 1.0:
+        # What was left out meant none before; samples are guided from here on, and no step changes.
+        known["sample_cfg_scale"] = now["sample_cfg_scale"]
+    return differing(known, now)
+
+
+def _differing_steps(config: TrainingConfig, state: Notes, order: StepOrder) -> list[str]:
     """In what the steps of a state differ from those of a training."""
     names: list[str] = []
-    if state.order != data.order.key:
+    if state.order != order.key:
         names.append(
             "the samples of each step (batch_size, or gradient_accumulation_steps times the number "
             "of processes)"
         )
-    steps = total_steps(config, data.order.steps_per_epoch)
+    steps = total_steps(config, order.steps_per_epoch)
     planned = state.record.get("total_steps", steps)
     if config.lr_scheduler not in _SAME_COURSE and steps != planned:
         names.append(

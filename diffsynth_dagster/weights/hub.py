@@ -7,12 +7,12 @@ modelscope package.
 
 import glob
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from diffsynth_dagster.config.entries import ModelEntry
+from diffsynth_dagster.config.entries import SHARD, ModelEntry
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.weights.download import download
 
@@ -39,11 +39,19 @@ class ModelHub:
         """The weight files of an entry, sorted.
 
         Raises:
-            WeightsError: no file matches.
+            WeightsError: no file matches, or a shard is missing.
             DownloadError: the hub did not answer, or lacks the repository.
         """
         if entry.repository is None:
-            return [file for text in entry.paths for file in _local_files(text, entry.parameter)]
+            found = [file for text in entry.paths for file in _local_files(text, entry.parameter)]
+        else:
+            found = self._downloaded(entry)
+        _require_shards(entry, found)
+        return found
+
+    def _downloaded(self, entry: ModelEntry) -> list[Path]:
+        """The weight files of an entry of the hub. Raises: see `files`."""
+        assert entry.repository is not None
         self._download(entry, tuple(f"*{suffix}" for suffix in _WEIGHTS))
         folder = self.base_path / entry.repository
         if not entry.pattern or entry.pattern.endswith("/"):
@@ -170,6 +178,22 @@ def _no_file(text: str, parameter: str) -> WeightsError:
         where=f"{parameter} = {Path(text).absolute()}",
         do="correct the path, or download the model",
     )
+
+
+def _require_shards(entry: ModelEntry, files: Sequence[Path]) -> None:
+    """Check that every shard is there that the names count, as `-00001-of-00002` does. Raises
+    `WeightsError`."""
+    counted: dict[str, set[int]] = {}
+    for match in filter(None, (SHARD.search(path.name) for path in files)):
+        counted.setdefault(match[2], set()).add(int(match[1]))
+    for total, given in counted.items():
+        lacks = sorted(set(range(1, int(total) + 1)) - given)
+        if lacks:
+            raise WeightsError(
+                f"shard {lacks[0]} of {int(total)} is missing",
+                where=f"{entry.parameter} = {entry.text}; looked in {files[0].parent}",
+                do="name all shards of the model, or download the others",
+            )
 
 
 def _weights_in(folder: Path) -> list[Path]:

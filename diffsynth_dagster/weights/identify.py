@@ -8,7 +8,6 @@ from pathlib import Path
 
 from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.entries import (
-    SHARD,
     ModelEntry,
     float8_entries,
     folder_entry,
@@ -155,7 +154,6 @@ def _find_components(
     entries = model_entries(config)
     files = {entry: tuple(hub.files(entry)) for entry in entries}
     for entry in entries:
-        _require_shards(entry, files[entry])
         contents.note(files[entry])
         contents.note(filter(Path.is_file, {f.parent / "config.json" for f in files[entry]}))
     headers = {entry: read_headers(files[entry]) for entry in entries}
@@ -236,22 +234,6 @@ def _each_once(parts: Sequence[Found]) -> dict[str, Found]:
         if there is None or there.start:
             found[name] = part
     return found
-
-
-def _require_shards(entry: ModelEntry, files: Sequence[Path]) -> None:
-    """Check that every shard is there that the names count, as `-00001-of-00002` does. Raises
-    `WeightsError`."""
-    counted: dict[str, set[int]] = {}
-    for match in filter(None, (SHARD.search(path.name) for path in files)):
-        counted.setdefault(match[2], set()).add(int(match[1]))
-    for total, given in counted.items():
-        lacks = sorted(set(range(1, int(total) + 1)) - given)
-        if lacks:
-            raise WeightsError(
-                f"shard {lacks[0]} of {int(total)} is missing",
-                where=f"{entry.parameter} = {entry.text}; looked in {files[0].parent}",
-                do="name all shards of the model, or download the others",
-            )
 
 
 def _needed_tokenizers(config: TrainingConfig, family: Family) -> list[Tokenizer]:
