@@ -173,6 +173,7 @@ BEFORE: dict[str, Change] = {
     "lokr_decompose_factor": {"lora_method": "lokr"},
     "lokr_decompose_both": {"lora_method": "lokr"},
     "oft_block_size": {"lora_method": "oft"},
+    "customized_evaluation": {"sample_cfg_scale": 1.0},
     "keep_tags": {"shuffle_tags": True},
     "tag_orders": {"shuffle_tags": True},
     "sample_steps": {"sample_prompts": ["a cat"]},
@@ -294,7 +295,10 @@ ALTERNATIVES: dict[str, Change] = {
     "sample_steps": {"sample_steps": 1, "sample_prompts": ["a cat"]},
     "sample_cfg_scale": {"sample_cfg_scale": 2.0},
     "sample_negative_prompt": {"sample_prompts": ["a cat"], "sample_negative_prompt": ""},
-    "customized_evaluation": {"customized_evaluation": "parameter_changes.unchanged"},
+    "customized_evaluation": {
+        "customized_evaluation": "parameter_changes.unchanged",
+        "sample_cfg_scale": 1.0,  # the published one counts where something is sampled
+    },
     # planned: any other value is refused
     "audio_processor_path": {"audio_processor_path": "a"},
     "framewise_decoding": {"framewise_decoding": True},

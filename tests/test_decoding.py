@@ -135,6 +135,7 @@ def peak_bytes(megapixels: int, path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.soak
 def test_memory_goes_with_the_budget_and_not_with_the_threads(tmp_path: Path) -> None:
     """Twelve bytes a pixel at most."""
     side = 2000

@@ -84,6 +84,7 @@ print(json.dumps(said))
 
 
 @needs_a_disk
+@pytest.mark.soak
 def test_a_full_disk_leaves_the_states_that_are_there(values: Values, tmp_path: Path) -> None:
     """The disk is filled up but for a part of a state, or a little more than one."""
     disk, frees = tmp_path / "disk", [0.0, 0.2, 0.9, 1.1, 2.2]

@@ -31,7 +31,7 @@ def require_named(config: TrainingConfig) -> None:
     if config.dataset_metadata_path is None or config.customized_dataset is not None:
         return
     table = Path(config.dataset_metadata_path)
-    if table != Path(config.dataset_base_path):
+    if table != Path(config.dataset_base_path) and not table.is_dir():
         require_file(table)
     if find_checked(table) is None:
         require_folder(Path(config.dataset_base_path))

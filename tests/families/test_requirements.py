@@ -1,5 +1,6 @@
 """What families refuse, as data: conditions that hold, do not hold, or are not known yet."""
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from diffsynth_dagster.families import each_family
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.families.requirements import (
     Condition,
+    EntryNamed,
     InputNamed,
     ModelHas,
     ModelListed,
@@ -121,6 +123,8 @@ def test_refusals_name_what_the_family_has(family: Family) -> None:
                 assert condition.column in family.extra_inputs
             elif isinstance(condition, ModelListed | ModelHas):
                 assert condition.component in components
+            elif isinstance(condition, EntryNamed):
+                re.compile(condition.pattern)
             elif isinstance(condition, ModelsDiffer):
                 assert {condition.one[0], condition.other[0]} <= components
             else:

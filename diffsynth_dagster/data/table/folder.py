@@ -15,7 +15,6 @@ from PIL import Image
 from diffsynth_dagster.config.output import TABLES
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.listing import walk
-from diffsynth_dagster.data.media.image import IMAGE_FORMATS
 from diffsynth_dagster.data.table.read import INDEX, Table
 from diffsynth_dagster.errors import MetadataError, is_text
 
@@ -62,6 +61,9 @@ def open_folder(
     Raises:
         MetadataError: the folder holds a metadata table, or nothing that the column takes.
     """
+    # It reads pictures into tensors: whoever only reads a checked table does without torch.
+    from diffsynth_dagster.data.media.image import IMAGE_FORMATS
+
     tables = [name for name in (f"metadata{kind}" for kind in TABLES) if (folder / name).is_file()]
     if tables:
         raise MetadataError(

@@ -143,8 +143,8 @@ def require_folder(base: Path) -> Path:
 
 
 def require_file(path: Path) -> None:
-    """Refuse a metadata table, or a folder that is one, that is not there. Raises `MetadataError`."""
-    if not path.is_file() and not path.is_dir():
+    """Refuse a metadata table that is not there. Raises `MetadataError`."""
+    if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
         raise MetadataError(f"the metadata file {what}", where=_where(path), do="correct the path")
 
