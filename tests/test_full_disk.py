@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from conftest import Values, train
 from disk_support import needs_a_disk, on_a_small_disk

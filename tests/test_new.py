@@ -98,7 +98,7 @@ def test_what_is_there_stays(project: Path) -> None:
     config = read_recipe(project / "recipes" / "dogs.yaml").config
     assert config.dataset_base_path == str(outside)
     assert config.dataset_metadata_path == str(outside / "table.csv")
-    assert (config.validation_split, config.max_train_steps) == (0.1, 2000)
+    assert (config.validation_split, config.max_train_steps) == (3, 2000)
     assert config.sample_texts == ("a dog",)
 
 
@@ -166,9 +166,38 @@ def test_a_file_that_cannot_be_written_leaves_nothing(
 def test_steps_follow_from_the_number_of_samples(
     samples: int, at_once: int, expected: tuple[int, int, str]
 ) -> None:
-    course = course_of(samples, at_once, 2000)
+    course = course_of({1: samples}, at_once, 2000)
     assert (course.steps, course.held_out, course.visits) == expected
     assert course.save_steps * 4 == course.steps
+
+
+def test_steps_follow_from_the_samples_that_are_taken_most_often() -> None:
+    course = course_of({1: 10, 10: 5}, 1, 2000)
+    assert (course.steps, course.visits) == (600, "10 to 100")
+
+
+def test_shards_of_a_model_are_one_entry(tmp_path: Path) -> None:
+    """A shell hands over each file that a pattern stands for."""
+    shards = tuple(str(tmp_path / f"dit-0000{n}-of-00002.safetensors") for n in (1, 2))
+    models = (*shards, str(tmp_path / "vae.safetensors"))
+    asked = Asked("mine", tmp_path, Data(tmp_path / "my_data", None), models)
+    settings = settings_of(asked)
+    path = templates()["qwen_image_lora"]
+    text = edited(path.read_text(encoding="utf-8"), settings, "Made for a test.", "my_data")
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    values, _ = read_values(tmp_path / "a.yaml")
+    assert values["model_paths"] == [[Path(s).name for s in shards], "vae.safetensors"]
+    config = config_of(values, tmp_path)
+    assert config.model_paths == (shards, models[-1])
+
+
+def test_a_model_list_that_lacks_a_model_is_refused(
+    project: Path, tiny_qwen: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["a", "--family", "qwen_image", "--data", "data/cats", "--models"]
+    assert main([*command, *model_files(tiny_qwen)[:1]]) == 2
+    assert "the model list lacks the component 'text_encoder'" in capsys.readouterr().err
+    assert not (project / "recipes" / "a.yaml").exists()
 
 
 def test_every_template_takes_a_data_set_of_ones_own(tmp_path: Path) -> None:
@@ -176,7 +205,7 @@ def test_every_template_takes_a_data_set_of_ones_own(tmp_path: Path) -> None:
     assert set(PLAIN.values()) <= set(templates())
     asked = Asked("mine", tmp_path, Data(tmp_path / "my_data", None), (), "ohwx")
     prompts = ["a cat: yes", "'x' # y", "[1]\x85 2"]
-    found = Found(50, "pictures", (400, 300), (640, 480), "", [], prompts)
+    found = Found(50, {1: 50}, "pictures", (400, 300), (640, 480), "", [], prompts)
     for name, path in templates().items():
         values, options = read_values(path)
         settings = settings_of(asked)

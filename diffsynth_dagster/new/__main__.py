@@ -7,9 +7,11 @@ behind. Exit code 0 if the recipe is there, 2 if not.
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from glob import glob
 from pathlib import Path
 
 from diffsynth_dagster.config.recipe import read_values
@@ -47,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="files, folders or patterns of the models on your disk, in place of those that are "
+        help="files or folders of all models that are needed, on your disk, in place of those that are "
         "downloaded",
     )
     flags.add_argument("--list", action="store_true", help="print the templates")
@@ -84,7 +86,7 @@ def _told(asked: Asked, made: Made) -> Iterator[str]:
     found, course = made.found, made.course
     where = asked.written(asked.data.table or asked.data.base)
     yield f"{where}: {found.summary}; {found.described}"
-    for text in found.warnings:
+    for text in (*found.warnings, *_lacking(asked, made)):
         yield f"warning: {text}"
     for path in made.files:
         yield f"wrote {asked.written(path)}"
@@ -96,18 +98,27 @@ def _told(asked: Asked, made: Made) -> Iterator[str]:
     )
 
 
+def _lacking(asked: Asked, made: Made) -> Iterator[str]:
+    """Files of models that the template leaves to the user to name, and that are not there."""
+    for path in () if asked.models else made.config.model_paths:
+        if isinstance(path, str) and not glob(path):
+            yield f"{asked.written(path)} is not there: put the file there, or correct model_paths"
+
+
 def _next(asked: Asked, made: Made) -> Iterator[str]:
     """The commands to give next."""
-    recipe, job = asked.written(made.files[-1]), f"train_{identifier(asked.name)}"
+    recipe = shlex.quote(asked.written(made.files[-1]))
+    job = f"train_{identifier(asked.name)}"
     python, dagster, accelerate = (
         _command(name, asked.root) for name in (Path(sys.executable).name, "dagster", "accelerate")
     )
     if Path.cwd() != asked.root:
-        yield f"cd {asked.root}"
+        yield f"cd {shlex.quote(str(asked.root))}"
     yield "Look at what it would do:"
     yield f"  {python} -m diffsynth_dagster.train --recipe {recipe} --dry_run"
     yield "Train, in one of three ways:"
-    yield "  export DAGSTER_HOME=$PWD/dagster_home"
+    if (asked.root / "dagster_home").is_dir():
+        yield "  export DAGSTER_HOME=$PWD/dagster_home"
     yield f"  {dagster} job execute -m diffsynth_dagster.definitions -j {job}"
     yield (
         f"  {dagster} dev  (Jobs, {job}, Launchpad; where it runs already, "
@@ -121,7 +132,7 @@ def _command(name: str, root: Path) -> str:
     path = Path(sys.executable).parent / name
     if shutil.which(name) == str(path):
         return name
-    return os.path.relpath(path, root) if path.is_relative_to(root) else str(path)
+    return shlex.quote(os.path.relpath(path, root) if path.is_relative_to(root) else str(path))
 
 
 if __name__ == "__main__":

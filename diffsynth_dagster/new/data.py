@@ -37,6 +37,7 @@ class Found:
 
     Attributes:
         samples: rows that can be trained on.
+        repeats: how often a pass over the data set takes samples → how many of them.
         files: "pictures" or "clips".
         smallest, largest: width and height in pixels, by area.
         summary: how many rows are usable, and why the others are not.
@@ -45,6 +46,7 @@ class Found:
     """
 
     samples: int
+    repeats: dict[int, int]
     files: str
     smallest: tuple[int, int]
     largest: tuple[int, int]
@@ -125,6 +127,7 @@ def look_at(config: TrainingConfig, family: "Family", facts: FactCache) -> Found
     smallest, largest = _sizes(table, family)
     return Found(
         samples=table.counts["ok"],
+        repeats=_repeats(table),
         files="clips" if family.file_inputs[0].kind == "video" else "pictures",
         smallest=smallest,
         largest=largest,
@@ -135,14 +138,32 @@ def look_at(config: TrainingConfig, family: "Family", facts: FactCache) -> Found
 
 
 def _sizes(table: "CheckedTable", family: "Family") -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height of the smallest and of the largest of the files that give samples their sizes."""
+    """Width and height of the smallest and of the largest of the files whose size `max_pixels` bounds."""
     import polars as pl
 
-    column = family.file_inputs[0].column
-    sides = [pl.col(f"{column}:{side}").alias(side) for side in ("width", "height")]
-    sizes = table.accepted.select(sides).unique().collect()
+    own = [
+        i for i in family.file_inputs if i.kind != "audio" and not i.same_size and i.area is None
+    ]
+    parts: list[pl.LazyFrame] = []
+    for item in own:
+        sides = [pl.col(f"{item.column}:{side}").alias(side) for side in ("width", "height")]
+        part = table.accepted.select(sides)
+        parts.append(part.explode("width", "height") if item.many else part)
+    sizes = pl.concat(parts).drop_nulls().unique().collect()
     sizes = sizes.sort(pl.col("width").cast(pl.Int64) * pl.col("height"), "width")
     return sizes.row(0), sizes.row(-1)
+
+
+def _repeats(table: "CheckedTable") -> dict[int, int]:
+    """How often a pass over the data set takes rows → how many of them."""
+    import polars as pl
+
+    from diffsynth_dagster.data.table.rows import REPEAT
+
+    if REPEAT not in table.rows.collect_schema().names():
+        return {1: table.counts["ok"]}
+    counted = table.accepted.group_by(REPEAT).agg(pl.len()).sort(REPEAT).collect()
+    return dict(counted.iter_rows())
 
 
 def _prompts(table: "CheckedTable", family: "Family") -> list[str]:

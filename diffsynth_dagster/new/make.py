@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.config.entries import model_entries
 from diffsynth_dagster.config.recipe import RecipeOptions, read_values, recipe_files
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.files import remove, write_text
@@ -51,10 +50,11 @@ def make_recipe(asked: Asked, template: Path) -> Made:
     Raises:
         ParameterError: the name cannot be taken, or a value does not fit.
         MetadataError: the data set cannot be trained on.
-        WeightsError: a model file is not there.
+        WeightsError: a model file that is named is not there, or one is lacking.
         OutputError: a file cannot be written.
     """
     from diffsynth_dagster.plan import check_plan
+    from diffsynth_dagster.training.dry_run import look_at_models
     from diffsynth_dagster.training.overlap import refuse_overlap
     from diffsynth_dagster.weights.identify import guess_family
 
@@ -65,7 +65,7 @@ def make_recipe(asked: Asked, template: Path) -> Made:
     config = config_of(changed(values, settings), asked.root)
     _require_own_folder(config, folder, asked.root)
     if asked.models:
-        _require_files(config)
+        look_at_models(config)
     family = guess_family(config)
     check_plan(config, family)
     refuse_overlap(config)
@@ -111,15 +111,6 @@ def _require_own_folder(config: TrainingConfig, folder: Path, root: Path) -> Non
                 where=f"output_path = {other.config.output_path}",
                 do="give another name",
             )
-
-
-def _require_files(config: TrainingConfig) -> None:
-    """Refuse a model list of which a file is not there. Raises `WeightsError`."""
-    from diffsynth_dagster.weights.hub import ModelHub
-
-    hub = ModelHub.from_environment()
-    for entry in model_entries(config):
-        hub.files(entry)
 
 
 def _read(text: str, root: Path) -> TrainingConfig:

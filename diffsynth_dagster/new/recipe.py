@@ -1,5 +1,6 @@
 """The values of a new recipe: those of a template, with what follows from the data set."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster.config import TrainingConfig, read_config
+from diffsynth_dagster.config.entries import SHARD
 from diffsynth_dagster.config.recipe import RecipeOptions
 from diffsynth_dagster.new.data import Data, Found
 from diffsynth_dagster.new.template import Change
@@ -60,19 +62,23 @@ class Course:
         return self.steps // 4
 
 
-def course_of(samples: int, at_once: int, most: int) -> Course:
-    """How long a training of so many samples is.
+def course_of(repeats: Mapping[int, int], at_once: int, most: int) -> Course:
+    """How long a training of so many samples is, so that those that are taken most often are seen often
+    enough.
 
     Args:
+        repeats: how often a pass over the data set takes samples → how many of them.
         at_once: samples of a step.
         most: steps of the template.
     """
+    samples = sum(repeats.values())
     held_out = min(samples // 10, _HELD_OUT_MOST) if samples >= _HELD_OUT_FROM else 0
-    trained = samples - held_out
-    wanted = -(-VISITS * trained // at_once)
+    a_pass = sum(often * count for often, count in repeats.items()) * (samples - held_out) / samples
+    wanted = math.ceil(VISITS * a_pass / (max(repeats) * at_once))
     steps = min(max(-(-wanted // 100) * 100, LEAST_STEPS), most)
-    visits = steps * at_once / trained
-    return Course(steps, held_out, f"{visits:.0f}" if visits >= 10 else f"{visits:.2g}")
+    visits = [steps * at_once * often / a_pass for often in (min(repeats), max(repeats))]
+    said = dict.fromkeys(f"{v:.0f}" if v >= 10 else f"{v:.2g}" for v in visits)
+    return Course(steps, held_out, " to ".join(said))
 
 
 def settings_of(asked: Asked) -> list[Change]:
@@ -88,10 +94,17 @@ def settings_of(asked: Asked) -> list[Change]:
         comment = "Stands before every caption: write it into prompts, too."
         changes.append(Change("caption_prefix", asked.trigger, comment, "dataset_base_path"))
     if asked.models:
-        paths = [asked.written(path) for path in asked.models]
-        changes.append(Change("model_paths", paths, None, "model_id_with_origin_paths"))
+        changes.append(Change("model_paths", _models(asked), None, "model_id_with_origin_paths"))
         changes.append(Change("model_id_with_origin_paths", None))
     return changes
+
+
+def _models(asked: Asked) -> list[str | list[str]]:
+    """The files of models, the shards of one together: a shell turns `*` into a word for each."""
+    together: dict[str, list[str]] = {}
+    for path in asked.models:
+        together.setdefault(SHARD.sub("", path), []).append(asked.written(path))
+    return [paths[0] if len(paths) == 1 else paths for paths in together.values()]
 
 
 def changed(values: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
@@ -113,7 +126,10 @@ def config_of(values: Mapping[str, Any], root: Path) -> TrainingConfig:
         if name in whole:
             whole[name] = os.path.normpath(root / whole[name])
     if "model_paths" in whole:
-        whole["model_paths"] = [str(root / path) for path in whole["model_paths"]]
+        whole["model_paths"] = [
+            str(root / path) if isinstance(path, str) else [str(root / shard) for shard in path]
+            for path in whole["model_paths"]
+        ]
     return read_config(whole, "the new recipe")
 
 
@@ -127,7 +143,7 @@ def choices_of(
     """
     at_once = config.batch_size * config.gradient_accumulation_steps * (options.num_processes or 1)
     assert config.max_train_steps is not None, "templates say how long they train"
-    course = course_of(found.samples, at_once, config.max_train_steps)
+    course = course_of(found.repeats, at_once, config.max_train_steps)
     captions = "; captions lie in text files beside them" if asked.data.table is None else ""
     size = f"{found.described}{captions}."
     steps = (
@@ -142,12 +158,13 @@ def choices_of(
     width, height = found.largest
     if config.height is None and width * height < config.max_pixels:
         comment = (
-            f"The area in pixels of the largest picture, {width}x{height}: none is scaled down."
+            f"The area in pixels of the largest picture, {width}x{height}: it bounds none of them."
         )
+        if config.bucket_step is not None:
+            comment += f" Sides are rounded down to {config.bucket_step} pixels."
         changes.append(Change("max_pixels", width * height, comment))
     if course.held_out:
-        split = 0.1 if course.held_out < _HELD_OUT_MOST else _HELD_OUT_MOST
-        changes.append(Change("validation_split", split, _HELD_OUT, "save_steps"))
+        changes.append(Change("validation_split", course.held_out, _HELD_OUT, "save_steps"))
     if config.sample_texts and found.prompts:
         changes.append(Change("sample_prompts", found.prompts, _PROMPTS))
     return changes, course
@@ -158,7 +175,7 @@ _SAVED = (
     "Samples are made with each, where there are prompts."
 )
 _HELD_OUT = (
-    "These samples (a fraction of them, or their number) are not trained on: their loss shows when the "
+    "So many samples are not trained on: their loss shows when the "
     "training begins to memorise the others."
 )
 _PROMPTS = (

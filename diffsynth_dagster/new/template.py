@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from diffsynth_dagster.errors import ParameterError, nearest
+from diffsynth_dagster.errors import ParameterError, nearest, printable
 from diffsynth_dagster.project import own_files
 
 PLAIN: Mapping[str, str] = {
@@ -98,7 +98,7 @@ def edited(text: str, changes: Sequence[Change], made_by: str, data: str) -> str
     head[:] = [*_comment(made_by), *_comment(about.strip())]
     lines: list[str] = []
     for block in blocks:
-        lines += [EXAMPLE_DATA.sub(lambda _: data, line) for line in block.comments]
+        lines += [EXAMPLE_DATA.sub(lambda _: printable(data), line) for line in block.comments]
         lines += block.lines or ()
     return "\n".join(lines) + "\n"
 
@@ -141,13 +141,15 @@ def _written(key: str, value: Any) -> list[str]:
     """A key and its value as lines of YAML."""
     if not isinstance(value, list):
         return [f"{key}: {_yaml(value)}"]
-    texts: list[str] = value
-    return [f"{key}:", *(f"  - {_yaml(text)}" for text in texts)]
+    items: list[Any] = value
+    return [f"{key}:", *(f"  - {_yaml(item)}" for item in items)]
 
 
-def _yaml(value: str | float) -> str:
-    """A value on one line."""
+def _yaml(value: str | float | list[str]) -> str:
+    """A value on one line; a list in brackets."""
     odd = isinstance(value, str) and not value.isprintable()  # line breaks of Unicode among others
+    if isinstance(value, list):
+        return f"[{', '.join(map(_yaml, value))}]"
     text: str = yaml.safe_dump(
         [value], width=1_000_000, allow_unicode=True, default_style='"' if odd else None
     )

@@ -15,6 +15,7 @@ import polars as pl
 import torch
 from tqdm import tqdm
 
+from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.encoded_for import require_encoded_as, require_encoded_for
 from diffsynth_dagster.cache.held_out import held_out_config, held_out_manifest, rows_apart
 from diffsynth_dagster.cache.keys import with_content_numbers
@@ -23,6 +24,7 @@ from diffsynth_dagster.cache.manifest import Manifest, read_manifest
 from diffsynth_dagster.cache.records import buckets_of
 from diffsynth_dagster.cache.sample_rows import checked_sample_rows, require_sample_rows
 from diffsynth_dagster.cache.split import with_settled
+from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.entries import named_entries, start_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import StepOrder, order_of, total_steps
@@ -47,6 +49,7 @@ from diffsynth_dagster.weights.header import read_headers
 from diffsynth_dagster.weights.hub import Downloads, ModelHub, NotDownloaded, require_there
 from diffsynth_dagster.weights.identify import FoundModel, find_model, guess_family
 from diffsynth_dagster.weights.lora import read_lora
+from diffsynth_dagster.weights.models import require_component
 
 _SHOWN_SIZES = 12
 _FIT = "all are there, and fit"
@@ -100,7 +103,7 @@ def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
     config = with_settled(config)
     require_named(config)
     trackers_of(config)
-    found, warnings = _look_at_models(config)
+    found, warnings = look_at_models(config)
     values: dict[str, Any] = {"models": _DOWNLOADED_LATER if found is None else _FIT}
     family = guess_family(config) if found is None else found.family
     if _is_to_be_made(config, family):
@@ -118,7 +121,7 @@ def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
     return Looked(values, [*rows.warnings, *warnings])
 
 
-def _look_at_models(config: TrainingConfig) -> tuple[FoundModel | None, list[str]]:
+def look_at_models(config: TrainingConfig) -> tuple[FoundModel | None, list[str]]:
     """The model, if all of its files are there, and what to warn of. Raises: see `look_at_files`."""
     require_there([*named_entries(config), *start_entries(config)])
     hub = ModelHub.from_environment()
@@ -128,8 +131,21 @@ def _look_at_models(config: TrainingConfig) -> tuple[FoundModel | None, list[str
         _read_starts(config)
         return None, []
     warnings = list(found.family.warnings)
+    _require_components(config, found)
     check_model(config, found, torch.float32, warnings.append)
     return found, warnings
+
+
+def _require_components(config: TrainingConfig, found: FoundModel) -> None:
+    """Refuse a model list that lacks what is encoded with, or what a step uses. Raises `WeightsError`."""
+    trained = trained_components(config)
+    used: list[str] = []
+    if not config.reads_encoded:
+        used += [name for stage in found.family.cached_stages(trained) for name in stage.uses]
+    if not config.encodes_only:
+        used += step_components(found, trained)
+    for name in dict.fromkeys(used):
+        require_component(found, name)
 
 
 def _read_starts(config: TrainingConfig) -> None:
