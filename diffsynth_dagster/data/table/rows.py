@@ -72,7 +72,8 @@ class RowSource:
 
         Raises:
             MetadataError: the table cannot be read, or lacks a column.
-            ParameterError: captions are asked for from files, and the table has them; or see `repeats`.
+            ParameterError: captions are asked for from files, and the table has them; or `folder_repeats`
+                names a folder that no sample lies in.
         """
         if self.path == self.base:
             require_folder(self.base)
