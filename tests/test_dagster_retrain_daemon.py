@@ -13,7 +13,7 @@ from dagster_support import environment, home, start, wait_for, write_recipe
 from retrain_support import short
 
 RUN_WITHIN = 600.0
-ALL = {"latents", "checkpoints", "exports"}
+ALL = {"latents", "checkpoints", "exports", "promoted"}
 
 
 @dataclass

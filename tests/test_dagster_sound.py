@@ -29,6 +29,7 @@ def stereo_of(clip: Path, target: Path) -> None:
         container.mux(stream.encode(None))
 
 
+@pytest.mark.soak
 def test_real_clips_with_sound_become_a_lora(tmp_path: Path) -> None:
     """One with its sound and one that is silent; a third whose sound has six channels is told."""
     case, data, model = CASES[0], tmp_path / "data", tmp_path / "model"

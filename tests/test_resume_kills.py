@@ -109,7 +109,8 @@ def short(folder: Path) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize(("kills", "terms"), [(2, 1), pytest.param(30, 10, marks=pytest.mark.soak)])
+@pytest.mark.soak  # in `make test`, `test_soak.py` kills the command
+@pytest.mark.parametrize(("kills", "terms"), [(2, 1), (30, 10)])
 def test_kills_change_no_byte(
     tmp_path: Path, show: Callable[[str], None], kills: int, terms: int
 ) -> None:
