@@ -111,7 +111,11 @@ def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
             require_going_on(config)
         values["data"] = f"made by {config.customized_dataset} when the training begins"
         return Looked(values, warnings)
-    rows = _encoded_rows(config, found) if config.reads_encoded else _checked_rows(config, found)
+    rows = (
+        _encoded_rows(config, family, found)
+        if config.reads_encoded
+        else _checked_rows(config, family, found)
+    )
     values["data"] = {**rows.said, **_counted(rows)}
     if not config.encodes_only:
         buckets = buckets_of(rows.trained)
@@ -183,9 +187,9 @@ def _is_made(config: TrainingConfig, family: Family) -> bool:
     return True
 
 
-def _checked_rows(config: TrainingConfig, found: FoundModel | None) -> _Rows:
+def _checked_rows(config: TrainingConfig, family: Family, found: FoundModel | None) -> _Rows:
     """The rows of a data set whose table is checked now. Raises: see `look_at_files`."""
-    own, family = held_out_config(config), guess_family(config)
+    own = held_out_config(config)
     tables: list[CheckedTable] = []
     with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
         for each in [config] if own is None else [config, own]:
@@ -209,18 +213,17 @@ def _said_of(table: CheckedTable) -> dict[str, Any]:
     return {"rows": table.counts, **({"rejected": rejected} if rejected else {})}
 
 
-def _encoded_rows(config: TrainingConfig, found: FoundModel | None) -> _Rows:
+def _encoded_rows(config: TrainingConfig, family: Family, found: FoundModel | None) -> _Rows:
     """The rows of a data set that was encoded before. Raises: see `look_at_files`."""
     manifest = read_manifest(Path(config.dataset_base_path))
     held_out = held_out_manifest(config, manifest)
     parts = [manifest] if held_out is None else [manifest, held_out]
     if found is None:
-        family = guess_family(config)
         components = {component.name for component in family.components}  # as far as is known
         for each in parts:
             require_encoded_as(config, family, each)
     else:
-        family, components = found.family, found.components.keys()
+        components = found.components.keys()
         with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
             for each in parts:
                 require_encoded_for(config, found, each, facts)
