@@ -26,6 +26,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_the_five_minutes_of_the_readme(
     tmp_path: Path, tiny_qwen: Path, show: Callable[[str], None]
 ) -> None:
