@@ -84,10 +84,10 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
             return
         # These import torch.
         from diffsynth_dagster.cache.long_captions import count_if_there
-        from diffsynth_dagster.weights.identify import guess_family
+        from diffsynth_dagster.weights.identify import guess_model
 
         with user_errors():
-            columns = guess_family(config).columns
+            columns = guess_model(config).family.columns
             own = held_out_config(config)
             with closing(FactCache(fact_cache_path(config))) as fact_cache:
                 checked = prepare_data(config, columns, fact_cache, made=True)

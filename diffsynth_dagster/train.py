@@ -26,7 +26,7 @@ from diffsynth_dagster.run.stop import StopSignal
 if TYPE_CHECKING:
     from diffsynth_dagster.run.record import RunRecord
     from diffsynth_dagster.training.parallel import Parallel
-    from diffsynth_dagster.weights.identify import FoundModel
+    from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 def run(
@@ -48,11 +48,11 @@ def run(
     from diffsynth_dagster.run.folder import owned
     from diffsynth_dagster.training.join import start_parallel
     from diffsynth_dagster.training.overlap import refuse_overlap
-    from diffsynth_dagster.weights.identify import guess_family
+    from diffsynth_dagster.weights.identify import guess_model
 
     # Plan: all that can be checked without a file.
     config = with_settled(config)
-    check_plan(config, guess_family(config))
+    check_plan(config, guess_model(config))
     refuse_overlap(config)
     require_named(config)
     parallel = start_parallel(config)
@@ -71,7 +71,7 @@ def run(
 
 def run_alone(
     config: TrainingConfig, parallel: "Parallel", stop_asked: StopSignal
-) -> "tuple[RunRecord, FoundModel] | None":
+) -> "tuple[RunRecord, ResolvedModel] | None":
     """Do what a checked config asks for, in a run folder that is held; see `run`.
 
     Returns:
@@ -112,7 +112,7 @@ def run_alone(
     warnings = table.warnings() if table is not None and parallel.is_main_process else []
     with parallel.node_main_first():
         found = find_model(config, ModelHub.from_environment())
-        check_plan(config, found.family)  # the files may say more than their names
+        check_plan(config, found)  # the files may say more than their names
         warnings += found.family.warnings if parallel.is_main_process else ()
         size = check_model(config, found, parallel.trained_dtype, warnings.append)
         if parallel.is_main_process and not config.encodes_only:
@@ -163,7 +163,7 @@ def run_alone(
         return trained, found
 
 
-def export(config: TrainingConfig, record: "RunRecord", found: "FoundModel") -> None:
+def export(config: TrainingConfig, record: "RunRecord", found: "ResolvedModel") -> None:
     """Export a training that has just finished, and print how to load what was written.
 
     Raises:

@@ -47,11 +47,11 @@ def check_table(config: Any) -> int:
     from diffsynth_dagster.cache.split import with_settled
     from diffsynth_dagster.data.prepare import prepare_data
     from diffsynth_dagster.facts import FactCache
-    from diffsynth_dagster.weights.identify import guess_family
+    from diffsynth_dagster.weights.identify import guess_model
 
     config = with_settled(config)
     with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
-        prepare_data(config, guess_family(config).columns, facts)
+        prepare_data(config, guess_model(config).family.columns, facts)
     return 0
 
 

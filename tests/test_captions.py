@@ -28,8 +28,9 @@ from diffsynth_dagster.objective.captions import caption_index
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import Models
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 CAPTIONS = [["a cat, red"], ["a dog", "an animal that barks", "a"], ["a"], ["two", "twins"]]
 FORMATS = ("csv", "json", "jsonl", "parquet")
@@ -71,7 +72,7 @@ class Encoded:
     """A run folder whose samples are encoded."""
 
     config: TrainingConfig
-    found: FoundModel
+    found: ResolvedModel
     run: Path
 
     def data(self, rank: int = 0, world: int = 1, **changed: Any) -> StepDataset:

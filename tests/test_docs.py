@@ -24,7 +24,7 @@ from diffsynth_dagster.export.__main__ import parser as convert_parser
 from diffsynth_dagster.families import each_family, find_family
 from diffsynth_dagster.new.__main__ import main as new
 from diffsynth_dagster.train import main
-from diffsynth_dagster.weights.identify import guess_family
+from diffsynth_dagster.weights.identify import guess_model
 
 PAGES = {
     path.name: path.read_text(encoding="utf-8")
@@ -252,7 +252,7 @@ def test_tables_of_the_usage_page_are_taken(kind: str, text: str, tmp_path: Path
         **{name: column for name, column in named.items() if column in columns},
     }
     config = read_config(values, "the test")
-    inputs = check_columns(config, guess_family(config).columns)
+    inputs = check_columns(config, guess_model(config).family.columns)
     assert columns == {item.column for item in inputs}
     lists = [item.column for item in inputs if item.many]
     with open_table(path, "utf-8", sorted(columns), lists) as table:

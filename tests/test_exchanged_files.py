@@ -23,8 +23,9 @@ from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.run.start import start_record
 from diffsynth_dagster.training.setup import build_step
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import Models, component_digest
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 LOCAL = ModelHub(Path("models"), skip_download=True)
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def facts(tmp_path: Path) -> Any:
         yield cache
 
 
-def models_of(found: FoundModel) -> Models:
+def models_of(found: ResolvedModel) -> Models:
     return Models(found, CPU, torch.float32, on_cpu_first=False)
 
 

@@ -164,7 +164,7 @@ def build_with(model: Path, folder: str, change: dict[str, object] | str) -> Any
     try:
         found = find_model(config, ModelHub(Path("models"), skip_download=True))
         return build_empty(
-            next(f for f in found.components.values() if f.component.folder == folder)
+            next(f for f in found.components.values() if f.component.names.folder == folder)
         )
     finally:
         path.write_text(before)

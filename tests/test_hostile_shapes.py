@@ -22,7 +22,7 @@ LAYOUTS = [
     (family, names)
     for family in family_names()
     for component in find_family(family).components
-    for names in component.signatures
+    for names in component.recognition.signatures
 ]
 
 

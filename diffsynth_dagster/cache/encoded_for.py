@@ -2,24 +2,22 @@
 
 from diffsynth_dagster.cache.keys import stage_digest
 from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.facts import FactCache
-from diffsynth_dagster.families.contract import Family
-from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 def require_encoded_for(
-    config: TrainingConfig, found: FoundModel, manifest: Manifest, fact_cache: FactCache
+    config: TrainingConfig, found: ResolvedModel, manifest: Manifest, fact_cache: FactCache
 ) -> None:
     """Refuse a data set that was encoded for another family, variant or task, or by other weights.
 
     Raises:
         ParameterError: it was.
     """
-    require_encoded_as(config, found.family, manifest)
+    require_encoded_as(config, found, manifest)
     for name, digest in manifest.weights.items():
         named = found.components.get(name)
         if named is not None and component_digest(found, name, fact_cache) != digest:
@@ -30,8 +28,9 @@ def require_encoded_for(
             )
 
 
-def require_encoded_as(config: TrainingConfig, family: Family, manifest: Manifest) -> None:
+def require_encoded_as(config: TrainingConfig, found: ResolvedModel, manifest: Manifest) -> None:
     """Refuse a data set that was encoded for another family, variant or task. Raises `ParameterError`."""
+    family = found.family
     if manifest.family != family.name:
         raise _refuse(
             config,
@@ -46,9 +45,8 @@ def require_encoded_as(config: TrainingConfig, family: Family, manifest: Manifes
                 f"the data set was encoded by another version of the stage '{name}'",
                 "encode it again",
             )
-    trained = trained_components(config)
-    wanted = {f"key:{stage.name}" for stage in family.cached_stages(trained)}
-    wanted |= {f"input:{i.column}" for s in family.step_stages(trained) for i in s.reads}
+    wanted = {f"key:{stage.name}" for stage in found.cached_stages}
+    wanted |= {f"input:{i.column}" for s in found.step_stages for i in s.reads}
     lacks = sorted(
         name.partition(":")[2] for name in wanted - set(manifest.rows.collect_schema().names())
     )
@@ -60,7 +58,9 @@ def require_encoded_as(config: TrainingConfig, family: Family, manifest: Manifes
         )
 
 
-def require_planned_weights(found: FoundModel, manifest: Manifest, fact_cache: FactCache) -> None:
+def require_planned_weights(
+    found: ResolvedModel, manifest: Manifest, fact_cache: FactCache
+) -> None:
     """Refuse to encode by other weights than the samples are planned for, which another process may
     have done: their keys name those.
 

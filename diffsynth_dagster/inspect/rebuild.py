@@ -22,8 +22,9 @@ from diffsynth_dagster.inspect.tables import Tables, held_out_tables, tables_of
 from diffsynth_dagster.inspect.told import first
 from diffsynth_dagster.run.start import STARTS, config_digest
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import component_digest
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 _PATHS = ("dataset_base_path", "dataset_metadata_path", "validation_metadata_path", "cache_path")
 _COPIES = {"dataset_metadata_path": "metadata", "validation_metadata_path": "held_out"}
@@ -206,7 +207,7 @@ def _base_lines(run: Run, recipe: TrainingConfig) -> list[str]:
 
 
 def _digests(
-    names: Mapping[str, str], recipe: TrainingConfig, found: FoundModel, cache: FactCache
+    names: Mapping[str, str], recipe: TrainingConfig, found: ResolvedModel, cache: FactCache
 ) -> dict[str, str]:
     """Component, or parameter that names a file to start from → its digest now, or what is wrong."""
     digests: dict[str, str] = {}

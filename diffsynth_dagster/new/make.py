@@ -56,7 +56,7 @@ def make_recipe(asked: Asked, template: Path) -> Made:
     from diffsynth_dagster.plan import check_plan
     from diffsynth_dagster.training.dry_run import look_at_models
     from diffsynth_dagster.training.overlap import refuse_overlap
-    from diffsynth_dagster.weights.identify import guess_family
+    from diffsynth_dagster.weights.identify import guess_model
 
     folder = recipes_folder().absolute()
     _require_free(asked.name, folder)
@@ -66,15 +66,15 @@ def make_recipe(asked: Asked, template: Path) -> Made:
     _require_own_folder(config, folder, asked.root)
     if asked.models:
         look_at_models(config)
-    family = guess_family(config)
-    check_plan(config, family)
+    model = guess_model(config)
+    check_plan(config, model)
     refuse_overlap(config)
     with facts_in(Path(config.cache_path)) as facts:
-        found = look_at(config, family, facts)
+        found = look_at(config, model.family, facts)
         choices, course = choices_of(found, asked, config, options)
         changes = [*settings, *choices]
         config = config_of(changed(values, changes), asked.root)
-        check_plan(config, family)
+        check_plan(config, model)
         made_by = f"Made by `python -m diffsynth_dagster.new` from the template {template.stem}."
         data = asked.written(asked.data.base)
         text = edited(template.read_text(encoding="utf-8"), changes, made_by, data)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from diffsynth_dagster.objective.path import at_index
+from diffsynth_dagster.objective.noising import at_index
 
 NUM_TRAIN_TIMESTEPS = 1000
 Prediction = Literal["epsilon", "v_prediction", "sample"]
@@ -54,7 +54,7 @@ def min_snr_weights(
 
 @dataclass(frozen=True)
 class DDPMPath:
-    """The variance-preserving path between latents and noise: see `objective.path.NoisingPath`.
+    """The variance-preserving path between latents and noise: see `objective.noising.Noising`.
 
     Attributes:
         signal, noise: (n,) float32, sqrt(alpha-bar) and sqrt(1 - alpha-bar).

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffsynth_dagster.objective.path import at_index
+from diffsynth_dagster.objective.noising import at_index
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -49,7 +49,7 @@ def bell_weights(timesteps: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FlowPath:
-    """The straight path between latents and noise: see `objective.path.NoisingPath`.
+    """The straight path between latents and noise: see `objective.noising.Noising`.
 
     Attributes:
         sigmas: (n,) float32, decreasing. The timesteps are 1000 sigma.

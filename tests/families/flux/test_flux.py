@@ -29,7 +29,7 @@ from diffsynth_dagster.families.flux.family import FAMILY, SCHEDULER, path
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.header import read_metadata
-from diffsynth_dagster.weights.identify import find_model, guess_family
+from diffsynth_dagster.weights.identify import find_model, guess_model
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
 
 
@@ -256,10 +256,10 @@ def test_the_family_is_recognised_by_files_and_by_repository(values: Values) -> 
         "black-forest-labs/FLUX.1-Krea-dev:flux1-krea-dev.safetensors",
         "black-forest-labs/FLUX.1-dev:text_encoder_2/*.safetensors",
     ]
-    assert guess_family(make_config(named)).name == "flux"
+    assert guess_model(make_config(named)).family.name == "flux"
     named["model_id_with_origin_paths"] = ["black-forest-labs/FLUX.2-dev:transformer/*.safetensors"]
     with pytest.raises(UserError):
-        guess_family(make_config(named))
+        guess_model(make_config(named))
 
 
 def test_the_kohya_file_says_where_it_comes_from(lora: tuple[Path, dict[str, Path]]) -> None:

@@ -124,7 +124,7 @@ def shapes_of(module: torch.nn.Module) -> Shapes:
 
 def require_settings(component: Component, module: Any) -> None:
     """Fail unless the shapes alone give the settings of a published model."""
-    settings = component.settings(shapes_of(module))
+    settings = component.construction.settings(shapes_of(module))
     numbers = {"attention_head_dim", "transformer_layers_per_block"}
     for name, value in settings.items():
         wanted = module.config[name]

@@ -7,7 +7,7 @@ import torch
 from diffsynth_dagster.objective.devices import sent
 
 
-class NoisingPath(Protocol):
+class Noising(Protocol):
     """A noising path with a discrete schedule of n timesteps. Index 0 has the most noise.
 
     An index (B,) of integers says which timestep each sample of a batch is at. Samples may lie on
