@@ -44,7 +44,10 @@ def files_of(component: Component) -> str:
         f"`{component.names.folder}/`",
         *(f"`{glob}`" for glob in component.recognition.original_globs),
     ]
-    whole = [f"below `{start}` in a whole checkpoint or file" for start in component.recognition.checkpoint_prefixes]
+    whole = [
+        f"below `{start}` in a whole checkpoint or file"
+        for start in component.recognition.checkpoint_prefixes
+    ]
     return ", ".join([*places, *whole])
 
 
@@ -65,7 +68,7 @@ def modules(family: Family) -> list[str]:
         rows.append(
             [
                 f"`{name}`",
-                ", ".join(component.classes),
+                ", ".join(component.construction.classes),
                 files_of(component) if component.name == name else f"in `{component.name}`",
                 "named, or automatic" if targets is None else code(targets),
                 formats(family, name),

@@ -295,7 +295,7 @@ def test_the_export_predicts_the_same_where_it_is_loaded(place: Trained) -> None
         if item.format == "peft":
             base, t = step_of(config, found), 500.0
             owner = found.family.part(place.case.base).of
-            folder = found.family.component(owner).folder
+            folder = found.family.component(owner).names.folder
             pipe = SimpleNamespace(**{folder: base.loaded[owner]})
             exec(how_to_load(item, found.family), {"pipe": pipe, "peft": peft})
             base.loaded[owner] = getattr(pipe, folder).base_model.model

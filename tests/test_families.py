@@ -222,7 +222,11 @@ def test_an_incomplete_file_names_what_is_missing(
     shutil.copytree(place.model, broken)
     source = found.components[found.family.denoiser].files[0]
     target = broken / source.relative_to(place.model)
-    marks = {n for marks in found.family.component(found.family.denoiser).signatures for n in marks}
+    marks = {
+        n
+        for marks in found.family.component(found.family.denoiser).recognition.signatures
+        for n in marks
+    }
     if source.suffix == ".safetensors":
         tensors = load_file(source)
     else:

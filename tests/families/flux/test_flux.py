@@ -25,7 +25,7 @@ from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.export import verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux.family import FAMILY, SCHEDULER, path
+from diffsynth_dagster.families.flux.family import FAMILY, SCHEDULER, noising
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.header import read_metadata
@@ -53,7 +53,7 @@ def first_loss(values: dict[str, Any], folder: Path) -> float:
 
 def test_schedule_is_the_shifted_one() -> None:
     sigmas = torch.linspace(1.0, 0.003 / 1.002, 1000, dtype=torch.float64)
-    flow = path(TrainingConfig(), {})
+    flow = noising(TrainingConfig(), {})
     torch.testing.assert_close(flow.sigmas, (3 * sigmas / (1 + 2 * sigmas)).float())
     torch.testing.assert_close(flow.timesteps, flow.sigmas * 1000)
 

@@ -369,7 +369,7 @@ def test_a_transformer_of_2_5_is_refused(
 
 
 def test_the_path_ends_above_zero() -> None:
-    path = find_family("ltx2").path(
+    path = find_family("ltx2").noising(
         make_config(
             {
                 "dataset_base_path": "d",
