@@ -35,8 +35,8 @@ from diffsynth_dagster.config.entries import ModelEntry
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.training.batches import Batch, collate
+from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.training.optimizer import make_optimizer
-from diffsynth_dagster.training.setup import build_step
 from diffsynth_dagster.weights.header import TensorInfo
 from diffsynth_dagster.weights.load import build_empty
 from diffsynth_dagster.weights.models import Models

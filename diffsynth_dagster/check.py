@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refused(recipes: Sequence[Recipe]) -> Iterator[BrokenRecipe]:
     """The recipes whose training would be refused before it reads a file."""
-    from diffsynth_dagster.plan import make_plan
+    from diffsynth_dagster.dry_run import make_plan
     from diffsynth_dagster.training.overlap import refuse_own_recipe
 
     for recipe in recipes:

@@ -44,23 +44,22 @@ def run(
     # Imported here: they take seconds, and a mistake in the flags is reported at once.
     from diffsynth_dagster.cache.split import with_settled
     from diffsynth_dagster.data.prepare import require_named
-    from diffsynth_dagster.plan import check_plan
+    from diffsynth_dagster.preflight import check_config
     from diffsynth_dagster.run.folder import owned
     from diffsynth_dagster.training.join import start_parallel
-    from diffsynth_dagster.training.overlap import refuse_overlap
     from diffsynth_dagster.weights.identify import guess_model
 
-    # Plan: all that can be checked without a file.
+    # Everything that can be checked without a file.
     config = with_settled(config)
-    check_plan(config, guess_model(config))
-    refuse_overlap(config)
+    model = guess_model(config)
+    check_config(config, model)
     require_named(config)
     parallel = start_parallel(config)
     with ExitStack() as leaving:
         # One process holds the run folder for all.
         held = owned(Path(config.output_path), config.task)
         parallel.from_main(lambda: leaving.enter_context(held))
-        trained = run_alone(config, parallel, stop_asked)
+        trained = run_alone(config, model, parallel, stop_asked)
         if trained is None:
             return None
         if exports:
@@ -70,30 +69,33 @@ def run(
 
 
 def run_alone(
-    config: TrainingConfig, parallel: "Parallel", stop_asked: StopSignal
+    config: TrainingConfig, model: "ResolvedModel", parallel: "Parallel", stop_asked: StopSignal
 ) -> "tuple[RunRecord, ResolvedModel] | None":
     """Do what a checked config asks for, in a run folder that is held; see `run`.
+
+    Args:
+        model: without its files.
 
     Returns:
         The record of the training and the model, if something was trained.
     """
     from diffsynth_dagster.data.media.budget import DECODING
     from diffsynth_dagster.facts import FactCache
-    from diffsynth_dagster.files import require_space, require_writable
-    from diffsynth_dagster.plan import check_plan
+    from diffsynth_dagster.files import require_writable
+    from diffsynth_dagster.preflight import check_data, check_encoded, check_headers
     from diffsynth_dagster.run.record import RunFile
     from diffsynth_dagster.run.reporting import make_reporter
     from diffsynth_dagster.run.start import start_record
     from diffsynth_dagster.training.batches import StepDataset
     from diffsynth_dagster.training.dataset import (
         checked_table,
+        encoded_before,
         encoded_manifest,
         open_store,
         resolved_samples,
     )
     from diffsynth_dagster.training.loop import train
     from diffsynth_dagster.training.memory import Memory
-    from diffsynth_dagster.training.modules import check_model
     from diffsynth_dagster.training.resume import choose_state, going_on
     from diffsynth_dagster.training.setup import Session, make_models
     from diffsynth_dagster.weights.hub import ModelHub
@@ -106,17 +108,20 @@ def run_alone(
     fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
 
     # Metadata: the checked table, unless the data set is encoded already.
-    table = checked_table(config, fact_cache, parallel)
+    table = checked_table(
+        config,
+        model.family.columns,
+        fact_cache,
+        parallel,
+        lambda tables: check_data(config, model, tables),
+    )
 
     # Weights: found and recognised. They are loaded when they are used.
     warnings = table.warnings() if table is not None and parallel.is_main_process else []
     with parallel.node_main_first():
         found = find_model(config, ModelHub.from_environment())
-        check_plan(config, found)  # the files may say more than their names
         warnings += found.family.warnings if parallel.is_main_process else ()
-        size = check_model(config, found, parallel.trained_dtype, warnings.append)
-        if parallel.is_main_process and not config.encodes_only:
-            require_space(output, size, "output_path")
+        check_headers(config, found, parallel.trained_dtype, warnings.append)
     parallel.seed(config.seed)
     models = make_models(config, found, parallel)
     memory = Memory(config, models)
@@ -127,6 +132,9 @@ def run_alone(
     store = open_store(config)
     with closing(reporter), store.in_use(waiting=reporter.warn), memory.explained():
         # Latents: all in the store, and the manifest that names them.
+        if table is None:
+            manifests = [each for each in encoded_before(config) if each is not None]
+            check_encoded(config, found, manifests, fact_cache)
         manifest = encoded_manifest(
             config, parallel, models, table, fact_cache, reporter, stop_asked
         )
@@ -200,11 +208,11 @@ def export(config: TrainingConfig, record: "RunRecord", found: "ResolvedModel") 
 def dry_run(arguments: Arguments) -> None:
     """Print as JSON what a training would do, and its warnings on standard error; see `make_plan` and
     `look_at_files`, also for what is raised."""
-    from diffsynth_dagster.plan import make_plan
+    from diffsynth_dagster.dry_run import make_plan
 
     plan = make_plan(arguments.config)
     if not arguments.no_files:
-        from diffsynth_dagster.training.dry_run import look_at_files
+        from diffsynth_dagster.dry_run import look_at_files
 
         processes = os.environ.get("WORLD_SIZE") or arguments.num_processes
         looked = look_at_files(arguments.config, int(processes) if processes else None)

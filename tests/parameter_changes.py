@@ -26,7 +26,7 @@ from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
-from diffsynth_dagster.plan import check_plan
+from diffsynth_dagster.preflight import check_config
 from diffsynth_dagster.run.start import start_record
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model, guess_model
@@ -103,7 +103,7 @@ class Place:
 
 
 def outcome_of(config: TrainingConfig, place: Place) -> Outcome:
-    check_plan(config, guess_model(config))
+    check_config(config, guess_model(config))
     found = find_model(config, place.hub)
     with closing(FactCache(place.folder / "facts.sqlite")) as fact_cache:
         validated = prepare_data(config, found.family.columns, fact_cache)

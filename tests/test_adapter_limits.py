@@ -15,10 +15,10 @@ from test_resume import LONG, contents, never, stop_after
 
 from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.families import find_family
+from diffsynth_dagster.preflight import check_headers
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.adapters import is_adapter
-from diffsynth_dagster.training.modules import check_model
-from diffsynth_dagster.training.setup import build_step
+from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.training.step import weight_dtype
 from diffsynth_dagster.weights.adapter_files import read_adapter
 from diffsynth_dagster.weights.identify import find_model
@@ -215,7 +215,7 @@ def test_frozen_weights_may_be_less_precise(
     more = {"fp8_models": [model_files(tiny_qwen)[0]]} if stored == "float8" else {}
     config = make_config(values(**method, **more))
     found = find_model(config, HUB)
-    check_model(config, found, torch.float32)
+    check_headers(config, found, torch.float32)
     later = frozenset({"dit"}) if stored == "float8" else frozenset[str]()
 
     def models(keep: frozenset[str]) -> Models:
@@ -268,4 +268,4 @@ def test_a_file_that_does_not_say_how_it_rotates_is_refused(
     save_file(load_file(file), tmp_path / "bare.safetensors")
     config = make_config(values(**OFT, lora_checkpoint=str(tmp_path / "bare.safetensors")))
     with pytest.raises(WeightsError, match="does not say how its rotations are computed"):
-        check_model(config, find_model(config, HUB), torch.float32)
+        check_headers(config, find_model(config, HUB), torch.float32)

@@ -26,9 +26,9 @@ from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import TargetError
 from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.preflight import check_headers
 from diffsynth_dagster.run.record import read_record
-from diffsynth_dagster.training.modules import check_model
-from diffsynth_dagster.training.setup import build_step
+from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import Models
@@ -188,7 +188,7 @@ def test_what_is_trained_starts_as_the_base_and_changes(place: Trained) -> None:
     x_t = some_x_t(base, batch)
     unchanged = predict(base, found, batch, x_t, 500.0)
     assert difference(predict(step, found, batch, x_t, 500.0), unchanged) == 0
-    assert check_model(config, found, torch.float32) == sum(t.nbytes for t in after.values())
+    assert check_headers(config, found, torch.float32) == sum(t.nbytes for t in after.values())
 
 
 @every_row
@@ -333,7 +333,7 @@ def test_several_models_get_their_own(case: Case, bases: str, method: str, tmp_p
     found = find_model(config, HUB)
     tensors = load_file(run / "epoch-0.safetensors")
     assert {name.split(".")[1] for name in tensors} == set(bases.split(","))
-    told = check_model(config, found, torch.float32)
+    told = check_headers(config, found, torch.float32)
     assert told == sum(tensor.nbytes for tensor in tensors.values())
     record = read_record(run)
     assert record is not None
@@ -349,7 +349,7 @@ def test_windows_of_convolutions_are_not_rotated(place: Trained) -> None:
     with pytest.raises(
         TargetError, match=r"cannot rotate the windows of a convolution of \(3, 3\)"
     ):
-        check_model(config, find_model(config, HUB), torch.float32)
+        check_headers(config, find_model(config, HUB), torch.float32)
 
 
 @each_method

@@ -20,11 +20,11 @@ from test_captions import Encoded, encoded
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.data.media.image import load_sample_image
+from diffsynth_dagster.dry_run import make_plan
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.objective.loss import sample_losses
-from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.training.batches import Batch
-from diffsynth_dagster.training.setup import build_step
+from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.weights.models import Models
 
 WEIGHTS = ("1", "0.5", "0", "2.25")

@@ -21,7 +21,7 @@ from diffsynth_dagster.data.table.check import validate
 from diffsynth_dagster.errors import MetadataError, WeightsError
 from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.run.start import start_record
-from diffsynth_dagster.training.setup import build_step
+from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import Models, component_digest

@@ -27,7 +27,7 @@ from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.batches import Batch, StepDataset
-from diffsynth_dagster.training.modules import lora_targets
+from diffsynth_dagster.training.lora_targets import lora_targets
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model

@@ -32,7 +32,7 @@ from diffsynth_dagster.formats import FORMATS, LoraFormat, Spelled, find_format
 from diffsynth_dagster.formats.change import change_norms, difference
 from diffsynth_dagster.formats.contract import Unread
 from diffsynth_dagster.formats.reading import read_all
-from diffsynth_dagster.training.modules import lora_targets
+from diffsynth_dagster.training.lora_targets import lora_targets
 
 QWEN: dict[str, Any] = {
     "num_layers": 2,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.run.record import read_record
-from diffsynth_dagster.training.setup import build_step
+from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component

@@ -15,9 +15,9 @@ from guide_variants import FULL, FULL_LORA, VARIANTS, Variant
 from diffsynth_dagster import families
 from diffsynth_dagster.config import read_recipe, unsupported
 from diffsynth_dagster.config.flags import read_arguments
+from diffsynth_dagster.dry_run import make_plan
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families import family_names, repositories_of
-from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.train import main
 from diffsynth_dagster.weights.identify import guess_model
 

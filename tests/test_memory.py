@@ -20,7 +20,7 @@ from torch import nn
 
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import OutOfMemory, ParameterError, WeightsError
-from diffsynth_dagster.plan import check_plan
+from diffsynth_dagster.preflight import check_config
 from diffsynth_dagster.run.failure import failure_of, read_failures
 from diffsynth_dagster.run.guard import FailureGuard, WrittenFailures
 from diffsynth_dagster.shortage import bytes_asked, out_of_memory, says_short, size
@@ -194,9 +194,9 @@ def test_every_remedy_can_be_taken(values: Values, given: dict[str, Any]) -> Non
         config = make_config(current)
         found = models_of(config).found
         if find_spec("bitsandbytes") is None and config.optimizer == "adamw8bit":
-            check_plan(config.model_copy(update={"optimizer": "adamw"}), found)
+            check_config(config.model_copy(update={"optimizer": "adamw"}), found)
         else:
-            check_plan(config, found)
+            check_config(config, found)
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         left = remedies(config, models_of(config, dtype), TRAINING)
         if not left:

@@ -19,10 +19,10 @@ from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.recipe import dump_config
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import write_checked
+from diffsynth_dagster.dry_run import make_plan
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.files import hidden_beside, remove_leftovers
 from diffsynth_dagster.older import older_runs
-from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.run.record import RunFile, RunRecord
 from diffsynth_dagster.train import main
 from diffsynth_dagster.training.overlap import (

@@ -18,7 +18,7 @@ from diffsynth_dagster.export import export_run
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.run.goes_on import state_folders
 from diffsynth_dagster.run.record import read_record
-from diffsynth_dagster.training.setup import build_step
+from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.training.state import read_state
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component

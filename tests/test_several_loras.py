@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from diffsynth_dagster.errors import ParameterError, TargetError
 from diffsynth_dagster.families import find_family
-from diffsynth_dagster.training.modules import check_model, lora_target_names
+from diffsynth_dagster.preflight import check_headers
+from diffsynth_dagster.training.lora_targets import lora_target_names
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 
@@ -71,7 +72,7 @@ def test_a_module_without_a_target_is_refused(values: Values) -> None:
     config = make_config(values(**{**BOTH, "lora_target_modules": ["a_to_qkv"]}))
     found = find_model(config, ModelHub(Path(), skip_download=True))
     with pytest.raises(TargetError, match="no LoRA target is for 'text_encoder'"):
-        check_model(config, found, torch.float32)
+        check_headers(config, found, torch.float32)
 
 
 def test_one_file_starts_no_two_loras(values: Values) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.errors import TrainingError
-from diffsynth_dagster.training.modules import check_model
+from diffsynth_dagster.preflight import check_headers
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 
@@ -43,7 +43,7 @@ def test_the_size_of_a_checkpoint_is_told_from_shapes(
 ) -> None:
     config = values(num_epochs=1, remove_prefix_in_ckpt="", **trained)
     found = find_model(make_config(config), ModelHub(Path(), skip_download=True))
-    told = check_model(make_config(config), found, torch.float32)
+    told = check_headers(make_config(config), found, torch.float32)
     code, run = train(config, tmp_path / "run")
     assert code == 0
     assert told == tensor_bytes(run / "epoch-0.safetensors") > 0

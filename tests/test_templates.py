@@ -13,10 +13,10 @@ from media_support import write_clip
 
 from diffsynth_dagster.config import TrainingConfig, read_recipe
 from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.dry_run import look_at_files, make_plan
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.families.contract import Family
-from diffsynth_dagster.plan import check_plan, make_plan
-from diffsynth_dagster.training.dry_run import look_at_files
+from diffsynth_dagster.preflight import check_config
 from diffsynth_dagster.weights.identify import guess_model
 from diffsynth_dagster.weights.resolved import resolve
 
@@ -76,7 +76,7 @@ def test_a_template_shows_samples_or_says_how(path: Path) -> None:
     lines = comment[comment.index("# sample_prompts:") :].splitlines()
     named = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines))
     given = TrainingConfig.model_validate({**config.model_dump(), **named})
-    check_plan(given, resolve(given, family))
+    check_config(given, resolve(given, family))
     assert (given.sample_table is None) == family.samples_from_text
     for stage in family.sample_stages:
         columns = [i.column for i in stage.reads if i.kind != "sizes"]

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffsynth_dagster.config import TrainingConfig
+from diffsynth_dagster.dry_run import make_plan
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Denoiser, Family
@@ -29,7 +30,6 @@ from diffsynth_dagster.objective.timesteps import (
     scaled_edges,
     shifted_edges,
 )
-from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.weights.resolved import resolve
 
 DRAWS = 2000

@@ -22,7 +22,7 @@ from diffsynth_dagster.run.events import MEASURED
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.adapters import saved_name
 from diffsynth_dagster.training.batches import collate
-from diffsynth_dagster.training.modules import add_lora
+from diffsynth_dagster.training.lora import add_lora
 from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.hub import ModelHub
@@ -292,7 +292,7 @@ def test_the_time_of_a_step_is_split(values: Values, tmp_path: Path) -> None:
 def test_automatic_targets(tmp_path: Path) -> None:
     from diffusers import QwenImageTransformer2DModel
 
-    from diffsynth_dagster.training.modules import lora_targets
+    from diffsynth_dagster.training.lora_targets import lora_targets
 
     config = make_config(
         {

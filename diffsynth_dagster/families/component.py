@@ -84,10 +84,12 @@ class Construction:
     @property
     def repeated_blocks(self) -> tuple[str, ...]:
         """Names of the classes of its repeated blocks, the units to compile, offload and shard by."""
-        known = [
-            getattr(self.kind, name, None) for name in ("_repeated_blocks", "_no_split_modules")
+        known = ("_repeated_blocks", "_no_split_modules")
+        kinds = (self.kind, *self.other_kinds.values())
+        named = [
+            block for kind in kinds for name in known for block in getattr(kind, name, None) or ()
         ]
-        return self.blocks or tuple(next(filter(None, known), ()))
+        return self.blocks or tuple(dict.fromkeys(named))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,9 +53,8 @@ def make_recipe(asked: Asked, template: Path) -> Made:
         WeightsError: a model file that is named is not there, or one is lacking.
         OutputError: a file cannot be written.
     """
-    from diffsynth_dagster.plan import check_plan
-    from diffsynth_dagster.training.dry_run import look_at_models
-    from diffsynth_dagster.training.overlap import refuse_overlap
+    from diffsynth_dagster.dry_run import look_at_models
+    from diffsynth_dagster.preflight import check_config
     from diffsynth_dagster.weights.identify import guess_model
 
     folder = recipes_folder().absolute()
@@ -67,14 +66,13 @@ def make_recipe(asked: Asked, template: Path) -> Made:
     if asked.models:
         look_at_models(config)
     model = guess_model(config)
-    check_plan(config, model)
-    refuse_overlap(config)
+    check_config(config, model)
     with facts_in(Path(config.cache_path)) as facts:
         found = look_at(config, model.family, facts)
         choices, course = choices_of(found, asked, config, options)
         changes = [*settings, *choices]
         config = config_of(changed(values, changes), asked.root)
-        check_plan(config, model)
+        check_config(config, model)
         made_by = f"Made by `python -m diffsynth_dagster.new` from the template {template.stem}."
         data = asked.written(asked.data.base)
         text = edited(template.read_text(encoding="utf-8"), changes, made_by, data)

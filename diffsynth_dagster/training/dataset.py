@@ -4,14 +4,14 @@ On the command line these are three calls in one process. In a Dagster job the m
 the table, the latents asset encodes it, and the checkpoints asset starts from what was encoded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from diffsynth_dagster.cache.encode import encode_missing
-from diffsynth_dagster.cache.encoded_for import require_encoded_for, require_planned_weights
+from diffsynth_dagster.cache.encoded_for import require_planned_weights
 from diffsynth_dagster.cache.held_out import (
     forget_held_out,
     forget_parts,
@@ -27,11 +27,11 @@ from diffsynth_dagster.cache.resolve import Samples, lacking, resolve
 from diffsynth_dagster.cache.sample_rows import (
     plan_sample_rows,
     planned_sample_rows,
-    require_sample_rows,
     sample_rows_config,
 )
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.data.columns import Columns
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import PINNED, read_checked
@@ -40,9 +40,7 @@ from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.run.events import Encoded, Encoding
 from diffsynth_dagster.run.reporting import Reporter
 from diffsynth_dagster.run.stop import finishing
-from diffsynth_dagster.training.overlap import refuse_replaced_rows
 from diffsynth_dagster.training.parallel import Parallel
-from diffsynth_dagster.weights.identify import guess_model
 from diffsynth_dagster.weights.models import Models
 
 _HELD_OUT, _COMPARED = "held_out", "compared"
@@ -56,16 +54,23 @@ def open_store(config: TrainingConfig) -> Store:
 
 
 def checked_table(
-    config: TrainingConfig, fact_cache: FactCache, parallel: Parallel
+    config: TrainingConfig,
+    columns: Columns,
+    fact_cache: FactCache,
+    parallel: Parallel,
+    check: Callable[[Sequence[CheckedTable]], None],
 ) -> CheckedTable | None:
     """The checked table of a config; None where the data set was encoded before. Collective.
 
     One process of each node makes and checks it; the others read what that one wrote. So is the table
     of what is held out, where there is one.
 
+    Args:
+        columns: of the model's family.
+        check: called with both tables by the process that made them.
+
     Raises:
-        MetadataError: too many rows are rejected; or see `prepare_data`.
-        ParameterError: see `refuse_replaced_rows`.
+        MetadataError, ParameterError: see `prepare_data`; and whatever `check` raises.
     """
     if config.dataset_metadata_path is None:
         return None
@@ -76,11 +81,16 @@ def checked_table(
         tables: list[CheckedTable] = []
         for each in [config] if own is None else [config, own]:
             with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
-                columns = guess_model(config).family.columns
                 tables.append(prepare_data(each, columns, fact_cache, bar.update, pinned=True))
-            tables[-1].require_accepted(config.max_rejected_fraction)
-        refuse_replaced_rows(config, tables)
+        check(tables)
         return tables[0]
+
+
+def encoded_before(config: TrainingConfig) -> tuple[Manifest, Manifest | None]:
+    """The manifest of a data set that was encoded before, and of what is held out where that has one of
+    its own. Raises `StoreError`."""
+    manifest = read_manifest(Path(config.dataset_base_path))
+    return manifest, held_out_manifest(config, manifest)
 
 
 def encoded_manifest(
@@ -100,16 +110,10 @@ def encoded_manifest(
     Raises:
         MetadataError: a file is no longer what was checked.
         StoreError: nothing is to be encoded, and the store lacks samples.
-        ParameterError: it was encoded for another training: see `require_encoded_for`.
         Stopped: a signal came.
     """
     if table is None:
-        manifest = read_manifest(Path(config.dataset_base_path))
-        held_out = held_out_manifest(config, manifest)
-        for each in [manifest] if held_out is None else [manifest, held_out]:
-            require_encoded_for(config, models.found, each, fact_cache)
-            require_stored(each)
-        require_sample_rows(config, models.found.family, manifest, models.found.components)
+        manifest, held_out = encoded_before(config)
     else:
         own = held_out_config(config)
         held_out = None

@@ -19,9 +19,9 @@ from diffsynth_dagster.objective.noise import timestep_index
 from diffsynth_dagster.run.events import HeldOutMetrics, Saved
 from diffsynth_dagster.training.batches import Batch, StepDataset
 from diffsynth_dagster.training.ema import evaluated_weights
-from diffsynth_dagster.training.modules import evaluating
 from diffsynth_dagster.training.periodic import SavePoints, save_weights
 from diffsynth_dagster.training.setup import Work
+from diffsynth_dagster.training.step import evaluating
 
 SEED = 0
 """Of the noise and the timesteps, whatever that of the training is."""

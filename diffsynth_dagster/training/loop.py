@@ -1,7 +1,9 @@
 """The training loop. Read top to bottom: a training, its steps, what they report."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+
+import torch
 
 from diffsynth_dagster.config.recipe import dump_config
 from diffsynth_dagster.errors import Stopped
@@ -14,7 +16,7 @@ from diffsynth_dagster.run.stop import finishing
 from diffsynth_dagster.training.batches import Batch, steps_of
 from diffsynth_dagster.training.held_out import HeldOut
 from diffsynth_dagster.training.late import Moment
-from diffsynth_dagster.training.modules import fingerprints, weight_norms
+from diffsynth_dagster.training.lora import weight_norms
 from diffsynth_dagster.training.optimizer_step import MadeSteps, peak_memory, train_step
 from diffsynth_dagster.training.periodic import (
     Checkpoints,
@@ -48,7 +50,7 @@ def _train(work: Work) -> RunRecord:
     session = work.session
     config, reporter, run_file = session.config, session.reporter, session.run_file
     parallel = session.parallel
-    before = fingerprints(work.trained.items())
+    before = _fingerprints(work.trained.items())
     state = session.state
     random = None if state is None else restore(work, state)
     # From here on nothing of another training is left.
@@ -91,7 +93,7 @@ def _train(work: Work) -> RunRecord:
         samples=order.samples_per_epoch * last // order.steps_per_epoch,
         peak_memory_bytes=peak_memory(parallel.device),
     )
-    after = fingerprints(work.trained.items())
+    after = _fingerprints(work.trained.items())
     pictures.evaluate("after")
     work.losses.write(run_file.folder, parallel)
     run_file.finished(len(after), sum(before[name] != after[name] for name in after))
@@ -136,3 +138,11 @@ def _make_steps(
         last = step
         waiting = Moment(parallel.device)
     return last
+
+
+def _fingerprints(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[float, float]]:
+    """A cheap mark of each tensor's values, to find out afterwards whether they changed."""
+    return {
+        name: (float(p.detach().double().sum()), float(p.detach().double().abs().sum()))
+        for name, p in parameters
+    }

@@ -3,7 +3,6 @@
 import math
 import resource
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from diffsynth_dagster.errors import TrainingError
 from diffsynth_dagster.run.events import StepMetrics
 from diffsynth_dagster.training.batches import Batch
+from diffsynth_dagster.training.gradient_checkpointing import saved_tensors
 from diffsynth_dagster.training.late import Moment, Numbers
 from diffsynth_dagster.training.optimizer import current_rates
 from diffsynth_dagster.training.setup import Session, Work
@@ -116,7 +116,10 @@ def differentiate(work: Work, batch: Batch, last: bool) -> torch.Tensor:
     """The losses (B,) of a micro-batch; their gradients are added to those of the step. What autograd
     remembered is free when this returns."""
     parallel = work.session.parallel
-    with parallel.micro_batch(work.model, last), _saved_tensors(work):
+    with (
+        parallel.micro_batch(work.model, last),
+        saved_tensors(work.session.config, parallel.device),
+    ):
         losses: torch.Tensor = work.model(batch)
         parallel.backward(losses.sum() * batch.scale)
     return losses.detach()
@@ -159,14 +162,6 @@ class MadeSteps:
             session.run_file.stepped(metrics.loss)
             stop, late = made.flags
             self.stop, self.late = self.stop or stop, self.late or late
-
-
-def _saved_tensors(work: Work) -> AbstractContextManager[object]:
-    """Keep what the backward pass needs in CPU memory, if asked."""
-    if not work.session.config.use_gradient_checkpointing_offload:
-        return nullcontext()
-    on_gpu = work.session.parallel.device.type == "cuda"
-    return torch.autograd.graph.save_on_cpu(pin_memory=on_gpu)
 
 
 def _require_finite(session: Session, metrics: StepMetrics, skipped: bool) -> None:

@@ -12,9 +12,9 @@ from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.run.events import Sampled
 from diffsynth_dagster.training.clips import write_clip
 from diffsynth_dagster.training.ema import evaluated_weights
-from diffsynth_dagster.training.modules import evaluating
 from diffsynth_dagster.training.sampling import Sampler, grid, strip
 from diffsynth_dagster.training.setup import Work
+from diffsynth_dagster.training.step import evaluating
 
 COLUMNS = 8
 """Images beside each other in the picture of a step."""

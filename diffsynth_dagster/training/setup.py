@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +12,10 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import total_steps
 from diffsynth_dagster.run.record import RunFile
 from diffsynth_dagster.run.reporting import Reporter
-from diffsynth_dagster.run.start import require_starts
 from diffsynth_dagster.training.batches import StepDataset
+from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.training.dataset import Resolved
 from diffsynth_dagster.training.ema import Average, make_average, refuse_average
-from diffsynth_dagster.training.idle import take_turns
-from diffsynth_dagster.training.modules import add_lora, checkpoint_gradients, train_fully
 from diffsynth_dagster.training.optimizer import (
     make_optimizer,
     make_schedule,
@@ -28,9 +25,8 @@ from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.sample_losses import SampleLosses
 from diffsynth_dagster.training.state import WrittenState
 from diffsynth_dagster.training.step import TrainingStep
-from diffsynth_dagster.weights.models import Models, store_in_float8
+from diffsynth_dagster.weights.models import Models
 from diffsynth_dagster.weights.resolved import ResolvedModel
-from diffsynth_dagster.weights.whole import load_weights
 
 if TYPE_CHECKING:
     from diffsynth_dagster.training.memory import Memory
@@ -156,46 +152,3 @@ def _who_gets_gradients(
     got_one = {name: parameter.grad is not None for name, parameter in trained.items()}
     step_module.zero_grad(set_to_none=True)
     return got_one
-
-
-def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtype) -> TrainingStep:
-    """Load the components of the step and make them trainable.
-
-    Args:
-        trained_dtype: element type of weights that are trained as a whole; a LoRA is float32.
-
-    Raises:
-        WeightsError, TargetError, ParameterError: see `Models`, `add_lora`, `checkpoint_gradients`.
-    """
-    found, family = models.found, models.found.family
-    names = found.step_components
-    loaded = models.get(names)
-    tokenizers = {n: loaded.pop(n) for n in list(loaded) if n in models.found.tokenizers}
-    changed = found.trained_components
-    for base in config.lora_base_model:
-        add_lora(config, family, loaded[family.part(base).of], base)
-    for owner in dict.fromkeys(family.part(base).of for base in config.lora_base_model):
-        if found.is_float8(owner):
-            store_in_float8(loaded[owner], models.dtype, models.device)
-    for name in config.trainable_models:
-        part = family.part(name)
-        train_fully(loaded[part.of], part, trained_dtype)
-        if config.resume_from_checkpoint is not None:
-            path = Path(config.resume_from_checkpoint)
-            where = f"resume_from_checkpoint = {path.absolute()}"
-            load_weights(loaded[part.of], path, family, name, where)
-    # Here, not where they are read: what was read may be mapped from a file until it is moved.
-    require_starts(config, models.found)
-    for name in names:
-        models.found.require_unchanged(name)
-    asked = config.checkpoints_gradients
-    if family.checkpoints_gradients if asked is None else asked:
-        # Gradients of what conditions the denoiser go through all of it.
-        for name in sorted(changed | {d.component for d in found.denoisers}):
-            checkpoint_gradients(loaded[name], required=asked is not None)
-    for name in changed:
-        loaded[name].train()
-    if config.offload_idle_denoiser:
-        at_work = [loaded[denoiser.component] for denoiser in found.denoisers]
-        take_turns(at_work, models.device)
-    return TrainingStep(models.found, loaded, tokenizers, config)

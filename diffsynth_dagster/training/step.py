@@ -1,5 +1,7 @@
 """One forward pass: the stages of the step, the noising path, the denoiser, the losses."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -45,6 +47,11 @@ class TrainingStep(nn.Module):
         }
         self._path = found.noising
         self._distills = config.distills
+        # Of each denoiser, found out here: parameters may be replaced when they are sharded.
+        self.compute_dtypes = {
+            denoiser.component: weight_dtype(modules[denoiser.component])
+            for denoiser in found.denoisers
+        }
 
     @property
     def loaded(self) -> dict[str, Any]:
@@ -99,7 +106,7 @@ class TrainingStep(nn.Module):
     ) -> Tensors:
         """The family's prediction, everything but the timesteps in the model's own type."""
         model = self.components[denoiser]
-        dtype = weight_dtype(model)
+        dtype = self.compute_dtypes[denoiser]
         return self._family.denoise(
             model,
             self.loaded,
@@ -190,6 +197,18 @@ def _sample(outputs: Tensors, declared: dict[str, Output], index: int) -> Tensor
             tensor = outputs[name][index]
             single[name] = tensor[outputs[f"{name}_mask"][index]] if output.ragged else tensor
     return single
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Generator[None]:
+    """A module in evaluation mode; afterwards each module inside has its own mode back."""
+    modes = {inside: inside.training for inside in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for inside, mode in modes.items():
+            inside.training = mode
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:

@@ -51,7 +51,7 @@ def find_model(config: TrainingConfig, hub: ModelHub) -> ResolvedModel:
     return replace(
         model,
         tokenizers={t.name: _find_tokenizer(t, config, found, hub) for t in needed},
-        storage=_storage(config, family, found),
+        storage=_storage(config, found),
         presets=_presets(config, family, found),
         contents=contents,
     )
@@ -164,26 +164,11 @@ def _needed_tokenizers(config: TrainingConfig, model: ResolvedModel) -> list[Tok
     return [tokenizer for tokenizer in model.family.tokenizers if tokenizer.name in used]
 
 
-def _storage(
-    config: TrainingConfig, family: Family, found: Mapping[str, ComponentFiles]
-) -> dict[str, Storage]:
-    """Component → what it is stored as: float8 where `fp8_models` names it. Raises `ParameterError`."""
+def _storage(config: TrainingConfig, found: Mapping[str, ComponentFiles]) -> dict[str, Storage]:
+    """Component → what it is stored as: float8 where `fp8_models` names it. Raises
+    `ParameterError`."""
     wanted = float8_entries(config)
-    stored = frozenset(name for name, f in found.items() if f.entry in wanted)
-    changed = {family.part(n).of for n in config.trainable_models if n in family.trainable}
-    for name in sorted(changed & stored):
-        raise ParameterError(
-            f"'{name}' is trained, and float8 is too coarse for weights that change",
-            where="fp8_models",
-            do="leave it out there, or train it through a LoRA",
-        )
-    measured = {family.part(n).of for n in config.lora_base_model if config.lora_method == "dora"}
-    for name in sorted(measured & stored):
-        raise ParameterError(
-            f"a DoRA measures the weights of '{name}', which cannot be done in float8",
-            where="fp8_models",
-            do="leave it out there, or give another lora_method",
-        )
+    stored = {name for name, files in found.items() if files.entry in wanted}
     return {name: "float8" if name in stored else "full" for name in found}
 
 
@@ -226,13 +211,6 @@ def _presets(
             "the LoRA file does not exist",
             where=f"preset_lora_path = {path.absolute()}",
             do="correct the path",
-        )
-    in_full = {family.part(n).of for n in config.trainable_models if n in family.trainable}
-    if config.resume_from_checkpoint is not None and name in in_full:
-        raise ParameterError(
-            f"all weights of '{name}' come from a checkpoint, and the LoRA would be lost",
-            where="resume_from_checkpoint, preset_lora_path",
-            do="give one of the two: a training that started from the LoRA has it in its checkpoints",
         )
     return {name: Preset(trained, path)}
 

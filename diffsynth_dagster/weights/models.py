@@ -1,26 +1,20 @@
 """The components of a model: loaded at their first use, kept, and freed on request."""
 
 import gc
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.hooks import apply_layerwise_casting
 from torch import nn
 
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.facts import FactCache, digest_of
 from diffsynth_dagster.families.contract import Tokenizer
+from diffsynth_dagster.weights.float8 import store_in_float8
 from diffsynth_dagster.weights.load import load_component
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
 from diffsynth_dagster.weights.resolved import ResolvedModel
-
-_NOT_IN_FLOAT8 = (
-    *("pos_embed", "patch_embed", "norm", "embed_tokens", "shared"),
-    *("lora_", "lokr_", "oft_"),
-)
 
 
 class Models:
@@ -141,26 +135,6 @@ def _require_tokens(tokenizer: Tokenizer, loaded: Any, folder: Path) -> None:
             where=str(folder),
             do="name the folder that holds all of its files, or download them again",
         )
-
-
-def store_in_float8(module: nn.Module, compute: torch.dtype, device: torch.device) -> None:
-    """Keep the weights of a module in float8 (e4m3) on a device, and compute there in another type.
-
-    The device never holds the whole module in the other type. Norms, embeddings of positions and
-    patches, LoRA layers, and what the architecture keeps in float32 stay as they are; LoRA layers
-    must be there already.
-    """
-    kept = [*_NOT_IN_FLOAT8, *(getattr(module, "_skip_layerwise_casting_patterns", None) or ())]
-    for name in getattr(module, "_keep_in_fp32_modules", None) or ():
-        kept.append(rf"(^|\.){re.escape(name)}(\.|$)")
-    apply_layerwise_casting(
-        module,
-        storage_dtype=torch.float8_e4m3fn,
-        compute_dtype=compute,
-        skip_modules_pattern=tuple(kept),
-        non_blocking=device.type == "cuda",
-    )
-    module.to(device)
 
 
 def require_component(found: ResolvedModel, name: str) -> None:

@@ -23,7 +23,7 @@ from diffsynth_dagster.export import verify_export
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.flux.stages import encode_control, encode_kontext
-from diffsynth_dagster.plan import check_plan
+from diffsynth_dagster.preflight import check_config
 from diffsynth_dagster.weights.identify import find_model, guess_model
 
 
@@ -120,7 +120,7 @@ def test_columns_and_controlnets_go_together(
         )
     )
     with pytest.raises(ParameterError, match=message):
-        check_plan(config, find_model(config, HUB))
+        check_config(config, find_model(config, HUB))
 
 
 def test_a_mode_is_given_by_its_name(model: Path) -> None:

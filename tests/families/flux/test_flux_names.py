@@ -14,7 +14,7 @@ from diffsynth_dagster.families.flux.names import LORA_ALIASES, NAMES, PREFIX
 from diffsynth_dagster.formats import find_format
 from diffsynth_dagster.formats.kohya import FORMAT as KOHYA
 from diffsynth_dagster.formats.names import lora_of, with_dots
-from diffsynth_dagster.training.modules import lora_targets
+from diffsynth_dagster.training.lora_targets import lora_targets
 
 RULES = {"dit": TRANSFORMER}
 

@@ -25,11 +25,11 @@ from families.ltx2.original import authors_vocoder_name, original_dit
 from process_support import two_processes
 from safetensors.torch import load_file, save_file
 
+from diffsynth_dagster.dry_run import make_plan
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.ltx2.modules import convert_dit, dit_settings
 from diffsynth_dagster.families.shared.ltx_vae import log_mel
-from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.training.step import TrainingStep

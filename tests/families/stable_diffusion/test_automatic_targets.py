@@ -12,7 +12,7 @@ from torch import nn
 
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.families import find_family
-from diffsynth_dagster.training.modules import lora_targets
+from diffsynth_dagster.training.lora_targets import lora_targets
 from diffsynth_dagster.weights.lora import read_lora, require_start
 
 FAMILY = find_family("stable_diffusion")

@@ -36,6 +36,7 @@ from hub_server import serve_hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from diffsynth_dagster.dry_run import make_plan
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Component, Shapes, Tensors
@@ -43,8 +44,7 @@ from diffsynth_dagster.formats.kohya import FORMAT as KOHYA
 from diffsynth_dagster.formats.names import lora_of
 from diffsynth_dagster.objective.ddpm import DDPMPath
 from diffsynth_dagster.objective.noise import generator
-from diffsynth_dagster.plan import make_plan
-from diffsynth_dagster.training.modules import lora_targets
+from diffsynth_dagster.training.lora_targets import lora_targets
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component

@@ -45,7 +45,7 @@ from diffsynth_dagster.families.stable_diffusion_xl.family import encode_pixels,
 from diffsynth_dagster.formats.kohya import FORMAT as KOHYA
 from diffsynth_dagster.formats.names import lora_of
 from diffsynth_dagster.run.record import read_record
-from diffsynth_dagster.training.modules import lora_targets
+from diffsynth_dagster.training.lora_targets import lora_targets
 from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component

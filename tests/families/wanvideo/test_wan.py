@@ -25,7 +25,7 @@ from diffsynth_dagster.families.contract import Loaded, SampleRequest, Tensors
 from diffsynth_dagster.families.wanvideo import family as wanvideo
 from diffsynth_dagster.families.wanvideo import stages
 from diffsynth_dagster.families.wanvideo.names import convert_dit
-from diffsynth_dagster.plan import check_plan
+from diffsynth_dagster.preflight import check_config
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.weights.hub import ModelHub
@@ -313,7 +313,7 @@ def test_a_given_first_frame_is_not_all(
     """With one frame, which is given, there would be nothing to predict."""
     config = make_config(values(WAN[name], model, clips, tmp_path, num_frames=1))
     with pytest.raises(ParameterError, match=r"num_frames = 1 is no length .* has 5 frames"):
-        check_plan(config, find_model(config, HUB))
+        check_config(config, find_model(config, HUB))
 
 
 def test_one_frame_is_a_picture_where_none_is_given(
@@ -322,7 +322,7 @@ def test_one_frame_is_a_picture_where_none_is_given(
     from_text = make_config(
         values(WAN["wan22_ti2v_5b"], model, clips, tmp_path, num_frames=1, extra_inputs=None)
     )
-    check_plan(from_text, find_model(from_text, HUB))
+    check_config(from_text, find_model(from_text, HUB))
 
 
 @pytest.mark.parametrize(

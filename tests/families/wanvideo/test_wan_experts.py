@@ -14,17 +14,17 @@ from process_support import two_processes
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.config import TrainingConfig
+from diffsynth_dagster.dry_run import make_plan
 from diffsynth_dagster.errors import ParameterError, UserError
 from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import SampleRequest, Tensors
 from diffsynth_dagster.families.denoiser_schedule import Share, share_of_step
 from diffsynth_dagster.families.making import guide
-from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.batches import StepDataset
+from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.training.sampling import make_clips
-from diffsynth_dagster.training.setup import build_step
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component

@@ -1,7 +1,7 @@
-"""What a training would find in the files that it names: the second half of the answer to `--dry_run`.
+"""Answers `--dry_run`: what a training would do, and what it would find in the files that it names.
 
-The models and the data are looked at as the training does, and refused for what it would refuse. Nothing
-is written but the cache of facts about files, and nothing is downloaded.
+The config, the models and the data are checked as the training does: see `preflight`. Nothing is
+written but the cache of facts about files, and nothing is downloaded.
 """
 
 from collections.abc import Mapping
@@ -15,39 +15,44 @@ import polars as pl
 import torch
 from tqdm import tqdm
 
-from diffsynth_dagster.cache.encoded_for import require_encoded_as, require_encoded_for
-from diffsynth_dagster.cache.held_out import held_out_config, held_out_manifest, rows_apart
+from diffsynth_dagster.cache.held_out import held_out_config, rows_apart
 from diffsynth_dagster.cache.keys import with_content_numbers
 from diffsynth_dagster.cache.long_captions import long_captions_of
-from diffsynth_dagster.cache.manifest import Manifest, read_manifest
+from diffsynth_dagster.cache.manifest import FILE_NAME, Manifest
 from diffsynth_dagster.cache.records import buckets_of
-from diffsynth_dagster.cache.sample_rows import checked_sample_rows, require_sample_rows
+from diffsynth_dagster.cache.sample_rows import checked_sample_rows
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.entries import named_entries, start_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import StepOrder, order_of, total_steps
-from diffsynth_dagster.data.prepare import check_data, require_named
+from diffsynth_dagster.data.prepare import check_data as check_data_files
+from diffsynth_dagster.data.prepare import require_named
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.folder import open_folder
 from diffsynth_dagster.data.table.rows import REPEAT, RowSource
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.plan import describe
+from diffsynth_dagster.preflight import check_config, check_data, check_encoded, check_headers
 from diffsynth_dagster.run.goes_on import state_folders
 from diffsynth_dagster.run.record import RunRecord
 from diffsynth_dagster.run.start import start_record
-from diffsynth_dagster.training.dataset import require_stored
+from diffsynth_dagster.training.dataset import encoded_before
 from diffsynth_dagster.training.join import trackers_of
-from diffsynth_dagster.training.modules import check_model
-from diffsynth_dagster.training.overlap import refuse_replaced_rows
 from diffsynth_dagster.training.periodic import SavePoints
 from diffsynth_dagster.training.resume import require_going_on
 from diffsynth_dagster.weights.adapter_files import read_adapter
 from diffsynth_dagster.weights.header import read_headers
-from diffsynth_dagster.weights.hub import Downloads, ModelHub, NotDownloaded, require_there
+from diffsynth_dagster.weights.hub import (
+    Downloads,
+    ModelHub,
+    NotDownloaded,
+    require_listed,
+    require_there,
+)
 from diffsynth_dagster.weights.identify import find_model, guess_model
 from diffsynth_dagster.weights.lora import read_lora
-from diffsynth_dagster.weights.models import require_component
 from diffsynth_dagster.weights.resolved import ResolvedModel
 
 _SHOWN_SIZES = 12
@@ -84,6 +89,22 @@ class _Rows:
     manifest: Manifest | None = None
 
 
+def make_plan(config: TrainingConfig) -> dict[str, Any]:
+    """What a training would do, as JSON values. Needs no file, loads no weight.
+
+    Raises:
+        WeightsError: some of the local model files that are named are there, and others are not.
+        StoreError: the encoded data set is there and damaged.
+        ParameterError: the family cannot be recognised without the files; or see `check_config`.
+    """
+    if not config.reads_encoded or (Path(config.dataset_base_path) / FILE_NAME).is_file():
+        config = with_settled(config)
+    require_listed([*named_entries(config), *start_entries(config)])
+    model = guess_model(config)
+    check_config(config, model)
+    return describe(config, model)
+
+
 def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
     """Look at the models and the data of a config.
 
@@ -104,17 +125,13 @@ def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
     trackers_of(config)
     found, warnings = look_at_models(config)
     values: dict[str, Any] = {"models": _DOWNLOADED_LATER if found is None else _FIT}
-    family = guess_model(config).family if found is None else found.family
-    if _is_to_be_made(config, family):
+    model = guess_model(config) if found is None else found
+    if _is_to_be_made(config, model.family):
         if not config.encodes_only:
             require_going_on(config)
         values["data"] = f"made by {config.customized_dataset} when the training begins"
         return Looked(values, warnings)
-    rows = (
-        _encoded_rows(config, family, found)
-        if config.reads_encoded
-        else _checked_rows(config, family, found)
-    )
+    rows = _encoded_rows(config, model) if config.reads_encoded else _checked_rows(config, model)
     values["data"] = {**rows.said, **_counted(rows)}
     if not config.encodes_only:
         buckets = buckets_of(rows.trained)
@@ -134,20 +151,8 @@ def look_at_models(config: TrainingConfig) -> tuple[ResolvedModel | None, list[s
         _read_starts(config)
         return None, []
     warnings = list(found.family.warnings)
-    _require_components(config, found)
-    check_model(config, found, torch.float32, warnings.append)
+    check_headers(config, found, torch.float32, warnings.append)
     return found, warnings
-
-
-def _require_components(config: TrainingConfig, found: ResolvedModel) -> None:
-    """Refuse a model list that lacks what is encoded with, or what a step uses. Raises `WeightsError`."""
-    used: list[str] = []
-    if not config.reads_encoded:
-        used += [name for stage in found.cached_stages for name in stage.uses]
-    if not config.encodes_only:
-        used += found.step_components
-    for name in dict.fromkeys(used):
-        require_component(found, name)
 
 
 def _read_starts(config: TrainingConfig) -> None:
@@ -185,23 +190,22 @@ def _is_made(config: TrainingConfig, family: Family) -> bool:
     return True
 
 
-def _checked_rows(config: TrainingConfig, family: Family, found: ResolvedModel | None) -> _Rows:
+def _checked_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
     """The rows of a data set whose table is checked now. Raises: see `look_at_files`."""
-    own = held_out_config(config)
+    own, columns = held_out_config(config), model.family.columns
     tables: list[CheckedTable] = []
     with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
         for each in [config] if own is None else [config, own]:
             with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
-                tables.append(check_data(each, family.columns, facts, bar.update))
-            tables[-1].require_accepted(config.max_rejected_fraction)
-        refuse_replaced_rows(config, tables)
+                tables.append(check_data_files(each, columns, facts, bar.update))
+        check_data(config, model, tables)
         if config.sample_table is not None:
-            checked_sample_rows(config, family, facts)
-    parts = [with_content_numbers(table.accepted, family.columns.inputs) for table in tables]
+            checked_sample_rows(config, model.family, facts)
+    parts = [with_content_numbers(table.accepted, columns.inputs) for table in tables]
     trained, held_out = rows_apart(config, parts[0], None if own is None else parts[1])
     said = _said_of(tables[0]) | ({} if own is None else {"held_out_rows": _said_of(tables[1])})
     warnings = tables[0].warnings()
-    long = None if found is None else long_captions_of(found, tables[0]).said
+    long = long_captions_of(model, tables[0]).said if model.components else None
     return _Rows(said, trained, held_out, warnings if long is None else [*warnings, long])
 
 
@@ -211,23 +215,12 @@ def _said_of(table: CheckedTable) -> dict[str, Any]:
     return {"rows": table.counts, **({"rejected": rejected} if rejected else {})}
 
 
-def _encoded_rows(config: TrainingConfig, family: Family, found: ResolvedModel | None) -> _Rows:
+def _encoded_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
     """The rows of a data set that was encoded before. Raises: see `look_at_files`."""
-    manifest = read_manifest(Path(config.dataset_base_path))
-    held_out = held_out_manifest(config, manifest)
-    parts = [manifest] if held_out is None else [manifest, held_out]
-    if found is None:
-        components = {component.name for component in family.components}  # as far as is known
-        for each in parts:
-            require_encoded_as(config, guess_model(config), each)
-    else:
-        components = found.components.keys()
-        with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
-            for each in parts:
-                require_encoded_for(config, found, each, facts)
-    for each in parts:
-        require_stored(each)
-    require_sample_rows(config, family, manifest, components)
+    manifest, held_out = encoded_before(config)
+    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+        both = [manifest] if held_out is None else [manifest, held_out]
+        check_encoded(config, model, both, facts)
     apart = rows_apart(config, manifest.rows, None if held_out is None else held_out.rows)
     return _Rows({"encoded": str(manifest.folder)}, *apart, manifest=manifest)
 
