@@ -42,15 +42,13 @@ class CaptionFiles:
             instead: path → the caption of a sample that has no file of its own.
 
         Raises:
-            MetadataError: the table cannot be read.
             ParameterError: there is no such encoding.
         """
         codec = text_codec(self.encoding)
         encoding = "utf-8-sig" if codec.name == "utf-8" else codec.name
-        rows = table.collect(table.rows)
-        problems = dict(table.odd)
+        problems = dict(table.problems)
         texts: list[str | None] = []
-        for index, path in rows.select(INDEX, file).iter_rows():
+        for index, path in table.rows.select(INDEX, file).iter_rows():
             text, problem = self._read(path, encoding)
             if text is None and isinstance(path, str) and path in instead:
                 text, problem = instead[path], None
@@ -59,9 +57,9 @@ class CaptionFiles:
             texts.append(text)
         return replace(
             table,
-            rows=rows.with_columns(_captions(texts, caption)).lazy(),
+            rows=table.rows.with_columns(_captions(texts, caption)),
             columns=(*table.columns, caption.column),
-            odd=problems,
+            problems=problems,
         )
 
     def _read(self, path: object, encoding: str) -> tuple[str | None, tuple[str, str] | None]:

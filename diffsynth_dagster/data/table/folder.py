@@ -93,7 +93,7 @@ def open_folder(
     clips = [path if os.path.splitext(path)[1].lower() in _CLIPS else None for path in paths]
     values = {item.column: paths, **dict.fromkeys(sound, clips)}
     rows = pl.DataFrame(values, schema=dict.fromkeys(columns, pl.String()))
-    return Table(rows.with_row_index(INDEX).lazy(), columns, _never)
+    return Table(rows.with_row_index(INDEX), columns)
 
 
 def class_names(rows: pl.DataFrame, column: str) -> Mapping[str, str]:
@@ -109,7 +109,3 @@ def _refuse_empty(folder: Path, item: Input) -> NoReturn:
         where=str(folder.absolute()),
         do="correct dataset_base_path, or name a metadata table as dataset_metadata_path",
     )
-
-
-def _never(error: Exception) -> NoReturn:
-    raise AssertionError("rows in memory can be read") from error

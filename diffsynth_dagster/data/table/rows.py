@@ -3,8 +3,7 @@ lie. No picture or clip is opened for it."""
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +13,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.table.caption_files import USUAL, CaptionFiles
 from diffsynth_dagster.data.table.folder import class_names, numbered, open_folder
-from diffsynth_dagster.data.table.read import Table, open_table, require_folder
+from diffsynth_dagster.data.table.read import Table, read_table, require_folder
 from diffsynth_dagster.data.table.values import check_structure, is_blank, require_columns
 from diffsynth_dagster.errors import MetadataError, ParameterError, nearest
 
@@ -79,26 +78,24 @@ class RowSource:
             require_folder(self.base)
         file = next(i for i in inputs if i.is_file)
         caption = next((i for i in inputs if i.caption), None)
-        with self._opened(file, inputs) as table:
-            if caption is not None:
-                table = self._with_captions(table, file, caption)
-            if self.is_folder:
-                self._require_known(table, inputs, reader)
-            require_columns(table, inputs, str(self.path), reader)
-            frame = check_structure(table, inputs, str(self.path))
+        table = self._table(file, inputs)
+        if caption is not None:
+            table = self._with_captions(table, file, caption)
+        if self.is_folder:
+            self._require_known(table, inputs, reader)
+        require_columns(table, inputs, str(self.path), reader)
+        frame = check_structure(table, inputs, str(self.path))
         if caption is not None and self.caption_prefix is not None:
             frame = frame.with_columns(
                 _prefixed(pl.col(caption.column), caption, self.caption_prefix)
             )
         return self._with_repeats(frame, file)
 
-    def _opened(self, file: Input, inputs: Sequence[Input]) -> AbstractContextManager[Table]:
+    def _table(self, file: Input, inputs: Sequence[Input]) -> Table:
         if self.is_folder:
             sound = [i.column for i in inputs if i.kind == "audio"]
-            return nullcontext(open_folder(self.path, self.base, file, sound, self.left_out))
-        wanted, lists = [i.column for i in inputs], [i.column for i in inputs if i.many]
-        numbers = [i.column for i in inputs if i.kind == "number"]
-        return open_table(self.path, self.encoding, wanted, lists, numbers)
+            return open_folder(self.path, self.base, file, sound, self.left_out)
+        return read_table(self.path, self.encoding, inputs)
 
     def _with_captions(self, table: Table, file: Input, caption: Input) -> Table:
         """The table with the captions of files, and with what a sample without one is told."""
@@ -114,12 +111,11 @@ class RowSource:
             files = CaptionFiles(
                 self.base, extension, self.encoding, required=self.caption_prefix is None
             )
-            named = class_names(table.collect(table.rows), file.column) if self.is_folder else {}
+            named = class_names(table.rows, file.column) if self.is_folder else {}
             table = files.added(table, file.column, caption, named)
         if self.caption_prefix is None or caption.column not in table.columns:
             return table
-        filled = _filled(table.rows, caption.column, self.caption_prefix)
-        return Table(filled, table.columns, table.fail, table.uneven, table.values, table.odd)
+        return replace(table, rows=_filled(table.rows, caption.column, self.caption_prefix))
 
     def _require_known(self, table: Table, inputs: Sequence[Input], reader: str) -> None:
         lacking = [i.column for i in inputs if i.column not in table.columns]
@@ -176,9 +172,9 @@ def _repeat_of(folder: str, repeats: dict[str, int]) -> int:
     return repeats[max(around, key=lambda name: len(name.strip(".")))] if around else 1
 
 
-def _filled(rows: pl.LazyFrame, column: str, prefix: str) -> pl.LazyFrame:
+def _filled(rows: pl.DataFrame, column: str, prefix: str) -> pl.DataFrame:
     """The rows with the prefix in the place of captions that are missing or empty."""
-    value, kind = pl.col(column), rows.collect_schema()[column]
+    value, kind = pl.col(column), rows.schema[column]
     if not kind.is_nested():
         value = value.cast(pl.String)
         empty = value.is_null() | is_blank(value)

@@ -20,7 +20,7 @@ from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import ClipRule, FrameRule, clip_rule, size_rule
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.files import FileCheck, TrainedShape
-from diffsynth_dagster.data.table.read import open_table
+from diffsynth_dagster.data.table.read import read_table
 from diffsynth_dagster.data.table.shapes import with_same_size, with_shape
 from diffsynth_dagster.data.table.values import check_structure, require_columns
 from diffsynth_dagster.errors import MetadataError
@@ -54,12 +54,8 @@ def check_sample_rows(
     own = config.model_copy(update={"dataset_base_path": str(source.parent)})
     inputs = [*columns.named]
     asked = [*inputs] if trained is None or config.height is not None else [*inputs, trained]
-    wanted, lists = [i.column for i in asked], [i.column for i in asked if i.many]
-    numbers = [i.column for i in asked if i.kind == "number"]
-    with (
-        _naming_the_parameter(),
-        open_table(source, config.metadata_encoding, wanted, lists, numbers) as table,
-    ):
+    with _naming_the_parameter():
+        table = read_table(source, config.metadata_encoding, asked)
         require_columns(table, inputs, str(source), reader)
         given = [i for i in asked if i in inputs or i.column in table.columns]
         frame = check_structure(table, given, str(source))
