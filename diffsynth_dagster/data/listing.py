@@ -7,8 +7,9 @@ from hashlib import blake2b
 from pathlib import Path
 
 from diffsynth_dagster.config import TrainingConfig
+from diffsynth_dagster.facts import FACTS
 
-_MARKS = ("run.json", "launch.yaml", ".owner.json", "facts.sqlite")
+_MARKS = ("run.json", "launch.yaml", ".owner.json", FACTS)
 """What only a run folder or a store holds."""
 
 

@@ -8,7 +8,6 @@ exports/authors/<folder>/<name>.safetensors                         in that of t
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from diffsynth_dagster.export.exported import (
     remove_older,
     unloadable,
 )
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.run.record import RunRecord
@@ -95,7 +94,7 @@ def _with_untrained(
     """
     if all(n in trained for n, _ in build_empty(found.components[name]).named_parameters()):
         return trained
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
+    with fact_cache_of(config.cache_path) as fact_cache:
         if component_digest(found, name, fact_cache) != record.base[name]:
             raise WeightsError(
                 f"the files of '{name}' are not those that the training began with",

@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Generator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +13,12 @@ from tqdm import tqdm
 from diffsynth_dagster.config.output import TABLES
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import MetadataError
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import FACTS, FactCache, fact_cache_of
 
 if TYPE_CHECKING:
     from diffsynth_dagster.data.table.check import CheckedTable
     from diffsynth_dagster.families.contract import Family
 
-_FACTS = "facts.sqlite"
 _PROMPTS, _LONGEST_PROMPT = 3, 400
 
 
@@ -102,15 +101,15 @@ def facts_in(folder: Path) -> Generator[FactCache]:
         OutputError: the folder is there, and cannot be written.
     """
     if folder.exists():
-        with closing(FactCache(folder / _FACTS)) as facts:
+        with fact_cache_of(folder) as facts:
             yield facts
         return
     with tempfile.TemporaryDirectory() as scratch:
-        with closing(FactCache(Path(scratch, _FACTS))) as facts:
+        with fact_cache_of(scratch) as facts:
             yield facts
         with suppress(OSError):  # the training finds them out again
             folder.mkdir(parents=True)
-            shutil.move(Path(scratch, _FACTS), folder / _FACTS)
+            shutil.move(Path(scratch, FACTS), folder / FACTS)
 
 
 def look_at(config: TrainingConfig, family: "Family", facts: FactCache) -> Found:

@@ -6,7 +6,6 @@ compare with.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError
-from diffsynth_dagster.facts import FactCache, digest_file
+from diffsynth_dagster.facts import digest_file, fact_cache_of
 from diffsynth_dagster.run.goes_on import say_where_it_goes_on
 from diffsynth_dagster.run.record import STARTS, RunRecord, differing, read_record
 from diffsynth_dagster.weights.hub import ModelHub
@@ -89,7 +88,7 @@ def _record_of(
     from diffsynth_dagster.run.start import start_record
     from diffsynth_dagster.weights.identify import find_model
 
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
+    with fact_cache_of(config.cache_path) as fact_cache:
         manifest = read_manifest(Path(config.dataset_base_path))
         return start_record(config, find_model(config, hub), manifest, fact_cache, starts=starts)
 

@@ -5,7 +5,6 @@ is written but the cache of facts about files, and nothing is downloaded.
 """
 
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.folder import open_folder
 from diffsynth_dagster.data.table.rows import REPEAT, RowSource
 from diffsynth_dagster.errors import MetadataError
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.run.goes_on import state_folders
 from diffsynth_dagster.run.record import RunRecord
@@ -189,7 +188,7 @@ def _checked_rows(config: TrainingConfig, family: Family, found: ResolvedModel |
     """The rows of a data set whose table is checked now. Raises: see `look_at_files`."""
     own = held_out_config(config)
     tables: list[CheckedTable] = []
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+    with fact_cache_of(config.cache_path) as facts:
         for each in [config] if own is None else [config, own]:
             with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
                 tables.append(check_data(each, family.columns, facts, bar.update))
@@ -222,7 +221,7 @@ def _encoded_rows(config: TrainingConfig, family: Family, found: ResolvedModel |
             require_encoded_as(config, guess_model(config), each)
     else:
         components = found.components.keys()
-        with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+        with fact_cache_of(config.cache_path) as facts:
             for each in parts:
                 require_encoded_for(config, found, each, facts)
     for each in parts:
@@ -239,7 +238,7 @@ def _record(
     or where it follows from samples that are not encoded yet. Raises: see `start_record`."""
     if manifest is None or found is None or not state_folders(Path(config.output_path)):
         return None
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+    with fact_cache_of(config.cache_path) as facts:
         return start_record(config, found, manifest, facts)
 
 
