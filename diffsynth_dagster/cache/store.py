@@ -278,6 +278,8 @@ def read_note(file: Path) -> Path:
 
 def _taken(lock: IO[str], how: int) -> bool:
     """Take a lock, if others leave it. Raises `OSError`."""
+    # Not filelock's: its lock of many readers and one writer is an SQLite database. A store's lock would
+    # need another name, which older versions do not look at, and a file of its own for who holds it.
     try:
         fcntl.flock(lock, how | fcntl.LOCK_NB)
     except BlockingIOError:
