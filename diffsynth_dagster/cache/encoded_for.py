@@ -7,6 +7,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.fingerprint import Fingerprint
 from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
 
@@ -20,14 +21,14 @@ def require_encoded_for(
         ParameterError: it was.
     """
     require_encoded_as(config, found.family, manifest)
-    for name, digest in manifest.weights.items():
-        named = found.components.get(name)
-        if named is not None and component_digest(found, name, fact_cache) != digest:
-            raise _refuse(
-                config,
-                f"the data set was encoded with another '{name}' than {named.entry.text}",
-                "name the one that it was encoded with, or none",
-            )
+    named = found.components
+    now = {n: component_digest(found, n, fact_cache) for n in manifest.weights if n in named}
+    for name in Fingerprint(manifest.weights).differs(Fingerprint(now), now):
+        raise _refuse(
+            config,
+            f"the data set was encoded with another '{name}' than {named[name].entry.text}",
+            "name the one that it was encoded with, or none",
+        )
 
 
 def require_encoded_as(config: TrainingConfig, family: Family, manifest: Manifest) -> None:
@@ -38,14 +39,13 @@ def require_encoded_as(config: TrainingConfig, family: Family, manifest: Manifes
             f"the data set was encoded for {manifest.family}",
             f"train {manifest.family}, or encode it for {family.name}",
         )
-    known = {stage.name: stage_digest(stage) for stage in family.stages}
-    for name, digest in manifest.stages.items():
-        if known.get(name, digest) != digest:
-            raise _refuse(
-                config,
-                f"the data set was encoded by another version of the stage '{name}'",
-                "encode it again",
-            )
+    now = {s.name: stage_digest(s) for s in family.stages if s.name in manifest.stages}
+    for name in Fingerprint(manifest.stages).differs(Fingerprint(now), now):
+        raise _refuse(
+            config,
+            f"the data set was encoded by another version of the stage '{name}'",
+            "encode it again",
+        )
     trained = trained_components(config)
     wanted = {f"key:{stage.name}" for stage in family.cached_stages(trained)}
     wanted |= {f"input:{i.column}" for s in family.step_stages(trained) for i in s.reads}
@@ -67,13 +67,13 @@ def require_planned_weights(found: FoundModel, manifest: Manifest, fact_cache: F
     Raises:
         WeightsError: the files are others here, or changed since.
     """
-    for name, digest in manifest.weights.items():
-        if component_digest(found, name, fact_cache) != digest:
-            raise WeightsError(
-                f"the files of '{name}' are not those that the samples were planned for",
-                where=str(found.files(name)[0]),
-                do="give all machines the same model files, and let nothing write to them meanwhile",
-            )
+    now = {name: component_digest(found, name, fact_cache) for name in manifest.weights}
+    for name in Fingerprint(manifest.weights).differs(Fingerprint(now)):
+        raise WeightsError(
+            f"the files of '{name}' are not those that the samples were planned for",
+            where=str(found.files(name)[0]),
+            do="give all machines the same model files, and let nothing write to them meanwhile",
+        )
 
 
 def _refuse(config: TrainingConfig, what: str, do: str) -> ParameterError:
