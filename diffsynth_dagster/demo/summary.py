@@ -1,4 +1,4 @@
-"""`python -m diffsynth_dagster.demo.summary`: what the demo's run of `recipes/demo.yaml` brought."""
+"""`python -m diffsynth_dagster.demo.summary`: print the results of the demo, `recipes/demo.yaml`."""
 
 import sys
 from pathlib import Path
@@ -15,11 +15,11 @@ _LINES = {
 
 
 def summary(recipe: Path = RECIPE) -> str:
-    """The accuracies before and after, and where the exported LoRA lies.
+    """The accuracies before and after the training, and the path of the exported LoRA.
 
     Raises:
         ParameterError: the recipe cannot be read.
-        OutputError: it was not run to its end.
+        OutputError: the demo was not run, or did not finish.
     """
     config = read_recipe(recipe).config
     folder = Path(config.output_path)

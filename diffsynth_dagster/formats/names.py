@@ -14,7 +14,7 @@ def renamed(format_name: LoraFormat, lora: Lora, rules: LoraRules) -> Lora:
         KeyError: a layer has no name in the format.
     """
     names = names_in(format_name, rules)
-    # Folding multiplies s into B, for components whose layers are stacked there with different s.
+    # Some tools ignore the alphas of these components: multiply s into B, so that alpha = rank.
     lora = lora.folded() if rules.folds else lora
     return lora if names is None else names.to_theirs(lora)
 

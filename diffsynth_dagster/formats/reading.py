@@ -182,8 +182,10 @@ def _starts(
             kohya = (*lora_rules.kohya, *(_OTHER_KOHYA if denoiser else ()))
             # peft puts its own prefix before any other.
             texts = (*dotted, *(_PEFT + text for text in dotted), *kohya)
-            own = (*saved, *bare)
-            found += [_Start(t, name, _all_names(lora_rules), True, t in own) for t in texts]
+            in_checkpoints = (*saved, *bare)
+            found += [_Start(t, name, _all_names(lora_rules), True, t in in_checkpoints)
+                for t in texts
+            ]
             continue
         for format_name, texts in (
             ("diffusers", (f"{lora_rules.folder}.",)),
