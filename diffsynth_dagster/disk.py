@@ -1,7 +1,7 @@
 """Turn errors of the file system into one kind of message, whichever library raised them.
 
-Only Python's own errors have the system's error number (errno). safetensors and polars write it into
-the text of their errors, and SQLite has error codes of its own.
+Only Python's own errors have the system's error number (errno). safetensors and polars write it
+into the text of their errors, and SQLite has error codes of its own.
 """
 
 import errno

@@ -1,4 +1,5 @@
-"""Import the user's own code, which a recipe names by a dotted path such as `package.module.name`."""
+"""Import the user's own code, which a recipe names by a dotted path such as
+`package.module.name`."""
 
 import inspect
 import sys

@@ -136,8 +136,8 @@ def shown(value: object) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """The message of a library's error in one line of at most 400 characters, or its class name if it
-    has no message."""
+    """The message of a library's error in one line of at most 400 characters, or its class name if
+    it has no message."""
     if isinstance(error, KeyError) and error.args:  # its message is only the key
         return f"missing: {error.args[0]}"
     text = " ".join(str(error).split())
@@ -145,11 +145,11 @@ def reason_of(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """A hint such as "did you mean 'prompt'?" with the entry of `known` most similar to `name`; empty if
-    none is similar.
+    """A hint such as "did you mean 'prompt'?" with the entry of `known` most similar to `name`;
+    empty if none is similar.
 
     Args:
-        cutoff: the least similarity; 1 means equal. Above 0.9, names differ by a typing error or two.
+        cutoff: the least similarity; 1 means equal. At 0.9, names differ by a typing error or two.
     """
     close = get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"did you mean '{close[0]}'?" if close else ""

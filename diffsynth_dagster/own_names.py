@@ -56,7 +56,7 @@ def is_trained(name: str) -> bool:
 
 
 def is_older(name: str) -> bool:
-    """Whether a file, given by its path relative to the run folder, belongs to an older training."""
+    """Whether a file, given by its path relative to the run folder, is of an older training."""
     return is_own(name) and OLDER.match(name) is not None
 
 
@@ -69,6 +69,6 @@ def is_promoted(name: str) -> bool:
 
 
 def is_of_store(name: str) -> bool:
-    """Whether a file, given by its path relative to a store, is a shard, its index, or the note of a
-    run folder that uses the store."""
+    """Whether a file, given by its path relative to a store, is a shard, its index, or the note of
+    a run folder that uses the store."""
     return _OF_A_STORE.fullmatch(name) is not None

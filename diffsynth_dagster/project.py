@@ -1,7 +1,9 @@
-"""Find the root of a project, and the files for a new one (templates, `workspace.yaml`, `dagster.yaml`).
+"""Find the root of a project, and the files that a new project starts with.
 
-In a checkout, both are the root of the checkout. If the package was installed from a wheel, the files
-are inside the package (see `setup.py`), and the project is the working directory.
+These are the templates of recipes, `workspace.yaml` and `dagster.yaml`.
+
+In a checkout, both are the root of the checkout. If the package was installed from a wheel, the
+files are inside the package (see `setup.py`), and the project is the working directory.
 """
 
 from pathlib import Path
@@ -10,8 +12,8 @@ _PACKAGED = Path(__file__).parent / "project_files"  # exists only in an install
 
 
 def own_files() -> Path:
-    """The folder with this package's `recipes/examples/`, `recipes/accelerate/`, `workspace.yaml` and
-    `dagster_home/dagster.yaml`."""
+    """The folder with this package's `recipes/examples/`, `recipes/accelerate/`, `workspace.yaml`
+    and `dagster_home/dagster.yaml`."""
     return _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1]
 
 

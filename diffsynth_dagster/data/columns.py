@@ -27,9 +27,9 @@ class Input:
             "picture": an RGB Pillow image in its original size, for stages that resize it as a
             published pipeline does;
             "audio": float32 (channels, samples) in [-1, 1], as long as the sample's clip;
-            "sizes": not a column of the data set, but computed from the first image of the sample: six
-            integers in pixels, which are its height and width, the top and left edge of the crop
-            after resizing, and the trained height and width.
+            "sizes": not a column of the data set, but six integers computed from the first image of
+            the sample, in pixels: its height and width, the top and left edge of the crop after
+            resizing, and the trained height and width.
         many: a row may name several values. Files are passed as a list, of length one if the row
             names one file. For captions, each visit of a sample is passed one of them.
         same_size: the file is read at the size and length of the sample.
@@ -39,8 +39,8 @@ class Input:
             see `data.geometry.area_size`.
         caption: text only: the column describes the sample, so a visit may be passed another
             caption or none. A family has at most one such column.
-        weighs: the column says how much (parts of) the sample count in the loss, not what the sample
-            is. Noise and timesteps do not depend on it.
+        weighs: the column says how much (parts of) the sample count in the loss, not what the
+            sample is. Noise and timesteps do not depend on it.
         optional: a row may leave the column empty; a stage is then given None.
         divided_by: with `same_size`: the number column whose value both sides are divided by.
         rate, channels: audio only: samples per second of each channel and number of channels that
@@ -85,7 +85,7 @@ class Columns:
 
     @property
     def described(self) -> list[Any]:
-        """The facts that a checked table depends on, as a JSON value; `described_inputs` reads it."""
+        """The facts that a checked table depends on, as a JSON value for `described_inputs`."""
         inputs = [
             # The newer attributes are appended only if set: tables that were checked before these
             # attributes existed stay valid.
@@ -110,8 +110,8 @@ class Columns:
 
 
 def described_inputs(described: Sequence[Any]) -> list[Input]:
-    """The columns of a checked table, recovered from `Columns.described`. Attributes that nobody asks
-    for after the check, such as patterns and rates, are missing."""
+    """The columns of a checked table, recovered from `Columns.described`. Attributes that nobody
+    asks for after the check, such as patterns and rates, are missing."""
     return [
         Input(
             column,

@@ -8,7 +8,7 @@ from blake3 import blake3
 
 
 def digest_column(text: pl.Expr) -> pl.Expr:
-    """BLAKE3 of each text in a column, in hexadecimal. It equals `facts.digest_text` of the text."""
+    """BLAKE3 of each text in a column, in hexadecimal, as `facts.digest_text` computes it."""
     expression: Any = text  # the plugin adds `chash` at run time; Polars' types do not know it
     return expression.chash.blake3()
 

@@ -1,8 +1,8 @@
 """Read files with Polars, each path taken literally.
 
 Polars treats `[1]`, `*` and `?` in a path as a pattern, and a leading `~` as the home folder: given
-`m[1].parquet` it would read `m1.parquet`. So all reading with Polars goes through this module, which
-turns that off. `tests/test_paths.py` finds code that does not.
+`m[1].parquet` it would read `m1.parquet`. So all reading with Polars goes through this module,
+which turns that off. `tests/test_paths.py` finds code that does not.
 """
 
 from collections.abc import Mapping, Sequence

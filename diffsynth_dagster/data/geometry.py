@@ -59,7 +59,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class SizeRule:
-    """How images are sized: all at `height` and `width`, or each at its own size up to `max_pixels`."""
+    """The size of images: `height` and `width` for all, or each its own up to `max_pixels`."""
 
     height: int | None
     width: int | None
@@ -71,10 +71,10 @@ class SizeRule:
         """The trained size of an image.
 
         The rule is that of DiffSynth-Studio: an image with more than `max_pixels` pixels is scaled
-        down to that area (both sides truncated to integers), a smaller one is not enlarged, and then
-        each side is floored to a multiple of `side_factor`. With a `bucket_step`, a side of at least
-        that many pixels is floored to a multiple of the step instead, so that more images have the
-        same size.
+        down to that area (both sides truncated to integers), a smaller one is not enlarged, and
+        then each side is floored to a multiple of `side_factor`. With a `bucket_step`, a side of at
+        least that many pixels is floored to a multiple of the step instead, so that more images
+        have the same size.
 
         Args:
             width, height: size of the image in pixels, after its orientation is applied.
@@ -188,12 +188,12 @@ class ClipRule:
         Args:
             frames: how many frames the file has.
             rate: its frames per second; None for a still image, which has one frame and no rate.
-            times: for unevenly spaced frames: the seconds at which each frame is shown, counted from
-                the first, followed by the end of the last frame.
+            times: for unevenly spaced frames: the seconds at which each frame is shown, counted
+                from the first, followed by the end of the last frame.
 
         Returns:
-            The numbers of the frames, as many as the family takes of a file of this length; empty if
-            the file is too short.
+            The numbers of the frames, as many as the family takes of a file of this length; empty
+            if the file is too short.
         """
         if times is not None and self.frame_rate:
             found = frames_at(times, self.frame_rate, self.num_frames)
@@ -206,8 +206,7 @@ class ClipRule:
 
 
 def frame_indices(count: int, stride: float) -> list[int]:
-    """Which frames of an evenly spaced clip are taken: for each moment of the new rate, the frame
-    that is shown then.
+    """Which frames of an evenly spaced clip are taken: those shown at the moments of the new rate.
 
     Args:
         count: how many frames are taken.
@@ -218,8 +217,7 @@ def frame_indices(count: int, stride: float) -> list[int]:
 
 
 def frames_at(times: Sequence[float], rate: float, most: int) -> list[int]:
-    """Which frames of an unevenly spaced clip are taken: for each moment of the new rate, the frame
-    that is shown then.
+    """Which frames of an unevenly spaced clip are taken: those shown at the moments of the new rate.
 
     Args:
         times: when each frame is shown, and when the last one ends, in seconds; see

@@ -30,8 +30,9 @@ class Listing:
 def list_data(config: TrainingConfig) -> Listing:
     """List the tables of a data set and every file in its folder. No file is opened.
 
-    Skipped are hidden files, run folders, stores, Dagster's folder, folders without read permission,
-    and files outside of `dataset_base_path`. A table or folder that does not exist is not an error.
+    Skipped are hidden files, run folders, stores, Dagster's folder, folders without read
+    permission, and files outside of `dataset_base_path`. A table or folder that does not exist is
+    not an error.
 
     Raises:
         OSError: the folder of the data set cannot be listed.

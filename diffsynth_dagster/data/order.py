@@ -1,9 +1,9 @@
 """Which samples an optimizer step sees: a function of (seed, step), with no state.
 
-Samples of equal shape form a bucket. An epoch goes through every bucket `repeat` times, or a multiple
-of that for samples that are taken more often, each time in another order. The resulting sequence of
-a bucket is cut into micro-batches. The micro-batches of all buckets are shuffled together, and a step
-takes consecutive ones. So:
+Samples of equal shape form a bucket. An epoch goes through every bucket `repeat` times, or a
+multiple of that for samples that are taken more often, each time in another order. The resulting
+sequence of a bucket is cut into micro-batches. The micro-batches of all buckets are shuffled
+together, and a step takes consecutive ones. So:
 
 - a step mixes shapes, while a micro-batch has one;
 - every sample is seen exactly once per epoch and repeat, and no incomplete batch is dropped;
@@ -25,7 +25,7 @@ _permutation = lru_cache(maxsize=1024)(Permutation)
 
 
 def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of a whole training: `max_train_steps`, or the steps of `num_epochs` epochs."""
+    """Optimizer steps of a whole training: `max_train_steps`, or as many as `num_epochs` take."""
     return config.max_train_steps or config.num_epochs * steps_per_epoch
 
 
@@ -101,8 +101,8 @@ class StepOrder:
 
     @property
     def key(self) -> list[Any]:
-        """Everything that the order depends on. Equal keys give equal steps, with the samples in the
-        same order, however they are split among processes."""
+        """Everything that the order depends on. Equal keys give equal steps, with the samples in
+        the same order, however they are split among processes."""
         more = [self._repeats] if self._repeats else []
         return [self._sizes, self._repeat, self._seed, self._batch, self._slots, *more]
 

@@ -1,4 +1,4 @@
-"""Make the data set if the recipe says how, then check it; or use a table that is already checked."""
+"""Make the data set if the recipe says how and check it, or use a table that is checked already."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +56,7 @@ def check_data(
     fact_cache: FactCache,
     progress: Progress = lambda n: None,
 ) -> CheckedTable:
-    """The checked table of a config, as `prepare_data` returns it, without making or writing anything.
+    """The same as `prepare_data`, but without making the data set or writing the table.
 
     Raises:
         MetadataError, ParameterError: see `prepare_data`.

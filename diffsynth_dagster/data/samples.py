@@ -10,9 +10,9 @@ sound, `target` is [sample rate, channels] and `frames` counts samples.
     {"path": …, "digest": …, "size": …, "modified": …, "target": [width, height], "frames": …,
      "stride": …, "shown": [index, …], "reading": …}
 
-`shown` lists the frames of a clip that are read, numbered in decoding order. It is null if the stride
-alone determines them and decord returns the frames in order. `reading` says how colours are read:
-see `colour`.
+`shown` lists the frames of a clip that are read, numbered in decoding order. It is null if the
+stride alone determines them and decord returns the frames in order. `reading` says how colours are
+read: see `colour`.
 """
 
 from collections.abc import Mapping
@@ -55,8 +55,8 @@ def trained_sizes(files: Files, item: Input) -> list[Any]:
 
     Returns:
         Sizes; for videos also the frames that are taken; for sound the rate, channels and number of
-        samples. If colours are converted, one object with these and the words of `reading`. Empty if
-        an optional column names no file.
+        samples. If colours are converted, one object with these and the words of `reading`. Empty
+        if an optional column names no file.
     """
     if files["target"] is None:
         return []
@@ -150,7 +150,7 @@ def _load_one(file: Files, item: Input) -> Any:
 
 @lru_cache(maxsize=1 << 16)
 def _digest(path: Path, state: FileState) -> str:
-    """BLAKE3 of a file, cached as long as its size and modification time (`state`) stay the same."""
+    """BLAKE3 of a file, cached while its size and modification time (`state`) are the same."""
     return digest_file(path)
 
 

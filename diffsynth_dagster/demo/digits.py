@@ -32,8 +32,7 @@ SOURCE_LEVELS = 16
 HELD_OUT_EVERY = 5
 """Every fifth scan is held out: no model is trained on it."""
 REHEARSED_PER_DIGIT = 12
-"""Rows of each old digit in the new data set, so that training the LoRA does not make the model forget
-them."""
+"""Rows of each old digit in the new data set, so that the LoRA does not make the model forget it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def load_scans(*, held_out: bool = False) -> Scans:
 
 
 def draw(grey: NDArray[np.float64]) -> Image.Image:
-    """Draw a scan, ink 0..1 (8, 8), as a 64x64 RGB image with white ink on black, enlarged bicubically."""
+    """Draw a scan, ink 0..1 (8, 8), as a 64x64 RGB image: white ink on black, bicubic."""
     levels = np.rint(grey * 255).astype(np.uint8)
     small = Image.fromarray(levels)
     return small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).convert("RGB")
@@ -97,8 +96,8 @@ def scan_of(image: Image.Image) -> NDArray[np.float64]:
 def write_new_digits(dataset_base_path: Path) -> None:
     """Write the LoRA's data set, and the eights and nines of the held-out split as `held_out.csv`.
 
-    The data set has every eight and nine of the training split, and `REHEARSED_PER_DIGIT` rows of each
-    old digit. Files that already have the right content are left alone.
+    The data set has every eight and nine of the training split, and `REHEARSED_PER_DIGIT` rows of
+    each old digit. Files that already have the right content are left alone.
     """
     # `metadata.csv` is written last: a folder that has it is complete.
     unseen = load_scans(held_out=True)
@@ -106,6 +105,7 @@ def write_new_digits(dataset_base_path: Path) -> None:
     scans = load_scans()
     chosen = np.isin(scans.digit, NEW_DIGITS)
     for digit in OLD_DIGITS:
+        # The first ones, not random ones: the data set must be the same on every machine.
         rows = np.flatnonzero(scans.digit == digit)
         chosen[rows[:REHEARSED_PER_DIGIT]] = True
     write_scans(scans.where(chosen), dataset_base_path)

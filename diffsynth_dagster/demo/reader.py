@@ -66,7 +66,7 @@ def reader() -> Reader:
 
 
 def held_out_accuracy() -> float:
-    """Fraction of the held-out real scans that the reader reads right: how far it can be trusted."""
+    """Fraction of the held-out real scans that the reader reads right."""
     scans = load_scans(held_out=True)
     read = reader().read([draw(grey) for grey in scans.grey])
     return float(np.mean(read == scans.digit))

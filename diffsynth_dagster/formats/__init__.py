@@ -1,5 +1,5 @@
-"""LoRA files as different tools name their tensors: one module per format, each with `write`, `read`
-and `try_load`."""
+"""LoRA files as different tools name their tensors: one module per format, each with `write`,
+`read` and `try_load`."""
 
 from importlib import import_module
 from typing import get_args

@@ -17,8 +17,8 @@ def change_norms(lora: Lora) -> dict[str, float]:
 def difference(one: Lora, other: Lora) -> float:
     """How much two LoRAs differ: the largest relative difference of their changes of a layer.
 
-    It is the norm of the difference, divided by the larger norm of the two changes. A layer that one
-    of them lacks counts as unchanged by it.
+    It is the norm of the difference, divided by the larger norm of the two changes. A layer that
+    one of them lacks counts as unchanged by it.
     """
     largest = 0.0
     for layer in {**one.down, **other.down}:

@@ -1,5 +1,5 @@
-"""LoRAs in the format of ComfyUI, which most other tools read too: `diffusion_model.`, then the layer
-by the name that the model's authors give it, then `lora_A`, `lora_B` or `alpha`."""
+"""LoRAs in the format of ComfyUI, which most other tools read too: `diffusion_model.`, then the
+layer by the name that the model's authors give it, then `lora_A`, `lora_B` or `alpha`."""
 
 from torch import nn
 

@@ -10,6 +10,7 @@ from diffsynth_dagster.families.lora import Lora, LoraRules
 from diffsynth_dagster.families.making import Tensors
 
 
+# Not a `UserError`: whoever reads a file knows its path and what to tell the user.
 class Unread(ValueError):
     """Some key of a file is not understood, or a tool would not apply all of the file."""
 

@@ -1,4 +1,4 @@
-"""LoRAs in the format of diffusers' pipelines: `<folder>.<layer>.lora_A.weight`, with alpha = rank."""
+"""LoRAs in the format of diffusers: `<folder>.<layer>.lora_A.weight`, with alpha = rank."""
 
 import json
 from typing import Any

@@ -1,5 +1,5 @@
-"""LoRAs in the format of DiffSynth-Studio's trainer: its own names of layers, without a prefix or with
-`pipe.<component>.`, and `.default` after lora_A and lora_B. They have no alpha."""
+"""LoRAs in the format of DiffSynth-Studio's trainer: its own names of layers, without a prefix or
+with `pipe.<component>.`, and `.default` after lora_A and lora_B. They have no alpha."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,8 +19,8 @@ class Guide:
     """See `Format`.
 
     Attributes:
-        starts: component → prefix of its layers. Without an entry it is empty for the first component,
-            and `pipe.<component>.` for others.
+        starts: component → prefix of its layers. Without an entry it is empty for the first
+            component, and `pipe.<component>.` for others.
     """
 
     starts: Mapping[str, str] = field(default_factory=dict[str, str])

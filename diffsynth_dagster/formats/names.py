@@ -20,7 +20,7 @@ def renamed(format_name: LoraFormat, lora: Lora, rules: LoraRules) -> Lora:
 
 
 def lora_of(tensors: Tensors, scale: float) -> Lora:
-    """The LoRA in tensors named `<layer>.lora_A.weight`, `.lora_B.weight`, with one s for all layers."""
+    """The LoRA in tensors `<layer>.lora_A.weight` and `.lora_B.weight`, with one s for all layers."""
     down, up = (
         {n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)}
         for end in (".lora_A.weight", ".lora_B.weight")

@@ -1,7 +1,7 @@
 """Read LoRA files of any tool, key by key. A file is refused if one of its keys is not understood.
 
-A key consists of a prefix of the component, the name of a layer (as diffusers, the model's authors or
-DiffSynth-Studio call it, with dots or underscores), and a suffix for the half of the LoRA (A or B).
+A key consists of a prefix of the component, the name of a layer (as diffusers, the model's authors
+or DiffSynth-Studio call it, with dots or underscores), and a suffix for A or B.
 """
 
 import re
@@ -50,8 +50,8 @@ class _Start:
         text: the prefix.
         names: the namings that may follow it.
         own: whether the names of diffusers, which the modules here have, may follow it.
-        saved: whether checkpoints of this trainer have this prefix. In these, layers of one component
-            may have different prefixes.
+        saved: whether checkpoints of this trainer have this prefix. In these, layers of one
+            component may have different prefixes.
     """
 
     text: str
@@ -73,8 +73,8 @@ class ReadLora:
     Attributes:
         start: prefix of the names of its layers.
         key: its first key.
-        lora: its layers have the names of the module, as far as these are known. If the file gives no
-            alpha of a layer, alpha is the rank.
+        lora: its layers have the names of the module, as far as these are known. If the file gives
+            no alpha of a layer, alpha is the rank.
         alphas: the layers whose alpha the file gives.
         unknown: the first key whose layer is in no table of names, if there is one.
     """
@@ -113,8 +113,8 @@ def read_all(
             `pipe.<component>.` if left out.
 
     Raises:
-        Unread: a key is not understood (the message names the first one), or the file holds no LoRA,
-            or half of one.
+        Unread: a key is not understood (the message names the first one), or the file holds no
+            LoRA, or half of one.
     """
     starts = _starts(rules, formats, prefixes or {})
     saved = {start.text for start in starts if start.saved}
@@ -171,6 +171,7 @@ def _starts(
     """The prefixes that names of layers may have, the longest first."""
     wanted = None if formats is None else set(formats)
     found: list[_Start] = []
+    # The prefixes of all formats may occur with any naming; those of one format, with its own only.
     for number, (name, lora_rules) in enumerate(rules.items()):
         saved = prefixes.get(name, (f"pipe.{name}.",))
         bare = ("",) if number == 0 else ()  # names without a prefix belong to the first component
@@ -183,8 +184,8 @@ def _starts(
             # peft puts its own prefix before any other.
             texts = (*dotted, *(_PEFT + text for text in dotted), *kohya)
             in_checkpoints = (*saved, *bare)
-            found += [_Start(t, name, _all_names(lora_rules), True, t in in_checkpoints)
-                for t in texts
+            found += [
+                _Start(t, name, _all_names(lora_rules), True, t in in_checkpoints) for t in texts
             ]
             continue
         for format_name, texts in (
@@ -240,8 +241,8 @@ def _layers_of(tensors: Tensors) -> dict[str, _Layer]:
     """Name of a layer in a file → its tensors.
 
     Raises:
-        Unread: a key is neither a half of a LoRA nor an alpha, or a layer lacks one of its halves, or
-            these differ in rank.
+        Unread: a key is neither a half of a LoRA nor an alpha, or a layer lacks one of its halves,
+            or these differ in rank.
     """
     layers: dict[str, _Layer] = {}
     rest: list[str] = []  # an alpha may come before the halves of its layer

@@ -1,8 +1,10 @@
-"""`python -m diffsynth_dagster.new NAME --family … --data FOLDER`: write a recipe for your data set.
+"""`python -m diffsynth_dagster.new NAME --family … --data FOLDER`: write a recipe for your data
+set.
 
-It checks every row and every file of the data set, and reads no weights. Comments in the recipe say what
-it chose and why. In an empty folder it also writes `workspace.yaml` and `dagster_home/dagster.yaml`. If it
-fails, it leaves no files behind. The exit code is 0 if the recipe was written, 2 if not.
+It checks every row and every file of the data set, and reads no weights. Comments in the recipe say
+what it chose and why. In an empty folder it also writes `workspace.yaml` and
+`dagster_home/dagster.yaml`. If it fails, it leaves no files behind. The exit code is 0 if the
+recipe was written, 2 if not.
 """
 
 import argparse
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write a recipe. Prints what was found and written, and what to do next; returns the exit code.
+    """Write a recipe, print what was found and what to do next, and return the exit code.
 
     Args:
         arguments: of the command line; `sys.argv[1:]` if left out.
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags.error("give a NAME, --data, and --family or --template")
     with FailureGuard(failure_reporter()) as guard:
         template = plain_template(given.family) if given.family else find_template(given.template)
-        # If the folder of recipes is set by the environment, paths start from the working directory.
+        # If the environment sets the folder of recipes, paths start from the working directory.
         root = Path.cwd() if os.environ.get(VARIABLE) else project_root()
         models = tuple(os.path.abspath(path) for path in given.models)
         asked = Asked(given.name, root, find_data(given.data), models, given.trigger)

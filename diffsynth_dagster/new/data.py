@@ -39,7 +39,7 @@ class Found:
         samples: number of rows that can be trained on.
         repeats: how often a pass over the data set takes a sample → number of such samples.
         files: "pictures" or "clips".
-        smallest, largest: (width, height) in pixels of the files with the least and the largest area.
+        smallest, largest: (width, height) in pixels of the files with the least and most pixels.
         summary: how many rows are usable, and why the others are not.
         warnings: see `CheckedTable.warnings`.
         prompts: some of the captions, with the caption prefix.
@@ -67,8 +67,8 @@ def find_data(given: Path) -> Data:
     """The data set that a path names: a folder with a metadata table or without one, or a table.
 
     Raises:
-        MetadataError: the path does not exist, is a file but not a table, or is a folder with several
-            tables.
+        MetadataError: the path does not exist, is a file but not a table, or is a folder with
+            several tables.
     """
     given = given.absolute()
     if not given.is_dir():
@@ -142,9 +142,10 @@ def look_at(config: TrainingConfig, family: "Family", facts: FactCache) -> Found
 
 
 def _sizes(table: "CheckedTable", family: "Family") -> tuple[tuple[int, int], tuple[int, int]]:
-    """(width, height) of the smallest and the largest file, among those whose size `max_pixels` bounds."""
+    """(width, height) of the smallest and the largest file."""
     import polars as pl
 
+    # The files whose size `max_pixels` bounds.
     bounded = [
         i for i in family.file_inputs if i.kind != "audio" and not i.same_size and i.area is None
     ]

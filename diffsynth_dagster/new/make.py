@@ -53,7 +53,7 @@ def make_recipe(asked: Asked, template: Path) -> Made:
     Raises:
         ParameterError: the name is invalid or taken, or a parameter is invalid.
         MetadataError: the data set cannot be trained on.
-        WeightsError: a model file of `asked.models` does not exist, or a needed one is not among them.
+        WeightsError: a model file of `asked.models` does not exist, or a needed one is missing.
         OutputError: a file cannot be written.
     """
     # Imported here because these import torch.

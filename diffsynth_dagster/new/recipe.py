@@ -14,11 +14,10 @@ from diffsynth_dagster.new.data import Data, Found
 from diffsynth_dagster.new.template import Change
 
 VISITS, LEAST_STEPS = 100, 500
-"""How often each sample is seen, and the least number of steps: see docs/choosing.md, "How many
-steps"."""
+"""Visits of each sample, and the least number of steps: see docs/choosing.md, "How many steps"."""
 _HELD_OUT_FROM, _HELD_OUT_MOST = 30, 20
-"""The least number of samples from which some are held out, since a small data set needs all of them;
-and the most that are held out, which is enough for a held-out loss."""
+"""The least number of samples from which some are held out, since a small data set needs all of
+them; and the most that are held out, which is enough for a held-out loss."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Asked:
     trigger: str | None = None
 
     def written(self, path: Path | str) -> str:
-        """A path as it is written in the recipe: relative to the root if it is inside, else absolute."""
+        """A path as the recipe has it: relative to the root if it is inside, else absolute."""
         whole = os.path.abspath(path)
         inside = Path(whole).is_relative_to(self.root)
         return os.path.relpath(whole, self.root) if inside else whole

@@ -153,7 +153,7 @@ def _written(key: str, value: Any) -> list[str]:
 
 def _yaml(value: str | float | list[str]) -> str:
     """A value on one line; a list in brackets."""
-    # Unprintable characters need double quotes: plain YAML would break a line at Unicode's line breaks.
+    # Unprintable characters, such as Unicode's line breaks, are escaped only in double quotes.
     needs_quotes = isinstance(value, str) and not value.isprintable()
     if isinstance(value, list):
         return f"[{', '.join(map(_yaml, value))}]"

@@ -10,8 +10,8 @@ def caption_index(seed: int, sample: str, visit: int, count: int, dropout: float
 
     Args:
         count: number of captions of the sample, without the empty one.
-        dropout: probability of the empty caption, whose index is `count`, as classifier-free guidance
-            needs it (Ho and Salimans 2022, arXiv:2207.12598, algorithm 1).
+        dropout: probability of the empty caption, whose index is `count`, as classifier-free
+            guidance needs it (Ho and Salimans 2022, arXiv:2207.12598, algorithm 1).
     """
     source = generator(seed, "caption", sample, visit)
     # No number is drawn without dropout: it would change the caption that is drawn after it.

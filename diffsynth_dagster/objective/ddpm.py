@@ -83,8 +83,8 @@ class DDPMPath:
         return at_index(self.signal, index, x_0) * x_0 + at_index(self.noise, index, x_0) * epsilon
 
     def target(self, x_0: torch.Tensor, epsilon: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """What the model predicts: epsilon, v = sqrt(alpha-bar) epsilon - sqrt(1 - alpha-bar) x_0, or
-        x_0."""
+        """What the model predicts: epsilon, v = sqrt(alpha-bar) epsilon - sqrt(1 - alpha-bar) x_0,
+        or x_0."""
         if self.prediction == "v_prediction":
             signal, noise = at_index(self.signal, index, x_0), at_index(self.noise, index, x_0)
             return signal * epsilon - noise * x_0

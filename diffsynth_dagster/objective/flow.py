@@ -3,8 +3,8 @@
 The notation is that of rectified flow (Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024,
 arXiv:2403.03206): x_0 are clean latents, epsilon ~ N(0, 1), sigma is in [0, 1],
 x_t = (1 - sigma) x_0 + sigma epsilon, and the model predicts the velocity epsilon - x_0.
-The schedules and loss weights are those of DiffSynth-Studio's supervised loss, so that both trainers
-minimise the same loss.
+The schedules and loss weights are those of DiffSynth-Studio's supervised loss, so that both
+trainers minimise the same loss.
 """
 
 import math
@@ -18,7 +18,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 def exponential_shift(sigmas: torch.Tensor, mu: float) -> torch.Tensor:
-    """sigma -> e^mu / (e^mu + 1 / sigma - 1) (Esser et al. 2024, section 5.3.2, with e^mu = alpha)."""
+    """sigma -> e^mu / (e^mu + 1 / sigma - 1) (Esser et al. 2024, section 5.3.2; e^mu is alpha)."""
     return math.exp(mu) / (math.exp(mu) + 1.0 / sigmas - 1.0)
 
 

@@ -21,7 +21,7 @@ class NoisingPath(Protocol):
 
     @property
     def sigmas(self) -> torch.Tensor | None:
-        """(n,) float32, decreasing, if x_t = (1 - sigma) x_0 + sigma epsilon; None for other paths."""
+        """(n,) float32, decreasing, if x_t = (1 - sigma) x_0 + sigma epsilon; None otherwise."""
         ...
 
     @property
@@ -44,6 +44,6 @@ class NoisingPath(Protocol):
 
 
 def at_index(values: torch.Tensor, index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The values (n,) of a schedule at an index (B,), in a shape (B, 1, …) that broadcasts with `like`
-    (B, …), on its device."""
+    """The values (n,) of a schedule at an index (B,), in a shape (B, 1, …) that broadcasts with
+    `like` (B, …), on its device."""
     return sent(values[index], like.device).view(-1, *(1,) * (like.ndim - 1))

@@ -1,15 +1,16 @@
 """Draw timesteps from a density (Esser et al. 2024, arXiv:2403.03206, sections 3.1 and 5.3.2).
 
-A place t in [0, 1] is drawn from a density; 1 is the most noise. The interval [0, 1] is divided into
-n cells, one for each index of the schedule: index i has the cell [edges[i + 1], edges[i]). The index
-whose cell contains t is trained.
+A place t in [0, 1] is drawn from a density; 1 is the most noise. The interval [0, 1] is divided
+into n cells, one for each index of the schedule: index i has the cell [edges[i + 1], edges[i]). The
+index whose cell contains t is trained.
 
-Without a shift the n cells have equal size: the density is then one over the indices of the family's
-schedule, which may contain a shift of its own. A shift moves the edges only. The sigmas, timesteps
-and loss weights of the schedule stay the same; they are only drawn more or less often.
+Without a shift the n cells have equal size: the density is then one over the indices of the
+family's schedule, which may contain a shift of its own. A shift moves the edges only. The sigmas,
+timesteps and loss weights of the schedule stay the same; they are only drawn more or less often.
 
-t is that of the paper, so a `logit_mean` above 0 draws more noise. The training scripts of diffusers
-use the same number as a place in a schedule that begins with the most noise: there it draws less.
+t is that of the paper, so a `logit_mean` above 0 draws more noise. The training scripts of
+diffusers use the same number as a place in a schedule that begins with the most noise: there it
+draws less.
 
 A draw is a function of (seed, sample, visit) and of these settings.
 """
@@ -79,8 +80,8 @@ def even_edges(count: int) -> torch.Tensor:
 
 
 def shifted_edges(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
-    """The edges for which t gets the sigma shift t / (1 + (shift - 1) t) (section 5.3.2, equation 23).
-    This shift replaces any shift of the schedule.
+    """The edges for which t gets the sigma shift t / (1 + (shift - 1) t) (section 5.3.2, equation
+    23). This shift replaces any shift of the schedule.
 
     Args:
         sigmas: the schedule (n,), decreasing. A cell reaches half way to the next sigmas.
@@ -134,7 +135,7 @@ def mass(density: Density, edges: torch.Tensor, low: int, high: int) -> float:
 
 @lru_cache(maxsize=1 << 12)
 def _bounds(density: Density, low: float, high: float) -> tuple[float, float]:
-    """The fractions of a density below two places. Cached: most draws of a training ask the same."""
+    """The fractions of a density below two places, cached: most draws ask for the same ones."""
     bottom, top = density.below(torch.tensor([low, high], dtype=torch.float64)).tolist()
     return bottom, top
 

@@ -105,8 +105,8 @@ def _opened(path: Path) -> InputContainer:
 
 
 def _start(path: Path) -> float:
-    """When the sound starts, in seconds after the first decodable frame of the video in the same file.
-    It is negative if the sound starts earlier, and 0 if there is no video."""
+    """When the sound starts, in seconds after the first decodable frame of the video in the same
+    file. It is negative if the sound starts earlier, and 0 if there is no video."""
     with _opened(path) as container:
         first = next(container.decode(container.streams.audio[0])).time
     # Decode the video instead of reading its start time: a recording may begin with packets that

@@ -128,7 +128,7 @@ def without_low_bits(image: Image.Image, bits: int) -> Image.Image:
 
 
 def to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
-    """The transform from an image's embedded profile to sRGB; None if its values are used unchanged."""
+    """The transform from an embedded profile to sRGB; None if the values are used unchanged."""
     profile = image.info.get("icc_profile")
     space = _SPACES.get(image.mode.partition(";")[0])  # a mode such as I;16 has a suffix
     if not isinstance(profile, bytes) or not profile or space is None:
@@ -155,8 +155,8 @@ def _transform(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, space: str) -> bool:
-    """Whether a transform leaves every colour as it is, apart from rounding. It is tried on 18 levels
-    of each primary, or on all levels of grey."""
+    """Whether a transform leaves every colour as it is, apart from rounding. It is tried on 18
+    levels of each primary, or on all levels of grey."""
     levels = np.linspace(0, 255, 18).round().astype(np.uint8)
     if space == "L":
         levels = np.arange(256, dtype=np.uint8)

@@ -156,7 +156,7 @@ def _ogg(file: BinaryIO, size: int) -> bool:
 
 
 def _mp3(file: BinaryIO, size: int) -> bool:
-    """MP3. The first frame of most files contains the length of the file, after `Xing` or `Info`."""
+    """MP3. In most files the first frame states the file's length, after `Xing` or `Info`."""
     start, head = 0, file.read(10)
     if head.startswith(b"ID3"):  # skip the tag; its length has 7 bits in each of 4 bytes
         start = 10 + sum((byte & 127) << 7 * (3 - n) for n, byte in enumerate(head[6:10]))

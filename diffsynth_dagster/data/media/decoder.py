@@ -8,8 +8,8 @@ An alarm ends a decoder that hangs; see `_end_in`.
 
 The frames of a video and their times are those that PyAV (FFmpeg) decodes from beginning to end.
 decord reads many files faster, but it counts packets instead of frames: it may leave frames out,
-repeat them, and ignore that pixels are not square. So decord decodes every file too, and is used for
-the files for which it returns the same frames as PyAV, bit for bit.
+repeat them, and ignore that pixels are not square. So decord decodes every file too, and is used
+for the files for which it returns the same frames as PyAV, bit for bit.
 """
 
 import json
@@ -114,7 +114,7 @@ def _decode_video(path: str, report: Callable[[int], None]) -> dict[str, object]
         for number, frame in enumerate(container.decode(stream), 1):
             # The decoder made up parts of this frame, because it could not read the data. We do not
             # set `err_detect=explode`, which fails at every error: in a clip that was cut without
-            # re-encoding, the first frames may refer to frames that were cut off. That is no damage.
+            # re-encoding, the first frames may refer to frames that were cut off: no damage.
             if frame.is_corrupt:
                 return {"error": f"frame {number} is damaged"}
             if number == 1:
@@ -251,8 +251,8 @@ def _timing(
     stated = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
     known = [stamp for stamp in stamps if stamp is not None]
     # Time stamps that decrease, as in AVI files, or are missing cannot be used: all that is left is
-    # the rate of the file. In a bare H.264 stream (no stamps), `average_rate` is not in the file but
-    # a default of FFmpeg, so the guessed rate is used.
+    # the rate of the file. In a bare H.264 stream (no stamps), `average_rate` is not in the file
+    # but a default of FFmpeg, so the guessed rate is used.
     if any(b < a for a, b in pairwise(known)):
         return (stated[0] if stated else 0.0), None
     if len(known) < len(stamps):

@@ -54,8 +54,8 @@ class DecoderPool:
             - `decoder`, which library must read the frames: "pillow", "decord" (which works if
               frames are read in order from the beginning) or "pyav";
             - for a video `transfer`: "PQ" or "HLG" for high dynamic range, else None;
-            - for an animation `first`, the number of its first frame in the file, and `transparent`,
-              whether any pixel is not opaque.
+            - for an animation `first`, the number of its first frame in the file, and
+              `transparent`, whether any pixel is not opaque.
 
             For sound: `tracks`, and of the first track `channels`, `rate` in samples per second of
             each channel, and `seconds`.
@@ -87,7 +87,7 @@ class DecoderPool:
     def _ask(
         self, worker: subprocess.Popen[str], question: list[str]
     ) -> tuple[dict[str, Any], subprocess.Popen[str] | None]:
-        """Send a request to a worker. Returns its answer, and the worker or None if it has ended."""
+        """Send a request to a worker; returns its answer, and the worker or None if it ended."""
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:

@@ -1,9 +1,9 @@
 """Read image files into tensors.
 
 Every image is converted to upright RGB with 8 bits per channel: the EXIF orientation is applied;
-palettes, grey, CMYK and embedded colour profiles are converted to sRGB; 16 bits are scaled to 8; the
-alpha channel is dropped, or a background fills transparent pixels (see `colour`). Only the first
-frame of an animation is read here; `video` reads all of them.
+palettes, grey, CMYK and embedded colour profiles are converted to sRGB; 16 bits are scaled to 8;
+the alpha channel is dropped, or a background fills transparent pixels (see `colour`). Only the
+first frame of an animation is read here; `video` reads all of them.
 """
 
 import struct
@@ -48,8 +48,8 @@ IMAGE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""The exceptions that Pillow's decoders raise for damaged files, including warnings for programs that
-turn these into errors. MemoryError is not among them: it does not mean that a file is damaged."""
+"""The exceptions that Pillow's decoders raise for damaged files, including warnings that a program
+turns into errors. MemoryError is not among them: the file may be sound."""
 _WANTED = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM PSD QOI SGI SUN TGA TIFF WEBP XBM"
 _AS_SHOWN = Look()
 _MUCH_LARGER, _MANY_PIXELS = 4, 1 << 26
@@ -123,7 +123,7 @@ def read_image(path: Path, look: Look = _AS_SHOWN) -> Image.Image:
 
     Raises:
         PIL.Image.DecompressionBombError: see `open_image`.
-        OSError, SyntaxError, ValueError, …: see `IMAGE_ERRORS`; it is damaged or has no known format.
+        OSError, SyntaxError, ValueError, …: see `IMAGE_ERRORS`; it is damaged or of no known format.
     """
     with decoded(path, look) as image:
         return image

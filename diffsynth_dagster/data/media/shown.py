@@ -1,9 +1,9 @@
 """Read the frames of a clip in order, as a player shows them.
 
-Pillow reads animations (GIF, WebP, APNG, AVIF) and still images, which are clips of one frame. Other
-files are read with decord if the check found that it returns the right frames, and with PyAV if not;
-see `decoder`. Both decode from the first frame up to the last one that is needed and never seek:
-where a decoder lands after seeking depends on the container and the codec.
+Pillow reads animations (GIF, WebP, APNG, AVIF) and still images, which are clips of one frame.
+Other files are read with decord if the check found that it returns the right frames, and with PyAV
+if not; see `decoder`. Both decode from the first frame up to the last one that is needed and never
+seek: where a decoder lands after seeking depends on the container and the codec.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -25,7 +25,7 @@ ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 _THREADS = 4
 """Threads of a decoder. Every thread keeps frames in memory."""
 _MOST_PIXELS = 1920 * 1088
-"""Largest frame that decord reads, in pixels: it decodes up to 60 frames ahead, which takes memory."""
+"""Largest frame that decord reads, in pixels, since it keeps up to 60 frames in memory."""
 
 
 @dataclass(frozen=True)

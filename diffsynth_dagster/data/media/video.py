@@ -28,8 +28,8 @@ def video_facts(path: Path, pool: DecoderPool) -> Facts:
     """Check a video by decoding every frame.
 
     Returns:
-        `digest` and the result of `DecoderPool.decode`, and `colour_facts` if Pillow reads the file;
-        or `status` and `message`.
+        `digest` and the result of `DecoderPool.decode`, and `colour_facts` if Pillow reads the
+        file; or `status` and `message`.
     """
     try:
         found = _animation_facts(path, pool)  # None if Pillow does not read it

@@ -48,7 +48,7 @@ class CaptionFiles:
         codec = text_codec(self.encoding)
         encoding = "utf-8-sig" if codec.name == "utf-8" else codec.name  # skips a byte order mark
         rows = table.collect(table.rows)
-        problems = dict(table.odd)
+        problems = dict(table.odd)  # row index → reason and message; the first one of a row counts
         texts: list[str | None] = []
         for index, path in rows.select(INDEX, file).iter_rows():
             text, problem = self._read(path, encoding)

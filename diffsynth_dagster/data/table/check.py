@@ -100,7 +100,7 @@ class CheckedTable:
         return int(counts[0] - counts[1])
 
     def summary(self, max_rejected_fraction: float) -> str:
-        """How many rows are usable, how many are rejected for which reasons, and how many may be."""
+        """How many rows are usable, how many are rejected and why, and how many may be rejected."""
         rejected = {name: count for name, count in self.counts.items() if name != "ok"}
         total = sum(self.counts.values())
         usable = f"{total - sum(rejected.values())} of {total} rows are usable"
@@ -161,8 +161,8 @@ def check_columns(config: TrainingConfig, columns: Columns) -> tuple[Input, ...]
             if parameter == "extra_inputs" and column in extra:
                 continue
             if column not in known or not known[column].is_file:
-                # Suggest misspellings only: a name that is merely similar may be a column of another
-                # variant of the model.
+                # Suggest misspellings only: a name that is merely similar may be a column of
+                # another variant of the model.
                 hint = "" if column in extra else nearest(column, extra, _SLIP)
                 raise ParameterError(
                     f"{columns.reader} reads no {'file' if 'file' in parameter else ''} column "
@@ -235,7 +235,8 @@ def validate(
 
 
 def _with_printable_messages(frame: pl.DataFrame) -> pl.DataFrame:
-    """The frame with unprintable characters escaped in its messages, which quote values of the table."""
+    """Escape unprintable characters in the messages, which quote values of the table."""
+    # Few distinct messages have any: the rows themselves are not looped over.
     unprintable = frame["message"].unique()
     unprintable = unprintable.filter(unprintable.str.contains(_UNPRINTABLE))
     return frame.with_columns(pl.col("message").replace({m: printable(m) for m in unprintable}))

@@ -1,7 +1,7 @@
 """Check that the files of a table exist, can be decoded, and are large and long enough.
 
-Facts are kept per file, not per row: each file is decoded once, however many rows name it, and again
-only after it has changed.
+Facts are kept per file, not per row: each file is decoded once, however many rows name it, and
+again only after it has changed.
 """
 
 import os
@@ -100,8 +100,8 @@ def _clip_of(facts: Facts, rule: ClipRule) -> Facts:
     if not taken:
         return {"status": "too_short", "message": _why_too_short(facts, rule)}
     shown = [facts.get("first", 0) + index for index in taken]
-    # Leave `shown` out if the stride determines the frames: such samples keep their keys in existing
-    # stores. decord must read the first n frames without a gap.
+    # Leave `shown` out if the stride determines the frames: such samples keep their keys in
+    # existing stores. decord must read the first n frames without a gap.
     every = shown == list(range(len(taken)))
     by_stride = facts["decoder"] == "pillow" or (facts["decoder"] == "decord" and every)
     if by_stride and shown == frame_indices(len(taken), stride):
@@ -126,8 +126,8 @@ def _sound_of(facts: Facts, item: Input) -> Facts:
 
     Returns:
         The facts with `target` [samples per second, channels], or `status` and `message` if the
-        number of channels is wrong. `table.shapes.with_length_of` adds the length later, since it is
-        that of the sample's clip.
+        number of channels is wrong. `table.shapes.with_length_of` adds the length later, since it
+        is that of the sample's clip.
     """
     have, wanted = facts["channels"], item.channels
     if have != wanted:
@@ -183,8 +183,8 @@ class FileCheck:
             - `<column>:path` (resolved), `:digest`, `:size` and `:modified` (see `FileState`);
             - `:width` and `:height` (pixels, upright), `:rate` (frames or samples per second),
               `:seconds` of sound, `:transparent`, whether a picture has pixels that are not opaque;
-            - `:target` ([width, height] that it is trained at), `:frames` (trained; 1 for an image),
-              `:stride`, `:shown` and `:reading` (see `samples`).
+            - `:target` ([width, height] that it is trained at), `:frames` (trained; 1 for an
+              image), `:stride`, `:shown` and `:reading` (see `samples`).
         """
         # One line for each file of each row, joined with the facts of the distinct files, then
         # grouped by row again. No Python code runs for each row.
@@ -280,7 +280,8 @@ class FileCheck:
 
 
 def _naming_the_file(find_out: Callable[[Path], Facts], kind: str) -> Callable[[Path], Facts]:
-    """Wrap the check of a file so that a lack of memory is reported with the file (`OutOfMemory`)."""
+    """Wrap the check of a file so that a lack of memory is reported with the file
+    (`OutOfMemory`)."""
 
     def named(path: Path) -> Facts:
         try:

@@ -33,8 +33,8 @@ _CLIPS = {
     ".wmv",
 }
 _NUMBERED = re.compile(r"([1-9]\d{0,2})_(.+)")
-"""Folder names such as 10_portraits, a convention of kohya's scripts: the samples show portraits, and
-each pass over the data set takes them 10 times."""
+"""Folder names such as 10_portraits, a convention of kohya's scripts: the samples show portraits,
+and each pass over the data set takes them 10 times."""
 
 
 def numbered(folder: str) -> tuple[int, str] | None:
@@ -53,8 +53,8 @@ def open_folder(
 ) -> Table:
     """List the files of a folder as a table, ordered by name.
 
-    Hidden files, run folders and stores are skipped. A column of pictures takes pictures; a column of
-    clips takes clips and pictures.
+    Hidden files, run folders and stores are skipped. A column of pictures takes pictures; a column
+    of clips takes clips and pictures.
 
     Args:
         base: the folder that the paths in the table are relative to.
@@ -77,8 +77,9 @@ def open_folder(
             "if its files are the whole data set",
         )
     wanted = {e for e, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
-    if item.kind == "video":
+    if item.kind == "video":  # a picture is a clip of one frame
         wanted |= _CLIPS
+    # The run folder and the store may lie in the data folder.
     skipped = {os.path.realpath(path) for path in left_out} - {os.path.realpath(folder)}
     found = (name for name, _ in walk(str(folder), skipped))
     names = sorted(name for name in found if os.path.splitext(name)[1].lower() in wanted)

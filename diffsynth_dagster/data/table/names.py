@@ -27,8 +27,8 @@ def outside(named: Path, real: Path) -> str:
 class LookAlikes:
     """Finds files whose names look the same as a table's value but differ in the Unicode form.
 
-    `é` is one character in the form NFC, and a letter followed by an accent in NFD, which older file
-    systems of Apple use. For most file systems these are two different names.
+    `é` is one character in the form NFC, and a letter followed by an accent in NFD, which older
+    file systems of Apple use. For most file systems these are two different names.
 
     Attributes:
         root: the folder that values are relative to.
@@ -38,7 +38,7 @@ class LookAlikes:
     _listed: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
 
     def of(self, value: str) -> str | None:
-        """The message about a missing file if there is a file whose name looks the same; else None."""
+        """The message about a missing file if the name of another looks the same; else None."""
         if value.isascii():  # ASCII has one form only
             return None
         path = os.path.join(self.root, value)
@@ -65,7 +65,7 @@ class LookAlikes:
             return None
         if name.isascii():
             return self._if_exists(os.path.join(parent, name))
-        if parent not in self._listed:
+        if parent not in self._listed:  # list each folder once, however many names are missing
             self._listed[parent] = _names(parent)
         known = self._listed[parent].get(unicodedata.normalize("NFC", name))
         return None if known is None else os.path.join(parent, known)

@@ -21,8 +21,8 @@ from diffsynth_dagster.data.table.values import check_structure, is_blank, requi
 from diffsynth_dagster.errors import MetadataError, ParameterError, nearest
 
 REPEAT = "repeat"
-"""Column of a checked table: how often each pass over the data set takes the row. The column is left
-out if that is once for all rows."""
+"""Column of a checked table: how often each pass over the data set takes the row. The column is
+left out if that is once for all rows."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class RowSource:
             files = CaptionFiles(
                 self.base, extension, self.encoding, required=self.caption_prefix is None
             )
+            # In 10_portraits, a file without a caption gets "portraits", as in kohya's scripts.
             named = class_names(table.collect(table.rows), file.column) if self.is_folder else {}
             table = files.added(table, file.column, caption, named)
         if self.caption_prefix is None or caption.column not in table.columns:

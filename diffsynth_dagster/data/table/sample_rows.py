@@ -44,8 +44,8 @@ def check_sample_rows(
         trained: the column of what is trained on, if it is not among `columns`.
 
     Returns:
-        The table, with all rows accepted. `width`, `height` and `frames` are the size of the sample;
-        `width` and `height` are 0 if nothing determines them.
+        The table, with all rows accepted. `width`, `height` and `frames` are the size of the
+        sample; `width` and `height` are 0 if nothing determines them.
 
     Raises:
         MetadataError: the table cannot be read, lacks a column, or has a row that cannot be used.
@@ -85,7 +85,7 @@ def check_sample_rows(
 
 
 def _with_stills(clip: ClipRule) -> ClipRule:
-    """A rule that takes clips of any length: the last frame is repeated up to the sample's length."""
+    """A rule that takes clips of any length. The last frame of shorter ones will be repeated."""
     return replace(clip, rule=FrameRule(1, 0))
 
 
@@ -102,7 +102,7 @@ def _with_sizes(
     giver: Input | None,
     clip: ClipRule | None,
 ) -> pl.DataFrame:
-    """Add the sizes and lengths of the samples, and of the files that are read at the sample's size."""
+    """Add the sizes and lengths of the samples, and of the files that are read at these."""
     target, frames = f"{_SAMPLE.column}:target", f"{_SAMPLE.column}:frames"
     sides = (config.width or 0, config.height or 0)
     size = pl.concat_list(pl.lit(side, pl.Int64) for side in sides)

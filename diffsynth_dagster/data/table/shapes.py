@@ -43,6 +43,7 @@ def with_same_size(frame: pl.DataFrame, main: Input, item: Input, side_factor: i
         size = pl.concat_list(sides)
     count = frames.list.len()
     if item.kind == "video":
+        # Longer clips are cut to the length of the main one.
         shortest = frames.list.min() if item.many else frames
         why = pl.format(
             "{}: {} frames, but the sample is trained at {}", pl.lit(item.column), shortest, length
@@ -131,6 +132,7 @@ def with_shape(frame: pl.DataFrame, files: Sequence[Input]) -> pl.DataFrame:
         return value.list.first() if main.many else value
 
     target, frames = first("target"), first("frames")
+    # Rows of equal shape form a bucket, so the text has the sizes of all files, not of the first.
     shapes = [_shape_of(item).fill_null("none") for item in files]
     return frame.with_columns(
         pl.when(ok).then(target.list.get(0)).otherwise(0).alias("width"),

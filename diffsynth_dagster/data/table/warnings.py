@@ -88,6 +88,7 @@ def _without_caption(inputs: Sequence[Input], parameters: Mapping[str, Any]) -> 
     for item in inputs if prefix is not None else ():
         if item.caption:
             caption = pl.col(item.column)
+            # The check has put the prefix in place of missing captions.
             alone = (caption.list.len() == 1) & (caption.list.first() == prefix)
             yield _Kind(
                 alone if item.many else caption == prefix,
@@ -98,7 +99,7 @@ def _without_caption(inputs: Sequence[Input], parameters: Mapping[str, Any]) -> 
 def _other_rate(
     files: Sequence[Input], parameters: Mapping[str, Any], published: float | None
 ) -> Iterator[_Kind]:
-    """Clips that keep their frame rate, if it differs from the rate that the model was trained at."""
+    """Clips that keep a frame rate other than the one that the model was trained at."""
     clips = [item for item in files if item.kind == "video"]
     if not clips or published is None or parameters.get("frame_rate") is not None:
         return
@@ -168,7 +169,7 @@ def _cropped(files: Sequence[Input], parameters: Mapping[str, Any]) -> Iterator[
 
 
 def _ratios(item: Input) -> tuple[pl.Expr, pl.Expr]:
-    """Trained width / width and trained height / height of a file; lists if the column has several."""
+    """Trained width / width and trained height / height of a file; lists for several files."""
     target = pl.col(f"{item.column}:target")
 
     def ratio(side: str, at: int) -> pl.Expr:
