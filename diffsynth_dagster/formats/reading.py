@@ -171,7 +171,8 @@ def _starts(
     """The prefixes that names of layers may have, the longest first."""
     wanted = None if formats is None else set(formats)
     found: list[_Start] = []
-    # The prefixes of all formats may occur with any naming; those of one format, with its own only.
+    # If all formats are read, any prefix may come with any naming. Otherwise every format has its
+    # own naming.
     for number, (name, lora_rules) in enumerate(rules.items()):
         saved = prefixes.get(name, (f"pipe.{name}.",))
         bare = ("",) if number == 0 else ()  # names without a prefix belong to the first component
@@ -258,9 +259,8 @@ def _layers_of(tensors: Tensors) -> dict[str, _Layer]:
             layer.up = tensor
     for key in rest:
         name = key.removesuffix(".alpha")
-        name = (
-            name if name in layers else name.removesuffix("_lora")
-        )  # of the `_lora.down` spelling
+        # `x_lora.alpha` is the alpha of layer `x`, as `x_lora.down.weight` is a half of it.
+        name = name if name in layers else name.removesuffix("_lora")
         if name == key or name not in layers:
             raise Unread(f"it changes weights in another way than by a plain LoRA: {key}")
         if tensors[key].numel() != 1:

@@ -25,7 +25,7 @@ _PROMPTS, _LONGEST_PROMPT = 3, 400
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: its folder, and its table where it has one."""
+    """The folder of a data set, and its table, if there is one."""
 
     base: Path
     table: Path | None

@@ -109,9 +109,8 @@ def scaled_edges(sigmas: torch.Tensor, scale: float) -> torch.Tensor:
     even = even_edges(len(sigmas))
     # The sigma at each edge before the shift; then the t at which the schedule has that sigma.
     unshifted = _unshifted(middles, scale).numpy()
-    edges = np.interp(
-        unshifted, middles.flip(0).numpy(), even.flip(0).numpy()
-    )  # needs increasing x
+    # `flip`, since `np.interp` needs increasing values.
+    edges = np.interp(unshifted, middles.flip(0).numpy(), even.flip(0).numpy())
     return torch.from_numpy(edges)
 
 

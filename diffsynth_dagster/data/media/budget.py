@@ -15,6 +15,8 @@ from diffsynth_dagster.errors import OutOfMemory
 class PixelBudget:
     """A limit of the pixels that are in memory at the same time. It is thread-safe.
 
+    A pixel stands for about 12 bytes: three channels of float32.
+
     Attributes:
         megapixels: the limit in millions of pixels; may be set at any time.
     """

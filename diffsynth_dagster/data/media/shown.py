@@ -46,8 +46,8 @@ class Clip(Protocol):
 
     Attributes:
         pixels: number of pixels of a frame.
-        held: number of frames to count in the `PixelBudget` while the clip is read, for the memory
-            of the decoder too.
+        held: number of frames to count in the `PixelBudget` while the clip is read, for all that
+            the decoder keeps. A pixel of the budget stands for 12 bytes (float32 RGB).
     """
 
     pixels: int

@@ -85,6 +85,6 @@ def _names(folder: str) -> dict[str, str]:
 
 
 def _form(name: str) -> str | None:
-    """ "NFC" or "NFD" if the name is in exactly one of these forms, else None."""
+    """The Unicode form of a name, NFC or NFD; None if it is in both forms or in neither."""
     forms = [form for form in _FORMS if unicodedata.is_normalized(form, name)]
     return forms[0] if len(forms) == 1 else None

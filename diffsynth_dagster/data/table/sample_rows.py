@@ -58,7 +58,7 @@ def check_sample_rows(
     # Paths in this table are relative to the folder of the table, not to the data set.
     own = config.model_copy(update={"dataset_base_path": str(source.parent)})
     inputs = [*columns.named]
-    # With a fixed size, the file of what is trained on is not needed.
+    # With a fixed size, the file of the trained column is not needed.
     possible = [*inputs] if trained is None or config.height is not None else [*inputs, trained]
     wanted, lists = [i.column for i in possible], [i.column for i in possible if i.many]
     numbers = [i.column for i in possible if i.kind == "number"]

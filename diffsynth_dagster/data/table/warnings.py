@@ -149,7 +149,7 @@ def _is_enlarged(item: Input) -> Iterator[pl.Expr]:
 
 
 def _cropped(files: Sequence[Input], parameters: Mapping[str, Any]) -> Iterator[_Kind]:
-    """Files of which much is cropped away, because the fixed size has other proportions."""
+    """Files that are cropped a lot, because the fixed size has another aspect ratio."""
     pictures = [item for item in files if item.kind != "audio"]
     if not pictures or parameters.get("height") is None:
         return
