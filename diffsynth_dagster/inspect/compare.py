@@ -1,4 +1,5 @@
-"""In what two weight files differ, and what of their trainings can be the reason."""
+"""Compare two weight files: which tensors differ, and which differences of their trainings may
+explain it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +14,15 @@ from diffsynth_dagster.inspect.tables import differences, ranges, tables_of
 from diffsynth_dagster.inspect.told import first
 from diffsynth_dagster.run.record import RunRecord
 
+# At most so many differing rows are listed.
 _SHOWN = 20
 
 
 def compared(one: Subject, other: Subject) -> list[str]:
-    """In what two files differ, as lines: first their tensors, then what they were made of.
+    """Compare two files. Returns lines: first about their tensors, then about their trainings.
 
     Raises:
-        WeightsError: one of them is damaged.
+        WeightsError: a file is damaged.
     """
     lines = [f"A: {one.path.absolute()}", f"B: {other.path.absolute()}", *_tensors(one, other)]
     for name, side in (("A", one), ("B", other)):
@@ -48,12 +50,12 @@ def compared(one: Subject, other: Subject) -> list[str]:
 
 
 def _pair(name: str, before: object, now: object) -> list[str]:
-    """A line where two values differ."""
+    """A line that shows two values; none if they are equal."""
     return [] if before == now else [f"{name}: {shown(before)} and {shown(now)}"]
 
 
 def _tensors(one: Subject, other: Subject) -> list[str]:
-    """In what the tensors of two files differ; one is in memory at a time."""
+    """Compare the tensors of two files. Only one pair of tensors is in memory at a time."""
     if {one.path.suffix, other.path.suffix} != {".safetensors"}:
         return ["tensors: they are compared in .safetensors files alone"]
     alone = [sorted(a.header.keys() - b.header.keys()) for a, b in ((one, other), (other, one))]
@@ -62,7 +64,7 @@ def _tensors(one: Subject, other: Subject) -> list[str]:
         for name, names in zip("AB", alone, strict=True)
         if names
     ]
-    apart: list[str] = []
+    unequal: list[str] = []
     largest = 0.0
     with safe_open(one.path, "pt") as a, safe_open(other.path, "pt") as b:
         for name in sorted(one.header.keys() & other.header.keys()):
@@ -73,19 +75,20 @@ def _tensors(one: Subject, other: Subject) -> list[str]:
                 lines.append(f"tensor {name}: {' and '.join(kinds)}")
                 continue
             x, y = a.get_tensor(name), b.get_tensor(name)
+            # Compared as bytes: NaN equals NaN then, and 0.0 differs from -0.0.
             if not torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)):
-                apart.append(name)
+                unequal.append(name)
                 largest = max(largest, float((x.double() - y.double()).abs().max()))
-    if apart:
+    if unequal:
         lines.append(
-            f"tensors: {len(apart)} of {len(one.header)} differ, by {largest:.3g} at most: "
-            f"{', '.join(first(apart, 3))}"
+            f"tensors: {len(unequal)} of {len(one.header)} differ, by {largest:.3g} at most: "
+            f"{', '.join(first(unequal, 3))}"
         )
     return lines or ["tensors: all are equal"]
 
 
 def _weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The base weights that differ, with their digests."""
+    """A line for each base model whose weights differ, with both digests."""
     names = sorted({**before, **now})
     return [
         f"base weights of {name}: {before.get(name, 'none')} and {now.get(name, 'none')}"
@@ -95,7 +98,7 @@ def _weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _rows(one: Subject, other: Subject) -> list[str]:
-    """The rows that differ, with their numbers."""
+    """The rows of the data sets that differ, with their numbers."""
     if one.said["samples_digest"] == other.said["samples_digest"]:
         return []
     what = f"samples: {one.said['samples']} and {other.said['samples']}"
@@ -112,16 +115,17 @@ def _rows(one: Subject, other: Subject) -> list[str]:
     lines += [f"  rows of B alone: {ranges(found.added)}"] if found.added else []
     if found:
         return lines
+    # The digest also covers the order and the encoding of the samples.
     return [f"{what}: the same rows in another order, or encoded otherwise (sizes, weights)"]
 
 
 def _records(one: RunRecord, other: RunRecord) -> list[str]:
-    """What differs of the parameters, and of what computed."""
+    """The differences of two records: parameters, precision, devices and library versions."""
     lines: list[str] = []
     if bool(one.parameters) == bool(other.parameters):
         defaults = {n: f.default for n, f in TrainingConfig.model_fields.items()}
         for name in sorted({**one.parameters, **other.parameters}):
-            # What is off by default is not recorded where it is off.
+            # A record leaves out parameters that are off by default and were not switched on.
             values = [r.parameters.get(name, defaults.get(name)) for r in (one, other)]
             lines += _pair(name, *(list(v) if isinstance(v, tuple) else v for v in values))
     elif one.config_digest != other.config_digest:
@@ -138,7 +142,7 @@ def _records(one: RunRecord, other: RunRecord) -> list[str]:
 
 
 def _losses(one: Run | None, other: Run | None) -> list[str]:
-    """The losses at the end of both trainings, where they are known."""
+    """The last losses of both trainings, if their run folders are known."""
     lines: list[str] = []
     for name, run in (("A", one), ("B", other)):
         if run is None:
