@@ -98,6 +98,7 @@ def promoted_versions(folder: Path) -> list[Promoted]:
     """
     folders = (path for path in (folder / FOLDER).glob("*") if VERSION.fullmatch(path.name))
     known = filter(None, map(_read, folders))
+    # The name only breaks ties, so that the order is the same every time.
     return sorted(known, key=lambda version: (version.current_since, version.version))
 
 
@@ -110,8 +111,7 @@ def write_promoted(version: Promoted, folder: Path) -> None:
 
 
 def _read(folder: Path) -> Promoted | None:
-    """Read the `promoted.json` in a folder; None if there is none. Raises `OutputError`: it is
-    damaged."""
+    """Read the `promoted.json` in a folder; None if there is none. Raises `OutputError`."""
     path = folder / FILE_NAME
     if not path.is_file():
         return None

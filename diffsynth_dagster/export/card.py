@@ -298,8 +298,7 @@ def _recipe_section(recipe: Mapping[str, Any]) -> str:
 
 
 def _without_folders(name: str, value: Any) -> Any:
-    """The value of a parameter. If it is a path, only its last part: folders of this machine are
-    private."""
+    """The value of a parameter; of a path, only the last part, since folders are private."""
     # The prompts are a list of texts, or one path to a table of them.
     texts = value if isinstance(value, list) else [value]
     table = name == "sample_prompts" and len(texts) == 1 and str(texts[0]).endswith(TABLES)

@@ -93,8 +93,7 @@ def _named(config: TrainingConfig, record: RunRecord, family: Family) -> list[st
 
 
 def _candidates(config: TrainingConfig, record: RunRecord, family: Family) -> list[list[str]]:
-    """The file names of each checkpoint in a record: `RunRecord.chosen` first, then all, newest
-    first."""
+    """File names of each checkpoint: first of `RunRecord.chosen`, then of all, newest first."""
     # A checkpoint of several modules has a file for each: one stem, one suffix per module.
     suffixes = [
         file.name

@@ -75,20 +75,19 @@ def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None)
     write_described(path, spelled.tensors, {**kept, **more, **origin, "format": "pt"})
     if config is not None:
         write_text(path.parent / peft.CONFIG, config)
-    # Read the file back: a format that folds scales or fuses layers must not change the product B
-    # A.
+    # Read the file back: a format may fold scales or fuse layers, but must not change s B A.
     written = find_format(to).read(read_tensors([path]), rules)
-    error = max(difference(lora, written[name]) for name, lora in loras.items())
-    if error > ROUNDING:
+    deviation = max(difference(lora, written[name]) for name, lora in loras.items())
+    if deviation > ROUNDING:
         path.unlink()
         raise WeightsError(
-            f"the file would change the model differently in {to}: by {error:.1e}",
+            f"the file would change the model differently in {to}: by {deviation:.1e}",
             where=where,
             do="report this with the file",
         )
     return (
         f"wrote {path.absolute()}: {_counted(loras)} of {of.name} in the names of {to}; the change of "
-        f"each layer is the same to {error:.0e}"
+        f"each layer is the same to {deviation:.0e}"
     )
 
 

@@ -83,8 +83,7 @@ def _points(
     width: tuple[float, float],
     height: tuple[float, float],
 ) -> str:
-    """The points of an SVG polyline, in pixels. A single point becomes a line across the
-    picture."""
+    """The points of an SVG polyline, in pixels. A single point becomes a horizontal line."""
     across, up = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     if len(xs) == 1:
         xs, ys, width = (0, 1), (ys[0], ys[0]), (0, 1)

@@ -1,5 +1,4 @@
-"""Export the checkpoint of a run folder. Called by the asset `exports`, and by the trainer at its
-end."""
+"""Export the checkpoint of a run folder: for the asset `exports`, and at the end of a training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

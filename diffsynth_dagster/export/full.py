@@ -182,10 +182,11 @@ def _write_config(path: Path, source: Found, module: nn.Module) -> None:
     """Write the config.json that the module's library reads."""
     if isinstance(module, ConfigMixin):
         write_text(path, module.to_json_string())
-    elif source.config is not None:
+    elif source.config is not None:  # the config.json that the component was loaded with
         write_text(path, json.dumps(source.config, indent=2) + "\n")
     else:
         assert isinstance(module, PreTrainedModel)
+        # `save_pretrained` would set this; without it, nobody knows which class to load.
         module.config.architectures = [type(module).__name__]
         write_text(path, module.config.to_json_string())
 
@@ -231,6 +232,7 @@ def verify_full(exported: Exported, found: FoundModel) -> None:
     config = read_architecture(exported.path.parent, source.component)
     if config is None:
         raise unloadable(exported, "its config.json is missing, or of another architecture")
+    # Built from the exported config on the meta device, as a reader of the export would build it.
     module = build_empty(replace(source, config=config))
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     weights = [file for file in files if file.suffix == _SUFFIX]

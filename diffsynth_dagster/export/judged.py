@@ -105,8 +105,7 @@ def numbers_of(folder: Path, record: RunRecord, step: int) -> dict[str, Measured
 
 
 def _conditions(record: RunRecord, parameters: tuple[str, ...], rows: str) -> str:
-    """Digest of the samples that a loss was measured on, and of the parameters that it depends
-    on."""
+    """Digest of the samples that a loss was measured on, and of the parameters it depends on."""
     values: dict[str, Any] = {name: record.parameters.get(name) for name in parameters}
     return digest_of([record.family, rows, values])
 

@@ -60,8 +60,7 @@ def list_files(exports: Path, known: Mapping[Path, str]) -> dict[str, str]:
     """
     folders = dict.fromkeys(path.parent for path in known)
     paths = [path for folder in folders for path in folder.iterdir() if _belongs(path)]
-    # The digest known for an index is not that of the index file. Other digests are not computed
-    # twice.
+    # A known digest is used again, unless the file is an index: that one covers its shards too.
     single = {path: digest for path, digest in known.items() if path.suffix == ".safetensors"}
     return {
         path.relative_to(exports).as_posix(): single.get(path) or digest_file(path)

@@ -23,8 +23,7 @@ def how_to_load(exported: Exported, family: Family, start: Path | None = None) -
         return f'{place} = {_class_of(exported.path.parent)}.from_pretrained("{path.parent}")'
     if exported.format == "peft":
         return f'{place} = peft.PeftModel.from_pretrained({place}, "{path.parent}")'
-    # The two experts of Wan2.2 have equal layer names: diffusers must be told which one to load
-    # into.
+    # The experts of Wan2.2 have equal layer names: diffusers must be told which one it is for.
     second = family.lora_rules(component.name).folder != component.folder
     return f'pipe.load_lora_weights("{path}"{f", load_into_{component.folder}=True" * second})'
 

@@ -59,8 +59,7 @@ class Outcome:
     Attributes:
         what: "promoted": the new export is now the current version. "unchanged": it already was.
             "refused": it is worse than the current version, which stays. "kept": the current
-            version stays for another reason. "rolled back": an older version is now the current
-            one.
+            version stays for another reason. "rolled back": an older version is now current.
         why: the reason, for a message.
         current: the version that is current now.
         verdict: the comparison of the new export with the version that was current before; None if

@@ -97,6 +97,7 @@ def export_checkpoint(
         tensors = read_tensors([path])
         trained_in = [name for name in file.trained if name in config.lora_base_model]
         if trained_in and (record.lora or {}).get("method", "lora") == "lora":
+            # Plain LoRAs are written in several formats; a DoRA, LoKr or OFT in one.
             own = of_loras(tensors)
             loras |= _loras_of(path, own, family, trained_in)
             tensors = {name: tensor for name, tensor in tensors.items() if name not in own}
@@ -135,8 +136,7 @@ def _loras_of(
 
 
 def _remove_others(folder: Path, exported: Sequence[Exported]) -> None:
-    """Remove LoRAs of earlier exports in formats that were not written now: they may be of another
-    checkpoint."""
+    """Remove LoRAs in formats that were not written now: their checkpoint may be another one."""
     written = {item.path.parent for item in exported}
     for name in FORMATS:
         for file in (LORA_FILE, PEFT_FILE, peft.CONFIG):
@@ -152,8 +152,7 @@ def _export_loras(
     loras: Mapping[str, Lora],
     provenance: Mapping[str, object],
 ) -> list[Exported]:
-    """Write the LoRAs of all components in a format: into one file, unless their tensor names
-    collide."""
+    """Write all LoRAs in a format: into one file, unless their tensor names collide."""
     family = found.family
     files = _in_files(found, loras)
     # A file of peft is for one module.
@@ -215,6 +214,7 @@ def _export_adapters(
             PROVENANCE_KEY: json.dumps(provenance, sort_keys=True),
             "format": "pt",
         }
+        # diffusers takes rank and alpha from the header: DoRA files have no alpha tensors.
         path = write_described(folder / "diffusers" / place / LORA_FILE, tensors, notes)
         exported.append(_exported(path, together, "lora", "diffusers"))
     return exported
@@ -256,8 +256,7 @@ def _exported(path: Path, components: Iterable[str], kind: str, target: LoraForm
 
 
 ROUNDING = 1e-5
-"""Largest relative difference of ΔW between a LoRA and its converted copy that counts as
-rounding."""
+"""Largest relative difference of ΔW, between a LoRA and its copy, that counts as rounding."""
 
 
 def verify_export(exported: Exported, found: FoundModel) -> None:
@@ -291,18 +290,18 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
             raise unloadable(exported, str(error)) from error
         trained = exported.trained.get(name, loaded)
         # ΔW = s B A is compared, not A and B: a format may move the scale into them.
-        error = difference(trained, loaded)
-        if error > ROUNDING:
+        deviation = difference(trained, loaded)
+        if deviation > ROUNDING:
             raise unloadable(
-                exported, f"it changes a layer of {name} by {error:.1e} of the change more or less"
+                exported,
+                f"it changes a layer of {name} by {deviation:.1e} of the change more or less",
             )
 
 
 def _load_dora(
     exported: Exported, found: FoundModel, tensors: Tensors, notes: Mapping[str, str]
 ) -> None:
-    """Load a DoRA as diffusers does. Raises `WeightsError` if diffusers refuses it or ignores
-    tensors."""
+    """Load a DoRA as diffusers does. Raises `WeightsError`: it is refused, or tensors ignored."""
     taken = 0
     for name in exported.components:
         module = build_empty(found.components[name])
@@ -318,15 +317,16 @@ def _load_dora(
 
 
 def _load_by_peft(exported: Exported, found: FoundModel, tensors: Tensors) -> None:
-    """Load an exported file as peft does. Raises `WeightsError` if peft refuses it or ignores
-    tensors."""
+    """Load a file as peft does. Raises `WeightsError` if that refuses it or ignores tensors."""
     module = build_empty(found.components[exported.components[0]])
     try:
         settings = PeftConfig.from_pretrained(str(exported.path.parent))
+        # low_cpu_mem_usage: the layers of the adapter are made on the meta device too.
         inject_adapter_in_model(settings, module, ADAPTER, low_cpu_mem_usage=True)
         loaded: Any = set_peft_model_state_dict(module, tensors, ADAPTER, low_cpu_mem_usage=True)
     except (ValueError, KeyError, RuntimeError, TypeError, AssertionError) as error:
         raise unloadable(exported, str(error)) from error
+    # The file has no base weights, so those are always among the missing keys.
     wrong = [*filter(is_adapter, loaded.missing_keys), *loaded.unexpected_keys]
     if wrong:
         raise unloadable(exported, f"tensors are missing or unknown: {wrong[:3]}")

@@ -1,2 +1,1 @@
-"""Inspect a weight file: where it comes from, how it differs from another, and how to make it
-again."""
+"""Inspect a weight file: where it comes from, how two files differ, how to make one again."""

@@ -122,11 +122,13 @@ def _rows(one: Subject, other: Subject) -> list[str]:
 def _records(one: RunRecord, other: RunRecord) -> list[str]:
     """The differences of two records: parameters, precision, devices and library versions."""
     lines: list[str] = []
+    # Records of older versions have no parameters, only their digest.
     if bool(one.parameters) == bool(other.parameters):
         defaults = {n: f.default for n, f in TrainingConfig.model_fields.items()}
         for name in sorted({**one.parameters, **other.parameters}):
             # A record leaves out parameters that are off by default and were not switched on.
             values = [r.parameters.get(name, defaults.get(name)) for r in (one, other)]
+            # Defaults are tuples, and JSON has turned those in the record into lists.
             lines += _pair(name, *(list(v) if isinstance(v, tuple) else v for v in values))
     elif one.config_digest != other.config_digest:
         lines.append("parameters: they differ, and a record of an older version does not name them")

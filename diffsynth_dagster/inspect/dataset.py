@@ -106,6 +106,7 @@ def changed_files(used: pl.DataFrame) -> list[tuple[int, str]]:
         # Many rows may name the same file: it is looked at once.
         files = named.drop("row").unique(parts[0], maintain_order=True)
         wrong: dict[str, str] = {}
+        # Threads, because this waits for the file system, perhaps over a network.
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(files), _AT_ONCE):
                 rows = list(files.slice(start, _AT_ONCE).iter_rows())

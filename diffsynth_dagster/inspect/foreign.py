@@ -37,6 +37,7 @@ def recognised(path: Path, header: Header) -> list[tuple[str, str]]:
     """The facts found out about a file, as pairs of a title and a text."""
     others = {kind for mark, kind in _OTHERS.items() if any(mark in name for name in header)}
     if others:
+        # These methods have no rules in `formats`, so families are not tried.
         return [
             ("kind", f"{', '.join(sorted(others))}, which other tools name in many ways"),
             *_ranks(header),

@@ -25,8 +25,7 @@ from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import FoundModel, find_model
 from diffsynth_dagster.weights.models import component_digest
 
-# Paths that are not part of the identity (at most the content of the files is): they can be made
-# absolute.
+# Paths that are not part of the identity (at most the content behind them is): made absolute.
 _PATHS = ("dataset_base_path", "dataset_metadata_path", "validation_metadata_path", "cache_path")
 # Parameter → ending of the copy of its table that is written beside the recipe.
 _COPIES = {"dataset_metadata_path": "metadata", "validation_metadata_path": "held_out"}
@@ -36,8 +35,7 @@ _FILES = ("lora_checkpoint", "resume_from_checkpoint", "preset_lora_path")
 
 
 def write_recipe(subject: Subject, out: Path) -> list[str]:
-    """Write the recipe of the training that wrote a file, and copies of the tables it was trained
-    on.
+    """Write the recipe of the training that wrote a file, and copies of the tables it used.
 
     Returns:
         Lines that say what was written, what the recipe needs, and what has changed since.
@@ -144,6 +142,7 @@ def _makes(subject: Subject, recipe: TrainingConfig, out: Path) -> list[str]:
     name = subject.checkpoint or subject.path.name
     if "checkpoint" in subject.said and subject.path.absolute().is_relative_to(run.folder):
         name = str(subject.path.absolute().relative_to(run.folder))
+    # As many processes as before: the batch of a step depends on them.
     count = len(run.record.devices)
     start = "python" if count < 2 else f"accelerate launch --num_processes {count}"
     data = (
@@ -180,6 +179,7 @@ def _warnings(run: Run, recipe: TrainingConfig, tables: Sequence[Tables]) -> lis
     warnings += [
         f"{n} was {then}, and is {now}" for n, (then, now) in programs.items() if then != now
     ]
+    # GPUs do not promise to compute the same bits again.
     if set(record.devices) - {"cpu"}:
         devices = ", ".join(dict.fromkeys(record.devices))
         warnings.append(f"it was trained on {devices}: other devices give other bytes")

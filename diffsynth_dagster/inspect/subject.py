@@ -111,12 +111,12 @@ class Subject:
         """The size of the tensors in bytes. For a pickled file, the size of the whole file."""
         if self.path.suffix != ".safetensors":
             return self.path.stat().st_size
+        # In bits first: some types have less than a byte per value.
         return sum(prod(info.shape) * bits_of(info) for info in self.header.values()) // 8
 
     @cached_property
     def checkpoint(self) -> str | None:
-        """The name of the checkpoint that the file is, or was exported from; None if it is not
-        known."""
+        """The name of the checkpoint that the file is or was exported from; None if not known."""
         if self.run is None:
             return None
         record = self.run.record
@@ -205,7 +205,7 @@ def provenance_of(path: Path, notes: Mapping[str, str]) -> dict[str, Any]:
         wrong += [name for name, kind in present.items() if not isinstance(found[name], kind)]
         if wrong:
             raise ValueError(f"{wrong[0]} is {shown(found.get(wrong[0]))}")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: deeply nested JSON
         raise WeightsError(
             f"what the header says of where the file comes from cannot be read: {error}",
             where=str(path),

@@ -78,9 +78,10 @@ def _tables_in(folders: Sequence[Path], digest: str, run: Path) -> Tables:
             why = why or error
             continue
         if manifest.digest == digest:
+            # The pinned table is the one that was encoded; the other may have been checked anew.
             pinned = (folder / PINNED).is_file()
             return Tables(folder, read_checked(folder, PINNED if pinned else FILE_NAME), manifest)
-        why = None
+        why = None  # these tables can be read, but are of another training
     raise StoreError(
         "the tables that the training was made with are not there any more",
         where=str(run),
@@ -149,8 +150,7 @@ def differences(before: pl.DataFrame, now: pl.DataFrame, digests: bool) -> Diffe
 def _named(
     frame: pl.DataFrame, texts: Sequence[str], files: Sequence[str], counted: Sequence[str]
 ) -> pl.DataFrame:
-    """Two keys for each row: its content, and the files that it names. Without files, its
-    number."""
+    """Two keys for each row: its content, and the files it names (without files, its number)."""
     name = pl.struct(files).struct.json_encode() if files else pl.col("row").cast(pl.String)
     content = pl.struct([*texts, *counted]).struct.json_encode()
     return frame.select("row", content.alias(CONTENT), name.alias(NAME))
@@ -177,6 +177,7 @@ def _changed(
         pairs.select(pl.col(name).alias("row")).join(frame, "row", "left", maintain_order="left")
         for name, frame in (("row", before), (_NOW, now))
     ]
+    # Both sides are in the order of the pairs.
     rows = zip(*(side.iter_rows(named=True) for side in sides), strict=True)
     return [(a["row"], b["row"], _what(a, b, *columns)) for a, b in rows]
 
