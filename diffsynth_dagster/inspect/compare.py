@@ -1,4 +1,5 @@
-"""In what two weight files differ, and what of their trainings can be the reason."""
+"""Compare two weight files: which tensors differ, and which differences of their trainings may
+explain it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +15,15 @@ from diffsynth_dagster.inspect.tables import differences, ranges, tables_of
 from diffsynth_dagster.inspect.told import first
 from diffsynth_dagster.run.record import RunRecord
 
+# At most so many differing rows are listed.
 _SHOWN = 20
 
 
 def compared(one: Subject, other: Subject) -> list[str]:
-    """In what two files differ, as lines: first their tensors, then what they were made of.
+    """Compare two files. Returns lines: first about their tensors, then about their trainings.
 
     Raises:
-        WeightsError: one of them is damaged.
+        WeightsError: a file is damaged.
     """
     lines = [f"A: {one.path.absolute()}", f"B: {other.path.absolute()}", *_tensors(one, other)]
     for name, side in (("A", one), ("B", other)):
@@ -60,7 +62,7 @@ def _pairs(before: Mapping[str, Any], now: Mapping[str, Any], what: str = "") ->
 
 
 def _tensors(one: Subject, other: Subject) -> list[str]:
-    """In what the tensors of two files differ; one is in memory at a time."""
+    """Compare the tensors of two files. Only one pair of tensors is in memory at a time."""
     if {one.path.suffix, other.path.suffix} != {".safetensors"}:
         return ["tensors: they are compared in .safetensors files alone"]
     alone = [sorted(a.header.keys() - b.header.keys()) for a, b in ((one, other), (other, one))]
@@ -69,7 +71,7 @@ def _tensors(one: Subject, other: Subject) -> list[str]:
         for name, names in zip("AB", alone, strict=True)
         if names
     ]
-    apart: list[str] = []
+    unequal: list[str] = []
     largest = 0.0
     with safe_open(one.path, "pt") as a, safe_open(other.path, "pt") as b:
         for name in sorted(one.header.keys() & other.header.keys()):
@@ -80,19 +82,20 @@ def _tensors(one: Subject, other: Subject) -> list[str]:
                 lines.append(f"tensor {name}: {' and '.join(kinds)}")
                 continue
             x, y = a.get_tensor(name), b.get_tensor(name)
+            # Compared as bytes: NaN equals NaN then, and 0.0 differs from -0.0.
             if not torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)):
-                apart.append(name)
+                unequal.append(name)
                 largest = max(largest, float((x.double() - y.double()).abs().max()))
-    if apart:
+    if unequal:
         lines.append(
-            f"tensors: {len(apart)} of {len(one.header)} differ, by {largest:.3g} at most: "
-            f"{', '.join(first(apart, 3))}"
+            f"tensors: {len(unequal)} of {len(one.header)} differ, by {largest:.3g} at most: "
+            f"{', '.join(first(unequal, 3))}"
         )
     return lines or ["tensors: all are equal"]
 
 
 def _rows(one: Subject, other: Subject) -> list[str]:
-    """The rows that differ, with their numbers."""
+    """The rows of the data sets that differ, with their numbers."""
     if one.said["samples_digest"] == other.said["samples_digest"]:
         return []
     what = f"samples: {one.said['samples']} and {other.said['samples']}"
@@ -109,12 +112,14 @@ def _rows(one: Subject, other: Subject) -> list[str]:
     lines += [f"  rows of B alone: {ranges(found.added)}"] if found.added else []
     if found:
         return lines
+    # The digest also covers the order and the encoding of the samples.
     return [f"{what}: the same rows in another order, or encoded otherwise (sizes, weights)"]
 
 
 def _records(one: RunRecord, other: RunRecord) -> list[str]:
-    """What differs of the parameters, and of what computed."""
+    """The differences of two records: parameters, precision, devices and library versions."""
     lines: list[str] = []
+    # Records of older versions have no parameters, only their digest.
     if bool(one.parameters) == bool(other.parameters):
         # What is off by default is not recorded where it is off.
         off = TrainingConfig.model_validate({}).model_dump(mode="json")
@@ -132,7 +137,7 @@ def _records(one: RunRecord, other: RunRecord) -> list[str]:
 
 
 def _losses(one: Run | None, other: Run | None) -> list[str]:
-    """The losses at the end of both trainings, where they are known."""
+    """The last losses of both trainings, if their run folders are known."""
     lines: list[str] = []
     for name, run in (("A", one), ("B", other)):
         if run is None:
