@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal, get_args
 
 import dagster as dg
@@ -123,11 +122,6 @@ def short_digest(value: object) -> str:
 def description(recipe: Recipe, what: str) -> str:
     """What an asset is, and what its recipe is for."""
     return f"{what}\n\n{recipe.options.description}".strip()
-
-
-def fact_cache_path(config: TrainingConfig) -> Path:
-    """Where facts about files are remembered; shared with the training processes."""
-    return Path(config.cache_path) / "facts.sqlite"
 
 
 def table(records: Iterable[Mapping[str, str | int | float]]) -> dg.TableMetadataValue:

@@ -41,7 +41,7 @@ from diffsynth_dagster.data.frames import read_parquet, scan_parquet
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import read_checked, write_checked
-from diffsynth_dagster.facts import FactCache, digest_text
+from diffsynth_dagster.facts import digest_text, fact_cache_of
 from diffsynth_dagster.files import write_tensors
 from diffsynth_dagster.seal import write_sealed
 from diffsynth_dagster.training.batches import StepDataset
@@ -133,7 +133,7 @@ def part(seconds: Seconds, name: str) -> Iterator[None]:
 
 def plan(config: TrainingConfig, found: ResolvedModel) -> Manifest:
     """The manifest of the table in the run folder."""
-    fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
+    fact_cache = fact_cache_of(config.cache_path)
     keys = Keys(found, fact_cache, torch.float32)
     return plan_samples(config, found, read_checked(Path(config.output_path)), keys)
 
@@ -241,7 +241,7 @@ def check_images(work: Path, count: int) -> dict[str, Any]:
     columns = find_model(config, ModelHub(Path("models"), skip_download=True)).family.columns
     before = report.peak_memory()
     for name in ("first", "again"):
-        fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
+        fact_cache = fact_cache_of(config.cache_path)
         with part(seconds, name):
             assert prepare_data(config, columns, fact_cache).counts == {"ok": count}
         fact_cache.close()

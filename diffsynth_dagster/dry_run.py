@@ -5,7 +5,6 @@ written but the cache of facts about files, and nothing is downloaded.
 """
 
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.folder import open_folder
 from diffsynth_dagster.data.table.rows import REPEAT, RowSource
 from diffsynth_dagster.errors import MetadataError
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.plan import describe
 from diffsynth_dagster.preflight import check_config, check_data, check_encoded, check_headers
@@ -194,7 +193,7 @@ def _checked_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
     """The rows of a data set whose table is checked now. Raises: see `look_at_files`."""
     own, columns = held_out_config(config), model.family.columns
     tables: list[CheckedTable] = []
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+    with fact_cache_of(config.cache_path) as facts:
         for each in [config] if own is None else [config, own]:
             with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
                 tables.append(check_data_files(each, columns, facts, bar.update))
@@ -218,7 +217,7 @@ def _said_of(table: CheckedTable) -> dict[str, Any]:
 def _encoded_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
     """The rows of a data set that was encoded before. Raises: see `look_at_files`."""
     manifest, held_out = encoded_before(config)
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+    with fact_cache_of(config.cache_path) as facts:
         both = [manifest] if held_out is None else [manifest, held_out]
         check_encoded(config, model, both, facts)
     apart = rows_apart(config, manifest.rows, None if held_out is None else held_out.rows)
@@ -232,7 +231,7 @@ def _record(
     or where it follows from samples that are not encoded yet. Raises: see `start_record`."""
     if manifest is None or found is None or not state_folders(Path(config.output_path)):
         return None
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+    with fact_cache_of(config.cache_path) as facts:
         return start_record(config, found, manifest, facts)
 
 

@@ -1,12 +1,13 @@
-"""The promoted versions of the exports of a run folder: those that others use.
+"""The promoted versions of a run folder's exports. Programs that use the model load the current
+version.
 
-    exports/current                        a link to the version that is used now
-    exports/promoted/<version>/            the exported files, as they lay in exports/
-        checkpoint.safetensors             the checkpoint that they were made of
-        promoted.json                      what the version is, and the numbers that it was judged by
+    exports/current                        a link to the current version
+    exports/promoted/<version>/            the exported files, laid out as in exports/
+        checkpoint.safetensors             the checkpoint that was exported
+        promoted.json                      what the version is, and the losses that it was judged by
 
-A version stays where it is when another training begins in the run folder. The link is relative, so that
-the run folder may be moved. `export.promote` writes all this.
+A version stays in its place when another training begins in the run folder. The link is relative,
+so that the run folder may be moved. `export.promote` writes these files.
 """
 
 import json
@@ -24,14 +25,14 @@ FOLDER, CURRENT, FILE_NAME = "exports/promoted", "exports/current", "promoted.js
 
 @dataclass(frozen=True)
 class Measured:
-    """A number that exports are judged by.
+    """A loss that exports are judged by.
 
     Attributes:
-        value: smaller is better.
-        of: digest of the samples that it was measured on and of how: two numbers can be compared where
-            these are equal.
-        best: the smallest of those that led to it, each measured in the same way: what a new one is compared
-            with, so that many that are a little worse do not add up. Left out: the value.
+        value: the loss; smaller is better.
+        of: digest of the samples and parameters it was measured with. Only numbers with equal
+            digests can be compared.
+        best: the smallest value among this version and the versions that it replaced. A new export
+            is compared with it, so that many small losses of quality do not add up. None: `value`.
     """
 
     value: float
@@ -40,7 +41,7 @@ class Measured:
 
     @property
     def bar(self) -> float:
-        """What a new one is compared with."""
+        """The value that a new export is compared with."""
         return self.value if self.best is None else self.best
 
 
@@ -49,16 +50,16 @@ class Promoted:
     """A promoted version.
 
     Attributes:
-        version: short digest of the content of its files.
-        folder: where it lies.
-        training: identity of the training that made it: see `RunRecord`.
-        step: of its checkpoint.
-        checkpoints: names of its checkpoint's files there → what they were called in the run folder.
-        files: the other files, as paths from its folder.
-        numbers: by name, those that it was judged by.
-        promoted: when it was made, in UTC.
-        current_since: when it became the current version last, in UTC.
-        rolled_back: when another version was made current in its place by hand; None where it was not.
+        version: its name: a short digest of the content of its files.
+        folder: the folder of the version.
+        training: the identity of the training: see `RunRecord`.
+        step: the step after which the checkpoint was written.
+        checkpoints: file of the checkpoint in the version's folder → its name in the run folder.
+        files: the exported files, as paths from the version's folder.
+        promoted: when the version was first promoted, in UTC.
+        current_since: when it last became the current version, in UTC.
+        rolled_back: when a person rolled back from it, in UTC; None if nobody did.
+        numbers: name → the loss it was judged by.
     """
 
     version: str
@@ -74,46 +75,50 @@ class Promoted:
 
     @property
     def checkpoint_files(self) -> list[Path]:
-        """The files of its checkpoint."""
+        """The files of the checkpoint."""
         return [self.folder / name for name in self.checkpoints]
 
 
 def current_promoted(folder: Path) -> Promoted | None:
-    """The promoted version of a run folder that is used now; None where there is none.
+    """The current version of a run folder; None if nothing was promoted.
 
     Raises:
-        OutputError: what it says of itself is damaged.
+        OutputError: its `promoted.json` is damaged.
     """
     known = _read(folder / CURRENT)
+    # The folder itself, not the link: the link may point to another version later.
     return None if known is None else replace(known, folder=folder / FOLDER / known.version)
 
 
 def promoted_versions(folder: Path) -> list[Promoted]:
-    """The promoted versions that a run folder has, the one that became current last at the end.
+    """The promoted versions of a run folder, in the order in which they last became current.
 
     Raises:
-        OutputError: what one says of itself is damaged.
+        OutputError: a `promoted.json` is damaged.
     """
-    places = (path for path in (folder / FOLDER).glob("*") if VERSION.fullmatch(path.name))
-    known = filter(None, map(_read, places))
+    folders = (path for path in (folder / FOLDER).glob("*") if VERSION.fullmatch(path.name))
+    known = filter(None, map(_read, folders))
+    # The name only breaks ties, so that the order is the same every time.
     return sorted(known, key=lambda version: (version.current_since, version.version))
 
 
 def write_promoted(version: Promoted, folder: Path) -> None:
-    """Write what a version is into its folder, or where that is being made. Raises `OutputError`."""
-    said = {name: value for name, value in asdict(version).items() if name != "folder"}
-    write_text(folder / FILE_NAME, json.dumps(said, indent=2) + "\n")
+    """Write `promoted.json` into the folder of a version, which may still be a staging folder.
+    Raises `OutputError`."""
+    # Without the folder: its absolute path would be wrong after the run folder was moved.
+    facts = {name: value for name, value in asdict(version).items() if name != "folder"}
+    write_text(folder / FILE_NAME, json.dumps(facts, indent=2) + "\n")
 
 
 def _read(folder: Path) -> Promoted | None:
-    """What a version says of itself; None where there is none."""
+    """Read the `promoted.json` in a folder; None if there is none. Raises `OutputError`."""
     path = folder / FILE_NAME
     if not path.is_file():
         return None
     try:
-        said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        numbers = {name: Measured(**each) for name, each in said.pop("numbers").items()}
-        return Promoted(**said, numbers=numbers, folder=folder)
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        numbers = {name: Measured(**number) for name, number in facts.pop("numbers").items()}
+        return Promoted(**facts, numbers=numbers, folder=folder)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise OutputError(
             f"the promoted version cannot be read: {error}",

@@ -80,7 +80,7 @@ def run_alone(
         The record of the training and the model, if something was trained.
     """
     from diffsynth_dagster.data.media.budget import DECODING
-    from diffsynth_dagster.facts import FactCache
+    from diffsynth_dagster.facts import fact_cache_of
     from diffsynth_dagster.files import require_writable
     from diffsynth_dagster.preflight import check_data, check_encoded, check_headers
     from diffsynth_dagster.run.record import RunFile
@@ -105,7 +105,7 @@ def run_alone(
     output = Path(config.output_path)
     require_writable(output, "output_path")
     require_writable(Path(config.cache_path), "cache_path")
-    fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
+    fact_cache = fact_cache_of(config.cache_path)
 
     # Metadata: the checked table, unless the data set is encoded already.
     table = checked_table(

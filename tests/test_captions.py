@@ -379,7 +379,7 @@ def test_the_second_half_takes_the_captions_over(listed: dict[str, Any], tmp_pat
     said = io.StringIO()
     with redirect_stderr(said):
         assert train({**second, "caption_dropout_rate": 0.2}, tmp_path / "other")[0] == 2
-    assert "encoded with caption_dropout_rate = 0.3, not 0.2" in said.getvalue()
+    assert "encoded with caption_dropout_rate = 0.3, and now it is 0.2" in said.getvalue()
     assert whole.is_dir()
 
 
@@ -397,5 +397,5 @@ def test_what_was_encoded_without_is_refused(values: Values, tmp_path: Path) -> 
     said = io.StringIO()
     with redirect_stderr(said):
         assert train({**second, "caption_dropout_rate": 0.2}, tmp_path / "run")[0] == 2
-    assert "encoded with caption_dropout_rate = 0.0, not 0.2" in said.getvalue()
+    assert "encoded with caption_dropout_rate = 0.0, and now it is 0.2" in said.getvalue()
     assert train(second, tmp_path / "run")[0] == 0

@@ -17,7 +17,7 @@ from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import read_checked
 from diffsynth_dagster.data.table.warnings import warnings_about
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.weights.identify import guess_model
 
 WAN, WIDE = "Wan-AI/Wan2.1-T2V-1.3B:a.safetensors", "Wan-AI/Wan2.2-TI2V-5B:Wan2.2_VAE.pth"
@@ -47,7 +47,7 @@ def told(config: TrainingConfig, columns: Columns | None = None) -> list[str]:
 
 
 def check(config: TrainingConfig, columns: Columns) -> CheckedTable:
-    table = prepare_data(config, columns, FactCache(Path(config.cache_path) / "facts.sqlite"))
+    table = prepare_data(config, columns, fact_cache_of(config.cache_path))
     assert table.counts == {"ok": sum(table.counts.values())}
     return table
 

@@ -7,6 +7,7 @@ from typing import Any
 from diffsynth_dagster.config.effect import settled_by_encoding
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
 from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.fingerprint import Fingerprint
 
 
 def take_over(
@@ -25,16 +26,11 @@ def take_over(
         ParameterError: the config asks for something else.
     """
     default = settled_by_encoding(TrainingConfig.model_validate({}))
-    unsaid = {name for name in settled if name in MARKS and _is_unsaid(name, settled[name])}
-    for name, value in settled_by_encoding(config).items():
-        left_out = [] if _is_given(config, name) else [default[name]]
-        if name in {*settled} - unsaid and value not in (settled[name], *left_out):
-            raise ParameterError(
-                f"{what} with {name} = {settled[name]}, not {value}",
-                where=where,
-                do=f"leave {name} out, or do that step again with it",
-            )
-    known = {name: settled[name] for name in settled if name in MARKS and name not in unsaid}
+    known = {n: value for n, value in settled.items() if n in MARKS and not _is_unsaid(n, value)}
+    asked = settled_by_encoding(config)
+    said = [n for n in asked if n in known and (_is_given(config, n) or asked[n] != default[n])]
+    do = "leave it out, or do that step again with it"
+    require_same({name: asked[name] for name in said}, known, what, where, do)
     return TrainingConfig.model_validate({**config.model_dump(), **known})
 
 
@@ -67,10 +63,9 @@ def require_same(
     Raises:
         ParameterError: a value differs.
     """
-    for name in given:
-        if given[name] != settled.get(name):
-            raise ParameterError(
-                f"{what} with {name} = {settled.get(name)}, and now it is {given[name]}",
-                where=where,
-                do=do,
-            )
+    for name in Fingerprint(given).differs(Fingerprint(settled), given):
+        raise ParameterError(
+            f"{what} with {name} = {settled.get(name)}, and now it is {given[name]}",
+            where=where,
+            do=do,
+        )

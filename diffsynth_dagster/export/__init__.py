@@ -1,6 +1,6 @@
 """Turn a checkpoint into the files that other tools load.
 
-What is named here is imported when it is used: promoting an export needs none of the large libraries.
+The modules are imported on first use: promoting an export needs no torch and no diffusers.
 """
 
 from importlib import import_module
@@ -39,7 +39,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is asked for. Raises `AttributeError`: there is no such name."""
+    """Import a name on first use. Raises `AttributeError` if the package has no such name."""
     if name not in _MODULES:
         raise AttributeError(name)
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""`python -m diffsynth_dagster.export FILE --to FORMAT`: a LoRA file in the names of another tool."""
+"""`python -m diffsynth_dagster.export FILE --to FORMAT`: convert a LoRA file for another tool."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from diffsynth_dagster.run.guard import FailureGuard, PrintedFailures
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m diffsynth_dagster.export",
         description="Write a LoRA file, of this trainer or another tool, in the names of a tool.",
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     with FailureGuard(PrintedFailures()) as guard:
         arguments = parser().parse_args(sys.argv[1:] if argv is None else argv)
+        # Imported late: `--help` and wrong flags are answered without loading diffusers.
         from diffsynth_dagster.export.convert import convert
 
         print(convert(arguments.file, arguments.to, arguments.output, arguments.family))

@@ -1,5 +1,5 @@
-"""`exports/README.md`: what was trained on what, and how each exported file is used, as a model card of
-the Hugging Face hub."""
+"""`exports/README.md`: a Hugging Face model card. It says what was trained, on which data, and how
+to load each exported file."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,14 +29,19 @@ from diffsynth_dagster.weights.header import read_header
 from diffsynth_dagster.weights.resolved import ResolvedModel
 
 CARD, CURVE = "README.md", "loss.svg"
+# The last line of a card is a comment with the digest of the text above it. If the digest does not
+# match, a person has edited the card, and it is not overwritten.
 _MARK = "<!-- diffsynth-dagster: this card is written anew by each export, unless it is edited: {} -->\n"
 _MARKED = re.compile(r"(?s)(.*)" + re.escape(_MARK).replace(r"\{\}", "([0-9a-f]{64})"))
+# The YAML front matter that the hub reads.
 _FRONT = re.compile(r"(?s)\A---\n.*?\n---\n")
+# A model on a hub, such as `Qwen/Qwen-Image:transformer/*`: not a path, so it is shown whole.
 _HUB_ENTRY = re.compile(r"[\w.-]+/[\w.-]+:.*")
 _METHODS = {"lora": "a LoRA", "dora": "a DoRA", "lokr": "a LoKr", "oft": "OFT"}
+# Left out of the recipe in the card: they only say where this machine keeps its files.
 _OF_THE_MACHINE = ("output_path", "cache_path")
+# Parameters that hold paths although their names do not end with _path or _paths.
 _PATHS = ("fp8_models", "resume_from_checkpoint", "lora_checkpoint", "template_model_id_or_path")
-"""Parameters that name files or folders, beside those whose names say so."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,9 @@ class Card:
     """The model card of a training.
 
     Attributes:
-        path: its file.
-        text: as it is now made, whether it was written or not.
-        kept: whether one that a person has edited was left in its place.
+        path: the file of the card.
+        text: the text made by this export. If `kept`, the file has another one.
+        kept: whether the file was left alone because a person has edited it.
     """
 
     path: Path
@@ -55,7 +60,7 @@ class Card:
 
     @property
     def shown(self) -> str:
-        """The text for a page that has no files beside it: without front matter, pictures and mark."""
+        """The text without front matter, pictures and mark, for a page that cannot show files."""
         body = _FRONT.sub("", _MARKED.sub(r"\1", self.text))
         return re.sub(r"(?m)^!\[.*\n\n?", "", body).strip() + "\n"
 
@@ -67,11 +72,12 @@ def write_card(
     chosen: Chosen,
     files: Sequence[Exported],
 ) -> Card:
-    """Write the card of a training beside its exports, and its loss curve. Equal trainings of folders of
-    one name have equal cards.
+    """Write the model card and the loss curve of a training beside its exports.
+
+    Equal trainings in run folders of the same name get equal cards.
 
     Args:
-        config: of the training, for a run folder without a `config.yaml`.
+        config: the config of the training, used if the run folder has no `config.yaml`.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -89,21 +95,21 @@ def write_card(
         _samples(folder, record, changed),
         "" if curve is None else f"## Loss\n\n![The loss of each step, and its mean]({CURVE})",
         _usage(folder / "exports", files, found.family),
-        _said_recipe(recipe),
+        _recipe_section(recipe),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n\n"
     card = text + _MARK.format(digest_text(text))
     path = folder / "exports" / CARD
     if curve is not None:
         write_text(path.with_name(CURVE), curve)
-    kept = path.exists() and not _is_ours(path)
+    kept = path.exists() and not _is_unedited(path)
     if not kept:
         write_text(path, card)
     return Card(path, card, kept)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a card is as it was written here."""
+def _is_unedited(path: Path) -> bool:
+    """Whether a card was written by an export, and nobody has edited it since."""
     try:
         marked = _MARKED.fullmatch(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
@@ -112,52 +118,54 @@ def _is_ours(path: Path) -> bool:
 
 
 def _title(folder: Path) -> str:
-    """The name of the run folder; for an older training, of the one that it lies in."""
-    place = folder.absolute()
-    older = OLDER.fullmatch(f"{place.parent.name}/{place.name}")
-    return (place.parent.parent if older else place).name or "model"
+    """The name of the run folder. For a training in `older/`, the run folder above it."""
+    folder = folder.absolute()
+    older = OLDER.fullmatch(f"{folder.parent.name}/{folder.name}")
+    return (folder.parent.parent if older else folder).name or "model"
 
 
 def _recipe(folder: Path, config: TrainingConfig) -> dict[str, Any]:
-    """The parameters of a training that are not left at their defaults, as its `config.yaml` says."""
+    """The parameters of a training that differ from their defaults, read from its `config.yaml`."""
     try:
         values, _ = read_values(folder / "config.yaml")
-    except ParameterError:  # there is none, or of another version
+    except ParameterError:  # the file is missing, or was written by another version
         values = yaml.safe_load(dump_config(config))
+    # Dumped and read back, so that the defaults have the same YAML types as the values.
     defaults = yaml.safe_load(dump_config(TrainingConfig()))
     return {name: v for name, v in values.items() if name not in defaults or v != defaults[name]}
 
 
 def _front_matter(config: TrainingConfig, record: RunRecord, found: ResolvedModel) -> str:
+    # Only the models that were trained count as base models, not the VAE and the text encoders.
     owners = dict.fromkeys(found.family.part(name).of for name in record.trained)
     repositories = [found.components[name].entry.repository for name in owners]
     bases = list(dict.fromkeys(r for r in repositories if r is not None))
     tags = ["diffsynth-dagster", record.family]
     tags += [str(record.lora.get("method", "lora"))] if record.lora is not None else []
     tags += ["full-training"] if _in_full(config, record) else []
-    said = {
+    fields = {
         **({"base_model": bases[0] if len(bases) == 1 else bases} if bases else {}),
         "library_name": "diffusers",
         "tags": tags,
     }
-    return f"---\n{yaml.safe_dump(said, sort_keys=False, allow_unicode=True)}---"
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
 def _in_full(config: TrainingConfig, record: RunRecord) -> list[str]:
-    """The components and parts whose own weights are trained."""
+    """The components and parts that were trained in full, not through a LoRA."""
     return [name for name in record.trained if name not in config.lora_base_model]
 
 
 def _training(
     config: TrainingConfig, record: RunRecord, chosen: Chosen, recipe: Mapping[str, Any]
 ) -> str:
-    """What was trained, how far, and on what."""
+    """The section that says what was trained, for how many steps, and on which data."""
     trained = [f"{_code(name)} in full" for name in _in_full(config, record)]
     if record.lora is not None:
         method = _METHODS[record.lora.get("method", "lora")]
-        facts = [f"{name} {value}" for name, value in record.lora.items() if name != "method"]
-        said = f"through {method} ({', '.join(facts)})"
-        trained += [f"{_code(name)} {said}" for name in config.lora_base_model]
+        settings = [f"{name} {value}" for name, value in record.lora.items() if name != "method"]
+        how = f"through {method} ({', '.join(settings)})"
+        trained += [f"{_code(name)} {how}" for name in config.lora_base_model]
     lines = {
         "Family": _code(record.family),
         "Trained": "; ".join(trained),
@@ -182,33 +190,34 @@ def _training(
 
 
 def _resolution(recipe: Mapping[str, Any]) -> str:
-    """The size that samples were trained at."""
+    """The size in pixels that samples were trained at, and their number of frames."""
     height, width, frames = (recipe.get(name) for name in ("height", "width", "num_frames"))
     if height is not None and width is not None:
         size = f"{width} × {height} pixels"
     else:
-        most = recipe.get("max_pixels", TrainingConfig().max_pixels)
-        size = f"each sample in its own size, up to {most:,} pixels"
+        limit = recipe.get("max_pixels", TrainingConfig().max_pixels)
+        size = f"each sample in its own size, up to {limit:,} pixels"
     return size if frames is None else f"{size}, {frames} frames"
 
 
 def _base(record: RunRecord, found: ResolvedModel) -> str:
-    """The weights that the training began with."""
+    """The section with the model files that the training started from, and their digests."""
     lines: list[str] = []
     for name, digest in record.base.items():
         source = found.components.get(name)
         if source is None:
-            told = _code(found.tokenizers[name].name) if name in found.tokenizers else ""
+            origin = _code(found.tokenizers[name].name) if name in found.tokenizers else ""
         elif source.entry.repository is not None:
-            told = _code(source.entry.text)
+            origin = _code(source.entry.text)
         else:
-            told = ", ".join(_code(path.name) for path in source.files)
-        lines.append(f"{_code(name)}: {told}{', ' * bool(told)}BLAKE3 {_code(digest)}")
+            origin = ", ".join(_code(path.name) for path in source.files)
+        lines.append(f"{_code(name)}: {origin}{', ' * bool(origin)}BLAKE3 {_code(digest)}")
     return f"## Base weights\n\n{_listed(lines)}"
 
 
 def _samples(folder: Path, record: RunRecord, changed: Sequence[Path]) -> str:
-    """The newest samples of each kind, where their files are as they were written."""
+    """The section with the newest pictures and clips whose files exist and are unchanged."""
+    # Pictures are named step-<step>, before-<name> or after-<name>; clips step-<step>-<prompt>.
     steps = [name for name in record.pictures if name.startswith("step-")]
     after = [name for name in record.pictures if name.startswith("after-")]
     clips = [name for name in record.clips if steps and name.startswith(f"{steps[-1]}-")]
@@ -216,6 +225,7 @@ def _samples(folder: Path, record: RunRecord, changed: Sequence[Path]) -> str:
     for name in [*steps[-1:], *after, *clips]:
         file = {**record.pictures, **record.clips}[name]
         path = folder / PICTURES / file
+        # Markdown shows pictures but no videos: a clip becomes a link.
         if path.is_file() and path not in changed:
             lines.append(
                 f"{'!' * (name not in clips)}[{_plain(name)}](../{PICTURES}/{quote(file)})"
@@ -224,7 +234,7 @@ def _samples(folder: Path, record: RunRecord, changed: Sequence[Path]) -> str:
 
 
 def _usage(exports: Path, files: Sequence[Exported], family: Family) -> str:
-    """How each exported file is loaded."""
+    """The section that says how to load each exported file."""
     parts = ["## Use", "The paths start at the folder of this file."]
     for item in files:
         name = item.path.relative_to(exports).as_posix()
@@ -237,7 +247,7 @@ def _usage(exports: Path, files: Sequence[Exported], family: Family) -> str:
 
 
 def _in_other_tools(item: Exported, name: str, family: Family) -> Iterator[str]:
-    """How ComfyUI and DiffSynth-Studio take an exported file, as far as that is known."""
+    """How to use an exported file in ComfyUI and DiffSynth-Studio, as far as that is known."""
     component = family.component(item.components[0])
     rules = component.names.lora
     if item.kind == "full":
@@ -259,16 +269,18 @@ def _in_other_tools(item: Exported, name: str, family: Family) -> Iterator[str]:
 
 
 def _has_authors_names(item: Exported, rules: LoraRules | None) -> bool:
-    """Whether a single file in the layout of diffusers has the names of the authors as well, as far as
-    these are known: those of Qwen-Image are the same."""
+    """Whether the tensor names in an exported diffusers file are those of the model's authors too,
+    as far as those are known. They are for Qwen-Image. Never true for a model in shards."""
     if rules is None or rules.authors is None or item.path.suffix != ".safetensors":
         return False
     layers = {name.rpartition(".")[0] for name in read_header(item.path)}
+    # None: the authors have no such layer, or its name is not known.
+    # None: the authors have no such layer, or its name is not known.
     return all(rules.authors.theirs(layer) in (layer, None) for layer in layers)
 
 
 def _comfyui_folder(name: str, folder: str, family: Family) -> str:
-    """The folder under `models/` in which ComfyUI looks for a component."""
+    """The folder under ComfyUI's `models/` for a component."""
     if any(name == denoiser.component for denoiser in family.denoisers):
         return "diffusion_models"
     starts = {"text_encoder": "text_encoders", "vae": "vae", "controlnet": "controlnet"}
@@ -277,24 +289,27 @@ def _comfyui_folder(name: str, folder: str, family: Family) -> str:
     )
 
 
-def _said_recipe(recipe: Mapping[str, Any]) -> str:
-    """The recipe in a block, with the names of files alone."""
-    values = {n: _nameless(n, v) for n, v in recipe.items() if n not in _OF_THE_MACHINE}
+def _recipe_section(recipe: Mapping[str, Any]) -> str:
+    """The section with the recipe. Of paths, it shows only the last part."""
+    values = {n: _without_folders(n, v) for n, v in recipe.items() if n not in _OF_THE_MACHINE}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
-    said = "What is left at its default is left out, and of paths all but the last name."
-    return f"## Recipe\n\n{said}\n\n{_block(text, 'yaml')}"
+    note = "Parameters at their defaults are left out. Of paths, only the last part is shown."
+    return f"## Recipe\n\n{note}\n\n{_block(text, 'yaml')}"
 
 
-def _nameless(name: str, value: Any) -> Any:
-    """A value of a parameter without the folders of the machine that it names."""
+def _without_folders(name: str, value: Any) -> Any:
+    """The value of a parameter; of a path, only the last part, since folders are private."""
+    # The prompts are a list of texts, or one path to a table of them.
     texts = value if isinstance(value, list) else [value]
     table = name == "sample_prompts" and len(texts) == 1 and str(texts[0]).endswith(TABLES)
     if not (table or name in _PATHS or name.endswith(("_path", "_paths"))):
         return value
     if isinstance(value, list):
-        return [_nameless("_path", item) for item in value]
+        return [_without_folders("_path", item) for item in value]
     if not isinstance(value, str) or _HUB_ENTRY.fullmatch(value):
         return value
+    # The last part that is not empty: a path may end with a slash, or have Windows' backslashes.
+    # The last part that is not empty: a path may end with a slash, or have Windows' backslashes.
     return next((part for part in reversed(re.split(r"[\\/]", value)) if part), value)
 
 
@@ -303,19 +318,20 @@ def _listed(lines: Iterable[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """A name as text in which nothing is Markdown."""
+    """A name with its Markdown characters escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", " ".join(text.split()))
 
 
 def _fence(text: str, least: int) -> str:
-    """More backticks than stand together in a text."""
+    """A code fence: at least `least` backticks, and more than any run of backticks in the text."""
     return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
 def _code(text: str) -> str:
-    """A name as code."""
+    """A name as inline code."""
     text = " ".join(text.split())
     fence = _fence(text, 1)
+    # CommonMark needs the space where a text may begin or end with a backtick.
     space = " " * (len(fence) > 1)
     return f"{fence}{space}{text}{space}{fence}"
 

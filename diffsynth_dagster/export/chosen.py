@@ -1,4 +1,4 @@
-"""Which checkpoint of a run folder is exported."""
+"""Choose the checkpoint of a run folder that is exported."""
 
 import json
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ class Chosen:
     """The checkpoint that is exported.
 
     Attributes:
-        paths: its files.
-        digest: of its file, or of its files.
-        unfinished: how far the training had come, such as "step 120 of 400"; None where it reached
-            its end.
+        paths: the files of the checkpoint.
+        digest: BLAKE3 of its one file, or the digest of several: see
+            `RunRecord.digest_of_checkpoint`.
+        unfinished: how far an unfinished training had come, such as "step 120 of 400"; None for a
+            finished one.
     """
 
     paths: list[Path]
@@ -31,26 +32,29 @@ class Chosen:
 
 
 def chosen_checkpoint(config: TrainingConfig, record: RunRecord, family: Family) -> Chosen:
-    """The checkpoint that is exported: that of `export_checkpoint`, or see `RunRecord.chosen`.
+    """Return the checkpoint to export: the one that `export_checkpoint` names, else
+    `RunRecord.chosen`.
 
-    Of a training that was stopped or failed, and that none is named of, it is the newest whole one where
-    that one is not whole.
+    If the training was stopped or failed, and `export_checkpoint` names none, the newest undamaged
+    checkpoint is taken where `RunRecord.chosen` is damaged.
 
     Raises:
-        OutputError: there is none, or its bytes are not those that the training wrote.
+        OutputError: there is no checkpoint, or its bytes have changed since the training wrote it.
     """
     folder = Path(config.output_path)
     damaged: Path | None = None
     if config.export_checkpoint is not None:
-        every = [_named(config, record, family)]
+        candidates = [_named(config, record, family)]
     else:
-        every = [record.chosen] if record.finished else _candidates(config, record, family)
-    for names in every:
+        # A killed training may have been writing its newest checkpoint: try older ones as well.
+        candidates = [record.chosen] if record.finished else _candidates(config, record, family)
+    for names in candidates:
         paths = [folder / name for name in names]
-        changed = [p for p in paths if not _is_whole(p, record)]
+        changed = [path for path in paths if not _is_whole(path, record)]
         if paths and not changed:
             unfinished = None if record.finished else _progress(paths[0], record)
             return Chosen(paths, record.digest_of_checkpoint(names), unfinished)
+        # The first candidate is the one the user expects: its damage is reported.
         damaged = damaged or next(iter(changed), None)
     if damaged is None:
         ended = "wrote no checkpoint" if record.finished else "ended before its first checkpoint"
@@ -69,13 +73,14 @@ def _named(config: TrainingConfig, record: RunRecord, family: Family) -> list[st
         return record.newest
     if asked == "best" and record.best:
         return record.best
-    found: dict[int, list[str]] = {}
+    by_step: dict[int, list[str]] = {}
     for names in _candidates(config, record, family):
         if names and all((folder / name).is_file() for name in names):
-            found.setdefault(step_of(folder / names[0]), names)
-    if asked != "best" and asked is not None and int(asked) in found:
-        return found[int(asked)]
-    steps = ", ".join(map(str, sorted(found))) or "none"
+            # Names may give the epoch; the step is in the header.
+            by_step.setdefault(step_of(folder / names[0]), names)
+    if asked != "best" and asked is not None and int(asked) in by_step:
+        return by_step[int(asked)]
+    steps = ", ".join(map(str, sorted(by_step))) or "none"
     raise OutputError(
         "no best checkpoint is kept"
         if asked == "best"
@@ -88,15 +93,17 @@ def _named(config: TrainingConfig, record: RunRecord, family: Family) -> list[st
 
 
 def _candidates(config: TrainingConfig, record: RunRecord, family: Family) -> list[list[str]]:
-    """The files of each checkpoint that a record names: first of the one that would be exported, then
-    of the others, the newest first."""
-    ends = [
+    """File names of each checkpoint: first of `RunRecord.chosen`, then of all, newest first."""
+    # A checkpoint of several modules has a file for each: one stem, one suffix per module.
+    suffixes = [
         file.name
         for file in checkpoint_files("", family, record.trained, config.remove_prefix_in_ckpt)
     ]
-    names = [n.removesuffix(ends[0]) for n in reversed(record.checkpoints) if n.endswith(ends[0])]
-    every = [record.chosen, *([name + end for end in ends] for name in names)]
-    return [files for files in every if set(files) <= record.checkpoints.keys()]
+    first = suffixes[0]
+    stems = [n.removesuffix(first) for n in reversed(record.checkpoints) if n.endswith(first)]
+    checkpoints = [record.chosen, *([stem + suffix for suffix in suffixes] for stem in stems)]
+    # Leave out a checkpoint of which only some files were recorded.
+    return [names for names in checkpoints if set(names) <= record.checkpoints.keys()]
 
 
 def _is_whole(path: Path, record: RunRecord) -> bool:
@@ -104,11 +111,11 @@ def _is_whole(path: Path, record: RunRecord) -> bool:
 
 
 def _progress(path: Path, record: RunRecord) -> str:
-    """How far a training had come when it wrote a checkpoint."""
+    """How far a training had come when it wrote a checkpoint, as text."""
     step = step_of(path)
     return f"step {step} of {record.total_steps}" if record.total_steps else f"step {step}"
 
 
 def step_of(path: Path) -> int:
-    """The step after which a checkpoint was written."""
+    """The step after which a checkpoint was written, read from the header of its file."""
     return json.loads(read_metadata(path)[PROVENANCE_KEY])["step"]

@@ -1,4 +1,4 @@
-"""A LoRA file → the same LoRA in another format."""
+"""Convert a LoRA file into another format."""
 
 import json
 from collections.abc import Mapping
@@ -28,15 +28,16 @@ from diffsynth_dagster.weights.model_spec import START, write_described
 
 
 def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None) -> str:
-    """Write a LoRA file in another format; returns what was done, for a person.
+    """Write a LoRA file in another format; returns a sentence that says what was written.
 
     Args:
-        output: the file, or for peft the folder; left out, beside the file, with the format in its name.
-        family: its name; left out, the file says it.
+        output: the file to write, or for peft the folder. None: a name beside `file` that ends with
+            the format.
+        family: the name of the model family. None: it is found in the file.
 
     Raises:
-        WeightsError: the file is missing or damaged, or is not understood whole.
-        ParameterError: nothing says which family it is of.
+        WeightsError: the file is missing or damaged, or some of its tensors are not understood.
+        ParameterError: the family is not given and cannot be found out.
         OutputError: the output exists, or cannot be written.
     """
     where = require_lora(file, "FILE")
@@ -47,7 +48,7 @@ def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None)
         loras, _ = loras_in(tensors, notes, of, [of.denoiser], strict=True)
     except (Unread, *NONSENSE) as error:
         raise _not_understood(of, str(error), where) from error
-    # The one that a file names without a start comes first.
+    # The main denoiser first: its name may have no prefix in the file.
     loras = dict(sorted(loras.items(), key=lambda item: item[0] != of.denoiser))
     rules = {name: of.lora_rules(name) for name in loras}
     if to == "peft" and len(loras) > 1:
@@ -62,28 +63,31 @@ def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None)
         raise _not_understood(of, f"{to} has no name for {error.args[0]}", where) from error
     path = _path(file, to, output)
     provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
-    made_anew = (ADAPTER_KEY, PROVENANCE_KEY, "format")
-    kept = {k: v for k, v in notes.items() if k not in made_anew}
+    # The header keeps the notes of the source file that are still true of the new one.
+    rewritten = (ADAPTER_KEY, PROVENANCE_KEY, "format")
+    kept = {k: v for k, v in notes.items() if k not in rewritten}
     if "architecture" in provenance:
+        # `write_described` makes the ModelSpec fields again from the provenance.
         kept = {k: v for k, v in kept.items() if not k.startswith(START)}
-    said = {PROVENANCE_KEY: json.dumps({**provenance, "format": to}, sort_keys=True)}
+    origin = {PROVENANCE_KEY: json.dumps({**provenance, "format": to}, sort_keys=True)}
     config = spelled.notes.get(peft.CONFIG)
     more = {k: v for k, v in spelled.notes.items() if k != peft.CONFIG}
-    write_described(path, spelled.tensors, {**kept, **more, **said, "format": "pt"})
+    write_described(path, spelled.tensors, {**kept, **more, **origin, "format": "pt"})
     if config is not None:
         write_text(path.parent / peft.CONFIG, config)
-    back = find_format(to).read(read_tensors([path]), rules)
-    apart = max(difference(lora, back[name]) for name, lora in loras.items())
-    if apart > ROUNDING:
+    # Read the file back: a format may fold scales or fuse layers, but must not change s B A.
+    written = find_format(to).read(read_tensors([path]), rules)
+    deviation = max(difference(lora, written[name]) for name, lora in loras.items())
+    if deviation > ROUNDING:
         path.unlink()
         raise WeightsError(
-            f"the file would change the model differently in {to}: by {apart:.1e}",
+            f"the file would change the model differently in {to}: by {deviation:.1e}",
             where=where,
             do="report this with the file",
         )
     return (
         f"wrote {path.absolute()}: {_counted(loras)} of {of.name} in the names of {to}; the change of "
-        f"each layer is the same to {apart:.0e}"
+        f"each layer is the same to {deviation:.0e}"
     )
 
 
@@ -92,8 +96,9 @@ def _counted(loras: Mapping[str, Lora]) -> str:
 
 
 def _path(file: Path, to: LoraFormat, output: Path | None) -> Path:
-    """The file to write, which is not there yet. Raises `OutputError`."""
+    """The file to write. Raises `OutputError` if it exists, or is not a .safetensors file."""
     if to == "peft":
+        # peft loads a folder with a config, not a single file.
         path = (output or file.with_name(f"{file.stem}-peft")) / "adapter_model.safetensors"
     else:
         path = output or file.with_name(f"{file.stem}-{to}.safetensors")
@@ -111,20 +116,20 @@ def _path(file: Path, to: LoraFormat, output: Path | None) -> Path:
 
 
 def _family_of(tensors: Tensors, notes: Mapping[str, str], name: str | None, where: str) -> Family:
-    """The family of a file: as asked, by its header, or the only one that knows every key.
+    """The family of a file: as asked, as its header says, or the only one that knows all its keys.
 
     Raises:
-        ParameterError: several know it.
-        WeightsError: none does; or its header is nonsense.
+        ParameterError: several families know all keys.
+        WeightsError: no family does; or the header is nonsense.
     """
     try:
-        said = name or json.loads(notes.get(PROVENANCE_KEY, "{}")).get("family")
+        known = name or json.loads(notes.get(PROVENANCE_KEY, "{}")).get("family")
     except NONSENSE as error:
         raise WeightsError(
             "the header of the file cannot be read", where=where, do="give --family"
         ) from error
-    if said is not None:
-        return find_family(said)
+    if known is not None:
+        return find_family(known)
     fitting, why = families_of(tensors)
     if not fitting:
         raise WeightsError(

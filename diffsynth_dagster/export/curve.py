@@ -1,4 +1,4 @@
-"""The losses of a training as an SVG picture."""
+"""The loss curve of a training as an SVG picture, written without a plotting library."""
 
 import csv
 import math
@@ -6,24 +6,25 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+# The picture and its margins, in pixels.
 _WIDTH, _HEIGHT = 720, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 34
+# Points in a line at most, one for each two pixels. Each is the mean of a part of the training.
 _POINTS = 360
-"""Of a line, at most: the means of as many parts of the training."""
+# The running mean is taken over 1/20 of all steps.
 _SMOOTHED = 20
-"""The running mean is that of one in so many of the steps."""
 _TEXT = '<text x="{}" y="{}" text-anchor="{}" font-family="sans-serif" font-size="12" fill="#555">{}</text>'
 _LINE = '<polyline points="{}" fill="none" stroke="{}" stroke-width="{}" stroke-linejoin="round"/>'
 
 
 def loss_svg(metrics: Path) -> str | None:
-    """The loss of each step, pale, and its running mean, as SVG.
+    """Draw the loss of each step in a pale color, and its running mean, as SVG.
 
     Args:
-        metrics: `metrics.csv`, which may be that of a training that was killed.
+        metrics: `metrics.csv`. After a training was killed, its last line may be cut off.
 
     Returns:
-        None where the file is not there, or has no step with a number for a loss.
+        The SVG text; None if the file is missing, or no step in it has a finite loss.
     """
     losses = _losses(metrics)
     if not losses:
@@ -32,6 +33,7 @@ def loss_svg(metrics: Path) -> str | None:
     window = max(2, len(steps) // _SMOOTHED)
     lines = [(_thinned(v), c, w) for v, c, w in _lines([*losses.values()], window)]
     numbers = _thinned(steps)
+    # One scale for both lines, after averaging: a single spike does not flatten the curve.
     least, most = (f(value for values, _, _ in lines for value in values) for f in (min, max))
     parts = [_axes(steps[0], steps[-1], least, most)]
     for values, color, width in lines:
@@ -45,7 +47,7 @@ def loss_svg(metrics: Path) -> str | None:
 
 
 def _losses(metrics: Path) -> Mapping[int, float]:
-    """Step → its finite loss, in the order of the steps; lines that were cut off are left out."""
+    """Step → finite loss, in the order of the steps. Lines that were cut off are skipped."""
     losses: dict[int, float] = {}
     if metrics.is_file():
         with metrics.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -60,7 +62,8 @@ def _losses(metrics: Path) -> Mapping[int, float]:
 
 
 def _lines(losses: Sequence[float], window: int) -> list[tuple[list[float], str, float]]:
-    """Values, color and width of each line: all losses, and the means of the last `window` ones."""
+    """Values, color and width of each line: all losses, and the running mean of `window` losses."""
+    # Prefix sums give every mean in constant time, also for a million steps.
     sums = [0.0, *accumulate(losses)]
     starts = (max(0, end - window) for end in range(1, len(sums)))
     means = [(sums[i + 1] - sums[start]) / (i + 1 - start) for i, start in enumerate(starts)]
@@ -68,8 +71,8 @@ def _lines(losses: Sequence[float], window: int) -> list[tuple[list[float], str,
 
 
 def _thinned(values: Sequence[float]) -> list[float]:
-    """The means of at most `_POINTS` parts of equal length."""
-    length = -(-len(values) // _POINTS)
+    """Split the values into at most `_POINTS` parts of equal length, and average each part."""
+    length = -(-len(values) // _POINTS)  # rounded up
     parts = (values[i : i + length] for i in range(0, len(values), length))
     return [sum(part) / len(part) for part in parts]
 
@@ -80,23 +83,24 @@ def _points(
     width: tuple[float, float],
     height: tuple[float, float],
 ) -> str:
-    """The points of a line in the picture; a single one becomes a line across it."""
+    """The points of an SVG polyline, in pixels. A single point becomes a horizontal line."""
     across, up = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     if len(xs) == 1:
         xs, ys, width = (0, 1), (ys[0], ys[0]), (0, 1)
     return " ".join(
+        # In SVG, y grows downwards.
         f"{_LEFT + across * _place(x, *width):.1f},{_TOP + up * (1 - _place(y, *height)):.1f}"
         for x, y in zip(xs, ys, strict=True)
     )
 
 
 def _place(value: float, least: float, most: float) -> float:
-    """Where a value lies between two, from 0 to 1; in the middle, where they are one."""
+    """Where a value lies between two others, from 0 to 1; 0.5 if those are equal."""
     return (value - least) / (most - least) if most > least else 0.5
 
 
 def _axes(first: int, last: int, least: float, most: float) -> str:
-    """The frame of the picture, with the numbers at the ends of its axes."""
+    """The two axes, with the numbers at their ends and their titles."""
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     path = f"M{_LEFT} {_TOP}V{bottom}H{right}"
     texts = [

@@ -1,4 +1,5 @@
-"""How much the LoRAs of a training change the weights of their layers: a LoRA that does nothing is told."""
+"""How much the LoRAs of a training change the weights of their layers, so that a LoRA without
+effect is noticed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,17 +9,17 @@ from diffsynth_dagster.families.lora import Lora
 from diffsynth_dagster.formats.change import change_norms
 
 ROUNDING = 1e-7
-"""The share of a number that float32 rounds."""
+"""Relative rounding error of float32, about 2⁻²³: a smaller change of a weight is lost."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """‖ΔW‖ / ‖W‖ (Frobenius norms) of the layers that LoRAs change.
+    """The relative change ‖ΔW‖ / ‖W‖ (Frobenius norms) of each layer that has a LoRA.
 
     Attributes:
-        of_layer: `<component>.<layer>` → its share. Empty where the norms of the weights are not known.
-        unchanged: the layers that are not changed at all.
-        layers: how many layers there are.
+        of_layer: `<component>.<layer>` → its relative change. Empty if the norms ‖W‖ are not known.
+        unchanged: the layers that do not change at all: B is zero.
+        layers: the number of layers with a LoRA.
     """
 
     of_layer: Mapping[str, float]
@@ -27,7 +28,7 @@ class Effect:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether no layer is changed by as much as its weights are rounded in float32."""
+        """Whether the change of every layer is below the rounding of its weights in float32."""
         if len(self.unchanged) == self.layers:
             return True
         return bool(self.of_layer) and max(self.of_layer.values()) < ROUNDING
@@ -51,11 +52,11 @@ class Effect:
 
 
 def effect_of(loras: Mapping[str, Lora], weight_norms: Mapping[str, Mapping[str, float]]) -> Effect:
-    """What LoRAs change.
+    """Measure how much LoRAs change their layers.
 
     Args:
         loras: component → its LoRA.
-        weight_norms: component → layer → ‖W‖ of the base, as far as they are known.
+        weight_norms: component → layer → ‖W‖ of the base weights. May lack layers.
     """
     shares: dict[str, float] = {}
     unchanged: list[str] = []
@@ -65,6 +66,6 @@ def effect_of(loras: Mapping[str, Lora], weight_norms: Mapping[str, Mapping[str,
             name = f"{component}.{layer}"
             if not norm:
                 unchanged.append(name)
-            if known.get(layer):
+            if known.get(layer):  # neither missing nor zero
                 shares[name] = norm / known[layer]
     return Effect(shares, tuple(unchanged), sum(len(lora.down) for lora in loras.values()))

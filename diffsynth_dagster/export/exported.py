@@ -1,4 +1,4 @@
-"""What was exported, as everything that handles exports knows it."""
+"""`Exported`, an exported file, and what all modules that handle exports share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +15,17 @@ ExportFormat = LoraFormat | Literal["authors"]
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that another tool loads, or the shards of one model.
+    """An exported file that another tool loads, or a model in several shards.
 
     Attributes:
-        path: the file; of shards, their index.
-        format: see `formats`; of a module trained in full, "diffusers", or "authors" for the layout of
-            the files that it was loaded from.
-        components: what it holds: one component, or the LoRAs of several.
+        path: the file; for shards, their index file.
+        format: for a LoRA, see `formats`. For a module trained in full, "diffusers", or "authors"
+            for the layout of the files that it was loaded from.
+        components: the components in it: one, or several that have a LoRA.
         kind: "lora" or "full".
-        digest: BLAKE3 of the file; of shards, that of the digests of all files.
-        tensors, bytes: of all files together.
-        trained: component → the LoRA that it must apply, as the training made it.
+        digest: BLAKE3 of the file; for shards, the digest of the digests of all files.
+        tensors, bytes: the count and size, summed over all files.
+        trained: component → its trained LoRA, which the loaded file must reproduce.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class Exported:
 
 
 def digest_of_files(paths: Sequence[Path]) -> str:
-    """Digest of a file, or of the names and contents of several."""
+    """The digest of one file, or of the names and contents of several."""
     if len(paths) == 1:
         return digest_file(paths[0])
     digests: Mapping[str, str] = {path.name: digest_file(path) for path in paths}
@@ -47,14 +47,14 @@ def digest_of_files(paths: Sequence[Path]) -> str:
 
 
 def remove_older(path: Path) -> None:
-    """Remove what an older export left. Raises `OutputError`: that cannot be done."""
+    """Remove a file of an older export. Raises `OutputError` if it cannot be removed."""
     require_held(path)
     with refusals("what an older export left cannot be removed", path):
         remove(path)
 
 
 def unloadable(exported: Exported, why: str) -> WeightsError:
-    """The error for an exported file that its tool would not take."""
+    """The error for an exported file that its tool cannot load."""
     return WeightsError(
         f"the exported file does not load in {exported.format}: {why}",
         where=str(exported.path),

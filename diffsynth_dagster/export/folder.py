@@ -1,4 +1,4 @@
-"""Export what a run folder holds: what the asset `exports` does, and the trainer after its last step."""
+"""Export the checkpoint of a run folder: for the asset `exports`, and at the end of a training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +23,14 @@ from diffsynth_dagster.weights.resolved import ResolvedModel
 
 @dataclass(frozen=True)
 class Exports:
-    """What was exported.
+    """The result of an export.
 
     Attributes:
+        files: the exported files.
         unfinished: see `chosen.Chosen`.
-        problems: of the files that the loader of their tool does not take.
-        effect: what the LoRAs change; None where there are none.
-        card: the model card beside them; None where there are problems.
+        problems: an error for each file that does not load in its tool.
+        effect: how much the LoRAs change the model; None if no LoRA was exported.
+        card: the model card; None if there are problems.
     """
 
     files: list[Exported]
@@ -40,29 +41,31 @@ class Exports:
 
 
 def export_folder(config: TrainingConfig, hub: ModelHub) -> Exports:
-    """Export the checkpoint of a run folder, finished or not, and hold the folder meanwhile.
+    """Export the checkpoint of a finished or unfinished training. Locks the run folder meanwhile.
 
     Raises:
-        OutputError: it holds no whole checkpoint, or someone else holds it, or it cannot be written.
+        OutputError: the folder has no undamaged checkpoint, is in use, or cannot be written.
         UserError: see `with_settled`, `find_model`.
     """
     folder = Path(config.output_path)
-    _require_record(folder)  # before anything is made in the folder
+    _require_record(folder)  # before locking: that would create the folder
     config = with_settled(config)
     refuse_overlap(config)
     found = find_model(config, hub)
     with owned(folder, "exporting"):
+        # Read again under the lock: a training may have begun in the meantime.
         return export_held(config, _require_record(folder), found)
 
 
 def export_held(config: TrainingConfig, record: RunRecord, found: ResolvedModel) -> Exports:
-    """Export the checkpoint of a run folder that is held, let the loader of its tool try each file, and
-    write the model card.
+    """Export the checkpoint of a run folder that the caller has locked: write the files, load each
+    the way its tool does, and write the model card.
 
     Raises:
         OutputError: see `chosen_checkpoint`; or the folder cannot be written.
     """
     chosen = chosen_checkpoint(config, record, found.family)
+    # Removed first and written last: if this process is killed, no listing names half an export.
     forget_listing(Path(config.output_path))
     files = export_checkpoint(config, record, found, chosen)
     problems: list[UserError] = []
@@ -70,6 +73,7 @@ def export_held(config: TrainingConfig, record: RunRecord, found: ResolvedModel)
         try:
             verify_export(item, found)
         except UserError as error:
+            # Go on: the other files may be fine, and all problems are reported together.
             problems.append(error)
     loras = {name: lora for item in files for name, lora in item.trained.items()}
     effect = effect_of(loras, record.weight_norms) if loras else None
@@ -81,7 +85,7 @@ def export_held(config: TrainingConfig, record: RunRecord, found: ResolvedModel)
 def _list(
     folder: Path, record: RunRecord, chosen: Chosen, files: Sequence[Exported], loads: bool
 ) -> None:
-    """Write down what was exported. Raises `OutputError`."""
+    """Write `exports/exported.json`. Raises `OutputError`."""
     write_listing(
         folder,
         Listing(
@@ -96,6 +100,7 @@ def _list(
 
 
 def _require_record(folder: Path) -> RunRecord:
+    """The record of the training in a run folder. Raises `OutputError` if there is none."""
     record = read_record(folder)
     if record is None:
         raise OutputError(

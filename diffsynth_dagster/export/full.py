@@ -1,14 +1,14 @@
-"""Write a module that is trained in full, whole, and check what was written.
+"""Export a module that was trained in full, and verify the files.
 
-exports/diffusers/<folder>/diffusion_pytorch_model.safetensors      in the layout of diffusers, or
-exports/diffusers/<folder>/diffusion_pytorch_model-00001-of-00003.safetensors, …, with its index
-exports/authors/<folder>/<name>.safetensors                         in that of the authors' files, where
-                                                                    it was loaded from those
+exports/diffusers/<folder>/                           the layout of diffusers
+    diffusion_pytorch_model.safetensors               in one file,
+    diffusion_pytorch_model-00001-of-00003.safetensors, …    or in shards with an index
+exports/authors/<folder>/<name>.safetensors           the layout of the model's authors, if it was
+                                                      loaded from their files
 """
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from diffsynth_dagster.export.exported import (
     remove_older,
     unloadable,
 )
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.run.record import RunRecord
@@ -40,7 +40,7 @@ from diffsynth_dagster.weights.recognise import read_architecture
 from diffsynth_dagster.weights.resolved import ComponentFiles, ResolvedModel
 
 MAX_SHARD = 10 * 10**9
-"""Bytes of tensors in a file, but for a single tensor that has more."""
+"""Largest size of a shard in bytes of tensors. A single larger tensor gets a shard of its own."""
 _SUFFIX, _INDEX = ".safetensors", ".safetensors.index.json"
 
 
@@ -52,11 +52,12 @@ def export_full(
     own: Tensors,
     provenance: Mapping[str, object],
 ) -> list[Exported]:
-    """Write a whole component for diffusers or transformers, and for the tools of the authors' files where
-    it was loaded from those.
+    """Write a whole component for diffusers or transformers. If it was loaded from files in the
+    authors' layout, write it in that layout too.
 
     Args:
-        own: what a checkpoint holds of the component, in the layout of the files it was loaded from.
+        own: the tensors of the component in the checkpoint, named as in the files it was loaded
+            from.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -64,16 +65,18 @@ def export_full(
     """
     source = found.components[name]
     tensors = _with_untrained(config, record, found, name, from_layout_of(source, own))
+    # Sorted, so that equal weights give equal bytes; contiguous, because safetensors requires it.
     tensors = {n: tensors[n].contiguous() for n in sorted(tensors)}
     exports = Path(config.output_path) / "exports"
-    said = json.dumps({**provenance, "trained": [name]}, sort_keys=True)
-    notes = {PROVENANCE_KEY: said, "format": "pt"}
+    origin = json.dumps({**provenance, "trained": [name]}, sort_keys=True)
+    notes = {PROVENANCE_KEY: origin, "format": "pt"}
     path = _write_diffusers(
         exports / "diffusers" / source.component.names.folder, source, tensors, notes
     )
     exported = [_exported(path, name, "diffusers")]
-    theirs = in_layout_of(source, tensors)
-    if theirs.keys() != tensors.keys():
+    original = in_layout_of(source, tensors)
+    # Equal names mean that it was loaded from the layout of diffusers: one export is enough.
+    if original.keys() != tensors.keys():
         path = (
             exports
             / "authors"
@@ -81,36 +84,40 @@ def export_full(
             / f"{_authors_name(source)}{_SUFFIX}"
         )
         _remove_weights(path.parent, "", keep=path.name)
-        exported.append(_exported(write_described(path, theirs, notes), name, "authors"))
+        exported.append(_exported(write_described(path, original, notes), name, "authors"))
     return exported
 
 
 def _with_untrained(
     config: TrainingConfig, record: RunRecord, found: ResolvedModel, name: str, trained: Tensors
 ) -> Tensors:
-    """The tensors of a whole component: those that were not trained come from the model files.
+    """All tensors of a component. Those that were not trained are read from the model files.
 
     Raises:
-        WeightsError: the files are not those that were trained on.
+        WeightsError: the model files have changed since the training began.
     """
+    # A checkpoint holds the whole component, unless only a part of it was trained.
     if all(n in trained for n, _ in build_empty(found.components[name]).named_parameters()):
         return trained
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
+    with fact_cache_of(config.cache_path) as fact_cache:
         if component_digest(found, name, fact_cache) != record.base[name]:
             raise WeightsError(
                 f"the files of '{name}' are not those that the training began with",
                 where=found.components[name].entry.text,
                 do="put those back: the checkpoint holds a part of the model, and the rest is theirs",
             )
-    kind = next(iter(trained.values())).dtype
-    base = Models(found, torch.device("cpu"), kind, on_cpu_first=True).get([name])[name]
+    dtype = next(iter(trained.values())).dtype
+    base = Models(found, torch.device("cpu"), dtype, on_cpu_first=True).get([name])[name]
     return {**base.state_dict(), **trained}
 
 
 def _write_diffusers(
     folder: Path, source: ComponentFiles, tensors: Tensors, notes: Mapping[str, str]
 ) -> Path:
-    """Write a module as `from_pretrained` of its library loads it; returns its file, or its index.
+    """Write a module for `from_pretrained` of its library.
+
+    Returns:
+        Its file; its index if it has several shards.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -119,7 +126,7 @@ def _write_diffusers(
     stem = _stem(module)
     shards = _in_shards(tensors, stem)
     single = f"{stem}{_SUFFIX}"
-    # First: an old index would say that new shards beside old ones are one model.
+    # Before writing: an old index would combine new shards with old ones.
     _remove_weights(folder, stem, keep=single if single in shards else None)
     for file, names in shards.items():
         write_described(folder / file, {n: tensors[n] for n in names}, notes)
@@ -129,14 +136,15 @@ def _write_diffusers(
     files = {name: file for file, names in shards.items() for name in names}
     index = {"metadata": {"total_size": _size(tensors.values())}, "weight_map": files}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    # The index last: it makes the shards a model, and all of them are written by now.
     return write_text(folder / f"{stem}{_INDEX}", text)
 
 
 def _in_shards(tensors: Tensors, stem: str) -> dict[str, list[str]]:
-    """File → the tensors in it, in their order: one file where they fit into it.
+    """Distribute tensors over files: file name → names of its tensors, in their order.
 
-    Not by `huggingface_hub.split_torch_state_dict_into_shards`, which keeps tensors together that are
-    views of one storage.
+    `huggingface_hub.split_torch_state_dict_into_shards` is not used: it puts all views of one
+    storage into the same shard.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -156,42 +164,44 @@ def _size(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _stem(module: nn.Module) -> str:
-    """How the names of its files start in its library."""
+    """The start of the weight files' names that the module's library expects."""
     return "model" if isinstance(module, PreTrainedModel) else "diffusion_pytorch_model"
 
 
 def _remove_weights(folder: Path, stem: str, keep: str | None) -> None:
-    """Remove the weights that an older export left in a folder, the index first.
+    """Remove the weight files of an older export from a folder.
 
     Args:
-        stem: how their names start.
-        keep: a file that is about to be replaced.
+        stem: the start of their names.
+        keep: a file that is about to be replaced anyway.
 
     Raises:
-        OutputError: that cannot be done.
+        OutputError: a file cannot be removed.
     """
+    # The index first: without it, a loader does not mistake the remaining shards for a model.
     paths = [*folder.glob(f"{stem}*{_INDEX}"), *folder.glob(f"{stem}*{_SUFFIX}")]
     for path in (p for p in paths if p.name != keep):
         remove_older(path)
 
 
 def _write_config(path: Path, source: ComponentFiles, module: nn.Module) -> None:
-    """The settings of the module, as the config.json of the library that reads it."""
+    """Write the config.json that the module's library reads."""
     if isinstance(module, ConfigMixin):
         write_text(path, module.to_json_string())
-    elif source.config is not None:
+    elif source.config is not None:  # the config.json that the component was loaded with
         write_text(path, json.dumps(source.config, indent=2) + "\n")
     else:
         assert isinstance(module, PreTrainedModel)
+        # `save_pretrained` would set this; without it, nobody knows which class to load.
         module.config.architectures = [type(module).__name__]
         write_text(path, module.config.to_json_string())
 
 
 def _authors_name(source: ComponentFiles) -> str:
-    """The name of the file that a component was loaded from, without its ending; that of its folder where
-    it was loaded from several, or from a whole checkpoint."""
-    alone = len(source.files) == 1 and not source.start
-    return source.files[0].stem if alone else source.component.names.folder
+    """The stem of the file that a component was loaded from. The component's folder name, if it was
+    loaded from several files, or from a checkpoint of a whole pipeline."""
+    single = len(source.files) == 1 and not source.start
+    return source.files[0].stem if single else source.component.names.folder
 
 
 def _exported(path: Path, component: str, target: ExportFormat) -> Exported:
@@ -202,7 +212,7 @@ def _exported(path: Path, component: str, target: ExportFormat) -> Exported:
 
 
 def _files(path: Path) -> list[Path]:
-    """A file; or an index, and the shards that it names.
+    """The files of an export: one file, or an index and the shards that it names.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, AttributeError: the index cannot be read.
@@ -214,11 +224,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def verify_full(exported: Exported, found: ResolvedModel) -> None:
-    """Check that a module was written whole, and is the architecture that its config.json names; in the
-    layout of the authors, that converting it gives the tensors of the export for diffusers.
+    """Check that a module was written whole and matches its config.json. In the authors' layout,
+    check that converting it gives the tensors of the diffusers export.
 
     Raises:
-        WeightsError: a file is missing or damaged, or is not what the training made.
+        WeightsError: a file is missing or damaged, or its tensors are wrong.
     """
     files = _whole_files(exported)
     source = found.components[exported.components[0]]
@@ -228,23 +238,25 @@ def verify_full(exported: Exported, found: ResolvedModel) -> None:
     config = read_architecture(exported.path.parent, source.component)
     if config is None:
         raise unloadable(exported, "its config.json is missing, or of another architecture")
+    # Built from the exported config on the meta device, as a reader of the export would build it.
     module = build_empty(replace(source, config=config))
-    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     weights = [file for file in files if file.suffix == _SUFFIX]
-    have = {name: info.shape for name, info in read_headers(weights).items()}
-    wrong = sorted(name for name in have if wanted.get(name) != have[name])
+    shapes = {name: info.shape for name, info in read_headers(weights).items()}
+    wrong = sorted(name for name in shapes if expected.get(name) != shapes[name])
+    # transformers does not save a tied weight: the output layer may be the embedding.
     tied = getattr(module, "all_tied_weights_keys", None) or {}
-    wrong += sorted(name for name in wanted if name not in have and name not in tied)
+    wrong += sorted(name for name in expected if name not in shapes and name not in tied)
     if wrong:
         raise unloadable(exported, f"tensors differ from the architecture: {wrong[:3]}")
     if len(files) > 1:
-        named = json.loads(exported.path.read_text(encoding="utf-8"))["weight_map"]
-        if named != {name: file.name for file in weights for name in read_header(file)}:
+        weight_map = json.loads(exported.path.read_text(encoding="utf-8"))["weight_map"]
+        if weight_map != {name: file.name for file in weights for name in read_header(file)}:
             raise unloadable(exported, "its index names other tensors than the shards hold")
 
 
 def _whole_files(exported: Exported) -> list[Path]:
-    """The files of an export, with the bytes that were written. Raises `WeightsError`."""
+    """The files of an export. Raises `WeightsError` if one is missing or was changed."""
     try:
         files = _files(exported.path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -258,13 +270,15 @@ def _whole_files(exported: Exported) -> list[Path]:
 
 
 def _verify_authors(exported: Exported, source: ComponentFiles) -> None:
-    """Compare a file in the authors' layout with the export for diffusers. Raises `WeightsError`."""
+    """Compare a file in the authors' layout with the export for diffusers. Raises
+    `WeightsError`."""
     folder = exported.path.parents[2] / "diffusers" / source.component.names.folder
-    given = source.component.construction.convert(read_tensors([exported.path]))
+    converted = source.component.construction.convert(read_tensors([exported.path]))
     stem = _stem(build_empty(source))
-    wanted = read_tensors(sorted(folder.glob(f"{stem}*{_SUFFIX}")))
-    wrong = sorted(given.keys() ^ wanted.keys())
-    wrong += sorted(n for n in given.keys() & wanted.keys() if not _equal(given[n], wanted[n]))
+    expected = read_tensors(sorted(folder.glob(f"{stem}*{_SUFFIX}")))
+    wrong = sorted(converted.keys() ^ expected.keys())
+    both = converted.keys() & expected.keys()
+    wrong += sorted(name for name in both if not _equal(converted[name], expected[name]))
     if wrong:
         raise unloadable(exported, f"converted, it is another model: {wrong[:3]}")
 

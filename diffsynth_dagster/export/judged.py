@@ -1,4 +1,4 @@
-"""The numbers that a new export is judged by, and whether it is worse than the promoted one."""
+"""Judge a new export: its losses, and whether they are worse than those of the promoted version."""
 
 import csv
 import math
@@ -12,16 +12,19 @@ from diffsynth_dagster.promoted import Measured
 from diffsynth_dagster.run.record import LOGS, RunRecord
 
 HELD_OUT, LAST_STEPS = "held_out_loss", "loss_of_last_steps"
-"""Names of the numbers, the one that says more first."""
+"""Names of the numbers that exports are compared by, the more reliable one first."""
 TITLES = {HELD_OUT: "held-out loss", LAST_STEPS: "loss of the last steps"}
+# `loss_of_last_steps` is the mean over the last 1/10 of the steps.
 _LAST_PART = 10
+# Two losses can be compared only if these parameters are equal: each changes the loss of the same
+# weights on the same samples.
 _LOSS = (
     *("task", "min_timestep_boundary", "max_timestep_boundary", "timestep_shift"),
     *("prediction_type", "zero_terminal_snr", "min_snr_gamma", "audio_loss_weight"),
     *("caption_lists", "caption_dropout_rate", "sample_weight_column", "loss_mask_column"),
 )
-"""Parameters by which equal weights have another loss on equal samples."""
 _HELD_OUT_LOSS = (*_LOSS, "validation_timesteps")
+# A training loss also depends on how timesteps are drawn, and on the size of the samples.
 _TRAINED_LOSS = (
     *(*_LOSS, "timestep_sampling", "logit_mean", "logit_std", "mode_scale"),
     *("height", "width", "max_pixels", "num_frames", "frame_rate"),
@@ -30,13 +33,13 @@ _TRAINED_LOSS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A new export compared with the promoted one.
+    """The comparison of a new export with the promoted one.
 
     Attributes:
-        number: the name of what was compared.
-        old: the best of the promoted exports that led to the present one; smaller is better.
-        new: of the new one.
-        margin: how much worse the new one may be, as a fraction of the old one.
+        number: which number was compared: a key of `TITLES`.
+        old: the smallest value among the versions promoted so far; smaller is better.
+        new: the value of the new export.
+        margin: how much larger `new` may be, as a fraction of `old`.
     """
 
     number: str
@@ -46,7 +49,7 @@ class Verdict:
 
     @property
     def is_worse(self) -> bool:
-        """Whether the new export is worse by more than the margin. What is not a number is the worst."""
+        """Whether the new export is worse by more than the margin. NaN is worse than any number."""
         if math.isnan(self.new) or math.isnan(self.old):
             return math.isnan(self.new)
         return self.new > self.old + self.margin * abs(self.old)
@@ -63,8 +66,8 @@ class Verdict:
 def compare(
     new: Mapping[str, Measured], old: Mapping[str, Measured], margin: float
 ) -> Verdict | None:
-    """Compare the numbers of two exports: by the first that both have of the same samples, measured in the
-    same way. None where there is none."""
+    """Compare two exports by the first number that both have, measured on the same samples in the
+    same way. None if they have no such number."""
     for name in TITLES:
         if name in new and name in old and new[name].of == old[name].of:
             return Verdict(name, old[name].bar, new[name].value, margin)
@@ -72,7 +75,7 @@ def compare(
 
 
 def with_best(new: Mapping[str, Measured], old: Mapping[str, Measured]) -> dict[str, Measured]:
-    """The numbers of an export that takes the place of another one, with the best of both."""
+    """The numbers of an export that replaces another one. The best value so far is carried over."""
     return {
         name: replace(each, best=min(each.value, old[name].bar))
         if name in old and old[name].of == each.of and math.isfinite(old[name].bar)
@@ -82,33 +85,34 @@ def with_best(new: Mapping[str, Measured], old: Mapping[str, Measured]) -> dict[
 
 
 def numbers_of(folder: Path, record: RunRecord, step: int) -> dict[str, Measured]:
-    """The numbers of a checkpoint, as far as its training measured them.
+    """The numbers of a checkpoint: those that its training measured, by name.
 
     Args:
         folder: the run folder.
-        step: of the checkpoint.
+        step: the step after which the checkpoint was written.
     """
     numbers: dict[str, Measured] = {}
-    losses = [float(said["loss"]) for said in record.held_out if said["step"] == step]
+    losses = [float(entry["loss"]) for entry in record.held_out if entry["step"] == step]
     rows = _held_out_rows(folder, record) if losses else None
     if rows is not None:
-        numbers[HELD_OUT] = Measured(losses[-1], _way(record, _HELD_OUT_LOSS, rows))
+        # The last one: a resumed training may measure a step twice.
+        numbers[HELD_OUT] = Measured(losses[-1], _conditions(record, _HELD_OUT_LOSS, rows))
     loss = _mean_of_last_steps(folder / LOGS[0], step)
     if loss is not None:
-        way = _way(record, _TRAINED_LOSS, record.samples_digest)
-        numbers[LAST_STEPS] = Measured(loss, way)
+        conditions = _conditions(record, _TRAINED_LOSS, record.samples_digest)
+        numbers[LAST_STEPS] = Measured(loss, conditions)
     return numbers
 
 
-def _way(record: RunRecord, parameters: tuple[str, ...], rows: str) -> str:
-    """Digest of what a loss was measured on, and of how."""
+def _conditions(record: RunRecord, parameters: tuple[str, ...], rows: str) -> str:
+    """Digest of the samples that a loss was measured on, and of the parameters it depends on."""
     values: dict[str, Any] = {name: record.parameters.get(name) for name in parameters}
     return digest_of([record.family, rows, values])
 
 
 def _held_out_rows(folder: Path, record: RunRecord) -> str | None:
-    """Digest of the samples that were held out: of their table, or of the part of the data set; None where
-    they are not known any more."""
+    """Digest of the held-out samples, from a table of their own or split off from the data set.
+    None if they are no longer known."""
     if record.held_out_digest is not None:
         return record.held_out_digest
     path = folder / ".held_out.parquet"  # see `cache.held_out.parts_of`
@@ -118,16 +122,16 @@ def _held_out_rows(folder: Path, record: RunRecord) -> str | None:
     from diffsynth_dagster.data.frames import read_parquet
 
     rows = read_parquet(path)
-    # Where in the table a sample stands changes nothing; its keys say how it was encoded.
+    # Sorted, because the order in the table does not matter. The keys say how a sample was encoded.
     names = ["sample", CONTENT_NUMBER, *(c for c in rows.columns if c.startswith("key:"))]
     return digest_text(rows.select(names).sort(names[:2]).write_json())
 
 
 def _mean_of_last_steps(metrics: Path, step: int) -> float | None:
-    """Mean loss of the last tenth of the steps up to a checkpoint, by `metrics.csv`. None where the file is
-    gone or says nothing of them.
+    """Mean loss of the last tenth of the steps before a checkpoint, from `metrics.csv`. None if the
+    file is missing, or lacks these steps.
 
-    One step says little: it looks at few samples, each at one timestep.
+    The loss of a single step says little: it is taken over few samples, each at one timestep.
     """
     first = step - max(1, step // _LAST_PART)
     losses: dict[int, float] = {}
@@ -137,5 +141,5 @@ def _mean_of_last_steps(metrics: Path, step: int) -> float | None:
                 if first < int(row["step"]) <= step:
                     losses[int(row["step"])] = float(row["loss"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # people may edit it: nothing else is made from it
+        return None  # a person may have edited the file; nothing else depends on it
     return sum(losses.values()) / len(losses) if losses else None

@@ -1,6 +1,6 @@
-"""`exports/exported.json`: which files were exported, of which checkpoint, and whether they load.
+"""`exports/exported.json`: which files were exported, from which checkpoint, and whether they load.
 
-It is removed before an export begins and written at its end, so that what it says is true of a whole one.
+It is removed before an export begins and written at its end, so it never describes half an export.
 """
 
 import json
@@ -18,15 +18,15 @@ FILE_NAME = LISTING
 
 @dataclass(frozen=True)
 class Listing:
-    """What was exported.
+    """The content of `exported.json`.
 
     Attributes:
-        training: identity of the training: see `RunRecord`.
-        step: of the checkpoint.
-        unfinished: how far the training had come; None where it reached its end.
-        loads: whether the tool of each file takes it.
-        checkpoints: file of the checkpoint, as a path from the run folder → digest of its bytes.
-        files: exported file, as a path from `exports/` → digest of its bytes.
+        training: the identity of the training: see `RunRecord`.
+        step: the step after which the checkpoint was written.
+        unfinished: how far an unfinished training had come; None for a finished one.
+        loads: whether every file loads in its tool.
+        checkpoints: file of the checkpoint, as a path from the run folder → BLAKE3 of its bytes.
+        files: exported file, as a path from `exports/` → BLAKE3 of its bytes.
     """
 
     training: str
@@ -38,7 +38,7 @@ class Listing:
 
 
 def forget_listing(folder: Path) -> None:
-    """Let a run folder say nothing of its exports, which are about to be made anew. Raises `OutputError`."""
+    """Remove the listing, because new exports are about to be written. Raises `OutputError`."""
     path = folder / FILE_NAME
     require_held(path)
     with refusals("what an older export left cannot be removed", path):
@@ -46,35 +46,38 @@ def forget_listing(folder: Path) -> None:
 
 
 def write_listing(folder: Path, listing: Listing) -> None:
-    """Write what was exported into a run folder. Raises `OutputError`."""
+    """Write the listing into a run folder. Raises `OutputError`."""
     write_text(folder / FILE_NAME, json.dumps(asdict(listing), indent=2) + "\n")
 
 
 def list_files(exports: Path, known: Mapping[Path, str]) -> dict[str, str]:
-    """The exported files, as paths from `exports/` → digests.
+    """All exported files: path from `exports/` → digest.
 
     Args:
-        known: one file of each export → its digest, or that of all its files together. What lies beside
-            it in its folder, such as its settings and shards, belongs to it.
+        known: one file of each export → its digest; an index → the digest of all its files
+            together. The other files in the same folder, such as settings and shards, belong to the
+            export.
     """
     folders = dict.fromkeys(path.parent for path in known)
-    paths = [p for folder in folders for p in folder.iterdir() if _belongs(p)]
-    alone = {path: digest for path, digest in known.items() if path.suffix == ".safetensors"}
+    paths = [path for folder in folders for path in folder.iterdir() if _belongs(path)]
+    # A known digest is used again, unless the file is an index: that one covers its shards too.
+    single = {path: digest for path, digest in known.items() if path.suffix == ".safetensors"}
     return {
-        path.relative_to(exports).as_posix(): alone.get(path) or digest_file(path)
+        path.relative_to(exports).as_posix(): single.get(path) or digest_file(path)
         for path in sorted(paths)
     }
 
 
 def _belongs(path: Path) -> bool:
+    """Whether a file is part of an export: hidden files are leftovers of a killed writer."""
     return path.is_file() and not path.name.startswith(".")
 
 
 def read_listing(folder: Path) -> Listing:
-    """What a run folder says of its exports.
+    """Read the listing of a run folder.
 
     Raises:
-        OutputError: nothing was exported there, or the file is damaged.
+        OutputError: nothing was exported, or the listing is damaged.
     """
     path = folder / FILE_NAME
     try:
@@ -94,7 +97,7 @@ def read_listing(folder: Path) -> Listing:
 
 
 def changed_since(paths: Sequence[Path]) -> OutputError:
-    """The error for exports that are not as they were written."""
+    """The error for exported files that are missing or were changed."""
     return OutputError(
         "exported files are missing or were changed since they were written",
         where=", ".join(str(path.absolute()) for path in paths),

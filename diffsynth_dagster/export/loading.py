@@ -1,4 +1,4 @@
-"""How a person loads what was exported."""
+"""The line of Python that loads an exported file."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ from diffsynth_dagster.families.contract import Family
 
 
 def how_to_load(exported: Exported, family: Family, start: Path | None = None) -> str:
-    """A line of Python that loads an exported file into `pipe`, a pipeline of diffusers; a comment, where
-    the file is for other tools.
+    """A line of Python that loads an exported file into `pipe`, a pipeline of diffusers. For a file
+    in the authors' layout, a Python comment that names its tools.
 
     Args:
-        start: the folder that the paths in it start at; left out, they are absolute.
+        start: the folder that the path in the line is relative to. None: the path is absolute.
     """
     path = exported.path.absolute() if start is None else exported.path.relative_to(start)
     component = family.component(exported.components[0])
@@ -23,7 +23,7 @@ def how_to_load(exported: Exported, family: Family, start: Path | None = None) -
         return f'{place} = {_class_of(exported.path.parent)}.from_pretrained("{path.parent}")'
     if exported.format == "peft":
         return f'{place} = peft.PeftModel.from_pretrained({place}, "{path.parent}")'
-    # A second denoiser, whose layers have the names of the first one's.
+    # The experts of Wan2.2 have equal layer names: diffusers must be told which one it is for.
     second = family.lora_rules(component.name).folder != component.names.folder
     return (
         f'pipe.load_lora_weights("{path}"{f", load_into_{component.names.folder}=True" * second})'
@@ -31,7 +31,8 @@ def how_to_load(exported: Exported, family: Family, start: Path | None = None) -
 
 
 def _class_of(folder: Path) -> str:
-    """The class that reads a folder, with its library."""
-    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = said.get("_class_name")
-    return f"diffusers.{name}" if name else f"transformers.{said['architectures'][0]}"
+    """The class whose `from_pretrained` loads a folder, with its library."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # Only diffusers writes `_class_name`; transformers writes `architectures`.
+    name = config.get("_class_name")
+    return f"diffusers.{name}" if name else f"transformers.{config['architectures'][0]}"

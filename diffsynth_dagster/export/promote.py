@@ -1,7 +1,7 @@
-"""Promote the exports of a run folder: keep them as a version that others use, unless they are worse than
-the one that is used now; and go back to a version of before.
+"""Promote the exports of a run folder to its current version, unless they are worse than that
+version; and roll back to an older version.
 
-See `diffsynth_dagster.promoted` for where versions lie.
+See `diffsynth_dagster.promoted` for the layout of versions on disk.
 """
 
 import re
@@ -42,24 +42,28 @@ from diffsynth_dagster.run.folder import owned
 from diffsynth_dagster.run.record import PICTURES, RunRecord, read_record
 
 Digest = Callable[[Path], str]
+# Hexadecimal digits of a version's name; `own_names.VERSION` expects as many.
 _DIGITS = 12
+# How long to wait for another process that promotes or rolls back.
 _WAIT_S = 60.0
+# The names that `export.card` gives its files. Importing it here would load torch.
 _CARD, _CURVE = "README.md", "loss.svg"
+# A picture in the model card: its link leads out of exports/ into samples/.
 _PICTURE = re.compile(rf"\]\(\.\./{PICTURES}/([^)]+)\)")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it.
+    """The result of promoting or rolling back.
 
     Attributes:
-        what: "promoted": the new export is the current version now. "unchanged": it was that before.
-            "refused": it is worse than the current version, which stays. "kept": the current version
-            stays for another reason. "rolled back": a version of before is the current one now.
-        why: in words.
-        current: the version that is used now.
-        verdict: how the new export compares with the version that was the current one; None where they
-            were not compared.
+        what: "promoted": the new export is now the current version. "unchanged": it already was.
+            "refused": it is worse than the current version, which stays. "kept": the current
+            version stays for another reason. "rolled back": an older version is now current.
+        why: the reason, for a message.
+        current: the version that is current now.
+        verdict: the comparison of the new export with the version that was current before; None if
+            they were not compared.
         unfinished: whether the new export is of an unfinished training.
     """
 
@@ -71,21 +75,21 @@ class Outcome:
 
 
 def promote(folder: Path, margin: float, keep: int, digest: Digest, force: bool = False) -> Outcome:
-    """Make the exports of a run folder its current version, unless they are worse than the one that is;
-    then remove all but the newest versions.
+    """Make the exports of a run folder its current version, unless they are worse than the version
+    that is current now. Then remove all but the newest versions.
 
     Args:
-        margin: how much worse they may be: a fraction of the loss.
-        keep: versions that are kept. The current one always is.
+        margin: how much worse they may be, as a fraction of the current version's loss.
+        keep: how many versions are kept. The current one is always kept.
         digest: file → BLAKE3 of its bytes.
-        force: whether they become the current version even if they are worse, or were rolled back from.
+        force: promote them even if they are worse, or were rolled back from.
 
     Raises:
-        OutputError: there is no export, or it does not load, or was changed; it is of an unfinished
-            training and nothing was promoted before; someone else holds the folder; or it cannot be
+        OutputError: there is no export, or it does not load, or it was changed; it is of an
+            unfinished training and nothing was promoted before; the folder is in use, or cannot be
             written.
     """
-    read_listing(folder)  # before anything is made in the folder
+    read_listing(folder)  # before locking: that would create the folder
     with owned(folder, "promoting"), _alone(folder):
         listing, current = read_listing(folder), current_promoted(folder)
         if listing.unfinished is not None:
@@ -93,17 +97,20 @@ def promote(folder: Path, margin: float, keep: int, digest: Digest, force: bool 
         record = _require_sound(folder, listing, digest)
         new = _described(folder, listing, record)
         known = {version.version: version for version in promoted_versions(folder)}
+        # Versions are named by content: an equal export that was promoted before is reused.
         before = known.get(new.version)
         if current is not None and current.version == new.version:
             current = _measured_anew(current, new)
             outcome = Outcome("unchanged", "it is the current version already", current)
         elif current is not None and (left := _rolled_back(new, known.values())) and not force:
+            # A schedule would else promote again what a person has just rolled back.
             why = f"version {left.version} was rolled back from at {left.rolled_back}"
             return Outcome("kept", why, current)
         else:
             outcome = _judged(new, current, margin, force)
             new = outcome.current if outcome.what == "promoted" else new
         if outcome.what == "promoted":
+            # The folder is complete before the link points to it.
             if before is None:
                 _write(folder, new, listing)
             outcome = replace(outcome, current=_point(folder, _measured_anew(before or new, new)))
@@ -112,36 +119,37 @@ def promote(folder: Path, margin: float, keep: int, digest: Digest, force: bool 
 
 
 def roll_back(folder: Path, version: str) -> Outcome:
-    """Make a version that is kept the current one. Needs no training, and waits for none.
+    """Make an older promoted version the current one. Does not wait for a training that is running.
 
     Args:
-        version: its name, or the beginning of its name.
+        version: the name of the version, or its beginning.
 
     Raises:
-        OutputError: there is none of that name, or several; or the folder cannot be written.
+        OutputError: no version has that name, or several have; or the folder cannot be written.
     """
     known = promoted_versions(folder)
-    found = [each for each in known if version and each.version.startswith(version)]
-    if len(found) != 1:
-        there = ", ".join(each.version for each in reversed(known)) or "none"
-        several = "several promoted versions begin" if found else "no promoted version begins"
+    matching = [item for item in known if version and item.version.startswith(version)]
+    if len(matching) != 1:
+        names = ", ".join(item.version for item in reversed(known)) or "none"
+        problem = "several promoted versions begin" if matching else "no promoted version begins"
         raise OutputError(
-            f"{several} with '{version}'",
+            f"{problem} with '{version}'",
             where=str((folder / FOLDER).absolute()),
-            do=f"give one of those that are there, the newest first: {there}",
+            do=f"give one of those that are there, the newest first: {names}",
         )
     with _alone(folder):
-        (chosen,), current = found, current_promoted(folder)
-        gone = [path for path in _paths(chosen) if not path.is_file()]
-        if gone:
+        (chosen,), current = matching, current_promoted(folder)
+        missing = [path for path in _paths(chosen) if not path.is_file()]
+        if missing:
             raise OutputError(
                 f"files of the promoted version {chosen.version} are missing",
-                where=", ".join(str(path.absolute()) for path in gone),
+                where=", ".join(str(path.absolute()) for path in missing),
                 do="give another version, or train again",
             )
         if current is not None and current.version == chosen.version:
             return Outcome("unchanged", "it is the current version already", current)
         if current is not None:
+            # The mark keeps the next promotion from making this version current again.
             write_promoted(replace(current, rolled_back=_now()), current.folder)
         why = "" if current is None else f", in the place of {current.version}"
         return Outcome(
@@ -150,13 +158,20 @@ def roll_back(folder: Path, version: str) -> Outcome:
 
 
 def _rolled_back(new: Promoted, known: Iterable[Promoted]) -> Promoted | None:
-    """The version of the same checkpoint, perhaps in other files, that was rolled back from, if there is one."""
-    same = (each for each in known if (each.training, each.step) == (new.training, new.step))
-    return next((each for each in same if each.rolled_back), None)
+    """The version of the same checkpoint that was rolled back from; None if there is none.
+
+    Versions are compared by their checkpoint: other export formats make another version of it.
+    """
+    same = (item for item in known if (item.training, item.step) == (new.training, new.step))
+    return next((item for item in same if item.rolled_back), None)
 
 
 def _of_unfinished(folder: Path, unfinished: str, current: Promoted | None) -> Outcome:
-    """Refuse what is exported of an unfinished training. Raises `OutputError`: there is nothing else."""
+    """Keep the current version, because the new export is of an unfinished training.
+
+    Raises:
+        OutputError: there is no current version to keep.
+    """
     why = f"what is exported is of an unfinished training ({unfinished})"
     if current is None:
         raise OutputError(
@@ -168,11 +183,12 @@ def _of_unfinished(folder: Path, unfinished: str, current: Promoted | None) -> O
 
 
 def _judged(new: Promoted, current: Promoted | None, margin: float, force: bool) -> Outcome:
-    """What becomes of a new version."""
+    """Decide whether a new version is promoted: compare it with the current one."""
     if current is None:
         return Outcome("promoted", "it is the first one", new)
     verdict = compare(new.numbers, current.numbers, margin)
     if verdict is None:
+        # Promoted all the same: new data is the usual reason to train again.
         why = "it cannot be compared: it has no loss of the same samples as the one before"
         return Outcome("promoted", why, new)
     if not verdict.is_worse:
@@ -186,7 +202,8 @@ def _judged(new: Promoted, current: Promoted | None, margin: float, force: bool)
 
 
 def _require_sound(folder: Path, listing: Listing, digest: Digest) -> RunRecord:
-    """The record of a training whose exports are as they were written, and load. Raises `OutputError`."""
+    """Return the record of the training, after checking that its exports load and are unchanged.
+    Raises `OutputError`."""
     record = read_record(folder)
     if record is None or record.identity != listing.training:
         raise OutputError(
@@ -209,8 +226,9 @@ def _require_sound(folder: Path, listing: Listing, digest: Digest) -> RunRecord:
 
 
 def _described(folder: Path, listing: Listing, record: RunRecord) -> Promoted:
-    """The version that the exports of a run folder would be."""
+    """The exports of a run folder as a version, with its name and its numbers. Writes nothing."""
     checkpoints = {_lasting_name(name): name for name in listing.checkpoints}
+    # The digest contains no times and no numbers: equal files are the same version.
     content = [listing.files, {n: listing.checkpoints[name] for n, name in checkpoints.items()}]
     version = digest_of(content)[:_DIGITS]
     now = _now()
@@ -228,31 +246,34 @@ def _described(folder: Path, listing: Listing, record: RunRecord) -> Promoted:
 
 
 def _measured_anew(known: Promoted, new: Promoted) -> Promoted:
-    """A version that is there, with the numbers of an export that is equal to it. Raises `OutputError`."""
-    others = {
+    """Update an existing version with the numbers of an equal export, which may have been measured
+    on other samples. Raises `OutputError`."""
+    changed = {
         name: number
         for name, number in new.numbers.items()
+        # `best` comes from the history of versions: a change of it is no new measurement.
         if name not in known.numbers or replace(known.numbers[name], best=number.best) != number
     }
-    if not others:
+    if not changed:
         return known
-    numbers = {**known.numbers, **others}
+    numbers = {**known.numbers, **changed}
     known = replace(known, numbers=numbers)
     write_promoted(known, known.folder)
     return known
 
 
 def _lasting_name(name: str) -> str:
-    """What a file of a checkpoint is called in every version: `epoch-3.safetensors` is
-    `checkpoint.safetensors`."""
-    found = CHECKPOINT.fullmatch(name)
-    assert found is not None, "a training names its checkpoints so"
-    return f"checkpoint{name[found.end('number') :]}"
+    """The name of a checkpoint's file within a version, the same in every version:
+    `epoch-3.safetensors` → `checkpoint.safetensors`."""
+    match = CHECKPOINT.fullmatch(name)
+    assert match is not None, "a training names its checkpoints so"
+    # What follows the number stays: it tells the files of several modules apart.
+    return f"checkpoint{name[match.end('number') :]}"
 
 
 def _write(folder: Path, version: Promoted, listing: Listing) -> None:
-    """Make the folder of a version, whole, under second names of the files where the file system has
-    them. Raises `OutputError`."""
+    """Write the folder of a version. Its files are hard links to the exported files, or copies if
+    the file system has no hard links. Raises `OutputError`."""
     exports = folder / "exports"
 
     def fill(staged: Path) -> None:
@@ -265,13 +286,13 @@ def _write(folder: Path, version: Promoted, listing: Listing) -> None:
 
     sizes = [exports / name for name in listing.files]
     sizes += [folder / name for name in listing.checkpoints]
-    if version.folder.exists():  # its `promoted.json` is gone
+    if version.folder.exists():  # `promoted_versions` skips a folder without `promoted.json`
         _remove(version.folder)
     write_folder(version.folder, fill, sum(path.stat().st_size for path in sizes))
 
 
 def _write_card(folder: Path, version: Path) -> None:
-    """Let the model card of the exports, and the pictures that it shows, lie in a version too."""
+    """Put the model card, with the pictures that it shows, into the folder of a version."""
     card, curve = folder / "exports" / _CARD, folder / "exports" / _CURVE
     if curve.is_file():
         link_whole(curve, version / _CURVE)
@@ -286,10 +307,11 @@ def _write_card(folder: Path, version: Path) -> None:
 
 
 def _point(folder: Path, version: Promoted) -> Promoted:
-    """Make a version the current one: what was read before is so still, or is the new one whole.
+    """Make a version the current one by replacing the link atomically: a reader gets the old
+    version or the new one, never a mixture.
 
     Raises:
-        OutputError: the file system has no symbolic links, or something else is in the place of the link.
+        OutputError: the file system has no symbolic links, or the path of the link is taken.
     """
     version = replace(version, current_since=_now(), rolled_back=None)
     write_promoted(version, version.folder)
@@ -305,6 +327,7 @@ def _point(folder: Path, version: Promoted) -> Promoted:
     try:
         with hidden_folder(link) as hidden:
             staged = hidden / link.name
+            # Relative, so that the run folder may be moved.
             staged.symlink_to(Path(FOLDER).name + "/" + version.version, target_is_directory=True)
             staged.replace(link)
     except OSError as error:
@@ -317,20 +340,21 @@ def _point(folder: Path, version: Promoted) -> Promoted:
 
 
 def _drop(folder: Path, keep: int) -> None:
-    """Remove all versions but those that were the current one last. Raises `OutputError`."""
+    """Remove all versions but the `keep` that were current last. Raises `OutputError`."""
     current = current_promoted(folder)
     kept = [] if current is None else [current.version]
     versions = promoted_versions(folder)
-    kept += [each.version for each in versions[-keep:]]
-    for each in versions:
-        if each.version not in kept:
-            _remove(each.folder)
+    kept += [item.version for item in versions[-keep:]]
+    for item in versions:
+        if item.version not in kept:
+            _remove(item.folder)
 
 
 def _remove(version: Path) -> None:
-    """Remove the folder of a version: it is there whole, or not. Raises `OutputError`."""
+    """Remove the folder of a version. Raises `OutputError`."""
     require_held(version)
     with refusals("a promoted version cannot be removed", version):
+        # Renamed first: if this process is killed, no half-removed version is left under its name.
         remove(version.rename(hidden_beside(version)))
 
 
@@ -340,12 +364,14 @@ def _paths(version: Promoted) -> list[Path]:
 
 @contextmanager
 def _alone(folder: Path) -> Generator[None]:
-    """Let no other process change which version is the current one. A training holds the run folder for
-    hours, and nobody has to wait for it to roll back.
+    """Lock the promoted versions of a run folder.
+
+    This is a lock of its own, because a training holds the lock of the run folder for hours, and
+    rolling back must not wait for that.
 
     Raises:
-        OutputError: another process promotes or rolls back, and does not come to an end; or the folder
-            cannot be written.
+        OutputError: another process still holds the lock after a minute; or the folder cannot be
+            written.
     """
     place = folder / FOLDER
     with refusals("a version cannot be promoted", place):
@@ -366,5 +392,5 @@ def _alone(folder: Path) -> Generator[None]:
 
 
 def _now() -> str:
-    """The time in UTC, as text in the order of times."""
+    """The time in UTC in ISO format. As text, times sort in their order."""
     return datetime.now(UTC).isoformat(timespec="microseconds")

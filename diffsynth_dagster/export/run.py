@@ -1,11 +1,12 @@
-"""Split the chosen checkpoint into one file for each module, in the layout of diffusers.
+"""Write the exports of a checkpoint, a file for each module or format, and verify that each file
+loads.
 
-exports/<format>/pytorch_lora_weights.safetensors              LoRAs in a format: see `formats`
-exports/<format>/<folder>/pytorch_lora_weights.safetensors     one each, where a file cannot hold
-                                                               them all: the experts of Wan2.2
-exports/diffusers/<folder>/…, exports/authors/<folder>/…       a module trained in full: see `full`
-exports/peft/<folder>/adapter_model.safetensors                a LoKr or OFT, which diffusers'
-                                                               pipelines do not load, for peft
+exports/<format>/pytorch_lora_weights.safetensors             the LoRAs in a format: see `formats`
+exports/<format>/<folder>/pytorch_lora_weights.safetensors    a file for each LoRA, if their names
+                                                              are equal: the experts of Wan2.2
+exports/diffusers/<folder>/…, exports/authors/<folder>/…      a module trained in full: see `full`
+exports/peft/<folder>/adapter_model.safetensors               a LoKr or OFT, for peft: pipelines of
+                                                              diffusers do not load them
 """
 
 import json
@@ -50,14 +51,15 @@ _T = TypeVar("_T")
 def split_modules(
     tensors: Mapping[str, torch.Tensor], removed: str, prefixes: Mapping[str, str]
 ) -> dict[str, Tensors]:
-    """Split a checkpoint: trained component or part → its tensors by the names of the module.
+    """Split a checkpoint: trained component or part → its tensors, by their names in the module.
 
     Args:
         removed: the prefix that `remove_prefix_in_ckpt` removed from the names.
-        prefixes: trained component or part → how its names started before.
+        prefixes: trained component or part → the prefix of its names before the removal.
     """
     modules: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
+        # Names that still begin with `pipe.` belong to components whose prefix was not removed.
         whole = name if name.startswith("pipe.") else removed + name
         owner = next(n for n, start in prefixes.items() if whole.startswith(start))
         modules.setdefault(owner, {})[whole.removeprefix(prefixes[owner])] = tensor
@@ -65,7 +67,8 @@ def split_modules(
 
 
 def export_run(config: TrainingConfig, record: RunRecord, found: ResolvedModel) -> list[Exported]:
-    """Choose a checkpoint of a training and write its exports. Raises: see the two functions."""
+    """Choose a checkpoint and write its exports. Raises what `chosen_checkpoint` and
+    `export_checkpoint` do."""
     chosen = chosen_checkpoint(config, record, found.family)
     return export_checkpoint(config, record, found, chosen)
 
@@ -75,7 +78,8 @@ def export_checkpoint(
 ) -> list[Exported]:
     """Write the exports of a checkpoint into `<output_path>/exports/`.
 
-    Equal checkpoints give equal bytes, unless the training is unfinished: then the files say so.
+    Equal checkpoints give equal bytes. The headers of an unfinished training's exports say how far
+    it was.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -93,6 +97,7 @@ def export_checkpoint(
         tensors = read_tensors([path])
         trained_in = [name for name in file.trained if name in config.lora_base_model]
         if trained_in and (record.lora or {}).get("method", "lora") == "lora":
+            # Plain LoRAs are written in several formats; a DoRA, LoKr or OFT in one.
             own = of_loras(tensors)
             loras |= _loras_of(path, own, family, trained_in)
             tensors = {name: tensor for name, tensor in tensors.items() if name not in own}
@@ -102,7 +107,7 @@ def export_checkpoint(
             kind = others if name in trained_in else whole
             kind.setdefault(family.part(name).of, {}).update(modules)
     order = dict.fromkeys(family.part(name).of for name in record.trained)
-    # The one that a file names without a start comes first.
+    # The main denoiser first: its names may have no prefix in a file.
     order = sorted(order, key=lambda name: name != family.denoiser)
     loras = {name: loras[name] for name in order if name in loras}
     exported: list[Exported] = []
@@ -131,8 +136,7 @@ def _loras_of(
 
 
 def _remove_others(folder: Path, exported: Sequence[Exported]) -> None:
-    """Remove the LoRAs of earlier exports in formats that are no longer asked for: they may be of another
-    checkpoint."""
+    """Remove LoRAs in formats that were not written now: their checkpoint may be another one."""
     written = {item.path.parent for item in exported}
     for name in FORMATS:
         for file in (LORA_FILE, PEFT_FILE, peft.CONFIG):
@@ -148,21 +152,23 @@ def _export_loras(
     loras: Mapping[str, Lora],
     provenance: Mapping[str, object],
 ) -> list[Exported]:
-    """Write the LoRAs of some components in a format: into one file, unless two would have equal names."""
+    """Write all LoRAs in a format: into one file, unless their tensor names collide."""
     family = found.family
     files = _in_files(found, loras)
+    # A file of peft is for one module.
     if name == "peft" and len(loras) > 1:
         files = {family.component(part).names.folder: {part: loras[part]} for part in loras}
     exported: list[Exported] = []
     for place, own in files.items():
         rules = {component: family.lora_rules(component) for component in own}
         spelled = find_format(name).write(own, rules)
-        said = {PROVENANCE_KEY: json.dumps({**provenance, "format": name}, sort_keys=True)}
+        origin = {PROVENANCE_KEY: json.dumps({**provenance, "format": name}, sort_keys=True)}
         file = PEFT_FILE if name == "peft" else LORA_FILE
+        # The config of peft is a file beside the weights; other notes go into the header.
         config = spelled.notes.get(peft.CONFIG)
         notes = {key: text for key, text in spelled.notes.items() if key != peft.CONFIG}
         path = write_described(
-            folder / place / file, spelled.tensors, {**notes, **said, "format": "pt"}
+            folder / place / file, spelled.tensors, {**notes, **origin, "format": "pt"}
         )
         if config is not None:
             write_text(path.parent / peft.CONFIG, config)
@@ -171,9 +177,12 @@ def _export_loras(
 
 
 def _in_files(found: ResolvedModel, trained: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
-    """Folder of a file → component → what is trained. All in one, unless two would have equal names."""
-    starts = [found.family.lora_rules(name).folder for name in trained]
-    if len(set(starts)) == len(starts):
+    """Distribute components over files: folder of a file → component → what is trained in it.
+
+    All go into one file, unless two components have the same prefix in diffusers' files.
+    """
+    prefixes = [found.family.lora_rules(name).folder for name in trained]
+    if len(set(prefixes)) == len(prefixes):
         return {"": dict(trained)}
     return {found.family.component(name).names.folder: {name: trained[name]} for name in trained}
 
@@ -185,7 +194,7 @@ def _export_adapters(
     record: RunRecord,
     provenance: Mapping[str, object],
 ) -> list[Exported]:
-    """Write a DoRA as diffusers' pipelines load it, and LoKr and OFT for peft."""
+    """Write a DoRA for the pipelines of diffusers, or a LoKr or OFT for peft."""
     assert record.lora is not None
     if record.lora["method"] != "dora":
         return [
@@ -205,6 +214,7 @@ def _export_adapters(
             PROVENANCE_KEY: json.dumps(provenance, sort_keys=True),
             "format": "pt",
         }
+        # diffusers takes rank and alpha from the header: DoRA files have no alpha tensors.
         path = write_described(folder / "diffusers" / place / LORA_FILE, tensors, notes)
         exported.append(_exported(path, together, "lora", "diffusers"))
     return exported
@@ -218,16 +228,17 @@ def _export_peft(
     record: RunRecord,
     provenance: Mapping[str, object],
 ) -> Exported:
-    """Write what is trained in the layers of a component as peft's `PeftModel` loads it."""
+    """Write the LoKr or OFT of a component for peft's `PeftModel`."""
     assert record.lora is not None
     target = folder / found.family.component(name).names.folder
     settings = peft_settings(record.lora, sorted({layer_of(tensor) for tensor in tensors}))
     named = {PEFT_START + tensor: values for tensor, values in tensors.items()}
     notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
     path = write_described(target / PEFT_FILE, named, notes)
-    said = {n: sorted(v) if isinstance(v, set) else v for n, v in settings.to_dict().items()}
-    said["inference_mode"] = True
-    write_text(target / "adapter_config.json", json.dumps(said, indent=2, sort_keys=True) + "\n")
+    # JSON has no sets; sorted, so that equal trainings give equal bytes.
+    values = {n: sorted(v) if isinstance(v, set) else v for n, v in settings.to_dict().items()}
+    values["inference_mode"] = True
+    write_text(target / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     return _exported(path, [name], "lora", "peft")
 
 
@@ -245,21 +256,22 @@ def _exported(path: Path, components: Iterable[str], kind: str, target: LoraForm
 
 
 ROUNDING = 1e-5
-"""The largest relative difference of the change of a layer that counts as rounding."""
+"""Largest relative difference of ΔW, between a LoRA and its copy, that counts as rounding."""
 
 
 def verify_export(exported: Exported, found: ResolvedModel) -> None:
-    """Load an exported file the way the tool it is for does, into a module on the meta device.
+    """Load an exported file into a module on the meta device, the way the file's tool does.
 
     Raises:
-        WeightsError: that tool's loader refuses it, or leaves tensors out, or would change a layer in
-            another way than the training did.
+        WeightsError: the tool refuses the file, or ignores tensors in it, or changes a layer by
+            another ΔW than the training.
     """
     if exported.kind == "full":
         verify_full(exported, found)
         return
     assert exported.format != "authors", "which no LoRA has"
     tensors, notes = read_tensors([exported.path]), read_metadata(exported.path)
+    # A file with other tensors than A and B is a DoRA, LoKr or OFT.
     if not of_loras(tensors).keys() >= tensors.keys():
         if exported.format == "peft":
             _load_by_peft(exported, found, tensors)
@@ -277,17 +289,19 @@ def verify_export(exported: Exported, found: ResolvedModel) -> None:
         except Unread as error:
             raise unloadable(exported, str(error)) from error
         trained = exported.trained.get(name, loaded)
-        apart = difference(trained, loaded)
-        if apart > ROUNDING:
+        # ΔW = s B A is compared, not A and B: a format may move the scale into them.
+        deviation = difference(trained, loaded)
+        if deviation > ROUNDING:
             raise unloadable(
-                exported, f"it changes a layer of {name} by {apart:.1e} of the change more or less"
+                exported,
+                f"it changes a layer of {name} by {deviation:.1e} of the change more or less",
             )
 
 
 def _load_dora(
     exported: Exported, found: ResolvedModel, tensors: Tensors, notes: Mapping[str, str]
 ) -> None:
-    """Load a DoRA as diffusers does. Raises `WeightsError`: it leaves tensors out."""
+    """Load a DoRA as diffusers does. Raises `WeightsError`: it is refused, or tensors ignored."""
     taken = 0
     for name in exported.components:
         module = build_empty(found.components[name])
@@ -297,19 +311,22 @@ def _load_dora(
         except REFUSALS as error:
             raise unloadable(exported, str(error)) from error
         taken += sum(".lora_" in n for n, _ in module.named_parameters())
+    # diffusers skips unknown names with no more than a warning, so the loaded ones are counted.
     if taken != len(tensors):
         raise unloadable(exported, f"it takes {taken} of {len(tensors)} tensors")
 
 
 def _load_by_peft(exported: Exported, found: ResolvedModel, tensors: Tensors) -> None:
-    """Load an exported file as peft does. Raises `WeightsError`: it leaves tensors out."""
+    """Load a file as peft does. Raises `WeightsError` if that refuses it or ignores tensors."""
     module = build_empty(found.components[exported.components[0]])
     try:
         settings = PeftConfig.from_pretrained(str(exported.path.parent))
+        # low_cpu_mem_usage: the layers of the adapter are made on the meta device too.
         inject_adapter_in_model(settings, module, ADAPTER, low_cpu_mem_usage=True)
         loaded: Any = set_peft_model_state_dict(module, tensors, ADAPTER, low_cpu_mem_usage=True)
     except (ValueError, KeyError, RuntimeError, TypeError, AssertionError) as error:
         raise unloadable(exported, str(error)) from error
+    # The file has no base weights, so those are always among the missing keys.
     wrong = [*filter(is_adapter, loaded.missing_keys), *loaded.unexpected_keys]
     if wrong:
         raise unloadable(exported, f"tensors are missing or unknown: {wrong[:3]}")

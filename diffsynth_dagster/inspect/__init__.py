@@ -1,1 +1,1 @@
-"""Where a weight file comes from, in what it differs from another, and how it is made again."""
+"""Inspect a weight file: where it comes from, how two files differ, how to make one again."""

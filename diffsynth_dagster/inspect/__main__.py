@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _lines(given: argparse.Namespace) -> list[str]:
-    """What is printed. Each part is imported where it is asked for: some take seconds."""
+    """The lines to print. Each part is imported only when it is used, because some take seconds."""
     from diffsynth_dagster.inspect.subject import read_subject
 
     if given.diff is not None:

@@ -1,4 +1,5 @@
-"""In what two weight files differ, and what of their trainings can be the reason."""
+"""Compare two weight files: which tensors differ, and which differences of their trainings may
+explain it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,19 +9,21 @@ from safetensors import safe_open
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import UserError, printable, shown
+from diffsynth_dagster.fingerprint import Fingerprint
 from diffsynth_dagster.inspect.subject import Run, Subject
 from diffsynth_dagster.inspect.tables import differences, ranges, tables_of
 from diffsynth_dagster.inspect.told import first
 from diffsynth_dagster.run.record import RunRecord
 
+# At most so many differing rows are listed.
 _SHOWN = 20
 
 
 def compared(one: Subject, other: Subject) -> list[str]:
-    """In what two files differ, as lines: first their tensors, then what they were made of.
+    """Compare two files. Returns lines: first about their tensors, then about their trainings.
 
     Raises:
-        WeightsError: one of them is damaged.
+        WeightsError: a file is damaged.
     """
     lines = [f"A: {one.path.absolute()}", f"B: {other.path.absolute()}", *_tensors(one, other)]
     for name, side in (("A", one), ("B", other)):
@@ -34,7 +37,7 @@ def compared(one: Subject, other: Subject) -> list[str]:
         *_pair("family", one.said["family"], other.said["family"]),
         *_pair("LoRA", one.said.get("lora"), other.said.get("lora")),
         *_pair("step", one.step, other.step),
-        *_weights(one.said["base"], other.said["base"]),
+        *_pairs(one.said["base"], other.said["base"], "base weights of "),
         *_rows(one, other),
         *_pair("version of diffsynth-dagster", one.said["version"], other.said["version"]),
     ]
@@ -49,11 +52,17 @@ def compared(one: Subject, other: Subject) -> list[str]:
 
 def _pair(name: str, before: object, now: object) -> list[str]:
     """A line where two values differ."""
-    return [] if before == now else [f"{name}: {shown(before)} and {shown(now)}"]
+    return _pairs({name: before}, {name: now})
+
+
+def _pairs(before: Mapping[str, Any], now: Mapping[str, Any], what: str = "") -> list[str]:
+    """A line for each name whose values differ; it begins with `what`."""
+    names = sorted(Fingerprint(before).differs(Fingerprint(now)))
+    return [f"{what}{n}: {shown(before.get(n))} and {shown(now.get(n))}" for n in names]
 
 
 def _tensors(one: Subject, other: Subject) -> list[str]:
-    """In what the tensors of two files differ; one is in memory at a time."""
+    """Compare the tensors of two files. Only one pair of tensors is in memory at a time."""
     if {one.path.suffix, other.path.suffix} != {".safetensors"}:
         return ["tensors: they are compared in .safetensors files alone"]
     alone = [sorted(a.header.keys() - b.header.keys()) for a, b in ((one, other), (other, one))]
@@ -62,7 +71,7 @@ def _tensors(one: Subject, other: Subject) -> list[str]:
         for name, names in zip("AB", alone, strict=True)
         if names
     ]
-    apart: list[str] = []
+    unequal: list[str] = []
     largest = 0.0
     with safe_open(one.path, "pt") as a, safe_open(other.path, "pt") as b:
         for name in sorted(one.header.keys() & other.header.keys()):
@@ -73,29 +82,20 @@ def _tensors(one: Subject, other: Subject) -> list[str]:
                 lines.append(f"tensor {name}: {' and '.join(kinds)}")
                 continue
             x, y = a.get_tensor(name), b.get_tensor(name)
+            # Compared as bytes: NaN equals NaN then, and 0.0 differs from -0.0.
             if not torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)):
-                apart.append(name)
+                unequal.append(name)
                 largest = max(largest, float((x.double() - y.double()).abs().max()))
-    if apart:
+    if unequal:
         lines.append(
-            f"tensors: {len(apart)} of {len(one.header)} differ, by {largest:.3g} at most: "
-            f"{', '.join(first(apart, 3))}"
+            f"tensors: {len(unequal)} of {len(one.header)} differ, by {largest:.3g} at most: "
+            f"{', '.join(first(unequal, 3))}"
         )
     return lines or ["tensors: all are equal"]
 
 
-def _weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The base weights that differ, with their digests."""
-    names = sorted({**before, **now})
-    return [
-        f"base weights of {name}: {before.get(name, 'none')} and {now.get(name, 'none')}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-
-
 def _rows(one: Subject, other: Subject) -> list[str]:
-    """The rows that differ, with their numbers."""
+    """The rows of the data sets that differ, with their numbers."""
     if one.said["samples_digest"] == other.said["samples_digest"]:
         return []
     what = f"samples: {one.said['samples']} and {other.said['samples']}"
@@ -112,33 +112,32 @@ def _rows(one: Subject, other: Subject) -> list[str]:
     lines += [f"  rows of B alone: {ranges(found.added)}"] if found.added else []
     if found:
         return lines
+    # The digest also covers the order and the encoding of the samples.
     return [f"{what}: the same rows in another order, or encoded otherwise (sizes, weights)"]
 
 
 def _records(one: RunRecord, other: RunRecord) -> list[str]:
-    """What differs of the parameters, and of what computed."""
+    """The differences of two records: parameters, precision, devices and library versions."""
     lines: list[str] = []
+    # Records of older versions have no parameters, only their digest.
     if bool(one.parameters) == bool(other.parameters):
-        defaults = {n: f.default for n, f in TrainingConfig.model_fields.items()}
-        for name in sorted({**one.parameters, **other.parameters}):
-            # What is off by default is not recorded where it is off.
-            values = [r.parameters.get(name, defaults.get(name)) for r in (one, other)]
-            lines += _pair(name, *(list(v) if isinstance(v, tuple) else v for v in values))
+        # What is off by default is not recorded where it is off.
+        off = TrainingConfig.model_validate({}).model_dump(mode="json")
+        lines += _pairs({**off, **one.parameters}, {**off, **other.parameters})
     elif one.config_digest != other.config_digest:
         lines.append("parameters: they differ, and a record of an older version does not name them")
     lines += _pair("held-out samples", one.held_out_digest, other.held_out_digest)
     lines += _pair("precision", one.mixed_precision, other.mixed_precision)
     lines += _pair("devices", ", ".join(one.devices), ", ".join(other.devices))
     if one.libraries and other.libraries:
-        for name in sorted({**one.libraries, **other.libraries}):
-            lines += _pair(f"version of {name}", one.libraries.get(name), other.libraries.get(name))
+        lines += _pairs(one.libraries, other.libraries, "version of ")
     elif one.libraries != other.libraries:
         lines.append("versions of the libraries: not recorded for one of the two")
     return lines
 
 
 def _losses(one: Run | None, other: Run | None) -> list[str]:
-    """The losses at the end of both trainings, where they are known."""
+    """The last losses of both trainings, if their run folders are known."""
     lines: list[str] = []
     for name, run in (("A", one), ("B", other)):
         if run is None:

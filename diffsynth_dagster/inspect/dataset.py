@@ -1,4 +1,4 @@
-"""Which rows a file was trained on, and which of them, or of their files, have changed since."""
+"""The rows that a file was trained on, and which of them, or of their files, have changed since."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,13 +26,14 @@ from diffsynth_dagster.inspect.tables import (
 )
 from diffsynth_dagster.inspect.told import first
 
+# At most so many changes are listed.
 _SHOWN = 20
+# Files handed to the threads at once: bounds the memory for 10⁷ rows.
 _AT_ONCE = 1 << 16
-"""Files that are looked at together."""
 
 
 def trained_on(subject: Subject) -> list[str]:
-    """The rows that a file was trained on, and what has changed since, as lines.
+    """Describe the rows that a file was trained on, and what has changed since. Returns lines.
 
     Raises:
         WeightsError, ParameterError: see `Subject.require_run`.
@@ -45,15 +46,16 @@ def trained_on(subject: Subject) -> list[str]:
         f"  trained on: rows {ranges(tables.trained_rows(run))}",
     ]
     held_out = held_out_tables(run, tables)
-    apart = () if held_out is None else (_source(held_out.checked),)
-    lines += changes(tables, apart)
+    # If the data set is a folder without a table, its held-out files lie below the same folder.
+    left_out = () if held_out is None else (_source(held_out.checked),)
+    lines += changes(tables, left_out)
     if held_out is not None:
         lines += [*_counts("held out", held_out), *changes(held_out)]
     return lines
 
 
 def _counts(what: str, tables: Tables) -> list[str]:
-    """The table, and how many rows it has of each status."""
+    """The path of the table, and its number of rows by status."""
     counts = tables.checked.counts
     by_status = ", ".join(f"{count} {status}" for status, count in counts.items())
     return [
@@ -64,7 +66,8 @@ def _counts(what: str, tables: Tables) -> list[str]:
 
 
 def changes(tables: Tables, left_out: tuple[str, ...] = ()) -> list[str]:
-    """What has changed since in the rows that were used, as lines. For `left_out` see `changed_rows`."""
+    """Describe the changes of the rows that were used, as lines. For `left_out` see
+    `changed_rows`."""
     used = tables.checked.accepted.collect(engine="streaming")
     found = [f"row {row}: {what}" for row, what in changed_files(used)]
     try:
@@ -85,9 +88,10 @@ def changes(tables: Tables, left_out: tuple[str, ...] = ()) -> list[str]:
 
 
 def changed_files(used: pl.DataFrame) -> list[tuple[int, str]]:
-    """The rows whose files are gone or have another content, each with what is wrong.
+    """The rows with files that are missing or have another content: (number of the row, problem).
 
-    A file that looks as it did when it was checked is not read again: see `facts.FileState`.
+    A file whose size and time of modification are unchanged is not read again: see
+    `facts.FileState`.
 
     Args:
         used: the accepted rows of a checked table.
@@ -96,11 +100,13 @@ def changed_files(used: pl.DataFrame) -> list[tuple[int, str]]:
     for column in files_of(used):
         parts = [f"{column}:{part}" for part in ("path", "digest", "size", "modified")]
         named = used.select("row", *parts)
-        if isinstance(named.schema[parts[0]], pl.List):
+        if isinstance(named.schema[parts[0]], pl.List):  # several files in a cell
             named = named.explode(*parts)
         named = named.drop_nulls(parts[0])
+        # Many rows may name the same file: it is looked at once.
         files = named.drop("row").unique(parts[0], maintain_order=True)
         wrong: dict[str, str] = {}
+        # Threads, because this waits for the file system, perhaps over a network.
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(files), _AT_ONCE):
                 rows = list(files.slice(start, _AT_ONCE).iter_rows())
@@ -117,16 +123,17 @@ def changed_files(used: pl.DataFrame) -> list[tuple[int, str]]:
 
 
 def _problem(known: Sequence[Any]) -> str:
-    """What is wrong with a file; empty where it is as it was checked.
+    """What is wrong with a file; an empty text if it is unchanged.
 
     Args:
-        known: path, digest, size and state of the file that was checked.
+        known: path, digest, size and time of modification of the file when it was checked.
     """
     path, digest, size, modified = Path(known[0]), *known[1:]
     try:
         state = FileState.of(path)
         if state == (size, modified):
             return ""
+        # A copy or a `touch` changes the time, not the content: hash the file.
         if state.size != size or digest_file(path) != digest:
             return "its content has changed"
     except OSError:
@@ -137,14 +144,15 @@ def _problem(known: Sequence[Any]) -> str:
 def changed_rows(
     table: CheckedTable, used: pl.DataFrame, left_out: tuple[str, ...] = ()
 ) -> Differences:
-    """In what the table that was checked differs now.
+    """Compare the checked table with its source as it is now.
 
     Args:
-        left_out: what is held out of a folder without a table.
+        left_out: files held out of a data set that is a folder without a table.
 
     Raises:
-        UserError: it is gone, or is no table of these columns any more.
+        UserError: the source is missing, or no longer has these columns.
     """
+    # All rows are compared, so that a rejected row is not reported as new.
     whole = table.rows.collect(engine="streaming")
     since = differences(whole, _read_now(table, left_out), digests=False)
     rows = set(used["row"])
@@ -156,7 +164,8 @@ def changed_rows(
 
 
 def _source(table: CheckedTable) -> str:
-    """The table that people write, of which a checked one was made."""
+    """The user's table that a checked table was made from."""
+    # A checked table can be the source of another one, so this follows the chain to its start.
     path = Path(table.data.get("dataset_metadata_path", table.source))
     seen: set[Path] = set()
     while path not in seen and (checked := find_checked(path)) is not None:
@@ -166,7 +175,8 @@ def _source(table: CheckedTable) -> str:
 
 
 def _read_now(table: CheckedTable, left_out: tuple[str, ...]) -> pl.DataFrame:
-    """The rows of the source now, by the columns that were read. Raises `UserError`."""
+    """Read the source again, with the columns and parameters of the check. Raises `UserError`."""
+    # A checked table does not record parameters that were off.
     values = {**off_values("rows"), **table.parameters}
     source = RowSource(
         Path(_source(table)),

@@ -1,6 +1,6 @@
-"""What a weight file of another tool is: of which family, in whose names, of which rank.
+"""Recognise the weight file of another tool: its family, its format, and its rank.
 
-No tensor is read but the alphas: names and shapes tell the rest.
+Names and shapes of the tensors are enough. Only the alphas are read.
 """
 
 from collections import Counter
@@ -20,7 +20,9 @@ from diffsynth_dagster.weights.header import Header
 from diffsynth_dagster.weights.lora import families_of, rules_of_file
 from diffsynth_dagster.weights.recognise import components_in
 
+# Marks of the names of A, whose first dimension is the rank.
 _HALVES = ("lora_A.", "lora_down.", "lora.down.", "lora_linear_layer.down.")
+# Marks of names that no plain LoRA has → the method.
 _OTHERS = {
     "lora_magnitude_vector": "DoRA",
     "dora_scale": "DoRA",
@@ -32,9 +34,10 @@ _OTHERS = {
 
 
 def recognised(path: Path, header: Header) -> list[tuple[str, str]]:
-    """What is found out of a file, as pairs of a name and what is said of it."""
+    """The facts found out about a file, as pairs of a title and a text."""
     others = {kind for mark, kind in _OTHERS.items() if any(mark in name for name in header)}
     if others:
+        # These methods have no rules in `formats`, so families are not tried.
         return [
             ("kind", f"{', '.join(sorted(others))}, which other tools name in many ways"),
             *_ranks(header),
@@ -42,6 +45,7 @@ def recognised(path: Path, header: Header) -> list[tuple[str, str]]:
     tensors = _tensors(path, header)
     if not of_loras(tensors):
         return [("kind", "whole weights, or none that this project knows"), *_whole(header)]
+    # Several families may have the layers of a file: all of them are listed.
     families, why = families_of(tensors)
     fitting: list[tuple[str, str]] = []
     for name, found in families.items():
@@ -59,19 +63,20 @@ def recognised(path: Path, header: Header) -> list[tuple[str, str]]:
 
 
 def _tensors(path: Path, header: Header) -> Tensors:
-    """The tensors of a file without their values, but for the alphas."""
+    """The tensors of a file. Only alphas have their values; the others are on the meta device."""
     tensors: Tensors = {n: torch.empty(i.shape, device="meta") for n, i in header.items()}
     alphas = [name for name in header if name.endswith(".alpha")]
     if alphas and path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             tensors |= {name: file.get_tensor(name) for name in alphas}
     else:
+        # Of a pickled file only the header is read: ones stand in for its alphas.
         tensors |= {name: torch.ones(header[name].shape) for name in alphas}
     return tensors
 
 
 def _ranks(header: Header) -> list[tuple[str, str]]:
-    """The ranks in a file: the heights of its A."""
+    """The ranks in a file: the first dimension of each A."""
     counted = Counter(
         info.shape[0]
         for name, info in header.items()
@@ -85,7 +90,7 @@ def _ranks(header: Header) -> list[tuple[str, str]]:
 
 
 def _alphas(lora: Lora) -> str:
-    """The alphas of a LoRA's layers."""
+    """The alphas of a LoRA's layers, with the number of layers if there are several."""
     counted = Counter(lora.alpha(layer) for layer in lora.down)
     return ", ".join(
         f"{alpha:g}" + (f" ({n} layers)" if len(counted) > 1 else "")
@@ -94,7 +99,7 @@ def _alphas(lora: Lora) -> str:
 
 
 def _formats(tensors: Tensors, rules: AllRules) -> list[str]:
-    """The formats that a file could be in."""
+    """The formats whose names fit every tensor of a file."""
     known: list[str] = []
     for name in FORMATS:
         try:
@@ -106,7 +111,7 @@ def _formats(tensors: Tensors, rules: AllRules) -> list[str]:
 
 
 def _whole(header: Header) -> list[tuple[str, str]]:
-    """The families whose components a file holds, whole."""
+    """The families that have components whose weights are all in the file."""
     found: Mapping[str, list[str]] = {
         family.name: [place.component.name for place in components_in(header, family)]
         for family in each_family()

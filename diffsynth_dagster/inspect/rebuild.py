@@ -1,9 +1,8 @@
-"""The recipe that makes a file again, with the same bytes, on a CPU."""
+"""Write the recipe that makes a weight file again: on a CPU, with the same bytes."""
 
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe import dump_config
 from diffsynth_dagster.data.table.checked import FILE_NAME, PINNED
 from diffsynth_dagster.errors import OutputError, ParameterError, UserError, WeightsError, printable
-from diffsynth_dagster.facts import FactCache, digest_file
+from diffsynth_dagster.facts import FACTS, FactCache, digest_file, fact_cache_of
 from diffsynth_dagster.files import link_whole, write_text
 from diffsynth_dagster.inspect.dataset import changed_files
 from diffsynth_dagster.inspect.subject import CONFIG, Run, Subject
@@ -26,21 +25,24 @@ from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import component_digest
 from diffsynth_dagster.weights.resolved import ResolvedModel
 
+# Paths that are not part of the identity (at most the content behind them is): made absolute.
 _PATHS = ("dataset_base_path", "dataset_metadata_path", "validation_metadata_path", "cache_path")
+# Parameter → ending of the copy of its table that is written beside the recipe.
 _COPIES = {"dataset_metadata_path": "metadata", "validation_metadata_path": "held_out"}
 _SHOWN = 20
-_FACTS = "facts.sqlite"
 _FILES = ("lora_checkpoint", "resume_from_checkpoint", "preset_lora_path")
 
 
 def write_recipe(subject: Subject, out: Path) -> list[str]:
-    """Write the recipe of the training that wrote a file, and the tables that it was made with; returns
-    what was done, what must still be there, and what has changed, as lines.
+    """Write the recipe of the training that wrote a file, and copies of the tables it used.
+
+    Returns:
+        Lines that say what was written, what the recipe needs, and what has changed since.
 
     Raises:
-        OutputError: something is there already, or cannot be written.
-        WeightsError, ParameterError, StoreError, MetadataError: the file, its run folder or its tables
-            are not known; see `Subject.require_run` and `tables_of`.
+        OutputError: a file to write exists already, or cannot be written.
+        WeightsError, ParameterError, StoreError, MetadataError: the file, its run folder or its
+            tables are not known; see `Subject.require_run` and `tables_of`.
     """
     run, output = subject.require_run(), out.absolute().with_suffix("")
     if out.suffix not in (".yaml", ".yml"):
@@ -54,10 +56,11 @@ def write_recipe(subject: Subject, out: Path) -> list[str]:
     values = {**_absolute(config, run.started_in), "output_path": str(output)}
     places: dict[str, Path] = {}
     if run.encoded_in.resolve() == run.whole_folder.resolve():
-        # The tables as they were checked: other captions, or files of other content, are not taken.
+        # The recipe reads copies of the checked tables: the user's tables may have changed since.
         places = {n: out.absolute().with_suffix(f".{_COPIES[n]}.parquet") for n in used}
         values |= {name: str(place) for name, place in places.items()}
         data = tables.checked.data["dataset_base_path"]
+        # Without `:data_process` or `:train`, the recipe encodes and trains in one go.
         values |= {"dataset_base_path": data, "task": config.task.split(":")[0]}
     _require_free(out, output, *places.values())
     recipe = TrainingConfig.model_validate(values)
@@ -76,7 +79,8 @@ def write_recipe(subject: Subject, out: Path) -> list[str]:
 
 
 def _config_of(run: Run) -> TrainingConfig:
-    """The parameters of a training. Raises `ParameterError`: its config.yaml is gone, or another's."""
+    """The parameters of a training. Raises `ParameterError`: its config.yaml is missing, or belongs
+    to another training."""
     config = run.config
     if config is None or config_digest(config) != run.record.config_digest:
         what = "is not there" if config is None else "is not that of the training"
@@ -89,8 +93,9 @@ def _config_of(run: Run) -> TrainingConfig:
 
 
 def _require_free(*places: Path) -> None:
-    """Refuse to write over anything. Raises `OutputError`."""
+    """Refuse to overwrite anything. Raises `OutputError`."""
     for place in places:
+        # lexists: a dangling link counts too.
         if os.path.lexists(place):
             raise OutputError(
                 "the recipe, or what it would write, is there already",
@@ -100,37 +105,43 @@ def _require_free(*places: Path) -> None:
 
 
 def _absolute(config: TrainingConfig, base: Path) -> dict[str, Any]:
-    """The parameters of a config, with every path absolute that counts by its content, or for nothing."""
+    """The parameters of a config with absolute paths, so that the recipe works from any folder.
+
+    Only for parameters whose path is not part of the identity: other ones would change the header
+    of the file, and so its bytes.
+    """
     values: dict[str, Any] = config.model_dump(mode="json")
 
-    def whole(path: str) -> str:
+    def absolute(path: str) -> str:
         return os.path.join(base, path)
 
     for name in (*_PATHS, *_FILES):
         if values[name]:
-            values[name] = whole(values[name])
+            values[name] = absolute(values[name])
     for name in MODEL_FOLDERS:
+        # With a colon it is a model of a hub, unless a folder has that name.
         if values[name] is not None and (":" not in values[name] or (base / values[name]).exists()):
-            values[name] = whole(values[name])
+            values[name] = absolute(values[name])
     hub = config.model_id_with_origin_paths
     for name in ("model_paths", "fp8_models"):
-        values[name] = [_whole_entry(item, whole, hub) for item in values[name]]
+        values[name] = [_absolute_entry(item, absolute, hub) for item in values[name]]
     return values
 
 
-def _whole_entry(item: Any, whole: Callable[[str], str], hub: tuple[str, ...]) -> Any:
-    """An entry of a model list with its paths absolute; one of the hub as it is."""
+def _absolute_entry(item: Any, absolute: Callable[[str], str], hub: tuple[str, ...]) -> Any:
+    """An entry of a model list with absolute paths. A model of the hub is returned as it is."""
     if isinstance(item, list):
-        return [whole(path) for path in item]
-    return item if item in hub else whole(item)
+        return [absolute(path) for path in item]
+    return item if item in hub else absolute(item)
 
 
 def _makes(subject: Subject, recipe: TrainingConfig, out: Path) -> list[str]:
-    """The command that makes the file again, where it is then, and what that needs."""
+    """The command that makes the file again, the path it writes, and what it needs."""
     run = subject.require_run()
     name = subject.checkpoint or subject.path.name
     if "checkpoint" in subject.said and subject.path.absolute().is_relative_to(run.folder):
         name = str(subject.path.absolute().relative_to(run.folder))
+    # As many processes as before: the batch of a step depends on them.
     count = len(run.record.devices)
     start = "python" if count < 2 else f"accelerate launch --num_processes {count}"
     data = (
@@ -150,16 +161,16 @@ def _makes(subject: Subject, recipe: TrainingConfig, out: Path) -> list[str]:
         )
     table = recipe.sample_table
     if table is not None and not Path(table).is_absolute():
-        # By value: an absolute path would be another parameter, and another header.
+        # This path is part of the identity: made absolute, it would change the header.
         lines.append(f"  the sample prompts {table}: give the command in {run.started_in}")
     return [printable(line) for line in lines]
 
 
 def _warnings(run: Run, recipe: TrainingConfig, tables: Sequence[Tables]) -> list[str]:
-    """All that has changed and may give other bytes."""
+    """A line for everything that has changed and may lead to other bytes."""
     warnings: list[str] = []
-    for own in tables:
-        changed = changed_files(own.checked.accepted.collect(engine="streaming"))
+    for part in tables:
+        changed = changed_files(part.checked.accepted.collect(engine="streaming"))
         warnings += first([f"row {row}: {what}" for row, what in changed], _SHOWN)
     record = run.record
     libraries = {n: (then, _version(n)) for n, then in record.libraries.items()}
@@ -167,6 +178,7 @@ def _warnings(run: Run, recipe: TrainingConfig, tables: Sequence[Tables]) -> lis
     warnings += [
         f"{n} was {then}, and is {now}" for n, (then, now) in programs.items() if then != now
     ]
+    # GPUs do not promise to compute the same bits again.
     if set(record.devices) - {"cpu"}:
         devices = ", ".join(dict.fromkeys(record.devices))
         warnings.append(f"it was trained on {devices}: other devices give other bytes")
@@ -178,6 +190,7 @@ def _warnings(run: Run, recipe: TrainingConfig, tables: Sequence[Tables]) -> lis
 
 
 def _version(name: str) -> str:
+    """The version of an installed package, for a message."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -185,7 +198,8 @@ def _version(name: str) -> str:
 
 
 def _base_lines(run: Run, recipe: TrainingConfig) -> list[str]:
-    """Each of the base weights with its digest, and whether its files have that still."""
+    """A line for each base model: its digest, or a warning if its files have changed."""
+    # Only looks: a model that is not there is reported, not downloaded.
     hub = ModelHub(ModelHub.from_environment().base_path, skip_download=True)
     base = run.record.base
     try:
@@ -193,12 +207,13 @@ def _base_lines(run: Run, recipe: TrainingConfig) -> list[str]:
     except UserError as error:
         why = f"warning: the base weights cannot be looked at: {error.what} ({error.where})"
         return [*(f"  {name} {digest}" for name, digest in base.items()), printable(why)]
-    if recipe.reads_encoded:  # what only encoded is not needed
+    if recipe.reads_encoded:  # the models that encoded the samples are not needed again
         needed = {*found.components, *found.tokenizers, *STARTS}
         base = {name: digest for name, digest in base.items() if name in needed}
     with tempfile.TemporaryDirectory() as folder:
-        known = Path(recipe.cache_path) / _FACTS
-        with closing(FactCache(known if known.is_file() else Path(folder) / _FACTS)) as cache:
+        # If the cache is gone, digests are computed again and not kept.
+        known = (Path(recipe.cache_path) / FACTS).is_file()
+        with fact_cache_of(recipe.cache_path if known else folder) as cache:
             now = _digests(base, recipe, found, cache)
     return [
         printable(f"  {name} {digest}" if now[name] == digest else f"warning: {name}: {now[name]}")
@@ -209,7 +224,11 @@ def _base_lines(run: Run, recipe: TrainingConfig) -> list[str]:
 def _digests(
     names: Mapping[str, str], recipe: TrainingConfig, found: ResolvedModel, cache: FactCache
 ) -> dict[str, str]:
-    """Component, or parameter that names a file to start from → its digest now, or what is wrong."""
+    """The present digest of each base model, or what is wrong with it.
+
+    Args:
+        names: component, tokenizer, or parameter in `STARTS` → the digest in the record.
+    """
     digests: dict[str, str] = {}
     for name, digest in names.items():
         try:

@@ -1,10 +1,9 @@
-"""A weight file: its header, what that says of where the file comes from, and its run folder."""
+"""`Subject`, a weight file: its header, the provenance in that, and the training that wrote it."""
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,20 +18,20 @@ from diffsynth_dagster.run.record import RunRecord
 from diffsynth_dagster.weights.header import (
     PROVENANCE_KEY,
     Header,
-    bits_of,
     read_header,
     read_metadata,
 )
 
 CONFIG = "config.yaml"
+# Folders above a file that may be its run folder: `exports/<format>/<component>/` is three deep.
 _LEVELS = 4
-"""Of folders above a file: `exports/<format>/<component>/` of a run folder is three deep."""
+# The fields that every provenance has, with their types.
 _KINDS: Mapping[str, type] = {
     **dict.fromkeys(("identity", "family", "samples_digest", "config_digest", "version"), str),
     "base": dict,
     "samples": int,
 }
-"""What provenance must say, and as what; what it may say is in `_OPTIONAL`."""
+# The fields that a provenance may have.
 _OPTIONAL: Mapping[str, type | tuple[type, ...]] = {
     "lora": (dict, type(None)),
     "trained": list,
@@ -47,30 +46,33 @@ _OPTIONAL: Mapping[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, which may be one in `older/`."""
+    """A training: its folder, which is a run folder or one in `older/`, and its record."""
 
     folder: Path
     record: RunRecord
 
     @cached_property
     def config(self) -> TrainingConfig | None:
-        """The parameters of the training, as its `config.yaml` has them; None where that is not there.
+        """The parameters of the training, read from its `config.yaml`; None if that is missing.
 
         Raises:
-            ParameterError: it cannot be read.
+            ParameterError: the file cannot be read.
         """
         path = self.folder / CONFIG
         return read_recipe(path).config if path.is_file() else None
 
     @property
     def whole_folder(self) -> Path:
-        """The run folder that the training was made in: that above `older/`."""
+        """The run folder of the training. For a training in `older/`, the folder above that."""
         return self.folder.parents[1] if self.folder.parent.name == OLDER else self.folder
 
     @property
     def started_in(self) -> Path:
-        """The folder that the relative paths of the training start in: that from which its `output_path`
-        leads to the run folder; where none does, the folder that this is called in."""
+        """The folder in which the training was started: relative paths of its config start there.
+
+        It is found from a relative `output_path`: the run folder without that path at its end. If
+        that does not work, the current folder.
+        """
         output = Path(self.config.output_path if self.config is not None else "/")
         folder = self.whole_folder
         count = len(output.parts)
@@ -80,7 +82,7 @@ class Run:
 
     @property
     def encoded_in(self) -> Path:
-        """The folder in which its data set was encoded: its own, or the one that its config names."""
+        """The folder in which the data set was encoded: the run folder, or `dataset_base_path`."""
         if self.config is None or not self.config.reads_encoded:
             return self.whole_folder
         return self.started_in / self.config.dataset_base_path
@@ -91,9 +93,9 @@ class Subject:
     """A weight file.
 
     Attributes:
-        notes: the text entries of its header.
-        said: its provenance; empty for a file of another tool.
-        run: the training that wrote it; None where that is not found.
+        notes: the text entries of the header.
+        said: the provenance in the header; empty for a file of another tool.
+        run: the training that wrote the file; None if its run folder is not found.
     """
 
     path: Path
@@ -102,30 +104,25 @@ class Subject:
     said: Mapping[str, Any]
     run: Run | None
 
-    @property
-    def bytes(self) -> int:
-        """Of its tensors; of a file of PyTorch, which says less in its header, of the whole file."""
-        if self.path.suffix != ".safetensors":
-            return self.path.stat().st_size
-        return sum(prod(info.shape) * bits_of(info) for info in self.header.values()) // 8
-
     @cached_property
     def checkpoint(self) -> str | None:
-        """The file in the run folder that it is, or is made of; None where the record names none."""
+        """The name of the checkpoint that the file is or was exported from; None if not known."""
         if self.run is None:
             return None
         record = self.run.record
         if "checkpoint" not in self.said:
             return self.path.name if self.path.name in record.checkpoints else None
+        # An export names the digest of its checkpoint.
         digest = self.said["checkpoint"]
         names = [name for name, known in record.checkpoints.items() if known == digest]
+        # A checkpoint of several files has one digest for all of them.
         if not names and record.chosen and record.chosen_digest == digest:
             names = record.chosen
         return names[0] if names else None
 
     @cached_property
     def step(self) -> int | None:
-        """The steps that were made before it was written; None where that is not known."""
+        """The step after which the file was written; None if it is not known."""
         if "step" in self.said or self.run is None or self.checkpoint is None:
             return self.said.get("step")
         path = self.run.folder / self.checkpoint
@@ -133,17 +130,17 @@ class Subject:
 
     @cached_property
     def is_as_written(self) -> bool | None:
-        """Whether its bytes are those that the training wrote; None for exports, of which no digest is
-        kept, and where there is no run folder."""
+        """Whether the bytes are those that the training wrote. None for an export, because the
+        record has no digest of it, and for a file without a run folder."""
         if self.run is None or "checkpoint" in self.said or self.checkpoint is None:
             return None
         return digest_file(self.path) == self.run.record.checkpoints[self.checkpoint]
 
     def require_run(self) -> Run:
-        """Its run folder.
+        """The training that wrote the file.
 
         Raises:
-            WeightsError: it has no provenance.
+            WeightsError: the file has no provenance.
             ParameterError: the run folder is not found.
         """
         if not self.said:
@@ -163,14 +160,14 @@ class Subject:
 
 
 def read_subject(path: Path, folder: Path | None = None) -> Subject:
-    """Read a weight file and what is known of it.
+    """Read the header of a weight file, and find its run folder.
 
     Args:
-        folder: the run folder; left out, it is looked for above the file.
+        folder: the run folder. None: it is looked for in the folders above the file.
 
     Raises:
         WeightsError: the file is missing or damaged, or its provenance is nonsense.
-        ParameterError: the folder holds no training that wrote it.
+        ParameterError: no training in `folder` wrote the file.
     """
     header = read_header(path)
     notes = read_metadata(path) if path.suffix == ".safetensors" else {}
@@ -179,10 +176,10 @@ def read_subject(path: Path, folder: Path | None = None) -> Subject:
 
 
 def provenance_of(path: Path, notes: Mapping[str, str]) -> dict[str, Any]:
-    """The provenance in a header; empty where there is none.
+    """The provenance in a header; empty if there is none.
 
     Raises:
-        WeightsError: it is none that this project writes.
+        WeightsError: its fields are not those that this project writes.
     """
     if PROVENANCE_KEY not in notes:
         return {}
@@ -191,14 +188,14 @@ def provenance_of(path: Path, notes: Mapping[str, str]) -> dict[str, Any]:
         if not isinstance(said, dict):
             raise ValueError("it is no mapping")
         found = cast(dict[str, Any], said)
-        if list(found) == ["format"]:  # of a file of another tool that was converted
+        if list(found) == ["format"]:  # a converted file of another tool
             return {}
         wrong = [n for n, kind in _KINDS.items() if not isinstance(found.get(n), kind)]
-        given = {name: kind for name, kind in _OPTIONAL.items() if name in found}
-        wrong += [name for name, kind in given.items() if not isinstance(found[name], kind)]
+        present = {name: kind for name, kind in _OPTIONAL.items() if name in found}
+        wrong += [name for name, kind in present.items() if not isinstance(found[name], kind)]
         if wrong:
             raise ValueError(f"{wrong[0]} is {shown(found.get(wrong[0]))}")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: deeply nested JSON
         raise WeightsError(
             f"what the header says of where the file comes from cannot be read: {error}",
             where=str(path),
@@ -208,7 +205,8 @@ def provenance_of(path: Path, notes: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _run_of(path: Path, said: Mapping[str, Any], folder: Path | None) -> Run | None:
-    """The training that a file is of. Raises `ParameterError`: it is not in the folder that is given."""
+    """The training that wrote a file; None if it is not found. Raises `ParameterError` if it is not
+    in the given folder."""
     if folder is not None and said:
         run = next((r for r in _runs_in(folder) if r.record.identity == said["identity"]), None)
         if run is None:
@@ -224,8 +222,8 @@ def _run_of(path: Path, said: Mapping[str, Any], folder: Path | None) -> Run | N
 
 
 def _runs_in(folder: Path) -> Iterator[Run]:
-    """The trainings of a run folder, the newest first; those with a damaged record are left out."""
-    for place in (folder, *reversed(older_runs(folder))):
-        record = earlier_record(place)
+    """The trainings of a run folder, newest first. Those with a damaged record are skipped."""
+    for path in (folder, *reversed(older_runs(folder))):
+        record = earlier_record(path)
         if record is not None:
-            yield Run(place.absolute(), record)
+            yield Run(path.absolute(), record)

@@ -1,4 +1,4 @@
-"""The tables that a training was made with: which rows they have, and in what two of them differ."""
+"""The tables that a training used, and a comparison of the rows of two tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +16,19 @@ from diffsynth_dagster.errors import StoreError, printable, shown
 from diffsynth_dagster.inspect.subject import Run
 from diffsynth_dagster.older import TABLES
 
+# Names of helper columns. They begin with a NUL character, so no column of a user has such a name.
 CONTENT, NAME, NUMBER = "\x00content", "\x00name", "\x00number"
 _NOW = "\x00now"
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What a training was made with.
+    """The tables that a training used.
 
     Attributes:
-        folder: where the tables lie.
-        checked: every row, with what was found of its files.
-        manifest: the samples that were encoded.
+        folder: the folder of the tables.
+        checked: the checked table: every row, with the facts of its files.
+        manifest: the encoded samples.
     """
 
     folder: Path
@@ -35,7 +36,7 @@ class Tables:
     manifest: Manifest
 
     def trained_rows(self, run: Run) -> list[int]:
-        """Numbers of the rows that were trained on, in order: those that are not held out."""
+        """The sorted numbers of the rows that were trained on: all that are not held out."""
         rows = self.manifest.rows
         config = run.config
         if config is not None and config.validation_split is not None:
@@ -46,12 +47,13 @@ class Tables:
 
 
 def tables_of(run: Run) -> Tables:
-    """The tables of a training: in its run folder, or where its data set was encoded.
+    """Find the tables of a training in its run folder, or where its data set was encoded.
 
     Raises:
-        StoreError: those that are there are of another data set, or damaged.
+        StoreError: the tables found there are of another data set, or damaged.
         MetadataError: the checked table is missing or damaged.
     """
+    # `.tables/` first: the tables in the folder itself may be those of the next training already.
     folders = [
         place for folder in (run.folder, run.encoded_in) for place in (folder / TABLES, folder)
     ]
@@ -59,13 +61,15 @@ def tables_of(run: Run) -> Tables:
 
 
 def held_out_tables(run: Run, tables: Tables) -> Tables | None:
-    """The tables of what was held out as a data set of its own; None where nothing was. Raises: see
-    `tables_of`."""
+    """The tables of the held-out data set; None if the training had no such data set of its own.
+    Raises: see `tables_of`."""
     digest = run.record.held_out_digest
     return None if digest is None else _tables_in((tables.folder / HELD_OUT,), digest, run.folder)
 
 
 def _tables_in(folders: Sequence[Path], digest: str, run: Path) -> Tables:
+    """The tables of the first folder whose manifest has a digest. Raises `StoreError`,
+    `MetadataError`."""
     why: StoreError | None = None
     for folder in folders:
         try:
@@ -74,9 +78,10 @@ def _tables_in(folders: Sequence[Path], digest: str, run: Path) -> Tables:
             why = why or error
             continue
         if manifest.digest == digest:
+            # The pinned table is the one that was encoded; the other may have been checked anew.
             pinned = (folder / PINNED).is_file()
             return Tables(folder, read_checked(folder, PINNED if pinned else FILE_NAME), manifest)
-        why = None
+        why = None  # these tables can be read, but are of another training
     raise StoreError(
         "the tables that the training was made with are not there any more",
         where=str(run),
@@ -86,24 +91,26 @@ def _tables_in(folders: Sequence[Path], digest: str, run: Path) -> Tables:
 
 
 def texts_of(frame: pl.DataFrame) -> list[str]:
-    """The columns that hold texts and numbers."""
+    """The columns of a checked table that hold texts and numbers."""
     columns = frame.columns
-    own = (c for c in columns if c not in BOOKKEEPING and ":" not in c)
-    return [c for c in own if f"{c}:path" not in columns]
+    # The facts of a file column `image` are in columns such as `image:path`.
+    inputs = (c for c in columns if c not in BOOKKEEPING and ":" not in c)
+    return [c for c in inputs if f"{c}:path" not in columns]
 
 
 def files_of(frame: pl.DataFrame) -> list[str]:
-    """The columns that name files."""
+    """The columns of a checked table that name files."""
     return [c.removesuffix(":path") for c in frame.columns if c.endswith(":path")]
 
 
 @dataclass(frozen=True)
 class Differences:
-    """In what two tables differ; rows of equal content count as the same wherever they stand.
+    """The differences of two tables. The order of rows does not count.
 
     Attributes:
-        changed: (row before, row now, what changed) of rows that name the same files.
-        removed, added: numbers of the other rows, before and now.
+        changed: (row before, row now, what changed) for rows that name the same files.
+        removed, added: the numbers of all other rows that are only in the table before, or only in
+            the table now.
     """
 
     changed: list[tuple[int, int, str]]
@@ -118,13 +125,15 @@ def differences(before: pl.DataFrame, now: pl.DataFrame, digests: bool) -> Diffe
     """Compare the rows of two tables.
 
     Args:
-        before, now: `row`, texts, files, and with `digests` the digests of those.
-        digests: whether the content of files counts; else only how they are called.
+        before, now: tables with the columns `row`, texts and files; with `digests`, also the
+            digests of the files.
+        digests: whether files are compared by their content, else by their names.
     """
     texts = [c for c in texts_of(before) if c not in files_of(before) and c in now.columns]
     files = [c for c in files_of(before) if c in now.columns]
     counted = [f"{c}:digest" for c in files] if digests else files
     one, other = (_numbered(_named(f, texts, files, counted), CONTENT) for f in (before, now))
+    # First drop the rows of equal content from both tables; then pair what is left by its files.
     keys = [CONTENT, NUMBER]
     left = [a.join(b, on=keys, how="anti") for a, b in ((one, other), (other, one))]
     left = [_numbered(frame.drop(NUMBER), NAME) for frame in left]
@@ -141,14 +150,14 @@ def differences(before: pl.DataFrame, now: pl.DataFrame, digests: bool) -> Diffe
 def _named(
     frame: pl.DataFrame, texts: Sequence[str], files: Sequence[str], counted: Sequence[str]
 ) -> pl.DataFrame:
-    """Each row by its content, and by the files that it names (its number where it names none)."""
+    """Two keys for each row: its content, and the files it names (without files, its number)."""
     name = pl.struct(files).struct.json_encode() if files else pl.col("row").cast(pl.String)
     content = pl.struct([*texts, *counted]).struct.json_encode()
     return frame.select("row", content.alias(CONTENT), name.alias(NAME))
 
 
 def _numbered(frame: pl.DataFrame, key: str) -> pl.DataFrame:
-    """The frame with the how-manieth of its key each row is: equal rows are told apart."""
+    """Number the rows that have equal keys, so that a join pairs each of them once."""
     return frame.with_columns(pl.int_range(pl.len()).over(key).alias(NUMBER))
 
 
@@ -158,15 +167,17 @@ def _changed(
     pairs: pl.DataFrame,
     columns: tuple[Sequence[str], Sequence[str]],
 ) -> list[tuple[int, int, str]]:
-    """What differs in each of some pairs of rows; see `Differences`.
+    """Describe how the rows of each pair differ; see `Differences.changed`.
 
     Args:
-        columns: the texts, and the files whose content counts.
+        pairs: the numbers of the rows, `row` before and `_NOW` now.
+        columns: the text columns, and the file columns that are compared by content.
     """
     sides = [
         pairs.select(pl.col(name).alias("row")).join(frame, "row", "left", maintain_order="left")
         for name, frame in (("row", before), (_NOW, now))
     ]
+    # Both sides are in the order of the pairs.
     rows = zip(*(side.iter_rows(named=True) for side in sides), strict=True)
     return [(a["row"], b["row"], _what(a, b, *columns)) for a, b in rows]
 
@@ -174,7 +185,7 @@ def _changed(
 def _what(
     before: dict[str, Any], now: dict[str, Any], texts: Sequence[str], files: Sequence[str]
 ) -> str:
-    """What differs between two rows that name the same files."""
+    """Describe how two rows that name the same files differ."""
     found = [f"{c}: {shown(before[c])} → {shown(now[c])}" for c in texts if before[c] != now[c]]
     found += [
         f"{c} {shown(before[c])} has another content"
@@ -185,7 +196,7 @@ def _what(
 
 
 def ranges(rows: Sequence[int], most: int = 10) -> str:
-    """Numbers in order as ranges: `1-5, 7`; of many ranges the first ones."""
+    """Sorted numbers as ranges, such as `1-5, 7`. At most `most` ranges, then an ellipsis."""
     found: list[tuple[int, int]] = []
     for row in rows:
         if found and row == found[-1][1] + 1:

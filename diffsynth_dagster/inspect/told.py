@@ -1,4 +1,4 @@
-"""What a weight file says of itself, for a person."""
+"""Describe a weight file in lines for a person."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,14 +9,15 @@ from diffsynth_dagster.errors import printable
 from diffsynth_dagster.inspect.subject import Subject
 from diffsynth_dagster.run.record import RunRecord
 
+# Characters of the column with the titles.
 _WIDTH = 14
 _SPEC = "modelspec."
+# The fields of ModelSpec that are shown. The others repeat what the other lines say.
 _SHOWN = ("title", "architecture", "implementation", "resolution", "trigger_phrase", "date")
-"""The fields of ModelSpec that are told; the others say what is told here in other words."""
 
 
 def told(subject: Subject) -> list[str]:
-    """What is known of a weight file, as lines.
+    """Describe a weight file: family, training, base weights and content. Returns lines.
 
     Raises:
         WeightsError: the file is damaged.
@@ -25,7 +26,9 @@ def told(subject: Subject) -> list[str]:
     lines += _provenance(subject) if subject.said else _foreign(subject)
     types = Counter(info.dtype for info in subject.header.values())
     counted = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
-    lines += line("content", f"{len(subject.header)} tensors ({counted}), {subject.bytes} bytes")
+    lines += line(
+        "content", f"{len(subject.header)} tensors ({counted}), {subject.path.stat().st_size} bytes"
+    )
     for name in _SHOWN:
         if _SPEC + name in subject.notes:
             lines += line(f"  {name}", subject.notes[_SPEC + name])
@@ -33,12 +36,12 @@ def told(subject: Subject) -> list[str]:
 
 
 def line(name: str, text: str) -> list[str]:
-    """A line of a name and what is said of it, safe for a terminal."""
+    """A line with a title and a text, with control characters escaped."""
     return [f"  {name:<{_WIDTH}} {printable(text)}".rstrip()]
 
 
 def _provenance(subject: Subject) -> list[str]:
-    """What the header and the run folder of a file of this trainer say."""
+    """Lines about a file of this trainer, from its header and its run folder."""
     said, run = subject.said, subject.run
     lines = line("family", said["family"]) + line("trained", _trained(said, run and run.record))
     lines += line("step", _step(subject))
@@ -60,7 +63,8 @@ def _provenance(subject: Subject) -> list[str]:
 
 
 def _trained(said: Mapping[str, Any], record: RunRecord | None) -> str:
-    """What was trained, and how."""
+    """Which components were trained, and how."""
+    # Headers of older versions do not say what was trained; the record does.
     names = said.get("trained", record.trained if record is not None else None)
     of = "" if names is None else f" of {', '.join(map(str, names))}"
     if not said.get("lora"):
@@ -70,7 +74,7 @@ def _trained(said: Mapping[str, Any], record: RunRecord | None) -> str:
 
 
 def _step(subject: Subject) -> str:
-    """How far the training was, and whether it was finished."""
+    """The step of the file, and whether its training is finished."""
     step = "not known" if subject.step is None else str(subject.step)
     if subject.run is None:
         unfinished = subject.said.get("unfinished")
@@ -82,7 +86,7 @@ def _step(subject: Subject) -> str:
 
 
 def _foreign(subject: Subject) -> list[str]:
-    """What can be told of a file without provenance."""
+    """Lines about a file without provenance."""
     from diffsynth_dagster.inspect.foreign import recognised
 
     lines = line("provenance", "none: no training of this project wrote the file")
@@ -91,7 +95,7 @@ def _foreign(subject: Subject) -> list[str]:
 
 
 def first(names: Iterable[str], count: int) -> list[str]:
-    """The first of some names, and how many more there are."""
+    """The first `count` names, and a last entry that says how many more there are."""
     listed = list(names)
     more = len(listed) - count
     return listed[:count] + ([f"and {more} more"] if more > 0 else [])

@@ -1,2 +1,2 @@
-"""What surrounds a training and is none: its run folder and record, what it reports, how it fails or stops,
-and whether it is up to date."""
+"""What surrounds the training loop: the run folder and its record, reporting, failing and stopping,
+and whether a step is up to date."""

@@ -1,5 +1,4 @@
-"""The training that a run folder holds when another one begins there: what it wrote, and moving that to
-`older/`."""
+"""Clear a run folder for a new training: move the files of the earlier one to `older/`."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from diffsynth_dagster.run.record import (
 
 Warn = Callable[[str], None]
 _LEFT = "what an older training left"
+# What an export writes. Promoted versions are not among it: they stay where they are.
 _EXPORTED = (
     *("diffusers", "comfyui", "guide", "kohya", "peft", "authors"),
     *("README.md", "loss.svg", "exported.json"),
@@ -31,7 +31,7 @@ _EXPORTS = tuple(f"exports/{name}" for name in _EXPORTED)
 
 
 def earlier_record(output: Path) -> RunRecord | None:
-    """The record of the training in a run folder; None where there is none, or it is damaged."""
+    """The record of the training in a run folder; None if it is missing or damaged."""
     try:
         return read_record(output)
     except OutputError:
@@ -39,35 +39,40 @@ def earlier_record(output: Path) -> RunRecord | None:
 
 
 def earlier_files(output: Path) -> set[str]:
-    """The checkpoints and samples that the training in a run folder wrote, as paths from there: by its
-    record; by their names where that is damaged or gone."""
+    """The checkpoints and samples of the training in a run folder, as paths from that folder.
+
+    They are taken from the record. If that is missing or damaged, they are recognised by their
+    names.
+    """
     record = earlier_record(output)
     if record is not None:
         return written_files(asdict(record))
+    # Without a sign of a training, files with such names may be a person's own.
     if not _had_training(output):
         return set()
-    found = [*output.glob("*"), *(output / PICTURES).glob("*")]
-    names = (path.relative_to(output).as_posix() for path in found)
+    paths = [*output.glob("*"), *(output / PICTURES).glob("*")]
+    names = (path.relative_to(output).as_posix() for path in paths)
     return {name for name in names if is_trained(name)}
 
 
 def _had_training(output: Path) -> bool:
-    """Whether a run folder holds a training, with its record or without."""
+    """Whether a run folder holds a training, with or without its record."""
     if is_moving(output):
-        return not (output / MOVING / FILE_NAME).is_file()  # which is moved last
+        # The record is moved last: once it is there, the other files are too.
+        return not (output / MOVING / FILE_NAME).is_file()
     signs = (output / FILE_NAME, output / LOGS[0])
     return bool(state_folders(output)) or any(path.is_file() for path in signs)
 
 
 def finish_moving(output: Path, warn: Warn) -> None:
-    """Finish a move that was killed, if one was, and say where the training is. Raises `OutputError`."""
+    """Finish a move that was killed, if there is one, and report it. Raises `OutputError`."""
     if is_moving(output):
         _move(output, warn)
 
 
 def clear(output: Path, warn: Warn) -> None:
-    """Make a run folder empty of the training before, which is moved to `older/` with its states, samples
-    and exports. One that came to no checkpoint and no state is removed.
+    """Move the training in a run folder to `older/`, with its states, samples and exports. A
+    training without any checkpoint or state is removed instead.
 
     Raises:
         OutputError: something cannot be moved or removed.
@@ -75,6 +80,7 @@ def clear(output: Path, warn: Warn) -> None:
     record, states = earlier_record(output), state_folders(output)
     files = earlier_files(output)
     saved = any(CHECKPOINT.fullmatch(n) and (output / n).is_file() for n in files)
+    # A finished training is kept even without checkpoints: its losses and samples may be of use.
     if saved or states or (record is not None and record.finished):
         _move(output, warn)
         return
@@ -85,46 +91,50 @@ def clear(output: Path, warn: Warn) -> None:
 
 
 def _move(output: Path, warn: Warn) -> None:
+    """Move the training in a run folder to `older/`, and report it. Raises `OutputError`."""
     states = [path.relative_to(output).as_posix() for _, path in state_folders(output)]
+    # `metrics.csv` last: it is one of the signs by which `_had_training` recognises a training.
     names = [*sorted(earlier_files(output)), *_EXPORTS, *states, SAMPLE_LOSSES, *reversed(LOGS)]
     with refusals(f"{_LEFT} cannot be moved to older/", output):
-        place = move(output, names)
-    warn(f"{_said_of(place)} is now in {place}")
+        older = move(output, names)
+    warn(f"{_description_of(older)} is now in {older}")
 
 
-def _said_of(run: Path) -> str:
-    """How far an older training came, and when it ended: for a message."""
+def _description_of(run: Path) -> str:
+    """When an older training ended and how far it came, for a message."""
     record, states = earlier_record(run), state_folders(run)
+    # The folder is named by the time at which the training ended.
     date, time = run.name[:19].split("T")
     when = f"of {date} {time.replace('-', ':')}"
     if record is None:
         return f"the training {when}, whose run.json is damaged or gone,"
     if record.finished:
         return f"the training {when}"
-    come = f"step {_steps(run)} of {record.total_steps}"
+    progress = f"step {_steps(run)} of {record.total_steps}"
     kept = f"the newest state is that after step {states[0][0]}" if states else "without a state"
-    return f"an unfinished training {when} ({come}; {kept})"
+    return f"an unfinished training {when} ({progress}; {kept})"
 
 
 def _steps(run: Path) -> int:
-    """How many steps a training made, by its log."""
+    """How many steps a training made, counted in its log."""
     path = run / LOGS[0]
     if not path.is_file():
         return 0
     with path.open("rb") as file:
-        return max(0, sum(1 for _ in file) - 1)
+        return max(0, sum(1 for _ in file) - 1)  # without the header
 
 
 def drop_older(output: Path, keep: int | None, warn: Warn) -> None:
-    """Remove all but the newest older trainings, and say so. One that cannot be removed is named, and
-    stays: the newest training is done.
+    """Remove all but the newest older trainings, and report each. One that cannot be removed is
+    only reported: the new training is finished, and must not fail because of it.
 
     Args:
-        keep: `runs_keep`.
+        keep: `runs_keep`; None keeps all.
     """
     runs = older_runs(output)
     for run in runs[:-keep] if keep is not None else []:
         try:
+            # Locked: somebody may be exporting the older training.
             with owned(run, "removing it"), refusals(f"{_LEFT} cannot be removed", run):
                 remove_older(run)
         except OutputError as error:

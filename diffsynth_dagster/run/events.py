@@ -1,7 +1,7 @@
-"""What is reported of a run while it works: each event with its values, and with its line where it is
-shown as one. They go from the process that trains to Dagster's as messages, whose values JSON has.
+"""The events of a run: each is a dataclass. Those that are shown as one line of text have a `line`.
 
-Nothing heavy is imported here: Dagster's code location reads events too.
+The training process sends them to Dagster's process as messages, so their values must fit into
+JSON. Nothing heavy is imported here, because Dagster's code location reads events too.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,14 +16,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Warned(Event):
-    """Something may go wrong later that can be mended now."""
+    """A warning about something that may go wrong later and can be mended now."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Encoding(Event):
-    """Samples of a stage were encoded into the store."""
+    """The progress of encoding: `done` of `total` samples of a stage are in the store."""
 
     stage: str
     done: int
@@ -32,7 +32,7 @@ class Encoding(Event):
 
 @dataclass(frozen=True)
 class Encoded(Event):
-    """The store holds every sample: for each stage, how many were there, and how many were encoded."""
+    """Encoding is finished. Stage → samples that the store had already, and that were encoded."""
 
     hits: dict[str, int]
     misses: dict[str, int]
@@ -40,20 +40,20 @@ class Encoded(Event):
 
 @dataclass(frozen=True)
 class Started(Event):
-    """The loop starts, after so many steps that were made before."""
+    """The training loop starts. `first`: the steps made before, more than 0 when resuming."""
 
     total_steps: int
     first: int
 
     @property
     def line(self) -> str | None:
-        """Where it goes on; None from the beginning."""
+        """The step after which a resumed training goes on; None for a new one."""
         return f"going on after step {self.first}" if self.first else None
 
 
 @dataclass(frozen=True)
 class Sampled(Event):
-    """Samples were written: all images of a step as one picture, or one clip."""
+    """Samples were written to `path`: all images of a step as one picture, or one clip."""
 
     step: int
     path: str
@@ -79,7 +79,7 @@ class Saved(Event):
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """The training is at its end.
+    """The training reached its end after `steps` steps.
 
     Attributes:
         evaluation: see `RunRecord`.
@@ -93,23 +93,25 @@ class Finished(Event):
 class StepMetrics(Event):
     """An optimizer step was made.
 
-    No time costs a GPU a wait of its own: the norm of the gradients waits for the backward pass, and
-    the loss, which is read last, for the optimizer.
+    Measuring the times adds no synchronization with the GPU: reading the norm of the gradients
+    waits for the backward pass anyway, and reading the loss at the end waits for the optimizer.
 
     Attributes:
-        step, epoch: counted from 1, and from 0.
+        step, epoch: the step is counted from 1, the epoch from 0.
         loss: mean over the step's samples on all processes.
-        grad_norm: of all gradients together, before they are clipped.
-        seconds: of the step, from when its data is there.
-        samples: that it looked at, on all processes.
-        tokens: patches of these samples' latents: see `cache.plan.tokens`. Those of texts are none.
-        data_seconds: that this process waited for the step's data.
-        forward_backward_seconds: of all micro-batches, until the norm of the gradients is known.
-        optimizer_seconds: from then on.
-        learning_rate: the first of the rates; learning_rates: those of the trained models by name, where
-            the config gives some.
-        samples_per_second, tokens_per_second: over the step and the wait for its data.
-        peak_memory_bytes: most memory used so far: of this process's GPU, or of the process on a CPU.
+        grad_norm: the norm of all gradients together, before clipping.
+        seconds: duration of the step, without the wait for its data.
+        samples: number of samples in the step, on all processes.
+        tokens: latent patches in these samples: see `cache.plan.tokens`. Text tokens are not
+            counted.
+        data_seconds: how long this process waited for the step's data.
+        forward_backward_seconds: from the first micro-batch until the norm of the gradients is
+            known.
+        optimizer_seconds: from then until the end of the step.
+        learning_rate: the first learning rate.
+        learning_rates: trained model → its learning rate, if the config sets any of them.
+        samples_per_second, tokens_per_second: throughput, including the wait for data.
+        peak_memory_bytes: peak memory so far: of this process's GPU, or of the process on a CPU.
     """
 
     step: int
@@ -129,7 +131,8 @@ class StepMetrics(Event):
     learning_rates: dict[str, float] = field(default_factory=dict[str, float])
 
     def row(self) -> dict[str, Any]:
-        """Name → number; a learning rate of one model is called `learning_rate_<model>`."""
+        """Column → number. The learning rate of a model is in the column
+        `learning_rate_<model>`."""
         values = dict(vars(self))
         rates: dict[str, float] = values.pop("learning_rates")
         return values | {f"learning_rate_{name}": rate for name, rate in rates.items()}
@@ -144,18 +147,19 @@ MEASURED = (
     "tokens_per_second",
     "peak_memory_bytes",
 )
-"""What of it differs between two runs that make the same steps."""
+"""Measured fields of `StepMetrics`: they differ between two runs of the same training."""
 
 
 @dataclass(frozen=True)
 class HeldOutMetrics(Event):
-    """The held-out loss was measured. Step 0 is before the first one.
+    """The held-out loss was measured. Step 0 is the measurement before the first step.
 
     Attributes:
         loss: mean over the held-out samples.
-        trained_loss: the same of as many samples that are trained on.
-        ranges: the held-out loss by equal ranges of the schedule, that with the most noise first.
-        best_step: the step with the smallest held-out loss so far, that before the first one apart.
+        trained_loss: mean over as many samples that are trained on.
+        ranges: the held-out loss in equal ranges of the schedule, the range with the most noise
+            first.
+        best_step: the step with the smallest held-out loss so far. Step 0 does not count.
     """
 
     step: int
@@ -166,27 +170,29 @@ class HeldOutMetrics(Event):
 
     @property
     def line(self) -> str:
-        """What was found, and when."""
+        """The two losses, for the terminal and the log."""
         return (
             f"step {self.step}: held-out loss {self.loss:.4f}, of trained samples "
             f"{self.trained_loss:.4f}"
         )
 
     def row(self) -> dict[str, float]:
-        """The values by name, each a number."""
+        """Column → number. A range of the schedule is in a column such as `loss_0_25%`."""
         count = len(self.ranges)
+        # The bounds of the ranges in percent of the schedule.
         bounds = [(round(100 * k / count), round(100 * (k + 1) / count)) for k in range(count)]
         named = {f"loss_{a}_{b}%": v for (a, b), v in zip(bounds, self.ranges, strict=True)}
         return {
             "step": self.step,
             "loss": self.loss,
             "trained_loss": self.trained_loss,
-            "gap": self.loss - self.trained_loss,
+            "gap": self.loss - self.trained_loss,  # it grows when the training overfits
             **(named if count > 1 else {}),
             "best_step": self.best_step,
         }
 
 
+# The events that can be sent as messages, by name. `Failure` is not: it goes through files.
 _SENT: Mapping[str, Callable[..., Event]] = {
     kind.__name__: kind
     for kind in (
@@ -197,11 +203,11 @@ _SENT: Mapping[str, Callable[..., Event]] = {
 
 
 def message_of(event: Event) -> dict[str, Any]:
-    """An event as it is sent: its kind and its values."""
+    """An event as a message: the name of its class, and its values."""
     return {"event": type(event).__name__, **asdict(event)}
 
 
 def event_of(message: Mapping[str, Any]) -> Event:
-    """The event that `message_of` made a message of."""
+    """The inverse of `message_of`."""
     values = dict(message)
     return _SENT[values.pop("event")](**values)

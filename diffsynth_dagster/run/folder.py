@@ -1,4 +1,4 @@
-"""A run folder has one owner at a time."""
+"""Lock a run folder, so that one process at a time writes into it."""
 
 import contextlib
 import errno
@@ -16,30 +16,33 @@ from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.files import held, remove_leftovers, require_writable, write_text
 
 LOCK, OWNER = ".lock", ".owner.json"
+# The errors of a file system that has no locks, such as some network file systems.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+# The folders that an owner writes into, as patterns.
 _WRITTEN = (
     *("", "samples", "state", "held_out", ".prompts", "exports", "exports/*", "exports/*/*"),
     *("older", ".tables", ".tables/held_out"),
 )
-"""The folders that an owner writes into."""
 
 
 @contextmanager
 def owned(folder: Path, doing: str) -> Generator[None]:
-    """Hold a run folder, alone, and remove what killed writers left in it.
+    """Lock a run folder, and remove the hidden files that killed writers left in it.
 
-    Whoever removes or renames the folder meanwhile takes it away: then nothing is written any more (see
-    `files.require_held`), also where another training made it anew. The lock is the operating system's, and ends with the process however that ends: after a crash
-    nothing has to be removed by hand.
+    If a person removes or renames the folder meanwhile, nothing more is written (see
+    `files.require_held`), even if another training has made a new folder at its path. The lock
+    belongs to the operating system and ends with the process: after a crash, nothing has to be
+    removed by hand.
 
     Args:
-        doing: what the owner does, for whoever is refused meanwhile.
+        doing: what the owner does, for the message that others get meanwhile.
 
     Raises:
-        OutputError: someone else holds the folder; it cannot be written; or, by whatever writes into it in
-            the block, it was taken away.
+        OutputError: the folder is in use, or cannot be written. Writers in the block raise it if
+            the folder was removed or renamed.
     """
     require_writable(folder, "output_path")
+    # Refused at once, not after a wait: a training holds the lock for hours.
     lock = FileLock(folder / LOCK, blocking=False)
     try:
         lock.acquire()
@@ -50,15 +53,16 @@ def owned(folder: Path, doing: str) -> Generator[None]:
             do="wait until that is done, or give another output_path",
         ) from None
     except (OSError, NotImplementedError) as error:
-        known = not isinstance(error, OSError) or error.errno in _WITHOUT_LOCKS
+        unsupported = not isinstance(error, OSError) or error.errno in _WITHOUT_LOCKS
         raise OutputError(
             f"the run folder cannot be locked: {error}",
-            where=f"output_path = {folder}" if known else str(folder / LOCK),
+            where=f"output_path = {folder}" if unsupported else str(folder / LOCK),
             do="give a folder on a file system that knows locks"
-            if known
+            if unsupported
             else "remove it, if no training runs in that folder",
         ) from error
     path = (folder / LOCK).absolute()
+    # If another file is at this path later, the folder was replaced.
     locked = path.stat()
 
     def check() -> None:
@@ -71,7 +75,9 @@ def owned(folder: Path, doing: str) -> Generator[None]:
             )
 
     try:
+        # All writers of `files` call `check` before a write below this folder.
         with held(folder, check):
+            # Under the lock nobody else writes here, so hidden files are leftovers.
             for name in _WRITTEN:
                 for place in folder.glob(name) if name else [folder]:
                     remove_leftovers(place)
@@ -80,6 +86,7 @@ def owned(folder: Path, doing: str) -> Generator[None]:
             write_text(folder / OWNER, json.dumps({**owner, "since": since}) + "\n")
             yield
     finally:
+        # Not in a folder that another training has made at this path.
         if _is(path, locked):
             with contextlib.suppress(OSError):
                 (folder / OWNER).unlink()
@@ -87,11 +94,12 @@ def owned(folder: Path, doing: str) -> Generator[None]:
 
 
 def _is(path: Path, known: os.stat_result) -> bool:
-    """Whether a path leads to a known file still, which is open and so keeps its number.
+    """Whether a path still leads to a known file.
 
     Raises:
-        OSError: that cannot be found out.
+        OSError: the path cannot be looked up.
     """
+    # The inode tells: the lock file is kept open, so its inode is not given to a new file.
     try:
         return os.path.samestat(path.stat(), known)
     except (FileNotFoundError, NotADirectoryError):
@@ -99,9 +107,9 @@ def _is(path: Path, known: os.stat_result) -> bool:
 
 
 def _owner(folder: Path) -> str:
-    """Who holds a folder, for a message; nothing where that cannot be read."""
+    """Who has locked a folder, for a message; an empty text if that cannot be read."""
     try:
-        said = json.loads((folder / OWNER).read_text(encoding="utf-8"))
-        return ": {doing} by process {process} on {host}, since {since}".format(**said)
+        owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        return ": {doing} by process {process} on {host}, since {since}".format(**owner)
     except (OSError, ValueError, KeyError, TypeError):
         return ""

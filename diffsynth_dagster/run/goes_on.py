@@ -1,6 +1,6 @@
-"""Where a run that was stopped goes on when it is started again, for the messages that say so.
+"""Where a stopped run goes on when it is started again: a sentence for messages.
 
-Nothing heavy is imported here: what says it may have imported nothing yet.
+Nothing heavy is imported here: a process may be stopped before it has imported anything else.
 """
 
 import re
@@ -13,19 +13,20 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def state_folders(run_folder: Path) -> list[tuple[int, Path]]:
-    """Step and folder of each state that is there, the newest first."""
+    """Step and folder of each state in a run folder, newest first."""
+    # The pattern skips hidden and renamed folders, which are unfinished or somebody's own.
     named = ((_NAME.fullmatch(p.name), p) for p in (run_folder / FOLDER).glob("step-*"))
-    found = [(int(match[1]), path) for match, path in named if match is not None]
-    return sorted(found, reverse=True)
+    states = [(int(match[1]), path) for match, path in named if match is not None]
+    return sorted(states, reverse=True)
 
 
 def newest_step(run_folder: Path) -> int | None:
-    """The step of the newest state in a run folder; None where there is none."""
+    """The step of the newest state in a run folder; None if there is none."""
     return next((step for step, _ in state_folders(run_folder)), None)
 
 
 def say_where_it_goes_on(config: TrainingConfig) -> str:
-    """Where a run goes on, when it is started again after its processes have ended."""
+    """A sentence that says where a run goes on when it is started again."""
     if config.encodes_only:
         return "the encoding goes on with what the store lacks"
     step = newest_step(Path(config.output_path))

@@ -1,4 +1,4 @@
-"""Reporting the failure of this process, from before anything else is set up.
+"""Report the failure of this process, whenever it happens.
 
 Nothing heavy is imported here, so that a failure to import something can be reported too.
 """
@@ -30,7 +30,7 @@ EXIT_CRASHED = 1
 
 
 class PrintedFailures(Reporter):
-    """Prints what happened. (The traceback of a crash is printed by Python itself.)"""
+    """Prints a failure. Python itself prints the traceback of a crash."""
 
     tells_crashes = False
 
@@ -45,16 +45,18 @@ class PrintedFailures(Reporter):
 
 
 class WrittenFailures(Reporter):
-    """Writes what happened into a folder, for whoever launched this process."""
+    """Writes a failure into a folder, from which the launcher of this process reads it."""
 
     tells_crashes = True
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._working: TextIO | None = None
+        # If the folder cannot be written, the process works without it.
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             self._working = working_file(folder).open("w")
+            # A segmentation fault ends the process without an exception: this writes the stack.
             faulthandler.enable(self._working)
 
     def report(self, event: Event) -> None:
@@ -63,29 +65,30 @@ class WrittenFailures(Reporter):
         path = self._folder / f"failure-{event.process}.json"
         try:
             write_text(path, json.dumps(asdict(event)))
-        except OutputError:  # the disk is full: standard error is what is left
+        except OutputError:  # the disk may be full: only standard error is left
             PrintedFailures().report(event)
             if event.traceback is not None:
                 print(event.traceback, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._working is not None:
+            # The file is removed only here: if it is still there, the process was killed.
             faulthandler.disable()
             self._working.close()
             working_file(self._folder).unlink(missing_ok=True)
 
 
 def failure_reporter() -> PrintedFailures | WrittenFailures:
-    """What reports the failure of this process, from before anything else is set up."""
+    """The reporter for this process: it writes files if the launcher named a folder for them."""
     folder = os.environ.get(FAILURE_FOLDER)
     return WrittenFailures(Path(folder)) if folder else PrintedFailures()
 
 
 class FailureGuard:
-    """A block whose failure is reported; afterwards `code` is the exit code of the process.
+    """A block whose failure is reported. After it, `code` is the exit code for the process.
 
-    Mistakes and requests to stop end here; a crash that nobody else is told goes on to Python, which
-    prints its traceback.
+    A mistake of the user and a request to stop end here, without a traceback. A crash that is only
+    printed is raised further, so that Python prints its traceback.
     """
 
     def __init__(self, reporter: PrintedFailures | WrittenFailures) -> None:
@@ -102,7 +105,7 @@ class FailureGuard:
         trace: TracebackType | None,
     ) -> bool:
         try:
-            if error is None or isinstance(error, SystemExit):
+            if error is None or isinstance(error, SystemExit):  # argparse has printed its message
                 return False
             error = recognised(error)
             self._reporter.report(failure_of(error))
@@ -111,7 +114,7 @@ class FailureGuard:
             self._reporter.close()
 
     def _ended_by(self, error: BaseException) -> bool:
-        """Whether the error ends here."""
+        """Set the exit code. Returns whether the error ends here."""
         if isinstance(error, UserError):
             self.code = EXIT_USER_ERROR
         elif isinstance(error, (Stopped, KeyboardInterrupt)):

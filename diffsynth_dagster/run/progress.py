@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar in a terminal, or a plain line now and then."""
+"""Show the progress of long work: a bar in a terminal, else a plain line now and then."""
 
 import sys
 import time
@@ -7,16 +7,17 @@ from typing import Protocol
 from tqdm import tqdm
 
 LINE_SECONDS, MOST_LINE_SECONDS = 5.0, 60.0
-"""Between two lines of progress, at first and in a long training."""
+"""Seconds between two lines of progress: at first, and at most in a long training."""
 
 
 class Every:
-    """Says when progress is due: at its first part, at its last, and now and then between.
+    """Decides when progress is shown: for the first item, for the last, and at intervals in
+    between.
 
     Args:
-        seconds: between two times.
-        most: seconds up to which that grows in a long work, to a tenth of the time so far; it
-            stays as it is when left out.
+        seconds: the shortest interval.
+        most: upper bound of the interval in seconds, which grows to a tenth of the elapsed time.
+            None: the interval does not grow.
     """
 
     def __init__(self, seconds: float, most: float | None = None) -> None:
@@ -26,7 +27,7 @@ class Every:
         self._last: float | None = None
 
     def due(self, done: int, total: int) -> bool:
-        """Whether to show that `done` of `total` is done; it counts as shown if so."""
+        """Whether to show now that `done` of `total` is done. If so, it counts as shown."""
         now = time.monotonic()
         pause = min(max(self._seconds, (now - self._began) / 10), self._most)
         if done < total and self._last is not None and now - self._last < pause:
@@ -36,31 +37,31 @@ class Every:
 
 
 def every_line() -> Every:
-    """When a line of progress is due in a log, which nobody wants to be full of them."""
+    """The interval of progress lines in a log: it grows, so that they do not fill the log."""
     return Every(LINE_SECONDS, MOST_LINE_SECONDS)
 
 
 class Progress(Protocol):
-    """Shows how far a piece of work is."""
+    """Shows the progress of some work."""
 
     def reached(self, done: int, facts: dict[str, str]) -> None:
-        """`done` of the whole is done; `facts` are values to show beside it."""
+        """Show that `done` items are done, with `facts` (name → value) beside that."""
         ...
 
     def close(self) -> None:
-        """The work is over, or ended early."""
+        """The work is finished, or ended early."""
         ...
 
 
 class ProgressBar:
-    """A bar that is redrawn in place: for a terminal."""
+    """A bar that is redrawn in place, for a terminal."""
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self._bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True)
 
     def reached(self, done: int, facts: dict[str, str]) -> None:
         """See `Progress`."""
-        # Drawn with the next update: set_postfix would draw the bar for every step.
+        # refresh=False: update() draws at intervals, set_postfix would draw the bar for every step.
         self._bar.set_postfix(facts, refresh=False)
         self._bar.update(done - self._bar.n)
 
@@ -70,7 +71,7 @@ class ProgressBar:
 
 
 class ProgressLines:
-    """A plain line now and then: for a file or a pipe, where nothing can be redrawn."""
+    """A plain line now and then, for a file or a pipe, where nothing can be redrawn."""
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self._title, self._total, self._unit = title, total, unit
@@ -82,6 +83,7 @@ class ProgressLines:
         if not self._every.due(done, self._total):
             return
         seconds = time.monotonic() - self._began
+        # Assumes that the remaining items take as long as those so far.
         left = tqdm.format_interval(seconds / max(done, 1) * (self._total - done))
         parts = [
             f"{self._title}: {self._unit} {done} of {self._total}",

@@ -1,4 +1,4 @@
-"""`run.json`: what a training did, for people and for the step that exports it."""
+"""`run.json`, the record of a training: for people, and for the step that exports it."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,51 +7,54 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster import __version__
-from diffsynth_dagster.errors import OutputError, shown
+from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.facts import digest_file, digest_of
 from diffsynth_dagster.files import write_text
+from diffsynth_dagster.fingerprint import Fingerprint
 from diffsynth_dagster.own_names import is_trained
 from diffsynth_dagster.versions import TRAINING
 
 FILE_NAME = "run.json"
 PICTURES = "samples"
 LOGS = ("metrics.csv", "loss.csv", "held_out.csv")
-"""Files that grow with the steps."""
+"""Files to which the training appends lines while it runs."""
 SAMPLE_LOSSES = "sample_losses.parquet"
 STARTS = ("lora_checkpoint", "resume_from_checkpoint")
 """The parameters that name a file to start from."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-"""Those that compute: other versions may give other numbers."""
+"""The libraries whose version may change the results."""
+VERSION = "the version of training"
+# The field of `run.json` with the digest of all other fields. Records of older versions have none.
 _DIGEST = "digest"
-"""Of all else that the file says; those of older versions have none."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a training did, as `run.json` says it.
+    """The content of `run.json`. Fields that older versions did not write have their defaults.
 
     Attributes:
         identity: digest of everything that the result depends on.
         base: component → digest of its files.
-        checkpoints: file name → digest of its bytes, in the order they were written.
+        checkpoints: file name → digest of its bytes, in the order in which they were written.
         newest: the files of the checkpoint that was written last.
-        writing: the files of one that is about to be written.
-        parameters: those that the result depends on and that count by value, by name; none in records of
-            older versions.
-        weight_norms: component → layer that gets a LoRA → the Frobenius norm of its weights.
-        lora: rank and alpha, when a LoRA was trained; see `TrainingConfig.adapter` for others.
+        writing: the files of a checkpoint that is being written.
+        parameters: name → value of the parameters that the result depends on by their value, not by
+            the content of a file.
+        weight_norms: component → layer with a LoRA → the Frobenius norm of its base weights.
+        lora: rank and alpha of the LoRA; see `TrainingConfig.adapter` for other methods. None if
+            everything was trained in full.
         evaluation: metrics of `customized_evaluation`, named before/… and after/….
         pictures: name → file name under samples/.
-        clips: the same of sampled videos, named step-<step>-<place of the prompt, from 0>.
-        beside: file beside the checkpoints, as a path from the run folder → digest of its bytes: the
-            pictures and clips, and, at the end of the training, its losses.
-        held_out_digest: of the samples that are held out as a table of their own, if they are.
+        clips: the same for sampled videos, named step-<step>-<number of the prompt, from 0>.
+        beside: other files that the training wrote, as paths from the run folder → digest of their
+            bytes: pictures, clips, and, once it is finished, the logs of its losses.
+        held_out_digest: digest of the held-out samples, if they have a table of their own.
         held_out: each measurement of the held-out loss: see `events.HeldOutMetrics`.
-        best: the files of the checkpoint with the smallest held-out loss, where it is kept.
-        total_steps: that the training was to make; 0 in records of older versions.
-        resumed_from: the steps after which it was stopped, and gone on with.
-        architecture: of the model, as ModelSpec calls it: see `Family`; empty in records of older versions.
-        libraries: name → version, of those that compute; none in records of older versions.
+        best: the files of the checkpoint with the smallest held-out loss, if `keep_best` keeps it.
+        total_steps: the number of steps of the whole training.
+        resumed_from: the steps from which it was resumed.
+        architecture: the name of the architecture in ModelSpec: see `Family`.
+        libraries: name → version of the libraries in `LIBRARIES`.
         finished: whether the training reached its end.
     """
 
@@ -96,44 +99,64 @@ class RunRecord:
 
     @property
     def chosen(self) -> list[str]:
-        """The files of the checkpoint that is exported: the best where it is kept, else the newest."""
+        """The files of the checkpoint to export: the best one if it is kept, else the newest."""
         return self.best or self.newest
 
     @property
     def chosen_digest(self) -> str:
-        """Digest of the checkpoint that is exported."""
+        """Digest of the checkpoint to export."""
         return self.digest_of_checkpoint(self.chosen)
 
     def digest_of_checkpoint(self, names: Iterable[str]) -> str:
-        """Digest of a checkpoint: of its file, or of its files."""
+        """Digest of a checkpoint: of its one file, or of the digests of several."""
         digests = [self.checkpoints[name] for name in names]
         return digests[0] if len(digests) == 1 else digest_of(digests)
 
     @property
+    def fingerprint(self) -> Fingerprint:
+        """What the result depends on, as far as it has a name."""
+        held_out = self.held_out_digest
+        return Fingerprint(
+            {
+                **self.parameters,
+                "the samples": self.samples_digest,
+                **({} if held_out is None else {"the held-out samples": held_out}),
+                **{f"the weights of {name}": digest for name, digest in self.base.items()},
+                VERSION: self.training_version,
+            }
+        )
+
+    @property
     def provenance(self) -> dict[str, Any]:
-        """What a weight file says about where it comes from. Holds no time, no path, and nothing of the machine:
-        equal trainings give equal bytes."""
+        """The provenance that is written into the header of a weight file.
+
+        It contains no time, no path, and no fact of the machine, so that equal trainings give equal
+        bytes.
+        """
+        # `inspect` requires these fields in a header, and so does `model_spec`.
         names = ("identity", "family", "base", "samples", "samples_digest", "config_digest")
-        said = {name: getattr(self, name) for name in (*names, "lora", "version", "trained")}
+        facts = {name: getattr(self, name) for name in (*names, "lora", "version", "trained")}
         size = [self.parameters.get("width"), self.parameters.get("height")]
         sized = {} if None in size else {"size": size}
         return {
-            **said,
+            **facts,
             **({"architecture": self.architecture} if self.architecture else {}),
             **sized,
         }
 
 
 class RunFile:
-    """The one writer of `run.json`.
+    """The only writer of `run.json`.
 
-    It is handed facts as they come, and writes the file whole. On disk it names a checkpoint as
-    soon as the checkpoint is written, and says "finished" only at the very end, so that it is true
-    after a crash too. Every method may raise `OutputError`.
+    Each method adds a fact and replaces the whole file. A checkpoint is named as soon as it is
+    written, and "finished" is set only at the very end, so the file is true even after a crash.
+    Every method may raise `OutputError`.
 
     Args:
         folder: the run folder.
-        writes: whether this process writes: one of a job does, the others only keep the facts.
+        record: the record to start with.
+        writes: whether this process writes the file. One process of a training does; the others
+            only keep the facts in memory.
     """
 
     def __init__(self, folder: Path, record: RunRecord, writes: bool) -> None:
@@ -145,24 +168,25 @@ class RunFile:
 
     @property
     def record(self) -> RunRecord:
-        """What is known so far."""
+        """The record so far."""
         return replace(self._record, final_loss=self._final_loss)
 
     def begin(
         self, total_steps: int, weight_norms: Mapping[str, dict[str, float]] | None = None
     ) -> None:
-        """Put the record in the place of that of an older training."""
+        """Write the record, which replaces the one of an older training."""
         self._update(total_steps=total_steps, weight_norms=dict(weight_norms or {}))
 
     def _update(self, write: bool = True, **facts: Any) -> None:
         self._record = replace(self._record, **facts)
         if write and self._writes:
-            said = asdict(self.record)
-            text = json.dumps({**said, _DIGEST: digest_of(said)}, indent=2)
+            values = asdict(self.record)
+            text = json.dumps({**values, _DIGEST: digest_of(values)}, indent=2)
             write_text(self._path, text + "\n")
 
     def saving(self, names: Iterable[str]) -> None:
         """Files of a checkpoint are about to be written."""
+        # Named before they exist: after a kill, such a file is still known as one of this training.
         self._update(writing=list(names))
 
     def saved(self, files: Mapping[str, str]) -> None:
@@ -175,47 +199,48 @@ class RunFile:
         self._update(held_out=[*self.record.held_out, dict(metrics)])
 
     def saved_best(self, files: Mapping[str, str]) -> None:
-        """The best checkpoint so far was written, in place of the one before."""
-        left = {n: d for n, d in self.record.checkpoints.items() if n not in self.record.best}
-        self._update(checkpoints={**left, **files}, best=list(files), writing=[])
+        """The best checkpoint so far was written. It replaces the best one before it."""
+        others = {n: d for n, d in self.record.checkpoints.items() if n not in self.record.best}
+        self._update(checkpoints={**others, **files}, best=list(files), writing=[])
 
     def dropped(self, names: Iterable[str]) -> None:
         """Files of checkpoints are about to be removed."""
-        left = {n: d for n, d in self.record.checkpoints.items() if n not in set(names)}
-        self._update(checkpoints=left)
+        # Before the files are removed: a kill in between leaves a stray file, not a missing one.
+        kept = {n: d for n, d in self.record.checkpoints.items() if n not in set(names)}
+        self._update(checkpoints=kept)
 
     def pictured(self, name: str, file: str) -> None:
-        """A picture was written, as this file under samples/."""
+        """A picture was written to `file` under samples/."""
         pictures = {**self.record.pictures, name: file}
         self._update(pictures=pictures, beside=self._with_digests(f"{PICTURES}/{file}"))
 
     def filmed(self, name: str, file: str) -> None:
-        """A sampled video was written, as this file under samples/."""
+        """A sampled video was written to `file` under samples/."""
         clips = {**self.record.clips, name: file}
         self._update(clips=clips, beside=self._with_digests(f"{PICTURES}/{file}"))
 
     def evaluated(self, when: str, metrics: Mapping[str, float]) -> None:
-        """The model was evaluated, before or after the training."""
+        """The model was evaluated. `when` is "before" or "after" the training."""
         named = {f"{when}/{name}": value for name, value in metrics.items()}
         self._update(evaluation={**self.record.evaluation, **named})
 
     def stepped(self, loss: float) -> None:
-        """An optimizer step was made. Written with what comes next: a step writes no file."""
+        """An optimizer step was made. Its loss is written with the next fact, not by itself."""
         self._final_loss = loss
         if self._record.first_loss is None:
             self._update(write=False, first_loss=loss)
 
     def diverged(self) -> None:
-        """A loss, or the norm of gradients that changed the weights, was not finite."""
+        """A loss, or the norm of gradients that were applied, was not finite."""
         self._update(all_losses_finite=False)
 
     def measured(self, steps: int, seconds: float, samples: int, peak_memory_bytes: int) -> None:
         """All steps were made.
 
         Args:
-            steps, seconds: of the whole training.
-            samples: looked at in all steps, each as often as it was.
-            peak_memory_bytes: most memory used: of the GPU, or of the process on a CPU.
+            steps, seconds: number of steps and duration of the whole training.
+            samples: number of samples in all steps; a sample counts each time it is used.
+            peak_memory_bytes: peak memory of the GPU, or of the process on a CPU.
         """
         self._update(
             steps=steps,
@@ -225,7 +250,7 @@ class RunFile:
         )
 
     def finished(self, trained_tensors: int, changed_tensors: int) -> None:
-        """The training reached its end, and so many of the trained tensors changed."""
+        """The training reached its end. `changed_tensors` of its `trained_tensors` have changed."""
         self._update(
             trained_tensors=trained_tensors,
             changed_tensors=changed_tensors,
@@ -234,32 +259,29 @@ class RunFile:
         )
 
     def _with_digests(self, *names: str) -> dict[str, str]:
-        """The digests of the files beside the checkpoints, with those of some more that are there."""
+        """`RunRecord.beside` with the digests of some more files; missing ones are skipped."""
+        # Processes that do not write the record need no digests.
         paths = {name: self.folder / name for name in names if self._writes}
         found = {name: digest_file(path) for name, path in paths.items() if path.is_file()}
         return {**self.record.beside, **found}
 
 
 def written_files(record: Mapping[str, Any]) -> set[str]:
-    """The checkpoints and samples that a record names, as paths from the run folder, of those names that a
-    training gives them."""
+    """The checkpoints and samples in a record, as paths from the run folder.
+
+    Only names that a training gives its files: an edited record cannot make us remove other files.
+    """
     samples = [*record["pictures"].values(), *record["clips"].values()]
     checkpoints = {Path(name).name for name in [*record["checkpoints"], *record["writing"]]}
     names = checkpoints | {f"{PICTURES}/{Path(name).name}" for name in samples}
     return {name for name in names if is_trained(name)}
 
 
-def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two identities differ in: parameters with their value before, and what counts by content."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [n if n.startswith("the ") else f"{n} (was {shown(before.get(n))})" for n in names]
-
-
 def read_record(folder: Path) -> RunRecord | None:
-    """The record in a run folder; None when there is none.
+    """Read the record in a run folder; None if there is none.
 
     Raises:
-        OutputError: it is damaged.
+        OutputError: the record is damaged.
     """
     path = folder / FILE_NAME
     if not path.is_file():
@@ -269,7 +291,9 @@ def read_record(folder: Path) -> RunRecord | None:
         digest = facts.pop(_DIGEST, None)
         if digest is not None and digest != digest_of(facts):
             raise ValueError("its content has changed since it was written")
-        facts.setdefault("training_version", 0)  # of before there were versions of training
+        # The default of the class is the present version; older records lack the field.
+        facts.setdefault("training_version", 0)
+        # A field of a newer version raises TypeError: such a record is refused, not half read.
         return RunRecord(**facts)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise OutputError(

@@ -1,6 +1,7 @@
-"""Who hears what a run reports while it works. The loop knows only `Reporter`.
+"""Reporters show the events of a run: in the terminal, in CSV files, in trackers, and in Dagster.
+The training loop knows only `Reporter`.
 
-Nothing heavy is imported here: `guard.py` reports with it before anything else is loaded.
+Nothing heavy is imported here: `guard.py` uses it before anything else is loaded.
 """
 
 import csv
@@ -39,25 +40,25 @@ if TYPE_CHECKING:
     from diffsynth_dagster.run.trackers import Trackers
 
 STEP_SECONDS = 1.0
-"""Between two steps that are sent to Dagster, which plots some of them."""
+"""Seconds between two steps that are sent to Dagster: each becomes an event in its database."""
 
 
 class Reporter:
-    """Listens to a run. This one hears nothing; others hear the events that they know."""
+    """Receives the events of a run. This one ignores them; subclasses show those that they know."""
 
     def report(self, event: Event) -> None:
-        """Something happened."""
+        """Show an event."""
 
     def warn(self, text: str) -> None:
-        """Something may go wrong later that can be mended now."""
+        """Report a warning."""
         self.report(Warned(text))
 
     def close(self) -> None:
-        """The run is over, finished or not."""
+        """Release files and connections: the run has ended, finished or not."""
 
 
 class Reporters(Reporter):
-    """Several reporters as one."""
+    """Hands each event to several reporters."""
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:
         self._reporters = reporters
@@ -72,7 +73,7 @@ class Reporters(Reporter):
 
 
 class TerminalReporter(Reporter):
-    """Progress with loss and time left, and what was written: for whoever watches the process."""
+    """Shows progress with loss and remaining time, and written files, in a terminal."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
@@ -81,6 +82,7 @@ class TerminalReporter(Reporter):
     def report(self, event: Event) -> None:
         match event:
             case Warned():
+                # tqdm.write, not print: it does not tear the progress bar apart.
                 tqdm.write(f"warning: {event.text}", file=sys.stderr)
             case Encoding():
                 self._encoding(event)
@@ -108,6 +110,7 @@ class TerminalReporter(Reporter):
 
     def _begin(self, title: str, total: int, unit: str) -> Progress:
         self.close()
+        # A bar that is redrawn would fill a log file with copies of itself.
         kind = ProgressBar if sys.stderr.isatty() else ProgressLines
         self._progress = kind(title, total, unit)
         return self._progress
@@ -135,13 +138,14 @@ class TerminalReporter(Reporter):
 
 
 class CsvReporter(Reporter):
-    """`metrics.csv` with every step, and `held_out.csv` with every measurement of the held-out loss;
-    with `enable_csv_log` also `loss.csv` (step, loss)."""
+    """Writes `metrics.csv` with every step, and `held_out.csv` with every measurement of the
+    held-out loss; with `enable_csv_log` also `loss.csv` (step, loss)."""
 
     def __init__(self, config: "TrainingConfig") -> None:
         self._stack = ExitStack()
         trained = (*config.trainable_models, *config.lora_base_model)
         rates = dict.fromkeys(trained if config.learning_rates else (), 0.0)
+        # The header needs all columns before the first step: take them from an event of zeros.
         columns = StepMetrics(0, 0, 0.0, 0.0, 0.0, 0.0, 0, learning_rates=rates).row()
         self._columns = {"metrics.csv": list(columns)}
         if config.enable_csv_log:
@@ -153,6 +157,7 @@ class CsvReporter(Reporter):
     def report(self, event: Event) -> None:
         match event:
             case Started():
+                # Not before: older logs are first moved away, or cut back to the resumed state.
                 self._tables = [self._open(*table) for table in self._columns.items()]
             case StepMetrics():
                 row = event.row()
@@ -160,6 +165,7 @@ class CsvReporter(Reporter):
                     table.writerow(row)
             case HeldOutMetrics():
                 row = event.row()
+                # Opened late: without held-out samples there is no such file.
                 if self._held_out is None:
                     self._held_out = self._open("held_out.csv", list(row))
                 self._held_out.writerow(row)
@@ -168,9 +174,10 @@ class CsvReporter(Reporter):
 
     def _open(self, name: str, columns: Sequence[str]) -> Any:
         path = self._folder / name
+        # Line-buffered: after a kill, the last step is in the file.
         file = self._stack.enter_context(path.open("a", newline="", buffering=1))
         table = csv.DictWriter(file, columns, extrasaction="ignore")
-        if file.tell() == 0:
+        if file.tell() == 0:  # a resumed training appends to its file
             table.writeheader()
         return table
 
@@ -179,7 +186,7 @@ class CsvReporter(Reporter):
 
 
 class TrackerReporter(Reporter):
-    """TensorBoard, W&B, SwanLab, Trackio and MLflow, where a config switches them on."""
+    """Logs to those of TensorBoard, W&B, SwanLab, Trackio and MLflow that are switched on."""
 
     def __init__(self, trackers: "Trackers") -> None:
         self._trackers = trackers
@@ -200,11 +207,11 @@ class TrackerReporter(Reporter):
                 pass
 
     def _sampled(self, event: Sampled) -> None:
-        if event.path.endswith(".png"):  # the frames of a clip are in its step's picture
+        if event.path.endswith(".png"):  # no clips: the picture of the step has frames of them
             from PIL import Image
 
             with Image.open(event.path) as picture:
-                # Not `samples`: a number of each step is called so.
+                # Not `samples`: that is the name of a number of each step.
                 self._trackers.show("sample_pictures", picture.convert("RGB"), event.step)
 
     def close(self) -> None:
@@ -212,10 +219,11 @@ class TrackerReporter(Reporter):
 
 
 class PipesReporter(Reporter):
-    """Dagster, when it launched this process: one message for each event; of steps and encoded
-    samples, the newest now and then."""
+    """Sends the events to Dagster, which launched this process: one message for each event. Of
+    steps and encoded samples, only the newest now and then."""
 
     def __init__(self) -> None:
+        # Only a process that Dagster launched needs this package.
         from dagster_pipes import open_dagster_pipes
 
         self._total = 0
@@ -231,6 +239,7 @@ class PipesReporter(Reporter):
     def _is_due(self, event: Event) -> bool:
         match event:
             case Encoding():
+                # A new stage starts a new interval: its first event is shown at once.
                 if self._stage != event.stage:
                     self._stage, self._every = event.stage, every_line()
                 return self._every.due(event.done, event.total)
@@ -249,14 +258,15 @@ class PipesReporter(Reporter):
 def make_reporter(
     config: "TrainingConfig", is_main_process: bool, trackers: "Trackers | None"
 ) -> Reporter:
-    """The reporters of a run: all on the main process, none on the others. Collective."""
+    """The reporters of a run: all of them on the main process, none on the others. Collective,
+    because starting the trackers is."""
     if trackers is not None:
         from diffsynth_dagster.run.trackers import project_of
 
         trackers.start(project_of(config))
     if not is_main_process:
         return Reporter()
-    # Dagster logs what it receives: printed too, everything would be said twice.
+    # Dagster logs the messages and the output of this process: printing them too would repeat them.
     launched = "DAGSTER_PIPES_CONTEXT" in os.environ
     reporters: list[Reporter] = [PipesReporter() if launched else TerminalReporter()]
     if not config.encodes_only:

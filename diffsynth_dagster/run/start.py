@@ -1,4 +1,4 @@
-"""The record of a training that is about to start, with all that its result depends on."""
+"""The record of a training that is about to start, with everything that its result depends on."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -18,15 +18,15 @@ from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 def parameters_of(config: TrainingConfig) -> dict[str, Any]:
-    """The parameters that count by value, up to those that affect the training.
+    """The parameters that affect the result by their value.
 
-    What counts by content is in the digests of files beside them.
+    Paths of models and data are not among them: the record has digests of those files instead.
     """
     return values_that_affect(config, "weights", "rows", "latents", "training")
 
 
 def config_digest(config: TrainingConfig) -> str:
-    """Digest of those parameters."""
+    """Digest of `parameters_of` a config."""
     return digest_of(parameters_of(config))
 
 
@@ -42,14 +42,15 @@ def start_record(
     """The record of a training that is about to start.
 
     Args:
-        devices: name of the device of each process.
-        mixed_precision: what is computed in. Neither of the two is part of the identity.
-        starts: parameter → digest of the file to start from, in the place of those that the config names,
-            which are then not looked for.
+        devices: the name of each process's device.
+        mixed_precision: the precision that is computed in. Neither it nor `devices` is part of the
+            identity.
+        starts: parameter in `STARTS` → digest of its file. If given, the files that the config
+            names are not looked for.
 
     Raises:
-        WeightsError: the file of `lora_checkpoint` or `resume_from_checkpoint` is missing; or a file
-            changed since it was found.
+        WeightsError: the file of `lora_checkpoint` or `resume_from_checkpoint` is missing; or a
+            file has changed since it was found.
         StoreError: see `held_out_manifest`.
     """
     used = {name: component_digest(found, name, fact_cache) for name in found.step_components}
@@ -62,6 +63,7 @@ def start_record(
                 where=f"{parameter} = {path.absolute()}",
                 do="correct the path",
             )
+        # The content counts, not the path: a copy of the file is the same start.
         (base[parameter],) = found.contents.digests(parameter, (path,), fact_cache)
     held_out = held_out_manifest(config, manifest)
     held_out_digest = None if held_out is None else held_out.digest
@@ -70,6 +72,7 @@ def start_record(
     stages = [stage.name for stage in found.family.stages]
     path = found.noising.description
     samples = manifest.digest if held_out is None else [manifest.digest, held_out_digest]
+    # Devices, precision and library versions change the rounding, but are no reason to train again.
     return RunRecord(
         identity=digest_of([TRAINING, settings, samples, base, stages, path]),
         family=found.family.name,
@@ -89,12 +92,13 @@ def start_record(
 
 
 def require_starts(config: TrainingConfig, found: ResolvedModel) -> None:
-    """Refuse files to start from that are no longer those of the record. Raises `WeightsError`."""
+    """Require that the files to start from have not changed since `start_record`. Raises
+    `WeightsError`."""
     for parameter, path in _starts(config).items():
         found.contents.require_unchanged(parameter, lambda path=path: (path,))
 
 
 def _starts(config: TrainingConfig) -> dict[str, Path]:
-    """Parameter that names a file to start from → the file."""
+    """Parameter in `STARTS` → its file, for those that are set."""
     given = {parameter: getattr(config, parameter) for parameter in STARTS}
     return {parameter: Path(path) for parameter, path in given.items() if path is not None}

@@ -1,18 +1,18 @@
-"""Stopping when SIGINT or SIGTERM comes: at once, or, where something is in the making, after it."""
+"""Stop on SIGINT or SIGTERM: at once, or after the present training step or batch."""
 
 import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
+# Blocks of `finishing` that are running, one inside another. Global, as signal handlers are.
 _blocks = 0
-"""How many blocks of `finishing` run."""
 
 
 @contextmanager
 def finishing() -> Generator[None]:
-    """While the block runs, a signal is only remembered: the block asks whether one came wherever it may
-    end, between two steps or batches, and raises `Stopped`."""
+    """A block that a signal does not interrupt. The block must call `StopSignal` between two steps
+    or batches, and raise `Stopped` if a signal has come."""
     global _blocks
     _blocks += 1
     try:
@@ -22,11 +22,11 @@ def finishing() -> Generator[None]:
 
 
 class StopSignal:
-    """Stops the process by SIGINT or SIGTERM while it is entered.
+    """A context in which SIGINT and SIGTERM stop the process. Called, it says if one came.
 
-    The first signal is a `KeyboardInterrupt` wherever the main thread is (reading a table, checking
-    files, waiting for a lock, loading a model), but for blocks of `finishing`. A second one acts as if
-    this were not here. Called, it returns whether one came.
+    The first signal raises `KeyboardInterrupt` in the main thread (while it reads a table, checks
+    files, waits for a lock, or loads a model), except in a block of `finishing`. A second signal
+    has its default effect and ends the process.
     """
 
     def __init__(self) -> None:
@@ -44,6 +44,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+        # A step may hang: the second signal must end the process.
         signal.signal(number, signal.SIG_DFL)
         if not _blocks:
             raise KeyboardInterrupt

@@ -1,7 +1,7 @@
-"""Trackers of experiments, through accelerate: which are switched on, and how each shows a picture.
+"""Experiment trackers, through accelerate: which are switched on, and how each logs a picture.
 
-accelerate hands numbers over to all of them alike. It has no call for pictures that all of them have,
-so that each is called here as its own documentation says.
+accelerate logs numbers to all trackers in the same way, but has no common call for pictures. So
+each tracker is called here as its own documentation says.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -27,19 +27,20 @@ def tracker_names(config: TrainingConfig, available: Collection[str]) -> list[st
         available: the trackers that accelerate finds installed.
 
     Raises:
-        ParameterError: the package of one is not installed.
+        ParameterError: the package of a tracker is not installed.
     """
-    wanted = [n for n in TRACKERS if getattr(config, f"enable_{n}_log")]
-    for name in wanted:
+    enabled = [n for n in TRACKERS if getattr(config, f"enable_{n}_log")]
+    for name in enabled:
         if name not in available:
             raise ParameterError(
                 f"{name} is not installed", where=f"enable_{name}_log", do=f"pip install {name}"
             )
-    return wanted
+    return enabled
 
 
 def project_of(config: TrainingConfig) -> str:
-    """Name of the project in the trackers, which is the same in all."""
+    """The name of the project, the same in all trackers: accelerate takes only one."""
+    # TensorBoard, the first, has no parameter for it. A slash would make subfolders.
     named = (getattr(config, f"{n}_project") for n in TRACKERS[1:] if _is_on(config, n))
     return next(named, config.wandb_project).replace("/", "-")
 
@@ -52,14 +53,14 @@ class Trackers:
     """The trackers of a training.
 
     Args:
-        accelerator: logs with those that `tracker_names` named.
+        accelerator: made with the trackers of `tracker_names`.
     """
 
     def __init__(self, accelerator: "Accelerator") -> None:
         self._accelerator = accelerator
 
     def start(self, project: str) -> None:
-        """Open them under the name of a project. Collective."""
+        """Open the trackers under the name of a project. Collective."""
         self._accelerator.init_trackers(project)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -72,7 +73,7 @@ class Trackers:
             _SHOWS[tracker.name](tracker, name, picture, step)
 
     def close(self) -> None:
-        """Close them. Called by the process that logs."""
+        """Close the trackers. Called only by the process that logs."""
         self._accelerator.end_training()
 
 
@@ -80,6 +81,7 @@ def _to_tensorboard(tracker: Any, name: str, picture: Image.Image, step: int) ->
     import numpy as np
 
     pixels = np.asarray(picture.convert("RGB"))
+    # A batch of one picture: (1, height, width, 3).
     tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
 
 

@@ -1,37 +1,36 @@
-"""Whether a training is up to date: done before, with all that its result depends on unchanged; and
-whether what it left is what it wrote.
+"""Whether a training is up to date: it is finished, nothing that its result depends on has changed,
+and its files are as it wrote them.
 
-What is imported only to compare is imported then: it takes seconds, and a first training has nothing to
-compare with.
+Imports that only the comparison needs are made there: they take seconds, and a first training has
+nothing to compare with.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError
-from diffsynth_dagster.facts import FactCache, digest_file
+from diffsynth_dagster.facts import digest_file, fact_cache_of
 from diffsynth_dagster.run.goes_on import say_where_it_goes_on
-from diffsynth_dagster.run.record import STARTS, RunRecord, differing, read_record
+from diffsynth_dagster.run.record import STARTS, RunRecord, read_record
 from diffsynth_dagster.weights.hub import ModelHub
 
 
 def why_train(
     config: TrainingConfig, hub: ModelHub, processes: int | None, warm: bool = False
 ) -> str | None:
-    """Why a training would be started, in words; None where the run folder holds a finished one that it
-    would only repeat.
+    """The reason to train, in words; None if the run folder holds a finished training that a new
+    one would only repeat.
 
     Args:
-        config: of a training on encoded samples: see `cache.split.second_half`.
-        processes: how many the new training would have, if that is asked for: the batch of a step
-            grows with them.
-        warm: whether it starts from the promoted version, which is another one after each training: what
-            the training in the run folder started from is no reason to train.
+        config: the config of a training on encoded samples: see `cache.split.second_half`.
+        processes: the number of processes of the new training; None to ignore it. The batch of a
+            step grows with it.
+        warm: whether the training starts from the promoted version. That is another one after each
+            training, so a new start is then no reason to train.
 
     Raises:
         UserError: a model file or the encoded data set is missing or damaged.
@@ -50,10 +49,12 @@ def why_train(
         why.append(f"changed since: {', '.join(changed)}")
     if processes is not None and processes != len(record.devices):
         why.append(f"on {processes} processes instead of {len(record.devices)}")
+    # Only if nothing has changed does it go on from a state; else it begins again.
     if not record.finished and not changed:
         why.append(say_where_it_goes_on(config))
     if why:
         return "; ".join(why)
+    # Last, because it reads whole files.
     for name, digest in record.checkpoints.items():
         if not (folder / name).is_file() or digest_file(folder / name) != digest:
             return f"checkpoint {name} is missing or was changed"
@@ -61,25 +62,16 @@ def why_train(
 
 
 def _changed_since(before: RunRecord, now: RunRecord) -> list[str]:
-    """What the results of two trainings depend on that is not the same, by name."""
+    """The names of what differs between two trainings, of all that their results depend on."""
     if before.identity == now.identity:
         return []
-    # Records of older versions do not name the parameters.
+    # Records of older versions have only the digest of the parameters.
     known = bool(before.parameters)
-    names = differing(_by_name(before, known), _by_name(now, known))
+    compared = now if known else replace(now, parameters={})
+    names = before.fingerprint.changes(compared.fingerprint)
     if not known and before.config_digest != now.config_digest:
         names.append("its parameters")
     return names or ["what its result depends on"]
-
-
-def _by_name(record: RunRecord, parameters: bool) -> dict[str, Any]:
-    return {
-        **(record.parameters if parameters else {}),
-        "the samples": record.samples_digest,
-        "the held-out samples": record.held_out_digest,
-        **{f"the weights of {name}": digest for name, digest in record.base.items()},
-        "the version of training": record.training_version,
-    }
 
 
 def _record_of(
@@ -89,20 +81,20 @@ def _record_of(
     from diffsynth_dagster.run.start import start_record
     from diffsynth_dagster.weights.identify import find_model
 
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
+    with fact_cache_of(config.cache_path) as fact_cache:
         manifest = read_manifest(Path(config.dataset_base_path))
         return start_record(config, find_model(config, hub), manifest, fact_cache, starts=starts)
 
 
 def changed_beside(folder: Path, record: RunRecord) -> list[Path]:
-    """The files beside the checkpoints of a finished training that are not as it left them: its losses,
-    pictures and clips. No reason to train again: nothing is made from them."""
+    """The logs, pictures and clips of a finished training that are missing or were changed. That is
+    no reason to train again, because nothing is made from them."""
     paths = {folder / name: digest for name, digest in record.beside.items()}
     return [p for p, digest in paths.items() if not p.is_file() or digest_file(p) != digest]
 
 
 def say_changed(paths: Sequence[Path]) -> str:
-    """What to say of such files."""
+    """The message for the files of `changed_beside`."""
     error = OutputError(
         "files that the training wrote for people to look at are missing or were changed since",
         where=", ".join(map(str, paths)),

@@ -1,4 +1,4 @@
-"""Trainings that start from what was promoted last."""
+"""Warm starts: trainings that begin with the promoted version of their run folder."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ from diffsynth_dagster.promoted import current_promoted
 
 
 def start_of(config: TrainingConfig) -> str | None:
-    """The parameter by which a training starts from a checkpoint of its own kind; None where none is for
-    what it trains: several models have several files."""
+    """The parameter that names a checkpoint to start from, for what a config trains; None if it
+    trains several models: their checkpoint has several files, and a parameter names one."""
     if len(config.lora_base_model) + len(config.trainable_models) != 1:
         return None
     return "lora_checkpoint" if config.lora_base_model else "resume_from_checkpoint"
 
 
 def with_warm_start(config: TrainingConfig) -> TrainingConfig:
-    """The config of a training that starts from the promoted version of its run folder, instead of where it
-    would; unchanged where there is none.
+    """Change a config so that its training starts from the promoted version of its run folder. The
+    config is returned unchanged if nothing was promoted.
 
     Raises:
         OutputError: see `current_promoted`.

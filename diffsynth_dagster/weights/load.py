@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -12,10 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from diffsynth_dagster.errors import WeightsError, reason_of, shown
+from diffsynth_dagster.errors import WeightsError, reason_of
 from diffsynth_dagster.facts import digest_of
 from diffsynth_dagster.families.contract import Component, Shapes
-from diffsynth_dagster.weights.bounds import ModelBounds
 from diffsynth_dagster.weights.resolved import ComponentFiles
 from diffsynth_dagster.weights.torch_file import read_torch_file
 
@@ -85,10 +84,9 @@ def require_buildable(found: ComponentFiles) -> None:
     architecture = architecture_of(found)
     if architecture in _TRIED:
         return
-    with torch.device("meta"), ModelBounds(shapes):
+    with torch.device("meta"):
         tried = _build(found, shapes)
     _check_names(found, shapes, tried)
-    _check_statistics(found, tried)
     _TRIED.add(architecture)
 
 
@@ -175,30 +173,9 @@ def _check_names(found: ComponentFiles, shapes: Shapes, module: nn.Module) -> No
         raise WeightsError(
             f"the files are not a whole '{found.component.name}': " + "; ".join(problems),
             where=found.entry.text,
-            do="name every shard of the model and nothing else",
+            do="name every shard of the model and nothing else"
+            + (", and put its own config.json beside them" if found.config is not None else ""),
         )
-
-
-def _check_statistics(found: ComponentFiles, module: nn.Module) -> None:
-    """Check the mean and the deviation of each latent channel in a VAE's configuration, which nothing
-    uses before the first picture is encoded. Raises `WeightsError`."""
-    config: Any = getattr(module, "config", None)
-    settings: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
-    given = {name: settings.get(name) for name in ("latents_mean", "latents_std")}
-    channels = settings.get("z_dim")
-    if channels is None or not any(name in settings for name in given):
-        return
-    for name, values in given.items():
-        is_list = isinstance(values, (list, tuple)) and len(cast(list[Any], values)) == channels
-        numbers = cast(list[Any], values) if is_list else []
-        sound = all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
-        if not is_list or not sound or (name == "latents_std" and min(numbers) <= 0):
-            raise WeightsError(
-                f"the settings of '{found.component.name}' give {name} = {shown(values)}, which is "
-                f"not a number for each of its {channels} channels",
-                where=found.entry.text,
-                do="download the config.json beside the files again",
-            )
 
 
 def load_component(

@@ -13,18 +13,10 @@ from diffsynth_dagster.config.entries import ModelEntry
 from diffsynth_dagster.errors import ParameterError, WeightsError, reason_of
 from diffsynth_dagster.families import each_family
 from diffsynth_dagster.families.contract import Component, Family, Settings, Shapes
-from diffsynth_dagster.weights.bounds import too_large
 from diffsynth_dagster.weights.header import Header
 
 _Settings = Literal["architecture", "scheduler"]
-_NO_PART = (
-    "attn_implementation",
-    "experts_implementation",
-    "auto_map",
-    "num_labels",
-    "id2label",
-    "label2id",
-)
+_NO_PART = ("attn_implementation", "experts_implementation", "auto_map")
 
 
 @dataclass(frozen=True)
@@ -135,8 +127,8 @@ def converted_shapes(header: Header, component: Component, where: str) -> Shapes
     Raises:
         WeightsError: a tensor that the conversion needs is missing.
     """
-    tensors = {name: torch.empty(i.shape, device="meta") for name, i in header.items()}
     try:
+        tensors = {name: torch.empty(i.shape, device="meta") for name, i in header.items()}
         return {name: tuple(t.shape) for name, t in component.construction.convert(tensors).items()}
     except Exception as error:
         raise WeightsError(
@@ -190,17 +182,8 @@ def read_architecture(folder: Path, component: Component) -> Mapping[str, object
     if not path.is_file():
         return None
     loaded = _read_mapping(path, "architecture")
-    known, given = loaded.get("_class_name", ""), loaded.get("architectures") or []
-    if not isinstance(known, str) or not isinstance(given, list):
-        raise _damaged(path, "architecture", "it names no architecture")
-    if not any(
-        name in component.construction.classes for name in (known, *cast(list[object], given))
-    ):
-        return None
-    large = too_large(loaded)
-    if large is not None:
-        raise _damaged(path, "architecture", f"no model has a number of such a size: '{large}'")
-    return loaded
+    named = (loaded.get("_class_name"), *(loaded.get("architectures") or ()))
+    return loaded if any(name in component.construction.classes for name in named) else None
 
 
 def read_schedule(folder: Path, header: Header, family: Family) -> Settings:
@@ -234,8 +217,6 @@ def _read_mapping(path: Path, what: _Settings) -> dict[str, Any]:
     """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"), object_hook=_of_the_model)
-    except RecursionError as error:
-        raise _damaged(path, what, "they are nested too deeply") from error
     except (OSError, ValueError) as error:
         raise _damaged(path, what, str(error)) from error
     if not isinstance(loaded, dict):
@@ -244,8 +225,7 @@ def _read_mapping(path: Path, what: _Settings) -> dict[str, Any]:
 
 
 def _of_the_model(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without those that are no part of what a model is here: the code to compute with,
-    which libraries would look for on a hub, and the labels of a classifier."""
+    """Settings without those of the code to compute with, which libraries would look for on a hub."""
     return {n: v for n, v in settings.items() if not n.strip("_").startswith(_NO_PART)}
 
 
