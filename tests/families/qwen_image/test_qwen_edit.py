@@ -30,6 +30,7 @@ from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.qwen_image import edit
 from diffsynth_dagster.families.qwen_image.edit import PROCESSOR, resized, shown
 from diffsynth_dagster.families.qwen_image.family import FAMILY
+from diffsynth_dagster.preflight import Known, refuse_particular
 from diffsynth_dagster.run.start import config_digest
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
