@@ -1,4 +1,4 @@
-"""What only some families take. A family lists its own in `Family.parameters`."""
+"""Parameters that only some families have. Each family lists its own in `Family.parameters`."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from diffsynth_dagster.config.kinds import ModelFolder, parameter
 
 
 class ParticularParameters(BaseModel):
-    """What only some families take: the others refuse it by name."""
+    """Parameters that only some families have; the others refuse them."""
 
     tokenizer_path: ModelFolder | None = parameter(
         None,
@@ -18,27 +18,27 @@ class ParticularParameters(BaseModel):
     )
     tokenizer_1_path: ModelFolder | None = parameter(
         None,
-        "Folder of the first tokenizer, of families with two.",
+        "Folder of the first tokenizer, for families with two.",
         affects="weights",
         by_content=True,
     )
     tokenizer_2_path: ModelFolder | None = parameter(
         None,
-        "Folder of the second tokenizer, of families with two.",
+        "Folder of the second tokenizer, for families with two.",
         affects="weights",
         by_content=True,
     )
     processor_path: ModelFolder | None = parameter(
-        None, "Folder of the processor of image editing.", affects="weights", by_content=True
+        None, "Folder of the processor for image editing.", affects="weights", by_content=True
     )
     audio_processor_path: ModelFolder | None = parameter(
         None,
-        "Folder of the processor of speech.",
+        "Folder of the processor for speech.",
         affects="weights",
         by_content=True,
         planned=True,
     )
-    # Both say which stage encodes the prompt; `zero_cond_t` is also the denoiser's architecture.
+    # Both decide which stage encodes the prompt. `zero_cond_t` changes the denoiser as well.
     zero_cond_t: bool = parameter(
         False,
         "Give the latents of edit images the timestep zero, as Qwen-Image-Edit-2511 does.",
@@ -46,42 +46,42 @@ class ParticularParameters(BaseModel):
     )
     edit_plus: bool | None = parameter(
         None,
-        "Show also a single edit image to the text encoder as Qwen-Image-Edit-2509 and later, and "
-        "FireRed-Image-Edit, do. On by itself with zero_cond_t, and where the model list names one of "
-        "these; to be said where its names do not tell the release.",
+        "Show an edit image to the text encoder in the way of Qwen-Image-Edit-2509 and later, and of "
+        "FireRed-Image-Edit, even if it is the only one. Switched on automatically with zero_cond_t, and "
+        "if the model list names one of these models; give it if the names do not show the release.",
         affects="latents",
         left_out_as=False,
     )
     zero_terminal_snr: bool = parameter(
         False,
-        "Noise schedule that ends in nothing but noise, for models that predict v. On by itself "
-        "where the scheduler published with the model says so.",
+        "Noise schedule that ends in pure noise, for models that predict v. Switched on automatically "
+        "if the scheduler published with the model says so.",
         affects="training",
         needs="prediction_type",
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = parameter(
         None,
-        "What the model predicts: the noise or v. Left out, the scheduler published with it says it.",
+        "What the model predicts: the noise or v. Left out: what the scheduler published with it says.",
         affects="training",
     )
     min_snr_gamma: float | None = parameter(
         None,
-        "Bound of the loss weight by the signal-to-noise ratio (Hang et al. 2023), such as 5. Left "
-        "out, all timesteps weigh the same.",
+        "Gamma of min-SNR loss weighting, the bound of the signal-to-noise ratio (Hang et al. 2023), "
+        "such as 5. Left out: all timesteps weigh the same.",
         affects="training",
         gt=0,
     )
     audio_loss_weight: float = parameter(
         1.0,
-        "What the loss of the sound is multiplied by, beside that of the video.",
+        "Factor of the loss of the sound, which is added to the loss of the video.",
         affects="training",
         ge=0.0,
     )
     first_frame_crf: int | None = parameter(
         None,
-        "Compress the first frame that is given (input_image) with H.264 at this constant rate "
-        "factor before it is encoded, as LTX-2 and 2.3 do with 33 when a video is made. Left out, it "
-        "is encoded as it is.",
+        "Compress the given first frame (input_image) with H.264 at this constant rate factor before "
+        "it is encoded, as LTX-2 and 2.3 do with 33 when they generate a video. Left out: it is "
+        "encoded as it is.",
         affects="latents",
         off_by_default=True,
         ge=1,
@@ -89,8 +89,8 @@ class ParticularParameters(BaseModel):
     )
     caption_chunks: int = parameter(
         1,
-        "Read up to so many chunks of 75 tokens of a caption, each encoded by CLIP with its own begin "
-        "and end, as AUTOMATIC1111 and ComfyUI do. With 1, what lies behind 75 tokens is cut off.",
+        "Read up to this many chunks of 75 tokens of a caption, each encoded by CLIP with its own begin "
+        "and end tokens, as AUTOMATIC1111 and ComfyUI do. With 1, everything after 75 tokens is cut off.",
         affects="latents",
         off_by_default=True,
         ge=1,
@@ -98,7 +98,7 @@ class ParticularParameters(BaseModel):
     )
     align_to_opensource_format: bool = parameter(
         False,
-        "Another word for checkpoint_format = kohya.",
+        "Another name for checkpoint_format = kohya.",
         affects="training",
         needs="lora_base_model",
     )
