@@ -174,6 +174,7 @@ def _due(also: Condition | None, refused: bool) -> Condition:
         also: one more condition that makes it due.
         refused: whether it stays due as long as one of its blocking checks fails.
     """
+    # At the first evaluation nothing is known of earlier changes, so the asset counts as changed.
     changed = AC.missing() | AC.code_version_changed() | AC.initial_evaluation()
     changed = changed | AC.any_deps_match(AC.data_version_changed())
     if also is not None:

@@ -163,6 +163,7 @@ def _began(context: dg.AssetExecutionContext, recipe: Recipe, folder: Path) -> b
     digest = digest_file(path) if path.is_file() else "none"
     run = context.instance.get_run_by_id(context.run.run_id)
     before = run.tags.get(tag) if run is not None else None
+    # The first try (or a first try that died before this line) only notes the record.
     if context.retry_number == 0 or before is None:
         context.instance.add_run_tags(context.run.run_id, {tag: digest})
         return False
@@ -215,6 +216,7 @@ class Progress:
                 log.info(event.line)
                 self._picture(event.step, Path(event.path))
             case StepMetrics():
+                # Steps in between are dropped: only the newest is observed.
                 self._waiting = event
                 if time.monotonic() - self._observed >= OBSERVE_SECONDS:
                     self.last()

@@ -36,7 +36,7 @@ def user_errors(config: TrainingConfig | None = None) -> Generator[None]:
     try:
         yield
     except (StepFailure, Cancelled):
-        raise
+        raise  # from an inner block: it has its words already
     except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
         raise cancelled(config) from None
     # Broad, but nothing goes on: the error is only given its words.

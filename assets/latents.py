@@ -99,12 +99,14 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
                 version = digest_of([manifest.digest, held_out.digest])
             facts, check = _describe(manifest, contents)
             facts |= long_captions_facts(read_long_captions(Path(config.output_path)))
+        # Hits were in the store already, misses were encoded in this run.
         for kind, counts in (("hits", report.hits), ("misses", report.misses)):
             facts |= {f"{kind}/{stage}": count for stage, count in counts.items()}
             context.log.info(f"{kind}: {counts}")
         yield dg.MaterializeResult(
             metadata={**facts, **ran.facts},
             data_version=dg.DataVersion(version),
+            # Without the mark, the next run does the work again instead of repeating this result.
             tags=seen.marked if check.passed else seen.tags,
             check_results=[check],
         )

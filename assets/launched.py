@@ -62,6 +62,7 @@ class Launched:
         """Overrides that change the asset although no code version holds them: other input files
         than the recipe's, which the assets upstream stand for, or another run folder."""
         last = AFFECTS.index(_LAST[kind])
+        # Parameters that count by value are in the code version already.
         found = {
             name: value
             for name, value in self.overrides.items()
@@ -106,6 +107,7 @@ def launched(
             "launch a new run",
         )
     given = parameters.given()
+    # A run has one set of parameters, which would silently apply to all of its recipes.
     if given and len(recipes or ()) > 1:
         names = sorted(f"'{name}'" for name, _ in recipes or ())
         raise ParameterError(
@@ -115,6 +117,7 @@ def launched(
             do="launch a run for each recipe, or leave the parameters out and write them into the recipes",
         )
     config = parameters.apply(recipe.config)
+    # A value that equals the recipe's is no override: the Launchpad may send it along.
     before, now = (c.model_dump(mode="json") for c in (recipe.config, config))
     overrides = {name: value for name, value in now.items() if value != before[name]}
     of_recipe = recipe.options.model_dump(mode="json")

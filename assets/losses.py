@@ -58,6 +58,7 @@ def hardest_facts(config: "TrainingConfig", changed: list[Path]) -> dict[str, An
     if losses in changed or not losses.is_file() or checked is None:
         return {}
     hardest = read_parquet(losses).head(_HARDEST)  # the file is sorted, hardest first
+    # A semi join first, so that only these few rows of a table of any size are loaded.
     rows = checked.accepted.join(hardest.lazy(), on="row", how="semi").collect()
     rows = hardest.join(rows, on="row", how="inner", maintain_order="left")
     # Columns with a colon hold what the check found out about a file, such as "image:width".

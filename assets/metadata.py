@@ -76,6 +76,7 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
             refuse_overlap(config)
             refuse_own_recipe(config, recipe.path)
             require_named(config)
+            # Before the look at the files, which `customized_dataset` may change.
             if config.dataset_metadata_path is not None:
                 make_data(config)
             seen = look(context, "metadata", ran)
@@ -230,5 +231,6 @@ def _markdown(checked: "CheckedTable", counts: dict[str, int]) -> str:
         part.select(columns).head(_SHOWN_ROWS) for part in (checked.rejected, checked.accepted)
     ]
     rows = pl.concat(parts).head(_SHOWN_ROWS).collect()
+    # From the counts, since counting the rows of a lazy table would read it once more.
     more = sum(counts.values()) - rows.height
     return markdown(columns, rows.iter_rows()) + (f"\n\nand {more} more" if more > 0 else "")

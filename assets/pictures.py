@@ -24,7 +24,8 @@ _LINES = ("#1f4e9c", "#d0651b", "#3b8a3e")
 
 
 def inline(image: "Image") -> dg.MarkdownMetadataValue:
-    """An image inside markdown: a PNG, or if that is too large a JPEG, scaled down until it fits."""
+    """An image inside markdown: a PNG, or if that is too large a JPEG, scaled down until it
+    fits."""
     kind, data = next(item for item in _encodings(image) if len(item[1]) <= MAX_BYTES)
     return _markdown(kind, data)
 
@@ -138,7 +139,7 @@ def _film(frames: "Sequence[Image]", milliseconds: int) -> bytes:
 def _thumbnail(image: "Image", side: int, accepted: bool) -> "Image":
     from PIL import Image, ImageDraw
 
-    image.thumbnail((side, side))
+    image.thumbnail((side, side))  # keeps the proportions; the rest of the cell stays white
     cell = Image.new("RGB", (side, side), "white")
     cell.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     if not accepted:

@@ -1,4 +1,5 @@
-"""The prefix of all asset keys and names of a folder of recipes, in a team's own Dagster project."""
+"""The prefix of all asset keys and names of a folder of recipes, in a team's own Dagster
+project."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -160,7 +160,7 @@ def _describe(outcome: "Outcome", folder: Path) -> dict[str, dg.MetadataValue]:
 
     current = outcome.current
     checkpoint = (folder / CURRENT / next(iter(current.checkpoints))).absolute()
-    kept = reversed(promoted_versions(folder))
+    kept = reversed(promoted_versions(folder))  # the current one first
     return {
         "what_happened": dg.MetadataValue.text(outcome.what),
         "why": dg.MetadataValue.text(outcome.why),

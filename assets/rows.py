@@ -53,6 +53,7 @@ def _frames(count: int, stride: float, indices: list[int] | None) -> tuple[int, 
     from diffsynth_dagster.data.geometry import frame_indices
 
     indices, shown = indices or frame_indices(count, stride), min(count, _STRIP)
+    # A slowed-down clip shows the same frame of the file several times: once is enough here.
     return tuple(dict.fromkeys(indices[round(i * (count - 1) / (shown - 1))] for i in range(shown)))
 
 

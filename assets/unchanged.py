@@ -99,6 +99,7 @@ class Look:
                 spec.key, limit=1, status={AssetCheckExecutionRecordStatus.SUCCEEDED}
             )
             event = found[0].event if found else None
+            # A check that another run evaluated may be about other files.
             if event is None or event.run_id != run or event.dagster_event is None:
                 return None
             evaluation: Any = event.dagster_event.event_specific_data

@@ -57,6 +57,7 @@ def _make_weights(
     # Only its `cache_path` is used: any recipe that names the weights will do.
     config = recipes[0].config
     again = any(recipe.config.verify_content for recipe in recipes)
+    # Different entries may lead to the same key. The asset is stale when its recipe names another.
     code = f"{VERSIONS['weights']} {mark_of_text(entry.same)}"
 
     @dg.asset(

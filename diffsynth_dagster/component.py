@@ -53,6 +53,7 @@ def make_definitions(
     jobs = make_jobs(recipes, broken, prefix)
     retraining = make_retraining(recipes, broken, prefix)
     upkeep = make_upkeep(prefix)
+    # The prefix first: automation conditions refer to other assets by their final keys.
     assets = prefix.assets(make_assets(recipes, broken))
     steps = [asset.op.name for asset in assets]
     failures = make_failure_sensors(steps, [job.name for job in upkeep.jobs], prefix)
@@ -81,5 +82,6 @@ class Recipes(dg.Component, dg.Model, dg.Resolvable):
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """The definitions of the folder. (Called by Dagster.)"""
+        # The path is that of defs.yaml, or of its folder.
         here = context.path if context.path.is_dir() else context.path.parent
         return make_definitions(here / self.folder, self.key_prefix)

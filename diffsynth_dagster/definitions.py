@@ -17,4 +17,5 @@ def make_code_location() -> dg.Definitions:
     return dg.Definitions.merge(make_definitions(), dg.Definitions(executor=run_executor))
 
 
+# The only `Definitions` at module level: Dagster refuses a module with several.
 definitions = make_code_location()

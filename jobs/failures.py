@@ -148,7 +148,7 @@ def _take_up(
         after, entry = record.storage_id, record.event_log_entry
         run = instance.get_run_by_id(entry.run_id)
         old = time.time() - entry.timestamp > GIVEN_UP_AFTER
-        if run is None or old:
+        if run is None or old:  # deleted since, or the sensor was switched off for days
             continue
         if run.job_name not in jobs and ours_of(instance, run).steps.isdisjoint(steps):
             continue
@@ -178,6 +178,7 @@ def _tell_due(
     left: list[Waiting] = []
     reported: list[DagsterRunReaction] = []
     errors: list[DagsterRunReaction] = []
+    # Oldest first: when the time of the tick is up, the newest ones wait.
     for waiting in cursor.waiting:
         if waiting.next > began or time.time() - began > _ENOUGH_SECONDS:
             left.append(waiting)

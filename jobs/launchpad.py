@@ -82,6 +82,7 @@ def _mapping(
         for name, option in options.items():
             if flat[name] != option.field.default_value:
                 _put(config, option.path, flat[name])
+        # Only what differs from the recipe: every parameter passed on counts as an override.
         changed = {n: flat[n] for n, field in parameters.items() if flat[n] != field.default_value}
         if changed:
             _put(config, ("resources", PARAMETERS, "config"), as_run_config(changed))
@@ -168,6 +169,8 @@ def _config_type(name: str, annotation: Any, optional: bool = True) -> Any:
     origin, inner = get_origin(annotation), [a for a in get_args(annotation) if a is not NoneType]
     if origin in (Union, UnionType):
         return _union(name, inner, optional and NoneType in get_args(annotation))
+    # Functions, since only the one for this type can be called: `inner` has other contents for
+    # others.
     makers: dict[Any, Callable[[], Any]] = {
         Annotated: lambda: _config_type(name, inner[0]),
         Literal: lambda: _choice(name, inner),

@@ -55,8 +55,10 @@ def make_files_sensor(recipe: Recipe, retrain: Retrain, prefix: Prefix) -> dg.Se
             watched = Watched(listing.digest, listing.digest, now)
             return _wait(watched, f"it knows the {listing.files} files now, and waits for a change")
         watched = Watched(**json.loads(context.cursor))
+        # Another change begins the wait anew: files are still being copied.
         if listing.digest != watched.seen:
             watched = Watched(watched.asked, listing.digest, now)
+        # Also when files changed and changed back before the wait was over.
         if watched.seen == watched.asked:
             return _wait(watched, f"nothing has changed in {listing.files} files")
         left = watched.since + 60 * retrain.settle_minutes - now

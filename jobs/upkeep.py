@@ -62,6 +62,7 @@ def keep_days() -> int:
     given = os.environ.get(VARIABLE, "").strip()
     if not given:
         return KEEP_DAYS
+    # With more digits, the date before which runs are deleted would lie before the year 1.
     if not (given.isascii() and given.isdecimal() and len(given) < 6):
         raise ParameterError(
             f"'{given}' is no number of days",

@@ -57,6 +57,7 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record, if a person wants to see it. (Called by Dagster.)"""
         try:
+            # Dagster puts what it knows of a log line here; it has no public name.
             for line in self._lines(record, record.__dict__["dagster_meta"]):
                 sys.stderr.write(f"{line}\n")
         except Exception:  # noqa: BLE001 - an exception in a logger would fail the run

@@ -42,6 +42,7 @@ class WatchedExecutor(dg.Executor):
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         instance: dg.DagsterInstance = plan_context.instance
         with held(instance, plan_context.dagster_run):
+            # Before any step waits for a slot that a dead run may occupy.
             clear_dead_runs(instance)
             try:
                 for event in self._inner.execute(plan_context, execution_plan):
@@ -70,6 +71,7 @@ def _report_canceling(instance: dg.DagsterInstance, run_id: str) -> None:
     """Make a run that a signal interrupted end as cancelled, like one that is cancelled in the UI.
     Dagster would mark it as failed."""
     run = instance.get_run_by_id(run_id)
+    # A cancel in the UI has set the status to "canceling" already.
     if run is not None and run.status == dg.DagsterRunStatus.STARTED:
         instance.report_run_canceling(run, "The process of the run was interrupted by a signal.")
 
@@ -99,6 +101,7 @@ def is_temporary(instance: dg.DagsterInstance) -> bool:
 def clear_dead_runs(instance: dg.DagsterInstance) -> None:
     """Mark runs whose lock nobody holds as failed, and free their slots in pools."""
     for path in sorted(locks_folder(instance).iterdir()):
+        # A name with a dot is a lock that is just being made: see `run_locks.held`.
         if path.name.startswith(".") or lock_state(path) != "free":
             continue
         run = instance.get_run_by_id(path.name)
@@ -106,7 +109,7 @@ def clear_dead_runs(instance: dg.DagsterInstance) -> None:
             instance.report_run_failed(run, DIED)
         if instance.event_log_storage.supports_global_concurrency_limits:
             instance.event_log_storage.free_concurrency_slots_for_run(path.name)
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # last: if this process dies before, the next run goes on
 
 
 _CONFIG: Any = dg.in_process_executor.config_schema

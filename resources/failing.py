@@ -91,5 +91,6 @@ def cancelled(config: TrainingConfig | None = None) -> Cancelled:
 
 def _error_infos(error: BaseException, reason: str, traceback: str | None) -> list[Any]:
     """An error in the form in which Dagster stores and shows it."""
+    # Dagster joins the lines of the stack, so that one text with all of them looks the same.
     stack = [] if traceback is None else [f"{traceback}\n"]
     return [SerializableErrorInfo(f"{reason}\n" if reason else "", stack, type(error).__name__)]

@@ -156,6 +156,7 @@ class Launcher(dg.ConfigurableResource):
                         place.freshen()
                         time.sleep(POLL_SECONDS)
                 finally:
+                    # Reached in every case: a consumer that drops this generator raises at `yield`.
                     processes.stop()
             # The session has read all messages by now: yield those that came after the last poll.
             yield from told(context, reader)
@@ -164,7 +165,8 @@ class Launcher(dg.ConfigurableResource):
             require_success(processes.code(), failures, processes.last_words, config)
 
     def _configuration(self, options: RecipeOptions) -> str | None:
-        """The configuration file of accelerate, if any. Raises `ParameterError` if it is not there."""
+        """The configuration file of accelerate, if any. Raises `ParameterError` if it is not
+        there."""
         file = self.accelerate_config or options.accelerate_config
         if file is not None and not Path(file).is_file():
             raise ParameterError(
@@ -185,6 +187,7 @@ class Launcher(dg.ConfigurableResource):
         Raises:
             ParameterError: the configuration of accelerate does not exist.
         """
+        # With this Python, not the script `accelerate`, which may be of another environment.
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
         # CUDA_VISIBLE_DEVICES already selects the devices. Without "all", `gpu_ids` of a
         # configuration file would replace the selection.
@@ -258,6 +261,7 @@ class Processes:
     def last_words(self) -> str:
         """The last lines of the command's standard error, once it has ended."""
         text = self._tail.read_text(errors="replace") if self._tail.is_file() else ""
+        # Progress bars end their lines with a carriage return.
         lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
         return "\n".join(lines[-_SHOWN_LINES:])
 
@@ -269,6 +273,7 @@ class Processes:
         try:
             self._process.wait(timeout=2 * self._grace + _STOP_MARGIN)
         except subprocess.TimeoutExpired:
+            # The supervisor itself hangs.
             self._process.kill()
             self._process.wait()
 

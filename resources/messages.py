@@ -141,4 +141,5 @@ class _Sorter:
             self._handler.handle_message(message)
 
     def __getattr__(self, name: str) -> Any:
+        # Dagster also calls other methods of its handler, such as those that report exceptions.
         return getattr(self._handler, name)

@@ -107,6 +107,7 @@ def _fields() -> dict[str, Any]:
     fields: dict[str, Any] = {}
     optional = list[str]()
     for name, field in overridable().items():
+        # Optional, with None for "the recipe's": a default would override the recipe in every run.
         kind = _run_config_type(name, field.annotation)
         note = " (The recipe's when left out.)"
         fields[name] = (kind | None, Field(None, description=f"{field.description}{note}"))

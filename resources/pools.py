@@ -95,6 +95,7 @@ def devices_of(pool: str) -> tuple[str, ...]:
 def _counted() -> int:
     """How many GPUs a process on this machine sees. Raises `StepFailure`."""
     # In a process of its own, since importing torch would make this one much larger.
+    # Counting takes seconds. Without a driver there is nothing to count.
     if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _DRIVERS):
         return 0
     done = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True)

@@ -48,6 +48,7 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
         state = lock_state(path)
         if state != "gone":
             self._gone_since.pop(run.run_id, None)
+        # The lock's folder was emptied, or the run died between removing its lock and its end.
         if state == "gone" and self._is_missing(run.run_id, path):
             state = "free"
         if state == "free":
@@ -74,6 +75,7 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
         except (DagsterUserCodeProcessError, DagsterUserCodeUnreachableError):
             if process_of(self._lock(run_id)) is None:
                 raise
+        # A new code server answers that it does not know the run: interrupt it by its lock.
         process = process_of(self._lock(run_id))
         if process is None:
             return False
@@ -84,9 +86,11 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
         return locks_folder(self._instance) / run_id
 
     def _is_missing(self, run_id: str, path: Path) -> bool:
+        """Whether a started run has been without its lock for too long."""
         since = self._gone_since.setdefault(run_id, time.monotonic())
         if time.monotonic() - since < _GONE_SECONDS:
             return False
+        # Only now, since this reads the run's log: a run that never had a lock is not missing one.
         return said_to_hold(self._instance, run_id, path)
 
 

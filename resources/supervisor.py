@@ -94,6 +94,7 @@ class Supervisor:
             if self._code is not None:
                 if not alive:
                     return
+                # The command is over, but some descendants live, such as workers of a data loader.
                 ended = ended or time.monotonic()
                 if self._stop_since is None and time.monotonic() - ended > LEFTOVER_SECONDS:
                     self._stop_since = time.monotonic()
@@ -117,6 +118,7 @@ class Supervisor:
         if not data:
             self._selector.unregister(descriptor)
             return
+        # Keep only the end, and pass everything on: it is the output that Dagster captures.
         self._tail += data
         del self._tail[:-TAIL_BYTES]
         with contextlib.suppress(OSError):  # the reader of our own standard error may be gone

@@ -182,6 +182,7 @@ def _check_models(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
             "nothing is trained",
             f"give {n('trainable_models')} or {n('lora_base_model')}",
         )
+    # The file holds one model's weights, so it must be clear which model they are for.
     one_in_full = len(config.trainable_models) == 1 and not config.lora_base_model
     if config.resume_from_checkpoint is not None and config.trainable_models and not one_in_full:
         raise refuse(
@@ -270,6 +271,7 @@ def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
         )
     enabled = [name for name in TRACKERS if getattr(config, f"enable_{name}_log")]
     projects = {f"{name}_project" for name in enabled if name != "tensorboard"}
+    # accelerate starts all trackers with a single project name.
     if len({getattr(config, name) for name in projects}) > 1:
         raise refuse(
             f"{' and '.join(n(name) for name in sorted(projects))} differ, and a run has one project",

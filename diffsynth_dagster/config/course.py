@@ -67,7 +67,7 @@ class TrainingParameters(BaseModel):
         "Seed of the order, the noise, the timesteps and the LoRA initialisation.",
         affects="training",
         ge=0,
-        le=2**63 - 1,
+        le=2**63 - 1,  # the largest number that fits into 64 bits with a sign
     )
     # Affects latents: the outputs of a trained model change, so they are not encoded beforehand.
     trainable_models: CommaList = parameter(

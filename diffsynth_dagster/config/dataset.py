@@ -53,9 +53,11 @@ class DatasetParameters(BaseModel):
         affects="rows",
         off_by_default=True,
     )
+    # Affects training, not rows: the table is the same, it is only used more often.
     dataset_repeat: int = parameter(
         1, "How many times an epoch goes through the data set.", affects="training", ge=1
     )
+    # Affects nothing: order and noise of the samples do not depend on who reads them.
     dataset_num_workers: int = parameter(
         0,
         "Worker processes that read samples, for each training process.",
@@ -101,6 +103,7 @@ class DatasetParameters(BaseModel):
         ge=0.0,
         le=1.0,
     )
+    # Affects nothing: samples are found by their content, in whichever store they are.
     cache_path: str = parameter(
         "./cache",
         "Folder of the store of encoded samples, shared by all trainings.",

@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
         section = result.add_argument_group(name, (group.__doc__ or "").strip())
         for key, field in group.model_fields.items():
             kind: Any = field.annotation
+            # `--name` and `--no-name`, without a value.
             if kind in (bool, bool | None):
                 section.add_argument(
                     as_flag(key), action=argparse.BooleanOptionalAction, help=_help(key, field)

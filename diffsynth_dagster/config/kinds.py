@@ -97,6 +97,7 @@ def parameter(
         left_out_as,
         used_with,
     )
+    # `json_schema_extra` is pydantic's place for further facts about a field.
     # Type checkers must see the type of the default, as with pydantic's own `Field`.
     field: Any = Field(default, description=description, json_schema_extra=asdict(mark), **limits)
     return cast(T, field)

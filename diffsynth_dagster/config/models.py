@@ -61,6 +61,7 @@ class ModelParameters(BaseModel):
     quant_options: str | None = parameter(
         None, "Quantisation of frozen models.", affects="latents", planned=True
     )
+    # Affects training, not latents: the outputs of a trained model are not encoded beforehand.
     resume_from_checkpoint: str | None = parameter(
         None,
         "File with weights of the model that is trained in full, to start from: a checkpoint, an "
@@ -198,6 +199,7 @@ class LoraParameters(BaseModel):
         by_content=True,
         needs="lora_base_model",
     )
+    # Affects latents: the model that it is fused into may be one that encodes samples.
     preset_lora_path: str | None = parameter(
         None,
         "LoRA file that is fused into the base model before the training, so that only the "

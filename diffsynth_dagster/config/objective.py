@@ -57,7 +57,7 @@ class ObjectiveParameters(BaseModel):
     # Affects latents: the empty caption is encoded as well.
     caption_dropout_rate: float = parameter(
         0.0,
-        "Fraction of the visits of a sample, from 0 to 1, that get the empty caption instead of its own.",
+        "Probability, from 0 to 1, that a visit of a sample gets the empty caption instead of its own.",
         affects="latents",
         off_by_default=True,
         ge=0.0,

@@ -39,6 +39,7 @@ class OutputParameters(BaseModel):
         affects="exports",
         pattern=r"^(?:best|last|[1-9]\d*)$",
     )
+    # Affects training: the checkpoints are its result.
     save_steps: int | None = parameter(
         None,
         "Optimizer steps between two checkpoints step-N.safetensors. Left out: every epoch ends with a "
@@ -52,6 +53,7 @@ class OutputParameters(BaseModel):
         affects="training",
         ge=1,
     )
+    # States affect nothing: they only decide how much is lost when a training is stopped.
     state_steps: int | None = parameter(
         None,
         "Optimizer steps between two resumable states, in state/.",
@@ -141,7 +143,7 @@ class SamplingParameters(BaseModel):
         "model's authors recommend.",
         affects="latents",
         each_half=True,
-        left_out_as=1.0,
+        left_out_as=1.0,  # the default before None was allowed
         used_with=("sample_prompts", "customized_evaluation"),
         ge=1.0,
     )

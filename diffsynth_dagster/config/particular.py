@@ -50,7 +50,7 @@ class ParticularParameters(BaseModel):
         "FireRed-Image-Edit, even if it is the only one. Switched on automatically with zero_cond_t, and "
         "if the model list names one of these models; give it if the names do not show the release.",
         affects="latents",
-        left_out_as=False,
+        left_out_as=False,  # the default before None was allowed
     )
     zero_terminal_snr: bool = parameter(
         False,

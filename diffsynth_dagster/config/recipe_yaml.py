@@ -32,6 +32,7 @@ class _Loader(yaml.SafeLoader):
     numbers in base 60 (1:30) are read as text, since no parameter is one.
     """
 
+    # Without the resolver of timestamps, which turns 2024-01-01 into a date.
     yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class declares it
         first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{_TAG}timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -78,6 +78,7 @@ def as_retrain(value: object, where: str) -> Retrain:
             "'retrain' has 'when: always', which trains whether files have changed or not, and 'files'",
             "leave one of them out",
         )
+    # By the keys that are written, since a value may equal its default.
     if "timezone" in values and retrain.cron is None:
         raise refuse("'retrain' has 'timezone' and no 'cron'", "add it, or leave it out")
     if "settle_minutes" in values and not retrain.files:

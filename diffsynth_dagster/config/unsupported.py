@@ -93,6 +93,7 @@ def refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
         raise ParameterError(f"the family '{named}' is not supported yet", where="family", do=_DO)
     entries = [text.partition(":") for text in _entries(values.get("model_id_with_origin_paths"))]
     families = {_family_of(repository) for repository, _, _ in entries}
+    # Local files may be of any family: they count as a supported model that a VAE is borrowed for.
     if values.get("model_paths"):
         families.add(None)
     for repository, _, pattern in entries:

@@ -16,6 +16,7 @@ class ValidationParameters(BaseModel):
         by_content=True,
         off_by_default=True,
     )
+    # Affects training, not rows: the table is the same, only fewer of its rows are trained on.
     validation_split: float | None = parameter(
         None,
         "How many samples of the data set are held out: below 1 a fraction, else a number. They are "
