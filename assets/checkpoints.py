@@ -94,7 +94,7 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
             options = recipe.options
             processes = diffsynth_launcher.num_processes or options.num_processes or options.gpus
             warm = options.retrain is not None and options.retrain.warm_start
-            # The processes decide how large a step is, a warm start where the training begins.
+            # Both change the result: the size of a step, and the weights at its start.
             seen = look(context, "checkpoints", ran, [processes, warm])
             same = None if config.retrain else seen.unchanged()
         if same is not None:
@@ -112,8 +112,7 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
             began = _began(context, recipe, Path(settings.output_path))
             moved = older_runs(Path(settings.output_path))
             why = "retrain was asked for"
-            # A retry does not begin again: the training that the first try began is the new one.
-            if began or not config.retrain:
+            if began or not config.retrain:  # a retry goes on with what the first try began
                 why = why_train(settings, diffsynth_hub.open(), processes, warm)
             if why is not None:
                 context.log.info(f"it trains, because: {why}")

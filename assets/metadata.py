@@ -76,8 +76,7 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
             refuse_overlap(config)
             refuse_own_recipe(config, recipe.path)
             require_named(config)
-            # Before the look at the files, which `customized_dataset` may change.
-            if config.dataset_metadata_path is not None:
+            if config.dataset_metadata_path is not None:  # before the look at its files
                 make_data(config)
             seen = look(context, "metadata", ran)
             same = seen.unchanged()

@@ -24,8 +24,7 @@ _LINES = ("#1f4e9c", "#d0651b", "#3b8a3e")
 
 
 def inline(image: "Image") -> dg.MarkdownMetadataValue:
-    """An image inside markdown: a PNG, or if that is too large a JPEG, scaled down until it
-    fits."""
+    """An image inside markdown: a PNG, or if that is too large a JPEG that fits."""
     kind, data = next(item for item in _encodings(image) if len(item[1]) <= MAX_BYTES)
     return _markdown(kind, data)
 

@@ -1,5 +1,4 @@
-"""The prefix of all asset keys and names of a folder of recipes, in a team's own Dagster
-project."""
+"""The prefix of all keys and names of a folder of recipes, for a team's own Dagster project."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -169,8 +169,7 @@ def _config_type(name: str, annotation: Any, optional: bool = True) -> Any:
     origin, inner = get_origin(annotation), [a for a in get_args(annotation) if a is not NoneType]
     if origin in (Union, UnionType):
         return _union(name, inner, optional and NoneType in get_args(annotation))
-    # Functions, since only the one for this type can be called: `inner` has other contents for
-    # others.
+    # Functions, since `inner` suits only the one for this type: the others would fail.
     makers: dict[Any, Callable[[], Any]] = {
         Annotated: lambda: _config_type(name, inner[0]),
         Literal: lambda: _choice(name, inner),

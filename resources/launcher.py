@@ -165,8 +165,7 @@ class Launcher(dg.ConfigurableResource):
             require_success(processes.code(), failures, processes.last_words, config)
 
     def _configuration(self, options: RecipeOptions) -> str | None:
-        """The configuration file of accelerate, if any. Raises `ParameterError` if it is not
-        there."""
+        """The configuration file of accelerate, if any. Raises `ParameterError` if missing."""
         file = self.accelerate_config or options.accelerate_config
         if file is not None and not Path(file).is_file():
             raise ParameterError(

@@ -18,8 +18,7 @@ Affects = Literal["weights", "rows", "latents", "training", "exports", "nothing"
 
 weights: which files the models are loaded from. rows: which samples there are, and what is read of
 each. latents: what is encoded, and with which models. training: what is trained, and what a
-training writes. exports: the files that are made from a checkpoint. nothing: paths, speed, and
-logging.
+training writes. exports: the files that are made from a checkpoint. nothing: paths, speed, logs.
 """
 AFFECTS: tuple[Affects, ...] = get_args(Affects)
 
