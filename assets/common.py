@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal, get_args
 
 import dagster as dg
@@ -136,11 +135,6 @@ def short_digest(value: object) -> str:
 def description(recipe: Recipe, what: str) -> str:
     """An asset's description for the UI: what it is, then the recipe's own description."""
     return f"{what}\n\n{recipe.options.description}".strip()
-
-
-def fact_cache_path(config: TrainingConfig) -> Path:
-    """Database of the file facts (digests, sizes, …), shared with the training processes."""
-    return Path(config.cache_path) / "facts.sqlite"
 
 
 def table(records: Iterable[Mapping[str, str | int | float]]) -> dg.TableMetadataValue:

@@ -1,7 +1,6 @@
 """`<recipe>/metadata`: reads the data set's table and checks every row and file."""
 
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ from assets.common import (
     asset_key,
     code_version,
     description,
-    fact_cache_path,
     require_passed,
     user_errors,
 )
@@ -63,7 +61,7 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
         from diffsynth_dagster.cache.held_out import held_out_config
         from diffsynth_dagster.cache.split import with_settled
         from diffsynth_dagster.data.prepare import make_data, prepare_data, require_named
-        from diffsynth_dagster.facts import FactCache
+        from diffsynth_dagster.facts import fact_cache_of
         from diffsynth_dagster.training.overlap import (
             refuse_overlap,
             refuse_own_recipe,
@@ -85,12 +83,12 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
             return
         # Only now: these import torch, which takes seconds.
         from diffsynth_dagster.cache.long_captions import count_if_there
-        from diffsynth_dagster.weights.identify import guess_family
+        from diffsynth_dagster.weights.identify import guess_model
 
         with user_errors():
-            columns = guess_family(config).columns
+            columns = guess_model(config).family.columns
             holdout = held_out_config(config)
-            with closing(FactCache(fact_cache_path(config))) as fact_cache:
+            with fact_cache_of(config.cache_path) as fact_cache:
                 checked = prepare_data(config, columns, fact_cache, made=True)
                 held_out = None if holdout is None else prepare_data(holdout, columns, fact_cache)
                 long_captions = count_if_there(config, checked, fact_cache)

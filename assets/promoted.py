@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ from assets.common import (
     asset_key,
     code_version,
     description,
-    fact_cache_path,
     require_passed,
     table,
     user_errors,
@@ -106,12 +104,12 @@ def _version(recipe: Recipe, version: str) -> str:
 def _promote(recipe: Recipe, config: TrainingConfig, asked: PromotedConfig) -> "Outcome":
     """Promote the export, or roll back to the version that is asked for. Raises `OutputError`."""
     from diffsynth_dagster.export.promote import promote, roll_back
-    from diffsynth_dagster.facts import FactCache
+    from diffsynth_dagster.facts import fact_cache_of
 
     folder, options = Path(config.output_path), recipe.options
     if asked.version is not None:
         return roll_back(folder, asked.version)
-    with closing(FactCache(fact_cache_path(config))) as facts:
+    with fact_cache_of(config.cache_path) as facts:
         return promote(
             folder, options.promote_margin, options.promote_keep, facts.digest, asked.force
         )

@@ -2,13 +2,12 @@
 local files is made of their path."""
 
 from collections.abc import Sequence
-from contextlib import closing
 from math import prod
 from pathlib import Path
 
 import dagster as dg
 
-from assets.common import RETRY_DELAY_S, fact_cache_path, table, tried_again, user_errors
+from assets.common import RETRY_DELAY_S, table, tried_again, user_errors
 from assets.launched import OWN
 from assets.lineage import Lineage
 from assets.unchanged import look_at_weights
@@ -70,7 +69,7 @@ def _make_weights(
         code_version=code,
     )
     def weights(context: dg.AssetExecutionContext, diffsynth_hub: Hub) -> dg.MaterializeResult:
-        from diffsynth_dagster.facts import FactCache, digest_of
+        from diffsynth_dagster.facts import digest_of, fact_cache_of
 
         seen = look_at_weights(context, entry, code)
         same = None if again else seen.unchanged()
@@ -80,7 +79,7 @@ def _make_weights(
             # A download may fail for minutes: wait 5, 10 and 20 seconds.
             tried_again(context, _RETRIES, RETRY_DELAY_S * 2**context.retry_number),
             user_errors(),
-            closing(FactCache(fact_cache_path(config))) as fact_cache,
+            fact_cache_of(config.cache_path) as fact_cache,
         ):
             model_hub = diffsynth_hub.open()
             if entry.parameter in MODEL_FOLDERS:

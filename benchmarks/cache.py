@@ -25,10 +25,11 @@ from diffsynth_dagster.cache.plan import plan_samples
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.media.image import load_sample_image
 from diffsynth_dagster.data.table.check import validate
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import Models
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 SIZES = ((64, 64), (96, 64), (64, 96), (128, 96), (80, 80))
 
@@ -62,9 +63,9 @@ def config_of(data: Path, work: Path) -> TrainingConfig:
     )
 
 
-def encode(config: TrainingConfig, found: FoundModel) -> int:
+def encode(config: TrainingConfig, found: ResolvedModel) -> int:
     """A whole run without the start of the process; returns how many images were encoded."""
-    fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
+    fact_cache = fact_cache_of(config.cache_path)
     models = Models(found, torch.device("cpu"), torch.float32, on_cpu_first=False)
     validated = validate(config, found.family.columns, fact_cache)
     manifest = plan_samples(config, found, validated, Keys(found, fact_cache, torch.float32))
@@ -74,7 +75,7 @@ def encode(config: TrainingConfig, found: FoundModel) -> int:
     return done.misses["image"]
 
 
-def encode_one_by_one(config: TrainingConfig, found: FoundModel, folder: Path) -> None:
+def encode_one_by_one(config: TrainingConfig, found: ResolvedModel, folder: Path) -> None:
     """The baseline: load, encode and torch.save each sample, named by its position."""
     folder.mkdir()
     models = Models(found, torch.device("cpu"), torch.float32, on_cpu_first=False)

@@ -43,13 +43,12 @@ def write_table(path: Path, rows: int) -> None:
 def check(path: Path) -> dict[str, Any]:
     """Our structure check: status and message of every row."""
     from diffsynth_dagster.data.columns import Input
-    from diffsynth_dagster.data.table.read import open_table
+    from diffsynth_dagster.data.table.read import read_table
     from diffsynth_dagster.data.table.values import check_structure
 
     inputs = (Input("prompt", "text"), Input("image", "image"))
     start = time.perf_counter()
-    with open_table(path, "utf-8", [i.column for i in inputs]) as table:
-        frame = check_structure(table, inputs, str(path))
+    frame = check_structure(read_table(path, "utf-8", inputs), inputs, str(path))
     seconds = time.perf_counter() - start
     assert (frame["status"] == "ok").all()
     return {"rows": frame.height, "seconds": seconds}

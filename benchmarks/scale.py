@@ -41,13 +41,14 @@ from diffsynth_dagster.data.frames import read_parquet, scan_parquet
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import read_checked, write_checked
-from diffsynth_dagster.facts import FactCache, digest_text
+from diffsynth_dagster.facts import digest_text, fact_cache_of
 from diffsynth_dagster.files import write_tensors
 from diffsynth_dagster.seal import write_sealed
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import Models
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 CHUNK = 250_000
 KEYS_PER_SHARD = 4_000
@@ -130,14 +131,14 @@ def part(seconds: Seconds, name: str) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - start, 2)
 
 
-def plan(config: TrainingConfig, found: FoundModel) -> Manifest:
+def plan(config: TrainingConfig, found: ResolvedModel) -> Manifest:
     """The manifest of the table in the run folder."""
-    fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
+    fact_cache = fact_cache_of(config.cache_path)
     keys = Keys(found, fact_cache, torch.float32)
     return plan_samples(config, found, read_checked(Path(config.output_path)), keys)
 
 
-def fill_index(manifest: Manifest, found: FoundModel) -> None:
+def fill_index(manifest: Manifest, found: ResolvedModel) -> None:
     """Say in the store's index that it holds every sample."""
     for stage in found.family.stages:
         keys = manifest.rows.select(pl.col(f"key:{stage.name}").alias("key"))
@@ -240,7 +241,7 @@ def check_images(work: Path, count: int) -> dict[str, Any]:
     columns = find_model(config, ModelHub(Path("models"), skip_download=True)).family.columns
     before = report.peak_memory()
     for name in ("first", "again"):
-        fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
+        fact_cache = fact_cache_of(config.cache_path)
         with part(seconds, name):
             assert prepare_data(config, columns, fact_cache).counts == {"ok": count}
         fact_cache.close()

@@ -34,14 +34,13 @@ from diffsynth_dagster.config import TrainingConfig, read_recipe
 from diffsynth_dagster.config.entries import ModelEntry
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.usage import as_used
 from diffsynth_dagster.training.batches import Batch, collate
 from diffsynth_dagster.training.optimizer import make_optimizer
 from diffsynth_dagster.training.setup import build_step
 from diffsynth_dagster.weights.header import TensorInfo
-from diffsynth_dagster.weights.identify import Found, FoundModel
 from diffsynth_dagster.weights.load import build_empty
 from diffsynth_dagster.weights.models import Models
+from diffsynth_dagster.weights.resolved import ComponentFiles, ResolvedModel, as_used, resolve
 
 EXAMPLES = Path(__file__).parents[1] / "recipes" / "examples"
 STEPS = {"full": (2, 8), "tiny": (1, 3)}
@@ -149,7 +148,7 @@ class RandomModels(Models):
         return module.to(self.device).eval().requires_grad_(False)
 
 
-def found_model(config: TrainingConfig, subject: Subject, shape: Shape) -> FoundModel:
+def found_model(config: TrainingConfig, subject: Subject, shape: Shape) -> ResolvedModel:
     """The denoiser, as its published files would tell."""
     with torch.device("meta"):
         published = subject.make(**shape.options).state_dict()
@@ -159,11 +158,11 @@ def found_model(config: TrainingConfig, subject: Subject, shape: Shape) -> Found
     family = as_used(family, config, {family.denoiser: shapes})
     component = family.component(family.denoiser)
     entry = ModelEntry("model_paths", paths=(subject.recipe,))
-    found = {component.name: Found(component, entry, (), header, None)}
-    return FoundModel(family, family.path(config, {}), found, {})
+    found = {component.name: ComponentFiles(component, entry, (), header, None)}
+    return resolve(config, family, components=found)
 
 
-def batch_of(found: FoundModel, subject: Subject, shape: Shape) -> Batch:
+def batch_of(found: ResolvedModel, subject: Subject, shape: Shape) -> Batch:
     """One sample, as the store would give it."""
     sample: Tensors = {
         subject.target: torch.randn(shape.latents),
@@ -171,7 +170,7 @@ def batch_of(found: FoundModel, subject: Subject, shape: Shape) -> Batch:
     }
     if shape.pooled:
         sample["pooled_prompt_embeds"] = torch.randn(shape.pooled)
-    cached = found.family.cached_stages(frozenset({found.family.denoiser}))
+    cached = found.cached_stages
     outputs = [output for stage in cached for output in stage.yields]
     together, denoiser = collate(outputs, [sample]), found.family.denoiser
     return Batch(["sample"], [0], [0], [0], 0, together, [], denoiser, 1.0)

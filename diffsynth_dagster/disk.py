@@ -1,7 +1,7 @@
-"""What a file system refuses, in one message, whatever library ran into it.
+"""Turn errors of the file system into one kind of message, whichever library raised them.
 
-Only Python's own errors have the system's number. safetensors and polars put it into their text, and
-SQLite has codes of its own.
+Only Python's own errors have the system's error number (errno). safetensors and polars write it
+into the text of their errors, and SQLite has error codes of its own.
 """
 
 import errno
@@ -37,36 +37,38 @@ _REFUSALS = {
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
 }
-"""The system's number → what it says, and what to do."""
+"""errno → (what it means, what to do)."""
 _OF_SQLITE = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_PERM: errno.EACCES,
     sqlite3.SQLITE_IOERR: errno.EIO,
 }
+"""SQLite's primary error code → errno."""
 _WORDS = {"no space left": errno.ENOSPC, "disk quota exceeded": errno.EDQUOT}
 _NUMBER = re.compile(r"\(os error (\d+)\)")
+"""How libraries written in Rust print errno."""
 _LIBRARIES = ("safetensors", "polars")
 
 
 def _number(error: BaseException) -> int | None:
-    """The number of the system's error that an error says, by itself."""
+    """The errno of an error, without looking at its causes."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     if isinstance(error, sqlite3.Error):
+        # The low 8 bits of an extended code are the primary one.
         return _OF_SQLITE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
-    # What others say may be the name of a file.
+    # Do not search the text of other errors: it may quote the name of a file.
     if type(error).__module__.partition(".")[0] in _LIBRARIES or isinstance(error, OSError):
-        said = str(error)
-        match = _NUMBER.search(said)
-        found = (number for words, number in _WORDS.items() if words in said.lower())
+        text = str(error)
+        match = _NUMBER.search(text)
+        found = (number for words, number in _WORDS.items() if words in text.lower())
         return int(match[1]) if match is not None else next(found, None)
     return None
 
 
 def _refused(error: BaseException | None) -> tuple[BaseException, int] | None:
-    """The error that says what the file system refuses, of an error and those that led to it, and its
-    number."""
+    """Find an error of `_REFUSALS` among an error and its causes; returns it with its errno."""
     if error is None:
         return None
     number = _number(error)
@@ -76,23 +78,23 @@ def _refused(error: BaseException | None) -> tuple[BaseException, int] | None:
 
 
 def says_full(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, says that there is no space left, on the disk or in a
-    quota."""
+    """Whether an error or one of its causes means that the disk or the quota is full."""
     refused = _refused(error)
     return refused is not None and refused[1] in (errno.ENOSPC, errno.EDQUOT)
 
 
 def not_written(error: BaseException, where: str) -> OutputError | None:
-    """The error for a file that cannot be written, if that is the system's to say; None for another
-    reason.
+    """The error for the user if writing a file failed in the operating system; else None.
 
     Args:
-        error: of whatever wrote it.
+        error: what was raised while the file was written.
+        where: the file.
     """
     refused = _refused(error)
     if refused is not None:
         what, do = _REFUSALS[refused[1]]
         why = f"{what}: {reason_of(refused[0])}"
+    # Any other error of the system, even if it is not in the table.
     elif isinstance(error, OSError) or _number(error) is not None:
         why, do = reason_of(error), "check the folder's permissions and the disk"
     else:
@@ -101,9 +103,9 @@ def not_written(error: BaseException, where: str) -> OutputError | None:
 
 
 def disk_error(error: BaseException) -> OutputError | None:
-    """The error for the user, of an error that says what a file system refuses; None of any other.
+    """The error for the user if any error, or one of its causes, is one of `_REFUSALS`; else None.
 
-    For what is not known to be about writing: that a permission is lacking counts where a file is named.
+    Unlike for `not_written`, the error may come from anywhere.
     """
     refused = None if isinstance(error, UserError) else _refused(error)
     if refused is None:
@@ -111,6 +113,7 @@ def disk_error(error: BaseException) -> OutputError | None:
     cause, number = refused
     named = getattr(cause, "filename", None)
     what, do = _REFUSALS[number]
+    # Without a file name, the permission may be about something else, such as a port.
     if (what, do) == _FORBIDDEN and not named:
         return None
     return OutputError(f"{what}: {reason_of(cause)}", where=str(named) if named else None, do=do)

@@ -1,4 +1,5 @@
-"""Objects named by a dotted path in a recipe: code of the user's, which is imported and called."""
+"""Import the user's own code, which a recipe names by a dotted path such as
+`package.module.name`."""
 
 import inspect
 import sys
@@ -12,10 +13,10 @@ from diffsynth_dagster.errors import ParameterError, reason_of
 
 
 def check_dotted(path: str, parameter: str) -> None:
-    """Check a dotted path without looking for what it names.
+    """Check the form of a dotted path, without looking for the module.
 
     Raises:
-        ParameterError: it is no dotted path, or is of Python's standard library.
+        ParameterError: it is not a dotted path, or names something of Python's standard library.
     """
     parts = path.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
@@ -24,10 +25,10 @@ def check_dotted(path: str, parameter: str) -> None:
 
 
 def find_dotted(path: str, parameter: str) -> None:
-    """Look for the package of a dotted path, without importing anything.
+    """Check that the package of a dotted path exists, without importing anything.
 
     Raises:
-        ParameterError: it is not there; or see `check_dotted`.
+        ParameterError: the package does not exist; or see `check_dotted`.
     """
     check_dotted(path, parameter)
     package = path.partition(".")[0]
@@ -36,42 +37,47 @@ def find_dotted(path: str, parameter: str) -> None:
 
 
 def import_dotted(path: str, parameter: str) -> Any:
-    """The object that a dotted path names.
+    """Import the object that a dotted path names.
 
     Raises:
-        ParameterError: there is no such module or attribute; or see `check_dotted`.
+        ParameterError: the module or attribute does not exist, or importing it fails; or see
+            `check_dotted`.
     """
     check_dotted(path, parameter)
     module, _, name = path.rpartition(".")
     try:
         found = getattr(import_module(module), name)
-    except (Exception, SystemExit) as error:  # the module is code, which may do anything
+    except (Exception, SystemExit) as error:  # importing runs the user's code: anything may happen
+        # Name the line of the user's code, unless the import itself failed here.
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = "" if last.filename == __file__ else f" ({last.filename}, line {last.lineno})"
         raise _refused(
             f"'{path}' cannot be imported: {type(error).__name__}: {reason_of(error)}{place}",
             parameter,
         ) from error
-    _require_own(path, _home(found), parameter)
+    # Again for the object, since a module of the user may have imported it: `mine.system`.
+    _require_own(path, _package_of(found), parameter)
     return found
 
 
-def _home(found: Any) -> str:
-    """The package that an object is of, where it is the very one that its module has: other modules
-    show what they import, and what wraps a function says it is of that one's module."""
+def _package_of(found: Any) -> str:
+    """The package that defines an object; empty if that is not certain."""
     module, name = getattr(found, "__module__", None), getattr(found, "__name__", "")
-    there = getattr(sys.modules.get(str(module)), str(name), None)
-    return str(module).partition(".")[0] if there is found else ""
+    # A wrapper (functools.wraps) copies `__module__` and `__name__` of the function inside. So ask
+    # whether the module has this very object.
+    defined = getattr(sys.modules.get(str(module)), str(name), None)
+    return str(module).partition(".")[0] if defined is found else ""
 
 
 def import_function(path: str, parameter: str, *arguments: str) -> Callable[..., Any]:
-    """The function that a dotted path names.
+    """Import the function that a dotted path names.
 
     Args:
-        arguments: what it will be called with, for messages.
+        arguments: names of the positional arguments that it will be called with.
 
     Raises:
-        ParameterError: it is no function, or does not take them; or see `import_dotted`.
+        ParameterError: it is not callable, or does not take these arguments; or see
+            `import_dotted`.
     """
     found = import_dotted(path, parameter)
     if not callable(found):
@@ -82,12 +88,13 @@ def import_function(path: str, parameter: str, *arguments: str) -> Callable[...,
         raise _refused(
             f"'{path}' cannot be called with ({', '.join(arguments)}): {error}", parameter
         ) from error
-    except ValueError:  # one in C may not say what it takes
+    except ValueError:  # some functions written in C have no signature
         pass
     return found
 
 
 def _require_own(path: str, package: str, parameter: str) -> None:
+    """Refuse the standard library: a recipe from somebody else must not call `os.system`."""
     if package in sys.stdlib_module_names:
         raise _refused(f"'{path}' is of Python's standard library", parameter)
 

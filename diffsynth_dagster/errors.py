@@ -1,20 +1,20 @@
-"""Everything this project raises on purpose.
+"""All exceptions that this project raises on purpose.
 
 DiffSynthError
 ├── Stopped              the run was asked to stop; nothing is lost
-└── UserError            a mistake that the person who started the run can mend
+└── UserError            a mistake that the person who started the run can correct
     ├── ParameterError   a flag, recipe key or run-config field
-    ├── MetadataError    the metadata table, a row of it, or a file that a row names
+    ├── MetadataError    the metadata table, one of its rows, or a file that a row names
     ├── WeightsError     a model file: missing, damaged, of an unknown kind, incomplete
-    │   └── DownloadError    the hub did not answer or lacks the file; worth another try
+    │   └── DownloadError    the hub did not answer or lacks the file; trying again may help
     ├── TargetError      LoRA targets or trainable modules that match nothing
-    ├── TrainingError    a training that went wrong by its parameters or data
+    ├── TrainingError    a training that failed because of its parameters or data
     ├── StoreError       the cache of encoded samples
     ├── OutputError      a folder or file that cannot be written
-    │   └── DamagedError     one that is not as it was written
-    └── OutOfMemory      what a training takes does not fit into the memory
+    │   └── DamagedError     a folder or file whose content has changed since it was written
+    └── OutOfMemory      there is not enough memory for what a training needs
 
-A broken invariant of ours is an `assert`, never one of these.
+Invariants of the code are checked with `assert` instead.
 """
 
 import reprlib
@@ -26,22 +26,22 @@ EXIT_USER_ERROR = 2
 
 
 class DiffSynthError(Exception):
-    """Root of the tree."""
+    """Base class of this project's exceptions."""
 
 
 class Stopped(DiffSynthError):
     """The run was asked to stop, between two steps or two batches.
 
     Args:
-        args: what a person is told, if anything is to be said.
+        args: a message for the user, if there is something to say.
     """
 
 
 class UserError(DiffSynthError):
-    """A mistake of the person who started the run: what is wrong, where, what to do.
+    """A mistake of the person who started the run: what is wrong, where, and what to do.
 
-    What comes from files and names is part of that, and may hold control characters: they are
-    escaped, so that a message is what it seems in a terminal too.
+    Unprintable characters are escaped: texts quote file names and contents, and control characters
+    in them could change what a terminal shows.
 
     Args:
         what: one sentence that says what is wrong.
@@ -56,7 +56,8 @@ class UserError(DiffSynthError):
         super().__init__(self.what, self.where, self.do)
 
     def __reduce__(self) -> tuple[partial["UserError"], tuple[str]]:
-        """How it is pickled, on its way between processes: with its keyword arguments."""
+        """Pickle the error, to pass it between processes."""
+        # By default, exceptions are rebuilt from `args` alone, without keyword arguments.
         return partial(type(self), where=self.where, do=self.do), (self.what,)
 
     def __str__(self) -> str:
@@ -81,7 +82,7 @@ class WeightsError(UserError):
 
 
 class DownloadError(WeightsError):
-    """A model hub did not answer, or lacks what was asked of it."""
+    """A model hub did not answer, or does not have the requested file."""
 
 
 class TargetError(UserError):
@@ -89,11 +90,11 @@ class TargetError(UserError):
 
 
 class TrainingError(UserError):
-    """A training cannot go on: its parameters or its data led it astray."""
+    """A training cannot continue because of its parameters or its data."""
 
 
 class StoreError(UserError):
-    """The cache of encoded samples is missing, damaged, or lacks what was asked of it."""
+    """The cache of encoded samples is missing or damaged, or lacks a requested sample."""
 
 
 class OutputError(UserError):
@@ -101,22 +102,24 @@ class OutputError(UserError):
 
 
 class DamagedError(OutputError):
-    """A folder or file of a run is not as it was written."""
+    """A folder or file of a run has changed since it was written."""
 
 
 class OutOfMemory(UserError):
-    """What is asked for does not fit into the memory of the device, or of the machine."""
+    """There is not enough memory on the device or the machine."""
 
 
 def printable(text: str) -> str:
-    """A text with its control characters, and whatever else cannot be seen, escaped."""
+    """Escape control characters and other unprintable characters in a text."""
     if text.isprintable():
         return text
+    # `ascii` adds quotes; [1:-1] removes them.
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def is_text(text: str) -> bool:
-    """Whether a text can be stored as UTF-8, and in what takes NUL for the end of a text."""
+    """Whether a text can be stored as UTF-8, and in formats that end a text at the first NUL."""
+    # Python reads undecodable bytes of a file name as lone surrogates.
     return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
@@ -126,26 +129,27 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: its representation, not long."""
+    """The representation of a value for a message, shortened if it is long."""
     if isinstance(value, int) and abs(value) >= _LARGEST:
-        return "a number of very many digits"  # which Python refuses to write down
+        return "a number of very many digits"  # Python refuses to convert it to a string
     return _SHORT.repr(value)
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of a library says, in one line that is not long; its kind where it says
-    nothing."""
-    if isinstance(error, KeyError) and error.args:
+    """The message of a library's error in one line of at most 400 characters, or its class name if
+    it has no message."""
+    if isinstance(error, KeyError) and error.args:  # its message is only the key
         return f"missing: {error.args[0]}"
     text = " ".join(str(error).split())
     return f"{text[:400]}…" if len(text) > 400 else text or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """A hint naming the entry of `known` nearest to `name`, or listing nothing when none is near.
+    """A hint such as "did you mean 'prompt'?" with the entry of `known` most similar to `name`;
+    empty if none is similar.
 
     Args:
-        cutoff: how alike they must be: 1 is the same. Above 0.9 one is the other but for a slip or two.
+        cutoff: the least similarity; 1 means equal. At 0.9, names differ by a typing error or two.
     """
     close = get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"did you mean '{close[0]}'?" if close else ""

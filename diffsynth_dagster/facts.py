@@ -1,7 +1,7 @@
 """A cache of facts about files (digest, size in pixels, frames), by their path and state.
 
 A file that looks unchanged is not read again. The cache lies beside the store and may be deleted at
-any time: it is then written anew. One that is damaged is put aside.
+any time: it is then written anew.
 """
 
 import json
@@ -20,21 +20,8 @@ from blake3 import blake3
 
 from diffsynth_dagster.errors import OutputError
 
-_DAMAGE = (sqlite3.Error, UnicodeDecodeError, TypeError)
-"""What reading a damaged database raises: its own errors, of names that are no text, of values of
-other types."""
-_OUTSIDE = (
-    sqlite3.SQLITE_PERM,
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_NOMEM,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN,
-)
-"""The kinds of its errors that say nothing of what is in the file."""
-
+FACTS = "facts.sqlite"
+"""The cache's file in the folder of a store."""
 Facts = dict[str, Any]
 Progress = Callable[[int], object]
 """Called with the number of files done since the last call."""
@@ -44,6 +31,10 @@ _PATIENCE_S, _LOOK_EVERY_S = 60.0, 1.0
 """While another process holds the database."""
 _WRITE_EVERY_S = 5.0
 """What was found out is written down so often: an interrupted run loses no more."""
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS known (kind TEXT, path TEXT, size INTEGER,"
+    " modified INTEGER, facts TEXT, sum TEXT, PRIMARY KEY (kind, path))"
+)
 
 
 def digest_file(path: Path) -> str:
@@ -85,34 +76,26 @@ class FileState(NamedTuple):
 
 
 class FactCache:
-    """A table from files to facts about them. Safe for several processes at once."""
+    """A table from files to facts about them, closed at the end of a `with` block. Safe for several
+    processes at once."""
 
     def __init__(self, path: Path) -> None:
         """Open or make the cache at `path`.
 
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the folder cannot be written, or another process holds the cache.
         """
         self._path = path
         self._lock = Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._patiently(self._open)
-        except OSError as error:
+            self._database = self._connect()
+        except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from error
-        except _DAMAGE as error:
-            self._renew(error)
+        self._run(lambda: None)
 
-    def _open(self) -> None:
-        self._database = sqlite3.connect(self._path, timeout=_LOOK_EVERY_S, check_same_thread=False)
-        self._database.text_factory = lambda text: text.decode("utf-8", "replace")
-        self._opened = self._path.stat().st_ino
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS known (kind TEXT, path TEXT, size INTEGER,"
-            " modified INTEGER, facts TEXT, sum TEXT, PRIMARY KEY (kind, path))"
-        )
-        self._database.commit()
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._path, timeout=_LOOK_EVERY_S, check_same_thread=False)
 
     def _unusable(self, error: Exception) -> OutputError:
         if _is_busy(error):
@@ -129,56 +112,45 @@ class FactCache:
             "be deleted",
         )
 
-    def _renew(self, why: Exception) -> None:
-        """Put a damaged database aside and begin anew, unless another process did so already.
-
-        Raises:
-            OutputError: it is not damaged, but cannot be read or written; or a new one cannot.
-        """
-        if getattr(why, "sqlite_errorcode", 0) & 0xFF in _OUTSIDE:
-            raise self._unusable(why) from why
-        self._database.close()
-        try:
-            if self._path.stat().st_ino == self._opened:
-                aside = self._path.with_name(f"{self._path.name}.damaged")
-                warnings.warn(
-                    f"{self._path} is damaged, and was put aside as {aside.name}; what it knew of "
-                    "files is found out again",
-                    stacklevel=2,
-                )
-                self._path.replace(aside)
-                for end in ("-wal", "-shm"):
-                    self._path.with_name(self._path.name + end).unlink(missing_ok=True)
-            self._open()
-        except (OSError, sqlite3.Error) as error:
-            raise self._unusable(error) from error
-
     def _run(self, work: Callable[[], _Result]) -> _Result:
-        """Do something with the database, once more if it is found to be damaged.
+        """Do something with the database: again while another process holds it, for a minute (SQLite
+        itself would wait without hearing a signal), and once more in a new one where it is damaged.
 
         Raises:
             OutputError: it cannot be read or written.
         """
+        began, is_new = time.monotonic(), False
         with self._lock:
-            try:
-                return self._patiently(work)
-            except _DAMAGE as error:
-                self._renew(error)
-                return self._patiently(work)
-
-    def _patiently(self, work: Callable[[], _Result]) -> _Result:
-        """Do something with the database, again while another process holds it, for a minute. (SQLite
-        itself would wait without hearing a signal.)"""
-        began = time.monotonic()
-        while True:
-            try:
-                return work()
-            except sqlite3.Error as error:
-                waited = time.monotonic() - began
-                if not _is_busy(error) or waited > _PATIENCE_S:
+            while True:
+                try:
+                    self._database.execute("PRAGMA journal_mode=WAL")
+                    self._database.execute(_TABLE)
+                    return work()
+                except sqlite3.ProgrammingError:
                     raise
-                if waited < 2 * _LOOK_EVERY_S:
-                    warnings.warn(f"waiting for {self._path}: {error}", stacklevel=2)
+                except (sqlite3.Error, UnicodeDecodeError) as error:
+                    waited = time.monotonic() - began
+                    if _is_damage(error) and not is_new:
+                        self._renew()
+                        is_new = True
+                    elif not _is_busy(error) or waited > _PATIENCE_S:
+                        raise self._unusable(error) from error
+                    elif waited < 2 * _LOOK_EVERY_S:
+                        warnings.warn(f"waiting for {self._path}: {error}", stacklevel=2)
+
+    def _renew(self) -> None:
+        """Remove a damaged database. Raises `OutputError`."""
+        warnings.warn(
+            f"{self._path} is damaged, and is made anew: what it knew of files is found out again",
+            stacklevel=3,
+        )
+        self._database.close()
+        try:
+            for end in ("", "-wal", "-shm"):
+                self._path.with_name(self._path.name + end).unlink(missing_ok=True)
+            self._database = self._connect()
+        except (OSError, sqlite3.Error) as error:
+            raise self._unusable(error) from error
 
     def look_up(
         self,
@@ -199,9 +171,8 @@ class FactCache:
             again: find out again whatever is remembered.
             progress: called with the number of files done since the last call.
         """
-        opened = self._opened
         states = {path: _state(path) for path in dict.fromkeys(paths)}
-        known = {} if again else self._remembered(kind, states)
+        known = {} if again else self._run(lambda: self._read(kind, states))
         progress(len(known))
         missing = [path for path in states if path not in known]
         found: dict[Path, Facts] = {}
@@ -217,41 +188,31 @@ class FactCache:
                         known |= found
                         found, written = {}, time.monotonic()
         self._remember(kind, states, found)
-        if self._opened != opened:  # damage was found when it was written: what was read is sound
-            self._remember(kind, states, known)
         return {
             path: {**facts, **({} if (state := states[path]) is None else state._asdict())}
             for path, facts in (known | found).items()
         }
 
-    def _remembered(self, kind: str, states: dict[Path, FileState | None]) -> dict[Path, Facts]:
+    def _read(self, kind: str, states: dict[Path, FileState | None]) -> dict[Path, Facts]:
         """Facts about the files that look as they did."""
         by_name = {_name(path): path for path, state in states.items() if state is not None}
-        return self._run(lambda: self._read(kind, by_name, states))
-
-    def _read(
-        self, kind: str, by_name: dict[str, Path], states: dict[Path, FileState | None]
-    ) -> dict[Path, Facts]:
-        with self._database:
+        with self._database as database:
+            # Two short queries: how many files are asked for does not change their number.
+            database.execute("CREATE TEMP TABLE IF NOT EXISTS asked (path TEXT PRIMARY KEY)")
+            database.execute("DELETE FROM asked")
+            database.executemany("INSERT INTO asked VALUES (?)", ((name,) for name in by_name))
+            rows = database.execute(
+                "SELECT path, size, modified, facts, sum FROM asked CROSS JOIN known USING (path)"
+                " WHERE kind = ?",
+                (kind,),
+            )
             return {
                 by_name[name]: json.loads(facts)
-                for name, size, modified, facts, check in self._rows(kind, by_name)
+                for name, size, modified, facts, check in rows
                 if states[by_name[name]] == (size, modified)
-                # A flipped bit would be believed, and a picture be cropped at another place.
+                # SQLite has no checksums: a picture would be cropped at another place.
                 and check == _sum(kind, name, size, modified, facts)
             }
-
-    def _rows(self, kind: str, names: Iterable[str]) -> sqlite3.Cursor:
-        """What is known of paths: path, size, `modified`, facts, checksum."""
-        # Two short queries: how many files are asked for does not change their number.
-        self._database.execute("CREATE TEMP TABLE IF NOT EXISTS asked (path TEXT PRIMARY KEY)")
-        self._database.execute("DELETE FROM asked")
-        self._database.executemany("INSERT INTO asked VALUES (?)", ((name,) for name in names))
-        return self._database.execute(
-            "SELECT path, size, modified, facts, sum FROM asked CROSS JOIN known USING (path)"
-            " WHERE kind = ?",
-            (kind,),
-        )
 
     def _remember(
         self,
@@ -272,14 +233,9 @@ class FactCache:
         self._run(lambda: self._write(kind, failed, summed))
 
     def _write(self, kind: str, failed: list[tuple[str, str]], rows: list[tuple[Any, ...]]) -> None:
-        with self._database:
-            self._database.executemany("DELETE FROM known WHERE kind = ? AND path = ?", failed)
-            self._database.executemany(
-                "INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?, ?)", rows
-            )
-            # With a damaged index they would not be found, and be found out again in every run.
-            if len(self._rows(kind, [row[1] for row in rows]).fetchall()) < len(rows):
-                raise sqlite3.DatabaseError("what was written is not found")
+        with self._database as database:
+            database.executemany("DELETE FROM known WHERE kind = ? AND path = ?", failed)
+            database.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def digest(self, path: Path, again: bool = False) -> str:
         """BLAKE3 of a file's content; see `look_up`."""
@@ -291,11 +247,30 @@ class FactCache:
         """Close the database."""
         self._database.close()
 
+    def __enter__(self) -> "FactCache":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def fact_cache_of(cache_path: str | Path) -> FactCache:
+    """The cache of facts in the folder of a store, which `cache_path` names. Raises `OutputError`: see
+    `FactCache`."""
+    return FactCache(Path(cache_path) / FACTS)
+
 
 def _is_busy(error: Exception) -> bool:
     """Whether an error says that another process holds the database."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error says that the content of the database is wrong: one of names in its schema
+    too, or, without a code, of text that is none."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    return code in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 @contextmanager
@@ -312,8 +287,8 @@ def _threads() -> Generator[ThreadPoolExecutor]:
 
 
 def _sum(*row: object) -> str:
-    """A checksum of a row."""
-    return digest_of(row)[:16]
+    """A checksum of a row, whatever damage made of its values."""
+    return digest_text(json.dumps(row, separators=(",", ":"), default=repr))[:16]
 
 
 def _name(path: Path) -> str:

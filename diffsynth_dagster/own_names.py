@@ -1,7 +1,7 @@
-"""The names of the files that this project writes into a run folder, and into a store.
+"""The names of the files that this project writes into a run folder and into a store.
 
-Nothing else is ever replaced or removed there. A new output has its name here: `tests/test_paths.py`
-looks at what a training leaves.
+No other file is ever replaced or removed there. Every new output must be added here:
+`tests/test_paths.py` checks all files that a training leaves.
 """
 
 import re
@@ -10,7 +10,7 @@ _CHECKPOINT = r"(?P<kind>epoch|step|best-step)-(?P<number>\d{1,18})(?:-[^/]+)?\.
 _SAMPLE = r"samples/(?:step-\d+(?:-\d+)?|(?:before|after)-[^/]+)\.(?:png|mp4)"
 _OLDER = r"older/\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:-\d+)?"
 LISTING = "exports/exported.json"
-"""Written at the end of an export: see `export.listing`."""
+"""The list of exported files, written at the end of an export: see `export.listing`."""
 _VERSION = r"[0-9a-f]{12}"
 _PROMOTED = rf"exports/(?:current|promoted/{_VERSION})/.+|exports/promoted/\.lock"
 _TABLE = r"metadata\.parquet|\.metadata\.encoded\.parquet|rejected\.csv|long_captions\.parquet"
@@ -22,20 +22,21 @@ _OTHERS = "|".join(
         r"\.(?:trained|held_out|compared)\.parquet",
         r"\.(?:samples|held_out|compared)\.(?:records|bin|captions|json)",
         r"\.lock|\.owner\.json",
-        # Folders that are the project's with all that is in them.
+        # Any file in these folders belongs to the project.
         r"(?:state/step-\d+|\.prompts|exports/(?:diffusers|comfyui|guide|kohya|peft|authors))/.+",
         rf"exports/(?:README\.md|loss\.svg)|{re.escape(LISTING)}",
         _PROMOTED,
     ]
 )
 OWN = rf"(?s)^(?:(?:{_OLDER}|\.older)/)?(?:{_CHECKPOINT}|{_SAMPLE}|{_OTHERS})$"
-"""A file of a run folder, by its path from there; also for the regular expressions of Polars."""
+"""Pattern of a file's path relative to the run folder. Polars uses it too, so it must be valid in
+Rust's syntax of regular expressions (no look-around)."""
 OLDER = re.compile(_OLDER)
-"""The folder of an older training, which is a run folder itself: see `older.py`."""
+"""Pattern of the folder of an older training, which is a run folder itself: see `older.py`."""
 VERSION = re.compile(_VERSION)
-"""The folder of a promoted version: see `promoted.py`."""
+"""Pattern of the folder of a promoted version: see `promoted.py`."""
 CHECKPOINT = re.compile(_CHECKPOINT)
-"""A checkpoint: its `kind`, and the `number` of its epoch or step."""
+"""Pattern of a checkpoint, with the groups `kind` and `number` (of the epoch or step)."""
 _TRAINED = re.compile(f"{_CHECKPOINT}|{_SAMPLE}")
 _OWN = re.compile(OWN)
 _IS_PROMOTED = re.compile(rf"(?s)(?:{_PROMOTED})")
@@ -45,26 +46,29 @@ _OF_A_STORE = re.compile(
 
 
 def is_own(name: str) -> bool:
-    """Whether a file is one of the project's, by its path from the run folder."""
+    """Whether this project wrote a file, given by its path relative to the run folder."""
     return _OWN.fullmatch(name) is not None
 
 
 def is_trained(name: str) -> bool:
-    """Whether a file is a checkpoint or a sample, by its path from the run folder."""
+    """Whether a file, given by its path relative to the run folder, is a checkpoint or a sample."""
     return _TRAINED.fullmatch(name) is not None
 
 
 def is_older(name: str) -> bool:
-    """Whether a file is of an older training, by its path from the run folder."""
+    """Whether a file, given by its path relative to the run folder, is of an older training."""
     return is_own(name) and OLDER.match(name) is not None
 
 
 def is_promoted(name: str) -> bool:
-    """Whether a file is of a promoted version, by its path from the run folder. No training replaces it."""
+    """Whether a file, given by its path relative to the run folder, belongs to a promoted version.
+
+    No training replaces such a file.
+    """
     return _IS_PROMOTED.fullmatch(name) is not None
 
 
 def is_of_store(name: str) -> bool:
-    """Whether a file is a shard, its index, or the note of a run folder, by its path from the folder of
-    the store."""
+    """Whether a file, given by its path relative to a store, is a shard, its index, or the note of
+    a run folder that uses the store."""
     return _OF_A_STORE.fullmatch(name) is not None

@@ -6,7 +6,6 @@ from typing import Any
 
 from diffsynth_dagster.cache.manifest import FILE_NAME
 from diffsynth_dagster.cache.split import with_settled
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.entries import (
     float8_entries,
     model_entries,
@@ -25,39 +24,40 @@ from diffsynth_dagster.training.checkpoint import check_prefix
 from diffsynth_dagster.training.modules import lora_target_names
 from diffsynth_dagster.training.optimizer import OPTIMIZERS, check_optimizer
 from diffsynth_dagster.training.overlap import refuse_overlap
-from diffsynth_dagster.training.shares import shares_of
 from diffsynth_dagster.weights.hub import require_listed
-from diffsynth_dagster.weights.identify import guess_family
+from diffsynth_dagster.weights.identify import guess_model
 from diffsynth_dagster.weights.recognise import guess_components
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
-def check_plan(config: TrainingConfig, family: Family) -> None:
+def check_plan(config: TrainingConfig, model: ResolvedModel) -> None:
     """Everything about a config that can be checked without a file.
 
     Raises:
         ParameterError: a parameter does not fit the family.
     """
+    family = model.family
     check_particular(config, family)
-    _check_denoisers(config, family)
+    _check_denoisers(config, model)
     _check_samples(config, family)
-    check_optimizer(config, family)
+    check_optimizer(config, model)
     float8_entries(config)
     if config.customized_evaluation is not None:
         import_function(config.customized_evaluation, "customized_evaluation", "generate")
-    check_prefix(config.remove_prefix_in_ckpt, family, trained_components(config))
+    check_prefix(config.remove_prefix_in_ckpt, family, model.trained)
     _check_size(config)
     size_rule(config.height, config.width, config.max_pixels, family.geometry, config.bucket_step)
     clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
     check_columns(config, family.columns)
 
 
-def _check_denoisers(config: TrainingConfig, family: Family) -> None:
+def _check_denoisers(config: TrainingConfig, model: ResolvedModel) -> None:
     """Check how denoisers share the schedule.
 
     Raises:
-        ParameterError: one of them has no timestep, or what is asked for makes no sense here.
+        ParameterError: what is asked for makes no sense here.
     """
-    shares = shares_of(config, family, family.path(config, {}))
+    shares = model.schedule.shares
     if not config.offload_idle_denoiser:
         return
     if len(shares) < 2:
@@ -139,10 +139,10 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
     if config.customized_dataset is not None:
         import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
     require_listed([*named_entries(config), *start_entries(config)])
-    family = guess_family(config)
-    check_plan(config, family)
+    model = guess_model(config)
+    family = model.family
+    check_plan(config, model)
     refuse_overlap(config)
-    trained = trained_components(config)
     sources = _sources(config, family)
     stored = [entry.text for entry in float8_entries(config)]
     asked = config.checkpoints_gradients
@@ -159,11 +159,11 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
             "weights": config.resume_from_checkpoint,
         },
         "stages": {
-            "cached": [stage.name for stage in family.cached_stages(trained)],
-            "in_step": [stage.name for stage in family.step_stages(trained)],
+            "cached": [stage.name for stage in model.cached_stages],
+            "in_step": [stage.name for stage in model.step_stages],
         },
         "geometry": _geometry(config, family),
-        "objective": _objective(config, family),
+        "objective": _objective(config, model),
         "batch": {
             "batch_size": config.batch_size,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
@@ -226,19 +226,18 @@ def _geometry(config: TrainingConfig, family: Family) -> dict[str, int | float |
     return size
 
 
-def _objective(config: TrainingConfig, family: Family) -> str:
+def _objective(config: TrainingConfig, model: ResolvedModel) -> str:
     if config.distills:
         return "direct distillation: the samples of a few steps against the teacher's"
-    path = family.path(config, {})
-    shares = shares_of(config, family, path)
+    noising, shares = model.noising, model.schedule.shares
     worded = [
-        f"timesteps {float(path.timesteps[s.low]):.0f} to {float(path.timesteps[s.high - 1]):.0f}"
+        f"timesteps {float(noising.timesteps[s.low]):.0f} to {float(noising.timesteps[s.high - 1]):.0f}"
         + (f" by {s.component}" if len(shares) > 1 else "")
         for s in shares
     ]
-    whole = len(shares) == 1 and (shares[0].low, shares[0].high) == (0, len(path.timesteps))
-    described = path.description
-    if family.scheduler_marks:
+    whole = len(shares) == 1 and (shares[0].low, shares[0].high) == (0, len(noising.timesteps))
+    described = noising.description
+    if model.family.scheduler_marks:
         described += ", unless the scheduler published with the model says otherwise"
     described = described if whole else f"{described}; {', '.join(worded)}"
     if config.timestep_sampling != "uniform":

@@ -1,10 +1,14 @@
-"""A Parquet file that says what its own bytes are, so that damage to any of them is found.
+"""A digest inside a Parquet file, by which damage to any of its bytes is found.
 
 Parquet has no digest that polars writes or compares: a flipped bit is another caption, or another
-place in the order of samples. The seal is an entry among the file's notes, first of zeros, that the
-BLAKE3 of the file with these zeros is written over.
+place in the order of samples. Ours is an entry in the file's metadata: write a placeholder of zeros, hash
+the file, overwrite the placeholder.
+
+Why not in a file beside it: a table and its digest would be replaced one after the other, while others
+read and link them, and be moved, linked and removed as two. Inside, one rename replaces both.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,11 +41,12 @@ def write_sealed(
 
     def sealed(staged: Path) -> None:
         write(staged, {**notes, _NAME: _LABEL + _NONE.decode()})
-        place, digest = _place_and_digest(staged)
+        _, place = _find_seal(staged)
         assert place is not None, "the notes are written as they are"
+        digest = _digest(staged, place)
         with staged.open("r+b") as file:
             file.seek(place)
-            file.write(digest.encode())
+            file.write(digest)
 
     return write_whole(path, sealed)
 
@@ -54,35 +59,28 @@ def seal_is_broken(path: Path) -> bool:
     Raises:
         OSError: it cannot be read.
     """
-    if path.stat().st_size == 0:
-        return False
-    place, digest = _place_and_digest(path)
-    if place is not None:
-        with path.open("rb") as file:
-            file.seek(place)
-            return file.read(_DIGITS) != digest.encode()
-    # Damage to the seal itself may leave a part of it.
-    footer = _footer(path)
-    return _NAME.encode() in footer or _LABEL.encode() in footer
-
-
-def _footer(path: Path) -> bytes:
-    """The end of a Parquet file, which holds its notes."""
-    size = path.stat().st_size
+    footer, place = _find_seal(path)
+    if place is None:  # damage to the seal itself may leave a part of it
+        return _NAME.encode() in footer or _LABEL.encode() in footer
     with path.open("rb") as file:
+        file.seek(place)
+        return file.read(_DIGITS) != _digest(path, place)
+
+
+def _find_seal(path: Path) -> tuple[bytes, int | None]:
+    """The end of a Parquet file, which holds its metadata, and where in the file the digits of the seal are."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 8))
         length = int.from_bytes(file.read(4), "little") + 8
-        file.seek(max(0, size - min(length, _MOST_FOOTER)))
-        return file.read()
-
-
-def _place_and_digest(path: Path) -> tuple[int | None, str]:
-    """Where in a file the digits of the seal are, if it has one, and what they have to be."""
-    footer, size = _footer(path), path.stat().st_size
+        start = file.seek(max(0, size - min(length, _MOST_FOOTER)))
+        footer = file.read()
     found = list(_SEAL.finditer(footer))
-    if len(found) != 1:
-        return None, ""
-    place = size - len(footer) + found[0].start(1)
+    return footer, start + found[0].start(1) if len(found) == 1 else None
+
+
+def _digest(path: Path, place: int) -> bytes:
+    """BLAKE3 of a file as it is with zeros for the digits of its seal."""
     hasher = blake3(max_threads=blake3.AUTO)
     with path.open("rb") as file:  # not mapped: a file of ten million rows would count as memory
         while part := file.read(min(_PART, place - file.tell())):
@@ -90,4 +88,4 @@ def _place_and_digest(path: Path) -> tuple[int | None, str]:
         hasher.update(_NONE)
         file.seek(place + _DIGITS)
         hasher.update(file.read())
-    return place, hasher.hexdigest()
+    return hasher.hexdigest().encode()

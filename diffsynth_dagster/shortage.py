@@ -1,6 +1,6 @@
-"""Which errors say that memory is not enough, whatever library raised them.
+"""Recognise errors about a lack of memory, whichever library raised them.
 
-Nothing heavy is imported here, so that a shortage can be reported before anything else is loaded.
+No heavy library is imported here, so that lack of memory can be reported even while these load.
 """
 
 import errno
@@ -20,12 +20,12 @@ _ASKED = re.compile(rf"allocate ([\d.]+) ({'|'.join(_UNITS)})", re.IGNORECASE)
 
 
 def says_short(error: BaseException | None) -> BaseException | None:
-    """The error, or the one that led to it, that says that memory is not enough; else None."""
+    """The error itself or one of its causes, if that reports a lack of memory; else None."""
     if error is None or isinstance(error, MemoryError):
         return error
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return error
-    # What others say may be what a file says.
+    # Do not search the text of other errors: it may quote the content of a file.
     of_library = type(error).__module__.partition(".")[0] in ("torch", "safetensors")
     if of_library or type(error) is RuntimeError:
         text = str(error).lower()
@@ -35,7 +35,7 @@ def says_short(error: BaseException | None) -> BaseException | None:
 
 
 def bytes_asked(error: BaseException) -> int | None:
-    """How many bytes were asked for and not given, as far as the error says it."""
+    """How many bytes could not be allocated; None if the error does not say it."""
     match = _ASKED.search(str(error))
     if match is None:
         return None
@@ -44,14 +44,15 @@ def bytes_asked(error: BaseException) -> int | None:
 
 
 def size(count: float) -> str:
-    """Bytes for people: `1.5 GiB`."""
+    """A number of bytes in a readable unit: `1.5 GiB`."""
+    # The largest unit that is not larger than the number.
     name, unit = next((n, u) for n, u in reversed(_UNITS.items()) if count >= u or u == 1)
     return f"{count:.0f} bytes" if unit == 1 else f"{count / unit:.1f} {name}"
 
 
 def out_of_memory(error: BaseException) -> OutOfMemory | None:
-    """The error for the user, of one that says that memory is not enough, where nothing more is known;
-    None of any other."""
+    """The error for the user if an error reports a lack of memory, without advice specific to the
+    place where it happened; None for any other error, or one that is already an `OutOfMemory`."""
     cause = None if isinstance(error, OutOfMemory) else says_short(error)
     if cause is None:
         return None

@@ -26,7 +26,7 @@ from diffsynth_dagster.run.stop import StopSignal
 if TYPE_CHECKING:
     from diffsynth_dagster.run.record import RunRecord
     from diffsynth_dagster.training.parallel import Parallel
-    from diffsynth_dagster.weights.identify import FoundModel
+    from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 def run(
@@ -48,11 +48,11 @@ def run(
     from diffsynth_dagster.run.folder import owned
     from diffsynth_dagster.training.join import start_parallel
     from diffsynth_dagster.training.overlap import refuse_overlap
-    from diffsynth_dagster.weights.identify import guess_family
+    from diffsynth_dagster.weights.identify import guess_model
 
     # Plan: all that can be checked without a file.
     config = with_settled(config)
-    check_plan(config, guess_family(config))
+    check_plan(config, guess_model(config))
     refuse_overlap(config)
     require_named(config)
     parallel = start_parallel(config)
@@ -71,14 +71,14 @@ def run(
 
 def run_alone(
     config: TrainingConfig, parallel: "Parallel", stop_asked: StopSignal
-) -> "tuple[RunRecord, FoundModel] | None":
+) -> "tuple[RunRecord, ResolvedModel] | None":
     """Do what a checked config asks for, in a run folder that is held; see `run`.
 
     Returns:
         The record of the training and the model, if something was trained.
     """
     from diffsynth_dagster.data.media.budget import DECODING
-    from diffsynth_dagster.facts import FactCache
+    from diffsynth_dagster.facts import fact_cache_of
     from diffsynth_dagster.files import require_space, require_writable
     from diffsynth_dagster.plan import check_plan
     from diffsynth_dagster.run.record import RunFile
@@ -103,7 +103,7 @@ def run_alone(
     output = Path(config.output_path)
     require_writable(output, "output_path")
     require_writable(Path(config.cache_path), "cache_path")
-    fact_cache = FactCache(Path(config.cache_path) / "facts.sqlite")
+    fact_cache = fact_cache_of(config.cache_path)
 
     # Metadata: the checked table, unless the data set is encoded already.
     table = checked_table(config, fact_cache, parallel)
@@ -112,7 +112,7 @@ def run_alone(
     warnings = table.warnings() if table is not None and parallel.is_main_process else []
     with parallel.node_main_first():
         found = find_model(config, ModelHub.from_environment())
-        check_plan(config, found.family)  # the files may say more than their names
+        check_plan(config, found)  # the files may say more than their names
         warnings += found.family.warnings if parallel.is_main_process else ()
         size = check_model(config, found, parallel.trained_dtype, warnings.append)
         if parallel.is_main_process and not config.encodes_only:
@@ -163,7 +163,7 @@ def run_alone(
         return trained, found
 
 
-def export(config: TrainingConfig, record: "RunRecord", found: "FoundModel") -> None:
+def export(config: TrainingConfig, record: "RunRecord", found: "ResolvedModel") -> None:
     """Export a training that has just finished, and print how to load what was written.
 
     Raises:

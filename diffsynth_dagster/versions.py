@@ -1,8 +1,8 @@
-"""Versions of what is made in each stage, raised by hand.
+"""Versions of the results of each stage, raised by hand.
 
-One is raised when a stage makes something else from the same inputs. Then what was made before is stale,
-and is made anew. The version of the package is in none of them: a release that changes nothing of what
-is made makes nothing stale.
+Raise a version when the stage computes another result from the same inputs. Existing results are
+then stale and are computed again. The version of the package does not matter here: a release that
+changes no results makes nothing stale.
 """
 
 VERSIONS = {
@@ -13,6 +13,7 @@ VERSIONS = {
     "exports": 1,
     "promoted": 1,
 }
-"""Stage → its version, which Dagster's code versions contain."""
+"""Stage → its version, which is part of the asset's code version in Dagster."""
 TRAINING = VERSIONS["checkpoints"]
-"""Of trainings: it is part of their identity, and a state is gone on with by the same version only."""
+"""Version of the training. It is part of a training's identity: a saved state can only be resumed
+by the same version."""

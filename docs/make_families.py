@@ -11,7 +11,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.families import Family, each_family
 from diffsynth_dagster.families.contract import Component
-from diffsynth_dagster.weights.identify import guess_family
+from diffsynth_dagster.weights.identify import guess_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "families.md"
@@ -40,8 +40,14 @@ def code(words: Iterable[str]) -> str:
 
 def files_of(component: Component) -> str:
     """Where the files of a component come from."""
-    places = [f"`{component.folder}/`", *(f"`{glob}`" for glob in component.origin)]
-    whole = [f"below `{start}` in a whole checkpoint or file" for start in component.inside]
+    places = [
+        f"`{component.names.folder}/`",
+        *(f"`{glob}`" for glob in component.recognition.original_globs),
+    ]
+    whole = [
+        f"below `{start}` in a whole checkpoint or file"
+        for start in component.recognition.checkpoint_prefixes
+    ]
     return ", ".join([*places, *whole])
 
 
@@ -62,7 +68,7 @@ def modules(family: Family) -> list[str]:
         rows.append(
             [
                 f"`{name}`",
-                ", ".join(component.classes),
+                ", ".join(component.construction.classes),
                 files_of(component) if component.name == name else f"in `{component.name}`",
                 "named, or automatic" if targets is None else code(targets),
                 formats(family, name),
@@ -79,7 +85,7 @@ def column(item: Input) -> str:
 
 def variant(name: str, configs: Sequence[TrainingConfig]) -> list[str]:
     """The row of a variant, from its templates."""
-    family = guess_family(configs[0])
+    family = guess_model(configs[0]).family
     trained = [f"{n} in full" for c in configs for n in c.trainable_models]
     trained += [f"LoRA on {', '.join(c.lora_base_model)}" for c in configs if c.lora_base_model]
     tasks = dict.fromkeys(config.task for config in configs)

@@ -7,7 +7,6 @@ open: the supervisor of a training is one of them, so that after `kill -9` of a 
 when its training has really ended.
 """
 
-import fcntl
 import json
 import os
 import tempfile
@@ -19,6 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
+
+from filelock import lock_descriptor
 
 from diffsynth_dagster.files import require_writable
 
@@ -141,7 +142,7 @@ def _try(
         free: dict[str, int] = {}
         for name in names:
             descriptor = _open(folder / quote(name, safe=""))
-            if _locked(descriptor):
+            if lock_descriptor(descriptor, blocking=False):
                 stack.callback(os.close, descriptor)
                 free[name] = descriptor
             else:
@@ -161,7 +162,7 @@ def _choosing(folder: Path) -> Generator[None]:
     """One chooses at a time: two that need several devices each would take half of them."""
     descriptor = _open(folder / "choosing")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock_descriptor(descriptor)
         yield
     finally:
         os.close(descriptor)
@@ -175,14 +176,6 @@ def _open(path: Path) -> int:
     with suppress(PermissionError):  # another user's, who shares the folder
         os.fchmod(descriptor, 0o666)
     return descriptor
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _read(descriptor: int) -> Holder | None:

@@ -4,7 +4,6 @@ A process that is killed cannot say so, and Dagster keeps its run as started. Th
 process: the system takes it back however that one ends.
 """
 
-import fcntl
 import os
 import socket
 from collections.abc import Generator
@@ -14,6 +13,7 @@ from typing import Literal
 
 import dagster as dg
 from dagster._core.events import EngineEventData
+from filelock import lock_descriptor
 
 LockState = Literal["held", "free", "gone"]
 _FOLDER = "run_locks"
@@ -34,7 +34,7 @@ def held(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Generator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path, staged = folder / run.run_id, folder / f".{run.run_id}"
     with staged.open("w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock_descriptor(file.fileno())
         file.write(str(os.getpid()))
         file.flush()
         staged.replace(path)  # locked before anyone can find it
@@ -53,12 +53,9 @@ def lock_state(path: Path) -> LockState:
     """Whether the lock of a run is held, was left by a process that is gone, or is not there."""
     try:
         with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return "held"
+            return "free" if lock_descriptor(file.fileno(), blocking=False) else "held"
     except FileNotFoundError:
         return "gone"
-    return "free"
 
 
 def process_of(path: Path) -> int | None:

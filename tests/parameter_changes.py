@@ -29,7 +29,7 @@ from diffsynth_dagster.families import find_family
 from diffsynth_dagster.plan import check_plan
 from diffsynth_dagster.run.start import start_record
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import find_model, guess_family
+from diffsynth_dagster.weights.identify import find_model, guess_model
 
 CASES = [
     case
@@ -103,7 +103,7 @@ class Place:
 
 
 def outcome_of(config: TrainingConfig, place: Place) -> Outcome:
-    check_plan(config, guess_family(config))
+    check_plan(config, guess_model(config))
     found = find_model(config, place.hub)
     with closing(FactCache(place.folder / "facts.sqlite")) as fact_cache:
         validated = prepare_data(config, found.family.columns, fact_cache)

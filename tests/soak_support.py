@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -46,12 +46,12 @@ LONGEST_S = 600.0
 def check_table(config: Any) -> int:
     from diffsynth_dagster.cache.split import with_settled
     from diffsynth_dagster.data.prepare import prepare_data
-    from diffsynth_dagster.facts import FactCache
-    from diffsynth_dagster.weights.identify import guess_family
+    from diffsynth_dagster.facts import fact_cache_of
+    from diffsynth_dagster.weights.identify import guess_model
 
     config = with_settled(config)
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
-        prepare_data(config, guess_family(config).columns, facts)
+    with fact_cache_of(config.cache_path) as facts:
+        prepare_data(config, guess_model(config).family.columns, facts)
     return 0
 
 

@@ -30,8 +30,9 @@ from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.modules import check_model
 from diffsynth_dagster.training.setup import build_step
 from diffsynth_dagster.training.step import TrainingStep
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import Models
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 TOLERANCE = 1e-5
 METHODS: dict[str, dict[str, Any]] = {
@@ -92,12 +93,12 @@ class Trained(Place):
     def file(self) -> Path:
         return self.run_folder / "epoch-2.safetensors"
 
-    def batch(self, config: TrainingConfig, found: FoundModel) -> Any:
+    def batch(self, config: TrainingConfig, found: ResolvedModel) -> Any:
         data = dataset(config, found, self.run_folder)
         visits = [v for micro in data.order.step(0) for v in micro][:1]
         return data._batch(visits, found.family.denoiser, 1.0)
 
-    def step(self, **overrides: Any) -> tuple[TrainingConfig, FoundModel, TrainingStep]:
+    def step(self, **overrides: Any) -> tuple[TrainingConfig, ResolvedModel, TrainingStep]:
         """The training step of a config."""
         config = self.config(output_path=str(self.run_folder), **overrides)
         found = find_model(config, HUB)
@@ -294,7 +295,7 @@ def test_the_export_predicts_the_same_where_it_is_loaded(place: Trained) -> None
         if item.format == "peft":
             base, t = step_of(config, found), 500.0
             owner = found.family.part(place.case.base).of
-            folder = found.family.component(owner).folder
+            folder = found.family.component(owner).names.folder
             pipe = SimpleNamespace(**{folder: base.loaded[owner]})
             exec(how_to_load(item, found.family), {"pipe": pipe, "peft": peft})
             base.loaded[owner] = getattr(pipe, folder).base_model.model

@@ -28,8 +28,9 @@ from diffsynth_dagster.objective.captions import caption_index
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import Models
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 CAPTIONS = [["a cat, red"], ["a dog", "an animal that barks", "a"], ["a"], ["two", "twins"]]
 FORMATS = ("csv", "json", "jsonl", "parquet")
@@ -71,7 +72,7 @@ class Encoded:
     """A run folder whose samples are encoded."""
 
     config: TrainingConfig
-    found: FoundModel
+    found: ResolvedModel
     run: Path
 
     def data(self, rank: int = 0, world: int = 1, **changed: Any) -> StepDataset:
@@ -378,7 +379,7 @@ def test_the_second_half_takes_the_captions_over(listed: dict[str, Any], tmp_pat
     said = io.StringIO()
     with redirect_stderr(said):
         assert train({**second, "caption_dropout_rate": 0.2}, tmp_path / "other")[0] == 2
-    assert "encoded with caption_dropout_rate = 0.3, not 0.2" in said.getvalue()
+    assert "encoded with caption_dropout_rate = 0.3, and now it is 0.2" in said.getvalue()
     assert whole.is_dir()
 
 
@@ -396,5 +397,5 @@ def test_what_was_encoded_without_is_refused(values: Values, tmp_path: Path) -> 
     said = io.StringIO()
     with redirect_stderr(said):
         assert train({**second, "caption_dropout_rate": 0.2}, tmp_path / "run")[0] == 2
-    assert "encoded with caption_dropout_rate = 0.0, not 0.2" in said.getvalue()
+    assert "encoded with caption_dropout_rate = 0.0, and now it is 0.2" in said.getvalue()
     assert train(second, tmp_path / "run")[0] == 0

@@ -21,7 +21,8 @@ from diffsynth_dagster.export.curve import loss_svg
 from diffsynth_dagster.own_names import is_own
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 HUB = ModelHub(Path(), skip_download=True)
 LINK = re.compile(r"\]\(([^)]+)\)")
@@ -54,7 +55,7 @@ def written(run: Path, given: dict[str, Any], repository: str | None = None) -> 
     assert record is not None
     entry = ModelEntry("model_id_with_origin_paths", repository, "transformer/*.safetensors")
     parts = {"dit": replace(found.components["dit"], entry=entry)} if repository else {}
-    model: FoundModel = replace(found, components={**found.components, **parts})
+    model: ResolvedModel = replace(found, components={**found.components, **parts})
     chosen = chosen_checkpoint(config, record, found.family)
     return write_card(config, record, model, chosen, export_run(config, record, found))
 

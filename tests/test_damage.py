@@ -3,17 +3,15 @@
 import os
 import random
 import shutil
-import sqlite3
-import warnings
-from contextlib import closing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 import torch
-from conftest import Values, train
-from damage_support import DAMAGE
+from conftest import Values, model_files, train
+from damage_support import DAMAGE, flipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -27,6 +25,7 @@ from diffsynth_dagster.weights.load import is_finite
 
 EXAMPLES = int(os.environ.get("DAMAGE_EXAMPLES", "60"))
 """Of each kind of damage."""
+Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -99,55 +98,45 @@ def test_a_flipped_byte_is_not_trained_on(
     assert train(config, tmp_path / "run")[0] == 0
 
 
-def with_nan(path: Path, name: str) -> None:
-    tensors = load_file(path)
-    tensors[name].view(-1)[1] = torch.nan
-    save_file(tensors, path)
+@pytest.fixture
+def failed(
+    tiny_qwen: Path, values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str, Callable[[Tensors], None]], tuple[Path, str]]:
+    """Train with other weights in a folder of the model; returns their file and the message."""
+
+    def attempt(folder: str, change: Callable[[Tensors], None]) -> tuple[Path, str]:
+        model = Path(shutil.copytree(tiny_qwen, tmp_path / "model"))
+        (file,) = (model / folder).glob("*.safetensors")
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+        config = values(cache_path=str(tmp_path / "store"), model_paths=model_files(model))
+        assert train(config, tmp_path / "run")[0] == 2
+        return file, capsys.readouterr().err
+
+    return attempt
 
 
 @pytest.mark.parametrize(
-    ("folder", "tensor"),
+    ("folder", "name"),
     [
         ("vae", "decoder.conv_in.weight"),
         ("transformer", "img_in.weight"),
-        ("text_encoder", None),
+        ("text_encoder", "model.layers.0.input_layernorm.weight"),
     ],
 )
-def test_weights_that_are_no_numbers_are_named(
-    tiny_qwen: Path,
-    values: Values,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    folder: str,
-    tensor: str | None,
-) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tiny_qwen, model)
-    (file,) = (model / folder).glob("*.safetensors")
-    name = tensor or sorted(n for n in load_file(file) if "layers" in n)[0]
-    with_nan(file, name)
-    config = values(cache_path=str(tmp_path / "store"))
-    moved = [str(path).replace(str(tiny_qwen), str(model)) for path in config["model_paths"]]
-    assert train({**config, "model_paths": moved}, tmp_path / "run")[0] == 2
-    error = capsys.readouterr().err
+def test_weights_that_are_no_numbers_are_named(failed: Any, folder: str, name: str) -> None:
+    def with_nan(tensors: Tensors) -> None:
+        tensors[name].view(-1)[1] = torch.nan
+
+    file, error = failed(folder, with_nan)
     assert f"the weights of '{name}' hold NaN or infinity" in error
     assert f"where: {file}" in error
 
 
-def test_what_is_encoded_to_no_number_names_its_row_and_file(
-    tiny_qwen: Path, values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_encoded_to_no_number_names_its_row_and_file(failed: Any, tmp_path: Path) -> None:
     """As where a VAE leaves the range of its type: here with weights near the end of float32."""
-    model = tmp_path / "model"
-    shutil.copytree(tiny_qwen, model)
-    (file,) = (model / "vae").glob("*.safetensors")
-    tensors = load_file(file)
-    tensors["quant_conv.weight"] = torch.full_like(tensors["quant_conv.weight"], 3e38)
-    save_file(tensors, file)
-    config = values(cache_path=str(tmp_path / "store"))
-    moved = [str(path).replace(str(tiny_qwen), str(model)) for path in config["model_paths"]]
-    assert train({**config, "model_paths": moved}, tmp_path / "run")[0] == 2
-    error = capsys.readouterr().err
+    _, error = failed("vae", lambda tensors: tensors["quant_conv.weight"].fill_(3e38))
     assert "what 'image' makes of '" in error
     assert ".png' holds NaN or infinity" in error
     assert "where: row " in error
@@ -194,78 +183,58 @@ def test_numbers_are_found() -> None:
     assert is_finite(torch.ones(0))
 
 
-def facts_of(cache: FactCache, files: list[Path], asked: list[Path]) -> dict[str, Any]:
-    def look(path: Path) -> dict[str, Any]:
-        asked.append(path)
-        return {"length": len(path.read_text())}
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[Path, int]:
+    """Files and their lengths."""
+    files = {tmp_path / f"{n}.txt": n for n in range(20)}
+    for path, length in files.items():
+        path.write_text("x" * length)
+    return files
 
-    return {p.name: facts["length"] for p, facts in cache.look_up("test", files, look).items()}
+
+def lengths(
+    cache: FactCache, files: Iterable[Path], find_out: Any = lambda p: {"length": p.stat().st_size}
+) -> dict[Path, int]:
+    return {p: facts["length"] for p, facts in cache.look_up("test", files, find_out).items()}
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(seed=st.integers(0, 2**32))
-def test_a_damaged_cache_of_facts_is_made_anew(
-    tmp_path_factory: pytest.TempPathFactory, seed: int
+@pytest.mark.filterwarnings("ignore:.*damaged")
+def test_nothing_of_a_damaged_cache_of_facts_is_believed(
+    tmp_path: Path, texts: dict[Path, int]
 ) -> None:
-    """Nothing wrong is believed, and nothing has to be removed by hand."""
-    source = random.Random(seed)
-    folder = tmp_path_factory.mktemp("facts")
-    files = [folder / f"{n}.txt" for n in range(20)]
-    for number, path in enumerate(files):
-        path.write_text("x" * number)
-    wanted = {path.name: number for number, path in enumerate(files)}
-    database = folder / "facts.sqlite"
-    with closing(FactCache(database)) as cache:
-        assert facts_of(cache, files, []) == wanted
-    database.write_bytes(source.choice(DAMAGE)(database.read_bytes(), source))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for _ in range(2):
-            with closing(FactCache(database)) as cache:
-                assert facts_of(cache, files, []) == wanted
-    asked: list[Path] = []
-    with closing(FactCache(database)) as cache:
-        assert facts_of(cache, files, asked) == wanted
-    assert asked == []
-
-
-def test_a_damaged_cache_is_put_aside_with_a_warning(tmp_path: Path) -> None:
-    database = tmp_path / "facts.sqlite"
-    database.write_bytes(b"this is no database at all" * 100)
-    with pytest.warns(UserWarning, match="is damaged, and was put aside as facts.sqlite.damaged"):
-        FactCache(database).close()
-    assert (tmp_path / "facts.sqlite.damaged").read_bytes().startswith(b"this is no")
-    assert sqlite3.connect(database).execute("SELECT count(*) FROM known").fetchone() == (0,)
-
-
-def test_no_flipped_bit_of_what_says_the_columns_stops_a_run(tmp_path: Path) -> None:
-    """The first page of the database holds its header, and the names and types of the columns."""
-    source, database = random.Random(0), tmp_path / "facts.sqlite"
-    files = [tmp_path / "a.txt", tmp_path / "bb.txt"]
-    for path in files:
-        path.write_text(path.name)
-    with closing(FactCache(database)) as cache:
-        wanted = facts_of(cache, files, [])
+    """And it stops no run: also where the damage is in the first page, in the names of the columns."""
+    database, source = tmp_path / "facts.sqlite", random.Random(0)
+    with FactCache(database) as cache:
+        assert lengths(cache, texts) == texts
     whole = database.read_bytes()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for place in [*range(100), *range(100, 4096, 11), *range(3700, 4096, 3)]:
-            changed = bytearray(whole)
-            changed[place] ^= 1 << source.randrange(8)
-            database.write_bytes(changed)
-            with closing(FactCache(database)) as cache:
-                assert facts_of(cache, files, []) == wanted, place
+    damaged = [source.choice(DAMAGE)(whole, source) for _ in range(EXAMPLES // 2)]
+    damaged.append(whole.replace(b'{"length": 7}', b'{"length": 9}'))
+    for start, end in ((0, 100), (3700, 4096)):
+        for _ in range(EXAMPLES // 4):
+            damaged.append(whole[:start] + flipped(whole[start:end], source) + whole[end:])
+    for number, content in enumerate(damaged):
+        database.write_bytes(content)
+        with FactCache(database) as cache:
+            assert lengths(cache, texts) == texts, number
+
+
+def test_a_damaged_cache_is_made_anew_with_a_warning(
+    tmp_path: Path, texts: dict[Path, int]
+) -> None:
+    """Also where two processes have it open."""
+    database = tmp_path / "facts.sqlite"
+    with FactCache(database) as cache:
+        lengths(cache, texts)
+    with FactCache(database) as first, FactCache(database) as second:
+        database.write_bytes(b"this is no database at all" * 500)
+        for cache in (first, second):
+            with pytest.warns(UserWarning, match="is damaged, and is made anew"):
+                assert lengths(cache, texts) == texts
+    with FactCache(database) as cache:
+        assert lengths(cache, texts, pytest.fail) == texts
 
 
 def test_a_cache_that_cannot_be_written_is_not_called_damaged(tmp_path: Path) -> None:
     (tmp_path / "facts.sqlite").mkdir()
     with pytest.raises(OutputError, match="cannot be used: unable to open"):
         FactCache(tmp_path / "facts.sqlite")
-    damaged = tmp_path / "other.sqlite"
-    damaged.write_bytes(b"this is no database at all" * 100)
-    (tmp_path / "other.sqlite.damaged").mkdir()
-    with (
-        pytest.warns(UserWarning, match="is damaged"),
-        pytest.raises(OutputError, match=r"cannot be used: .*directory"),
-    ):
-        FactCache(damaged)

@@ -17,8 +17,8 @@ from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.checked import read_checked
 from diffsynth_dagster.data.table.warnings import warnings_about
-from diffsynth_dagster.facts import FactCache
-from diffsynth_dagster.weights.identify import guess_family
+from diffsynth_dagster.facts import fact_cache_of
+from diffsynth_dagster.weights.identify import guess_model
 
 WAN, WIDE = "Wan-AI/Wan2.1-T2V-1.3B:a.safetensors", "Wan-AI/Wan2.2-TI2V-5B:Wan2.2_VAE.pth"
 
@@ -40,14 +40,14 @@ def config_of(folder: Path, rows: list[dict[str, Any]], **more: Any) -> Training
 
 def told(config: TrainingConfig, columns: Columns | None = None) -> list[str]:
     """The warnings about a data set, and again as the table in its run folder has them."""
-    found = guess_family(config).columns if columns is None else columns
+    found = guess_model(config).family.columns if columns is None else columns
     warnings = check(config, found).warnings()
     assert read_checked(Path(config.output_path)).warnings() == warnings
     return warnings
 
 
 def check(config: TrainingConfig, columns: Columns) -> CheckedTable:
-    table = prepare_data(config, columns, FactCache(Path(config.cache_path) / "facts.sqlite"))
+    table = prepare_data(config, columns, fact_cache_of(config.cache_path))
     assert table.counts == {"ok": sum(table.counts.values())}
     return table
 
@@ -86,7 +86,7 @@ def test_a_table_checked_for_another_rate_is_the_same_table(clips: Path) -> None
     """Tables that were checked before there was this warning are taken as they are."""
     given = {"family": "wanvideo", "model_id_with_origin_paths": WAN, "num_frames": 5}
     config = config_of(clips, [{"video": "30.mp4"}], **given)
-    described = guess_family(config).columns.described
+    described = guess_model(config).family.columns.described
     assert set(described[2]) == {
         "side_factor",
         "frames",

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
 from diffsynth_dagster.errors import ParameterError, UserError
-from diffsynth_dagster.families.shared.diffusion import path, sampler
+from diffsynth_dagster.families.shared.diffusion import noising, sampler
 from diffsynth_dagster.objective.ddpm import DDPMPath, ddpm_path
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -74,21 +74,21 @@ def config(**values: Any) -> Any:
 
 
 def test_path_follows_the_scheduler_and_the_parameters_go_before_it() -> None:
-    plain = path(config(), {})
+    plain = noising(config(), {})
     assert plain.prediction == "epsilon"
     assert not plain.zero_terminal_snr
     published = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    told = path(config(), published)
+    told = noising(config(), published)
     assert (told.prediction, told.zero_terminal_snr) == ("v_prediction", True)
-    asked = path(config(prediction_type="v_prediction", zero_terminal_snr=True), {})
+    asked = noising(config(prediction_type="v_prediction", zero_terminal_snr=True), {})
     assert asked.description == told.description
     assert torch.equal(asked.signal, told.signal)
     for name in ("PNDMScheduler", "EulerDiscreteScheduler", "DDIMScheduler", "LCMScheduler"):
         nothing = {"trained_betas": None, "rescale_betas_zero_snr": None, "prediction_type": None}
-        assert path(config(), {"_class_name": name, **nothing}).description == plain.description
-    other = path(config(prediction_type="epsilon"), {"prediction_type": "v_prediction"})
+        assert noising(config(), {"_class_name": name, **nothing}).description == plain.description
+    other = noising(config(prediction_type="epsilon"), {"prediction_type": "v_prediction"})
     assert other.prediction == "epsilon"
-    linear = path(config(), {"beta_schedule": "linear", "beta_end": 0.02})
+    linear = noising(config(), {"beta_schedule": "linear", "beta_end": 0.02})
     assert "beta 0.00085 to 0.02 (linear)" in linear.description
 
 
@@ -124,7 +124,7 @@ def test_what_cannot_be_trained_is_refused(
     values: dict[str, Any], published: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        path(config(**values), published)
+        noising(config(**values), published)
     assert re.search(words, str(error.value), re.DOTALL), str(error.value)
 
 

@@ -17,14 +17,14 @@ from diffsynth_dagster.config.effect import settled_by_encoding
 from diffsynth_dagster.config.flags import parser
 from diffsynth_dagster.config.recipe import RecipeOptions
 from diffsynth_dagster.data.table.check import check_columns
-from diffsynth_dagster.data.table.read import open_table
+from diffsynth_dagster.data.table.read import read_table
 from diffsynth_dagster.data.table.values import check_structure
 from diffsynth_dagster.export.__main__ import main as convert
 from diffsynth_dagster.export.__main__ import parser as convert_parser
 from diffsynth_dagster.families import each_family, find_family
 from diffsynth_dagster.new.__main__ import main as new
 from diffsynth_dagster.train import main
-from diffsynth_dagster.weights.identify import guess_family
+from diffsynth_dagster.weights.identify import guess_model
 
 PAGES = {
     path.name: path.read_text(encoding="utf-8")
@@ -227,8 +227,7 @@ def test_tables_of_the_usage_page_are_taken(kind: str, text: str, tmp_path: Path
     """Every row passes the checks of the family that reads its columns."""
     path = tmp_path / f"metadata.{kind}"
     path.write_text(text, encoding="utf-8")
-    with open_table(path, "utf-8", []) as table:
-        columns = set(table.columns)
+    columns = set(read_table(path, "utf-8", []).columns)
     name = "wanvideo" if "video" in columns else "qwen_image"
     if columns & {"kontext_images", "controlnet_image"}:
         name = "flux"
@@ -252,11 +251,9 @@ def test_tables_of_the_usage_page_are_taken(kind: str, text: str, tmp_path: Path
         **{name: column for name, column in named.items() if column in columns},
     }
     config = read_config(values, "the test")
-    inputs = check_columns(config, guess_family(config).columns)
+    inputs = check_columns(config, guess_model(config).family.columns)
     assert columns == {item.column for item in inputs}
-    lists = [item.column for item in inputs if item.many]
-    with open_table(path, "utf-8", sorted(columns), lists) as table:
-        frame = check_structure(table, inputs, str(path))
+    frame = check_structure(read_table(path, "utf-8", inputs), inputs, str(path))
     assert set(frame["status"]) == {"ok"}, frame["message"]
 
 

@@ -30,10 +30,11 @@ from diffsynth_dagster.training.batches import Batch, StepDataset
 from diffsynth_dagster.training.modules import lora_targets
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.layout import from_layout_of, in_layout_of
 from diffsynth_dagster.weights.load import build_empty, load_component
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 TABLE = (*QWEN, *FLUX, *WAN, *SD, *SDXL, *LTX)
 LAYOUTS = [
@@ -77,7 +78,7 @@ class Place:
     def config(self, layout: str = "diffusers", **overrides: Any) -> TrainingConfig:
         return make_config(self.values(layout, **overrides))
 
-    def found(self, layout: str = "diffusers") -> FoundModel:
+    def found(self, layout: str = "diffusers") -> ResolvedModel:
         return find_model(self.config(layout), HUB)
 
     @cached_property
@@ -104,7 +105,7 @@ class Place:
         whole = self.run / f"step-{STEPS}.safetensors"
         return whole if whole.exists() else self.run / f"step-{STEPS}-{self.case.base}.safetensors"
 
-    def encoded(self, **overrides: Any) -> tuple[TrainingConfig, FoundModel, StepDataset]:
+    def encoded(self, **overrides: Any) -> tuple[TrainingConfig, ResolvedModel, StepDataset]:
         """The rows as micro-batches, from the store."""
         folder = self.folder / "encoded"
         values = self.values(task="sft:data_process", **overrides)
@@ -161,7 +162,7 @@ def test_weights_go_back_into_the_layout_of_their_files(place: Place) -> None:
         written = in_layout_of(found, trained)
         assert written.keys() <= found.header.keys(), name
         assert all(tuple(t.shape) == found.header[n].shape for n, t in written.items())
-        converted = found.component.convert(dict(written))
+        converted = found.component.construction.convert(dict(written))
         read = from_layout_of(found, written)
         assert read.keys() == trained.keys()
         for n, tensor in trained.items():
@@ -169,7 +170,7 @@ def test_weights_go_back_into_the_layout_of_their_files(place: Place) -> None:
             assert torch.equal(read[n], tensor)
 
 
-def dataset(config: TrainingConfig, found: FoundModel, folder: Path) -> StepDataset:
+def dataset(config: TrainingConfig, found: ResolvedModel, folder: Path) -> StepDataset:
     return StepDataset(config, found, samples_of(folder), 0, 1)
 
 
@@ -178,11 +179,11 @@ def every_case(function: Any) -> Any:
     return pytest.mark.parametrize("place", TABLE, ids=ids, indirect=True)(function)
 
 
-def load_all(found: FoundModel) -> dict[str, torch.nn.Module]:
+def load_all(found: ResolvedModel) -> dict[str, torch.nn.Module]:
     return {n: load_component(f, "cpu", torch.float32) for n, f in found.components.items()}
 
 
-def step_of(config: TrainingConfig, found: FoundModel) -> TrainingStep:
+def step_of(config: TrainingConfig, found: ResolvedModel) -> TrainingStep:
     """The training step with nothing trained."""
     modules = {n: m for n, m in load_all(found).items() if n == found.family.denoiser}
     for name in found.family.denoise_uses:
@@ -221,7 +222,11 @@ def test_an_incomplete_file_names_what_is_missing(
     shutil.copytree(place.model, broken)
     source = found.components[found.family.denoiser].files[0]
     target = broken / source.relative_to(place.model)
-    marks = {n for marks in found.family.component(found.family.denoiser).signatures for n in marks}
+    marks = {
+        n
+        for marks in found.family.component(found.family.denoiser).recognition.signatures
+        for n in marks
+    }
     if source.suffix == ".safetensors":
         tensors = load_file(source)
     else:
@@ -242,7 +247,7 @@ def test_an_incomplete_file_names_what_is_missing(
     assert str(target) in str(error.value)
 
 
-def first_batch(place: Place) -> tuple[TrainingConfig, FoundModel, Batch]:
+def first_batch(place: Place) -> tuple[TrainingConfig, ResolvedModel, Batch]:
     config, found, data = place.encoded()
     return (
         config,
@@ -251,7 +256,9 @@ def first_batch(place: Place) -> tuple[TrainingConfig, FoundModel, Batch]:
     )
 
 
-def predict(step: TrainingStep, found: FoundModel, batch: Batch, x_t: Tensors, t: float) -> Tensors:
+def predict(
+    step: TrainingStep, found: ResolvedModel, batch: Batch, x_t: Tensors, t: float
+) -> Tensors:
     """Our prediction for a batch of one sample."""
     *_, conditions = step._by_role(step._run_stages(batch))
     noisy = {name: tensor[None] for name, tensor in x_t.items()}
@@ -272,7 +279,7 @@ def some_x_t(step: TrainingStep, batch: Batch) -> Tensors:
     return {name: tensor[0] for name, tensor in x_t.items()}
 
 
-def row_of(place: Place, batch: Batch, found: FoundModel, run: Path) -> dict[str, Any]:
+def row_of(place: Place, batch: Batch, found: ResolvedModel, run: Path) -> dict[str, Any]:
     """The columns of the batch's only sample, paths made whole."""
     manifest = read_manifest(run).frame
     index = manifest.filter(pl.col("sample") == batch.samples[0])["row"][0] - 1

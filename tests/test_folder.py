@@ -29,7 +29,7 @@ from diffsynth_dagster.inspect.subject import read_subject
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import find_model, guess_family
+from diffsynth_dagster.weights.identify import find_model, guess_model
 
 CAPTIONS = ["a cat", "a dog,  on\nthe grass\n", "a bird"]
 
@@ -280,7 +280,7 @@ def test_the_sound_of_a_folder_is_that_of_its_clips(tmp_path: Path) -> None:
         clip.with_suffix(".txt").write_text("a caption")
     given = {"family": "ltx2", "dataset_base_path": str(data), "model_paths": ["x"]}
     config = make_config({**case.parameters, **given, "lora_base_model": "dit"})
-    columns = guess_family(config).columns
+    columns = guess_model(config).family.columns
     checked = validate(config, columns, FactCache(tmp_path / "facts.sqlite")).frame
     assert set(checked["status"]) == {"ok"}
     assert checked["input_audio"].to_list() == [None] * 4 + ["9.mp4"]

@@ -28,15 +28,16 @@ from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.own_names import is_own
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 HUB = ModelHub(Path(), skip_download=True)
 SHARD = 200_000
 STEM = "diffusion_pytorch_model"
 
 
-def exports_of(given: dict[str, Any], run: Path) -> tuple[list[Exported], FoundModel]:
+def exports_of(given: dict[str, Any], run: Path) -> tuple[list[Exported], ResolvedModel]:
     config = make_config({**given, "output_path": str(run)})
     record, found = read_record(run), find_model(config, HUB)
     assert record is not None
@@ -118,7 +119,10 @@ def test_a_text_encoder_in_shards(
     saved = load_file(run / "epoch-0.safetensors").items()
     trained = {n.removeprefix(start): t for n, t in saved if n.startswith(start)}
     assert_equal(load_file(published.path), trained)
-    assert_equal(loaded.state_dict(), found.components["text_encoder"].component.convert(trained))
+    assert_equal(
+        loaded.state_dict(),
+        found.components["text_encoder"].component.construction.convert(trained),
+    )
 
 
 def test_what_is_missing_or_damaged_is_refused(
@@ -202,7 +206,7 @@ def test_what_came_from_the_authors_files_is_written_in_their_names_too(
     written, before = load_file(theirs.path), load_file(file)
     assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in before.items()}
     assert any(not torch.equal(written[n], before[n].float()) for n in before)
-    assert_equal(source.component.convert(written), loaded.state_dict())
+    assert_equal(source.component.construction.convert(written), loaded.state_dict())
     assert_equal(written, load_file(run / "epoch-0.safetensors"))
     assert how_to_load(theirs, found.family).startswith(f"# {theirs.path} has the authors' names")
 
@@ -249,4 +253,4 @@ def test_what_came_from_a_whole_checkpoint_is_a_file_of_its_own(tmp_path: Path) 
         assert theirs.path == run / "exports" / "authors" / name / f"{name}.safetensors"
         written = load_file(theirs.path)
         assert written.keys() <= {n.removeprefix(source.start) for n in load_file(whole)}
-        assert_equal(source.component.convert(written), load_file(ours.path))
+        assert_equal(source.component.construction.convert(written), load_file(ours.path))

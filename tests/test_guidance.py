@@ -13,7 +13,7 @@ from diffsynth_dagster.config.effect import AFFECTS, values_that_affect
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families.making import Guidance, guidance_of
 from diffsynth_dagster.plan import make_plan
-from diffsynth_dagster.weights.identify import guess_family
+from diffsynth_dagster.weights.identify import guess_model
 
 T2V, I2V = (f"Wan-AI/Wan2.2-{kind}-A14B" for kind in ("T2V", "I2V"))
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0:unet/*.safetensors"
@@ -26,7 +26,7 @@ def config_of(*models: str, **more: Any) -> TrainingConfig:
 
 
 def guidance(config: TrainingConfig) -> Guidance:
-    return guidance_of(config, guess_family(config).sampling)
+    return guidance_of(config, guess_model(config).family.sampling)
 
 
 def experts(repository: str) -> list[str]:

@@ -19,7 +19,7 @@ from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families import family_names, repositories_of
 from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.train import main
-from diffsynth_dagster.weights.identify import guess_family
+from diffsynth_dagster.weights.identify import guess_model
 
 
 def command(variant: Variant, kind: str) -> list[str]:
@@ -76,7 +76,7 @@ def test_the_family_alone_is_imported(variant: Variant, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(families, "import_module", note)
     config = read_arguments(command(variant, "lora")).config
-    family = guess_family(config)
+    family = guess_model(config).family
     assert set(imported) == {f"diffsynth_dagster.families.{family.name}.family"}
 
 

@@ -186,7 +186,7 @@ def test_two_files_differ_for_named_reasons(
     a, b = read_record(run), read_record(tmp_path / "other")
     assert a is not None
     assert b is not None
-    assert f"base weights of vae: {a.base['vae']} and {b.base['vae']}" in text
+    assert f"base weights of vae: {a.base['vae']!r} and {b.base['vae']!r}" in text
     assert "base weights of dit" not in text
     assert f"{a.final_loss:.6g}" in text
     assert f"held out {b.held_out[-1]['loss']:.6g}" in text

@@ -18,7 +18,7 @@ from diffsynth_dagster.data.digests import digest_rows
 from diffsynth_dagster.data.samples import PARTS, files_of, trained_sizes
 from diffsynth_dagster.facts import FactCache, digest_of, digest_text
 from diffsynth_dagster.families.contract import Family
-from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.resolved import resolve
 
 FAMILY = video_family(VIDEO, FIRST, EDITS)
 _TYPES = {
@@ -94,7 +94,7 @@ def test_identities_are_those_of_the_plain_formula(rows: list[dict[str, Any]]) -
 
 
 def keys_of_family(tmp: Path) -> Keys:
-    found = FoundModel(FAMILY, FAMILY.path(TrainingConfig(), {}), {}, {})
+    found = resolve(TrainingConfig(), FAMILY)
     return Keys(found, FactCache(tmp / "facts.sqlite"), torch.float32)
 
 

@@ -218,31 +218,22 @@ def test_flux_is_told_by_the_authors_dotted_names(tmp_path: Path) -> None:
 
 def unfit(kind: str, checkpoint: Path, folder: Path) -> Path:
     """A file that does not fit the training which made `checkpoint`."""
-    file = folder / f"{kind}.safetensors"
-    tensors = by_module(checkpoint)
-    notes: dict[str, str] = {}
-    match kind:
-        case "no file":
-            return file
-        case "no lora":
-            tensors = {"blocks.0.attn1.to_q.weight": torch.ones(4, 4)}
-        case "halves":
-            tensors = {n: t for n, t in tensors.items() if "to_q.lora_B" not in n}
-        case "torn":
-            tensors["blocks.0.attn1.to_q.lora_A.weight"] = torch.ones(3, 128)
-        case "fewer layers":
-            tensors = {n: t for n, t in tensors.items() if ".to_q." not in n}
-        case "other sizes":
-            tensors = {n: t.repeat(1, 2) if "_A." in n else t for n, t in tensors.items()}
-        case "other model" | "other family":
-            tensors = {
-                f"transformer_blocks.{i}.attn.to_q.lora_{n}.weight": torch.ones(4, 4)
-                for i in range(4)
-                for n in "AB"
-            }
-            if kind == "other family":
-                notes = {"diffsynth_dagster": json.dumps({"family": "qwen_image"})}
-    save_file(tensors, file, notes)
+    file, fits, query = folder / "lora.safetensors", by_module(checkpoint), "blocks.0.attn1.to_q"
+    layers = [f"transformer_blocks.{i}.attn.to_q.lora_{n}.weight" for i in range(4) for n in "AB"]
+    other = {name: torch.ones(4, 4) for name in layers}
+    files: dict[str, Tensors] = {
+        "no lora": {f"{query}.weight": torch.ones(4, 4)},
+        "halves": {n: t for n, t in fits.items() if "to_q.lora_B" not in n},
+        "torn": {**fits, f"{query}.lora_A.weight": torch.ones(3, 128)},
+        "fewer layers": {n: t for n, t in fits.items() if ".to_q." not in n},
+        "other sizes": {n: t.repeat(1, 2) if "_A." in n else t for n, t in fits.items()},
+        "other model": other,
+        "other family": other,
+    }
+    family = json.dumps({"family": "qwen_image"})
+    if kind in files:
+        notes = {"diffsynth_dagster": family} if kind == "other family" else None
+        save_file(files[kind], file, notes)
     return file
 
 
@@ -265,11 +256,12 @@ UNFIT_START = [
 ]
 
 
-@pytest.mark.parametrize("task", ["sft", "sft:data_process"])
 @pytest.mark.parametrize(
-    ("parameter", "kind", "overrides", "message"),
-    [(p, kind, {}, m) for p in ("lora_checkpoint", "preset_lora_path") for kind, m in UNFIT]
-    + [("lora_checkpoint", *row) for row in UNFIT_START],
+    ("task", "parameter", "kind", "overrides", "message"),
+    [("sft", "lora_checkpoint", kind, {}, message) for kind, message in UNFIT]
+    + [("sft", "lora_checkpoint", *row) for row in UNFIT_START]
+    + [("sft", "preset_lora_path", kind, {}, message) for kind, message in UNFIT[::3]]
+    + [("sft:data_process", "lora_checkpoint", kind, {}, message) for kind, message in UNFIT[::4]],
 )
 def test_a_lora_that_does_not_fit_is_refused_before_anything_is_encoded(
     values: Values,

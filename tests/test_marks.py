@@ -187,7 +187,7 @@ def test_what_encoding_settles_may_be_left_out_or_given_again(values: Values) ->
     each_half = {name for name, mark in MARKS.items() if mark.each_half}
     assert not {*each_half, *BY_CONTENT} & settled.keys()
     other = make_config(values(**second, height=64, width=64))
-    with pytest.raises(UserError, match="encoded with height = 32, not 64"):
+    with pytest.raises(UserError, match="encoded with height = 32, and now it is 64"):
         take_over(other, settled, "the data set was encoded", "the test")
 
 

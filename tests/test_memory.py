@@ -192,11 +192,11 @@ def test_every_remedy_can_be_taken(values: Values, given: dict[str, Any]) -> Non
     current = {name: value for name, value in values(**given).items() if value is not None}
     for _ in range(60):
         config = make_config(current)
-        family = models_of(config).found.family
+        found = models_of(config).found
         if find_spec("bitsandbytes") is None and config.optimizer == "adamw8bit":
-            check_plan(config.model_copy(update={"optimizer": "adamw"}), family)
+            check_plan(config.model_copy(update={"optimizer": "adamw"}), found)
         else:
-            check_plan(config, family)
+            check_plan(config, found)
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         left = remedies(config, models_of(config, dtype), TRAINING)
         if not left:

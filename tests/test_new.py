@@ -21,7 +21,7 @@ from diffsynth_dagster.new.recipe import (
 )
 from diffsynth_dagster.new.template import PLAIN, edited, templates
 from diffsynth_dagster.plan import check_plan
-from diffsynth_dagster.weights.identify import guess_family
+from diffsynth_dagster.weights.identify import guess_model
 from resources import load_recipes
 
 
@@ -221,7 +221,7 @@ def test_every_template_takes_a_data_set_of_ones_own(tmp_path: Path) -> None:
         assert "Copy this file" not in text
         assert "example_" not in text
         config = read_recipe(recipe).config
-        check_plan(config, guess_family(config))
+        check_plan(config, guess_model(config))
         assert config.max_train_steps == (600 if options.num_processes == 8 else 2000), name
         assert config.sample_texts in ((), tuple(prompts))
         assert (config.height is None) == (config.max_pixels == 640 * 480 or "sd15" in name), name

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.families.qwen_image.family import SCHEDULER, TRAINING_MU, path
+from diffsynth_dagster.families.qwen_image.family import SCHEDULER, TRAINING_MU, noising
 from diffsynth_dagster.objective.loss import sample_losses
 from diffsynth_dagster.objective.noise import noise, timestep_index
 
@@ -18,14 +18,14 @@ def test_qwen_schedule_is_that_of_the_published_scheduler() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
     linear = torch.linspace(1.0, 0.001, 1000, dtype=torch.float64).numpy()
     scheduler.set_timesteps(sigmas=linear, mu=TRAINING_MU)
-    flow = path(TrainingConfig(), {})
+    flow = noising(TrainingConfig(), {})
     assert len(flow.sigmas) == 1000
     torch.testing.assert_close(flow.sigmas, scheduler.sigmas[:-1].float(), atol=2e-6, rtol=0)
     torch.testing.assert_close(flow.timesteps, scheduler.timesteps.float(), atol=2e-3, rtol=0)
 
 
 def test_weights_follow_the_formula() -> None:
-    flow = path(TrainingConfig(), {})
+    flow = noising(TrainingConfig(), {})
     y = [math.exp(-2 * ((float(t) - 500) / 1000) ** 2) for t in flow.timesteps]
     total = sum(value - min(y) for value in y)
     for index in (0, 1, 300, 500, 999):
@@ -34,7 +34,7 @@ def test_weights_follow_the_formula() -> None:
 
 
 def test_path_goes_from_data_to_noise() -> None:
-    flow = path(TrainingConfig(), {})
+    flow = noising(TrainingConfig(), {})
     x_0, epsilon = torch.randn(2, 3), torch.randn(2, 3)
     index = torch.tensor([999, 0])
     x_t = flow.noised(x_0, epsilon, index)

@@ -236,7 +236,7 @@ def test_a_checked_table_is_taken_as_it_is(
     capsys.readouterr()
     other = values(**own, dataset_metadata_path=checked, max_pixels=1024)
     assert train(other, tmp_path / "three")[0] == 2
-    assert "the table was checked with max_pixels = 256, not 1024" in capsys.readouterr().err
+    assert "was checked with max_pixels = 256, and now it is 1024" in capsys.readouterr().err
 
 
 def test_what_an_older_version_encoded_is_recognised(

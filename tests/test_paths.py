@@ -17,7 +17,8 @@ from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.cache.upkeep import statistics, verify
 from diffsynth_dagster.config.entries import ModelEntry
 from diffsynth_dagster.data import frames
-from diffsynth_dagster.data.table.read import open_table
+from diffsynth_dagster.data.columns import Input
+from diffsynth_dagster.data.table.read import read_table
 from diffsynth_dagster.errors import MetadataError, WeightsError
 from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.own_names import is_own
@@ -44,8 +45,8 @@ def write_table(path: Path, prompt: str) -> Path:
 
 
 def prompts_of(path: Path) -> list[str]:
-    with open_table(path, "utf-8", ["image", "prompt"]) as table:
-        return table.collect(table.rows)["prompt"].to_list()
+    inputs = [Input("image", "image"), Input("prompt", "text")]
+    return read_table(path, "utf-8", inputs).rows["prompt"].to_list()
 
 
 @pytest.mark.parametrize("kind", ["csv", "json", "jsonl", "parquet"])

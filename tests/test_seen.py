@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from conftest import write_images
 
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.prepare import prepare_data
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.run.seen import NotTheSame, digest_left, look_at
 
@@ -45,7 +44,7 @@ def config(tmp_path: Path) -> TrainingConfig:
 
 
 def check(config: TrainingConfig) -> None:
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
+    with fact_cache_of(config.cache_path) as fact_cache:
         prepare_data(config, find_family("qwen_image").columns, fact_cache)
 
 

@@ -17,7 +17,8 @@ from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.plan import check_plan, make_plan
 from diffsynth_dagster.training.dry_run import look_at_files
-from diffsynth_dagster.weights.identify import guess_family
+from diffsynth_dagster.weights.identify import guess_model
+from diffsynth_dagster.weights.resolved import resolve
 
 TEMPLATES = sorted((ROOT / "recipes" / "examples").rglob("*.yaml"))
 LENGTH = {"max_train_steps": 2000, "save_steps": 500, "max_grad_norm": 1.0, "dataset_repeat": 1}
@@ -30,7 +31,7 @@ CHOICES = (
 
 def read(path: Path) -> tuple[TrainingConfig, Family]:
     config = read_recipe(path).config
-    return config, guess_family(config)
+    return config, guess_model(config).family
 
 
 def commented_samples(path: Path) -> str:
@@ -75,7 +76,7 @@ def test_a_template_shows_samples_or_says_how(path: Path) -> None:
     lines = comment[comment.index("# sample_prompts:") :].splitlines()
     named = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines))
     given = TrainingConfig.model_validate({**config.model_dump(), **named})
-    check_plan(given, family)
+    check_plan(given, resolve(given, family))
     assert (given.sample_table is None) == family.samples_from_text
     for stage in family.sample_stages:
         columns = [i.column for i in stage.reads if i.kind != "sizes"]

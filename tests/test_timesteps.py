@@ -18,6 +18,7 @@ from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Denoiser, Family
+from diffsynth_dagster.families.denoiser_schedule import Share, share_of_step
 from diffsynth_dagster.objective.flow import linear_shift, linear_sigmas
 from diffsynth_dagster.objective.noise import timestep_index
 from diffsynth_dagster.objective.timesteps import (
@@ -28,8 +29,8 @@ from diffsynth_dagster.objective.timesteps import (
     scaled_edges,
     shifted_edges,
 )
-from diffsynth_dagster.plan import check_plan, make_plan
-from diffsynth_dagster.training.shares import Share, Timesteps, share_of_step, shares_of
+from diffsynth_dagster.plan import make_plan
+from diffsynth_dagster.weights.resolved import resolve
 
 DRAWS = 2000
 CELLS = 20
@@ -167,7 +168,7 @@ def test_a_draw_depends_on_nothing_but_its_arguments(
 def test_the_default_draws_what_it_always_drew() -> None:
     family = find_family("qwen_image")
     config = TrainingConfig(seed=5, lora_base_model=("dit",))
-    timesteps = Timesteps(config, family, family.path(config, {}))
+    timesteps = resolve(config, family).schedule
     (share,) = timesteps.shares
     assert share == Share("dit", 0, 1000)
     for visit in range(20):
@@ -183,28 +184,27 @@ def test_steps_go_to_experts_as_often_as_their_timesteps_are_drawn() -> None:
     family = two_experts()
     both = {"lora_base_model": ("dit", "dit2")}
     config = TrainingConfig(timestep_sampling="logit_normal", logit_mean=-1.0, **both)
-    path = family.path(config, {})
-    shares = shares_of(config, family, path)
+    shares = resolve(config, family).schedule.shares
     assert [(s.low, s.high) for s in shares] == [(0, 417), (417, 1000)]
     t = np.linspace(0.583, 1, 20_001)[:-1]
     part = float(logit_normal(t + 1e-7, -1.0, 1.0).mean() * 0.417)
     steps = [share_of_step(shares, 0, step).component for step in range(3000)]
     assert steps.count("dit") / 3000 == pytest.approx(part, abs=3 * math.sqrt(part / 3000))
     # The shift of the schedule itself as a number leaves the shares nearly as they are.
-    moved = shares_of(TrainingConfig(timestep_shift=5.0, **both), family, path)
+    moved = resolve(TrainingConfig(timestep_shift=5.0, **both), family).schedule.shares
     assert moved[0].weight == pytest.approx(0.417, abs=2e-3)
 
 
 def test_a_size_of_its_own_shifts_a_sample() -> None:
     family = find_family("wanvideo")
     config = TrainingConfig(timestep_shift="resolution", lora_base_model=("dit",))
-    path = family.path(config, {})
-    timesteps = Timesteps(config, family, path)
+    model = resolve(config, family)
+    timesteps = model.schedule
     (share,) = timesteps.shares
 
     def median(pixels: int) -> float:
         drawn = [timesteps.index(share, "a", visit, pixels) for visit in range(1000)]
-        return float(path.timesteps[torch.tensor(drawn)].median())
+        return float(model.noising.timesteps[torch.tensor(drawn)].median())
 
     usual = 832 * 480
     for scale in (0.5, 1.0, 2.0):
@@ -246,10 +246,10 @@ def test_what_makes_no_sense_is_refused(given: dict[str, Any], words: str) -> No
 def test_what_a_family_cannot_is_refused() -> None:
     unet = {**BASE, "family": "stable_diffusion", "lora_base_model": "unet", "timestep_shift": 2.0}
     with pytest.raises(ParameterError, match="no sigmas that are shifted"):
-        check_plan(make_config(unet), find_family("stable_diffusion"))
+        resolve(make_config(unet), find_family("stable_diffusion"))
     config = TrainingConfig(timestep_shift="resolution", lora_base_model=("dit", "dit2"))
     with pytest.raises(ParameterError, match="otherwise for every size"):
-        shares_of(config, two_experts(), two_experts().path(config, {}))
+        resolve(config, two_experts())
     far = TrainingConfig(
         timestep_sampling="logit_normal",
         logit_mean=-20.0,
@@ -259,7 +259,7 @@ def test_what_a_family_cannot_is_refused() -> None:
     )
     family = find_family("qwen_image")
     with pytest.raises(ParameterError, match="of 'dit' are never drawn"):
-        shares_of(far, family, family.path(far, {}))
+        resolve(far, family)
 
 
 def test_the_plan_says_how_timesteps_are_drawn() -> None:

@@ -8,6 +8,7 @@ import pytest
 from conftest import Values, make_config, train
 
 from diffsynth_dagster.errors import Stopped
+from diffsynth_dagster.fingerprint import Fingerprint
 from diffsynth_dagster.run.up_to_date import why_train
 from diffsynth_dagster.train import run
 from diffsynth_dagster.weights.hub import ModelHub
@@ -20,6 +21,13 @@ def why(config: dict[str, Any], processes: int | None = None, **changed: Any) ->
     return why_train(
         second_half(make_config({**config, **changed})), ModelHub.from_environment(), processes
     )
+
+
+def test_what_only_one_of_two_fingerprints_has_differs() -> None:
+    before, now = Fingerprint({"a": 1, "the b": "x", "c": 2}), Fingerprint({"c": 2, "a": 3, "d": 4})
+    assert before.differs(now) == ("a", "the b", "d")
+    assert before.differs(now, ["c", "d"]) == ("d",)
+    assert before.changes(now) == ["a (was 1)", "the b", "d (was None)"]
 
 
 def test_what_has_changed_is_named(values: Values, tmp_path: Path) -> None:

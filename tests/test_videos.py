@@ -36,6 +36,7 @@ from diffsynth_dagster.errors import MetadataError, ParameterError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.training.batches import StepDataset
+from diffsynth_dagster.weights.resolved import resolve as resolve_model
 
 
 def config_of(folder: Path, family: Family, **more: object) -> TrainingConfig:
@@ -285,9 +286,7 @@ class _Models:
     """Stands for loaded models: the family's stages use none."""
 
     def __init__(self, family: Family) -> None:
-        self.found = SimpleNamespace(
-            family=family, path=family.path(TrainingConfig(), {}), components={}
-        )
+        self.found = resolve_model(TrainingConfig(lora_base_model=("dit",)), family)
 
     def get(self, names: Iterable[str]) -> dict[str, Any]:
         return {}

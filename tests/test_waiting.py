@@ -144,5 +144,5 @@ def test_what_is_no_file_is_not_waited_for(kind: str, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name) if kind == "pipe" else (tmp_path / name).mkdir()
     with pytest.raises(ParameterError, match="cannot be read: it is not a regular file"):
         read_values(tmp_path / "recipe.yaml")
-    with pytest.raises(OutputError, match="not a regular file"), Store(tmp_path).in_use():
+    with pytest.raises(OutputError, match="cannot be written"), Store(tmp_path).in_use():
         pass

@@ -12,14 +12,12 @@ import torch
 from diffsynth_dagster.cache.captions import Captions, captions_of
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.samples import PARTS, files_of, load_files, parse_value
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.errors import MetadataError, shown
 from diffsynth_dagster.families.contract import Sample, Stage, Tensors
 from diffsynth_dagster.files import short_of_space
-from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import is_finite
 from diffsynth_dagster.weights.models import Models
 
@@ -44,15 +42,6 @@ class EncodeReport:
 
     hits: dict[str, int] = field(default_factory=dict)
     misses: dict[str, int] = field(default_factory=dict)
-
-
-def step_components(found: FoundModel, trained: frozenset[str]) -> list[str]:
-    """The components and tokenizers that a training step uses: the denoisers first."""
-    family = found.family
-    used = {name for stage in family.step_stages(trained) for name in stage.uses}
-    used |= {family.part(name).of for name in trained}
-    used |= {name for name in family.denoise_uses if name in found.components}
-    return list(dict.fromkeys([*(d.component for d in family.at_work(trained)), *sorted(used)]))
 
 
 def encode_missing(
@@ -87,11 +76,7 @@ def encode_missing(
     family = models.found.family
     store = Store(Path(manifest.store))
     report = EncodeReport()
-    cached = [
-        stage
-        for stage in family.cached_stages(trained_components(config))
-        if stage.name in manifest.outputs
-    ]
+    cached = [stage for stage in models.found.cached_stages if stage.name in manifest.outputs]
     captions = captions_of(config, family)
     for number, stage in enumerate(cached):
         wanted = _wanted(stage, manifest)

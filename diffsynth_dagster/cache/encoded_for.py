@@ -2,53 +2,51 @@
 
 from diffsynth_dagster.cache.keys import stage_digest
 from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.facts import FactCache
-from diffsynth_dagster.families.contract import Family
-from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.fingerprint import Fingerprint
 from diffsynth_dagster.weights.models import component_digest
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 def require_encoded_for(
-    config: TrainingConfig, found: FoundModel, manifest: Manifest, fact_cache: FactCache
+    config: TrainingConfig, found: ResolvedModel, manifest: Manifest, fact_cache: FactCache
 ) -> None:
     """Refuse a data set that was encoded for another family, variant or task, or by other weights.
 
     Raises:
         ParameterError: it was.
     """
-    require_encoded_as(config, found.family, manifest)
-    for name, digest in manifest.weights.items():
-        named = found.components.get(name)
-        if named is not None and component_digest(found, name, fact_cache) != digest:
-            raise _refuse(
-                config,
-                f"the data set was encoded with another '{name}' than {named.entry.text}",
-                "name the one that it was encoded with, or none",
-            )
+    require_encoded_as(config, found, manifest)
+    named = found.components
+    now = {n: component_digest(found, n, fact_cache) for n in manifest.weights if n in named}
+    for name in Fingerprint(manifest.weights).differs(Fingerprint(now), now):
+        raise _refuse(
+            config,
+            f"the data set was encoded with another '{name}' than {named[name].entry.text}",
+            "name the one that it was encoded with, or none",
+        )
 
 
-def require_encoded_as(config: TrainingConfig, family: Family, manifest: Manifest) -> None:
+def require_encoded_as(config: TrainingConfig, found: ResolvedModel, manifest: Manifest) -> None:
     """Refuse a data set that was encoded for another family, variant or task. Raises `ParameterError`."""
+    family = found.family
     if manifest.family != family.name:
         raise _refuse(
             config,
             f"the data set was encoded for {manifest.family}",
             f"train {manifest.family}, or encode it for {family.name}",
         )
-    known = {stage.name: stage_digest(stage) for stage in family.stages}
-    for name, digest in manifest.stages.items():
-        if known.get(name, digest) != digest:
-            raise _refuse(
-                config,
-                f"the data set was encoded by another version of the stage '{name}'",
-                "encode it again",
-            )
-    trained = trained_components(config)
-    wanted = {f"key:{stage.name}" for stage in family.cached_stages(trained)}
-    wanted |= {f"input:{i.column}" for s in family.step_stages(trained) for i in s.reads}
+    now = {s.name: stage_digest(s) for s in family.stages if s.name in manifest.stages}
+    for name in Fingerprint(manifest.stages).differs(Fingerprint(now), now):
+        raise _refuse(
+            config,
+            f"the data set was encoded by another version of the stage '{name}'",
+            "encode it again",
+        )
+    wanted = {f"key:{stage.name}" for stage in found.cached_stages}
+    wanted |= {f"input:{i.column}" for s in found.step_stages for i in s.reads}
     lacks = sorted(
         name.partition(":")[2] for name in wanted - set(manifest.rows.collect_schema().names())
     )
@@ -60,20 +58,22 @@ def require_encoded_as(config: TrainingConfig, family: Family, manifest: Manifes
         )
 
 
-def require_planned_weights(found: FoundModel, manifest: Manifest, fact_cache: FactCache) -> None:
+def require_planned_weights(
+    found: ResolvedModel, manifest: Manifest, fact_cache: FactCache
+) -> None:
     """Refuse to encode by other weights than the samples are planned for, which another process may
     have done: their keys name those.
 
     Raises:
         WeightsError: the files are others here, or changed since.
     """
-    for name, digest in manifest.weights.items():
-        if component_digest(found, name, fact_cache) != digest:
-            raise WeightsError(
-                f"the files of '{name}' are not those that the samples were planned for",
-                where=str(found.files(name)[0]),
-                do="give all machines the same model files, and let nothing write to them meanwhile",
-            )
+    now = {name: component_digest(found, name, fact_cache) for name in manifest.weights}
+    for name in Fingerprint(manifest.weights).differs(Fingerprint(now)):
+        raise WeightsError(
+            f"the files of '{name}' are not those that the samples were planned for",
+            where=str(found.files(name)[0]),
+            do="give all machines the same model files, and let nothing write to them meanwhile",
+        )
 
 
 def _refuse(config: TrainingConfig, what: str, do: str) -> ParameterError:

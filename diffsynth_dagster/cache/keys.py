@@ -19,8 +19,8 @@ from diffsynth_dagster.data.digests import digest_column
 from diffsynth_dagster.data.samples import READ_BY, trained_sizes
 from diffsynth_dagster.facts import FactCache, digest_of, digest_text
 from diffsynth_dagster.families.contract import Family, Stage
-from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 KEY_DIGITS = 32
 CONTENT, READ_AS = "\x00content:", "\x00sizes:"
@@ -120,7 +120,7 @@ class Keys:
         dtype: element type that the stages are computed in.
     """
 
-    def __init__(self, found: FoundModel, fact_cache: FactCache, dtype: torch.dtype) -> None:
+    def __init__(self, found: ResolvedModel, fact_cache: FactCache, dtype: torch.dtype) -> None:
         self._found = found
         self._fact_cache = fact_cache
         self._dtype = str(dtype)

@@ -22,8 +22,9 @@ from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.families.limits import MOST_BYTES_OF_ONE, TokenLimit
 from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import component_digest, load_tokenizer
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 FILE_NAME = "long_captions.parquet"
 _NOTES = "diffsynth_dagster"
@@ -80,7 +81,7 @@ def caption_limit(family: Family) -> TokenLimit | None:
 
 
 def count_long_captions(
-    found: FoundModel, table: CheckedTable, folder: Path, fact_cache: FactCache
+    found: ResolvedModel, table: CheckedTable, folder: Path, fact_cache: FactCache
 ) -> LongCaptions:
     """Count the long captions of a checked table, and list them in its run folder. What was counted
     before, with the same tokenizer, is not counted again.
@@ -106,7 +107,7 @@ def count_long_captions(
     return counted
 
 
-def long_captions_of(found: FoundModel, table: CheckedTable) -> LongCaptions:
+def long_captions_of(found: ResolvedModel, table: CheckedTable) -> LongCaptions:
     """Count the long captions of a checked table; nothing is written. Raises `WeightsError`: see
     `count_long_captions`."""
     limit = caption_limit(found.family)

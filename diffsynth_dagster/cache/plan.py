@@ -30,7 +30,7 @@ from diffsynth_dagster.cache.manifest import (
     SampleRows,
     write_manifest,
 )
-from diffsynth_dagster.config.effect import settled_by_encoding, trained_components
+from diffsynth_dagster.config.effect import settled_by_encoding
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.digests import digest_rows
@@ -41,7 +41,7 @@ from diffsynth_dagster.data.table.rows import REPEAT
 from diffsynth_dagster.families.contract import Sampling, Stage
 from diffsynth_dagster.families.making import guidance_of
 from diffsynth_dagster.files import hidden_folder, write_whole
-from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 _NUMBER = "\x00number"
 _AT_ONCE = 1 << 14
@@ -51,7 +51,7 @@ _SIZES = {"row": pl.UInt32, "width": pl.Int64, "height": pl.Int64, "frames": pl.
 
 def plan_samples(
     config: TrainingConfig,
-    found: FoundModel,
+    found: ResolvedModel,
     table: CheckedTable,
     keys: Keys,
     sampled: SampleRows | None = None,
@@ -66,9 +66,8 @@ def plan_samples(
         OutputError: the run folder cannot be written.
     """
     family = found.family
-    trained = trained_components(config)
-    cached, in_step = family.cached_stages(trained), family.step_stages(trained)
-    step_inputs = list(dict.fromkeys(i for stage in in_step for i in stage.reads))
+    cached = found.cached_stages
+    step_inputs = list(dict.fromkeys(i for stage in found.step_stages for i in stage.reads))
     captions = captions_of(config, family)
     output = Path(config.output_path)
     with hidden_folder(output / "plan") as folder:

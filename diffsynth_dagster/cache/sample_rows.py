@@ -28,7 +28,7 @@ from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.families.making import Guidance, guidance_of
-from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 FOLDER = ".prompts"
 _SAME = (
@@ -52,7 +52,7 @@ def sample_rows_config(config: TrainingConfig) -> TrainingConfig:
 
 
 def plan_sample_rows(
-    config: TrainingConfig, found: FoundModel, keys: Keys, fact_cache: FactCache
+    config: TrainingConfig, found: ResolvedModel, keys: Keys, fact_cache: FactCache
 ) -> SampleRows | None:
     """Check the table that `sample_prompts` names, and plan its rows; None where it names none.
 

@@ -11,7 +11,6 @@ of processes may write at once. Where two wrote the same key, the first by name 
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -211,9 +210,6 @@ class Store:
         path = self.path / "lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # What is no file may let nobody open it before someone else does.
-            if path.exists() and not path.is_file():
-                raise OSError(errno.EINVAL, "it is not a regular file", str(path))
             return path.open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise OutputError(
@@ -278,6 +274,8 @@ def read_note(file: Path) -> Path:
 
 def _taken(lock: IO[str], how: int) -> bool:
     """Take a lock, if others leave it. Raises `OSError`."""
+    # Not filelock's: its lock of many readers and one writer is an SQLite database. A store's lock would
+    # need another name, which older versions do not look at, and a file of its own for who holds it.
     try:
         fcntl.flock(lock, how | fcntl.LOCK_NB)
     except BlockingIOError:

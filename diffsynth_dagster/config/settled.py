@@ -7,6 +7,7 @@ from typing import Any
 from diffsynth_dagster.config.effect import settled_by_encoding
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
 from diffsynth_dagster.errors import ParameterError
+from diffsynth_dagster.fingerprint import Fingerprint
 
 
 def take_over(
@@ -25,17 +26,16 @@ def take_over(
     default = settled_by_encoding(TrainingConfig.model_validate({}))
     # A value that equals `Mark.left_out_as` may have been None in the earlier step. Nobody can
     # tell, so it is neither taken over nor compared.
-    ambiguous = {name for name in settled if name in MARKS and _is_ambiguous(name, settled[name])}
-    for name, value in settled_by_encoding(config).items():
-        # A parameter at its default counts as left out.
-        left_out = [] if _is_given(config, name) else [default[name]]
-        if name in {*settled} - ambiguous and value not in (settled[name], *left_out):
-            raise ParameterError(
-                f"{what} with {name} = {settled[name]}, not {value}",
-                where=where,
-                do=f"leave {name} out, or do that step again with it",
-            )
-    known = {name: settled[name] for name in settled if name in MARKS and name not in ambiguous}
+    known = {
+        name: value
+        for name, value in settled.items()
+        if name in MARKS and not _is_ambiguous(name, value)
+    }
+    asked = settled_by_encoding(config)
+    # A parameter at its default counts as left out.
+    given = [n for n in asked if n in known and (_is_given(config, n) or asked[n] != default[n])]
+    do = "leave it out, or do that step again with it"
+    require_same({name: asked[name] for name in given}, known, what, where, do)
     return TrainingConfig.model_validate({**config.model_dump(), **known})
 
 
@@ -62,8 +62,6 @@ def require_same(
 ) -> None:
     """Refuse to use the result of an earlier step that had other values.
 
-    Unlike in `take_over`, a parameter that is left out now must have been left out then.
-
     Args:
         given: the values of now, by name.
         settled: the values of the earlier step, by name.
@@ -74,10 +72,9 @@ def require_same(
     Raises:
         ParameterError: a value differs.
     """
-    for name in given:
-        if given[name] != settled.get(name):
-            raise ParameterError(
-                f"{what} with {name} = {settled.get(name)}, and now it is {given[name]}",
-                where=where,
-                do=do,
-            )
+    for name in Fingerprint(given).differs(Fingerprint(settled), given):
+        raise ParameterError(
+            f"{what} with {name} = {settled.get(name)}, and now it is {given[name]}",
+            where=where,
+            do=do,
+        )

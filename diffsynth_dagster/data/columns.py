@@ -15,31 +15,36 @@ CAPTION = "prompt"
 class Input:
     """A column of the metadata that a stage reads.
 
+    Each file of a row is read at a size of its own. The first file column of a family decides the
+    size of the sample.
+
     Attributes:
-        kind: "text" is passed on as str; "number" as int or float; "image" as float32 (3, H, W)
-            in [-1, 1]; "video" as float32 (3, F, H, W) in [-1, 1]; "picture" as an RGB Pillow
-            image in its own size, for stages that resize it as a published pipeline does. "audio"
-            as float32 (channels, samples) in [-1, 1], as long as the sample's clip. "sizes" is no
-            column of the data set but made of the first image of the sample: a tuple of six
-            integers, its height and width, the top and left edge of what is cropped from it after
-            it was resized, and the trained height and width, all in pixels. Every file has the
-            trained size of its own; the first file column of a family decides the size of the
-            sample.
-        many: a row may name several. Files are passed on as a list, and a row that names one gives
-            a list of one. Of captions, each visit of a sample is passed one.
+        kind: what a stage is given:
+            "text": str;
+            "number": int or float;
+            "image": float32 (3, H, W) in [-1, 1];
+            "video": float32 (3, F, H, W) in [-1, 1];
+            "picture": an RGB Pillow image in its original size, for stages that resize it as a
+            published pipeline does;
+            "audio": float32 (channels, samples) in [-1, 1], as long as the sample's clip;
+            "sizes": not a column of the data set, but six integers computed from the first image of
+            the sample, in pixels: its height and width, the top and left edge of the crop after
+            resizing, and the trained height and width.
+        many: a row may name several values. Files are passed as a list, of length one if the row
+            names one file. For captions, each visit of a sample is passed one of them.
         same_size: the file is read at the size and length of the sample.
-        pattern: text and numbers only: a regular expression that a value must match, as it is
-            written; `wants` says it in words.
-        area: pictures only: their trained size has this area in pixels and keeps the picture's
-            aspect; see `data.geometry.area_size`.
-        caption: text only: it says what the sample shows, so that a visit may be passed another such
-            text or none; one column of a family at most.
-        weighs: it says how much the sample counts in the loss, not what the sample is: its noise
-            and timesteps do not depend on it.
-        optional: a row may leave the column empty: then the sample has None.
+        pattern: text and numbers only: a regular expression that the written value must match;
+            `wants` describes it in words.
+        area: pictures only: their trained size has this area in pixels and keeps the aspect ratio;
+            see `data.geometry.area_size`.
+        caption: text only: the column describes the sample, so a visit may be passed another
+            caption or none. A family has at most one such column.
+        weighs: the column says how much (parts of) the sample count in the loss, not what the
+            sample is. Noise and timesteps do not depend on it.
+        optional: a row may leave the column empty; a stage is then given None.
         divided_by: with `same_size`: the number column whose value both sides are divided by.
-        rate, channels: audio only: samples of a channel per second, and channels, that it is read
-            with.
+        rate, channels: audio only: samples per second of each channel and number of channels that
+            sound is read with.
     """
 
     column: str
@@ -64,13 +69,13 @@ class Input:
 
 @dataclass(frozen=True)
 class Columns:
-    """What is read of every row of a data set.
+    """The columns that a model family reads from a data set.
 
     Attributes:
-        reader: name of the model family that reads it, for messages.
+        reader: name of the model family, for messages.
         inputs: every column that is read, once.
-        optional: what may be named in `extra_inputs` beside these.
-        geometry: the sizes and lengths that the reader takes.
+        optional: further columns that may be named in `extra_inputs`.
+        geometry: the sizes and lengths that the family takes.
     """
 
     reader: str
@@ -80,19 +85,22 @@ class Columns:
 
     @property
     def described(self) -> list[Any]:
-        """What of it a checked table depends on, as a JSON value."""
+        """The facts that a checked table depends on, as a JSON value for `described_inputs`."""
         inputs = [
+            # The newer attributes are appended only if set: tables that were checked before these
+            # attributes existed stay valid.
             [i.column, i.kind, i.many, i.same_size, i.area]
-            + [more for more in (i.optional, i.divided_by, i.rate, i.channels) if more]
+            + [extra for extra in (i.optional, i.divided_by, i.rate, i.channels) if extra]
             for i in self.inputs
         ]
         geometry = asdict(self.geometry)
-        del geometry["published_frame_rate"]  # rows are the same whatever it is
+        del geometry["published_frame_rate"]  # used for warnings only
+        # Through JSON, so that tuples become lists as they are in a table read from disk.
         return json.loads(json.dumps([self.reader, inputs, geometry]))
 
     @property
     def named(self) -> tuple[Input, ...]:
-        """The columns that the table has: all but those that are made of a file's sizes."""
+        """The columns that the metadata table must have: all but "sizes", which are computed."""
         return tuple(i for i in self.inputs if i.kind != "sizes")
 
     @property
@@ -102,8 +110,8 @@ class Columns:
 
 
 def described_inputs(described: Sequence[Any]) -> list[Input]:
-    """The columns that a table has, of what `Columns.described` wrote down; without patterns, rates and
-    whatever else is not asked for later."""
+    """The columns of a checked table, recovered from `Columns.described`. Attributes that nobody
+    asks for after the check, such as patterns and rates, are missing."""
     return [
         Input(
             column,
@@ -111,9 +119,9 @@ def described_inputs(described: Sequence[Any]) -> list[Input]:
             many,
             same,
             area=area,
-            optional=any(m is True for m in more),
+            optional=any(value is True for value in extra),  # the only boolean among the extras
             caption=column == CAPTION,
         )
-        for column, kind, many, same, area, *more in (described[1] if described else [])
+        for column, kind, many, same, area, *extra in (described[1] if described else [])
         if kind != "sizes"
     ]

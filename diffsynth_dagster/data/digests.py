@@ -1,4 +1,4 @@
-"""Digests of columns: BLAKE3 of every value at once, without a Python object for each row."""
+"""BLAKE3 digests of columns and tables, computed by Polars without a Python object for each row."""
 
 from typing import Any
 
@@ -8,18 +8,20 @@ from blake3 import blake3
 
 
 def digest_column(text: pl.Expr) -> pl.Expr:
-    """BLAKE3 of each text of a column, in hexadecimal; equal to `facts.digest_text`."""
-    expression: Any = text
+    """BLAKE3 of each text in a column, in hexadecimal, as `facts.digest_text` computes it."""
+    expression: Any = text  # the plugin adds `chash` at run time; Polars' types do not know it
     return expression.chash.blake3()
 
 
 def digest_rows(rows: pl.LazyFrame) -> str:
-    """BLAKE3 of a table: of its rows as JSON, one in each line, in order.
+    """BLAKE3 of a table: its rows are hashed in order, each as one line of JSON.
 
-    The rows are read in batches, so that a table of any length needs little memory.
+    The rows are read in batches, so a table of any length needs little memory.
     """
     line = pl.struct(pl.all()).struct.json_encode() + "\n"
+    # The names of the columns first: a table without rows has no lines that would contain them.
     hasher = blake3(rows.collect_schema().names().__repr__().encode())
     for batch in rows.select(line.alias("line")).collect_batches(maintain_order=True):
+        # One string for the whole batch: hashing line by line would loop in Python.
         hasher.update(batch["line"].str.join("").item().encode())
     return hasher.hexdigest()

@@ -1,8 +1,8 @@
-"""Frames of Polars, read from the very file that is named.
+"""Read files with Polars, each path taken literally.
 
-Polars by itself reads `[1]`, `*` and `?` in a path as a pattern, and `~` at its beginning as the home
-folder: of the file `m[1].parquet` it would read `m1.parquet`. Whatever reads a file with Polars does it
-here; `tests/test_paths.py` finds what does not.
+Polars treats `[1]`, `*` and `?` in a path as a pattern, and a leading `~` as the home folder: given
+`m[1].parquet` it would read `m1.parquet`. So all reading with Polars goes through this module,
+which turns that off. `tests/test_paths.py` finds code that does not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,13 @@ import polars as pl
 def scan_parquet(
     path: Path | Sequence[Path], schema: Mapping[str, Any] | None = None
 ) -> pl.LazyFrame:
-    """The rows of a Parquet file, or of several, lazily.
+    """The rows of one or several Parquet files, as a lazy frame.
 
     Args:
-        schema: the columns and their types: with it, no file is looked into before it is read.
+        schema: the columns and their types. With it, no file is opened before its rows are read.
     """
     paths = [path] if isinstance(path, Path) else path
+    # `glob=False` turns patterns off; an absolute path cannot begin with `~`.
     return pl.scan_parquet([p.absolute() for p in paths], schema=schema, glob=False)
 
 
@@ -30,31 +31,32 @@ def read_parquet(path: Path) -> pl.DataFrame:
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """The texts that a Parquet file says beside its rows: its metadata."""
+    """The key-value metadata of a Parquet file."""
     return pl.read_parquet_metadata(path.absolute())
 
 
 def scan_csv(path: Path, **options: Any) -> pl.LazyFrame:
-    """The rows of a csv file, lazily.
+    """The rows of a csv file, as a lazy frame.
 
     Args:
-        options: those of `polars.scan_csv`.
+        options: passed to `polars.scan_csv`.
     """
     return pl.scan_csv(path.absolute(), **options, glob=False)
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    """Columns of a csv file."""
+    """The named columns of a csv file."""
     return pl.read_csv(path.absolute(), columns=columns, glob=False)
 
 
 def scan_lines(path: Path, schema: Mapping[str, Any], row_index_name: str) -> pl.LazyFrame:
-    """The rows of a jsonl file, lazily.
+    """The rows of a jsonl file, as a lazy frame.
 
     Args:
         schema: the columns and their types.
-        row_index_name: a column with the number of each row, from 0.
+        row_index_name: name of an added column with the number of each row, from 0.
     """
-    # Opened: this one takes every path for a pattern. Polars keeps a descriptor of its own.
+    # `scan_ndjson` cannot turn patterns off for a path, so it gets an open file. Polars duplicates
+    # the descriptor: the frame stays valid after the file is closed here.
     with path.open("rb") as file:
         return pl.scan_ndjson(file, schema=schema, row_index_name=row_index_name)

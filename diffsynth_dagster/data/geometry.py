@@ -1,4 +1,4 @@
-"""The size and length that a sample is trained at. Pure numbers: no file is needed to know them."""
+"""The size and length that a sample is trained at. Pure arithmetic: no file is read."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from diffsynth_dagster.errors import ParameterError
 
 _NEAR_S = 1.5e-3
-"""A frame that begins so little after a moment is the one that is shown then: times are rounded."""
+"""Tolerance in seconds: a frame that begins this little after a moment counts as shown at it,
+because files round their times."""
 
 
 @dataclass(frozen=True)
 class FrameRule:
-    """The lengths that a family takes: n ≡ `remainder` (mod `step`) frames, `least` or more.
+    """The clip lengths that a family takes: n ≡ `remainder` (mod `step`) frames, n >= `least`.
 
-    `least` is above 1 where the first frame of a clip is given: one must follow that is predicted.
+    `least` is above 1 if the model is given the first frame: at least one more must be predicted.
     """
 
     step: int
@@ -24,28 +25,28 @@ class FrameRule:
     @property
     def smallest(self) -> int:
         """The shortest length."""
-        first = self.remainder or self.step
+        first = self.remainder or self.step  # remainder 0 allows step, 2 step, …, but not 0 frames
         return first + -(-max(0, self.least - first) // self.step) * self.step
 
     def longest(self, frames: int) -> int:
-        """The longest length of at most `frames`; 0 when there is none."""
+        """The longest length of at most `frames`; 0 if there is none."""
         length = frames - (frames - self.remainder) % self.step
         return length if length >= self.smallest else 0
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a family takes.
+    """The sizes and lengths that a family takes.
 
     Attributes:
-        side_factor: both sides are multiples of it, in pixels.
+        side_factor: width and height must be multiples of it, in pixels.
         frames: lengths of a clip; None for a family without videos.
-        default_frames: `num_frames` when it is left out.
-        default_frame_rate: `frame_rate` when it is left out; None keeps each clip's own.
-        published_frame_rate: where each clip keeps its own: frames per second of the clips that the
-            models were trained on. It changes nothing, and is there for warnings.
-        sample_size: width and height in pixels of what is made as a sample, where a training has no
-            fixed size.
+        default_frames: `num_frames` if it is left out.
+        default_frame_rate: `frame_rate` if it is left out; None keeps the rate of each clip.
+        published_frame_rate: frames per second of the clips that the models were trained on, for
+            families whose clips keep their rate. It is used for warnings only.
+        sample_size: width and height in pixels of sample pictures, if the training has no fixed
+            size.
     """
 
     side_factor: int
@@ -58,7 +59,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class SizeRule:
-    """The size asked for: fixed (height and width), or each image's own below `max_pixels`."""
+    """The size of images: `height` and `width` for all, or each its own up to `max_pixels`."""
 
     height: int | None
     width: int | None
@@ -69,16 +70,17 @@ class SizeRule:
     def target(self, width: int, height: int) -> tuple[int, int]:
         """The trained size of an image.
 
-        An image with more than `max_pixels` pixels is scaled down to that area (both sides
-        truncated to integers), then each side is floored to the factor; a smaller one is not
-        enlarged. The rule of DiffSynth-Studio. With a `bucket_step`, a side of at least that many
-        pixels is floored to a multiple of it, so that more images have the same size.
+        The rule is that of DiffSynth-Studio: an image with more than `max_pixels` pixels is scaled
+        down to that area (both sides truncated to integers), a smaller one is not enlarged, and
+        then each side is floored to a multiple of `side_factor`. With a `bucket_step`, a side of at
+        least that many pixels is floored to a multiple of the step instead, so that more images
+        have the same size.
 
         Args:
             width, height: size of the image in pixels, after its orientation is applied.
 
         Returns:
-            (width, height) in pixels. A side is 0 when the image is smaller than the factor.
+            (width, height) in pixels. A side is 0 if the image is smaller than the factor.
         """
         if self.height is not None and self.width is not None:
             return self.width, self.height
@@ -89,6 +91,7 @@ class SizeRule:
 
     def _floored(self, side: int) -> int:
         step = self.bucket_step
+        # A side shorter than the step would be floored to 0 by it.
         factor = step if step is not None and side >= step else self.side_factor
         return side // factor * factor
 
@@ -103,7 +106,7 @@ def size_rule(
     """Check the size parameters against what the family takes.
 
     Raises:
-        ParameterError: a side or the `bucket_step` is no multiple of the family's factor, or
+        ParameterError: a side or the `bucket_step` is not a multiple of the family's factor, or
             `max_pixels` is smaller than the smallest image.
     """
     factor = geometry.side_factor
@@ -123,9 +126,9 @@ def size_rule(
 
 
 def area_size(width: int, height: int, area: int, factor: int = 32) -> tuple[int, int]:
-    """The size of this area with the aspect of an image, both sides rounded to the factor.
+    """The size with the given area and the aspect ratio of an image, rounded to the factor.
 
-    How the published Qwen-Image-Edit pipelines size the images that they are given.
+    The published Qwen-Image-Edit pipelines size their input images this way.
 
     Returns:
         (width, height) in pixels, each at least the factor.
@@ -136,24 +139,29 @@ def area_size(width: int, height: int, area: int, factor: int = 32) -> tuple[int
 
 
 def cover(width: int, height: int, target: tuple[int, int]) -> tuple[int, int]:
-    """The size that an image is resized to so that it covers the target, before the centre crop."""
+    """The size that an image is resized to so that it covers the target, before the centre crop.
+
+    Args:
+        width, height: size of the image in pixels.
+        target: (width, height) in pixels.
+    """
     scale = max(target[0] / width, target[1] / height)
+    # Rounding could leave a side one pixel short of the target.
     return max(round(width * scale), target[0]), max(round(height * scale), target[1])
 
 
 def crop_place(width: int, height: int, target: tuple[int, int]) -> tuple[int, int]:
-    """Left and top edge, in pixels, of what is cropped from an image after it was resized by
-    `cover`: the centre."""
+    """Left and top edge, in pixels, of the centre crop of an image that `cover` resized."""
     wide, tall = cover(width, height, target)
     return round((wide - target[0]) / 2), round((tall - target[1]) / 2)
 
 
 @dataclass(frozen=True)
 class ClipRule:
-    """Which frames of a clip are trained on: the first `num_frames`, taken at `frame_rate`.
+    """Which frames of a clip are trained on: the first `num_frames` at `frame_rate`.
 
     Attributes:
-        frame_rate: frames per second that clips are resampled to; None keeps each clip's own.
+        frame_rate: frames per second that clips are resampled to; None keeps the rate of each clip.
     """
 
     num_frames: int
@@ -161,7 +169,7 @@ class ClipRule:
     rule: FrameRule
 
     def clip(self, frames: int, rate: float | None) -> tuple[int, float]:
-        """How much of a clip is trained on whose frames are shown evenly: see `taken`.
+        """How much of a clip with evenly spaced frames is trained on: see `taken`.
 
         Returns:
             (trained frames, stride): see `frame_indices`.
@@ -169,7 +177,7 @@ class ClipRule:
         return len(self.taken(frames, rate)), self.stride(rate)
 
     def stride(self, rate: float | None) -> float:
-        """How many frames of a file there are for each one that is taken, on average."""
+        """Average number of frames of the file for each frame that is taken."""
         return rate / self.frame_rate if rate is not None and self.frame_rate else 1.0
 
     def taken(
@@ -179,17 +187,18 @@ class ClipRule:
 
         Args:
             frames: how many frames the file has.
-            rate: its frames per second; None for a still image, which is one frame of any rate.
-            times: where frames are not shown evenly, the seconds at which each is shown, counted from
-                the first, and at which the last one ends.
+            rate: its frames per second; None for a still image, which has one frame and no rate.
+            times: for unevenly spaced frames: the seconds at which each frame is shown, counted
+                from the first, followed by the end of the last frame.
 
         Returns:
-            As many as the longest clip that the family takes; none where the file is too short for
-            any.
+            The numbers of the frames, as many as the family takes of a file of this length; empty
+            if the file is too short.
         """
         if times is not None and self.frame_rate:
             found = frames_at(times, self.frame_rate, self.num_frames)
         else:
+            # One more than the division gives, since it may round down; excess is dropped below.
             most = min(int(frames / self.stride(rate)) + 1, self.num_frames)
             indices = frame_indices(most, self.stride(rate))
             found = [index for index in indices if index < frames]
@@ -197,24 +206,26 @@ class ClipRule:
 
 
 def frame_indices(count: int, stride: float) -> list[int]:
-    """Which frames of a file are taken: for each moment of the new rate, the one shown then.
+    """Which frames of an evenly spaced clip are taken: those shown at the moments of the new rate.
 
     Args:
-        count: how many are taken.
-        stride: frames of the file for each one taken; 1 takes every one.
+        count: how many frames are taken.
+        stride: frames of the file for each frame that is taken; 1 takes every frame.
     """
+    # 1e-6 is for products such as 2.9999999 that stand for 3.
     return [int(index * stride + 1e-6) for index in range(count)]
 
 
 def frames_at(times: Sequence[float], rate: float, most: int) -> list[int]:
-    """Which frames of a file are taken: for each moment of the new rate, the one that is shown then.
+    """Which frames of an unevenly spaced clip are taken: those shown at the moments of the new rate.
 
     Args:
-        times: at which the frames are shown, and the last one ends, in seconds; see `ClipRule.taken`.
+        times: when each frame is shown, and when the last one ends, in seconds; see
+            `ClipRule.taken`.
         rate: frames per second that are taken.
-        most: no more than so many.
+        most: upper bound of the number of frames.
     """
-    last = len(times) - 2
+    last = len(times) - 2  # the final time is the end of the clip, not a frame
     moments = (index / rate for index in range(most))
     shown = (bisect_right(times, moment + _NEAR_S) - 1 for moment in moments)
     return [index for index in shown if index <= last]
@@ -243,6 +254,7 @@ def clip_rule(
         return None
     count = geometry.default_frames if num_frames is None else num_frames
     if count < rule.smallest or rule.longest(count) != count:
+        # The message suggests the nearest valid length below, and the one after it.
         below = rule.longest(count) or rule.smallest
         raise ParameterError(
             f"num_frames = {count} is no length that {family} takes: {_unfit(count, rule)}"

@@ -1,4 +1,4 @@
-"""Make the data set, if the recipe says how, and check all of it; or take what was checked."""
+"""Make the data set if the recipe says how and check it, or use a table that is checked already."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,17 +23,17 @@ from diffsynth_dagster.facts import FactCache, Progress
 
 
 def require_named(config: TrainingConfig) -> None:
-    """Refuse a table, or a folder of data, that is not there, before anything is written.
+    """Refuse a table or a data folder that does not exist, before anything is written.
 
     Raises:
-        MetadataError: it is not there, and no `customized_dataset` makes it.
+        MetadataError: it does not exist, and no `customized_dataset` makes it.
     """
     if config.dataset_metadata_path is None or config.customized_dataset is not None:
         return
     table = Path(config.dataset_metadata_path)
     if table != Path(config.dataset_base_path) and not table.is_dir():
         require_file(table)
-    if find_checked(table) is None:
+    if find_checked(table) is None:  # a checked table holds absolute paths: it needs no folder
         require_folder(Path(config.dataset_base_path))
 
 
@@ -41,7 +41,7 @@ def make_data(config: TrainingConfig) -> None:
     """Call `customized_dataset`, if there is one and no checked table is named.
 
     Raises:
-        ParameterError: see `import_function`; or whatever it raises.
+        ParameterError: see `import_function`. What the user's function raises is passed on.
     """
     assert config.dataset_metadata_path is not None
     if config.customized_dataset is None or find_checked(Path(config.dataset_metadata_path)):
@@ -56,7 +56,7 @@ def check_data(
     fact_cache: FactCache,
     progress: Progress = lambda n: None,
 ) -> CheckedTable:
-    """The checked table of a config as `prepare_data` finds it, but nothing is made and nothing written.
+    """The same as `prepare_data`, but without making the data set or writing the table.
 
     Raises:
         MetadataError, ParameterError: see `prepare_data`.
@@ -78,16 +78,16 @@ def prepare_data(
     pinned: bool = False,
     made: bool = False,
 ) -> CheckedTable:
-    """The checked table of a config.
+    """Return the checked table of a config, and write it into the run folder.
 
-    A checked table that `dataset_metadata_path` names is taken as it is. Otherwise
-    `customized_dataset` is called, and every row is checked. The table lies in the run folder
-    afterwards. Rejected rows are not refused here: see `CheckedTable.require_accepted`.
+    If `dataset_metadata_path` names a checked table, it is used as it is. Otherwise
+    `customized_dataset` is called, and every row is checked. Rejected rows raise no error here: see
+    `CheckedTable.require_accepted`.
 
     Args:
-        pinned: whether it is for the owner of the run folder, who goes on with it whatever others
-            check meanwhile: see `table.checked.PINNED`.
-        made: whether `make_data` was called.
+        pinned: whether the caller owns the run folder and goes on with this table, even if others
+            check the data set again meanwhile: see `table.checked.PINNED`.
+        made: whether `make_data` was already called.
 
     Raises:
         MetadataError, ParameterError: see `validate`; or the checked table is for other columns or
@@ -101,10 +101,11 @@ def prepare_data(
     checked = find_checked(named)
     if checked is not None:
         _require_fit(config, columns, checked)
-        if not is_own:
+        if not is_own:  # a table of another run folder: this run gets a copy
             return write_checked(replace(checked, data=named_data(config)), own.parent, pinned)
         if not pinned:
             return checked
+        # Read again after pinning: someone may have replaced the table in between.
         pin(own.parent)
         return read_checked(own.parent, PINNED)
     assert not is_own, "the data set's own table is not replaced: see `training.overlap`"

@@ -1,1 +1,1 @@
-"""What the offline demo needs: a data set of handwritten digits and a reader that judges samples."""
+"""The offline demo: a data set of handwritten digits, and a reader that judges samples."""

@@ -1,9 +1,9 @@
 """The demo's data set: handwritten digits as 64x64 PNG files with a `metadata.csv`.
 
-The images are the 1,797 8x8 scans that scikit-learn ships, so nothing is downloaded. Eights and
-nines are the *new* concept that the demo's LoRA teaches; zero to seven are what the demo's base
-model already knows. The `write_*` functions have the signature that a recipe's
-`customized_dataset` expects: they fill the folder they are given and return nothing.
+The images are the 1,797 8x8 scans that come with scikit-learn, so nothing is downloaded. Eights and
+nines are the *new* concept that the demo's LoRA learns; the demo's base model already knows zero to
+seven. `write_new_digits` and `write_old_digits` have the signature that a recipe's
+`customized_dataset` needs: they fill the folder that they are given and return nothing.
 """
 
 import csv
@@ -28,11 +28,11 @@ IMAGE_SIZE = 64
 SOURCE_SIZE = 8
 """Side of the source scans, in pixels."""
 SOURCE_LEVELS = 16
-"""The source scans are grey levels 0..16, where 16 is full ink."""
+"""The source scans have grey levels 0..16, where 16 is full ink."""
 HELD_OUT_EVERY = 5
 """Every fifth scan is held out: no model is trained on it."""
 REHEARSED_PER_DIGIT = 12
-"""Rows of each old digit in the new data set, so that the LoRA does not forget them."""
+"""Rows of each old digit in the new data set, so that the LoRA does not make the model forget it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Scans:
     index: NDArray[np.int64]
 
     def where(self, chosen: NDArray[np.bool_]) -> "Scans":
-        """The scans whose entry in `chosen`, bool of shape (N,), is true; in the same order."""
+        """The scans whose entry in `chosen`, bool (N,), is true, in the same order."""
         return Scans(self.grey[chosen], self.digit[chosen], self.index[chosen])
 
 
@@ -60,7 +60,7 @@ def prompt_of(digit: int) -> str:
 
 
 def load_scans(*, held_out: bool = False) -> Scans:
-    """Scikit-learn's digits: the training split, or the held-out split that no model sees.
+    """Load scikit-learn's digits: the training split, or the held-out split that no model sees.
 
     Raises:
         UserError: scikit-learn is not installed.
@@ -80,48 +80,50 @@ def load_scans(*, held_out: bool = False) -> Scans:
 
 
 def draw(grey: NDArray[np.float64]) -> Image.Image:
-    """One scan, ink 0..1 of shape (8, 8), as a 64x64 RGB image: white ink on black, bicubic."""
+    """Draw a scan, ink 0..1 (8, 8), as a 64x64 RGB image: white ink on black, bicubic."""
     levels = np.rint(grey * 255).astype(np.uint8)
     small = Image.fromarray(levels)
     return small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).convert("RGB")
 
 
 def scan_of(image: Image.Image) -> NDArray[np.float64]:
-    """The inverse of `draw` for an image of any size: ink 0..1 of shape (8, 8), by box average."""
+    """Approximate inverse of `draw`, for an image of any size: ink 0..1 (8, 8)."""
+    # The box filter averages all pixels of a cell.
     small = image.convert("L").resize((SOURCE_SIZE, SOURCE_SIZE), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float64) / 255
 
 
 def write_new_digits(dataset_base_path: Path) -> None:
-    """Write the LoRA's data: every eight and nine of the training split, and some old digits; and
-    the eights and nines of the held-out split, as `held_out.csv`.
+    """Write the LoRA's data set, and the eights and nines of the held-out split as `held_out.csv`.
 
-    Old digits are rehearsed with `REHEARSED_PER_DIGIT` rows each. Nothing is touched when the
-    folder already holds the same content.
+    The data set has every eight and nine of the training split, and `REHEARSED_PER_DIGIT` rows of
+    each old digit. Files that already have the right content are left alone.
     """
+    # `metadata.csv` is written last: a folder that has it is complete.
     unseen = load_scans(held_out=True)
     write_scans(unseen.where(np.isin(unseen.digit, NEW_DIGITS)), dataset_base_path, "held_out.csv")
     scans = load_scans()
     chosen = np.isin(scans.digit, NEW_DIGITS)
     for digit in OLD_DIGITS:
+        # The first ones, not random ones: the data set must be the same on every machine.
         rows = np.flatnonzero(scans.digit == digit)
         chosen[rows[:REHEARSED_PER_DIGIT]] = True
     write_scans(scans.where(chosen), dataset_base_path)
 
 
 def write_old_digits(dataset_base_path: Path) -> None:
-    """Write the base model's data: zero to seven of the training split.
+    """Write the base model's data set: zero to seven of the training split.
 
-    Nothing is touched when the folder already holds the same content.
+    Files that already have the right content are left alone.
     """
     scans = load_scans()
     write_scans(scans.where(np.isin(scans.digit, OLD_DIGITS)), dataset_base_path)
 
 
 def write_scans(scans: Scans, dataset_base_path: Path, name: str = "metadata.csv") -> None:
-    """Write one PNG per scan under `images/`, then a table of this name (columns: image, prompt).
+    """Write one PNG per scan into `images/`, then a table with this name (columns: image, prompt).
 
-    The table is written last and moved into place, so a folder with a table is complete.
+    The table is written last and renamed into place, so a folder with a table is complete.
     """
     (dataset_base_path / "images").mkdir(parents=True, exist_ok=True)
     rows = [
@@ -149,7 +151,8 @@ def _table(rows: Sequence[tuple[str, str]]) -> bytes:
 
 
 def _write_if_changed(path: Path, content: bytes) -> None:
-    """Move `content` to `path` in one step, unless the file there already holds exactly that."""
+    """Replace the file at `path` atomically, unless it already has this content."""
+    # A new modification time would make every check decode the file again.
     if path.is_file() and path.read_bytes() == content:
         return
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")

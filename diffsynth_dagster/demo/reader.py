@@ -1,8 +1,7 @@
-"""The demo's judge: reads the digits on generated images and says how many are right.
+"""The demo's judge: it reads the digits on generated images and counts how many are right.
 
-It is a support vector machine trained on real scans that went through the same drawing and
-shrinking as generated images do. It knows nothing of diffusion, so its verdict is independent of
-the loss.
+It is a support vector machine trained on real scans. These are drawn and shrunk like generated
+images. It knows nothing of diffusion, so its verdict is independent of the loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,14 +27,14 @@ from diffsynth_dagster.training.sampling import Evaluation
 SAMPLES_PER_DIGIT = 20
 EVALUATION_SEED = 0
 SHOWN_PER_DIGIT = 8
-LABEL_WIDTH = 80
+LABEL_WIDTH = 80  # this and the gap: pixels of the grid of samples
 GAP = 4
 MISREAD = (214, 39, 40)
-"""Colour of the frame around a sample that was read as another digit."""
+"""RGB colour of the frame around a sample that was read as another digit."""
 
 
 class Reader:
-    """Tells which digit an image shows; the same one every time it is made.
+    """Tells which digit an image shows. Every instance gives the same answers.
 
     Raises:
         UserError: scikit-learn is not installed.
@@ -45,8 +44,9 @@ class Reader:
         scans = load_scans()
         from sklearn.svm import SVC
 
-        make: Any = SVC
-        self._machine: Any = make(C=10.0, gamma=0.05)
+        svc: Any = SVC  # scikit-learn has no complete types
+        self._machine: Any = svc(C=10.0, gamma=0.05)
+        # Trained on enlarged scans, so that they lose the same detail as generated images.
         self._machine.fit(_features([draw(grey) for grey in scans.grey]), scans.digit)
 
     def read(self, images: Sequence[Image.Image]) -> NDArray[np.int64]:
@@ -61,12 +61,12 @@ def _features(images: Sequence[Image.Image]) -> NDArray[np.float64]:
 
 @cache
 def reader() -> Reader:
-    """The reader, trained once in a process. Raises `UserError`: see `Reader`."""
+    """The reader, trained once per process. Raises `UserError`: see `Reader`."""
     return Reader()
 
 
 def held_out_accuracy() -> float:
-    """Fraction of the real scans held out from its training that the reader reads right."""
+    """Fraction of the held-out real scans that the reader reads right."""
     scans = load_scans(held_out=True)
     read = reader().read([draw(grey) for grey in scans.grey])
     return float(np.mean(read == scans.digit))
@@ -79,18 +79,19 @@ def concept_accuracy(generate: Callable[[Sequence[str], int], list[Image.Image]]
         generate: (prompts, seed) → one image for each prompt.
 
     Returns:
-        Fractions 0..1: `accuracy/eight_nine` (the concept of the demo's LoRA),
-        `accuracy/zero_to_seven` (what the base model knew before) and one of each digit, such as
-        `accuracy/zero`. The picture `digits` has a row of samples for each digit.
+        Metrics, each a fraction 0..1: `accuracy/eight_nine` (the concept that the demo's LoRA
+        learns), `accuracy/zero_to_seven` (what the base model knew before) and one for each digit,
+        such as `accuracy/zero`. The picture `digits` has a row of samples for each digit.
 
     Raises:
         UserError: scikit-learn is not installed.
     """
     judge = reader()
-    asked = np.repeat(np.arange(len(DIGIT_NAMES)), SAMPLES_PER_DIGIT)
-    images = generate([prompt_of(digit) for digit in asked.tolist()], EVALUATION_SEED)
-    assert len(images) == len(asked)
-    right = (judge.read(images) == asked).reshape(len(DIGIT_NAMES), SAMPLES_PER_DIGIT)
+    digits = np.repeat(np.arange(len(DIGIT_NAMES)), SAMPLES_PER_DIGIT)
+    # The same seed before and after the training: the samples start from the same noise.
+    images = generate([prompt_of(digit) for digit in digits.tolist()], EVALUATION_SEED)
+    assert len(images) == len(digits)
+    right = (judge.read(images) == digits).reshape(len(DIGIT_NAMES), SAMPLES_PER_DIGIT)
     metrics = {
         "accuracy/eight_nine": float(right[list(NEW_DIGITS)].mean()),
         "accuracy/zero_to_seven": float(right[list(OLD_DIGITS)].mean()),
@@ -101,11 +102,11 @@ def concept_accuracy(generate: Callable[[Sequence[str], int], list[Image.Image]]
 
 
 def digit_grid(images: Sequence[Image.Image], right: NDArray[np.bool_]) -> Image.Image:
-    """A row for each digit: its name, then its first samples; misread ones are framed.
+    """Draw a grid with one row per digit: its name and its first samples, with misread ones framed.
 
     Args:
-        images: 10 times the same number of samples, ordered by digit.
-        right: whether each was read as the digit asked for, bool of shape (10, samples).
+        images: the samples, ordered by digit, the same number of each.
+        right: whether each sample was read as its digit, bool (10, samples per digit).
     """
     samples = right.shape[1]
     shown = min(SHOWN_PER_DIGIT, samples)

@@ -1,4 +1,5 @@
-"""`python -m diffsynth_dagster.demo.summary`: what the demo's run of `recipes/demo.yaml` brought."""
+"""`python -m diffsynth_dagster.demo.summary`: print the results of the demo,
+`recipes/demo.yaml`."""
 
 import sys
 from pathlib import Path
@@ -15,11 +16,11 @@ _LINES = {
 
 
 def summary(recipe: Path = RECIPE) -> str:
-    """The accuracies before and after, and where the exported LoRA lies.
+    """The accuracies before and after the training, and the path of the exported LoRA.
 
     Raises:
         ParameterError: the recipe cannot be read.
-        OutputError: it was not run to its end.
+        OutputError: the demo was not run, or did not finish.
     """
     config = read_recipe(recipe).config
     folder = Path(config.output_path)
@@ -27,6 +28,7 @@ def summary(recipe: Path = RECIPE) -> str:
     exported = folder / "exports" / "diffusers" / "pytorch_lora_weights.safetensors"
     if record is None or not record.finished or not exported.is_file():
         raise OutputError("the demo was not run to its end", where=str(folder), do="`make demo`")
+    # The recipe's `customized_evaluation` ran before the first step and after the last.
     lines = ["A classifier trained on real digits reads 20 samples of each digit:"]
     for title, name in _LINES.items():
         before, after = (record.evaluation[f"{when}/{name}"] for when in ("before", "after"))

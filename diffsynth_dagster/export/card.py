@@ -26,7 +26,7 @@ from diffsynth_dagster.own_names import OLDER
 from diffsynth_dagster.run.record import PICTURES, RunRecord
 from diffsynth_dagster.run.up_to_date import changed_beside
 from diffsynth_dagster.weights.header import read_header
-from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 CARD, CURVE = "README.md", "loss.svg"
 _MARK = "<!-- diffsynth-dagster: this card is written anew by each export, unless it is edited: {} -->\n"
@@ -63,7 +63,7 @@ class Card:
 def write_card(
     config: TrainingConfig,
     record: RunRecord,
-    found: FoundModel,
+    found: ResolvedModel,
     chosen: Chosen,
     files: Sequence[Exported],
 ) -> Card:
@@ -128,7 +128,7 @@ def _recipe(folder: Path, config: TrainingConfig) -> dict[str, Any]:
     return {name: v for name, v in values.items() if name not in defaults or v != defaults[name]}
 
 
-def _front_matter(config: TrainingConfig, record: RunRecord, found: FoundModel) -> str:
+def _front_matter(config: TrainingConfig, record: RunRecord, found: ResolvedModel) -> str:
     owners = dict.fromkeys(found.family.part(name).of for name in record.trained)
     repositories = [found.components[name].entry.repository for name in owners]
     bases = list(dict.fromkeys(r for r in repositories if r is not None))
@@ -192,7 +192,7 @@ def _resolution(recipe: Mapping[str, Any]) -> str:
     return size if frames is None else f"{size}, {frames} frames"
 
 
-def _base(record: RunRecord, found: FoundModel) -> str:
+def _base(record: RunRecord, found: ResolvedModel) -> str:
     """The weights that the training began with."""
     lines: list[str] = []
     for name, digest in record.base.items():
@@ -239,9 +239,9 @@ def _usage(exports: Path, files: Sequence[Exported], family: Family) -> str:
 def _in_other_tools(item: Exported, name: str, family: Family) -> Iterator[str]:
     """How ComfyUI and DiffSynth-Studio take an exported file, as far as that is known."""
     component = family.component(item.components[0])
-    rules = component.lora
+    rules = component.names.lora
     if item.kind == "full":
-        place = _comfyui_folder(component.name, component.folder, family)
+        place = _comfyui_folder(component.name, component.names.folder, family)
         if item.format == "authors" or _has_authors_names(item, rules):
             yield f"ComfyUI: copy {_code(name)} into {_code(f'models/{place}')}."
         if item.format == "authors":

@@ -17,7 +17,8 @@ from diffsynth_dagster.run.folder import owned
 from diffsynth_dagster.run.record import RunRecord, read_record
 from diffsynth_dagster.training.overlap import refuse_overlap
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def export_folder(config: TrainingConfig, hub: ModelHub) -> Exports:
         return export_held(config, _require_record(folder), found)
 
 
-def export_held(config: TrainingConfig, record: RunRecord, found: FoundModel) -> Exports:
+def export_held(config: TrainingConfig, record: RunRecord, found: ResolvedModel) -> Exports:
     """Export the checkpoint of a run folder that is held, let the loader of its tool try each file, and
     write the model card.
 

@@ -8,7 +8,6 @@ exports/authors/<folder>/<name>.safetensors                         in that of t
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,18 +25,18 @@ from diffsynth_dagster.export.exported import (
     remove_older,
     unloadable,
 )
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.run.record import RunRecord
 from diffsynth_dagster.weights.header import read_header, read_headers
-from diffsynth_dagster.weights.identify import Found, FoundModel
 from diffsynth_dagster.weights.layout import from_layout_of, in_layout_of
 from diffsynth_dagster.weights.load import build_empty, read_tensors
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY
 from diffsynth_dagster.weights.model_spec import write_described
 from diffsynth_dagster.weights.models import Models, component_digest
 from diffsynth_dagster.weights.recognise import read_architecture
+from diffsynth_dagster.weights.resolved import ComponentFiles, ResolvedModel
 
 MAX_SHARD = 10 * 10**9
 """Bytes of tensors in a file, but for a single tensor that has more."""
@@ -47,7 +46,7 @@ _SUFFIX, _INDEX = ".safetensors", ".safetensors.index.json"
 def export_full(
     config: TrainingConfig,
     record: RunRecord,
-    found: FoundModel,
+    found: ResolvedModel,
     name: str,
     own: Tensors,
     provenance: Mapping[str, object],
@@ -68,18 +67,25 @@ def export_full(
     exports = Path(config.output_path) / "exports"
     said = json.dumps({**provenance, "trained": [name]}, sort_keys=True)
     notes = {PROVENANCE_KEY: said, "format": "pt"}
-    path = _write_diffusers(exports / "diffusers" / source.component.folder, source, tensors, notes)
+    path = _write_diffusers(
+        exports / "diffusers" / source.component.names.folder, source, tensors, notes
+    )
     exported = [_exported(path, name, "diffusers")]
     theirs = in_layout_of(source, tensors)
     if theirs.keys() != tensors.keys():
-        path = exports / "authors" / source.component.folder / f"{_authors_name(source)}{_SUFFIX}"
+        path = (
+            exports
+            / "authors"
+            / source.component.names.folder
+            / f"{_authors_name(source)}{_SUFFIX}"
+        )
         _remove_weights(path.parent, "", keep=path.name)
         exported.append(_exported(write_described(path, theirs, notes), name, "authors"))
     return exported
 
 
 def _with_untrained(
-    config: TrainingConfig, record: RunRecord, found: FoundModel, name: str, trained: Tensors
+    config: TrainingConfig, record: RunRecord, found: ResolvedModel, name: str, trained: Tensors
 ) -> Tensors:
     """The tensors of a whole component: those that were not trained come from the model files.
 
@@ -88,7 +94,7 @@ def _with_untrained(
     """
     if all(n in trained for n, _ in build_empty(found.components[name]).named_parameters()):
         return trained
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
+    with fact_cache_of(config.cache_path) as fact_cache:
         if component_digest(found, name, fact_cache) != record.base[name]:
             raise WeightsError(
                 f"the files of '{name}' are not those that the training began with",
@@ -101,7 +107,7 @@ def _with_untrained(
 
 
 def _write_diffusers(
-    folder: Path, source: Found, tensors: Tensors, notes: Mapping[str, str]
+    folder: Path, source: ComponentFiles, tensors: Tensors, notes: Mapping[str, str]
 ) -> Path:
     """Write a module as `from_pretrained` of its library loads it; returns its file, or its index.
 
@@ -168,7 +174,7 @@ def _remove_weights(folder: Path, stem: str, keep: str | None) -> None:
         remove_older(path)
 
 
-def _write_config(path: Path, source: Found, module: nn.Module) -> None:
+def _write_config(path: Path, source: ComponentFiles, module: nn.Module) -> None:
     """The settings of the module, as the config.json of the library that reads it."""
     if isinstance(module, ConfigMixin):
         write_text(path, module.to_json_string())
@@ -180,11 +186,11 @@ def _write_config(path: Path, source: Found, module: nn.Module) -> None:
         write_text(path, module.config.to_json_string())
 
 
-def _authors_name(source: Found) -> str:
+def _authors_name(source: ComponentFiles) -> str:
     """The name of the file that a component was loaded from, without its ending; that of its folder where
     it was loaded from several, or from a whole checkpoint."""
     alone = len(source.files) == 1 and not source.start
-    return source.files[0].stem if alone else source.component.folder
+    return source.files[0].stem if alone else source.component.names.folder
 
 
 def _exported(path: Path, component: str, target: ExportFormat) -> Exported:
@@ -206,7 +212,7 @@ def _files(path: Path) -> list[Path]:
     return [path, *(path.parent / file for file in sorted({*index["weight_map"].values()}))]
 
 
-def verify_full(exported: Exported, found: FoundModel) -> None:
+def verify_full(exported: Exported, found: ResolvedModel) -> None:
     """Check that a module was written whole, and is the architecture that its config.json names; in the
     layout of the authors, that converting it gives the tensors of the export for diffusers.
 
@@ -250,10 +256,10 @@ def _whole_files(exported: Exported) -> list[Path]:
     return files
 
 
-def _verify_authors(exported: Exported, source: Found) -> None:
+def _verify_authors(exported: Exported, source: ComponentFiles) -> None:
     """Compare a file in the authors' layout with the export for diffusers. Raises `WeightsError`."""
-    folder = exported.path.parents[2] / "diffusers" / source.component.folder
-    given = source.component.convert(read_tensors([exported.path]))
+    folder = exported.path.parents[2] / "diffusers" / source.component.names.folder
+    given = source.component.construction.convert(read_tensors([exported.path]))
     stem = _stem(build_empty(source))
     wanted = read_tensors(sorted(folder.glob(f"{stem}*{_SUFFIX}")))
     wrong = sorted(given.keys() ^ wanted.keys())

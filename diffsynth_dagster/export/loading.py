@@ -16,7 +16,7 @@ def how_to_load(exported: Exported, family: Family, start: Path | None = None) -
     """
     path = exported.path.absolute() if start is None else exported.path.relative_to(start)
     component = family.component(exported.components[0])
-    place = f"pipe.{component.folder}"
+    place = f"pipe.{component.names.folder}"
     if exported.format == "authors":
         return f"# {path} has the authors' names: for ComfyUI and DiffSynth-Studio"
     if exported.kind == "full":
@@ -24,8 +24,10 @@ def how_to_load(exported: Exported, family: Family, start: Path | None = None) -
     if exported.format == "peft":
         return f'{place} = peft.PeftModel.from_pretrained({place}, "{path.parent}")'
     # A second denoiser, whose layers have the names of the first one's.
-    second = family.lora_rules(component.name).folder != component.folder
-    return f'pipe.load_lora_weights("{path}"{f", load_into_{component.folder}=True" * second})'
+    second = family.lora_rules(component.name).folder != component.names.folder
+    return (
+        f'pipe.load_lora_weights("{path}"{f", load_into_{component.names.folder}=True" * second})'
+    )
 
 
 def _class_of(folder: Path) -> str:

@@ -37,10 +37,10 @@ from diffsynth_dagster.training.checkpoint import checkpoint_files
 from diffsynth_dagster.training.lora_formats import export_formats
 from diffsynth_dagster.weights.adapter_files import PEFT_START, layer_of
 from diffsynth_dagster.weights.header import read_header, read_metadata
-from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import build_empty, read_tensors
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY, loras_in
 from diffsynth_dagster.weights.model_spec import write_described
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -64,14 +64,14 @@ def split_modules(
     return modules
 
 
-def export_run(config: TrainingConfig, record: RunRecord, found: FoundModel) -> list[Exported]:
+def export_run(config: TrainingConfig, record: RunRecord, found: ResolvedModel) -> list[Exported]:
     """Choose a checkpoint of a training and write its exports. Raises: see the two functions."""
     chosen = chosen_checkpoint(config, record, found.family)
     return export_checkpoint(config, record, found, chosen)
 
 
 def export_checkpoint(
-    config: TrainingConfig, record: RunRecord, found: FoundModel, chosen: Chosen
+    config: TrainingConfig, record: RunRecord, found: ResolvedModel, chosen: Chosen
 ) -> list[Exported]:
     """Write the exports of a checkpoint into `<output_path>/exports/`.
 
@@ -143,7 +143,7 @@ def _remove_others(folder: Path, exported: Sequence[Exported]) -> None:
 
 def _export_loras(
     folder: Path,
-    found: FoundModel,
+    found: ResolvedModel,
     name: LoraFormat,
     loras: Mapping[str, Lora],
     provenance: Mapping[str, object],
@@ -152,7 +152,7 @@ def _export_loras(
     family = found.family
     files = _in_files(found, loras)
     if name == "peft" and len(loras) > 1:
-        files = {family.component(part).folder: {part: loras[part]} for part in loras}
+        files = {family.component(part).names.folder: {part: loras[part]} for part in loras}
     exported: list[Exported] = []
     for place, own in files.items():
         rules = {component: family.lora_rules(component) for component in own}
@@ -170,17 +170,17 @@ def _export_loras(
     return exported
 
 
-def _in_files(found: FoundModel, trained: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
+def _in_files(found: ResolvedModel, trained: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
     """Folder of a file → component → what is trained. All in one, unless two would have equal names."""
     starts = [found.family.lora_rules(name).folder for name in trained]
     if len(set(starts)) == len(starts):
         return {"": dict(trained)}
-    return {found.family.component(name).folder: {name: trained[name]} for name in trained}
+    return {found.family.component(name).names.folder: {name: trained[name]} for name in trained}
 
 
 def _export_adapters(
     folder: Path,
-    found: FoundModel,
+    found: ResolvedModel,
     trained: Mapping[str, Tensors],
     record: RunRecord,
     provenance: Mapping[str, object],
@@ -212,7 +212,7 @@ def _export_adapters(
 
 def _export_peft(
     folder: Path,
-    found: FoundModel,
+    found: ResolvedModel,
     name: str,
     tensors: Tensors,
     record: RunRecord,
@@ -220,7 +220,7 @@ def _export_peft(
 ) -> Exported:
     """Write what is trained in the layers of a component as peft's `PeftModel` loads it."""
     assert record.lora is not None
-    target = folder / found.family.component(name).folder
+    target = folder / found.family.component(name).names.folder
     settings = peft_settings(record.lora, sorted({layer_of(tensor) for tensor in tensors}))
     named = {PEFT_START + tensor: values for tensor, values in tensors.items()}
     notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
@@ -248,7 +248,7 @@ ROUNDING = 1e-5
 """The largest relative difference of the change of a layer that counts as rounding."""
 
 
-def verify_export(exported: Exported, found: FoundModel) -> None:
+def verify_export(exported: Exported, found: ResolvedModel) -> None:
     """Load an exported file the way the tool it is for does, into a module on the meta device.
 
     Raises:
@@ -285,7 +285,7 @@ def verify_export(exported: Exported, found: FoundModel) -> None:
 
 
 def _load_dora(
-    exported: Exported, found: FoundModel, tensors: Tensors, notes: Mapping[str, str]
+    exported: Exported, found: ResolvedModel, tensors: Tensors, notes: Mapping[str, str]
 ) -> None:
     """Load a DoRA as diffusers does. Raises `WeightsError`: it leaves tensors out."""
     taken = 0
@@ -301,7 +301,7 @@ def _load_dora(
         raise unloadable(exported, f"it takes {taken} of {len(tensors)} tensors")
 
 
-def _load_by_peft(exported: Exported, found: FoundModel, tensors: Tensors) -> None:
+def _load_by_peft(exported: Exported, found: ResolvedModel, tensors: Tensors) -> None:
     """Load an exported file as peft does. Raises `WeightsError`: it leaves tensors out."""
     module = build_empty(found.components[exported.components[0]])
     try:

@@ -10,30 +10,39 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import Geometry
+from diffsynth_dagster.families.component import (
+    Component,
+    ComponentNames,
+    Construction,
+    Part,
+    Recognition,
+    Settings,
+    Tokenizer,
+)
 from diffsynth_dagster.families.limits import TokenLimit
 from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.making import Clip, SampleRequest, Sampling, Tensors
 from diffsynth_dagster.families.requirements import Refusal, Shapes
-from diffsynth_dagster.objective.path import NoisingPath
+from diffsynth_dagster.objective.noising import Noising
 
-Settings = dict[str, object]
-"""Keyword arguments of a class of diffusers, or of the config of a class of transformers."""
 Loaded = Mapping[str, Any]
 """Component name → the module or tokenizer that was loaded."""
 
 __all__ = [
     "Clip",
     "Component",
+    "ComponentNames",
+    "Construction",
     "Denoiser",
     "Family",
     "Loaded",
     "Output",
     "Part",
+    "Recognition",
     "Sample",
     "SampleRequest",
     "Sampling",
@@ -43,110 +52,6 @@ __all__ = [
     "Tensors",
     "Tokenizer",
 ]
-
-
-@dataclass(frozen=True)
-class Component:
-    """A module of the model that has weights of its own.
-
-    Attributes:
-        name: what `trainable_models` and `lora_base_model` call it (`dit`, `vae`, …).
-        folder: its folder in the diffusers layout, which is also its prefix in diffusers' LoRAs.
-        signatures: for each accepted layout a few tensor names. Files that hold all names of one
-            signature are this component; no other component's files hold them.
-        kind: its class in diffusers or transformers.
-        settings: shapes of the converted tensors → settings of the class, for files without a
-            config.json.
-        convert: tensors of any accepted layout → the names (and tensors) of the built module.
-            Works on meta tensors too, and leaves tensors that have the module's names alone.
-        origin: globs of its files in the repositories of the original layout. They show which
-            component an entry of the model list is before any file is there.
-        prefix: how the names of its tensors start in checkpoints; `pipe.<name>.` when left out.
-        may_lack: modules of it that its files may leave out altogether, such as the decoder of a
-            VAE that only encodes. The built module then has None in their place.
-        inside: how the names of its tensors start in a file that holds several components (a whole
-            checkpoint), or in one whose writer put something before all names. Behind that they are
-            in one of the layouts of `signatures`.
-        known_by: what the path of its files contains, for a component whose tensors have the names
-            and shapes of another's (the experts of Wan2.2). Where the model list has one of the
-            two alone, it is taken for the other one, which has no such mark.
-        lora: what its LoRAs are called; None where no tool loads one into it.
-        other_kinds: start of tensor names → the class of modules that have such tensors, where
-            that is not `kind`.
-        fixed: settings that hold whatever the config.json or the shapes say.
-    """
-
-    name: str
-    folder: str
-    signatures: tuple[tuple[str, ...], ...]
-    kind: type[nn.Module]
-    settings: Callable[[Shapes], Settings]
-    convert: Callable[[Tensors], Tensors] = field(default=lambda tensors: tensors)
-    origin: tuple[str, ...] = ()
-    prefix: str = ""
-    inside: tuple[str, ...] = ()
-    may_lack: tuple[str, ...] = ()
-    known_by: tuple[str, ...] = ()
-    lora: LoraRules | None = None
-    other_kinds: Mapping[str, type[nn.Module]] = field(default_factory=dict[str, type[nn.Module]])
-    fixed: Mapping[str, object] = field(default_factory=dict[str, object])
-
-    def kind_of(self, shapes: Shapes) -> type[nn.Module]:
-        """The class of the module with these tensors."""
-        for start, kind in self.other_kinds.items():
-            if any(name.startswith(start) for name in shapes):
-                return kind
-        return self.kind
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """What its config.json may call the architecture. A config.json beside the files that
-        names another one is not this component's, and the settings come from the shapes."""
-        return tuple(kind.__name__ for kind in (self.kind, *self.other_kinds.values()))
-
-
-@dataclass(frozen=True)
-class Part:
-    """Tensors of a component that are trained under a name of their own (VACE in Wan).
-
-    Attributes:
-        of: the component that holds them.
-        starts: how their names in the module start.
-        without: starts of names that do not belong to the part.
-        lora: see `Component`.
-    """
-
-    name: str
-    of: str
-    starts: tuple[str, ...]
-    without: tuple[str, ...] = ()
-    lora: LoraRules | None = None
-
-    def holds(self, tensor: str) -> bool:
-        """Whether a tensor of the component belongs to the part."""
-        return tensor.startswith(self.starts) and not tensor.startswith(self.without)
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """Files that turn text into tokens: no weights, but part of what a cached sample depends on.
-
-    Attributes:
-        name: key in `Loaded`.
-        parameter: the parameter that names its folder.
-        default: `repository:folder/` on ModelScope where the parameter is left out and no folder
-            of this name lies beside the model files.
-        load: folder → tokenizer.
-        markers: special tokens that the family's prompts contain, such as `<|im_start|>`. The
-            tokenizer must turn each into exactly one token; one that splits a marker was loaded
-            from an incomplete folder, and is refused. Empty for an image processor.
-    """
-
-    name: str
-    parameter: str
-    default: str
-    load: Callable[[str], Any]
-    markers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -241,7 +146,7 @@ class Family:
         denoisers: the components whose prediction is trained: one, or several that share the schedule.
         denoise: (the denoiser at work, loaded components, conditions, x_t by target, t (B,) in
             [0, 1000]) → prediction by target.
-        path: (config, settings of the scheduler that is published with the denoiser; empty where
+        noising: (config, settings of the scheduler that is published with the denoiser; empty where
             there are none) → the noising path. Raises `ParameterError`.
         inference_sigmas: (number of steps, clean latents by target) → sigmas of the published
             sampler, float32 (steps + 1,) from the most noise down to 0. None: the family cannot be
@@ -273,7 +178,7 @@ class Family:
     stages: tuple[Stage, ...]
     denoisers: tuple[Denoiser, ...]
     denoise: Callable[[Any, Loaded, Tensors, Tensors, torch.Tensor], Tensors]
-    path: Callable[[TrainingConfig, Settings], NoisingPath]
+    noising: Callable[[TrainingConfig, Settings], Noising]
     geometry: Geometry
     sampling: Sampling
     inference_sigmas: Callable[[int, Tensors], torch.Tensor] | None = None
@@ -321,7 +226,7 @@ class Family:
                 return part
         inside = tuple(start for p in self.parts if p.of == name for start in p.starts)
         component = self.component(name)
-        return Part(component.name, name, ("",), inside, component.lora)
+        return Part(component.name, name, ("",), inside, component.names.lora)
 
     def lora_rules(self, name: str) -> LoraRules:
         """What LoRAs of a component or part, which may get one, are called."""
@@ -331,24 +236,8 @@ class Family:
 
     def prefix(self, name: str) -> str:
         """How the checkpoint names of a trainable name start."""
-        own = {c.name: c.prefix for c in self.components}
+        own = {c.name: c.names.prefix for c in self.components}
         return own.get(name) or f"pipe.{name}."
-
-    def cached_stages(self, trained: frozenset[str]) -> tuple[Stage, ...]:
-        """The stages that use, themselves and upstream, nothing that is trained."""
-        changed = {self.part(name).of for name in trained}
-        cached: list[Stage] = []
-        names: set[str] = set()
-        for stage in self.stages:
-            if changed.isdisjoint(stage.uses) and names.issuperset(stage.needs):
-                cached.append(stage)
-                names.add(stage.name)
-        return tuple(cached)
-
-    def step_stages(self, trained: frozenset[str]) -> tuple[Stage, ...]:
-        """The stages that run inside the training step."""
-        cached = self.cached_stages(trained)
-        return tuple(stage for stage in self.stages if stage not in cached)
 
     @property
     def text_stages(self) -> tuple[Stage, ...]:

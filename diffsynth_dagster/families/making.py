@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffsynth_dagster.config.entries import model_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.objective.path import NoisingPath
+from diffsynth_dagster.objective.noising import Noising
 
 Tensors = dict[str, torch.Tensor]
 
@@ -27,7 +27,7 @@ class SampleRequest:
     `negative_prompt` where there is guidance: of `cfg_scale`, or for a denoiser that has one in
     `cfg_scales` of that. `known` are masks of what is given of a target, and `given` the
     clean latents of these targets. `num_frames` is 1 and `frame_rate` None for a family without
-    videos. `path` is the noising path that the model is trained on: its sampler has to undo the
+    videos. `noising` is the noising path that the model is trained on: its sampler has to undo the
     same.
     """
 
@@ -40,7 +40,7 @@ class SampleRequest:
     num_inference_steps: int
     cfg_scale: float
     generators: list[torch.Generator]
-    path: NoisingPath
+    noising: Noising
     known: Tensors = field(default_factory=Tensors)
     given: Tensors = field(default_factory=Tensors)
     cfg_scales: Mapping[str, float] = field(default_factory=dict[str, float])

@@ -1,4 +1,5 @@
-"""LoRA files by the names of each tool: one module for each format, with `write`, `read`, `try_load`."""
+"""LoRA files as different tools name their tensors: one module per format, each with `write`,
+`read` and `try_load`."""
 
 from importlib import import_module
 from typing import get_args
@@ -10,7 +11,8 @@ FORMATS: tuple[LoraFormat, ...] = get_args(LoraFormat)
 
 
 def find_format(name: LoraFormat) -> Format:
-    """The format of this name."""
+    """The format with this name."""
+    # Imported on demand: some formats import peft, which is slow.
     return import_module(f"diffsynth_dagster.formats.{name}").FORMAT
 
 

@@ -1,5 +1,5 @@
-"""LoRAs as ComfyUI has them, and as most other tools read them: `diffusion_model.` and the authors'
-names, `lora_A`, `lora_B` and `alpha`."""
+"""LoRAs in the format of ComfyUI, which most other tools read too: `diffusion_model.`, then the
+layer by the name that the model's authors give it, then `lora_A`, `lora_B` or `alpha`."""
 
 from torch import nn
 
@@ -34,19 +34,24 @@ def loaded_by_names(
     rules: AllRules,
     formats: tuple[LoraFormat, ...],
 ) -> Lora:
-    """The LoRA of a component as a tool applies it that looks up each layer by its name, in some formats,
-    and takes alpha from tensors alone.
+    """The LoRA of a component as a tool applies it that looks up each layer by name.
+
+    Such a tool takes alpha from tensors only, and ignores the header.
+
+    Args:
+        formats: the formats whose names the tool knows.
 
     Raises:
-        Unread: it would leave keys out.
+        Unread: the tool would skip some keys.
     """
     found = read_all(spelled.tensors, rules, formats).get(name)
     if found is None:
         raise Unread(f"it finds no layer of {name}")
+    # A name may follow the rules of the format and still not be a layer of this model.
     layers = dict(module.named_modules())
-    strange = next((layer for layer in found.lora.down if layer not in layers), None)
-    if strange is not None:
-        raise Unread(f"it finds no layer '{strange}'")
+    unknown = next((layer for layer in found.lora.down if layer not in layers), None)
+    if unknown is not None:
+        raise Unread(f"it finds no layer '{unknown}'")
     return found.lora
 
 

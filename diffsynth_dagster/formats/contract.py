@@ -1,4 +1,4 @@
-"""What a LoRA format is."""
+"""The contract of a LoRA format."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,22 +10,23 @@ from diffsynth_dagster.families.lora import Lora, LoraRules
 from diffsynth_dagster.families.making import Tensors
 
 
+# Not a `UserError`: whoever reads a file knows its path and what to tell the user.
 class Unread(ValueError):
-    """A file that is not understood whole."""
+    """Some key of a file is not understood, or a tool would not apply all of the file."""
 
 
 Loras = Mapping[str, Lora]
-"""Component → its LoRA, by the names of the module's layers."""
+"""Component → its LoRA, whose layers have the names of the module."""
 AllRules = Mapping[str, LoraRules]
-"""Component → its rules; a file that names no component is one of the first."""
+"""Component → its rules. A file whose names contain no component belongs to the first one."""
 
 
 @dataclass(frozen=True)
 class Spelled:
-    """What a file holds.
+    """The content of a LoRA file in some format.
 
     Attributes:
-        notes: the text entries of its header that belong to the format.
+        notes: the text entries of the header that belong to the format.
     """
 
     tensors: Tensors
@@ -33,10 +34,10 @@ class Spelled:
 
 
 class Format(Protocol):
-    """A LoRA format: the names that a tool gives the tensors of a file."""
+    """A LoRA format: how a tool names the tensors of a file."""
 
     def write(self, loras: Loras, rules: AllRules) -> Spelled:
-        """The LoRAs of some components as one file.
+        """Convert the LoRAs of components to the content of one file.
 
         Raises:
             KeyError: a layer has no name in this format.
@@ -44,7 +45,7 @@ class Format(Protocol):
         ...
 
     def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
-        """The LoRAs in a file of this format.
+        """Component → its LoRA, from the tensors of a file of this format.
 
         Raises:
             Unread: a key is not understood.
@@ -52,12 +53,14 @@ class Format(Protocol):
         ...
 
     def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
-        """The LoRA of a component as the tool that the format is meant for applies it.
+        """The LoRA of a component as the tool that the format is made for would apply it.
+
+        An export is verified this way: the result must equal the LoRA that was trained.
 
         Args:
-            module: the component's, which may be on the meta device. It is changed.
+            module: the module of the component, possibly on the meta device. It is modified.
 
         Raises:
-            Unread: the tool refuses the file, or leaves keys out.
+            Unread: the tool refuses the file or skips some of its keys.
         """
         ...

@@ -1,4 +1,4 @@
-"""LoRAs as the pipelines of diffusers load them: `<folder>.<layer>.lora_A.weight`, with alpha = rank."""
+"""LoRAs in the format of diffusers: `<folder>.<layer>.lora_A.weight`, with alpha = rank."""
 
 import json
 from typing import Any
@@ -12,9 +12,9 @@ from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled, Unread
 from diffsynth_dagster.formats.reading import read_all, read_as
 
 ADAPTER_KEY = "lora_adapter_metadata"
-"""Entry of the header with peft's settings."""
+"""Entry of a file's header with the settings of peft."""
 REFUSALS = (ValueError, KeyError, RuntimeError, TypeError, AssertionError, AttributeError)
-"""What loaders of diffusers and peft raise."""
+"""The exceptions by which diffusers and peft refuse a file."""
 
 
 class Diffusers:
@@ -24,6 +24,7 @@ class Diffusers:
         tensors: Tensors = {}
         settings: dict[str, object] = {}
         for name, lora in loras.items():
+            # s is folded into B, since pipelines that ignore the header take alpha = rank.
             folder, folded = rules[name].folder, lora.folded()
             for layer, a in folded.down.items():
                 tensors[f"{folder}.{layer}.lora_A.weight"] = a
@@ -41,6 +42,7 @@ class Diffusers:
             rules[name].load(hollow(module), dict(spelled.tensors), settings)
         except REFUSALS as error:
             raise Unread(str(error)) from error
+        # The loaders skip layers that they do not find, some without an error.
         taken = applied(module)
         left_out = [layer for layer in wanted if layer not in taken.down]
         if left_out:
@@ -51,10 +53,10 @@ class Diffusers:
 
 
 def dora_settings(folder: str, tensors: Tensors, rank: int, alpha: float) -> dict[str, object]:
-    """The settings of a DoRA in the header of a file for diffusers' pipelines.
+    """The settings of a DoRA for the header of a file for diffusers' pipelines.
 
     Args:
-        tensors: `<layer>.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector`.
+        tensors: named `<layer>.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector`.
     """
     return {
         f"{folder}.r": rank,
@@ -65,20 +67,24 @@ def dora_settings(folder: str, tensors: Tensors, rank: int, alpha: float) -> dic
 
 
 def peft_settings(lora: Lora) -> dict[str, Any]:
-    """The settings of peft's LoraConfig for a LoRA whose scale is 1 everywhere."""
+    """The settings of peft's LoraConfig for a LoRA whose scale is 1 in every layer."""
     ranks = {layer: len(a) for layer, a in lora.down.items()}
     rank = max(ranks.values(), default=0)
-    others = {layer: own for layer, own in ranks.items() if own != rank}
+    # A scale of 1 means alpha = rank, so layers of another rank need another alpha, too.
+    others = {layer: layer_rank for layer, layer_rank in ranks.items() if layer_rank != rank}
     patterns = {"rank_pattern": others, "alpha_pattern": others} if others else {}
     return {"r": rank, "lora_alpha": rank, "target_modules": sorted(ranks), **patterns}
 
 
 def hollow(module: nn.Module) -> nn.Module:
-    """A module whose weights on the meta device are zeros that take no memory: peft puts a LoRA where the
-    weights of its layer are, and on the meta device it would have no values."""
+    """Replace weights on the meta device by zeros that take almost no memory; returns the module.
+
+    peft puts a LoRA on the device of its layer. On the meta device the LoRA would have no values.
+    """
     for layer in module.modules():
         for name, weight in [*layer.named_parameters(recurse=False)]:
             if weight.is_meta:
+                # `expand` gives all elements of the shape the same place in memory.
                 zeros = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
                 setattr(layer, name, nn.Parameter(zeros, requires_grad=False))
         for name, buffer in [*layer.named_buffers(recurse=False)]:
@@ -88,7 +94,7 @@ def hollow(module: nn.Module) -> nn.Module:
 
 
 def applied(module: nn.Module) -> Lora:
-    """The LoRA in the layers of a module, as peft applies it."""
+    """Read the LoRA that peft has put into the layers of a module."""
     down: Tensors = {}
     up: Tensors = {}
     scale: dict[str, float] = {}

@@ -1,5 +1,5 @@
-"""LoRAs as DiffSynth-Studio's trainer writes them: its names of layers without a start, or behind
-`pipe.<component>.`, and `.default` behind lora_A and lora_B. They have no alpha."""
+"""LoRAs in the format of DiffSynth-Studio's trainer: its own names of layers, without a prefix or
+with `pipe.<component>.`, and `.default` after lora_A and lora_B. They have no alpha."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,8 @@ class Guide:
     """See `Format`.
 
     Attributes:
-        starts: component → how the names of its layers start; left out, with nothing for the first one.
+        starts: component → prefix of its layers. Without an entry it is empty for the first
+            component, and `pipe.<component>.` for others.
     """
 
     starts: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -1,5 +1,5 @@
-"""LoRAs as kohya's scripts write them, and ComfyUI reads: `lora_unet_` and the authors' names with `_`
-for each dot, `lora_down`, `lora_up` and `alpha`."""
+"""LoRAs in the format of kohya's scripts, which ComfyUI reads too: `lora_unet_`, then the layer by
+its authors' name with `_` for each dot, then `lora_down`, `lora_up` or `alpha`."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""What formats have in common in writing."""
+"""What several formats share when they write files."""
 
 import torch
 
@@ -8,18 +8,19 @@ from diffsynth_dagster.formats.reading import names_in
 
 
 def renamed(format_name: LoraFormat, lora: Lora, rules: LoraRules) -> Lora:
-    """A LoRA by the names of its layers in a format.
+    """Rename the layers of a LoRA to their names in a format.
 
     Raises:
-        KeyError: a layer has no name there.
+        KeyError: a layer has no name in the format.
     """
     names = names_in(format_name, rules)
+    # Some tools ignore the alphas of these components: multiply s into B, so that alpha = rank.
     lora = lora.folded() if rules.folds else lora
     return lora if names is None else names.to_theirs(lora)
 
 
 def lora_of(tensors: Tensors, scale: float) -> Lora:
-    """The LoRA in tensors `<layer>.lora_A.weight`, `.lora_B.weight`, with one s for all."""
+    """The LoRA in tensors `<layer>.lora_A.weight` and `.lora_B.weight`, with one s for all layers."""
     down, up = (
         {n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)}
         for end in (".lora_A.weight", ".lora_B.weight")
@@ -28,10 +29,11 @@ def lora_of(tensors: Tensors, scale: float) -> Lora:
 
 
 def with_dots(start: str, lora: Lora, alphas: bool, infix: str = "") -> Tensors:
-    """The tensors `<start><layer>.lora_A.weight`, `.lora_B.weight`, and `.alpha` () if asked.
+    """Name the tensors of a LoRA `<start><layer>.lora_A.weight`, `.lora_B.weight` and `.alpha`.
 
     Args:
-        infix: what stands behind `lora_A` and `lora_B`.
+        alphas: whether to write alpha, a tensor of shape ().
+        infix: text after `lora_A` and `lora_B`.
     """
     tensors: Tensors = {}
     for layer, a in lora.down.items():

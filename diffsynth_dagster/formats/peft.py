@@ -1,5 +1,5 @@
-"""LoRAs as peft's `PeftModel` loads them: `base_model.model.<layer>.lora_A.weight`, of one component, and
-the settings as `adapter_config.json`, which is kept in the notes."""
+"""LoRAs in the format of peft's `PeftModel`: `base_model.model.<layer>.lora_A.weight`, for one
+component. The settings are a file `adapter_config.json`, whose text is kept in the notes."""
 
 import json
 
@@ -15,7 +15,7 @@ from diffsynth_dagster.formats.reading import read_as
 
 START = "base_model.model."
 CONFIG = "adapter_config.json"
-"""Name of the file with the settings, and of the note that holds its text."""
+"""Name of the settings file, and of the note with its text."""
 
 
 class Peft:
@@ -25,8 +25,9 @@ class Peft:
         assert len(loras) == 1, "a file of peft is for one module"
         (lora,) = loras.values()
         folded = lora.folded()
-        said = LoraConfig(**peft_settings(folded), inference_mode=True).to_dict()
-        plain = {n: sorted(v) if isinstance(v, set) else v for n, v in said.items()}
+        settings = LoraConfig(**peft_settings(folded), inference_mode=True).to_dict()
+        # JSON has no sets; sorted, since their order changes from process to process.
+        plain = {n: sorted(v) if isinstance(v, set) else v for n, v in settings.items()}
         text = json.dumps(plain, indent=2, sort_keys=True) + "\n"
         return Spelled(with_dots(START, folded, alphas=False), {CONFIG: text})
 
@@ -34,10 +35,12 @@ class Peft:
         return read_as("peft", tensors, rules)
 
     def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
-        said = {n: v for n, v in json.loads(spelled.notes[CONFIG]).items() if n != "peft_type"}
+        # `LoraConfig` sets `peft_type` itself and does not take it as an argument.
+        entries = json.loads(spelled.notes[CONFIG])
+        settings = {n: v for n, v in entries.items() if n != "peft_type"}
         tensors = {n.removeprefix(START): t for n, t in spelled.tensors.items()}
         try:
-            inject_adapter_in_model(LoraConfig(**said), hollow(module), low_cpu_mem_usage=True)
+            inject_adapter_in_model(LoraConfig(**settings), hollow(module), low_cpu_mem_usage=True)
             loaded = set_peft_model_state_dict(module, tensors, low_cpu_mem_usage=True)
         except REFUSALS as error:
             raise Unread(str(error)) from error

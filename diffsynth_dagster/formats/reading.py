@@ -1,7 +1,7 @@
-"""Reading LoRA files of any tool, key by key: what is not understood whole is refused.
+"""Read LoRA files of any tool, key by key. A file is refused if one of its keys is not understood.
 
-A key is what starts the names of a component, the name of a layer (by diffusers, the model's authors or
-DiffSynth-Studio, with dots or with underscores), and which half of the LoRA it is.
+A key consists of a prefix of the component, the name of a layer (as diffusers, the model's authors
+or DiffSynth-Studio call it, with dots or underscores), and a suffix for A or B.
 """
 
 import re
@@ -19,20 +19,22 @@ _HALVES = tuple(
     for end in (
         r"\.lora_(?P<half>A|B|down|up)(?:\.default(?:_\d+)?)?",
         r"\.lora(?:_linear_layer)?\.(?P<half>down|up)",  # early versions of diffusers
-        r"_lora\.(?P<half>down|up)",  # its processors, and XLabs' of single blocks
-        r"(?<=_lora[12])\.(?P<half>down|up)",  # XLabs' of double blocks
+        r"_lora\.(?P<half>down|up)",  # attention processors of diffusers; XLabs, single blocks
+        r"(?<=_lora[12])\.(?P<half>down|up)",  # XLabs, double blocks
     )
 )
+"""Patterns of whole keys, by the suffixes of different tools."""
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)$")
+"""End of a layer's name in files for attention processors of early diffusers."""
 _PEFT = "base_model.model."
 _DENOISER = "diffusion_model"
 _OTHER_KOHYA = ("lora_unet__", "lora_transformer_")
-"""What other scripts (Wan-Fun's, OneTrainer's) have in place of kohya's `lora_unet_`."""
+"""Prefixes of other scripts (Wan-Fun, OneTrainer) in place of kohya's `lora_unet_`."""
 
 
 @dataclass
 class _Layer:
-    """What a file holds of a layer; `key` is the first of its names."""
+    """The tensors of a layer in a file; `key` is the first of their keys."""
 
     key: str
     down: torch.Tensor | None = None
@@ -42,13 +44,14 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Start:
-    """How the names of a component's layers may start.
+    """A prefix that the names of a component's layers may have.
 
     Attributes:
-        names: who may have named the layers.
-        own: whether they may have diffusers' names.
-        saved: whether checkpoints of this trainer start so, or with nothing: parts of a component may
-            start differently there.
+        text: the prefix.
+        names: the namings that may follow it.
+        own: whether the names of diffusers, which the modules here have, may follow it.
+        saved: whether checkpoints of this trainer have this prefix. In these, layers of one
+            component may have different prefixes.
     """
 
     text: str
@@ -59,20 +62,20 @@ class _Start:
 
     @property
     def underscores(self) -> bool:
-        """Whether the rest of the name has underscores for its dots."""
+        """Whether the rest of the name has underscores in place of dots."""
         return self.text.startswith("lora_")
 
 
 @dataclass
 class ReadLora:
-    """The LoRA of a component, as a file holds it.
+    """The LoRA of a component, read from a file.
 
     Attributes:
-        start: how the names of its layers start.
+        start: prefix of the names of its layers.
         key: its first key.
-        lora: by the names of the module's layers, if they are known. Where the file gives no alpha,
-            alpha is the rank.
-        alphas: the layers for which it gives one.
+        lora: its layers have the names of the module, as far as these are known. If the file gives
+            no alpha of a layer, alpha is the rank.
+        alphas: the layers whose alpha the file gives.
         unknown: the first key whose layer is in no table of names, if there is one.
     """
 
@@ -83,7 +86,7 @@ class ReadLora:
     unknown: str | None = None
 
     def add(self, ours: Lora, has_alpha: bool) -> None:
-        """Take in some layers. Raises `Unread`: one of them is there already."""
+        """Add layers. Raises `Unread`: one of them is present already."""
         twice = next((name for name in ours.down if name in self.lora.down), None)
         if twice is not None:
             raise Unread(f"the layer '{twice}' is there twice, under two names")
@@ -105,94 +108,104 @@ def read_all(
     """Component → its LoRA in a file.
 
     Args:
-        formats: those that are read; left out, all, and the spellings of further tools.
-        prefixes: component → how the names in checkpoints may start; `pipe.<component>.` where it is
-            left out.
+        formats: the formats that are recognised; all if left out, and variants of further tools.
+        prefixes: component → prefixes that its layers have in checkpoints of this trainer;
+            `pipe.<component>.` if left out.
 
     Raises:
-        Unread: with the first key that is not understood; or the file holds no LoRA, or half of one.
+        Unread: a key is not understood (the message names the first one), or the file holds no
+            LoRA, or half of one.
     """
     starts = _starts(rules, formats, prefixes or {})
     saved = {start.text for start in starts if start.saved}
     found: dict[str, ReadLora] = {}
     for name, layer in _layers_of(tensors).items():
+        # The prefixes are sorted by length, so the first match is the longest.
         start = next((s for s in starts if name.startswith(s.text)), None)
         if start is None:
             raise Unread(f"its names start in a way that is not known: {layer.key}")
-        own = found.setdefault(start.component, ReadLora(start.text, layer.key))
-        if own.start != start.text and not (start.saved and own.start in saved):
+        read = found.setdefault(start.component, ReadLora(start.text, layer.key))
+        # Two prefixes would mean that two files were mixed, or that one is misunderstood.
+        if read.start != start.text and not (start.saved and read.start in saved):
             raise Unread(
-                f"the names of layers start in two ways, '{own.start}' ({own.key}) and "
+                f"the names of layers start in two ways, '{read.start}' ({read.key}) and "
                 f"'{start.text}' ({layer.key})"
             )
-        _add(own, name.removeprefix(start.text), layer, start, strict=formats is not None)
+        _add(read, name.removeprefix(start.text), layer, start, strict=formats is not None)
     return found
 
 
 def read_as(name: LoraFormat, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
-    """Component → its LoRA in a file of a format. Raises `Unread`."""
-    return {component: own.lora for component, own in read_all(tensors, rules, [name]).items()}
+    """Component → its LoRA in a file of one format. Raises `Unread`."""
+    return {component: read.lora for component, read in read_all(tensors, rules, [name]).items()}
 
 
-def _add(own: ReadLora, name: str, layer: _Layer, start: _Start, strict: bool) -> None:
-    """Add a layer by the first naming that knows it.
+def _add(read: ReadLora, name: str, layer: _Layer, start: _Start, strict: bool) -> None:
+    """Add a layer to a LoRA, renamed by the first naming that knows it.
 
     Raises:
-        Unread: none does, and the name cannot be one of diffusers'.
+        Unread: no naming knows it, and it cannot be a name of diffusers.
     """
     if start.own and not start.underscores:
+        # `attn.processor.to_out` is the layer `attn.to_out.0` of today's diffusers.
         name = _PROCESSOR.sub(lambda m: f".{m[1]}" + ".0" * (m[1] == "to_out"), name)
     naming = next((n for n in start.names if n.ours(name)), None)
     if naming is None:
         if strict and (start.underscores or not start.own):
             raise Unread(f"the layer is not known: {layer.key}")
-        own.unknown = own.unknown or layer.key
+        # It may be a name of diffusers: whoever has the module can tell.
+        read.unknown = read.unknown or layer.key
     assert layer.down is not None
     assert layer.up is not None
     alpha = len(layer.down) if layer.alpha is None else float(layer.alpha)
     lora = Lora({name: layer.down}, {name: layer.up}, {name: alpha / len(layer.down)})
     try:
-        own.add(lora if naming is None else naming.to_ours(lora), layer.alpha is not None)
-    except RuntimeError as error:  # the heights of layers that stand one above another
+        read.add(lora if naming is None else naming.to_ours(lora), layer.alpha is not None)
+    except RuntimeError as error:  # stacked layers (such as qkv) cannot be split to their sizes
         raise Unread(f"the layer is of another size: {layer.key}: {error}") from error
 
 
 def _starts(
     rules: AllRules, formats: Iterable[LoraFormat] | None, prefixes: Mapping[str, Sequence[str]]
 ) -> list[_Start]:
-    """How the names of layers may start, the longest first."""
+    """The prefixes that names of layers may have, the longest first."""
     wanted = None if formats is None else set(formats)
     found: list[_Start] = []
-    for number, (name, own) in enumerate(rules.items()):
+    # If all formats are read, any prefix may come with any naming. Otherwise every format has its
+    # own naming.
+    for number, (name, lora_rules) in enumerate(rules.items()):
         saved = prefixes.get(name, (f"pipe.{name}.",))
-        bare = ("",) if number == 0 else ()
+        bare = ("",) if number == 0 else ()  # names without a prefix belong to the first component
         if wanted is None:
-            dotted = (*saved, f"{own.folder}.", f"{own.comfyui}.", *bare)
-            denoiser = own.comfyui == _DENOISER
+            dotted = (*saved, f"{lora_rules.folder}.", f"{lora_rules.comfyui}.", *bare)
+            denoiser = lora_rules.comfyui == _DENOISER
             more = (f"model.{_DENOISER}.", "pipe.") if denoiser else ()
             dotted = (*dotted, *more)
-            kohya = (*own.kohya, *(_OTHER_KOHYA if denoiser else ()))
+            kohya = (*lora_rules.kohya, *(_OTHER_KOHYA if denoiser else ()))
+            # peft puts its own prefix before any other.
             texts = (*dotted, *(_PEFT + text for text in dotted), *kohya)
-            kept = (*saved, *bare)
-            found += [_Start(t, name, _all_names(own), True, t in kept) for t in texts]
+            in_checkpoints = (*saved, *bare)
+            found += [
+                _Start(t, name, _all_names(lora_rules), True, t in in_checkpoints) for t in texts
+            ]
             continue
         for format_name, texts in (
-            ("diffusers", (f"{own.folder}.",)),
+            ("diffusers", (f"{lora_rules.folder}.",)),
             ("peft", (_PEFT,)),
-            ("comfyui", (f"{own.comfyui}.",)),
+            ("comfyui", (f"{lora_rules.comfyui}.",)),
             ("guide", (*saved, *bare)),
-            ("kohya", own.kohya),
+            ("kohya", lora_rules.kohya),
         ):
             if format_name in wanted:
-                names = names_in(format_name, own)
-                given = () if names is None else (names,)
-                kept = format_name == "guide"
-                found += [_Start(text, name, given, names is None, kept) for text in texts]
+                names = names_in(format_name, lora_rules)
+                namings = () if names is None else (names,)
+                is_saved = format_name == "guide"
+                found += [_Start(text, name, namings, names is None, is_saved) for text in texts]
     return sorted(found, key=lambda start: -len(start.text))
 
 
 def names_in(format_name: LoraFormat, rules: LoraRules) -> LayerNames | None:
-    """The names of layers in a format; None for those of diffusers."""
+    """The naming of layers in a format; None if it is that of diffusers."""
     match format_name:
         case "comfyui":
             return rules.authors
@@ -205,17 +218,17 @@ def names_in(format_name: LoraFormat, rules: LoraRules) -> LayerNames | None:
 
 
 def _all_names(rules: LoraRules) -> tuple[LayerNames, ...]:
-    given = (rules.authors, rules.guide, rules.kohya_names)
-    return tuple(names for names in given if names is not None)
+    namings = (rules.authors, rules.guide, rules.kohya_names)
+    return tuple(names for names in namings if names is not None)
 
 
 def _half(key: str) -> re.Match[str] | None:
-    """The layer and the half that a key names; None where it is no half of a LoRA."""
+    """Match a key with the groups `layer` and `half`; None if it is not a half of a LoRA."""
     return next(filter(None, (half.fullmatch(key) for half in _HALVES)), None)
 
 
 def of_loras(tensors: Tensors) -> Tensors:
-    """Of the tensors of a checkpoint those of LoRAs; the others are weights that were trained in full."""
+    """The tensors of a checkpoint that belong to LoRAs. The others are weights trained in full."""
     halves = {key: match["layer"] for key in tensors if (match := _half(key)) is not None}
     layers = set(halves.values())
     return {
@@ -226,13 +239,14 @@ def of_loras(tensors: Tensors) -> Tensors:
 
 
 def _layers_of(tensors: Tensors) -> dict[str, _Layer]:
-    """Name of a layer in a file → what the file holds of it.
+    """Name of a layer in a file → its tensors.
 
     Raises:
-        Unread: a key is of no half and no alpha, or a layer has no two halves of one rank.
+        Unread: a key is neither a half of a LoRA nor an alpha, or a layer lacks one of its halves,
+            or these differ in rank.
     """
     layers: dict[str, _Layer] = {}
-    rest: list[str] = []
+    rest: list[str] = []  # an alpha may come before the halves of its layer
     for key, tensor in tensors.items():
         match = _half(key)
         if match is None:
@@ -245,12 +259,13 @@ def _layers_of(tensors: Tensors) -> dict[str, _Layer]:
             layer.up = tensor
     for key in rest:
         name = key.removesuffix(".alpha")
+        # `x_lora.alpha` is the alpha of layer `x`, as `x_lora.down.weight` is a half of it.
         name = name if name in layers else name.removesuffix("_lora")
         if name == key or name not in layers:
             raise Unread(f"it changes weights in another way than by a plain LoRA: {key}")
         if tensors[key].numel() != 1:
             raise Unread(f"an alpha is no number: {key}")
-        # As in kohya's scripts, an alpha of 0 counts as none.
+        # An alpha of 0 counts as none, as in kohya's scripts.
         layers[name].alpha = tensors[key] if float(tensors[key]) else None
     for layer in layers.values():
         if not _are_halves(layer.down, layer.up):
@@ -261,7 +276,7 @@ def _layers_of(tensors: Tensors) -> dict[str, _Layer]:
 
 
 def _are_halves(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Whether a layer has an A (rank, …) and a B (…, rank) of one rank."""
+    """Whether a layer has A (rank, in, …) and B (out, rank, …) of one rank."""
     if a is None or b is None or min(a.ndim, b.ndim) < 2:
         return False
     return len(a) == b.shape[1] and a.numel() > 0 and b.numel() > 0

@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import UserError, printable, shown
+from diffsynth_dagster.fingerprint import Fingerprint
 from diffsynth_dagster.inspect.subject import Run, Subject
 from diffsynth_dagster.inspect.tables import differences, ranges, tables_of
 from diffsynth_dagster.inspect.told import first
@@ -34,7 +35,7 @@ def compared(one: Subject, other: Subject) -> list[str]:
         *_pair("family", one.said["family"], other.said["family"]),
         *_pair("LoRA", one.said.get("lora"), other.said.get("lora")),
         *_pair("step", one.step, other.step),
-        *_weights(one.said["base"], other.said["base"]),
+        *_pairs(one.said["base"], other.said["base"], "base weights of "),
         *_rows(one, other),
         *_pair("version of diffsynth-dagster", one.said["version"], other.said["version"]),
     ]
@@ -49,7 +50,13 @@ def compared(one: Subject, other: Subject) -> list[str]:
 
 def _pair(name: str, before: object, now: object) -> list[str]:
     """A line where two values differ."""
-    return [] if before == now else [f"{name}: {shown(before)} and {shown(now)}"]
+    return _pairs({name: before}, {name: now})
+
+
+def _pairs(before: Mapping[str, Any], now: Mapping[str, Any], what: str = "") -> list[str]:
+    """A line for each name whose values differ; it begins with `what`."""
+    names = sorted(Fingerprint(before).differs(Fingerprint(now)))
+    return [f"{what}{n}: {shown(before.get(n))} and {shown(now.get(n))}" for n in names]
 
 
 def _tensors(one: Subject, other: Subject) -> list[str]:
@@ -84,16 +91,6 @@ def _tensors(one: Subject, other: Subject) -> list[str]:
     return lines or ["tensors: all are equal"]
 
 
-def _weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The base weights that differ, with their digests."""
-    names = sorted({**before, **now})
-    return [
-        f"base weights of {name}: {before.get(name, 'none')} and {now.get(name, 'none')}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-
-
 def _rows(one: Subject, other: Subject) -> list[str]:
     """The rows that differ, with their numbers."""
     if one.said["samples_digest"] == other.said["samples_digest"]:
@@ -119,19 +116,16 @@ def _records(one: RunRecord, other: RunRecord) -> list[str]:
     """What differs of the parameters, and of what computed."""
     lines: list[str] = []
     if bool(one.parameters) == bool(other.parameters):
-        defaults = {n: f.default for n, f in TrainingConfig.model_fields.items()}
-        for name in sorted({**one.parameters, **other.parameters}):
-            # What is off by default is not recorded where it is off.
-            values = [r.parameters.get(name, defaults.get(name)) for r in (one, other)]
-            lines += _pair(name, *(list(v) if isinstance(v, tuple) else v for v in values))
+        # What is off by default is not recorded where it is off.
+        off = TrainingConfig.model_validate({}).model_dump(mode="json")
+        lines += _pairs({**off, **one.parameters}, {**off, **other.parameters})
     elif one.config_digest != other.config_digest:
         lines.append("parameters: they differ, and a record of an older version does not name them")
     lines += _pair("held-out samples", one.held_out_digest, other.held_out_digest)
     lines += _pair("precision", one.mixed_precision, other.mixed_precision)
     lines += _pair("devices", ", ".join(one.devices), ", ".join(other.devices))
     if one.libraries and other.libraries:
-        for name in sorted({**one.libraries, **other.libraries}):
-            lines += _pair(f"version of {name}", one.libraries.get(name), other.libraries.get(name))
+        lines += _pairs(one.libraries, other.libraries, "version of ")
     elif one.libraries != other.libraries:
         lines.append("versions of the libraries: not recorded for one of the two")
     return lines

@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe import dump_config
 from diffsynth_dagster.data.table.checked import FILE_NAME, PINNED
 from diffsynth_dagster.errors import OutputError, ParameterError, UserError, WeightsError, printable
-from diffsynth_dagster.facts import FactCache, digest_file
+from diffsynth_dagster.facts import FACTS, FactCache, digest_file, fact_cache_of
 from diffsynth_dagster.files import link_whole, write_text
 from diffsynth_dagster.inspect.dataset import changed_files
 from diffsynth_dagster.inspect.subject import CONFIG, Run, Subject
@@ -22,13 +21,13 @@ from diffsynth_dagster.inspect.tables import Tables, held_out_tables, tables_of
 from diffsynth_dagster.inspect.told import first
 from diffsynth_dagster.run.start import STARTS, config_digest
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import component_digest
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 _PATHS = ("dataset_base_path", "dataset_metadata_path", "validation_metadata_path", "cache_path")
 _COPIES = {"dataset_metadata_path": "metadata", "validation_metadata_path": "held_out"}
 _SHOWN = 20
-_FACTS = "facts.sqlite"
 _FILES = ("lora_checkpoint", "resume_from_checkpoint", "preset_lora_path")
 
 
@@ -196,8 +195,8 @@ def _base_lines(run: Run, recipe: TrainingConfig) -> list[str]:
         needed = {*found.components, *found.tokenizers, *STARTS}
         base = {name: digest for name, digest in base.items() if name in needed}
     with tempfile.TemporaryDirectory() as folder:
-        known = Path(recipe.cache_path) / _FACTS
-        with closing(FactCache(known if known.is_file() else Path(folder) / _FACTS)) as cache:
+        known = (Path(recipe.cache_path) / FACTS).is_file()
+        with fact_cache_of(recipe.cache_path if known else folder) as cache:
             now = _digests(base, recipe, found, cache)
     return [
         printable(f"  {name} {digest}" if now[name] == digest else f"warning: {name}: {now[name]}")
@@ -206,7 +205,7 @@ def _base_lines(run: Run, recipe: TrainingConfig) -> list[str]:
 
 
 def _digests(
-    names: Mapping[str, str], recipe: TrainingConfig, found: FoundModel, cache: FactCache
+    names: Mapping[str, str], recipe: TrainingConfig, found: ResolvedModel, cache: FactCache
 ) -> dict[str, str]:
     """Component, or parameter that names a file to start from → its digest now, or what is wrong."""
     digests: dict[str, str] = {}

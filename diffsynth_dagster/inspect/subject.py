@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,6 @@ from diffsynth_dagster.run.record import RunRecord
 from diffsynth_dagster.weights.header import (
     PROVENANCE_KEY,
     Header,
-    bits_of,
     read_header,
     read_metadata,
 )
@@ -101,13 +99,6 @@ class Subject:
     notes: Mapping[str, str]
     said: Mapping[str, Any]
     run: Run | None
-
-    @property
-    def bytes(self) -> int:
-        """Of its tensors; of a file of PyTorch, which says less in its header, of the whole file."""
-        if self.path.suffix != ".safetensors":
-            return self.path.stat().st_size
-        return sum(prod(info.shape) * bits_of(info) for info in self.header.values()) // 8
 
     @cached_property
     def checkpoint(self) -> str | None:

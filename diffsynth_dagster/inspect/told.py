@@ -25,7 +25,9 @@ def told(subject: Subject) -> list[str]:
     lines += _provenance(subject) if subject.said else _foreign(subject)
     types = Counter(info.dtype for info in subject.header.values())
     counted = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
-    lines += line("content", f"{len(subject.header)} tensors ({counted}), {subject.bytes} bytes")
+    lines += line(
+        "content", f"{len(subject.header)} tensors ({counted}), {subject.path.stat().st_size} bytes"
+    )
     for name in _SHOWN:
         if _SPEC + name in subject.notes:
             lines += line(f"  {name}", subject.notes[_SPEC + name])

@@ -1,1 +1,1 @@
-"""Writes a recipe for a data set, from a template: `python -m diffsynth_dagster.new`."""
+"""Write a recipe for a data set from a template: `python -m diffsynth_dagster.new`."""

@@ -1,8 +1,10 @@
-"""`python -m diffsynth_dagster.new NAME --family … --data FOLDER`: write a recipe for your data set.
+"""`python -m diffsynth_dagster.new NAME --family … --data FOLDER`: write a recipe for your data
+set.
 
-It looks at every row and every file, and at no weight. What it chooses, and why, stands in the recipe. In an
-empty folder, `workspace.yaml` and `dagster_home/dagster.yaml` are written too. Where it fails, it leaves nothing
-behind. Exit code 0 if the recipe is there, 2 if not.
+It checks every row and every file of the data set, and reads no weights. Comments in the recipe say
+what it chose and why. In an empty folder it also writes `workspace.yaml` and
+`dagster_home/dagster.yaml`. If it fails, it leaves no files behind. The exit code is 0 if the
+recipe was written, 2 if not.
 """
 
 import argparse
@@ -57,10 +59,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write a recipe; prints what was found and written, and what to do next.
+    """Write a recipe, print what was found and what to do next, and return the exit code.
 
     Args:
-        arguments: of the command line; left out, those of the process.
+        arguments: of the command line; `sys.argv[1:]` if left out.
     """
     flags = parser()
     given = flags.parse_args(arguments)
@@ -72,21 +74,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags.error("give a NAME, --data, and --family or --template")
     with FailureGuard(failure_reporter()) as guard:
         template = plain_template(given.family) if given.family else find_template(given.template)
+        # If the environment sets the folder of recipes, paths start from the working directory.
         root = Path.cwd() if os.environ.get(VARIABLE) else project_root()
         models = tuple(os.path.abspath(path) for path in given.models)
         asked = Asked(given.name, root, find_data(given.data), models, given.trigger)
         made = make_recipe(asked, template)
-        for line in (*_told(asked, made), "", *_next(asked, made)):
+        for line in (*_report(asked, made), "", *_next_steps(asked, made)):
             print(line)
     return guard.code
 
 
-def _told(asked: Asked, made: Made) -> Iterator[str]:
-    """What was found, and what was written."""
+def _report(asked: Asked, made: Made) -> Iterator[str]:
+    """Lines about what was found and written."""
     found, course = made.found, made.course
     where = asked.written(asked.data.table or asked.data.base)
     yield f"{where}: {found.summary}; {found.described}"
-    for text in (*found.warnings, *_lacking(asked, made)):
+    for text in (*found.warnings, *_missing_models(asked, made)):
         yield f"warning: {text}"
     for path in made.files:
         yield f"wrote {asked.written(path)}"
@@ -98,15 +101,15 @@ def _told(asked: Asked, made: Made) -> Iterator[str]:
     )
 
 
-def _lacking(asked: Asked, made: Made) -> Iterator[str]:
-    """Files of models that the template leaves to the user to name, and that are not there."""
+def _missing_models(asked: Asked, made: Made) -> Iterator[str]:
+    """Warnings about model files of the template that do not exist. The user must provide these."""
     for path in () if asked.models else made.config.model_paths:
         if isinstance(path, str) and not glob(path):
             yield f"{asked.written(path)} is not there: put the file there, or correct model_paths"
 
 
-def _next(asked: Asked, made: Made) -> Iterator[str]:
-    """The commands to give next."""
+def _next_steps(asked: Asked, made: Made) -> Iterator[str]:
+    """The commands to run next."""
     recipe = shlex.quote(asked.written(made.files[-1]))
     job = f"train_{identifier(asked.name)}"
     python, dagster, accelerate = (
@@ -128,9 +131,9 @@ def _next(asked: Asked, made: Made) -> Iterator[str]:
 
 
 def _command(name: str, root: Path) -> str:
-    """How a command of this Python's environment is called from the root."""
+    """How to call a command of this Python's environment from the root, quoted for a shell."""
     path = Path(sys.executable).parent / name
-    if shutil.which(name) == str(path):
+    if shutil.which(name) == str(path):  # the environment is active
         return name
     return shlex.quote(os.path.relpath(path, root) if path.is_relative_to(root) else str(path))
 

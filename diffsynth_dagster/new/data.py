@@ -1,9 +1,9 @@
-"""What a recipe follows from: the data set, looked at with the check that a training begins with."""
+"""Find the data set for a new recipe, and check it as a training does at its start."""
 
 import shutil
 import tempfile
 from collections.abc import Generator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,19 +13,18 @@ from tqdm import tqdm
 from diffsynth_dagster.config.output import TABLES
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import MetadataError
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import FACTS, FactCache, fact_cache_of
 
 if TYPE_CHECKING:
     from diffsynth_dagster.data.table.check import CheckedTable
     from diffsynth_dagster.families.contract import Family
 
-_FACTS = "facts.sqlite"
 _PROMPTS, _LONGEST_PROMPT = 3, 400
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: its folder, and its table where it has one."""
+    """The folder of a data set, and its table, if there is one."""
 
     base: Path
     table: Path | None
@@ -33,16 +32,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Found:
-    """What a data set holds.
+    """The facts about a data set that a recipe is made from.
 
     Attributes:
-        samples: rows that can be trained on.
-        repeats: how often a pass over the data set takes samples → how many of them.
+        samples: number of rows that can be trained on.
+        repeats: how often a pass over the data set takes a sample → number of such samples.
         files: "pictures" or "clips".
-        smallest, largest: width and height in pixels, by area.
+        smallest, largest: (width, height) in pixels of the files with the least and most pixels.
         summary: how many rows are usable, and why the others are not.
         warnings: see `CheckedTable.warnings`.
-        prompts: some of the captions, as the model is told them.
+        prompts: some of the captions, with the caption prefix.
     """
 
     samples: int
@@ -56,7 +55,8 @@ class Found:
 
     @property
     def described(self) -> str:
-        """How many there are, from the smallest to the largest: `12 pictures of 512x512 to 1024x768 pixels`."""
+        """Number and sizes of the files: `12 pictures of 512x512 to 1024x768 pixels`."""
+        # A dict keeps the order, and only one of two equal sizes.
         ends = dict.fromkeys(f"{width}x{height}" for width, height in (self.smallest, self.largest))
         what = self.files.removesuffix("s") if self.samples == 1 else self.files
         return f"{self.samples} {what} of {' to '.join(ends)} pixels"
@@ -66,7 +66,8 @@ def find_data(given: Path) -> Data:
     """The data set that a path names: a folder with a metadata table or without one, or a table.
 
     Raises:
-        MetadataError: there is nothing there, no table, or several.
+        MetadataError: the path does not exist, is a file but not a table, or is a folder with
+            several tables.
     """
     given = given.absolute()
     if not given.is_dir():
@@ -95,30 +96,32 @@ def find_data(given: Path) -> Data:
 
 @contextmanager
 def facts_in(folder: Path) -> Generator[FactCache]:
-    """The cache of facts about files in a store's folder. A folder that is not there is made when the block
-    has ended well.
+    """Open the cache of facts about files in the folder of a store.
+
+    If the folder does not exist, it is created only if the block succeeds.
 
     Raises:
-        OutputError: the folder is there, and cannot be written.
+        OutputError: the folder exists and cannot be written.
     """
     if folder.exists():
-        with closing(FactCache(folder / _FACTS)) as facts:
+        with fact_cache_of(folder) as facts:
             yield facts
         return
     with tempfile.TemporaryDirectory() as scratch:
-        with closing(FactCache(Path(scratch, _FACTS))) as facts:
+        with fact_cache_of(scratch) as facts:
             yield facts
-        with suppress(OSError):  # the training finds them out again
+        with suppress(OSError):  # no harm: the training will check the files again
             folder.mkdir(parents=True)
-            shutil.move(Path(scratch, _FACTS), folder / _FACTS)
+            shutil.move(Path(scratch, FACTS), folder / FACTS)
 
 
 def look_at(config: TrainingConfig, family: "Family", facts: FactCache) -> Found:
-    """Check every row and every file of a data set; no weight is read.
+    """Check every row and every file of a data set, without reading weights.
 
     Raises:
-        MetadataError: it cannot be read, or a row cannot be trained on.
+        MetadataError: it cannot be read, or too many rows are rejected.
     """
+    # Imported here because it imports Polars and torch, which `--list` and `--help` do not need.
     from diffsynth_dagster.data.prepare import check_data
 
     with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
@@ -138,14 +141,15 @@ def look_at(config: TrainingConfig, family: "Family", facts: FactCache) -> Found
 
 
 def _sizes(table: "CheckedTable", family: "Family") -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height of the smallest and of the largest of the files whose size `max_pixels` bounds."""
+    """(width, height) of the smallest and the largest file."""
     import polars as pl
 
-    own = [
+    # The files whose size `max_pixels` bounds.
+    bounded = [
         i for i in family.file_inputs if i.kind != "audio" and not i.same_size and i.area is None
     ]
     parts: list[pl.LazyFrame] = []
-    for item in own:
+    for item in bounded:
         sides = [pl.col(f"{item.column}:{side}").alias(side) for side in ("width", "height")]
         part = table.accepted.select(sides)
         parts.append(part.explode("width", "height") if item.many else part)
@@ -155,7 +159,7 @@ def _sizes(table: "CheckedTable", family: "Family") -> tuple[tuple[int, int], tu
 
 
 def _repeats(table: "CheckedTable") -> dict[int, int]:
-    """How often a pass over the data set takes rows → how many of them."""
+    """How often a pass over the data set takes a row → number of such rows."""
     import polars as pl
 
     from diffsynth_dagster.data.table.rows import REPEAT
@@ -167,7 +171,7 @@ def _repeats(table: "CheckedTable") -> dict[int, int]:
 
 
 def _prompts(table: "CheckedTable", family: "Family") -> list[str]:
-    """Some of the captions: the first, the one in the middle, and the last."""
+    """The first, the middle and the last of the distinct captions, as sample prompts."""
     import polars as pl
 
     caption = family.caption
@@ -176,6 +180,7 @@ def _prompts(table: "CheckedTable", family: "Family") -> list[str]:
     text = pl.col(caption.column)
     column = table.accepted.select(text).unique(maintain_order=True).collect().to_series()
     texts = [" ".join(text.split()) for text in column]
+    # `sample_prompts` would take a caption that ends in .csv for the name of a table.
     short = [t for t in texts if len(t) <= _LONGEST_PROMPT and not t.lower().endswith(TABLES)]
     places = dict.fromkeys((0, len(short) // 2, len(short) - 1) if short else ())
     return [short[place] for place in places][:_PROMPTS]

@@ -1,4 +1,4 @@
-"""The values of a new recipe: those of a template, with what follows from the data set."""
+"""Choose the values of a new recipe: those of a template, adapted to the data set."""
 
 import math
 import os
@@ -14,19 +14,20 @@ from diffsynth_dagster.new.data import Data, Found
 from diffsynth_dagster.new.template import Change
 
 VISITS, LEAST_STEPS = 100, 500
-"""How often each sample is seen, and steps at the least: see docs/choosing.md, "How many steps"."""
+"""Visits of each sample, and the least number of steps: see docs/choosing.md, "How many steps"."""
 _HELD_OUT_FROM, _HELD_OUT_MOST = 30, 20
-"""With fewer samples none is held out: each would be missed. More than so many are not needed to see a loss."""
+"""The least number of samples from which some are held out, since a small data set needs all of
+them; and the most that are held out, which is enough for a held-out loss."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a person asks for.
+    """What the user asks for.
 
     Attributes:
-        name: of the recipe.
-        root: the folder that paths in the recipe start from.
-        models: files in the place of the template's model list, if any.
+        name: name of the recipe.
+        root: the folder that paths in the recipe are relative to.
+        models: files or folders that replace the model list of the template, if any.
         trigger: text before every caption.
     """
 
@@ -37,7 +38,7 @@ class Asked:
     trigger: str | None = None
 
     def written(self, path: Path | str) -> str:
-        """A path as the recipe has it: from the root, or whole where it lies elsewhere."""
+        """A path as the recipe has it: relative to the root if it is inside, else absolute."""
         whole = os.path.abspath(path)
         inside = Path(whole).is_relative_to(self.root)
         return os.path.relpath(whole, self.root) if inside else whole
@@ -45,11 +46,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Course:
-    """How long a training is.
+    """The length of a training.
 
     Attributes:
-        held_out: samples that are not trained on, about.
-        visits: how often each of the others is seen, about, as it is said.
+        steps: optimizer steps.
+        held_out: number of samples that are held out, approximately.
+        visits: how often each of the other samples is seen, approximately, as text: "100" or
+            "10 to 100".
     """
 
     steps: int
@@ -63,26 +66,26 @@ class Course:
 
 
 def course_of(repeats: Mapping[int, int], at_once: int, most: int) -> Course:
-    """How long a training of so many samples is, so that those that are taken most often are seen often
-    enough.
+    """Choose the length of a training, so that the samples taken most often get `VISITS` visits.
 
     Args:
-        repeats: how often a pass over the data set takes samples → how many of them.
-        at_once: samples of a step.
-        most: steps of the template.
+        repeats: how often a pass over the data set takes a sample → number of such samples.
+        at_once: samples of an optimizer step.
+        most: steps of the template, which are not exceeded.
     """
     samples = sum(repeats.values())
     held_out = min(samples // 10, _HELD_OUT_MOST) if samples >= _HELD_OUT_FROM else 0
+    # Visits of a pass over the data set. One pass sees a sample at most max(repeats) times.
     a_pass = sum(often * count for often, count in repeats.items()) * (samples - held_out) / samples
     wanted = math.ceil(VISITS * a_pass / (max(repeats) * at_once))
-    steps = min(max(-(-wanted // 100) * 100, LEAST_STEPS), most)
+    steps = min(max(-(-wanted // 100) * 100, LEAST_STEPS), most)  # rounded up to hundreds
     visits = [steps * at_once * often / a_pass for often in (min(repeats), max(repeats))]
-    said = dict.fromkeys(f"{v:.0f}" if v >= 10 else f"{v:.2g}" for v in visits)
-    return Course(steps, held_out, " to ".join(said))
+    texts = dict.fromkeys(f"{v:.0f}" if v >= 10 else f"{v:.2g}" for v in visits)
+    return Course(steps, held_out, " to ".join(texts))
 
 
 def settings_of(asked: Asked) -> list[Change]:
-    """What is known before the data set was looked at: where everything lies."""
+    """The changes that are known before the data set is checked: paths, trigger and models."""
     data = asked.data
     table = None if data.table is None else asked.written(data.table)
     changes = [
@@ -100,7 +103,8 @@ def settings_of(asked: Asked) -> list[Change]:
 
 
 def _models(asked: Asked) -> list[str | list[str]]:
-    """The files of models, the shards of one together: a shell turns `*` into a word for each."""
+    """The value of `model_paths`. The shards of one model are one entry, as a list."""
+    # A shell expands `*` to one argument for each shard.
     together: dict[str, list[str]] = {}
     for path in asked.models:
         together.setdefault(SHARD.sub("", path), []).append(asked.written(path))
@@ -108,18 +112,19 @@ def _models(asked: Asked) -> list[str | list[str]]:
 
 
 def changed(values: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
-    """Values of a recipe with others in their places."""
+    """The values of a recipe with some of them replaced; None removes a value."""
     others = {change.key: change.value for change in changes}
     together = {**values, **others}
     return {name: value for name, value in together.items() if value is not None}
 
 
 def config_of(values: Mapping[str, Any], root: Path) -> TrainingConfig:
-    """The config of a recipe's values, with paths that hold from anywhere.
+    """The config of a recipe's values, with absolute paths.
 
     Raises:
-        ParameterError: a value cannot be taken.
+        ParameterError: a value is invalid.
     """
+    # `cache_path` has a relative default, so it must be in the dict to become absolute.
     default = TrainingConfig.model_fields["cache_path"].default
     whole = {"cache_path": default, **values}
     for name in ("dataset_base_path", "dataset_metadata_path", "output_path", "cache_path"):
@@ -136,10 +141,10 @@ def config_of(values: Mapping[str, Any], root: Path) -> TrainingConfig:
 def choices_of(
     found: Found, asked: Asked, config: TrainingConfig, options: RecipeOptions
 ) -> tuple[list[Change], Course]:
-    """What follows from the data set, and how long the training is.
+    """The changes that follow from the data set, and the length of the training.
 
     Args:
-        config, options: of the template, with the settings.
+        config, options: those of the template with `settings_of` applied.
     """
     at_once = config.batch_size * config.gradient_accumulation_steps * (options.num_processes or 1)
     assert config.max_train_steps is not None, "templates say how long they train"
@@ -156,6 +161,7 @@ def choices_of(
         Change("save_steps", course.save_steps, _SAVED),
     ]
     width, height = found.largest
+    # Without larger pictures the template's `max_pixels` is never reached: show the real bound.
     if config.height is None and width * height < config.max_pixels:
         comment = (
             f"The area in pixels of the largest picture, {width}x{height}: it bounds none of them."

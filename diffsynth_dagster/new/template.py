@@ -1,4 +1,4 @@
-"""Templates of recipes, and their text with other values: comments and order stay."""
+"""Find templates of recipes, and change values in their text. Comments and order are kept."""
 
 import re
 import textwrap
@@ -20,7 +20,7 @@ PLAIN: Mapping[str, str] = {
     "stable_diffusion": "sd15_lora",
     "stable_diffusion_xl": "sdxl_lora",
 }
-"""Family → the template that is meant where no other one is named."""
+"""Family → its default template."""
 EXAMPLE_DATA = re.compile(r"data/example_(?:image|video)_dataset")
 _COPY = re.compile(r" ?Copy this file to recipes/, and set the (?:three )?paths(?: at its top)?\.")
 _KEY = re.compile(r"(\w+):")
@@ -29,12 +29,12 @@ _WIDTH = 110
 
 @dataclass(frozen=True)
 class Change:
-    """Another value of a key.
+    """A new value for a key of a recipe.
 
     Attributes:
-        value: text, number, or a list of texts; None takes the key out.
-        comment: what stands above it; None leaves the template's.
-        after: the key behind which it comes, where the template has no such key.
+        value: text, number, or a list of texts; None removes the key.
+        comment: the comment above the key; None keeps that of the template.
+        after: the key after which it is inserted if the template does not have it.
     """
 
     key: str
@@ -45,7 +45,7 @@ class Change:
 
 @dataclass
 class _Block:
-    """A key with the comments right above it; or comments and blank lines alone, without a key."""
+    """A key with the comments directly above it, or only comments and blank lines without a key."""
 
     comments: list[str]
     key: str = ""
@@ -53,13 +53,13 @@ class _Block:
 
 
 def templates() -> dict[str, Path]:
-    """Name → file of each template, ordered by family and name."""
+    """Name of each template → its file, ordered by family and name."""
     files = sorted((own_files() / "recipes" / "examples").glob("*/*.yaml"))
     return {path.stem: path for path in files}
 
 
 def find_template(name: str) -> Path:
-    """The file of a template. Raises `ParameterError`: there is none of this name."""
+    """The file of a template. Raises `ParameterError`: there is no template with this name."""
     known = templates()
     if name in known:
         return known[name]
@@ -72,7 +72,7 @@ def find_template(name: str) -> Path:
 
 
 def plain_template(family: str) -> Path:
-    """The file of a family's plain template. Raises `ParameterError`: there is no such family."""
+    """The file of a family's default template. Raises `ParameterError`: there is no such family."""
     if family in PLAIN:
         return find_template(PLAIN[family])
     hint = nearest(family, PLAIN)
@@ -84,15 +84,18 @@ def plain_template(family: str) -> Path:
 
 
 def edited(text: str, changes: Sequence[Change], made_by: str, data: str) -> str:
-    """The text of a template with other values.
+    """The text of a template with changed values.
+
+    The text is edited rather than written anew from the values, so that comments stay.
 
     Args:
-        made_by: the sentence that it begins with.
-        data: path of the data set, in the place of the example's in comments.
+        made_by: the first sentence of the new recipe.
+        data: path of the data set, which replaces the example data set in comments.
     """
     blocks = _blocks(text)
     for change in changes:
         _apply(blocks, change)
+    # The comment at the top says to copy the file, which is done now.
     head = blocks[0].comments
     about = _COPY.sub("", " ".join(line.removeprefix("# ") for line in head))
     head[:] = [*_comment(made_by), *_comment(about.strip())]
@@ -104,6 +107,7 @@ def edited(text: str, changes: Sequence[Change], made_by: str, data: str) -> str
 
 
 def _blocks(text: str) -> list[_Block]:
+    """Split the text of a recipe into its keys, each with its comments."""
     blocks: list[_Block] = []
     comments: list[str] = []
     for line in text.splitlines():
@@ -118,12 +122,14 @@ def _blocks(text: str) -> list[_Block]:
             comments = []
         else:
             lines = blocks[-1].lines
+            # An indented line, such as an item of a list, continues the value of the key above.
             assert lines is not None, "a value stands behind its key"
             lines.append(line)
     return [*blocks, _Block(comments)] if comments else blocks
 
 
 def _apply(blocks: list[_Block], change: Change) -> None:
+    """Change, insert or remove one key."""
     at = next((n for n, block in enumerate(blocks) if block.key == change.key), None)
     if change.value is None:
         if at is not None:
@@ -147,11 +153,13 @@ def _written(key: str, value: Any) -> list[str]:
 
 def _yaml(value: str | float | list[str]) -> str:
     """A value on one line; a list in brackets."""
-    odd = isinstance(value, str) and not value.isprintable()  # line breaks of Unicode among others
+    # Unprintable characters, such as Unicode's line breaks, are escaped only in double quotes.
+    needs_quotes = isinstance(value, str) and not value.isprintable()
     if isinstance(value, list):
         return f"[{', '.join(map(_yaml, value))}]"
+    # Dumped as a list of one: a bare scalar would be followed by the document end mark `...`.
     text: str = yaml.safe_dump(
-        [value], width=1_000_000, allow_unicode=True, default_style='"' if odd else None
+        [value], width=1_000_000, allow_unicode=True, default_style='"' if needs_quotes else None
     )
     return text.removeprefix("- ").removesuffix("\n")
 

@@ -1,1 +1,1 @@
-"""Sigma schedules, the noising path, randomness and losses: pure functions of tensors."""
+"""Schedules, noising paths, randomness and losses: pure functions of tensors."""

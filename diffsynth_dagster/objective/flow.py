@@ -1,10 +1,10 @@
 """Flow matching with a sigma schedule.
 
-Notation of the rectified-flow literature (Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024,
-arXiv:2403.03206): x_0 clean latents, epsilon ~ N(0, 1), sigma in [0, 1],
+The notation is that of rectified flow (Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024,
+arXiv:2403.03206): x_0 are clean latents, epsilon ~ N(0, 1), sigma is in [0, 1],
 x_t = (1 - sigma) x_0 + sigma epsilon, and the model predicts the velocity epsilon - x_0.
-The schedules and the weighting are those of DiffSynth-Studio's supervised loss, so that a training
-here and there minimises the same thing.
+The schedules and loss weights are those of DiffSynth-Studio's supervised loss, so that both
+trainers minimise the same loss.
 """
 
 import math
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from diffsynth_dagster.objective.path import at_index
+from diffsynth_dagster.objective.noising import at_index
 
 NUM_TRAIN_TIMESTEPS = 1000
 
 
 def exponential_shift(sigmas: torch.Tensor, mu: float) -> torch.Tensor:
-    """sigma -> e^mu / (e^mu + 1 / sigma - 1) (Esser et al. 2024, section 5.3.2, with e^mu = alpha)."""
+    """sigma -> e^mu / (e^mu + 1 / sigma - 1) (Esser et al. 2024, section 5.3.2; e^mu is alpha)."""
     return math.exp(mu) / (math.exp(mu) + 1.0 / sigmas - 1.0)
 
 
@@ -28,7 +28,7 @@ def linear_shift(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def stretch_to(sigmas: torch.Tensor, terminal: float) -> torch.Tensor:
-    """Scale 1 - sigma so that the last sigma equals `terminal`."""
+    """Scale 1 - sigma (n,) so that the last sigma equals `terminal`."""
     z = 1.0 - sigmas
     return 1.0 - z * (1.0 - terminal) / z[-1]
 
@@ -40,8 +40,9 @@ def bell_weights(timesteps: torch.Tensor) -> torch.Tensor:
         timesteps: (n,) in [0, 1000].
 
     Returns:
-        (n,), whose mean is 1.
+        (n,) with mean 1.
     """
+    # Highest in the middle of the schedule; the timestep farthest from it gets the weight 0.
     y = torch.exp(-2.0 * ((timesteps - NUM_TRAIN_TIMESTEPS / 2) / NUM_TRAIN_TIMESTEPS) ** 2)
     y = y - y.min()
     return y * (len(timesteps) / y.sum())
@@ -49,7 +50,7 @@ def bell_weights(timesteps: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FlowPath:
-    """The straight path between latents and noise: see `objective.path.NoisingPath`.
+    """The straight path between latents and noise: see `objective.noising.Noising`.
 
     Attributes:
         sigmas: (n,) float32, decreasing. The timesteps are 1000 sigma.
@@ -66,16 +67,22 @@ class FlowPath:
         return (1.0 - sigma) * x_0 + sigma * epsilon
 
     def target(self, x_0: torch.Tensor, epsilon: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """What the model predicts: epsilon - x_0, at every index."""
+        """What the model predicts: the velocity epsilon - x_0, which is the same at every index."""
         return epsilon - x_0
 
 
 def flow_path(sigmas: torch.Tensor, description: str) -> FlowPath:
-    """The path of a schedule given in float64 (n,), decreasing."""
+    """The path of a schedule.
+
+    Args:
+        sigmas: float64 (n,), decreasing.
+        description: see `NoisingPath`.
+    """
+    # Converted to float32 only at the end, so that timesteps and weights are rounded once.
     timesteps = sigmas * NUM_TRAIN_TIMESTEPS
     return FlowPath(sigmas.float(), timesteps.float(), bell_weights(timesteps).float(), description)
 
 
 def linear_sigmas() -> torch.Tensor:
-    """1, 1 - 1/n, …, 1/n in float64 for the n = 1000 training timesteps."""
+    """1, 1 - 1/n, …, 1/n for the n = 1000 training timesteps: float64 (n,)."""
     return torch.linspace(1.0, 0.0, NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64)[:-1]

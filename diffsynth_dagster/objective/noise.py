@@ -1,7 +1,7 @@
-"""Noise and timesteps as a function of (seed, sample, visit) and of nothing else.
+"""Draw noise and timesteps as functions of (seed, sample, visit) alone.
 
-A sample gets the same noise whatever the batch size, the number of processes, the device, or how
-often the run was stopped: nothing is drawn from a global generator.
+No global generator is used. So a sample gets the same noise whatever the batch size, the number of
+processes or the device, and however often the run was stopped and resumed.
 """
 
 import hashlib
@@ -10,9 +10,11 @@ import torch
 
 
 def generator(seed: int, *words: str | int) -> torch.Generator:
-    """A CPU generator whose state depends on the seed and the words alone."""
+    """A CPU generator whose state depends only on the seed and the words."""
+    # The unit separator keeps ("a", "bc") and ("ab", "c") apart.
     text = "\x1f".join(str(word) for word in (seed, *words))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    # `manual_seed` takes signed 64-bit integers.
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") & (2**63 - 1))
 
 
@@ -26,5 +28,6 @@ def noise(
     seed: int, sample_id: str, visit: int, target: str, shape: tuple[int, ...]
 ) -> torch.Tensor:
     """Standard normal noise of this shape, float32 on the CPU, for one target of one sample."""
+    # On the CPU, since CUDA's generator gives other numbers.
     source = generator(seed, "noise", target, sample_id, visit)
     return torch.randn(shape, generator=source, dtype=torch.float32)

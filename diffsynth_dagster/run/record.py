@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_dagster import __version__
-from diffsynth_dagster.errors import OutputError, shown
+from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.facts import digest_file, digest_of
 from diffsynth_dagster.files import write_text
+from diffsynth_dagster.fingerprint import Fingerprint
 from diffsynth_dagster.own_names import is_trained
 from diffsynth_dagster.versions import TRAINING
 
@@ -22,6 +23,7 @@ STARTS = ("lora_checkpoint", "resume_from_checkpoint")
 """The parameters that name a file to start from."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 """Those that compute: other versions may give other numbers."""
+VERSION = "the version of training"
 _DIGEST = "digest"
 """Of all else that the file says; those of older versions have none."""
 
@@ -108,6 +110,20 @@ class RunRecord:
         """Digest of a checkpoint: of its file, or of its files."""
         digests = [self.checkpoints[name] for name in names]
         return digests[0] if len(digests) == 1 else digest_of(digests)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the result depends on, as far as it has a name."""
+        held_out = self.held_out_digest
+        return Fingerprint(
+            {
+                **self.parameters,
+                "the samples": self.samples_digest,
+                **({} if held_out is None else {"the held-out samples": held_out}),
+                **{f"the weights of {name}": digest for name, digest in self.base.items()},
+                VERSION: self.training_version,
+            }
+        )
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -247,12 +263,6 @@ def written_files(record: Mapping[str, Any]) -> set[str]:
     checkpoints = {Path(name).name for name in [*record["checkpoints"], *record["writing"]]}
     names = checkpoints | {f"{PICTURES}/{Path(name).name}" for name in samples}
     return {name for name in names if is_trained(name)}
-
-
-def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two identities differ in: parameters with their value before, and what counts by content."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [n if n.startswith("the ") else f"{n} (was {shown(before.get(n))})" for n in names]
 
 
 def read_record(folder: Path) -> RunRecord | None:

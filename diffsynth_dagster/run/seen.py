@@ -7,7 +7,6 @@ else. Where the answer is no, the step itself finds out what has changed.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +28,7 @@ from diffsynth_dagster.data.listing import list_data
 from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
 from diffsynth_dagster.data.table.checked import read_checked
 from diffsynth_dagster.errors import UserError
-from diffsynth_dagster.facts import FactCache, FileState, digest_of
+from diffsynth_dagster.facts import FileState, digest_of, fact_cache_of
 from diffsynth_dagster.own_names import LISTING, is_own, is_promoted
 from diffsynth_dagster.run.record import FILE_NAME as RECORD
 from diffsynth_dagster.run.record import LIBRARIES, read_record
@@ -211,7 +210,7 @@ def _digest_contents(paths: list[Path], config: TrainingConfig) -> str:
     """Digest of the contents of tables, which may be written again as they were."""
     if not all(path.is_file() for path in paths):
         raise NotTheSame
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
+    with fact_cache_of(config.cache_path) as fact_cache:
         return digest_of([fact_cache.digest(path) for path in paths])
 
 

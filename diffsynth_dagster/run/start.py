@@ -5,17 +5,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.held_out import held_out_manifest
 from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.config.effect import trained_components, values_that_affect
+from diffsynth_dagster.config.effect import values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.facts import FactCache, digest_of
 from diffsynth_dagster.run.record import LIBRARIES, STARTS, RunRecord
 from diffsynth_dagster.versions import TRAINING
-from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import component_digest
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 def parameters_of(config: TrainingConfig) -> dict[str, Any]:
@@ -33,7 +32,7 @@ def config_digest(config: TrainingConfig) -> str:
 
 def start_record(
     config: TrainingConfig,
-    found: FoundModel,
+    found: ResolvedModel,
     manifest: Manifest,
     fact_cache: FactCache,
     devices: Sequence[str] = (),
@@ -53,8 +52,8 @@ def start_record(
             changed since it was found.
         StoreError: see `held_out_manifest`.
     """
-    names = step_components(found, trained_components(config))
-    base = manifest.weights | {name: component_digest(found, name, fact_cache) for name in names}
+    used = {name: component_digest(found, name, fact_cache) for name in found.step_components}
+    base = manifest.weights | used
     base |= starts or {}
     for parameter, path in _starts(config).items() if starts is None else ():
         if not path.is_file():
@@ -69,7 +68,7 @@ def start_record(
     lora = config.adapter if config.lora_base_model else None
     settings = config_digest(config)
     stages = [stage.name for stage in found.family.stages]
-    path = found.path.description
+    path = found.noising.description
     samples = manifest.digest if held_out is None else [manifest.digest, held_out_digest]
     return RunRecord(
         identity=digest_of([TRAINING, settings, samples, base, stages, path]),
@@ -89,7 +88,7 @@ def start_record(
     )
 
 
-def require_starts(config: TrainingConfig, found: FoundModel) -> None:
+def require_starts(config: TrainingConfig, found: ResolvedModel) -> None:
     """Refuse files to start from that are no longer those of the record. Raises `WeightsError`."""
     for parameter, path in _starts(config).items():
         found.contents.require_unchanged(parameter, lambda path=path: (path,))

@@ -6,17 +6,16 @@ compare with.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError
-from diffsynth_dagster.facts import FactCache, digest_file
+from diffsynth_dagster.facts import digest_file, fact_cache_of
 from diffsynth_dagster.run.goes_on import say_where_it_goes_on
-from diffsynth_dagster.run.record import STARTS, RunRecord, differing, read_record
+from diffsynth_dagster.run.record import STARTS, RunRecord, read_record
 from diffsynth_dagster.weights.hub import ModelHub
 
 
@@ -66,20 +65,11 @@ def _changed_since(before: RunRecord, now: RunRecord) -> list[str]:
         return []
     # Records of older versions do not name the parameters.
     known = bool(before.parameters)
-    names = differing(_by_name(before, known), _by_name(now, known))
+    compared = now if known else replace(now, parameters={})
+    names = before.fingerprint.changes(compared.fingerprint)
     if not known and before.config_digest != now.config_digest:
         names.append("its parameters")
     return names or ["what its result depends on"]
-
-
-def _by_name(record: RunRecord, parameters: bool) -> dict[str, Any]:
-    return {
-        **(record.parameters if parameters else {}),
-        "the samples": record.samples_digest,
-        "the held-out samples": record.held_out_digest,
-        **{f"the weights of {name}": digest for name, digest in record.base.items()},
-        "the version of training": record.training_version,
-    }
 
 
 def _record_of(
@@ -89,7 +79,7 @@ def _record_of(
     from diffsynth_dagster.run.start import start_record
     from diffsynth_dagster.weights.identify import find_model
 
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as fact_cache:
+    with fact_cache_of(config.cache_path) as fact_cache:
         manifest = read_manifest(Path(config.dataset_base_path))
         return start_record(config, find_model(config, hub), manifest, fact_cache, starts=starts)
 

@@ -10,16 +10,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffsynth_dagster.cache.resolve import Sample, Samples
 from diffsynth_dagster.cache.store import Store
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import MicroBatch, Visit, order_of
 from diffsynth_dagster.data.samples import load_files, parse_value
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families.contract import Output, Tensors
+from diffsynth_dagster.families.denoiser_schedule import share_of_step
 from diffsynth_dagster.objective.captions import caption_index
 from diffsynth_dagster.objective.devices import sent
-from diffsynth_dagster.training.shares import Timesteps, share_of_step
-from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,16 @@ class StepDataset(Dataset[list[Batch]]):
     def __init__(
         self,
         config: TrainingConfig,
-        found: FoundModel,
+        found: ResolvedModel,
         samples: Samples,
         rank: int,
         world: int,
     ) -> None:
-        trained, family = trained_components(config), found.family
-        self._timesteps = Timesteps(config, family, found.path)
+        self._schedule = found.schedule
         self._seed = config.seed
         self._caption_dropout = config.caption_dropout_rate
-        self._cached = family.cached_stages(trained)
-        self._step_inputs = list(
-            dict.fromkeys(i for s in family.step_stages(trained) for i in s.reads)
-        )
+        self._cached = found.cached_stages
+        self._step_inputs = list(dict.fromkeys(i for s in found.step_stages for i in s.reads))
         self._samples = samples
         self._store = Store(samples.store)
         self._rank = rank
@@ -120,7 +116,7 @@ class StepDataset(Dataset[list[Batch]]):
         """
         micros = self._micros(step)
         scale = self._world / sum(len(micro) for micro in micros)
-        share = share_of_step(self._timesteps.shares, self._seed, step)
+        share = share_of_step(self._schedule.shares, self._seed, step)
         mine = micros[self._rank :: self._world]
         scales = [scale] * len(mine)
         if len(mine) < -(-len(micros) // self._world):
@@ -136,12 +132,12 @@ class StepDataset(Dataset[list[Batch]]):
 
     def _batch(self, micro: MicroBatch, denoiser: str, scale: float) -> Batch:
         """A micro-batch of a step, with the timesteps that are drawn for its visits."""
-        share = next(s for s in self._timesteps.shares if s.component == denoiser)
+        share = next(s for s in self._schedule.shares if s.component == denoiser)
         samples = [self._sample(visit) for visit in micro]
         visits = [visit.visit for visit in micro]
         pixels = self._samples.pixels(micro[0].bucket)
         indices = [
-            self._timesteps.index(share, sample.sample, visit, pixels)
+            self._schedule.index(share, sample.sample, visit, pixels)
             for sample, visit in zip(samples, visits, strict=True)
         ]
         return self.read(samples, visits, indices, self._seed, denoiser, scale)

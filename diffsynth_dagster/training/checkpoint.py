@@ -15,10 +15,10 @@ from diffsynth_dagster.formats.guide import Guide
 from diffsynth_dagster.formats.names import lora_of
 from diffsynth_dagster.run.record import RunRecord
 from diffsynth_dagster.training.adapters import saved_name
-from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.layout import in_layout_of
 from diffsynth_dagster.weights.lora import PROVENANCE_KEY, is_in_layer
 from diffsynth_dagster.weights.model_spec import IMPLEMENTATION, write_described
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def names_in_file(names: Iterable[str], family: Family, file: CheckpointFile) ->
 
 def content_of(
     tensors: Tensors,
-    found: FoundModel,
+    found: ResolvedModel,
     file: CheckpointFile,
     record: RunRecord,
     name: LoraFormat | None,

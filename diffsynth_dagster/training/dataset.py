@@ -42,7 +42,7 @@ from diffsynth_dagster.run.reporting import Reporter
 from diffsynth_dagster.run.stop import finishing
 from diffsynth_dagster.training.overlap import refuse_replaced_rows
 from diffsynth_dagster.training.parallel import Parallel
-from diffsynth_dagster.weights.identify import guess_family
+from diffsynth_dagster.weights.identify import guess_model
 from diffsynth_dagster.weights.models import Models
 
 _HELD_OUT, _COMPARED = "held_out", "compared"
@@ -76,7 +76,7 @@ def checked_table(
         tables: list[CheckedTable] = []
         for each in [config] if own is None else [config, own]:
             with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
-                columns = guess_family(config).columns
+                columns = guess_model(config).family.columns
                 tables.append(prepare_data(each, columns, fact_cache, bar.update, pinned=True))
             tables[-1].require_accepted(config.max_rejected_fraction)
         refuse_replaced_rows(config, tables)

@@ -5,7 +5,6 @@ is written but the cache of facts about files, and nothing is downloaded.
 """
 
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ import polars as pl
 import torch
 from tqdm import tqdm
 
-from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.encoded_for import require_encoded_as, require_encoded_for
 from diffsynth_dagster.cache.held_out import held_out_config, held_out_manifest, rows_apart
 from diffsynth_dagster.cache.keys import with_content_numbers
@@ -24,7 +22,6 @@ from diffsynth_dagster.cache.manifest import Manifest, read_manifest
 from diffsynth_dagster.cache.records import buckets_of
 from diffsynth_dagster.cache.sample_rows import checked_sample_rows, require_sample_rows
 from diffsynth_dagster.cache.split import with_settled
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.entries import named_entries, start_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import StepOrder, order_of, total_steps
@@ -33,7 +30,7 @@ from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.folder import open_folder
 from diffsynth_dagster.data.table.rows import REPEAT, RowSource
 from diffsynth_dagster.errors import MetadataError
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.run.goes_on import state_folders
 from diffsynth_dagster.run.record import RunRecord
@@ -47,9 +44,10 @@ from diffsynth_dagster.training.resume import require_going_on
 from diffsynth_dagster.weights.adapter_files import read_adapter
 from diffsynth_dagster.weights.header import read_headers
 from diffsynth_dagster.weights.hub import Downloads, ModelHub, NotDownloaded, require_there
-from diffsynth_dagster.weights.identify import FoundModel, find_model, guess_family
+from diffsynth_dagster.weights.identify import find_model, guess_model
 from diffsynth_dagster.weights.lora import read_lora
 from diffsynth_dagster.weights.models import require_component
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 _SHOWN_SIZES = 12
 _FIT = "all are there, and fit"
@@ -105,7 +103,7 @@ def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
     trackers_of(config)
     found, warnings = look_at_models(config)
     values: dict[str, Any] = {"models": _DOWNLOADED_LATER if found is None else _FIT}
-    family = guess_family(config) if found is None else found.family
+    family = guess_model(config).family if found is None else found.family
     if _is_to_be_made(config, family):
         if not config.encodes_only:
             require_going_on(config)
@@ -125,7 +123,7 @@ def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
     return Looked(values, [*rows.warnings, *warnings])
 
 
-def look_at_models(config: TrainingConfig) -> tuple[FoundModel | None, list[str]]:
+def look_at_models(config: TrainingConfig) -> tuple[ResolvedModel | None, list[str]]:
     """The model, if all of its files are there, and what to warn of. Raises: see `look_at_files`."""
     require_there([*named_entries(config), *start_entries(config)])
     hub = ModelHub.from_environment()
@@ -140,14 +138,13 @@ def look_at_models(config: TrainingConfig) -> tuple[FoundModel | None, list[str]
     return found, warnings
 
 
-def _require_components(config: TrainingConfig, found: FoundModel) -> None:
+def _require_components(config: TrainingConfig, found: ResolvedModel) -> None:
     """Refuse a model list that lacks what is encoded with, or what a step uses. Raises `WeightsError`."""
-    trained = trained_components(config)
     used: list[str] = []
     if not config.reads_encoded:
-        used += [name for stage in found.family.cached_stages(trained) for name in stage.uses]
+        used += [name for stage in found.cached_stages for name in stage.uses]
     if not config.encodes_only:
-        used += step_components(found, trained)
+        used += found.step_components
     for name in dict.fromkeys(used):
         require_component(found, name)
 
@@ -155,7 +152,7 @@ def _require_components(config: TrainingConfig, found: FoundModel) -> None:
 def _read_starts(config: TrainingConfig) -> None:
     """Read the weights to start from without the models. Whether they fit is not known. Raises
     `WeightsError`: they are damaged, or something else."""
-    family = guess_family(config)
+    family = guess_model(config).family
     if config.preset_lora_path is not None:
         name = config.preset_lora_model or family.denoiser
         read_lora(Path(config.preset_lora_path), family, name, "preset_lora_path")
@@ -187,11 +184,11 @@ def _is_made(config: TrainingConfig, family: Family) -> bool:
     return True
 
 
-def _checked_rows(config: TrainingConfig, family: Family, found: FoundModel | None) -> _Rows:
+def _checked_rows(config: TrainingConfig, family: Family, found: ResolvedModel | None) -> _Rows:
     """The rows of a data set whose table is checked now. Raises: see `look_at_files`."""
     own = held_out_config(config)
     tables: list[CheckedTable] = []
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+    with fact_cache_of(config.cache_path) as facts:
         for each in [config] if own is None else [config, own]:
             with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
                 tables.append(check_data(each, family.columns, facts, bar.update))
@@ -213,7 +210,7 @@ def _said_of(table: CheckedTable) -> dict[str, Any]:
     return {"rows": table.counts, **({"rejected": rejected} if rejected else {})}
 
 
-def _encoded_rows(config: TrainingConfig, family: Family, found: FoundModel | None) -> _Rows:
+def _encoded_rows(config: TrainingConfig, family: Family, found: ResolvedModel | None) -> _Rows:
     """The rows of a data set that was encoded before. Raises: see `look_at_files`."""
     manifest = read_manifest(Path(config.dataset_base_path))
     held_out = held_out_manifest(config, manifest)
@@ -221,10 +218,10 @@ def _encoded_rows(config: TrainingConfig, family: Family, found: FoundModel | No
     if found is None:
         components = {component.name for component in family.components}  # as far as is known
         for each in parts:
-            require_encoded_as(config, family, each)
+            require_encoded_as(config, guess_model(config), each)
     else:
         components = found.components.keys()
-        with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+        with fact_cache_of(config.cache_path) as facts:
             for each in parts:
                 require_encoded_for(config, found, each, facts)
     for each in parts:
@@ -235,13 +232,13 @@ def _encoded_rows(config: TrainingConfig, family: Family, found: FoundModel | No
 
 
 def _record(
-    config: TrainingConfig, manifest: Manifest | None, found: FoundModel | None
+    config: TrainingConfig, manifest: Manifest | None, found: ResolvedModel | None
 ) -> RunRecord | None:
     """The record that a training is compared by with the states in its run folder; None where there are none,
     or where it follows from samples that are not encoded yet. Raises: see `start_record`."""
     if manifest is None or found is None or not state_folders(Path(config.output_path)):
         return None
-    with closing(FactCache(Path(config.cache_path) / "facts.sqlite")) as facts:
+    with fact_cache_of(config.cache_path) as facts:
         return start_record(config, found, manifest, facts)
 
 

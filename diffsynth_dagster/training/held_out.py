@@ -22,7 +22,6 @@ from diffsynth_dagster.training.ema import evaluated_weights
 from diffsynth_dagster.training.modules import evaluating
 from diffsynth_dagster.training.periodic import SavePoints, save_weights
 from diffsynth_dagster.training.setup import Work
-from diffsynth_dagster.training.shares import shares_of
 
 SEED = 0
 """Of the noise and the timesteps, whatever that of the training is."""
@@ -152,7 +151,7 @@ def looks_of(work: Work, samples: Samples) -> list[Look]:
     """Every look at every sample, those of one denoiser and shape next to each other."""
     session = work.session
     config, found = session.config, session.models.found
-    shares = shares_of(config, found.family, found.path)
+    shares = found.schedule.shares
     indices = [index for share in shares for index in range(share.low, share.high)]
     of = {i: share.component for share in shares for i in range(share.low, share.high)}
     count = 1 if config.distills else min(config.validation_timesteps, len(indices))

@@ -14,8 +14,8 @@ from diffsynth_dagster.families.lora import Lora, LoraFormat
 from diffsynth_dagster.formats import find_format
 from diffsynth_dagster.formats.contract import Unread
 from diffsynth_dagster.formats.diffusers import REFUSALS, dora_settings
-from diffsynth_dagster.weights.identify import Found
 from diffsynth_dagster.weights.load import architecture_of, build_empty
+from diffsynth_dagster.weights.resolved import ComponentFiles
 
 _HELD: set[str] = set()
 """The LoRAs that were tried in this process, and can be written and loaded."""
@@ -44,7 +44,7 @@ def check_formats(
     config: TrainingConfig,
     family: Family,
     base: str,
-    found: Found,
+    found: ComponentFiles,
     layers: Mapping[str, nn.Module],
 ) -> None:
     """Let the target of each format that is written try a LoRA of rank 1 on these layers.

@@ -12,8 +12,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from diffsynth_dagster.cache.encode import step_components
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, TargetError, WeightsError, nearest
 from diffsynth_dagster.families.contract import Family, Part
@@ -25,7 +23,6 @@ from diffsynth_dagster.weights.adapter_files import (
     require_values,
     start_adapter,
 )
-from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import build_empty, require_buildable
 from diffsynth_dagster.weights.lora import (
     LoraFile,
@@ -35,6 +32,7 @@ from diffsynth_dagster.weights.lora import (
     start_lora,
 )
 from diffsynth_dagster.weights.models import require_component
+from diffsynth_dagster.weights.resolved import ResolvedModel
 from diffsynth_dagster.weights.whole import require_weights
 
 AUTO_MIN_FEATURES = 512
@@ -42,7 +40,7 @@ AUTO_MIN_FEATURES = 512
 
 def check_model(
     config: TrainingConfig,
-    found: FoundModel,
+    found: ResolvedModel,
     trained_dtype: torch.dtype,
     warn: Callable[[str], None] = lambda _: None,
 ) -> int:
@@ -62,12 +60,11 @@ def check_model(
         TargetError: see `lora_targets`.
     """
     if not config.encodes_only:
-        for name in step_components(found, trained_components(config)):
+        for name in found.step_components:
             require_component(found, name)
     if config.sample_prompts or config.customized_evaluation:
         _require_decoders(found)
-    looked_into = {found.family.part(name).of for name in trained_components(config)}
-    looked_into |= found.presets.keys()
+    looked_into = found.trained_components | found.presets.keys()
     size = 0
     for name, item in found.components.items():
         require_buildable(item)
@@ -113,7 +110,7 @@ def _warn_of_rest(lora: LoraFile, path: object, name: str, warn: Callable[[str],
         warn(f"{path} holds a LoRA of {others} as well; only that of '{name}' is used")
 
 
-def _require_decoders(found: FoundModel) -> None:
+def _require_decoders(found: ResolvedModel) -> None:
     for name in found.family.decoder:
         require_component(found, name)
         item = found.components[name]

@@ -12,12 +12,12 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.learning import Optimizer
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.dotted import import_dotted
 from diffsynth_dagster.errors import ParameterError, reason_of
 from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 Group = dict[str, Any]
 """Parameters with a learning rate of their own, as torch's optimizers take them: `params`, `lr`, and
@@ -225,14 +225,14 @@ def make_schedule(
         ) from error
 
 
-def check_optimizer(config: TrainingConfig, family: Family) -> None:
+def check_optimizer(config: TrainingConfig, model: ResolvedModel) -> None:
     """Try both on a few numbers.
 
     Raises:
         ParameterError: see `make_optimizer`, `make_schedule`; or the optimizer does not suit several
             denoisers, of which a step changes one.
     """
-    several = len(family.at_work(trained_components(config))) > 1
+    several = len(model.denoisers) > 1
     if (
         several
         and config.customized_optimizer is None

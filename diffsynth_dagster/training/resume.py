@@ -8,16 +8,17 @@ from typing import Any
 
 from blake3 import blake3
 
-from diffsynth_dagster.config.effect import values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import StepOrder, total_steps
 from diffsynth_dagster.errors import DamagedError, ParameterError
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.files import refusals, require_held
+from diffsynth_dagster.fingerprint import Fingerprint
 from diffsynth_dagster.older import is_moving
 from diffsynth_dagster.run.earlier import clear, earlier_record, finish_moving
 from diffsynth_dagster.run.goes_on import state_folders
-from diffsynth_dagster.run.record import LOGS, RunRecord, differing, written_files
+from diffsynth_dagster.run.record import LOGS, VERSION, RunRecord, written_files
+from diffsynth_dagster.run.start import parameters_of
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.setup import Work
 from diffsynth_dagster.training.state import Notes, WrittenState, read_state
@@ -28,7 +29,6 @@ _BY_STEPS = ("num_epochs", "max_train_steps", "batch_size", "gradient_accumulati
 step."""
 _EPOCHS = "the number of epochs, on which the learning rate depends"
 """In states of before; the number of steps is compared."""
-_VERSION = "the version of training"
 _SAME_COURSE = ("constant", "constant_with_warmup")
 """Courses of the learning rate that do not depend on how many steps there are."""
 _CARRIED = (
@@ -46,23 +46,14 @@ _CARRIED = (
 )
 
 
-def identity_of(config: TrainingConfig, record: RunRecord) -> dict[str, Any]:
+def identity_of(record: RunRecord) -> dict[str, Any]:
     """What the steps of a training depend on, by name: JSON values."""
-    held_out = record.held_out_digest
-    return {
-        **_chosen_of(config),
-        "mixed_precision": record.mixed_precision,  # asked for by the launcher, where not here
-        "the samples": record.samples_digest,
-        **({"the held-out samples": held_out} if held_out is not None else {}),
-        **{f"the weights of {name}": digest for name, digest in record.base.items()},
-        _VERSION: record.training_version,
-    }
+    precision = record.mixed_precision  # asked for by the launcher, where no parameter says it
+    return _of_each_step({**record.fingerprint.parts, "mixed_precision": precision})
 
 
-def _chosen_of(config: TrainingConfig) -> dict[str, Any]:
-    """The parameters of an identity: JSON values."""
-    values = values_that_affect(config, "weights", "rows", "latents", "training")
-    return {name: value for name, value in values.items() if name not in _BY_STEPS}
+def _of_each_step(parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in parts.items() if name not in _BY_STEPS}
 
 
 def choose_state(
@@ -100,7 +91,7 @@ def choose_state(
         except DamagedError as error:
             warn(f"{error.what}; where: {folder}; an older state is looked for")
             continue
-        names = _differing_values(config, state.identity, identity_of(config, record))
+        names = _differing_values(config, state.identity, identity_of(record))
         names += _differing_steps(config, state, data.order)
         if not can_restore:
             names.append("DeepSpeed, which keeps the optimizer's state in parts")
@@ -175,9 +166,9 @@ def _differing_as_far_as_known(
     """In what a state differs from a training that has not begun."""
     known = dict(state.identity)
     if record is not None:
-        now = identity_of(config, record)
+        now = identity_of(record)
     else:
-        now = {**_chosen_of(config), _VERSION: TRAINING}
+        now = _of_each_step({**parameters_of(config), VERSION: TRAINING})
         of_files = ("the samples", "the held-out samples", "the weights of ")
         known = {name: value for name, value in known.items() if not name.startswith(of_files)}
     asked = config.mixed_precision  # left out, the launcher says it
@@ -215,7 +206,7 @@ def _differing_values(
     if config.sample_cfg_scale is None and known.get("sample_cfg_scale") == 1.0:
         # What was left out meant none before; samples are guided from here on, and no step changes.
         known["sample_cfg_scale"] = now["sample_cfg_scale"]
-    return differing(known, now)
+    return Fingerprint(known).changes(Fingerprint(now))
 
 
 def _differing_steps(config: TrainingConfig, state: Notes, order: StepOrder) -> list[str]:

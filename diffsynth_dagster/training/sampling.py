@@ -246,7 +246,7 @@ class Sampler:
                 cfg_scales=self._guidance.scales,
                 negative_prompt=self._guidance.negative_prompt,
                 generators=[generator(seed, "image", i) for i in part],
-                path=self._models.found.path,
+                noising=self._models.found.noising,
                 known={
                     of: tensor
                     for name, tensor in outputs.items()

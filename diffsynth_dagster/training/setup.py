@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from diffsynth_dagster.cache.encode import step_components
 from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import total_steps
 from diffsynth_dagster.run.record import RunFile
@@ -30,8 +28,8 @@ from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.sample_losses import SampleLosses
 from diffsynth_dagster.training.state import WrittenState
 from diffsynth_dagster.training.step import TrainingStep
-from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.models import Models, store_in_float8
+from diffsynth_dagster.weights.resolved import ResolvedModel
 from diffsynth_dagster.weights.whole import load_weights
 
 if TYPE_CHECKING:
@@ -89,7 +87,7 @@ class Work:
     average: Average
 
 
-def make_models(config: TrainingConfig, found: FoundModel, parallel: Parallel) -> Models:
+def make_models(config: TrainingConfig, found: ResolvedModel, parallel: Parallel) -> Models:
     """The components of a model, to be loaded on this process's device when they are used."""
     # A component that gets a LoRA is put into float8 after the LoRA: see `build_step`.
     lora_first = {found.family.part(name).of for name in config.lora_base_model}
@@ -123,7 +121,7 @@ def set_up(session: Session) -> Work:
     model, prepared = parallel.prepare(config, step_module, optimizer)
     trained = parallel.trained(model, given)
     average = make_average(config, trained, optimizer)
-    losses = SampleLosses(samples.trained, len(session.models.found.path.timesteps))
+    losses = SampleLosses(samples.trained, len(session.models.found.noising.timesteps))
     return Work(
         session,
         step_module,
@@ -145,10 +143,9 @@ def _who_gets_gradients(
     """Name of each trained parameter → whether it gets a gradient, by the first batch of this process;
     None where that differs from step to step: between denoisers, and where a sample may lack a
     target."""
-    family, parallel = session.models.found.family, session.parallel
-    outputs = [output for stage in family.stages for output in stage.yields]
-    at_work = family.at_work(trained_components(session.config))
-    if len(at_work) > 1 or any(output.optional for output in outputs):
+    found, parallel = session.models.found, session.parallel
+    outputs = [output for stage in found.family.stages for output in stage.yields]
+    if len(found.denoisers) > 1 or any(output.optional for output in outputs):
         return None
     batch = data[0][0].to(parallel.device)
     on_gpu = parallel.device.type == "cuda"
@@ -170,15 +167,15 @@ def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtyp
     Raises:
         WeightsError, TargetError, ParameterError: see `Models`, `add_lora`, `checkpoint_gradients`.
     """
-    family, trained = models.found.family, trained_components(config)
-    names = step_components(models.found, trained)
+    found, family = models.found, models.found.family
+    names = found.step_components
     loaded = models.get(names)
     tokenizers = {n: loaded.pop(n) for n in list(loaded) if n in models.found.tokenizers}
-    changed = {family.part(name).of for name in trained}
+    changed = found.trained_components
     for base in config.lora_base_model:
         add_lora(config, family, loaded[family.part(base).of], base)
     for owner in dict.fromkeys(family.part(base).of for base in config.lora_base_model):
-        if owner in models.found.float8:
+        if found.is_float8(owner):
             store_in_float8(loaded[owner], models.dtype, models.device)
     for name in config.trainable_models:
         part = family.part(name)
@@ -194,11 +191,11 @@ def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtyp
     asked = config.checkpoints_gradients
     if family.checkpoints_gradients if asked is None else asked:
         # Gradients of what conditions the denoiser go through all of it.
-        for name in sorted(changed | {d.component for d in family.at_work(trained)}):
+        for name in sorted(changed | {d.component for d in found.denoisers}):
             checkpoint_gradients(loaded[name], required=asked is not None)
     for name in changed:
         loaded[name].train()
     if config.offload_idle_denoiser:
-        at_work = [loaded[denoiser.component] for denoiser in family.at_work(trained)]
+        at_work = [loaded[denoiser.component] for denoiser in found.denoisers]
         take_turns(at_work, models.device)
     return TrainingStep(models.found, loaded, tokenizers, config)

@@ -89,7 +89,7 @@ class States:
         state = State(
             step=step,
             done=done,
-            identity=identity_of(session.config, record),
+            identity=identity_of(record),
             order=work.data.order.key,
             record=asdict(record),
             seconds=self.seconds,

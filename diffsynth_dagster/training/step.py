@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.families.contract import Output, Tensors
 from diffsynth_dagster.objective.devices import sent
@@ -15,7 +14,7 @@ from diffsynth_dagster.objective.loss import sample_losses
 from diffsynth_dagster.objective.noise import noise
 from diffsynth_dagster.training.adapters import is_adapter
 from diffsynth_dagster.training.batches import Batch, collate
-from diffsynth_dagster.weights.identify import FoundModel
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 class TrainingStep(nn.Module):
@@ -28,7 +27,7 @@ class TrainingStep(nn.Module):
 
     def __init__(
         self,
-        found: FoundModel,
+        found: ResolvedModel,
         modules: dict[str, nn.Module],
         tokenizers: dict[str, Any],
         config: TrainingConfig,
@@ -37,14 +36,14 @@ class TrainingStep(nn.Module):
         self.components = nn.ModuleDict(modules)
         self._tokenizers = tokenizers
         self._family = family = found.family
-        self._stages = family.step_stages(trained_components(config))
+        self._stages = found.step_stages
         self._outputs = {o.name: o for stage in family.stages for o in stage.yields}
         self._loss_weights = {
             o.name: float(getattr(config, o.weight)) if o.weight is not None else 1.0
             for o in self._outputs.values()
             if o.role == "target"
         }
-        self._path = found.path
+        self._path = found.noising
         self._distills = config.distills
 
     @property

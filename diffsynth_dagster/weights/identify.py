@@ -1,12 +1,10 @@
-"""The model of a config: its files, its family as the config uses it, tokenizers and LoRAs."""
+"""Find the model of a config: its files, its family as the config uses it, tokenizers and LoRAs."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.entries import (
     ModelEntry,
     float8_entries,
@@ -16,105 +14,29 @@ from diffsynth_dagster.config.entries import (
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, WeightsError, nearest, reason_of
 from diffsynth_dagster.families import family_names, family_of, find_family
-from diffsynth_dagster.families.contract import Component, Family, Settings, Shapes, Tokenizer
-from diffsynth_dagster.families.usage import as_used
-from diffsynth_dagster.objective.path import NoisingPath
+from diffsynth_dagster.families.contract import Family, Settings, Tokenizer
 from diffsynth_dagster.weights.contents import Contents
-from diffsynth_dagster.weights.header import Header, read_headers
+from diffsynth_dagster.weights.header import read_headers
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.recognise import (
     below,
-    converted_shapes,
     guess_components,
     read_architecture,
     read_schedule,
     recognise_components,
     recognise_family,
 )
+from diffsynth_dagster.weights.resolved import (
+    ComponentFiles,
+    Preset,
+    ResolvedModel,
+    Storage,
+    as_used,
+    resolve,
+)
 
 
-@dataclass(frozen=True)
-class Found:
-    """The files of one component.
-
-    Attributes:
-        entry: the entry of the model list that names them.
-        header: names, types and shapes of its tensors in them, without `start`.
-        config: the config.json beside them, if it is of this component.
-        start: how the names of its tensors start there; empty where the files hold nothing else.
-    """
-
-    component: Component
-    entry: ModelEntry
-    files: tuple[Path, ...]
-    header: Header
-    config: Mapping[str, object] | None
-    start: str = ""
-
-    @cached_property
-    def shapes(self) -> Shapes:
-        """Tensor name of the built module → shape. Raises `WeightsError`."""
-        return converted_shapes(self.header, self.component, self.entry.text)
-
-    @property
-    def lacks(self) -> tuple[str, ...]:
-        """The modules of the component that its files leave out. Raises `WeightsError`."""
-        if not self.component.may_lack:
-            return ()
-        shapes = self.shapes
-        return tuple(
-            part
-            for part in self.component.may_lack
-            if not any(name.startswith(f"{part}.") for name in shapes)
-        )
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A LoRA file and the component or part that it is for."""
-
-    name: str
-    path: Path
-
-
-@dataclass(frozen=True)
-class FoundModel:
-    """The model of a config.
-
-    Attributes:
-        family: as the config uses it; see `families.usage`.
-        path: the noising path.
-        components: component → its files.
-        tokenizers: tokenizer → its folder.
-        float8: the components that are stored in float8.
-        presets: component → the LoRA that is fused into it.
-        contents: what the files hold, by their digests.
-    """
-
-    family: Family
-    path: NoisingPath
-    components: Mapping[str, Found]
-    tokenizers: Mapping[str, Path]
-    float8: frozenset[str] = frozenset()
-    presets: Mapping[str, Preset] = field(default_factory=dict[str, Preset])
-    contents: Contents = field(default_factory=Contents, compare=False)
-
-    def files(self, name: str) -> tuple[Path, ...]:
-        """The files whose content a component or tokenizer depends on, sorted."""
-        if name in self.tokenizers:
-            return tuple(sorted(p for p in self.tokenizers[name].rglob("*") if p.is_file()))
-        found = self.components[name]
-        config = found.files[0].parent / "config.json"
-        preset = [self.presets[name].path] if name in self.presets else []
-        return (*found.files, *([config] if found.config is not None else []), *preset)
-
-    def require_unchanged(self, name: str) -> None:
-        """Refuse files of a component or tokenizer that are no longer what was digested. Raises
-        `WeightsError`."""
-        self.contents.require_unchanged(name, lambda: self.files(name))
-
-
-def find_model(config: TrainingConfig, hub: ModelHub) -> FoundModel:
+def find_model(config: TrainingConfig, hub: ModelHub) -> ResolvedModel:
     """Locate every file of the model list and recognise which component each is.
 
     Raises:
@@ -124,20 +46,18 @@ def find_model(config: TrainingConfig, hub: ModelHub) -> FoundModel:
     """
     contents = Contents(again=config.verify_content)
     family, found = _find_components(config, hub, contents)
-    needed = _needed_tokenizers(config, family)
-    tokenizers = {t.name: _find_tokenizer(t, config, found, hub) for t in needed}
-    return FoundModel(
-        family,
-        family.path(config, _schedule(family, found)),
-        found,
-        tokenizers,
-        _float8(config, family, found),
-        _presets(config, family, found),
-        contents,
+    model = resolve(config, family, _schedule(family, found), found)
+    needed = _needed_tokenizers(config, model)
+    return replace(
+        model,
+        tokenizers={t.name: _find_tokenizer(t, config, found, hub) for t in needed},
+        storage=_storage(config, family, found),
+        presets=_presets(config, family, found),
+        contents=contents,
     )
 
 
-def _schedule(family: Family, found: Mapping[str, Found]) -> Settings:
+def _schedule(family: Family, found: Mapping[str, ComponentFiles]) -> Settings:
     """What is published of the noising path beside the denoiser. Raises `WeightsError`."""
     if family.denoiser not in found:
         return {}
@@ -148,7 +68,7 @@ def _schedule(family: Family, found: Mapping[str, Found]) -> Settings:
 
 def _find_components(
     config: TrainingConfig, hub: ModelHub, contents: Contents
-) -> tuple[Family, dict[str, Found]]:
+) -> tuple[Family, dict[str, ComponentFiles]]:
     """The family as the config uses it, and what each file of the model list is. See
     `find_model`."""
     entries = model_entries(config)
@@ -159,7 +79,7 @@ def _find_components(
     headers = {entry: read_headers(files[entry]) for entry in entries}
     family = find_family(config.family) if config.family else recognise_family(headers)
     parts = [
-        Found(
+        ComponentFiles(
             place.component,
             entry,
             files[entry],
@@ -177,7 +97,7 @@ def _find_components(
     return family, found
 
 
-def _as_used(family: Family, config: TrainingConfig, found: Mapping[str, Found]) -> Family:
+def _as_used(family: Family, config: TrainingConfig, found: Mapping[str, ComponentFiles]) -> Family:
     """The family as the config uses it with these files.
 
     Raises:
@@ -196,31 +116,31 @@ def _as_used(family: Family, config: TrainingConfig, found: Mapping[str, Found])
         ) from error
 
 
-def _told_apart(parts: Sequence[Found], family: Family) -> list[Found]:
+def _told_apart(parts: Sequence[ComponentFiles], family: Family) -> list[ComponentFiles]:
     """The parts of a model; of those that are the same component by their tensors, the ones whose
     paths say that they are another one are that (the experts of Wan2.2)."""
     counts = Counter(part.component.name for part in parts)
-    told: list[Found] = []
+    told: list[ComponentFiles] = []
     for part in parts:
         others = [
             component
             for component in family.components
             if counts[part.component.name] > 1
-            and component.signatures == part.component.signatures
-            and any(mark in part.entry.text for mark in component.known_by)
+            and component.recognition.signatures == part.component.recognition.signatures
+            and any(mark in part.entry.text for mark in component.recognition.path_marks)
         ]
         told.append(replace(part, component=others[0]) if others else part)
     return told
 
 
-def _each_once(parts: Sequence[Found]) -> dict[str, Found]:
+def _each_once(parts: Sequence[ComponentFiles]) -> dict[str, ComponentFiles]:
     """Component → its files. One in files of its own takes the place of the one in a whole
     checkpoint.
 
     Raises:
         WeightsError: two entries are one component.
     """
-    found: dict[str, Found] = {}
+    found: dict[str, ComponentFiles] = {}
     for part in parts:
         name = part.component.name
         there = found.get(name)
@@ -236,17 +156,18 @@ def _each_once(parts: Sequence[Found]) -> dict[str, Found]:
     return found
 
 
-def _needed_tokenizers(config: TrainingConfig, family: Family) -> list[Tokenizer]:
+def _needed_tokenizers(config: TrainingConfig, model: ResolvedModel) -> list[Tokenizer]:
     """All of them; those that the training step uses when the captions are already encoded."""
     if not config.reads_encoded or config.sample_texts or config.customized_evaluation:
-        return list(family.tokenizers)
-    stages = family.step_stages(trained_components(config))
-    used = {name for stage in stages for name in stage.uses}
-    return [tokenizer for tokenizer in family.tokenizers if tokenizer.name in used]
+        return list(model.family.tokenizers)
+    used = {name for stage in model.step_stages for name in stage.uses}
+    return [tokenizer for tokenizer in model.family.tokenizers if tokenizer.name in used]
 
 
-def _float8(config: TrainingConfig, family: Family, found: Mapping[str, Found]) -> frozenset[str]:
-    """The components that `fp8_models` names. Raises `ParameterError`."""
+def _storage(
+    config: TrainingConfig, family: Family, found: Mapping[str, ComponentFiles]
+) -> dict[str, Storage]:
+    """Component → what it is stored as: float8 where `fp8_models` names it. Raises `ParameterError`."""
     wanted = float8_entries(config)
     stored = frozenset(name for name, f in found.items() if f.entry in wanted)
     changed = {family.part(n).of for n in config.trainable_models if n in family.trainable}
@@ -263,7 +184,7 @@ def _float8(config: TrainingConfig, family: Family, found: Mapping[str, Found]) 
             where="fp8_models",
             do="leave it out there, or give another lora_method",
         )
-    return stored
+    return {name: "float8" if name in stored else "full" for name in found}
 
 
 def check_trainable(config: TrainingConfig, family: Family) -> None:
@@ -286,7 +207,7 @@ def check_trainable(config: TrainingConfig, family: Family) -> None:
 
 
 def _presets(
-    config: TrainingConfig, family: Family, found: Mapping[str, Found]
+    config: TrainingConfig, family: Family, found: Mapping[str, ComponentFiles]
 ) -> Mapping[str, Preset]:
     """The component that `preset_lora_path` is fused into."""
     if config.preset_lora_path is None:
@@ -316,12 +237,17 @@ def _presets(
     return {name: Preset(trained, path)}
 
 
-def guess_family(config: TrainingConfig) -> Family:
-    """The family of a config whose files may not be there: by name, files or repository.
+def guess_model(config: TrainingConfig) -> ResolvedModel:
+    """The model of a config whose files may not be there, without files.
 
     Raises:
-        ParameterError: it is not clear, or it refuses the config.
+        ParameterError: its family is not clear, or refuses the config.
     """
+    return resolve(config, _guess_family(config))
+
+
+def _guess_family(config: TrainingConfig) -> Family:
+    """The family of a config as it uses it, by name, repository or files. Raises `ParameterError`."""
     entries = model_entries(config)
     if config.family:
         return _guessed(find_family(config.family), config, entries)
@@ -347,7 +273,7 @@ def _guessed(family: Family, config: TrainingConfig, entries: Sequence[ModelEntr
 
 
 def _find_tokenizer(
-    tokenizer: Tokenizer, config: TrainingConfig, found: Mapping[str, Found], hub: ModelHub
+    tokenizer: Tokenizer, config: TrainingConfig, found: Mapping[str, ComponentFiles], hub: ModelHub
 ) -> Path:
     given = getattr(config, tokenizer.parameter)
     if given is not None:

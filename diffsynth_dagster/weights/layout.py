@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.weights.identify import Found
+from diffsynth_dagster.weights.resolved import ComponentFiles
 
 
-def from_layout_of(found: Found, tensors: Tensors) -> Tensors:
+def from_layout_of(found: ComponentFiles, tensors: Tensors) -> Tensors:
     """The other way round: tensors as the files of a component have them → by the module's names. Tensors
     that have these names already stay."""
     places = _places(found)
@@ -43,7 +43,7 @@ class _Rows:
         return not self.turned and torch.equal(self.rows, torch.arange(len(self.rows)))
 
 
-def in_layout_of(found: Found, tensors: Tensors) -> Tensors:
+def in_layout_of(found: ComponentFiles, tensors: Tensors) -> Tensors:
     """Tensors of a component's module as the files have them that it was loaded from: the authors' names, or
     those of diffusers. All of them stay by the module's names where the layout cannot hold them.
 
@@ -73,7 +73,7 @@ def in_layout_of(found: Found, tensors: Tensors) -> Tensors:
     return written
 
 
-def _places(found: Found) -> Mapping[str, _Rows]:
+def _places(found: ComponentFiles) -> Mapping[str, _Rows]:
     """Tensor of the module → where its rows come from, for those whose rows are found."""
     numbers: Tensors = {}
     names: list[str] = []
@@ -86,7 +86,7 @@ def _places(found: Found) -> Mapping[str, _Rows]:
         starts.append(starts[-1] + count)
     bounds = torch.tensor(starts)
     places: dict[str, _Rows] = {}
-    for name, tensor in found.component.convert(numbers).items():
+    for name, tensor in found.component.construction.convert(numbers).items():
         rows = tensor.reshape(-1).long()
         turned = tensor.ndim == 2 and tensor.shape[0] == 1 < len(rows)
         if not len(rows) or (tensor.shape[:1] != rows.shape and not turned):

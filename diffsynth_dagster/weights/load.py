@@ -3,19 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
-from diffsynth_dagster.errors import WeightsError, reason_of, shown
+from diffsynth_dagster.errors import WeightsError, reason_of
 from diffsynth_dagster.facts import digest_of
-from diffsynth_dagster.families.contract import Shapes
-from diffsynth_dagster.families.shared.architecture import build
-from diffsynth_dagster.weights.bounds import ModelBounds
-from diffsynth_dagster.weights.identify import Found
+from diffsynth_dagster.families.contract import Component, Shapes
+from diffsynth_dagster.weights.resolved import ComponentFiles
 from diffsynth_dagster.weights.torch_file import read_torch_file
 
 _TRIED: set[str] = set()
@@ -72,7 +72,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(least) and math.isfinite(most)
 
 
-def require_buildable(found: Found) -> None:
+def require_buildable(found: ComponentFiles) -> None:
     """Check that the architecture of a component can be built and is that of its files, with nothing in
     memory at all: a configuration of other sizes than the files have is refused before it costs anything.
     Each architecture is tried once.
@@ -84,14 +84,13 @@ def require_buildable(found: Found) -> None:
     architecture = architecture_of(found)
     if architecture in _TRIED:
         return
-    with torch.device("meta"), ModelBounds(shapes):
+    with torch.device("meta"):
         tried = _build(found, shapes)
     _check_names(found, shapes, tried)
-    _check_statistics(found, tried)
     _TRIED.add(architecture)
 
 
-def build_empty(found: Found) -> nn.Module:
+def build_empty(found: ComponentFiles) -> nn.Module:
     """The module of a component with its parameters on the meta device, where they take no memory.
 
     Raises:
@@ -102,16 +101,41 @@ def build_empty(found: Found) -> nn.Module:
         return _build(found, found.shapes)
 
 
-def architecture_of(found: Found) -> str:
+def architecture_of(found: ComponentFiles) -> str:
     """Digest of all that the module of a component is built from."""
     component, shapes = found.component, found.shapes
-    kind = component.kind_of(shapes)
-    fixed = {name: repr(value) for name, value in component.fixed.items()}
+    kind = component.construction.kind_of(shapes)
+    fixed = {name: repr(value) for name, value in component.construction.fixed.items()}
     said = [component.name, kind.__module__, kind.__qualname__, fixed, found.config]
     return digest_of([*said, found.lacks, sorted(shapes.items())])
 
 
-def _build(found: Found, shapes: Shapes) -> nn.Module:
+def build(component: Component, shapes: Shapes, config: Mapping[str, object] | None) -> nn.Module:
+    """The module of a component, of diffusers or transformers, whose weights are not initialised: that
+    takes most of the time, and they come from files.
+
+    Args:
+        shapes: of the tensors by the module's names.
+        config: its config.json; where there is none the settings come from the shapes.
+
+    Raises:
+        KeyError, TypeError, ValueError: the settings or shapes make no such module.
+    """
+    construction = component.construction
+    kind: Any = construction.kind_of(shapes)
+    settings = construction.settings(shapes) if config is None else dict(config)
+    settings |= construction.fixed
+    with no_init_weights():
+        if issubclass(kind, PreTrainedModel):
+            make: Any = kind.config_class
+            return kind(make(**settings) if config is None else make.from_dict(settings))
+        if config is None:
+            return kind(**settings)
+        # Names with an underscore are diffusers' notes about the file, not settings.
+        return kind.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
+
+
+def _build(found: ComponentFiles, shapes: Shapes) -> nn.Module:
     """The module of a component, without what its files leave out. Raises `WeightsError`."""
     try:
         module = build(found.component, shapes, found.config)
@@ -128,7 +152,7 @@ def _build(found: Found, shapes: Shapes) -> nn.Module:
     return module
 
 
-def _check_names(found: Found, shapes: Shapes, module: nn.Module) -> None:
+def _check_names(found: ComponentFiles, shapes: Shapes, module: nn.Module) -> None:
     """Compare names and shapes of the files with the module, from headers alone. Raises
     `WeightsError`."""
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
@@ -149,34 +173,13 @@ def _check_names(found: Found, shapes: Shapes, module: nn.Module) -> None:
         raise WeightsError(
             f"the files are not a whole '{found.component.name}': " + "; ".join(problems),
             where=found.entry.text,
-            do="name every shard of the model and nothing else",
+            do="name every shard of the model and nothing else"
+            + (", and put its own config.json beside them" if found.config is not None else ""),
         )
 
 
-def _check_statistics(found: Found, module: nn.Module) -> None:
-    """Check the mean and the deviation of each latent channel in a VAE's configuration, which nothing
-    uses before the first picture is encoded. Raises `WeightsError`."""
-    config: Any = getattr(module, "config", None)
-    settings: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
-    given = {name: settings.get(name) for name in ("latents_mean", "latents_std")}
-    channels = settings.get("z_dim")
-    if channels is None or not any(name in settings for name in given):
-        return
-    for name, values in given.items():
-        is_list = isinstance(values, (list, tuple)) and len(cast(list[Any], values)) == channels
-        numbers = cast(list[Any], values) if is_list else []
-        sound = all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
-        if not is_list or not sound or (name == "latents_std" and min(numbers) <= 0):
-            raise WeightsError(
-                f"the settings of '{found.component.name}' give {name} = {shown(values)}, which is "
-                f"not a number for each of its {channels} channels",
-                where=found.entry.text,
-                do="download the config.json beside the files again",
-            )
-
-
 def load_component(
-    found: Found, device: torch.device | str, dtype: torch.dtype, mapped: bool = False
+    found: ComponentFiles, device: torch.device | str, dtype: torch.dtype, mapped: bool = False
 ) -> nn.Module:
     """Build a component and give it its weights, frozen and in evaluation mode.
 
@@ -191,7 +194,7 @@ def load_component(
     """
     module = build_empty(found)
     keep: Sequence[str] = getattr(module, "_keep_in_fp32_modules", None) or ()
-    state = found.component.convert(read_tensors(found.files, found.start))
+    state = found.component.construction.convert(read_tensors(found.files, found.start))
     for name, tensor in state.items():
         kept = any(part in keep for part in name.split("."))
         wanted = torch.float32 if kept else dtype

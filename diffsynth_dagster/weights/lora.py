@@ -70,8 +70,8 @@ def name_starts(family: Family, name: str) -> tuple[str, ...]:
 def rules_for(family: Family, owner: str) -> LoraRules:
     """How LoRAs of a component are spelled, also of one that no tool loads a LoRA into."""
     component = family.component(owner)
-    return component.lora or LoraRules(
-        component.folder, _loads_none, comfyui=component.folder, kohya=()
+    return component.names.lora or LoraRules(
+        component.names.folder, _loads_none, comfyui=component.names.folder, kohya=()
     )
 
 
@@ -153,9 +153,9 @@ def rules_of_file(family: Family, owners: Sequence[str] = ()) -> dict[str, LoraR
     rules = {owner: rules_for(family, owner) for owner in owners or [family.denoiser]}
     taken = {own.folder for own in rules.values()}
     for component in family.components:
-        if component.lora is not None and component.lora.folder not in taken:
-            rules[component.name] = component.lora
-            taken.add(component.lora.folder)
+        if component.names.lora is not None and component.names.lora.folder not in taken:
+            rules[component.name] = component.names.lora
+            taken.add(component.names.lora.folder)
     return rules
 
 

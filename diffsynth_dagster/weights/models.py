@@ -13,9 +13,9 @@ from torch import nn
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.facts import FactCache, digest_of
 from diffsynth_dagster.families.contract import Tokenizer
-from diffsynth_dagster.weights.identify import FoundModel
 from diffsynth_dagster.weights.load import load_component
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 _NOT_IN_FLOAT8 = (
     *("pos_embed", "patch_embed", "norm", "embed_tokens", "shared"),
@@ -36,7 +36,7 @@ class Models:
 
     def __init__(
         self,
-        found: FoundModel,
+        found: ResolvedModel,
         device: torch.device,
         dtype: torch.dtype,
         on_cpu_first: bool,
@@ -75,7 +75,7 @@ class Models:
         if name in self.found.tokenizers:
             return load_tokenizer(self.found, name)
         require_component(self.found, name)
-        stored = name in self.found.float8
+        stored = self.found.is_float8(name)
         where = "cpu" if self._on_cpu_first or stored else self.device
         moves = self.device.type != "cpu"
         module = load_component(self.found.components[name], where, self.dtype, mapped=moves)
@@ -100,7 +100,7 @@ class Models:
             torch.cuda.empty_cache()
 
 
-def load_tokenizer(found: FoundModel, name: str) -> Any:
+def load_tokenizer(found: ResolvedModel, name: str) -> Any:
     """A tokenizer of a model.
 
     Raises:
@@ -163,7 +163,7 @@ def store_in_float8(module: nn.Module, compute: torch.dtype, device: torch.devic
     module.to(device)
 
 
-def require_component(found: FoundModel, name: str) -> None:
+def require_component(found: ResolvedModel, name: str) -> None:
     """Raise a `WeightsError` when the model list lacks a component."""
     if name in found.components or name in found.tokenizers:
         return
@@ -171,11 +171,11 @@ def require_component(found: FoundModel, name: str) -> None:
     raise WeightsError(
         f"the model list lacks the component '{name}'",
         where=f"model_paths, model_id_with_origin_paths; they give {have or 'nothing'}",
-        do=f"add the files of {found.family.name}'s {found.family.component(name).folder}",
+        do=f"add the files of {found.family.name}'s {found.family.component(name).names.folder}",
     )
 
 
-def component_digest(found: FoundModel, name: str, fact_cache: FactCache) -> str:
+def component_digest(found: ResolvedModel, name: str, fact_cache: FactCache) -> str:
     """Digest of what a component or tokenizer computes with: the bytes of its files (whatever their
     names), of a LoRA that is fused into it, and whether it is stored in float8.
 
@@ -184,4 +184,4 @@ def component_digest(found: FoundModel, name: str, fact_cache: FactCache) -> str
     """
     require_component(found, name)
     digests = found.contents.digests(name, found.files(name), fact_cache)
-    return digest_of([*digests, "float8"] if name in found.float8 else digests)
+    return digest_of([*digests, "float8"] if found.is_float8(name) else digests)

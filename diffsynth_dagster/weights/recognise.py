@@ -13,18 +13,10 @@ from diffsynth_dagster.config.entries import ModelEntry
 from diffsynth_dagster.errors import ParameterError, WeightsError, reason_of
 from diffsynth_dagster.families import each_family
 from diffsynth_dagster.families.contract import Component, Family, Settings, Shapes
-from diffsynth_dagster.weights.bounds import too_large
 from diffsynth_dagster.weights.header import Header
 
 _Settings = Literal["architecture", "scheduler"]
-_NO_PART = (
-    "attn_implementation",
-    "experts_implementation",
-    "auto_map",
-    "num_labels",
-    "id2label",
-    "label2id",
-)
+_NO_PART = ("attn_implementation", "experts_implementation", "auto_map")
 
 
 @dataclass(frozen=True)
@@ -41,7 +33,7 @@ class Place:
 
 def recognise(header: Header, component: Component) -> bool:
     """Whether the tensors are those of the component (in any layout that it accepts)."""
-    return any(all(mark in header for mark in marks) for marks in component.signatures)
+    return any(all(mark in header for mark in marks) for marks in component.recognition.signatures)
 
 
 def below(header: Header, start: str) -> Header:
@@ -58,7 +50,7 @@ def components_in(header: Header, family: Family) -> list[Place]:
     inside = [
         Place(component, start)
         for component in family.components
-        for start in component.inside
+        for start in component.recognition.checkpoint_prefixes
         if recognise(below(header, start), component)
         # What is a component as a whole may look like one in a part too.
         and not (alone is not None and component is alone.component)
@@ -135,9 +127,9 @@ def converted_shapes(header: Header, component: Component, where: str) -> Shapes
     Raises:
         WeightsError: a tensor that the conversion needs is missing.
     """
-    tensors = {name: torch.empty(i.shape, device="meta") for name, i in header.items()}
     try:
-        return {name: tuple(t.shape) for name, t in component.convert(tensors).items()}
+        tensors = {name: torch.empty(i.shape, device="meta") for name, i in header.items()}
+        return {name: tuple(t.shape) for name, t in component.construction.convert(tensors).items()}
     except Exception as error:
         raise WeightsError(
             f"the files are not a whole '{component.name}': {reason_of(error)}",
@@ -149,11 +141,14 @@ def converted_shapes(header: Header, component: Component, where: str) -> Shapes
 def guess_component(entry: ModelEntry, family: Family) -> str | None:
     """The component that an entry seems to be by its folder and file name; None if unclear."""
     for component in family.components:
-        if component.folder == entry.folder_hint:
+        if component.names.folder == entry.folder_hint:
             return component.name
     text = entry.pattern if entry.repository else entry.paths[0]
     for component in family.components:
-        if any(fnmatch(text, glob) or fnmatch(text, f"*/{glob}") for glob in component.origin):
+        if any(
+            fnmatch(text, glob) or fnmatch(text, f"*/{glob}")
+            for glob in component.recognition.original_globs
+        ):
             return component.name
     return None
 
@@ -161,11 +156,17 @@ def guess_component(entry: ModelEntry, family: Family) -> str | None:
 def guess_components(entries: Sequence[ModelEntry], family: Family) -> list[str | None]:
     """The component that each entry of a model list seems to be: see `guess_component`."""
     names = [guess_component(entry, family) for entry in entries]
-    for second in (c for c in family.components if c.known_by):
-        first = next(c for c in family.components if c.signatures == second.signatures)
+    for second in (c for c in family.components if c.recognition.path_marks):
+        first = next(
+            c
+            for c in family.components
+            if c.recognition.signatures == second.recognition.signatures
+        )
         pair = [i for i, name in enumerate(names) if name in (first.name, second.name)]
         for i in pair:
-            told = len(pair) > 1 and any(mark in entries[i].text for mark in second.known_by)
+            told = len(pair) > 1 and any(
+                mark in entries[i].text for mark in second.recognition.path_marks
+            )
             names[i] = second.name if told else first.name
     return names
 
@@ -181,15 +182,8 @@ def read_architecture(folder: Path, component: Component) -> Mapping[str, object
     if not path.is_file():
         return None
     loaded = _read_mapping(path, "architecture")
-    known, given = loaded.get("_class_name", ""), loaded.get("architectures") or []
-    if not isinstance(known, str) or not isinstance(given, list):
-        raise _damaged(path, "architecture", "it names no architecture")
-    if not any(name in component.classes for name in (known, *cast(list[object], given))):
-        return None
-    large = too_large(loaded)
-    if large is not None:
-        raise _damaged(path, "architecture", f"no model has a number of such a size: '{large}'")
-    return loaded
+    named = (loaded.get("_class_name"), *(loaded.get("architectures") or ()))
+    return loaded if any(name in component.construction.classes for name in named) else None
 
 
 def read_schedule(folder: Path, header: Header, family: Family) -> Settings:
@@ -223,8 +217,6 @@ def _read_mapping(path: Path, what: _Settings) -> dict[str, Any]:
     """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"), object_hook=_of_the_model)
-    except RecursionError as error:
-        raise _damaged(path, what, "they are nested too deeply") from error
     except (OSError, ValueError) as error:
         raise _damaged(path, what, str(error)) from error
     if not isinstance(loaded, dict):
@@ -233,8 +225,7 @@ def _read_mapping(path: Path, what: _Settings) -> dict[str, Any]:
 
 
 def _of_the_model(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without those that are no part of what a model is here: the code to compute with,
-    which libraries would look for on a hub, and the labels of a classifier."""
+    """Settings without those of the code to compute with, which libraries would look for on a hub."""
     return {n: v for n, v in settings.items() if not n.strip("_").startswith(_NO_PART)}
 
 

@@ -67,7 +67,7 @@ def load_weights(module: nn.Module, path: Path, family: Family, name: str, where
         WeightsError: see `require_weights`; or a weight is NaN or infinite.
     """
     tensors = _by_module(read_tensors([path]), family, name)
-    given = family.component(family.part(name).of).convert(tensors)
+    given = family.component(family.part(name).of).construction.convert(tensors)
     _require_fit(module, {n: tuple(t.shape) for n, t in given.items()}, family, name, where)
     own, part = module.state_dict(), family.part(name)
     with torch.no_grad():
@@ -81,9 +81,9 @@ def _by_module(held: Mapping[str, _T], family: Family, name: str) -> dict[str, _
     component where the file is a whole checkpoint; else all of it, without the prefixes that
     checkpoints have."""
     owner = family.component(family.part(name).of)
-    for start in owner.inside:
+    for start in owner.recognition.checkpoint_prefixes:
         inside = {n.removeprefix(start): v for n, v in held.items() if n.startswith(start)}
-        if any(all(mark in inside for mark in marks) for marks in owner.signatures):
+        if any(all(mark in inside for mark in marks) for marks in owner.recognition.signatures):
             return inside
     starts = (family.prefix(name), family.prefix(owner.name), *FOREIGN_PREFIXES)
     return {

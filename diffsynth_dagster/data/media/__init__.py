@@ -1,1 +1,1 @@
-"""Images and videos: from files to tensors, and whether the files are whole."""
+"""Images, videos and sound: read them into tensors, and check that the files are complete."""

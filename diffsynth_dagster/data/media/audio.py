@@ -1,6 +1,6 @@
-"""Sound, from audio files and from the tracks of videos, to tensors.
+"""Read sound from audio files and from the tracks of videos into tensors.
 
-Read and resampled with PyAV, that is FFmpeg. Of a file with several tracks the first is taken.
+PyAV (FFmpeg) decodes and resamples it. The first audio track of a file is used.
 """
 
 import wave
@@ -19,22 +19,23 @@ from diffsynth_dagster.data.media.image import IMAGE_ERRORS, media_problem
 from diffsynth_dagster.facts import Facts, digest_file
 
 AUDIO_ERRORS = (*IMAGE_ERRORS, av.FFmpegError)
-"""What reading a damaged file raises."""
+"""The exceptions that reading a damaged file can raise."""
 LAYOUTS = {1: "mono", 2: "stereo"}
-"""Channels → what FFmpeg calls them."""
+"""Number of channels → FFmpeg's name of the layout."""
 
 
 def audio_facts(path: Path, pool: DecoderPool) -> Facts:
-    """What a check of the sound of a file finds, all of it decoded.
+    """Check the sound of a file by decoding all of it.
 
     Returns:
-        `digest`, `channels`, `rate` (samples of each channel per second) and `seconds`, counted as
-        `load_sample_audio` reads it; or `status` and `message`.
+        `digest`, `channels`, `rate` (samples per second of each channel) and `seconds`, which
+        includes the offset that `load_sample_audio` applies; or `status` and `message`.
     """
     try:
         missing = cut_short(path)
         if missing is not None:
             return {"status": "unreadable", "message": f"not readable sound: {missing}"}
+        # Checked before decoding, since FFmpeg only says that the data is invalid.
         if _has_no_rate(path):
             return {"status": "bad_sample_rate", "message": "the sample rate of the sound is 0"}
         found = pool.decode(path, "audio")
@@ -53,7 +54,7 @@ def audio_facts(path: Path, pool: DecoderPool) -> Facts:
 
 
 def _has_no_rate(path: Path) -> bool:
-    """Whether a WAV file says that its sample rate is 0, which FFmpeg calls invalid data."""
+    """Whether a WAV file has the sample rate 0 in its header."""
     with path.open("rb") as file:
         if file.read(4) != b"RIFF":
             return False
@@ -65,14 +66,14 @@ def _has_no_rate(path: Path) -> bool:
 
 
 def load_sample_audio(path: Path, rate: int, channels: int, samples: int) -> torch.Tensor:
-    """The first `samples` of the sound of a file, resampled; silence where it ends before.
+    """The first `samples` of the sound of a file, resampled, and padded with silence at the end.
 
-    Where there is a video beside it, sound that starts later is preceded by silence, and what comes
-    earlier is left out.
+    If the file also has a video, the sound is aligned with its first frame: sound that starts later
+    is preceded by silence, and sound before the first frame is cut off.
 
     Args:
-        rate: samples of each channel per second, of the result.
-        channels: 1 or 2; the file has as many.
+        rate: samples per second of each channel in the result.
+        channels: 1 or 2, as many as the file has.
 
     Returns:
         float32 (channels, samples) in [-1, 1].
@@ -86,32 +87,35 @@ def load_sample_audio(path: Path, rate: int, channels: int, samples: int) -> tor
     with _opened(path) as container:
         for frame in container.decode(container.streams.audio[0]):
             pieces += [torch.from_numpy(f.to_ndarray()) for f in resampler.resample(frame)]
+            # One second more than needed, and the rest of a long file stays undecoded.
             if sum(piece.shape[1] for piece in pieces) + late >= samples + rate:
                 break
         else:
+            # `resample(None)` returns what the resampler still holds back.
             pieces += [torch.from_numpy(f.to_ndarray()) for f in resampler.resample(None)]
+    # A positive `late` puts silence before the sound, a negative one cuts its beginning off.
     sound = torch.cat([torch.zeros(channels, max(late, 0)), *pieces], dim=1)[:, max(-late, 0) :]
     sound = torch.nn.functional.pad(sound, (0, max(0, samples - sound.shape[1])))
     return sound[:, :samples].clamp(-1.0, 1.0)
 
 
 def _opened(path: Path) -> InputContainer:
-    # A playlist must not make it ask the network.
+    # A playlist could name addresses in the network; FFmpeg must not open those.
     return av.open(str(path), options={"protocol_whitelist": "file"})
 
 
 def _start(path: Path) -> float:
-    """When the sound starts, in seconds after the first frame that `shown` reads of the video that is in
-    the file too; 0 where there is none."""
+    """When the sound starts, in seconds after the first decodable frame of the video in the same
+    file. It is negative if the sound starts earlier, and 0 if there is no video."""
     with _opened(path) as container:
         first = next(container.decode(container.streams.audio[0])).time
-    # Opened again: a recording may begin with packets of frames that cannot be decoded, which are
-    # not shown.
+    # Decode the video instead of reading its start time: a recording may begin with packets that
+    # cannot be decoded. The file is opened again to read the video from its beginning.
     with _opened(path) as container:
         video = container.streams.best("video")
         if first is None or not isinstance(video, VideoStream):
             return 0.0
-        if video.disposition & Disposition.attached_pic:  # a cover
+        if video.disposition & Disposition.attached_pic:  # an album cover is not a video
             return 0.0
         shown = next(container.decode(video), None)
         time = None if shown is None else shown.time

@@ -1,7 +1,7 @@
-"""How many pixels are decoded at a time, by all threads of a process together.
+"""Limit how many pixels all threads of a process decode at the same time.
 
-What decoding costs goes with the pixels of a file, not with the files: eight small pictures are
-nothing, eight of the largest ones take more memory than many machines have.
+The memory that decoding takes depends on the pixels, not on the number of files: eight small
+pictures take little, eight of the largest ones take more memory than many machines have.
 """
 
 from collections.abc import Generator
@@ -13,37 +13,40 @@ from diffsynth_dagster.errors import OutOfMemory
 
 
 class PixelBudget:
-    """Pixels that may be in memory at a time. Safe for any number of threads.
+    """A limit of the pixels that are in memory at the same time. It is thread-safe.
+
+    A pixel stands for about 12 bytes: three channels of float32.
 
     Attributes:
-        megapixels: how many, in millions; may be set at any time.
+        megapixels: the limit in millions of pixels; may be set at any time.
     """
 
     def __init__(self, megapixels: int) -> None:
         self.megapixels = megapixels
         self._used = 0
-        self._turn = Lock()
+        self._turn = Lock()  # held by the thread that is next: the others queue up behind it
         self._changed = Condition()
-        self._here = local()
+        self._thread = local()
 
     @contextmanager
     def hold(self, pixels: int) -> Generator[None]:
-        """Wait until so many pixels fit into the budget, and count them while the block runs.
+        """Wait until `pixels` fit into the budget, and count them as used while the block runs.
 
-        More than the whole budget are let in when no others are. Threads are let in one after the
-        other, so that small files do not keep a large one waiting. A thread holds one at a time.
+        A file with more pixels than the whole budget is admitted when nothing else is. Threads are
+        admitted one after the other, so that a stream of small files cannot starve a large one.
+        Blocks must not be nested.
         """
-        assert not getattr(self._here, "holds", False), (
-            "a thread that holds some would wait for itself"
+        assert not getattr(self._thread, "holds", False), (
+            "a thread that already holds pixels would wait for itself"
         )
         with self._turn, self._changed:
             self._changed.wait_for(lambda: self._fits(pixels))
             self._used += pixels
-        self._here.holds = True
+        self._thread.holds = True
         try:
             yield
         finally:
-            self._here.holds = False
+            self._thread.holds = False
             with self._changed:
                 self._used -= pixels
                 self._changed.notify_all()
@@ -53,15 +56,15 @@ class PixelBudget:
 
 
 DECODING = PixelBudget(DatasetParameters.model_fields["decode_megapixels"].default)
-"""The budget of this process; `decode_megapixels` says how large it is."""
+"""The budget of this process. The parameter `decode_megapixels` sets its size."""
 
 
 def short_of_memory(kind: str, where: str) -> OutOfMemory:
-    """The error for the user, where memory was not enough to read a file, whose fault that is not.
+    """The error to raise if there was not enough memory to read a file. The file may be sound.
 
     Args:
         kind: what the file is, for the message.
-        where: the file, and what names it.
+        where: the file, and the row or parameter that names it.
     """
     return OutOfMemory(
         f"the memory is not enough to read the {kind}",

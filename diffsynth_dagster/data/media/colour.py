@@ -1,10 +1,10 @@
-"""The colours of pictures: embedded profiles, depths of more than 8 bits, and what is transparent.
+"""The colours of pictures: embedded profiles, more than 8 bits per channel, and transparency.
 
 A picture with a colour profile (Display P3 of a phone, Adobe RGB, the CMYK of a press, a grey dot
-gain) is converted to sRGB, in which models were trained: relative colorimetric with black point
-compensation, as image editors do, so that white stays white and black black. A profile that is
-sRGB itself changes no byte. One that cannot be used, or is of another colour space than the
-picture, is left out.
+gain) is converted to sRGB, in which models were trained. The conversion is relative colorimetric
+with black point compensation, as in image editors, so that white stays white and black stays black.
+A profile that is sRGB itself changes no byte. A profile that cannot be used, or that belongs to
+another colour space than the picture, is ignored.
 """
 
 import io
@@ -19,10 +19,10 @@ from PIL import Image, ImageCms, TiffImagePlugin
 from diffsynth_dagster.facts import Facts
 
 _STRIP = 1 << 20
-"""Pixels that are converted together."""
+"""Pixels that are converted at once, so that the conversion needs little memory."""
 _SAME = 3
-"""Levels of 255 by which a profile that is taken for sRGB may differ from it: profiles of sRGB are
-rounded, some to few points."""
+"""A profile counts as sRGB if it changes no colour by more than this, in levels of 0..255. Profiles
+of sRGB differ a little: they are rounded, and some are tables of few points."""
 _SPACES = {
     "1": "L",
     "CMYK": "CMYK",
@@ -36,7 +36,7 @@ _SPACES = {
     "RGBX": "RGB",
     "YCbCr": "RGB",
 }
-"""Pillow's mode of a picture → the mode in which its profile is about it."""
+"""Pillow's mode of a picture → the mode that its profile applies to."""
 _BACKGROUND, _PROFILE, _BITS = "background=", "srgb", "bits="
 
 
@@ -45,9 +45,9 @@ class Look:
     """How the colours of a picture are read.
 
     Attributes:
-        profile: whether they are converted from an embedded profile to sRGB.
-        background: colour `#rrggbb` that transparent pixels are laid on; None drops the alpha, and
-            shows the colour that lies beneath.
+        profile: whether an embedded profile is converted to sRGB.
+        background: colour `#rrggbb` that fills transparent pixels; None drops the alpha channel,
+            which leaves the colour stored in these pixels.
     """
 
     profile: bool = True
@@ -55,14 +55,15 @@ class Look:
 
 
 def colour_facts(image: Image.Image) -> Facts:
-    """What a check finds of a decoded picture (or frame).
+    """Check the colours of a decoded picture or frame.
 
     Returns:
-        `transparent`, whether a pixel of it is not opaque; `converted`, only where its values are
-        not taken as they are: words that say what is done with them.
+        `transparent`, whether any pixel is not opaque; and, only if pixel values are converted,
+        `converted`: words that say how, as in `reading`.
     """
     words: list[str] = []
     bits = grey_bits(image)
+    # 16 bits were always scaled to 8: without a word, the keys in existing stores stay valid.
     if bits not in (None, 16):
         words.append(f"{_BITS}{bits}")
     if to_srgb(image) is not None:
@@ -72,15 +73,15 @@ def colour_facts(image: Image.Image) -> Facts:
 
 
 def reading(facts: Mapping[str, Any], background: str | None, is_data: bool = False) -> str | None:
-    """How a file is read beside its sizes, which is part of the keys of what is encoded from it.
+    """How the colours of a file are read, as part of the keys of its encoded samples.
 
     Args:
         facts: `colour_facts` of the file, or facts without them.
-        background: the colour asked for.
-        is_data: whether its values are numbers and no colours, such as those of a mask.
+        background: the `background` parameter.
+        is_data: whether the values are data, such as those of a mask, and not colours.
 
     Returns:
-        Words separated by spaces; None where its values are taken as they are.
+        Words separated by spaces; None if the values are used unchanged.
     """
     words = str(facts.get("converted", "")).split()
     if is_data:
@@ -91,21 +92,22 @@ def reading(facts: Mapping[str, Any], background: str | None, is_data: bool = Fa
 
 
 def look_of(words: str | None) -> Look:
-    """How the colours of a file are read, of the words that `reading` gave."""
-    said = (words or "").split()
-    backgrounds = [w.removeprefix(_BACKGROUND) for w in said if w.startswith(_BACKGROUND)]
-    return Look(_PROFILE in said, backgrounds[0] if backgrounds else None)
+    """How the colours of a file are read: parses what `reading` returned."""
+    parts = (words or "").split()
+    backgrounds = [w.removeprefix(_BACKGROUND) for w in parts if w.startswith(_BACKGROUND)]
+    return Look(_PROFILE in parts, backgrounds[0] if backgrounds else None)
 
 
 def grey_bits(image: Image.Image) -> int | None:
-    """Bits of the grey of an image of more than 8; None for any other image.
+    """Bits per pixel of a grey image with more than 8; None for any other image.
 
     Raises:
-        ValueError: it has numbers of 32 bits, of which nothing says which one is white.
+        ValueError: the values have 32 bits, and the file does not say which value is white.
     """
+    # Pillow opens a TIFF with 12 bits of grey as 16 bits without scaling: only the tag tells.
     is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
-    said: Any = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE) if is_tiff else None
-    bits = int(said[0]) if isinstance(said, tuple) and said else 16
+    tag: Any = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE) if is_tiff else None
+    bits = int(tag[0]) if isinstance(tag, tuple) and tag else 16
     if image.mode == "F" or (image.mode == "I" and bits > 16):
         kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
         raise ValueError(
@@ -117,7 +119,7 @@ def grey_bits(image: Image.Image) -> int | None:
 
 
 def without_low_bits(image: Image.Image, bits: int) -> Image.Image:
-    """Grey of this many bits, in 16 or 32, as grey of 8."""
+    """Scale a grey image of `bits` bits per pixel to 8, by dropping the low bits."""
     grey = Image.new("L", image.size)
     for strip, top in _strips(image):
         high = (np.asarray(strip) >> (bits - 8)).clip(0, 255).astype(np.uint8)
@@ -126,10 +128,9 @@ def without_low_bits(image: Image.Image, bits: int) -> Image.Image:
 
 
 def to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
-    """The transform from an image's embedded profile to sRGB; None where its values are taken as they
-    are."""
+    """The transform from an embedded profile to sRGB; None if the values are used unchanged."""
     profile = image.info.get("icc_profile")
-    space = _SPACES.get(image.mode.partition(";")[0])
+    space = _SPACES.get(image.mode.partition(";")[0])  # a mode such as I;16 has a suffix
     if not isinstance(profile, bytes) or not profile or space is None:
         return None
     return _transform(profile, space)
@@ -137,7 +138,7 @@ def to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
 
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
-    """See `to_srgb`. Transforms hold no state: any number of threads may use one."""
+    """The transform of `to_srgb`, cached. It holds no state, so threads may share it."""
     try:
         transform = ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(io.BytesIO(profile)),
@@ -148,32 +149,36 @@ def _transform(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
             ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
-        return None
+        return None  # a damaged profile, or one of another colour space
+    # CMYK must be converted in any case.
     return None if space != "CMYK" and _changes_nothing(transform, space) else transform
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, space: str) -> bool:
-    """Whether every colour stays as it is, but for rounding: 18 levels of each primary are tried."""
+    """Whether a transform leaves every colour as it is, apart from rounding. It is tried on 18
+    levels of each primary, or on all levels of grey."""
     levels = np.linspace(0, 255, 18).round().astype(np.uint8)
     if space == "L":
         levels = np.arange(256, dtype=np.uint8)
     count = 1 if space == "L" else 3
+    # All combinations of the levels, as an image of one row.
     grid = np.stack(np.meshgrid(*[levels] * count, indexing="ij"), axis=-1).reshape(1, -1, count)
-    tried = Image.fromarray(grid[..., 0] if space == "L" else grid)
-    made = np.asarray(transform.apply(tried)).astype(np.int16)
-    return int(np.abs(made - grid).max()) <= _SAME
+    colours = Image.fromarray(grid[..., 0] if space == "L" else grid)
+    transformed = np.asarray(transform.apply(colours)).astype(np.int16)
+    return int(np.abs(transformed - grid).max()) <= _SAME
 
 
 def converted(
     image: Image.Image, transform: ImageCms.ImageCmsTransform | None, background: str | None
 ) -> Image.Image:
-    """An image of at most 8 bits in RGB: by a transform where there is one, and on a background.
+    """Convert an image of at most 8 bits per channel to RGB.
 
     Args:
+        transform: applied if it is not None; see `to_srgb`.
         background: see `Look`.
     """
-    laid = background if background is not None and image.has_transparency_data else None
-    if transform is None and laid is None:
+    fill = background if background is not None and image.has_transparency_data else None
+    if transform is None and fill is None:
         return image if image.mode == "RGB" else image.convert("RGB")
     result = Image.new("RGB", image.size)
     for strip, top in _strips(image):
@@ -182,21 +187,21 @@ def converted(
         else:
             space = _SPACES[strip.mode]
             rgb = transform.apply(strip if strip.mode == space else strip.convert(space))
-        if laid is not None:
-            rgb = Image.composite(rgb, Image.new("RGB", rgb.size, laid), _alpha(strip))
+        if fill is not None:
+            rgb = Image.composite(rgb, Image.new("RGB", rgb.size, fill), _alpha(strip))
         result.paste(rgb, (0, top))
     return result
 
 
 def is_transparent(image: Image.Image) -> bool:
-    """Whether a pixel of a decoded image is not opaque."""
+    """Whether any pixel of a decoded image is not opaque."""
     if not image.has_transparency_data or image.mode.startswith("I"):
-        return False
+        return False  # a transparent level of 16-bit grey is ignored
     return any(_least(_alpha(strip)) < 255 for strip, _ in _strips(image))
 
 
 def _least(alpha: Image.Image) -> int:
-    least: Any = alpha.getextrema()[0]  # of the one channel
+    least: Any = alpha.getextrema()[0]  # (least, most) of the only channel
     return int(least)
 
 
@@ -205,7 +210,7 @@ def _alpha(image: Image.Image) -> Image.Image:
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[Image.Image, int]]:
-    """The image in strips of few pixels, each with its first row."""
+    """Cut the image into strips of at most `_STRIP` pixels; yields each with its top row."""
     rows = max(1, _STRIP // image.width)
     for top in range(0, image.height, rows):
         yield image.crop((0, top, image.width, min(top + rows, image.height))), top

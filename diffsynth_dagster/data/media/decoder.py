@@ -1,16 +1,15 @@
-"""Decode whole videos, animations and sound in a process of its own, so that a damaged file can crash
-nothing else.
+"""Decode whole videos, animations and sound in a separate process, which a damaged file may crash.
 
-This file is run as a script, without the rest of the project. It reads questions from standard
-input, one JSON list `[kind, path]` a line; the kind is "video", "animation" or "audio". For each it
-writes JSON objects to standard output, one a line: `{"decoded": n}` about once a second while it
-decodes, and at the end what `DecoderPool.decode` says, or `{"error"}`. A decoder that hangs is ended
-by an alarm; see `_end_in`.
+This file is run as a script, without the rest of the project. It reads requests from standard
+input, one JSON list `[kind, path]` per line, where the kind is "video", "animation" or "audio". For
+each request it writes JSON objects to standard output, one per line: `{"decoded": n}` about once a
+second while it decodes, and finally the result that `DecoderPool.decode` describes, or `{"error"}`.
+An alarm ends a decoder that hangs; see `_end_in`.
 
-What a video shows, and when, is what PyAV (that is, FFmpeg) decodes from its beginning to its end.
-decord is faster than some, and counts packets instead of frames: it may leave frames out, repeat
-them, and take no account of pixels that are not square. So it is asked beside PyAV, and trusted with
-the files of which it gives the same frames, bit for bit.
+The frames of a video and their times are those that PyAV (FFmpeg) decodes from beginning to end.
+decord reads many files faster, but it counts packets instead of frames: it may leave frames out,
+repeat them, and ignore that pixels are not square. So decord decodes every file too, and is used
+for the files for which it returns the same frames as PyAV, bit for bit.
 """
 
 import json
@@ -32,38 +31,42 @@ if TYPE_CHECKING:
 
 _PROGRESS_S = 1.0
 _EXACT = ("flac", "ogg")
-"""Formats that say exactly how long they are, and whose decoders skip what is damaged."""
+"""Formats that state their exact duration, and whose decoders skip damaged parts silently."""
 _MISSING_S = 0.1
+"""Sound that is this much shorter than stated, in seconds, is damaged."""
 _NEAR_S = 1e-3
-"""Time stamps are rounded to this much, or to the time base of their file where that is coarser."""
+"""Precision of time stamps in seconds. It is the time base of the file if that is coarser."""
 _SHORTEST_MS, _USUAL_MS = 10, 100
-"""Frames of an animation that are to be shown for so long or shorter are shown by browsers for the
-second time."""
+"""Frames of an animation with a duration up to the first number are shown for the second one, as in
+browsers."""
 _ORIENTATION = 0x0112
+"""The EXIF tag of the orientation."""
 _STRIP = 1 << 20
-"""Pixels that are looked at together."""
+"""Pixels that are checked at once, so that the check needs little memory."""
 _HIGH_RANGE = {16: "PQ", 18: "HLG"}
 """Transfer functions of a high dynamic range, by their numbers in ITU-T H.273."""
 Turn = tuple[tuple[int, int], tuple[int, int]]
-"""((a, b), (c, d)), of 0, 1 and -1: a pixel at (x, y) is shown at (ax + cy, bx + dy)."""
+"""((a, b), (c, d)), each 0, 1 or -1: a pixel at (x, y) is displayed at (ax + cy, bx + dy)."""
 UPRIGHT: Turn = ((1, 0), (0, 1))
-"""Not turned."""
+"""The identity: neither rotated nor mirrored."""
 
 
 def _end_in(patience_s: int) -> None:
-    """End this process in so many seconds, even inside the decoder, unless this is called again.
+    """End this process in `patience_s` seconds, unless this is called again; 0 cancels it.
 
-    Zero seconds: never. Does nothing on platforms without alarms.
+    Does nothing on platforms without alarms.
     """
+    # Nothing handles SIGALRM, so it kills the process even while a decoder's C code runs.
     if hasattr(signal, "alarm"):
         signal.alarm(patience_s)
 
 
 def main(patience_s: int) -> None:
-    """Serve until standard input ends."""
+    """Answer requests until standard input ends."""
+    # Decoders print to the standard streams. The answers get a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)  # decoders print to these
+    os.dup2(nothing, 1)
     os.dup2(nothing, 2)
 
     def answer(value: dict[str, object]) -> None:
@@ -90,10 +93,10 @@ def main(patience_s: int) -> None:
         try:
             kind, path = json.loads(line)
             found = decoders[kind](path, report)
-        except Exception as error:  # noqa: BLE001 - the decoder raises anything
+        except Exception as error:  # noqa: BLE001 - a decoder may raise anything
             found = {"error": str(error)}
         answer(found)
-        _end_in(0)
+        _end_in(0)  # waiting for the next request may take any time
 
 
 def _decode_video(path: str, report: Callable[[int], None]) -> dict[str, object]:
@@ -104,14 +107,14 @@ def _decode_video(path: str, report: Callable[[int], None]) -> dict[str, object]
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
             return {"error": "it has no video"}
-        stream.codec_context.thread_count = 1
-        beside, found = _Beside(path), dict[str, object]()
+        stream.codec_context.thread_count = 1  # the pool runs one process for each core
+        decord, found = _Decord(path), dict[str, object]()
         stamps: list[int | None] = []
         last_s = 0.0
         for number, frame in enumerate(container.decode(stream), 1):
-            # Such a frame holds what the decoder made up for data that it could not read. It is not told
-            # to fail at every error (`err_detect=explode`): the first frames of a clip that was cut
-            # without encoding it again may refer to ones that were left out, which is no damage.
+            # The decoder made up parts of this frame, because it could not read the data. We do not
+            # set `err_detect=explode`, which fails at every error: in a clip that was cut without
+            # re-encoding, the first frames may refer to frames that were cut off: no damage.
             if frame.is_corrupt:
                 return {"error": f"frame {number} is damaged"}
             if number == 1:
@@ -119,19 +122,20 @@ def _decode_video(path: str, report: Callable[[int], None]) -> dict[str, object]
                 width, height = displayed(stream, frame, turn)
                 transfer = _HIGH_RANGE.get(int(frame.color_trc))
                 found = {"width": width, "height": height, "transfer": transfer}
+                # These frames are turned or stretched after decoding, which decord does not do.
                 if turn != UPRIGHT or (width, height) != (frame.width, frame.height):
-                    beside.differs()
+                    decord.rule_out()
             stamps.append(frame.pts)
             last_s = float(frame.duration * (stream.time_base or 0)) if frame.duration else 0.0
-            beside.compare(frame)
+            decord.compare(frame)
             report(number)
         rate, times = _timing(stream, stamps, last_s)
-    decoder = "decord" if beside.gave(len(stamps)) else "pyav"
+    decoder = "decord" if decord.matched(len(stamps)) else "pyav"
     return {**found, "frames": len(stamps), "rate": rate, "times": times, "decoder": decoder}
 
 
-class _Beside:
-    """decord, which decodes the same file frame by frame, as long as it gives the same frames."""
+class _Decord:
+    """Decodes the same file with decord and compares frame by frame, up to the first difference."""
 
     def __init__(self, path: str) -> None:
         self._reader: Any = None
@@ -141,33 +145,33 @@ class _Beside:
 
             self._reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
             self._frames = len(self._reader)
-        except Exception:  # noqa: BLE001 - it is not installed, cannot read the file, or raises anything
+        except Exception:  # noqa: BLE001 - not installed, cannot read the file, or anything else
             self._reader = None
 
-    def differs(self) -> None:
-        """Let it be: it does not give what is shown."""
+    def rule_out(self) -> None:
+        """Stop comparing: decord does not return the frames as they are displayed."""
         self._reader = None
 
     def compare(self, frame: "VideoFrame") -> None:
-        """Compare its next frame with a frame."""
+        """Compare decord's next frame with PyAV's."""
         if self._reader is None:
             return
         try:
             theirs = pixels_of(self._reader.next()) if self._at < self._frames else None
-        except Exception:  # noqa: BLE001 - as above
+        except Exception:  # noqa: BLE001 - decord may raise anything
             theirs = None
         self._at += 1
         ours = frame.to_ndarray(format="rgb24")
         if theirs is None or theirs.shape != ours.shape or not (theirs == ours).all():
             self._reader = None
 
-    def gave(self, frames: int) -> bool:
-        """Whether it gave all of so many frames, and no others."""
+    def matched(self, frames: int) -> bool:
+        """Whether decord returned exactly these `frames` frames, all equal to PyAV's."""
         return self._reader is not None and self._frames == frames
 
 
 class _Shared:
-    """An array of decord's for `numpy.from_dlpack`."""
+    """Wraps an array of decord, which has only the old `to_dlpack`, for `numpy.from_dlpack`."""
 
     def __init__(self, array: Any) -> None:
         self._array = array
@@ -180,18 +184,18 @@ class _Shared:
 
 
 def pixels_of(array: Any) -> "np.ndarray":
-    """The pixels (H, W, 3) of a frame of decord's, without a copy. (`asnumpy` copies them, and leaves
-    them in memory until the garbage collector comes.)"""
+    """The pixels (H, W, 3) of a frame of decord, without a copy."""
     import numpy as np
 
+    # decord's own `asnumpy` copies, and its copy stays in memory until the garbage collector runs.
     return np.from_dlpack(_Shared(array))
 
 
 def displayed(stream: "VideoStream", frame: "VideoFrame", turn: Turn) -> tuple[int, int]:
-    """(width, height) that a frame is shown at, upright and in square pixels.
+    """(width, height) at which a frame is displayed, upright and in square pixels.
 
-    Pixels that are wider than high make the picture wider, others narrower: its height stays, before
-    it is turned.
+    Pixels that are not square change the width. The height stays as it is, before the frame is
+    turned.
     """
     ratio = stream.sample_aspect_ratio or Fraction(1)
     width, height = max(1, round(frame.width * ratio)), frame.height
@@ -199,15 +203,20 @@ def displayed(stream: "VideoStream", frame: "VideoFrame", turn: Turn) -> tuple[i
 
 
 def orientation(frame: "VideoFrame") -> Turn:
-    """How the frames of a video are turned or mirrored when they are shown: the right angles nearest to
-    the display matrix of its first frame. (A frame that is asked for it stays in memory for long.)"""
-    sides: Any = frame.side_data  # a mapping, by its types, that goes through its values
+    """How players rotate or mirror a frame: its display matrix, rounded to multiples of 90 degrees.
+
+    Ask only the first frame: a frame whose side data was read stays in memory for a long time.
+    """
+    # Typed as a mapping, but iterating over it gives the values.
+    sides: Any = frame.side_data
     for side in sides:
         if side.type.name != "DISPLAYMATRIX":
             continue
+        # A 3x3 matrix of 32-bit integers: (a, b, u, c, d, v, x, y, w).
         a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side))
-        if a == b == c == d == 0:
+        if a == b == c == d == 0:  # meaningless, but found in files: FFmpeg ignores it too
             break
+        # The larger diagonal decides between 0 or 180 degrees and 90 or 270 degrees.
         if abs(a) + abs(d) >= abs(b) + abs(c):
             return (-1 if a < 0 else 1, 0), (0, -1 if d < 0 else 1)
         return (0, -1 if b < 0 else 1), (-1 if c < 0 else 1, 0)
@@ -215,7 +224,7 @@ def orientation(frame: "VideoFrame") -> Turn:
 
 
 def upright(pixels: "np.ndarray", turn: Turn) -> "np.ndarray":
-    """The pixels (H, W, 3) of a frame as they are shown."""
+    """The pixels (H, W, 3) of a frame, rotated and mirrored as they are displayed."""
     (a, b), (c, d) = turn
     if not a:
         pixels = pixels.swapaxes(0, 1)
@@ -229,36 +238,40 @@ def upright(pixels: "np.ndarray", turn: Turn) -> "np.ndarray":
 def _timing(
     stream: "VideoStream", stamps: Sequence[int | None], last_s: float
 ) -> tuple[float, list[int] | None]:
-    """The frames per second of a video, and the times at which its frames are shown; see
-    `DecoderPool.decode`.
+    """The frames per second of a video, and the times at which its frames are shown.
 
     Args:
-        stamps: of its frames, in units of the stream's time base; None where they have none.
-        last_s: how long the last frame is shown; 0 where nothing says that.
+        stamps: time stamps of the frames, in units of the stream's time base; None if missing.
+        last_s: how long the last frame is shown, in seconds; 0 if unknown.
+
+    Returns:
+        (rate, times): see `DecoderPool.decode`.
     """
     base = float(stream.time_base or 0)
-    said = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
+    stated = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
     known = [stamp for stamp in stamps if stamp is not None]
-    # Where stamps go back, as those of AVI do, or are missing, the file says a rate alone. Of a bare
-    # stream of H.264 the first is not the file's, but what FFmpeg takes where nothing is said.
+    # Time stamps that decrease, as in AVI files, or are missing cannot be used: all that is left is
+    # the rate of the file. In a bare H.264 stream (no stamps), `average_rate` is not in the file
+    # but a default of FFmpeg, so the guessed rate is used.
     if any(b < a for a, b in pairwise(known)):
-        return (said[0] if said else 0.0), None
+        return (stated[0] if stated else 0.0), None
     if len(known) < len(stamps):
-        return (said[-1] if said else 0.0), None
+        return (stated[-1] if stated else 0.0), None
     times = [(stamp - known[0]) * base for stamp in known]
-    own = [(len(times) - 1) / times[-1]] if times and times[-1] > 0 else []
-    for rate in said + own:
-        # A frame that is left out is no rounding, also where the unit is as long as a frame.
+    measured = [(len(times) - 1) / times[-1]] if times and times[-1] > 0 else []
+    for rate in stated + measured:
+        # At most a quarter of a frame counts as rounding. So a missing frame is found even if the
+        # time base is as long as a frame.
         if _is_even(times, 1 / rate, 1.01 * min(max(base, _NEAR_S), 0.25 / rate)):
             return rate, None
-    if not own:
+    if not measured:
         return 0.0, None
     last_s = last_s or times[-1] - times[-2]
     return len(times) / (times[-1] + last_s), _in_microseconds([*times, times[-1] + last_s])
 
 
 def _is_even(times: Sequence[float], gap: float, near: float) -> bool:
-    """Whether frames are shown one gap after the other, but for rounding; all in the same unit."""
+    """Whether each time is a multiple of `gap`, apart from errors up to `near`; all in one unit."""
     return all(abs(time - index * gap) <= near for index, time in enumerate(times))
 
 
@@ -270,7 +283,8 @@ def _decode_animation(path: str, report: Callable[[int], None]) -> dict[str, obj
     from PIL import Image
 
     with Image.open(path) as image:
-        # The picture for programs that show no animation is none of its frames.
+        # An APNG may have an extra picture for programs without animation. It comes first, and is
+        # not part of the animation.
         first = int(bool(getattr(image, "default_image", False)))
         times, transparent = [0], False
         for index in range(first, getattr(image, "n_frames", 1)):
@@ -278,10 +292,10 @@ def _decode_animation(path: str, report: Callable[[int], None]) -> dict[str, obj
             image.load()
             shown_ms = image.info.get("duration", 0)
             times.append(times[-1] + (shown_ms if shown_ms > _SHORTEST_MS else _USUAL_MS))
-            transparent = transparent or _shows_what_is_beneath(image)
+            transparent = transparent or _is_transparent(image)
             report(index)
         frames, length = len(times) - 1, times[-1]
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5  # by 90 or 270 degrees
         width, height = image.size[::-1] if turned else image.size
     even = _is_even(times, length / frames, 1.0)
     return {
@@ -296,9 +310,9 @@ def _decode_animation(path: str, report: Callable[[int], None]) -> dict[str, obj
     }
 
 
-def _shows_what_is_beneath(image: "Image") -> bool:
-    """Whether a pixel of a decoded picture is not opaque: `colour.is_transparent`, which this script, being
-    alone, cannot call."""
+def _is_transparent(image: "Image") -> bool:
+    """Whether any pixel of a decoded picture is not opaque."""
+    # The same as `colour.is_transparent`, which this script cannot import.
     if not image.has_transparency_data:
         return False
     height = max(1, _STRIP // image.width)
@@ -313,17 +327,19 @@ def _shows_what_is_beneath(image: "Image") -> bool:
 def _decode_audio(path: str, report: Callable[[int], None]) -> dict[str, object]:
     import av
 
-    # A playlist must not make it ask the network.
+    # A playlist could name addresses in the network; FFmpeg must not open those.
     with av.open(path, options={"protocol_whitelist": "file"}) as container:
         tracks = len(container.streams.audio)
         if not tracks or not container.streams.audio[0].rate:
             return {"tracks": tracks, "channels": 0, "rate": 0, "seconds": 0.0}
         stream = container.streams.audio[0]
+        # Fail at every error. By default, decoders skip or conceal damaged parts.
         stream.codec_context.options = {"err_detect": "crccheck+explode"}
         samples, rate, channels = 0, stream.rate, stream.channels
         for frame in container.decode(stream):
             samples += frame.samples
-            # Some codecs say in the header half of what they decode to.
+            # The decoded frames are right: the header of some codecs (HE-AAC) states half the rate
+            # or half the channels.
             rate, channels = frame.sample_rate, frame.layout.nb_channels
             report(samples)
         if not samples:

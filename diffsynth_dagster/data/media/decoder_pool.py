@@ -1,4 +1,4 @@
-"""Processes that check videos, animations and sound by decoding them: see `decoder`."""
+"""A pool of processes that check videos, animations and sound by decoding them: see `decoder`."""
 
 import contextlib
 import json
@@ -11,19 +11,25 @@ from threading import Timer
 from typing import Any
 
 PATIENCE_S = 60
-"""A decoder that reports no progress for so long is ended."""
+"""A decoder that reports no progress for this many seconds is ended."""
 _WORKER = Path(__file__).with_name("decoder.py")
 
 
 class DecoderPool:
-    """As many decoding processes as asked for, each started when it is first needed.
+    """Decoding processes, each started when it is first needed.
 
-    `decode` may be called from any number of threads. Use as a context manager: when it is left, every
-    process is ended, and calls that wait for one get an `error`.
+    `decode` is thread-safe. Use the pool as a context manager: at its end every process is killed,
+    and calls that still wait for one return an `error`.
+
+    Args:
+        processes: the most that run at the same time; one for each core if left out.
+        patience_s: see `PATIENCE_S`.
     """
 
     def __init__(self, processes: int | None = None, patience_s: int = PATIENCE_S) -> None:
         self._patience_s = patience_s
+        # None stands for a process that is not started yet. Last in, first out: no more processes
+        # are started than are busy at the same time.
         self._idle: queue.LifoQueue[subprocess.Popen[str] | None] = queue.LifoQueue()
         for _ in range(processes or os.cpu_count() or 1):
             self._idle.put(None)
@@ -34,28 +40,37 @@ class DecoderPool:
         """Decode every frame of a video or animation, or all of the sound of a file.
 
         Args:
-            kind: "video" for what FFmpeg reads, "animation" for what Pillow does, or "audio".
+            kind: "video" for files that FFmpeg reads, "animation" for files that Pillow reads, or
+                "audio".
 
         Returns:
-            For a video or animation `width` and `height` in pixels as it is shown, `frames`, `rate` in
-            frames per second (None for an animation of one frame), `times` and `decoder`. The times
-            are None where the frames are shown evenly, and else the microseconds at which each is
-            shown, counted from the first, and at which the last one ends. The decoder is who gives the
-            frames that are shown: "pillow", "decord" (in order, from the beginning), or "pyav" alone.
-            For a video also `transfer`, "PQ" or "HLG" where its range is high, and for an animation
-            `first`, the number of its first frame in the file, and whether pixels are `transparent`.
-            For sound `tracks`, and of the first `channels`, `rate` in samples of each per second, and
-            `seconds`. Or `error`.
+            `error`, a message, if the file cannot be decoded. Otherwise, for a video or animation:
+
+            - `width` and `height` in pixels, as it is displayed;
+            - `frames`, the number of frames;
+            - `rate` in frames per second; None for an animation of one frame;
+            - `times`: None if the frames are evenly spaced, else the microseconds at which each
+              frame is shown, counted from the first, followed by the end of the last frame;
+            - `decoder`, which library must read the frames: "pillow", "decord" (which works if
+              frames are read in order from the beginning) or "pyav";
+            - for a video `transfer`: "PQ" or "HLG" for high dynamic range, else None;
+            - for an animation `first`, the number of its first frame in the file, and
+              `transparent`, whether any pixel is not opaque.
+
+            For sound: `tracks`, and of the first track `channels`, `rate` in samples per second of
+            each channel, and `seconds`.
         """
         worker = self._idle.get() or self._start()
         try:
             found, worker = self._ask(worker, [kind, str(path)])
         finally:
+            # In place of a process that ended, a new one will be started.
             self._idle.put(worker if worker is not None and worker.poll() is None else None)
         return found
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P keeps the worker's folder off the path: its neighbours are not its modules.
+        # -P keeps the folder of the script out of `sys.path`: the modules beside it could hide
+        # others of the same name.
         worker = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER), str(self._patience_s)],
             stdin=subprocess.PIPE,
@@ -64,14 +79,15 @@ class DecoderPool:
             encoding="utf-8",
         )
         self._running.add(worker)
-        if self._left:  # meanwhile, by a thread that was interrupted
+        # Another thread may have closed the pool before this process was in `_running`.
+        if self._left:
             self._end(worker)
         return worker
 
     def _ask(
         self, worker: subprocess.Popen[str], question: list[str]
     ) -> tuple[dict[str, Any], subprocess.Popen[str] | None]:
-        """The worker's answer, and the worker; None if it has ended."""
+        """Send a request to a worker; returns its answer, and the worker or None if it ended."""
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:
@@ -81,14 +97,15 @@ class DecoderPool:
             self._end(worker)
             return {"error": "the decoder ended"}, None
         while True:
-            # The worker ends itself; this is for platforms where it cannot.
+            # The worker ends itself by an alarm. The timer is for platforms without alarms.
             timer = Timer(self._patience_s + 5, worker.kill)
             timer.daemon = True
             timer.start()
             line = worker.stdout.readline()
             timer.cancel()
-            if not line.endswith("\n"):
+            if not line.endswith("\n"):  # the pipe was closed
                 code = worker.wait()
+                # SIGALRM and SIGKILL: it was ended for lack of progress.
                 why = "gave no sign of life" if code in (-14, -9) else "crashed"
                 self._end(worker)
                 return {"error": f"the decoder {why}"}, None
@@ -100,7 +117,7 @@ class DecoderPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Also those that decode: whoever was interrupted does not wait for the end of a clip.
+        # Kill busy processes too: after Ctrl+C nobody wants to wait for the end of a clip.
         self._left = True
         for worker in [*self._running]:
             self._end(worker)
@@ -111,5 +128,5 @@ class DecoderPool:
         self._running.discard(worker)
         for pipe in (worker.stdin, worker.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # what was left to write has no reader
+                with contextlib.suppress(OSError):  # closing flushes into a pipe without reader
                     pipe.close()

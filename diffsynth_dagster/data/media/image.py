@@ -1,9 +1,9 @@
-"""Images, from files to tensors.
+"""Read image files into tensors.
 
-Every image becomes RGB of 8 bits: its EXIF orientation is applied, palettes are resolved, grey and
-CMYK are converted, embedded colour profiles are converted to sRGB, 16 bits are scaled to 8, and alpha
-is dropped (the colour beneath it stays) or laid on a background: see `colour`. Of an animation the
-first frame is taken; `video` reads all of them.
+Every image is converted to upright RGB with 8 bits per channel: the EXIF orientation is applied;
+palettes, grey, CMYK and embedded colour profiles are converted to sRGB; 16 bits are scaled to 8;
+the alpha channel is dropped, or a background fills transparent pixels (see `colour`). Only the
+first frame of an animation is read here; `video` reads all of them.
 """
 
 import struct
@@ -48,18 +48,18 @@ IMAGE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow's decoders raise for damaged files; warnings where these are made errors. That memory is
-not enough says nothing of a file."""
+"""The exceptions that Pillow's decoders raise for damaged files, including warnings that a program
+turns into errors. MemoryError is not among them: the file may be sound."""
 _WANTED = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM PSD QOI SGI SUN TGA TIFF WEBP XBM"
 _AS_SHOWN = Look()
 _MUCH_LARGER, _MANY_PIXELS = 4, 1 << 26
-"""Where an image would be resized to so many times the pixels of its target, and to so many, it is
-cropped before. What is cropped after stays, to the last bit, as it always was."""
+"""`fit` crops before resizing if the resized image would have more pixels than both this many times
+the target and this number. All others are cropped after, which keeps their pixels bit for bit."""
 
 Image.init()
 IMAGE_FORMATS = tuple(name for name in _WANTED.split() if name in Image.OPEN)
-"""Formats that Pillow reads by itself: no outside program is ever started for a file."""
-# `open_image` refuses such images itself; the warning would appear besides.
+"""Formats that Pillow reads by itself. (For EPS, for example, it would start another program.)"""
+# `open_image` raises an error for these images, so Pillow's warning is not needed.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -67,12 +67,12 @@ def open_image(path: Path) -> Image.Image:
     """Open an image without decoding it.
 
     Raises:
-        PIL.Image.DecompressionBombError: it claims more pixels than Pillow deems safe.
-        PIL.UnidentifiedImageError: it is of no format that is read.
+        PIL.Image.DecompressionBombError: it claims to have more pixels than Pillow considers safe.
+        PIL.UnidentifiedImageError: its format is not among `IMAGE_FORMATS`.
         OSError, SyntaxError, ValueError, …: see `IMAGE_ERRORS`.
     """
     image = Image.open(path, formats=IMAGE_FORMATS)
-    most = Image.MAX_IMAGE_PIXELS
+    most = Image.MAX_IMAGE_PIXELS  # Pillow itself raises an error only at twice this number
     if most is not None and image.width * image.height > most:
         image.close()
         raise Image.DecompressionBombError(
@@ -82,12 +82,13 @@ def open_image(path: Path) -> Image.Image:
 
 
 def as_rgb(image: Image.Image, look: Look = _AS_SHOWN) -> Image.Image:
-    """A decoded image (or frame) in RGB of 8 bits, upright.
+    """Convert a decoded image or frame to upright RGB with 8 bits per channel.
 
     Raises:
         ValueError: see `colour.grey_bits`.
     """
     image.load()
+    # Before transposing: `grey_bits` reads the tags of a TIFF, which the result no longer has.
     bits, transform = grey_bits(image), to_srgb(image) if look.profile else None
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -100,15 +101,16 @@ def as_rgb(image: Image.Image, look: Look = _AS_SHOWN) -> Image.Image:
 def decoded(
     path: Path, look: Look = _AS_SHOWN, target: tuple[int, int] | None = None
 ) -> Generator[Image.Image]:
-    """An image as `read_image` reads it, counted in the budget `DECODING` while the block runs.
+    """Decode an image like `read_image`. Its pixels count in the budget `DECODING` while the block
+    runs.
 
     Args:
-        target: width and height that `fit` brings it to in the block.
+        target: (width, height) if the block calls `fit` with it: the resized image counts too.
     """
     with open_image(path) as image:
         pixels = image.width * image.height
         if target is not None:
-            # Its sides may change places.
+            # The orientation is not known yet; it may swap width and height.
             for size in (image.size, (image.height, image.width)):
                 pixels = max(pixels, _pixels_resized(size, target))
         with DECODING.hold(pixels):
@@ -120,7 +122,7 @@ def read_image(path: Path, look: Look = _AS_SHOWN) -> Image.Image:
     """Decode an image completely as RGB with its orientation applied.
 
     Raises:
-        PIL.Image.DecompressionBombError: it claims more pixels than Pillow deems safe.
+        PIL.Image.DecompressionBombError: see `open_image`.
         OSError, SyntaxError, ValueError, …: see `IMAGE_ERRORS`; it is damaged or of no known format.
     """
     with decoded(path, look) as image:
@@ -128,12 +130,20 @@ def read_image(path: Path, look: Look = _AS_SHOWN) -> Image.Image:
 
 
 def image_facts(path: Path) -> Facts:
-    """What a check of an image finds: `digest`, `width`, `height` and `colour_facts`, or `status` and
-    `message`. Raises MemoryError."""
+    """Check an image by decoding it.
+
+    Returns:
+        `digest`, `width` and `height` in pixels (upright), and `colour_facts`; or `status` and
+        `message`.
+
+    Raises:
+        MemoryError: there is not enough memory to decode it.
+    """
     try:
         with open_image(path) as image, DECODING.hold(image.width * image.height):
             image.load()
             colours = colour_facts(image)
+            # The size alone is wanted, which needs no conversion of colours.
             width, height = as_rgb(image, Look(profile=False)).size
         missing = cut_short(path)
         if missing is not None:
@@ -144,10 +154,10 @@ def image_facts(path: Path) -> Facts:
 
 
 def media_problem(error: Exception, kind: str) -> Facts:
-    """`status` and `message` for what reading a file raised.
+    """`status` and `message` for an error that reading a file raised.
 
     Raises:
-        MemoryError: it says nothing of the file, but that memory is not enough.
+        MemoryError: the error means that there is not enough memory; the file may be sound.
     """
     if says_short(error) is not None:
         raise MemoryError(*error.args) from error
@@ -168,11 +178,11 @@ def fit(
 ) -> Image.Image:
     """Resize (bilinear) so that the target (width, height) is covered, then crop the centre.
 
-    An image so thin that it would become many times as large as the target is cropped before: the
-    same pixels, but for rounding.
+    A very thin image would become many times as large as the target. It is cropped before resizing,
+    which gives the same pixels apart from rounding.
 
     Args:
-        shown: (width, height) that the image is shown at, where its pixels are not square.
+        shown: (width, height) at which the image is displayed, if its pixels are not square.
     """
     width, height = target
     shown = shown or image.size
@@ -181,6 +191,7 @@ def fit(
     wide, tall = cover(*shown, target)
     left, top = crop_place(*shown, target)
     if _is_cropped_first(shown, target):
+        # The crop in coordinates of the original image; `resize` reads only this box.
         across, down = image.width / wide, image.height / tall
         right, bottom = (left + width) * across, (top + height) * down
         box = (left * across, top * down, min(right, image.width), min(bottom, image.height))
@@ -195,7 +206,7 @@ def _is_cropped_first(size: tuple[int, int], target: tuple[int, int]) -> bool:
 
 
 def _pixels_resized(size: tuple[int, int], target: tuple[int, int]) -> int:
-    """The pixels of the largest image that `fit` makes."""
+    """Number of pixels of the largest image that `fit` makes."""
     wide, tall = target if _is_cropped_first(size, target) else cover(*size, target)
     return wide * tall
 
@@ -207,6 +218,10 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def load_sample_image(path: Path, target: tuple[int, int], look: Look = _AS_SHOWN) -> torch.Tensor:
-    """An image file at its trained size (width, height): float32 (3, height, width) in [-1, 1]."""
+    """Read an image file at its trained size (width, height).
+
+    Returns:
+        float32 (3, height, width) in [-1, 1].
+    """
     with decoded(path, look, target) as image:
         return to_tensor(fit(image, target))

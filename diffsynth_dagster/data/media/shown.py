@@ -1,9 +1,9 @@
-"""The frames of a clip that a player shows, one after the other.
+"""Read the frames of a clip in order, as a player shows them.
 
-Animations (GIF, WebP, APNG, AVIF) are read by Pillow, and a still image is a clip of one frame. All
-else is read by decord where the check found that its frames are those, and by PyAV where not; see
-`decoder`. Both begin with the first frame and decode all up to the last one that is asked for: where
-decoders jump to, between key frames, depends on the container and the codec.
+Pillow reads animations (GIF, WebP, APNG, AVIF) and still images, which are clips of one frame.
+Other files are read with decord if the check found that it returns the right frames, and with PyAV
+if not; see `decoder`. Both decode from the first frame up to the last one that is needed and never
+seek: where a decoder lands after seeking depends on the container and the codec.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -23,18 +23,18 @@ from diffsynth_dagster.data.media.image import as_rgb, open_image
 
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 _THREADS = 4
-"""Of a decoder: each holds frames of its own."""
+"""Threads of a decoder. Every thread keeps frames in memory."""
 _MOST_PIXELS = 1920 * 1088
-"""Of a frame that decord reads: it decodes up to 60 ahead."""
+"""Largest frame that decord reads, in pixels, since it keeps up to 60 frames in memory."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame in RGB, upright.
+    """A frame in upright RGB.
 
     Attributes:
-        size: (width, height) that it is shown at. Those of the image differ where its pixels are not
-            square.
+        size: (width, height) at which it is displayed. It differs from the size of `image` if the
+            pixels are not square.
     """
 
     image: Image.Image
@@ -42,21 +42,22 @@ class Frame:
 
 
 class Clip(Protocol):
-    """A file whose frames are read.
+    """An open file whose frames can be read.
 
     Attributes:
-        pixels: of a frame.
-        held: frames that take memory meanwhile, in the decoder too, by the 12 bytes a pixel of the budget.
+        pixels: number of pixels of a frame.
+        held: number of frames to count in the `PixelBudget` while the clip is read, for all that
+            the decoder keeps. A pixel of the budget stands for 12 bytes (float32 RGB).
     """
 
     pixels: int
     held: int
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        """Frames, counted from 0. Each is to be used before the next is asked for.
+        """Yield frames, counted from 0. A frame is valid only until the next one is requested.
 
         Args:
-            indices: in rising order, each once. Those that the file does not have are left out.
+            indices: in ascending order, each once. Indices after the end of the file are skipped.
 
         Raises:
             OSError, ValueError, …: see `IMAGE_ERRORS`; the file is damaged.
@@ -69,9 +70,9 @@ def open_clip(path: Path, by_decord: bool, look: Look | None = None) -> Generato
     """Open a clip.
 
     Args:
-        by_decord: whether decord reads it, which gives the same frames, unless Pillow does, decord is not
-            there, or its frames are large.
-        look: how the colours of an animation or a picture are read; None as `Look()` says.
+        by_decord: use decord, if it is installed, the frames are not too large, and Pillow does not
+            read the file. The check must have found that decord returns the right frames.
+        look: how the colours of an animation or a picture are read; None means `Look()`.
 
     Raises:
         OSError, ValueError, …: see `IMAGE_ERRORS`; it is damaged or of no known format.
@@ -92,7 +93,7 @@ def open_clip(path: Path, by_decord: bool, look: Look | None = None) -> Generato
 
 
 def _decord(path: Path) -> Any:
-    """decord's reader of a file; None where decord is not installed."""
+    """decord's reader of a file; None if decord is not installed."""
     try:
         import decord
     except ImportError:
@@ -101,7 +102,7 @@ def _decord(path: Path) -> Any:
 
 
 class _Animation:
-    """What Pillow reads."""
+    """A `Clip` that Pillow reads."""
 
     held = 1
 
@@ -117,7 +118,7 @@ class _Animation:
                 return
             if count > 1:
                 self._image.seek(index)
-            yield self._frame()  # of which nothing is kept here
+            yield self._frame()  # not kept in a variable here, which would hold its memory
 
     def _frame(self) -> Frame:
         image = as_rgb(self._image, self._look)
@@ -125,14 +126,14 @@ class _Animation:
 
 
 class _Video:
-    """What PyAV reads."""
+    """A `Clip` that PyAV reads."""
 
     held = 2
 
     def __init__(self, container: InputContainer, stream: VideoStream) -> None:
         self._container, self._stream = container, stream
         stream.codec_context.thread_count = _THREADS
-        stream.thread_type = "AUTO"
+        stream.thread_type = "AUTO"  # also decode several frames at once, not only slices of one
         self.pixels = stream.width * stream.height
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
@@ -142,7 +143,7 @@ class _Video:
         for number, frame in enumerate(self._container.decode(self._stream)):
             if number == 0:
                 turn = orientation(frame)
-            if number != index:
+            if number != index:  # decoded, since later frames refer to it, but not converted
                 continue
             size = displayed(self._stream, frame, turn)
             pixels = upright(frame.to_ndarray(format="rgb24"), turn)
@@ -153,7 +154,7 @@ class _Video:
 
 
 class _InOrder:
-    """What decord reads, one frame after the other."""
+    """A `Clip` that decord reads, one frame after the other."""
 
     held = 16
 
@@ -172,5 +173,5 @@ class _InOrder:
 
 
 def frame_count(image: Image.Image) -> int:
-    """Frames of an animation; 1 for any other image, also one of several pages."""
+    """Number of frames of an animation; 1 for any other image, even a TIFF of several pages."""
     return int(getattr(image, "n_frames", 1)) if image.format in ANIMATED else 1

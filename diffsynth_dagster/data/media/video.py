@@ -1,4 +1,4 @@
-"""Videos, from files to tensors. Frames are RGB of 8 bits; see `shown` for which are read."""
+"""Read video files into tensors. Frames are RGB with 8 bits per channel; `shown` reads them."""
 
 import math
 from collections.abc import Sequence
@@ -25,18 +25,18 @@ from diffsynth_dagster.facts import Facts, digest_file
 
 
 def video_facts(path: Path, pool: DecoderPool) -> Facts:
-    """What a check of a video finds, every frame decoded.
+    """Check a video by decoding every frame.
 
     Returns:
-        `digest`, and what `DecoderPool.decode` says, and for what Pillow reads its `colour_facts`; or
-        `status` and `message`.
+        `digest` and the result of `DecoderPool.decode`, and `colour_facts` if Pillow reads the
+        file; or `status` and `message`.
     """
     try:
-        found = _animation_facts(path, pool)
+        found = _animation_facts(path, pool)  # None if Pillow does not read it
         missing = cut_short(path)
     except IMAGE_ERRORS as error:
         return media_problem(error, "video")
-    if missing is None and found is None:
+    if missing is None and found is None:  # a file that is cut short need not be decoded
         found = pool.decode(path)
     if missing is None and found is not None:
         missing = found.get("error")
@@ -59,7 +59,7 @@ def video_facts(path: Path, pool: DecoderPool) -> Facts:
 
 
 def _animation_facts(path: Path, pool: DecoderPool) -> Facts | None:
-    """Facts about a file that Pillow reads; None for any other. Raises one of `IMAGE_ERRORS`."""
+    """Facts about a file that Pillow reads; None for other files. Raises one of `IMAGE_ERRORS`."""
     try:
         opened = open_image(path)
     except UnidentifiedImageError:
@@ -69,6 +69,7 @@ def _animation_facts(path: Path, pool: DecoderPool) -> Facts | None:
         colours = colour_facts(image)
         if frame_count(image) > 1:
             found = pool.decode(path, "animation")
+            # The colours are those of the first frame; any frame may be transparent.
             transparent = colours["transparent"] or found.get("transparent", False)
             return {**found, **colours, "transparent": transparent}
         width, height = as_rgb(image, Look(profile=False)).size
@@ -79,16 +80,17 @@ def _animation_facts(path: Path, pool: DecoderPool) -> Facts | None:
 def read_frames(
     path: Path, indices: Sequence[int], most_side: int | None = None
 ) -> list[Image.Image]:
-    """Frames of a video in RGB, as they are shown.
+    """Read single frames of a video in RGB, at the size at which they are displayed.
 
     Args:
-        indices: which ones, counted from 0, in rising order.
-        most_side: pixels of a side; larger frames are made smaller as they are read.
+        indices: counted from 0, in ascending order; repeated indices are allowed.
+        most_side: larger frames are scaled down to this many pixels on the longer side.
 
     Raises:
         OSError, ValueError, …: see `IMAGE_ERRORS`; the file is damaged or has fewer frames.
     """
     wanted = list(dict.fromkeys(indices))
+    # Frames that are scaled down take little memory after that.
     whole = len(wanted) if most_side is None else 1
     with (
         open_clip(path, by_decord=False) as clip,
@@ -102,7 +104,7 @@ def read_frames(
 
 
 def _no_larger(size: tuple[int, int], most_side: int | None) -> tuple[int, int]:
-    """A size brought to sides of at most so many pixels, with its proportions."""
+    """A size (width, height) scaled down to sides of at most `most_side`, with its aspect ratio."""
     scale = 1.0 if most_side is None else min(1.0, most_side / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
@@ -115,13 +117,15 @@ def load_sample_video(
     shown: Sequence[int] | None = None,
     look: Look | None = None,
 ) -> torch.Tensor:
-    """A video file at its trained size (width, height) and length. One that is shorter stands still
-    after its last frame. Each frame is brought to its size as it is decoded.
+    """Read a video file at its trained size (width, height) and length.
+
+    If the file is shorter, its last frame is repeated. Each frame is resized as soon as it is
+    decoded, so that whole frames do not pile up in memory.
 
     Args:
         frames, stride: which frames are taken; see `frame_indices`.
-        shown: which frames are taken, where the stride does not say it.
-        look: how the colours of an animation or a picture are read; None as `Look()` says.
+        shown: the indices of the frames instead, if the stride does not determine them.
+        look: how the colours of an animation or a picture are read; None means `Look()`.
 
     Returns:
         float32 (3, F, height, width) in [-1, 1].
@@ -131,6 +135,7 @@ def load_sample_video(
     """
     indices = list(frame_indices(frames, stride) if shown is None else shown[:frames])
     width, height = target
+    # The check leaves `shown` empty for the first n frames only if decord returns them correctly.
     in_order = shown is None and indices == list(range(frames))
     with (
         open_clip(path, in_order, look) as clip,
@@ -138,14 +143,15 @@ def load_sample_video(
     ):
         film = torch.empty(3, frames, height, width)
 
-        def brought(frame: Frame) -> torch.Tensor:
+        def resized(frame: Frame) -> torch.Tensor:
             return to_tensor(fit(frame.image, target, frame.size))
 
         wanted = list(dict.fromkeys(indices))
         filled = 0
-        # `map` keeps no frame while the next one is decoded, as a loop over them would.
-        for index, still in zip(wanted, map(brought, clip.frames(wanted)), strict=False):
-            times = indices.count(index)
+        # The variable of a loop over the frames would keep one in memory while the next is decoded;
+        # `map` keeps none.
+        for index, still in zip(wanted, map(resized, clip.frames(wanted)), strict=False):
+            times = indices.count(index)  # a rate above that of the file repeats frames
             film[:, filled : filled + times] = still[:, None]
             filled += times
         if not filled:

@@ -1,4 +1,4 @@
-"""Captions that lie in text files beside the samples: `cat.txt` for `cat.png`."""
+"""Read captions from text files beside the samples: `cat.txt` for `cat.png`."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ _UNREADABLE = "unreadable_caption"
 
 @dataclass(frozen=True)
 class CaptionFiles:
-    """Where captions lie.
+    """Where the caption files are.
 
     Attributes:
-        base: the folder that the paths of a table start from.
-        extension: of the files, such as .txt.
-        encoding: of their text.
-        required: whether a sample without a file is refused.
+        base: the folder that the paths of a table are relative to.
+        extension: extension of the caption files, such as .txt.
+        encoding: encoding of the caption files.
+        required: whether a sample without a caption file is rejected.
     """
 
     base: Path
@@ -32,25 +32,23 @@ class CaptionFiles:
     required: bool
 
     def added(self, table: Table, file: str, caption: Input, instead: Mapping[str, str]) -> Table:
-        """A table with the column of captions that its files have beside them.
+        """Add the column of captions to a table.
 
-        A caption is all of a file's text, with single spaces for line breaks; where a row may have several
-        captions, each line of it is one.
+        The whole text of a caption file is one caption, with spaces for line breaks. If a row may
+        have several captions, each line is one.
 
         Args:
             file: the column of the samples' files.
-            instead: path → the caption of a sample that has no file of its own.
+            instead: path → the caption of a sample without a caption file.
 
         Raises:
-            MetadataError: the table cannot be read.
-            ParameterError: there is no such encoding.
+            ParameterError: the encoding does not exist.
         """
         codec = text_codec(self.encoding)
-        encoding = "utf-8-sig" if codec.name == "utf-8" else codec.name
-        rows = table.collect(table.rows)
-        problems = dict(table.odd)
+        encoding = "utf-8-sig" if codec.name == "utf-8" else codec.name  # skips a byte order mark
+        problems = dict(table.problems)  # row index → reason and message; the first of a row counts
         texts: list[str | None] = []
-        for index, path in rows.select(INDEX, file).iter_rows():
+        for index, path in table.rows.select(INDEX, file).iter_rows():
             text, problem = self._read(path, encoding)
             if text is None and isinstance(path, str) and path in instead:
                 text, problem = instead[path], None
@@ -59,14 +57,14 @@ class CaptionFiles:
             texts.append(text)
         return replace(
             table,
-            rows=rows.with_columns(_captions(texts, caption)).lazy(),
+            rows=table.rows.with_columns(_captions(texts, caption)),
             columns=(*table.columns, caption.column),
-            odd=problems,
+            problems=problems,
         )
 
     def _read(self, path: object, encoding: str) -> tuple[str | None, tuple[str, str] | None]:
-        """The text of a caption file, or why there is none: reason and message."""
-        if not isinstance(path, str):  # the row is refused for that
+        """The text of a sample's caption file, or the reason and message why there is none."""
+        if not isinstance(path, str):  # the row is rejected for its path already
             return None, None
         name = os.path.splitext(path)[0] + self.extension
         try:
@@ -80,11 +78,11 @@ class CaptionFiles:
 
 
 def _captions(texts: Sequence[str | None], caption: Input) -> pl.Series:
-    """The texts of files as a column of captions."""
+    """Convert the texts of caption files to a column of captions."""
     if not caption.many:
         plain = [None if text is None else " ".join(text.split()) for text in texts]
         return pl.Series(caption.column, plain, dtype=pl.String)
-    # Lists are cut out of one text each: those of Python would be a builder each for Polars.
+    # Split the texts in Polars: it is slow to build a column from many small Python lists.
     lines = pl.Series(caption.column, texts, dtype=pl.String).str.replace_all(r"[^\S\n\r]+", " ")
     listed = lines.str.replace_all(r"\r\n?", "\n").str.split("\n")
     kept = pl.element().str.strip_chars()

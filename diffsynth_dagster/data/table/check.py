@@ -1,4 +1,4 @@
-"""Metadata tables: read, and checked row by row before anything is loaded.
+"""Read a metadata table and check every row before a training loads anything.
 
 Every row keeps a `status` ("ok" or one of `REASONS`) and a message.
 """
@@ -27,14 +27,14 @@ from diffsynth_dagster.errors import MetadataError, ParameterError, nearest, pri
 from diffsynth_dagster.facts import FactCache, Progress
 
 BOOKKEEPING = ("row", "status", "message", "width", "height", "frames", "shape", REPEAT)
-"""Columns of a checked table that are not the family's."""
+"""Columns of a checked table that the check adds to those of the family."""
 
 MEND_ROWS = "mend or remove these rows, or allow some to be left out with max_rejected_fraction"
 _SHOWN_ROWS = 5
 _SLIP = 0.9
-"""How alike the name of a column and what was meant by it are: see `nearest`."""
+"""Similarity above which an unknown column name counts as a misspelling: see `nearest`."""
 _UNPRINTABLE = r"[\p{C}\p{Z}--\x20]"
-"""What `str.isprintable` calls unprintable, as a regular expression."""
+"""A regular expression of the characters that `str.isprintable` calls unprintable."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,18 @@ class CheckedTable:
     """A checked table.
 
     Attributes:
-        rows: one for each row of the table:
+        rows: a lazy frame, since a table may be larger than memory. It has one row for each row of
+            the metadata, and the columns
             `row` (from 1), `status` ("ok" or one of `REASONS`), `message`;
             the columns that the family reads;
-            for each file column what `FileCheck.check` adds to it;
-            `width`, `height` (pixels) and `frames` that the first file is trained at, 0 where the
-            row is rejected; `shape`, which is equal for rows whose files are all trained at equal
-            sizes; `repeat`, how often a pass over the data set takes the row, where that is not once for
-            all. Read in parts where they are needed: a table may be larger than memory.
+            for each file column the columns that `FileCheck.check` adds;
+            `width`, `height` (pixels) and `frames` at which the first file is trained, 0 in a
+            rejected row;
+            `shape`, equal for rows whose files are all trained at equal sizes;
+            `repeat`, how often a pass over the data set takes the row; missing if that is once for
+            all rows.
         source: the metadata table that was checked.
-        parameters: the parameters that say what the rows are, as JSON values.
+        parameters: the parameters that determine the rows, as JSON values.
         data: the data set that was checked, as absolute paths: see `config.settled.named_data`.
         read_as: the columns and sizes that it was checked for: see `Columns.described`.
         published_frame_rate: see `Geometry`.
@@ -71,12 +73,12 @@ class CheckedTable:
 
     @property
     def accepted(self) -> pl.LazyFrame:
-        """The rows that are trained on."""
+        """The rows that can be trained on."""
         return self.rows.filter(pl.col("status") == "ok")
 
     @property
     def rejected(self) -> pl.LazyFrame:
-        """The rows that are not."""
+        """The rows that cannot be trained on."""
         return self.rows.filter(pl.col("status") != "ok")
 
     @property
@@ -88,15 +90,17 @@ class CheckedTable:
     def duplicates(self) -> int:
         """How many accepted rows repeat the content and caption of an earlier one."""
         names = self.rows.collect_schema().names()
+        # Compare file columns by digest, since a file may have copies under other names.
         files = {c for c in names if c.endswith(":digest")}
         texts = {c for c in names if ":" not in c and f"{c}:digest" not in files}
         content = self.accepted.select(sorted(files | texts - set(BOOKKEEPING)))
+        # Both counts in one query.
         all_rows, distinct = (rows.select(pl.len()) for rows in (content, content.unique()))
         counts = pl.concat([all_rows, distinct]).collect().to_series()
         return int(counts[0] - counts[1])
 
     def summary(self, max_rejected_fraction: float) -> str:
-        """How many rows are usable, how many are rejected for what, and how many may be."""
+        """How many rows are usable, how many are rejected and why, and how many may be rejected."""
         rejected = {name: count for name, count in self.counts.items() if name != "ok"}
         total = sum(self.counts.values())
         usable = f"{total - sum(rejected.values())} of {total} rows are usable"
@@ -109,25 +113,25 @@ class CheckedTable:
         return f"{usable}; {sum(rejected.values())} {verb} rejected: {why} ({allowed})"
 
     def first_rejected(self) -> list[str]:
-        """The first rejected rows, each with its number, its file, and why."""
+        """The first rejected rows, each with its number and message."""
         first = self.rejected.select("row", "message").head(_SHOWN_ROWS).collect()
         return [f"row {row}: {message}" for row, message in first.iter_rows()]
 
     def warnings(self) -> list[str]:
-        """What is trained on in a way that people may not expect: see `warnings_about`."""
+        """Sentences about rows that are trained on in an unexpected way: see `warnings_about`."""
         inputs = described_inputs(self.read_as)
         return warnings_about(self.accepted, inputs, self.parameters, self.published_frame_rate)
 
     def is_accepted(self, max_rejected_fraction: float) -> bool:
-        """Whether no more rows are rejected than allowed, and one is accepted."""
+        """Whether at least one row is accepted, and no more rows are rejected than allowed."""
         accepted, total = self.counts.get("ok", 0), sum(self.counts.values())
         return total - accepted <= max_rejected_fraction * total and accepted > 0
 
     def require_accepted(self, max_rejected_fraction: float) -> None:
-        """Refuse a table that is not accepted.
+        """Refuse a table with too many rejected rows: see `is_accepted`.
 
         Raises:
-            MetadataError: it names the first rejected rows and why.
+            MetadataError: its message lists the first rejected rows with their reasons.
         """
         if self.is_accepted(max_rejected_fraction):
             return
@@ -142,10 +146,11 @@ class CheckedTable:
 
 
 def check_columns(config: TrainingConfig, columns: Columns) -> tuple[Input, ...]:
-    """The columns that are read, after checking the parameters that name columns.
+    """Check the parameters that name columns, and return the columns that are read.
 
     Raises:
-        ParameterError: a named column is none that the family reads, or a file column is not named.
+        ParameterError: the family does not read a named column, or one of its file columns is not
+            named.
     """
     known = {i.column: i for i in columns.named}
     extra = [*known, *columns.optional]
@@ -156,7 +161,8 @@ def check_columns(config: TrainingConfig, columns: Columns) -> tuple[Input, ...]
             if parameter == "extra_inputs" and column in extra:
                 continue
             if column not in known or not known[column].is_file:
-                # Slips alone: a column that is merely alike is that of another variant.
+                # Suggest misspellings only: a name that is merely similar may be a column of
+                # another variant of the model.
                 hint = "" if column in extra else nearest(column, extra, _SLIP)
                 raise ParameterError(
                     f"{columns.reader} reads no {'file' if 'file' in parameter else ''} column "
@@ -181,13 +187,13 @@ def validate(
     fact_cache: FactCache,
     progress: Progress = lambda n: None,
 ) -> CheckedTable:
-    """Check every row of the config's table, and every file that it names.
+    """Check every row of the metadata table, and every file that it names.
 
     Raises:
         MetadataError: the table cannot be read or lacks a column.
         ParameterError: see `check_columns`, `size_rule` and `clip_rule`.
     """
-    # It reads pictures into tensors: whoever only reads a checked table does without torch.
+    # Imported here because it imports torch, which reading a checked table does not need.
     from diffsynth_dagster.data.table.files import FileCheck, TrainedShape
 
     geometry, reader = columns.geometry, columns.reader
@@ -202,11 +208,14 @@ def validate(
     with FileCheck(config, rules, fact_cache, progress) as files:
         for item in columns.files:
             checked = files.check(frame, item)
+            # A folder has no column that says which clips have sound. If sound is optional, take
+            # clips without a sound track as samples without sound instead of rejecting them.
             if item.kind == "audio" and item.optional and source.is_folder:
                 silent = pl.col("row").is_in(checked.filter(pl.col("status") == "no_audio")["row"])
                 sound = pl.when(silent).then(None).otherwise(item.column).alias(item.column)
                 checked = files.check(frame.with_columns(sound), item)
             frame = checked
+            # The first file column comes first, so its sizes are known here.
             if item.same_size:
                 frame = with_same_size(frame, columns.files[0], item, geometry.side_factor)
             if item.weighs:
@@ -226,10 +235,11 @@ def validate(
 
 
 def _with_printable_messages(frame: pl.DataFrame) -> pl.DataFrame:
-    """The frame with control characters escaped in its messages, which name what a table holds."""
-    odd = frame["message"].unique()
-    odd = odd.filter(odd.str.contains(_UNPRINTABLE))
-    return frame.with_columns(pl.col("message").replace({m: printable(m) for m in odd}))
+    """Escape unprintable characters in the messages, which quote values of the table."""
+    # Few distinct messages have any: the rows themselves are not looped over.
+    unprintable = frame["message"].unique()
+    unprintable = unprintable.filter(unprintable.str.contains(_UNPRINTABLE))
+    return frame.with_columns(pl.col("message").replace({m: printable(m) for m in unprintable}))
 
 
 __all__ = [

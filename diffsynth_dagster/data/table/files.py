@@ -1,7 +1,7 @@
-"""Whether the files that a table names are there, decode, and are large and long enough.
+"""Check that the files of a table exist, can be decoded, and are large and long enough.
 
-What is found out is about a file, not about a row: every file is looked at once, however many rows
-name it, and only if it changed since it was looked at last.
+Facts are kept per file, not per row: each file is decoded once, however many rows name it, and
+again only after it has changed.
 """
 
 import os
@@ -28,7 +28,7 @@ from diffsynth_dagster.errors import MetadataError, is_text
 from diffsynth_dagster.facts import FactCache, Facts, Progress
 
 _CHECK = "4"
-"""Raised when the check of a file finds other facts: what older ones found is not believed."""
+"""Version of the check. Raise it when the check finds other facts: cached facts become invalid."""
 _PER_FILE: dict[str, Any] = {
     "path": pl.String,
     "digest": pl.String,
@@ -45,24 +45,32 @@ _PER_FILE: dict[str, Any] = {
     "reading": pl.String,
     "transparent": pl.Boolean,
 }
+"""Columns that `FileCheck.check` adds for each file, with their types."""
 _AT_ONCE = 1 << 16
-"""Files that are looked at together: what is known of them lies in Python objects meanwhile."""
+"""Files that are checked at once. Their facts are Python objects until they are in a frame."""
 _ROW, _VALUE, _NOW, _WHY = "\x00row", "\x00value", "\x00now", "\x00why"
 
 
 @dataclass(frozen=True)
 class TrainedShape:
-    """How files are trained on: their size and length, and the colour `#rrggbb` beneath transparent
-    pixels; None for the file's own."""
+    """The size and length that files are trained at.
+
+    Attributes:
+        background: colour `#rrggbb` that fills transparent pixels; None keeps the colours stored in
+            the file.
+    """
 
     size: SizeRule
     clip: ClipRule | None
     background: str | None = None
 
     def of(self, facts: Facts, item: Input) -> Facts:
-        """Facts about a file with `target` [width, height], `frames`, `stride`, `shown` and `reading`
-        (see `samples`) beside them, or with the `status` and `message` of a file that is too small or too
-        short."""
+        """Add to the facts about a file how it is trained on.
+
+        Returns:
+            The facts with `target` [width, height], `frames`, `stride`, `shown` and `reading` (see
+            `samples`), or `status` and `message` if the file is too small or too short.
+        """
         if "status" in facts:
             return facts
         if item.kind == "audio":
@@ -77,22 +85,23 @@ class TrainedShape:
         if item.kind == "video":
             assert self.clip is not None, "a family with videos has a frame rule"
             trained |= _clip_of(facts, self.clip)
-        if item.weighs:  # its values are no colours
+        if item.weighs:  # a mask has no colours, so no warning about transparent pixels
             facts = {**facts, "transparent": None}
         words = reading(facts, self.background, is_data=item.weighs)
         return {**facts, **trained, "reading": words}
 
 
 def _clip_of(facts: Facts, rule: ClipRule) -> Facts:
-    """How a clip is read: `frames`, `stride` and `shown`, or `status` and `message` of one that is too
+    """How a clip is read: `frames`, `stride` and `shown`; or `status` and `message` if it is too
     short."""
-    times = facts["times"] and [time / 1e6 for time in facts["times"]]
+    times = facts["times"] and [time / 1e6 for time in facts["times"]]  # microseconds to seconds
     stride = rule.stride(facts["rate"])
     taken = rule.taken(facts["frames"], facts["rate"], times)
     if not taken:
         return {"status": "too_short", "message": _why_too_short(facts, rule)}
     shown = [facts.get("first", 0) + index for index in taken]
-    # What can be said by a stride is, so that samples keep their keys. decord gives frames in order only.
+    # Leave `shown` out if the stride determines the frames: such samples keep their keys in
+    # existing stores. decord must read the first n frames without a gap.
     every = shown == list(range(len(taken)))
     by_stride = facts["decoder"] == "pillow" or (facts["decoder"] == "decord" and every)
     if by_stride and shown == frame_indices(len(taken), stride):
@@ -101,7 +110,7 @@ def _clip_of(facts: Facts, rule: ClipRule) -> Facts:
 
 
 def _why_too_short(facts: Facts, rule: ClipRule) -> str:
-    """What is said of a clip that is shorter than the family takes."""
+    """The message about a clip that is shorter than the family takes."""
     least = rule.rule.smallest
     if facts["rate"] is None:
         why = f"a still image is one frame, and the shortest clip has {least}"
@@ -113,9 +122,13 @@ def _why_too_short(facts: Facts, rule: ClipRule) -> str:
 
 
 def _sound_of(facts: Facts, item: Input) -> Facts:
-    """Facts about sound with `target` [samples per second, channels] that it is read with, or with
-    the `status` and `message` of sound of other channels. Its length is that of the sample's clip:
-    see `table.shapes.with_length_of`."""
+    """Add to the facts about sound how it is read.
+
+    Returns:
+        The facts with `target` [samples per second, channels], or `status` and `message` if the
+        number of channels is wrong. `table.shapes.with_length_of` adds the length later, since it
+        is that of the sample's clip.
+    """
     have, wanted = facts["channels"], item.channels
     if have != wanted:
         do = "make both channels of the one" if have < wanted else "mix it down"
@@ -125,7 +138,7 @@ def _sound_of(facts: Facts, item: Input) -> Facts:
 
 
 class FileCheck:
-    """Checks file columns. Use as a context manager: it may start processes."""
+    """Checks file columns. Use it as a context manager, which ends the decoding processes."""
 
     def __init__(
         self, config: TrainingConfig, shape: TrainedShape, fact_cache: FactCache, progress: Progress
@@ -133,7 +146,7 @@ class FileCheck:
         """Prepare to check files.
 
         Raises:
-            MetadataError: the data set's folder does not exist, or its name is no text.
+            MetadataError: the data set's folder does not exist, or its name is not UTF-8.
         """
         base = require_folder(Path(config.dataset_base_path))
         self._root = base.resolve()
@@ -160,18 +173,21 @@ class FileCheck:
         self._decoders.__exit__(*error)
 
     def check(self, frame: pl.DataFrame, item: Input) -> pl.DataFrame:
-        """Check the files of a column in the rows that are still ok.
+        """Check the files of a column, in the rows that are ok so far.
 
         Returns:
-            The frame with the status and message of rows whose files fail, and for each file
-            `<column>:path` (resolved), `:digest`, `:size` and `:modified` (see `FileState`) of the
-            file that was checked, `:width` and `:height` (pixels, upright),
-            `:target` ([width, height] it is trained at), `:frames` (trained, 1 for an image),
-            `:stride`, `:shown` and `:reading` (see `samples`); `:rate` (frames or samples per second)
-            and for sound `:seconds`; `:transparent`, whether a picture has pixels that are not opaque.
-            Lists of these where the input takes many; null where an optional column
-            names no file.
+            The frame with `status` and `message` set in rows whose files fail, and these columns,
+            each with a list if the input takes many files, and null if an optional column names no
+            file:
+
+            - `<column>:path` (resolved), `:digest`, `:size` and `:modified` (see `FileState`);
+            - `:width` and `:height` (pixels, upright), `:rate` (frames or samples per second),
+              `:seconds` of sound, `:transparent`, whether a picture has pixels that are not opaque;
+            - `:target` ([width, height] that it is trained at), `:frames` (trained; 1 for an
+              image), `:stride`, `:shown` and `:reading` (see `samples`).
         """
+        # One line for each file of each row, joined with the facts of the distinct files, then
+        # grouped by row again. No Python code runs for each row.
         wanted = frame.with_row_index(_ROW).filter(pl.col("status") == "ok")
         value = pl.col(item.column)
         named = wanted.select(_ROW, (value if item.many else pl.concat_list(value)).alias(_VALUE))
@@ -182,6 +198,7 @@ class FileCheck:
         found = named.join(files, on=_VALUE, how="left", maintain_order="left")
         rows = found.group_by(_ROW, maintain_order=True).agg(
             *(pl.col(name).alias(f"{item.column}:{name}") for name in _PER_FILE),
+            # The first file that fails decides about the row.
             pl.col(_NOW, _WHY).filter(pl.col(_NOW) != "ok").first(),
         )
         if not item.many:
@@ -195,10 +212,11 @@ class FileCheck:
         ).drop(_ROW, _NOW, _WHY)
 
     def _files(self, values: Sequence[str], item: Input) -> pl.DataFrame:
-        """What each value of a column stands for: a row for each."""
+        """A frame with one row for each value: its file, facts and status."""
         places = {value: self._resolve(value) for value in values}
         paths = [path for path, _ in places.values() if path is not None]
         facts = self._fact_cache.look_up(
+            # Pictures and images have the same facts.
             f"{item.kind if item.kind in ('video', 'audio') else 'image'}:{_CHECK}",
             paths,
             _naming_the_file(self._find_out(item), item.kind),
@@ -208,7 +226,7 @@ class FileCheck:
         shaped = {path: self._shape.of(found, item) for path, found in facts.items()}
         rows = [
             _file_row(
-                value, path, shaped[path] if path is not None else self._lost(value, why), item
+                value, path, shaped[path] if path is not None else self._no_file(value, why), item
             )
             for value, (path, why) in places.items()
         ]
@@ -216,6 +234,7 @@ class FileCheck:
         return pl.DataFrame(rows, schema=schema, orient="row")
 
     def _find_out(self, item: Input) -> Callable[[Path], Facts]:
+        """The function that checks the files of a column."""
         if item.kind == "audio":
             return lambda path: audio_facts(path, self._decoders)
         if item.kind != "video":
@@ -223,10 +242,10 @@ class FileCheck:
         return lambda path: video_facts(path, self._decoders)
 
     def _resolve(self, value: str) -> tuple[Path | None, str]:
-        """A value of a file column → the file, or the reason why not."""
+        """A value of a file column → (its file, "ok"), or (None, the status of the row)."""
         try:
             path = self._real_path(value)
-            if not is_text(str(path)):  # where a link leads to
+            if not is_text(str(path)):  # the target of a link may have any name
                 return None, "bad_path"
             if not self._anywhere and not path.is_relative_to(self._root):
                 return None, "outside_base_path"
@@ -236,31 +255,33 @@ class FileCheck:
         except (OSError, ValueError, RuntimeError):
             return None, "bad_path"
 
-    def _lost(self, value: str, status: str) -> Facts:
-        """What is said of a value that names no file."""
+    def _no_file(self, value: str, status: str) -> Facts:
+        """`status` and `message` for a value that names no file."""
         if status not in ("file_missing", "not_a_file", "outside_base_path"):
             return {"status": status}
-        place = os.path.join(self._root, value)
+        path = os.path.join(self._root, value)
         if status == "outside_base_path":
-            more = outside(Path(place), self._real_path(value))
+            more = outside(Path(path), self._real_path(value))
             return {"status": status, "message": f"{REASONS[status]}: {more}"}
         alike = self._alike.of(value) if status == "file_missing" else None
-        said = f"{REASONS[status]}: {place[:300]}" + (f"; {alike}" if alike else "")
-        return {"status": status, "message": said}
+        message = f"{REASONS[status]}: {path[:300]}" + (f"; {alike}" if alike else "")
+        return {"status": status, "message": message}
 
     def _real_path(self, value: str) -> Path:
-        """The file that a value names, links followed; every folder is resolved once."""
+        """The file that a value names, after links are followed."""
         named = os.path.join(self._root, value)
         folder, name = os.path.split(named)
         if name in ("", ".", "..") or os.path.islink(named):
             return Path(named).resolve()
+        # Resolving takes a system call for each part of a path: do it once for each folder.
         if folder not in self._folders:
             self._folders[folder] = os.path.realpath(folder)
         return Path(self._folders[folder], name)
 
 
 def _naming_the_file(find_out: Callable[[Path], Facts], kind: str) -> Callable[[Path], Facts]:
-    """The check of a file, which says which one it was where memory is not enough (`OutOfMemory`)."""
+    """Wrap the check of a file so that a lack of memory is reported with the file
+    (`OutOfMemory`)."""
 
     def named(path: Path) -> Facts:
         try:
@@ -272,6 +293,7 @@ def _naming_the_file(find_out: Callable[[Path], Facts], kind: str) -> Callable[[
 
 
 def _file_row(value: str, path: Path | None, facts: Mapping[str, Any], item: Input) -> list[Any]:
+    """A row of the frame of `FileCheck._files`."""
     status = facts.get("status", "ok")
     why = ""
     if status != "ok":

@@ -1,6 +1,6 @@
-"""A folder as a metadata table: a row for each picture or clip in it and in the folders below.
+"""Use a folder as a metadata table: one row for each picture or clip in it and in its subfolders.
 
-Captions lie in text files beside them: see `caption_files`.
+Captions are read from text files beside them: see `caption_files`.
 """
 
 import os
@@ -33,35 +33,39 @@ _CLIPS = {
     ".wmv",
 }
 _NUMBERED = re.compile(r"([1-9]\d{0,2})_(.+)")
-"""How folders are called that say how often their samples are taken: 10_portraits."""
+"""Folder names such as 10_portraits, a convention of kohya's scripts: the samples show portraits,
+and each pass over the data set takes them 10 times."""
 
 
 def numbered(folder: str) -> tuple[int, str] | None:
-    """What the path of a folder says by the innermost name that says something: how often its samples are
-    taken, and what they show."""
-    found = filter(None, map(_NUMBERED.fullmatch, reversed(folder.split("/"))))
-    innermost = next(found, None)
+    """Parse the innermost name in a folder's path that is like 10_portraits.
+
+    Returns:
+        (how often its samples are taken, what they show); None if no name is like that.
+    """
+    matches = filter(None, map(_NUMBERED.fullmatch, reversed(folder.split("/"))))
+    innermost = next(matches, None)
     return None if innermost is None else (int(innermost[1]), innermost[2])
 
 
 def open_folder(
     folder: Path, base: Path, item: Input, sound: Sequence[str] = (), left_out: Sequence[str] = ()
 ) -> Table:
-    """The files of a folder as a table, in the order of their names.
+    """List the files of a folder as a table, ordered by name.
 
-    Hidden files are left out, and so are run folders and stores. A column of pictures takes pictures; one
+    Hidden files, run folders and stores are skipped. A column of pictures takes pictures; a column
     of clips takes clips and pictures.
 
     Args:
-        base: the folder that paths of a table start from.
+        base: the folder that the paths in the table are relative to.
         item: the column of the files.
         sound: further columns, which name the same clips for their sound.
-        left_out: further folders that hold no samples.
+        left_out: further folders to skip.
 
     Raises:
-        MetadataError: the folder holds a metadata table, or nothing that the column takes.
+        MetadataError: the folder holds a metadata table, or no file that the column takes.
     """
-    # It reads pictures into tensors: whoever only reads a checked table does without torch.
+    # Imported here because it imports torch, which reading a checked table does not need.
     from diffsynth_dagster.data.media.image import IMAGE_FORMATS
 
     tables = [name for name in (f"metadata{kind}" for kind in TABLES) if (folder / name).is_file()]
@@ -73,8 +77,9 @@ def open_folder(
             "if its files are the whole data set",
         )
     wanted = {e for e, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
-    if item.kind == "video":
+    if item.kind == "video":  # a picture is a clip of one frame
         wanted |= _CLIPS
+    # The run folder and the store may lie in the data folder.
     skipped = {os.path.realpath(path) for path in left_out} - {os.path.realpath(folder)}
     found = (name for name, _ in walk(str(folder), skipped))
     names = sorted(name for name in found if os.path.splitext(name)[1].lower() in wanted)
@@ -90,16 +95,17 @@ def open_folder(
     start = os.path.relpath(folder, base)
     paths = names if start == "." else [os.path.join(start, name) for name in names]
     columns = (item.column, *sound)
+    # Only clips can have sound; the other rows have null there.
     clips = [path if os.path.splitext(path)[1].lower() in _CLIPS else None for path in paths]
     values = {item.column: paths, **dict.fromkeys(sound, clips)}
     rows = pl.DataFrame(values, schema=dict.fromkeys(columns, pl.String()))
-    return Table(rows.with_row_index(INDEX).lazy(), columns, _never)
+    return Table(rows.with_row_index(INDEX), columns)
 
 
 def class_names(rows: pl.DataFrame, column: str) -> Mapping[str, str]:
-    """Path → what its folder says that the sample shows, for those that say it."""
-    found = {path: numbered(os.path.dirname(path)) for path in rows[column]}
-    return {path: says[1] for path, says in found.items() if says is not None}
+    """Path → what the sample shows, for files in folders that are named like 10_portraits."""
+    parsed = {path: numbered(os.path.dirname(path)) for path in rows[column]}
+    return {path: name[1] for path, name in parsed.items() if name is not None}
 
 
 def _refuse_empty(folder: Path, item: Input) -> NoReturn:
@@ -109,7 +115,3 @@ def _refuse_empty(folder: Path, item: Input) -> NoReturn:
         where=str(folder.absolute()),
         do="correct dataset_base_path, or name a metadata table as dataset_metadata_path",
     )
-
-
-def _never(error: Exception) -> NoReturn:
-    raise AssertionError("rows in memory can be read") from error

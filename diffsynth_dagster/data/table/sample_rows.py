@@ -1,9 +1,13 @@
-"""The table that `sample_prompts` names: rows that samples are made of.
+"""Check the table that `sample_prompts` names: sample pictures are generated from its rows.
 
-It is read and checked as the metadata is. What is trained on need not be named: no row lacks a size
-without it. A sample has the size that `height` and `width` give; else that of its row's file of what
-is trained on, where the table has that column; else that of the first file that the row names. A
-clip is as long as `num_frames` says: one that ends before stands still, and so does a picture.
+It is read and checked like the metadata, but it need not have the column of what is trained on. The
+size of a sample is the first of these that is known:
+
+1. `height` and `width`;
+2. the trained size of the row's file in the column of what is trained on;
+3. the trained size of the first file that the row names.
+
+A clip has `num_frames` frames. The last frame of shorter clips is repeated, and so are pictures.
 """
 
 from collections.abc import Generator, Sequence
@@ -20,14 +24,14 @@ from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import ClipRule, FrameRule, clip_rule, size_rule
 from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.files import FileCheck, TrainedShape
-from diffsynth_dagster.data.table.read import open_table
+from diffsynth_dagster.data.table.read import read_table
 from diffsynth_dagster.data.table.shapes import with_same_size, with_shape
 from diffsynth_dagster.data.table.values import check_structure, require_columns
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import FactCache
 
 _SAMPLE = Input("\x00sample", "video")
-"""Stands for what is made, in the place of the file that decides the size of a row."""
+"""Stands for the generated sample, in place of the file that decides the size of a row."""
 
 
 def check_sample_rows(
@@ -36,12 +40,12 @@ def check_sample_rows(
     """Check every row of the table that `sample_prompts` names, and every file that it names.
 
     Args:
-        columns: what samples are made of.
-        trained: the column of what is trained on, if that is not among them.
+        columns: the columns that samples are generated from.
+        trained: the column of what is trained on, if it is not among `columns`.
 
     Returns:
-        The table, all of its rows accepted. `width`, `height` and `frames` are those of the sample;
-        the sides are 0 where nothing says them.
+        The table, with all rows accepted. `width`, `height` and `frames` are the size of the
+        sample; `width` and `height` are 0 if nothing determines them.
 
     Raises:
         MetadataError: the table cannot be read, lacks a column, or has a row that cannot be used.
@@ -51,17 +55,15 @@ def check_sample_rows(
     geometry, reader = columns.geometry, columns.reader
     clip = clip_rule(config.num_frames, config.frame_rate, geometry, reader)
     size = size_rule(config.height, config.width, config.max_pixels, geometry, config.bucket_step)
+    # Paths in this table are relative to the folder of the table, not to the data set.
     own = config.model_copy(update={"dataset_base_path": str(source.parent)})
     inputs = [*columns.named]
-    asked = [*inputs] if trained is None or config.height is not None else [*inputs, trained]
-    wanted, lists = [i.column for i in asked], [i.column for i in asked if i.many]
-    numbers = [i.column for i in asked if i.kind == "number"]
-    with (
-        _naming_the_parameter(),
-        open_table(source, config.metadata_encoding, wanted, lists, numbers) as table,
-    ):
+    # With a fixed size, the file of the trained column is not needed.
+    possible = [*inputs] if trained is None or config.height is not None else [*inputs, trained]
+    with _naming_the_parameter():
+        table = read_table(source, config.metadata_encoding, possible)
         require_columns(table, inputs, str(source), reader)
-        given = [i for i in asked if i in inputs or i.column in table.columns]
+        given = [i for i in possible if i in inputs or i.column in table.columns]
         frame = check_structure(table, given, str(source))
     shape = TrainedShape(size, None if clip is None else _with_stills(clip), config.background)
     with FileCheck(own, shape, fact_cache, lambda count: None) as files:
@@ -79,7 +81,7 @@ def check_sample_rows(
 
 
 def _with_stills(clip: ClipRule) -> ClipRule:
-    """The rule that takes clips of any length: what they lack of a sample's length stands still."""
+    """A rule that takes clips of any length. The last frame of shorter ones will be repeated."""
     return replace(clip, rule=FrameRule(1, 0))
 
 
@@ -96,17 +98,17 @@ def _with_sizes(
     giver: Input | None,
     clip: ClipRule | None,
 ) -> pl.DataFrame:
-    """The frame with the sizes and lengths of the samples, and of the files that are read at them."""
+    """Add the sizes and lengths of the samples, and of the files that are read at these."""
     target, frames = f"{_SAMPLE.column}:target", f"{_SAMPLE.column}:frames"
     sides = (config.width or 0, config.height or 0)
     size = pl.concat_list(pl.lit(side, pl.Int64) for side in sides)
     if config.height is None and giver is not None:
-        own = pl.col(f"{giver.column}:target")
-        size = own.list.first() if giver.many else own
+        targets = pl.col(f"{giver.column}:target")
+        size = targets.list.first() if giver.many else targets
     length = pl.lit(1 if clip is None else clip.num_frames, pl.Int64)
     frame = frame.with_columns(size.alias(target), length.alias(frames))
     for item in columns.files:
-        if item.kind == "video":
+        if item.kind == "video":  # read as many frames as the sample has
             column = f"{item.column}:frames"
             count = pl.col(column).list.len()
             as_long = pl.col(frames).repeat_by(count) if item.many else pl.col(frames)
@@ -123,7 +125,7 @@ def _with_sizes(
 
 @contextmanager
 def _naming_the_parameter() -> Generator[None]:
-    """Let messages about the table name the parameter that it comes from."""
+    """Change messages about `dataset_metadata_path` to name `sample_prompts` instead."""
     try:
         yield
     except MetadataError as error:
@@ -132,7 +134,7 @@ def _naming_the_parameter() -> Generator[None]:
 
 
 def _require_every_row(frame: pl.DataFrame, source: str) -> None:
-    """Refuse a table with a row that cannot be used. Raises `MetadataError`."""
+    """Refuse a table with a rejected row. Raises `MetadataError`."""
     rejected = frame.filter(pl.col("status") != "ok").select("row", "status", "message")
     if rejected.height:
         first = [f"row {row}: {why} ({status})" for row, status, why in rejected.head(5).rows()]

@@ -1,4 +1,4 @@
-"""The sizes and lengths that the files of a row are trained at, where they follow from each other."""
+"""Sizes and lengths of a row's files that depend on another file of the row."""
 
 from collections.abc import Sequence
 
@@ -12,36 +12,39 @@ from diffsynth_dagster.data.table.values import STATUS
 def _rejected(
     frame: pl.DataFrame, bad: pl.Expr, status: str, message: pl.Expr, **columns: pl.Expr
 ) -> pl.DataFrame:
-    """The frame with rows that are still ok rejected where `bad`, and with further columns."""
-    wrong = (pl.col("status") == "ok") & bad.fill_null(False)
+    """Reject the rows where `bad` is true, and set further columns."""
+    # A row keeps the first reason that it was rejected for.
+    rejected = (pl.col("status") == "ok") & bad.fill_null(False)
     return frame.with_columns(
-        pl.when(wrong).then(pl.lit(status, STATUS)).otherwise("status").alias("status"),
-        pl.when(wrong).then(message).otherwise("message").alias("message"),
+        pl.when(rejected).then(pl.lit(status, STATUS)).otherwise("status").alias("status"),
+        pl.when(rejected).then(message).otherwise("message").alias("message"),
         **columns,
     )
 
 
 def with_same_size(frame: pl.DataFrame, main: Input, item: Input, side_factor: int) -> pl.DataFrame:
-    """The frame with a column's files trained at the size and length of the main column's, or at a
-    part of the size: see `Input.divided_by`.
+    """Train a column's files at the size and length of the main column's file, or at a part of the
+    size: see `Input.divided_by`.
 
-    A clip that is shorter than the main one rejects its row, and so does a size of nothing.
+    A row is rejected if a clip is shorter than the main one, or if a side of the size becomes 0.
 
     Args:
-        side_factor: both sides are multiples of it.
+        side_factor: width and height are multiples of it.
     """
     assert not main.many, "one file"
     size, length = pl.col(f"{main.column}:target"), pl.col(f"{main.column}:frames")
-    own = pl.col(f"{item.column}:frames")
+    frames = pl.col(f"{item.column}:frames")
     if item.divided_by is not None:
+        # Divide and round down to the factor in one step.
         part = pl.col(item.divided_by).cast(pl.Float64, strict=False).cast(pl.Int64) * side_factor
         sides = [size.list.get(i) // part * side_factor for i in range(2)]
         why = pl.format("{}: nothing is left of the size", pl.lit(item.column))
         frame = _rejected(frame, sides[0].clip(upper_bound=sides[1]) <= 0, "too_small", why)
         size = pl.concat_list(sides)
-    count = own.list.len()
+    count = frames.list.len()
     if item.kind == "video":
-        shortest = own.list.min() if item.many else own
+        # Longer clips are cut to the length of the main one.
+        shortest = frames.list.min() if item.many else frames
         why = pl.format(
             "{}: {} frames, but the sample is trained at {}", pl.lit(item.column), shortest, length
         )
@@ -55,14 +58,15 @@ def with_same_size(frame: pl.DataFrame, main: Input, item: Input, side_factor: i
 
 
 def with_same_aspect(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFrame:
-    """The frame with rows rejected whose picture in a column has other proportions than the main
-    column's file: resized and cropped alike, it would show another part.
+    """Reject rows whose picture in a column has another aspect ratio than the main column's file:
+    after resizing and cropping, the two would show different parts.
 
-    A side may be a pixel longer or shorter than the other one asks for.
+    A difference of one pixel on one side is allowed.
     """
     assert [main.many, item.many] == [False, False], "one file each"
     width, height = (pl.col(f"{main.column}:{side}") for side in ("width", "height"))
     wide, tall = (pl.col(f"{item.column}:{side}") for side in ("width", "height"))
+    # Rejected only if neither side is within a pixel of what the other side requires.
     far = ((wide * height / width - tall).abs() > 1) & ((tall * width / height - wide).abs() > 1)
     why = pl.format(
         "{}: {}x{} pixels have other proportions than the {}x{} of {}",
@@ -72,28 +76,29 @@ def with_same_aspect(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFr
 
 
 def with_length_of(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFrame:
-    """The frame with the sound of a column as long as the clip of the main column: `:frames` is the
-    number of samples.
+    """Make the sound of a column as long as the clip of the main column: `:frames` is the number of
+    samples.
 
-    Sound that ends before the clip does rejects its row, unless less than a frame is missing; and
-    so does sound beside a still image.
+    A row is rejected if its sound is shorter than the clip by a frame or more, or if it has sound
+    beside a still image.
     """
     assert [main.many, item.many] == [False, False], "one file each"
+    # Frames per second as trained: a stride of 2 halves the rate of the file.
     rate = pl.col(f"{main.column}:rate") / pl.col(f"{main.column}:stride")
-    seconds, own = pl.col(f"{main.column}:frames") / rate, pl.col(f"{item.column}:seconds")
+    seconds, sound_s = pl.col(f"{main.column}:frames") / rate, pl.col(f"{item.column}:seconds")
     still = pl.lit(f"{item.column}: {main.column} is a still image, and has no length for sound")
-    frame = _rejected(frame, own.is_not_null() & rate.is_null(), "sound_of_image", still)
+    frame = _rejected(frame, sound_s.is_not_null() & rate.is_null(), "sound_of_image", still)
     why = pl.format(
         "{}: {} seconds of sound, but the clip has {}",
         pl.lit(item.column),
-        own.round(3),
+        sound_s.round(3),
         seconds.round(3),
     )
     samples = (seconds * item.rate).round().cast(pl.Int64)
-    given = pl.when(own.is_not_null()).then(samples)
+    given = pl.when(sound_s.is_not_null()).then(samples)
     return _rejected(
         frame,
-        own + 1 / rate < seconds,
+        sound_s + 1 / rate < seconds,
         "audio_too_short",
         why,
         **{f"{item.column}:frames": given},
@@ -101,11 +106,11 @@ def with_length_of(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFram
 
 
 def with_size_facts(frame: pl.DataFrame, main: Input, item: Input) -> pl.DataFrame:
-    """The frame with the text "height,width,top,left,height,width" of the main column's file: as it
-    is, where it is cropped after it was resized, and as it is trained, in pixels."""
+    """Add the sizes of the main column's file as text, "height,width,top,left,height,width" in
+    pixels: its original size, the corner of the crop after resizing, and its trained size."""
     assert not main.many, "one file"
     parts = [f"{main.column}:{part}" for part in ("width", "height", "target")]
-    # Rows have few different sizes.
+    # Compute them once for each distinct size: there are far fewer of these than rows.
     sizes = frame.select(parts).unique().drop_nulls()
     texts = [_size_facts(width, height, target) for width, height, target in sizes.iter_rows()]
     found = sizes.with_columns(pl.Series(item.column, texts, dtype=pl.String))
@@ -118,7 +123,7 @@ def _size_facts(width: int, height: int, target: Sequence[int]) -> str:
 
 
 def with_shape(frame: pl.DataFrame, files: Sequence[Input]) -> pl.DataFrame:
-    """The frame with `width`, `height`, `frames` and `shape`: see `CheckedTable`."""
+    """Add the columns `width`, `height`, `frames` and `shape`: see `CheckedTable`."""
     main = files[0]
     ok = pl.col("status") == "ok"
 
@@ -127,6 +132,7 @@ def with_shape(frame: pl.DataFrame, files: Sequence[Input]) -> pl.DataFrame:
         return value.list.first() if main.many else value
 
     target, frames = first("target"), first("frames")
+    # Rows of equal shape form a bucket, so the text has the sizes of all files, not of the first.
     shapes = [_shape_of(item).fill_null("none") for item in files]
     return frame.with_columns(
         pl.when(ok).then(target.list.get(0)).otherwise(0).alias("width"),
@@ -137,8 +143,11 @@ def with_shape(frame: pl.DataFrame, files: Sequence[Input]) -> pl.DataFrame:
 
 
 def _shape_of(item: Input) -> pl.Expr:
-    """`<width>x<height>` of each file of a column, separated by commas; `x<frames>` of videos; for
-    sound `<rate>x<channels>x<samples>`, or null where a row has none."""
+    """The trained sizes of a column's files as text: `<width>x<height>` of an image,
+    `<width>x<height>x<frames>` of a video, `<rate>x<channels>x<samples>` of sound.
+
+    Sizes of several files are separated by commas. Null if a row names no file.
+    """
     target, frames = pl.col(f"{item.column}:target"), pl.col(f"{item.column}:frames")
     if item.many:
         sides = target.list.eval(pl.element().cast(pl.List(pl.String)).list.join("x")).list.join(

@@ -1,25 +1,21 @@
 """Whether every row of a table has the values that a family reads. No file is opened for it.
 
-One vectorised query in batches finds the rows that are surely fine; the others get the first check
-that they fail. What this cannot decide (a csv row of uneven length, a json value that is no text) is
-looked at once more, row by row.
+One vectorised query finds the rows that are surely fine; the others get the first check that they
+fail. What reading found (a csv row of uneven length, a json value that is no text) comes before these.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import polars as pl
 
 from diffsynth_dagster.data.columns import Input
-from diffsynth_dagster.data.table.json_rows import as_list
-from diffsynth_dagster.data.table.read import EXTRA, INDEX, Table
+from diffsynth_dagster.data.table.read import INDEX, Table
 from diffsynth_dagster.errors import MetadataError, nearest
 
 REASONS = {
     "uneven_row": "the csv row has more or fewer values than there are columns",
     "repeated_key": "the JSON object has a key twice",
-    "lone_surrogate": "the value holds half a character, a lone surrogate",
     "missing_value": "the column has no value",
     "empty_caption": "the caption is empty: it holds nothing that can be seen",
     "no_caption_file": "there is no caption file",
@@ -53,9 +49,9 @@ _SPACE = r"\s\x1c-\x1f"
 _UNSEEN = _SPACE + r"\p{Cc}\p{Cf}\p{DI}"
 """What cannot be seen, in the same way: space, control and format characters."""
 _NUMBER = r"^\s*-?\d+(?:\.\d*)?\s*$"
-_LOOKS_TYPED = r"^(?:[\[{]|true$|false$)"
-_ODD_NUMBER = r"[\[,]\s*-?(?:\d+[.eE]|0\s*[,\]]|\d{19})"
-"""What may be a number in a JSON list that Polars writes otherwise than it is written."""
+_PLAIN = r'"[^"\\\x00-\x1f]*"'
+_TEXTS = rf"^\[\s*{_PLAIN}(?:\s*,\s*{_PLAIN})*\s*\]$"
+"""A JSON list of texts without escapes. Others are parsed one by one."""
 _Check = tuple[str, str, pl.Expr]
 """Column (and what it takes), reason, and where the row fails."""
 
@@ -91,26 +87,18 @@ def check_structure(table: Table, inputs: Sequence[Input], source: str) -> pl.Da
         and the columns of the inputs: text, or a list of text where the input takes many.
 
     Raises:
-        MetadataError: the table cannot be read, or has no rows.
+        MetadataError: the table has no rows.
     """
-    lazy = table.rows
-    types = lazy.collect_schema()
+    if table.rows.height == 0:
+        raise _no_rows(source)
+    lazy, types = table.rows.lazy(), table.rows.schema
     checks: list[_Check] = []
     for item in inputs:
         lazy = lazy.with_columns(_as_declared(item, types[item.column]))
         checks += _checks(item, types[item.column])
     fine = pl.all_horizontal(_surely_fine(item, types[item.column]) for item in inputs)
-    frame = table.collect(lazy.with_columns(fine.fill_null(False).alias(_FINE)))
-    if frame.height == 0:
-        raise _no_rows(source)
-    frame = _with_reasons(frame, checks)
-    if table.uneven is not None:
-        frame = _look_at_lines(frame, table)
-    frame = with_problems(frame, table.odd)
-    if table.values is not None:
-        frame = _look_at_types(frame, table, inputs)
-    if frame.height == 0:
-        raise _no_rows(source)
+    frame = lazy.with_columns(fine.fill_null(False).alias(_FINE)).collect(engine="streaming")
+    frame = with_problems(_with_reasons(frame, checks), table.problems)
     columns = [item.column for item in inputs]
     return frame.select(
         pl.int_range(1, pl.len() + 1, dtype=pl.UInt32).alias("row"), "status", "message", *columns
@@ -190,13 +178,9 @@ def _lists(values: pl.Series) -> pl.Series:
     if not listed.any():
         return single.alias(values.name)
     cells = values.filter(listed)
-    try:
-        parts = cells.str.json_decode(pl.List(pl.String))
-        is_as_written = not cells.str.contains(_ODD_NUMBER).any()
-    except pl.exceptions.PolarsError:  # some cell is no list of texts
-        parts, is_as_written = cells, False
-    if not is_as_written:
-        parts = pl.Series([_list(cell) for cell in cells], dtype=pl.List(pl.String))
+    if not cells.str.contains(_TEXTS).all():
+        cells = pl.Series([_list_of_texts(cell) for cell in cells])
+    parts = cells.str.json_decode(pl.List(pl.String))
     where = listed.cast(pl.Int64).cum_sum() - 1
     return (
         pl.select(pl.when(listed).then(parts.gather(where.clip(0))).otherwise(single))
@@ -205,12 +189,13 @@ def _lists(values: pl.Series) -> pl.Series:
     )
 
 
-def _list(cell: str) -> list[str | None]:
+def _list_of_texts(cell: str) -> str:
+    """A cell that begins with a bracket → a JSON list of texts and nulls."""
     try:
-        value = json.loads(cell, parse_float=str, parse_int=str)
-    except (ValueError, RecursionError):
-        return [cell]  # a name that begins with a bracket
-    return as_list(value) or []
+        elements: list[object] = json.loads(cell, parse_float=str, parse_int=str)
+    except ValueError:
+        return json.dumps([cell])  # a name that begins with a bracket
+    return json.dumps([e if e is None or isinstance(e, str) else json.dumps(e) for e in elements])
 
 
 def is_blank(text: pl.Expr, blank: str = _SPACE) -> pl.Expr:
@@ -250,51 +235,6 @@ def _checks(item: Input, dtype: pl.DataType) -> list[_Check]:
         (name, "url", anywhere(each.str.contains(_URL).fill_null(False))),
         (name, "bad_path", anywhere(each.str.contains("\x00", literal=True).fill_null(False))),
     ]
-
-
-def _look_at_lines(frame: pl.DataFrame, table: Table) -> pl.DataFrame:
-    """Reject csv rows of uneven length, with their lines; leave out empty lines."""
-    assert table.uneven is not None
-    if not frame[EXTRA].any():
-        return frame
-    uneven = table.uneven()
-    blank = [index for index, found in uneven.items() if found.values == 0]
-    wrong = {
-        index: f"line {found.line}: {found.values} values for {len(table.columns)} columns"
-        for index, found in uneven.items()
-        if found.values
-    }
-    frame = with_problems(frame, {index: ("uneven_row", why) for index, why in wrong.items()})
-    return frame.filter(~pl.col(INDEX).is_in(pl.Series(blank, dtype=frame[INDEX].dtype).implode()))
-
-
-def _look_at_types(frame: pl.DataFrame, table: Table, inputs: Sequence[Input]) -> pl.DataFrame:
-    """Reject json values that are lists, objects or truth values where text belongs."""
-    assert table.values is not None
-    typed = pl.any_horizontal(
-        pl.col(item.column).is_null()
-        if item.many
-        else pl.col(item.column).str.contains(_LOOKS_TYPED).fill_null(False)
-        for item in inputs
-    )
-    suspects = frame.filter(typed)[INDEX].to_list()
-    if not suspects:
-        return frame
-    found = table.values(suspects)
-    problems: dict[int, tuple[str, str]] = {}
-    for index, row in found.items():
-        column = _first_typed(row, inputs)
-        if column is not None:
-            problems[index] = ("wrong_type", f"{column}: {REASONS['wrong_type']}")
-    return with_problems(frame, problems)
-
-
-def _first_typed(row: Mapping[str, Any], inputs: Sequence[Input]) -> str | None:
-    for item in inputs:
-        wrong = dict | bool if item.many else dict | bool | list
-        if isinstance(row.get(item.column), wrong):
-            return item.column
-    return None
 
 
 def with_problems(frame: pl.DataFrame, problems: Mapping[int, tuple[str, str]]) -> pl.DataFrame:

@@ -1,4 +1,4 @@
-"""What a checked table is trained on in a way that people may not expect."""
+"""Warnings about rows that are accepted but trained on in a way that people may not expect."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ import polars as pl
 from diffsynth_dagster.data.columns import Input
 
 _ENLARGED = 1.05
-"""How much longer a side becomes before the file counts as enlarged: less is rounding."""
+"""Factor by which a side must grow before a file counts as enlarged. Less is due to rounding."""
 _CROPPED = 1 / 3
-"""How much of a picture's area may be cropped away without a word."""
+"""Part of a picture's area that may be cropped away without a warning."""
 _RATE_OFF = 0.01
-"""How far a frame rate may be from another one that counts as equal: 23.976 is 24."""
+"""Relative difference up to which two frame rates count as equal: 23.976 counts as 24."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class _Kind:
     """A kind of warning.
 
     Attributes:
-        found: whether a row is meant; null for no.
-        what: what such rows have, and what to do about it: the end of a sentence.
+        found: boolean expression, true for rows that the warning is about; null means false.
+        what: the end of a sentence "3 rows … have": what such rows have, and what to do about it.
     """
 
     found: pl.Expr
@@ -35,12 +35,12 @@ def warnings_about(
     parameters: Mapping[str, Any],
     published_frame_rate: float | None,
 ) -> list[str]:
-    """A sentence for each kind of warning, with the number of rows and the first of them.
+    """Return a sentence for each kind of warning, with the number of rows and the first row.
 
     Args:
-        rows: those of a checked table that are trained on.
-        inputs: the columns that it was checked for.
-        parameters: those that it was checked with.
+        rows: the accepted rows of a checked table.
+        inputs: the columns that the table was checked for.
+        parameters: the parameters that the table was checked with.
         published_frame_rate: see `Geometry`.
     """
     schema = rows.collect_schema()
@@ -55,13 +55,14 @@ def warnings_about(
     if not kinds:
         return []
     found = [kind.found.fill_null(False) for kind in kinds]
+    # One row with all counts and all first rows, in one pass over the table.
     table = rows.select(
         *(test.sum().alias(f"count {n}") for n, test in enumerate(found)),
         *(pl.when(test).then("row").min().alias(f"first {n}") for n, test in enumerate(found)),
     )
     numbers = table.collect(engine="streaming").row(0)
-    told = zip(kinds, numbers[: len(kinds)], numbers[len(kinds) :], strict=True)
-    return [f"{_which(count, first)} {kind.what}" for kind, count, first in told if count]
+    counted = zip(kinds, numbers[: len(kinds)], numbers[len(kinds) :], strict=True)
+    return [f"{_which(count, first)} {kind.what}" for kind, count, first in counted if count]
 
 
 def _which(count: int, first: int) -> str:
@@ -69,6 +70,7 @@ def _which(count: int, first: int) -> str:
 
 
 def _transparent(schema: pl.Schema, parameters: Mapping[str, Any]) -> Iterator[_Kind]:
+    """Pictures with transparent pixels, unless a `background` fills them."""
     flags = {c: kind for c, kind in schema.items() if c.endswith(":transparent")}
     if not flags or parameters.get("background") is not None:
         return
@@ -81,11 +83,12 @@ def _transparent(schema: pl.Schema, parameters: Mapping[str, Any]) -> Iterator[_
 
 
 def _without_caption(inputs: Sequence[Input], parameters: Mapping[str, Any]) -> Iterator[_Kind]:
-    """Rows that are told `caption_prefix` alone."""
+    """Rows without a caption of their own: they are trained with `caption_prefix` alone."""
     prefix = parameters.get("caption_prefix")
     for item in inputs if prefix is not None else ():
         if item.caption:
             caption = pl.col(item.column)
+            # The check has put the prefix in place of missing captions.
             alone = (caption.list.len() == 1) & (caption.list.first() == prefix)
             yield _Kind(
                 alone if item.many else caption == prefix,
@@ -96,7 +99,7 @@ def _without_caption(inputs: Sequence[Input], parameters: Mapping[str, Any]) -> 
 def _other_rate(
     files: Sequence[Input], parameters: Mapping[str, Any], published: float | None
 ) -> Iterator[_Kind]:
-    """Clips that keep a rate of their own, which is not that of the clips that the model knows."""
+    """Clips that keep a frame rate other than the one that the model was trained at."""
     clips = [item for item in files if item.kind == "video"]
     if not clips or published is None or parameters.get("frame_rate") is not None:
         return
@@ -115,21 +118,21 @@ def _other_rate(
 
 
 def _enlarged(files: Sequence[Input]) -> Iterator[_Kind]:
-    """Files with fewer pixels than they are read at.
+    """Files that are smaller than the size they are read at.
 
-    What has the size of the sample beside it (a control picture, a mask) does not count: it is often
-    made smaller on purpose.
+    Files that are read at the size of the sample (control pictures, masks) do not count: they are
+    often made smaller on purpose.
     """
-    own = [item for item in files if item.kind != "audio" and not item.same_size]
-    given = [pl.any_horizontal(_is_enlarged(item)) for item in own if item.area is None]
-    if given:
+    sized = [item for item in files if item.kind != "audio" and not item.same_size]
+    samples = [pl.any_horizontal(_is_enlarged(item)) for item in sized if item.area is None]
+    if samples:
         yield _Kind(
-            pl.any_horizontal(given),
+            pl.any_horizontal(samples),
             "pictures or clips that are smaller than the size they are trained at, and are enlarged, "
             "which teaches blur; without height and width nothing is enlarged, and max_pixels bounds "
             "the size",
         )
-    edits = [item for item in own if item.area is not None]
+    edits = [item for item in sized if item.area is not None]
     if edits:
         names = " and ".join(item.column for item in edits)
         area = "x".join([str(round(max(item.area or 0 for item in edits) ** 0.5))] * 2)
@@ -146,13 +149,14 @@ def _is_enlarged(item: Input) -> Iterator[pl.Expr]:
 
 
 def _cropped(files: Sequence[Input], parameters: Mapping[str, Any]) -> Iterator[_Kind]:
-    """Files of which a fixed size leaves much out, because it has other proportions."""
+    """Files that are cropped a lot, because the fixed size has another aspect ratio."""
     pictures = [item for item in files if item.kind != "audio"]
     if not pictures or parameters.get("height") is None:
         return
     tests: list[pl.Expr] = []
     for item in pictures:
-        # Scaled by the larger one of the two; the smaller one says what is left of the other side.
+        # The picture is scaled by the larger ratio. Smaller / larger is the part of the other side,
+        # and so of the area, that is left after cropping.
         wide, tall = _ratios(item)
         apart = wide / tall
         least, most = (apart.list.min(), apart.list.max()) if item.many else (apart, apart)
@@ -165,7 +169,7 @@ def _cropped(files: Sequence[Input], parameters: Mapping[str, Any]) -> Iterator[
 
 
 def _ratios(item: Input) -> tuple[pl.Expr, pl.Expr]:
-    """How much wider and higher than itself the trained size of a file is; of several files, lists."""
+    """Trained width / width and trained height / height of a file; lists for several files."""
     target = pl.col(f"{item.column}:target")
 
     def ratio(side: str, at: int) -> pl.Expr:

@@ -47,7 +47,7 @@ LAST_SIGMA = 0.003 / 1.002
 SAMPLING_GUIDANCE = 3.5
 
 
-def path(config: TrainingConfig, published: Settings) -> FlowPath:
+def noising(config: TrainingConfig, published: Settings) -> FlowPath:
     """Shift 3, over sigmas from 1 to 0.003 / 1.002."""
     sigmas = torch.linspace(1.0, LAST_SIGMA, 1000, dtype=torch.float64)
     return flow_path(
@@ -73,7 +73,7 @@ FAMILY = Family(
     ),
     denoisers=(Denoiser("dit"),),
     denoise=stages.denoise,
-    path=path,
+    noising=noising,
     geometry=Geometry(side_factor=16),
     sampling=Sampling(
         image_shapes, euler(SIGMAS), decode_images, constants={stages.GUIDANCE: SAMPLING_GUIDANCE}

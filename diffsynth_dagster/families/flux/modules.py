@@ -1,10 +1,15 @@
 """FLUX.1's modules: how their files are recognised, and built from a config or from shapes."""
 
-from dataclasses import replace
-
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 
-from diffsynth_dagster.families.contract import Component, Settings, Shapes
+from diffsynth_dagster.families.contract import (
+    Component,
+    ComponentNames,
+    Construction,
+    Recognition,
+    Settings,
+    Shapes,
+)
 from diffsynth_dagster.families.flux.lora import TEXT_ENCODER, TRANSFORMER
 from diffsynth_dagster.families.flux.names import NAMES, PREFIX
 from diffsynth_dagster.families.shared.architecture import (
@@ -41,35 +46,36 @@ _BLOCK_0 = ("double_blocks.0.img_mod.lin.weight", "img_in.weight", "vector_in.in
 
 COMPONENTS = (
     Component(
-        "dit",
-        "transformer",
-        (
-            (
-                "x_embedder.weight",
-                "context_embedder.weight",
-                "norm_out.linear.weight",
-                "transformer_blocks.0.norm1_context.linear.weight",
+        name="dit",
+        recognition=Recognition(
+            signatures=(
+                (
+                    "x_embedder.weight",
+                    "context_embedder.weight",
+                    "norm_out.linear.weight",
+                    "transformer_blocks.0.norm1_context.linear.weight",
+                ),
+                _BLOCK_0,
+                tuple(PREFIX + name for name in _BLOCK_0),
             ),
-            _BLOCK_0,
-            tuple(PREFIX + name for name in _BLOCK_0),
+            original_globs=("flux1-*.safetensors",),
         ),
-        FluxTransformer2DModel,
-        dit_settings,
-        NAMES.converted,
-        ("flux1-*.safetensors",),
-        lora=TRANSFORMER,
+        construction=Construction(
+            kind=FluxTransformer2DModel, settings=dit_settings, convert=NAMES.converted
+        ),
+        names=ComponentNames(folder="transformer", lora=TRANSFORMER),
     ),
-    replace(clip_text_encoder(), lora=TEXT_ENCODER),
+    clip_text_encoder(lora=TEXT_ENCODER),
     t5_encoder("text_encoder_2"),
-    image_vae(0.3611, 0.1159, origin=("ae.safetensors",), inside=()),
+    image_vae(0.3611, 0.1159, original_globs=("ae.safetensors",), checkpoint_prefixes=()),
     Component(
-        "controlnet",
-        "controlnet",
-        (("controlnet_x_embedder.weight", "controlnet_blocks.0.weight"),),
-        FluxControlNetModel,
-        controlnet_settings,
-        # In repositories of their own, beside nothing else.
-        origin=("diffusion_pytorch_model*.safetensors",),
-        prefix="pipe.controlnet.models.0.",
+        name="controlnet",
+        recognition=Recognition(
+            signatures=(("controlnet_x_embedder.weight", "controlnet_blocks.0.weight"),),
+            # In repositories of their own, beside nothing else.
+            original_globs=("diffusion_pytorch_model*.safetensors",),
+        ),
+        construction=Construction(kind=FluxControlNetModel, settings=controlnet_settings),
+        names=ComponentNames(folder="controlnet", prefix="pipe.controlnet.models.0."),
     ),
 )

@@ -63,7 +63,7 @@ FACTOR = Input(stages.FACTOR, "number", pattern=r"^\s*[1-9]\d*(?:\.0*)?\s*$", wa
 CONTEXT = Input(stages.CONTEXT, "video", many=True, same_size=True, divided_by=stages.FACTOR)
 
 
-def path(config: TrainingConfig, published: Settings) -> FlowPath:
+def noising(config: TrainingConfig, published: Settings) -> FlowPath:
     """Exponential shift with mu = 2.05, stretched so that the last sigma is 0.1."""
     sigmas = stretch_to(exponential_shift(linear_sigmas(), TRAINING_MU), TERMINAL)
     return flow_path(
@@ -116,7 +116,7 @@ FAMILY = Family(
     ),
     denoisers=(Denoiser("dit"),),
     denoise=partial(stages.denoise, frame_rate=stages.FRAME_RATE),
-    path=path,
+    noising=noising,
     geometry=Geometry(
         32, FrameRule(stages.FRAMES_PER_LATENT, 1), 121, stages.FRAME_RATE, (768, 512)
     ),

@@ -9,7 +9,15 @@ from functools import partial
 from diffusers import LTX2Pipeline, LTX2VideoTransformer3DModel
 from diffusers.loaders import single_file_utils
 
-from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
+from diffsynth_dagster.families.contract import (
+    Component,
+    ComponentNames,
+    Construction,
+    Recognition,
+    Settings,
+    Shapes,
+    Tensors,
+)
 from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.shared.architecture import count_blocks
 from diffsynth_dagster.families.shared.fused_names import AuthorsNames
@@ -111,24 +119,28 @@ NAMES = AuthorsNames(
 
 COMPONENTS = (
     Component(
-        "dit",
-        "transformer",
-        (
-            ("proj_in.weight", "audio_proj_in.weight", "audio_time_embed.linear.weight"),
-            ("patchify_proj.weight", "audio_patchify_proj.weight"),
+        name="dit",
+        recognition=Recognition(
+            signatures=(
+                ("proj_in.weight", "audio_proj_in.weight", "audio_time_embed.linear.weight"),
+                ("patchify_proj.weight", "audio_patchify_proj.weight"),
+            ),
+            checkpoint_prefixes=("model.diffusion_model.",),
+            original_globs=("transformer.safetensors",),
         ),
-        LTX2VideoTransformer3DModel,
-        dit_settings,
-        convert_dit,
-        ("transformer.safetensors",),
-        inside=("model.diffusion_model.",),
-        lora=LoraRules(
-            "transformer",
-            partial(load_into_transformer, LTX2Pipeline),
-            targets=("to_k", "to_q", "to_v", "to_out.0"),
-            authors=NAMES,
-            guide=NAMES,
-            folds=True,  # diffusers leaves the alphas of this family out
+        construction=Construction(
+            kind=LTX2VideoTransformer3DModel, settings=dit_settings, convert=convert_dit
+        ),
+        names=ComponentNames(
+            folder="transformer",
+            lora=LoraRules(
+                "transformer",
+                partial(load_into_transformer, LTX2Pipeline),
+                targets=("to_k", "to_q", "to_v", "to_out.0"),
+                authors=NAMES,
+                guide=NAMES,
+                folds=True,  # diffusers leaves the alphas of this family out
+            ),
         ),
     ),
     GEMMA_3,

@@ -155,10 +155,10 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
     components = family.components
     if config.zero_cond_t:
         # All images but the first have the timestep zero, whatever the config.json says.
-        fixed = {"zero_cond_t": True}
-        components = tuple(
-            replace(c, fixed=fixed) if c.name == family.denoiser else c for c in components
-        )
+        denoiser = family.component(family.denoiser)
+        construction = replace(denoiser.construction, fixed={"zero_cond_t": True})
+        own = replace(denoiser, construction=construction)
+        components = tuple(own if c is denoiser else c for c in components)
     return replace(
         family,
         architecture="qwen-image-edit",

@@ -45,7 +45,7 @@ SIGMAS = partial(dynamic_sigmas, SCHEDULER)
 TRAINING_MU = 0.8
 
 
-def path(config: TrainingConfig, published: Settings) -> FlowPath:
+def noising(config: TrainingConfig, published: Settings) -> FlowPath:
     """Exponential shift with mu = 0.8, stretched so that the last sigma is 0.02."""
     sigmas = stretch_to(exponential_shift(linear_sigmas(), TRAINING_MU), 0.02)
     return flow_path(sigmas, f"flow matching, exponential shift mu={TRAINING_MU}, terminal 0.02")
@@ -69,7 +69,7 @@ FAMILY = Family(
     ),
     denoisers=(Denoiser("dit"),),
     denoise=stages.denoise,
-    path=path,
+    noising=noising,
     geometry=Geometry(side_factor=16),
     sampling=Sampling(
         stages.shapes,

@@ -8,7 +8,14 @@ from functools import partial
 
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
-from diffsynth_dagster.families.contract import Component, Settings, Shapes
+from diffsynth_dagster.families.contract import (
+    Component,
+    ComponentNames,
+    Construction,
+    Recognition,
+    Settings,
+    Shapes,
+)
 from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.shared.architecture import joint_transformer_settings
 from diffsynth_dagster.families.shared.fused_names import AuthorsNames
@@ -48,17 +55,22 @@ def dit_settings(shapes: Shapes) -> Settings:
 
 COMPONENTS = (
     Component(
-        "dit",
-        "transformer",
-        (("txt_norm.weight", "txt_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"),),
-        QwenImageTransformer2DModel,
-        dit_settings,
-        lora=LoraRules(
-            "transformer",
-            partial(load_into_transformer, QwenImagePipeline),
-            targets=tuple(LORA_TARGETS.split(",")),
-            authors=NAMES,
-            read_by_comfyui=("comfyui", "kohya", "diffusers"),
+        name="dit",
+        recognition=Recognition(
+            signatures=(
+                ("txt_norm.weight", "txt_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
+            )
+        ),
+        construction=Construction(kind=QwenImageTransformer2DModel, settings=dit_settings),
+        names=ComponentNames(
+            folder="transformer",
+            lora=LoraRules(
+                "transformer",
+                partial(load_into_transformer, QwenImagePipeline),
+                targets=tuple(LORA_TARGETS.split(",")),
+                authors=NAMES,
+                read_by_comfyui=("comfyui", "kohya", "diffusers"),
+            ),
         ),
     ),
     QWEN_VL,

@@ -1,6 +1,6 @@
 """What several families have in common.
 
-architecture   a module from its config.json, or from the shapes of its tensors
+architecture   settings of a module from the shapes of its tensors
 names          tensor names of one layout → of another
 fused_names    layers by a model's authors, where one there holds several here
 text           prompts → tokens → embeddings

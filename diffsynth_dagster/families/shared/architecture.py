@@ -1,37 +1,8 @@
-"""Build the module of a component from its config.json, or from the shapes of its tensors."""
+"""Settings of a module's class from the shapes of its tensors: what several architectures share."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
-
-from diffsynth_dagster.families.contract import Component, Settings, Shapes
-
-
-def build(component: Component, shapes: Shapes, config: Mapping[str, object] | None) -> nn.Module:
-    """The module of a component, of diffusers or transformers, whose weights are not initialised: that
-    takes most of the time, and they come from files.
-
-    Args:
-        shapes: of the tensors by the module's names.
-        config: its config.json; where there is none the settings come from the shapes.
-
-    Raises:
-        KeyError, TypeError, ValueError: the settings or shapes make no such module.
-    """
-    kind: Any = component.kind_of(shapes)
-    settings = component.settings(shapes) if config is None else dict(config)
-    settings |= component.fixed
-    with no_init_weights():
-        if issubclass(kind, PreTrainedModel):
-            make: Any = kind.config_class
-            return kind(make(**settings) if config is None else make.from_dict(settings))
-        if config is None:
-            return kind(**settings)
-        # Names with an underscore are diffusers' notes about the file, not settings.
-        return kind.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
+from diffsynth_dagster.families.contract import Settings, Shapes
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:

@@ -9,7 +9,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from diffsynth_dagster.families.contract import (
     Component,
+    ComponentNames,
+    Construction,
     Loaded,
+    Recognition,
     Sample,
     Settings,
     Shapes,
@@ -55,42 +58,54 @@ def clip_tokenizer(name: str, parameter: str, default: str) -> Tokenizer:
     return Tokenizer(name, parameter, default, load, ("<|endoftext|>",))
 
 
-def clip_text_encoder(inside: tuple[str, ...] = ()) -> Component:
+def clip_text_encoder(*checkpoint_prefixes: str, lora: LoraRules | None = None) -> Component:
     """The component `text_encoder`: CLIP's text tower, as OpenAI published it.
 
     Args:
-        inside: see `Component`.
+        checkpoint_prefixes: see `Recognition`.
+        lora: see `ComponentNames`.
     """
     return Component(
-        "text_encoder",
-        "text_encoder",
-        tuple(tuple(start + name for name in _NAMES) for start in ("text_model.", "")),
-        CLIPTextModel,
-        _text_settings,
-        _convert_text_encoder,
-        inside=inside,
+        name="text_encoder",
+        recognition=Recognition(
+            signatures=tuple(
+                tuple(start + name for name in _NAMES) for start in ("text_model.", "")
+            ),
+            checkpoint_prefixes=checkpoint_prefixes,
+        ),
+        construction=Construction(
+            kind=CLIPTextModel, settings=_text_settings, convert=_convert_text_encoder
+        ),
+        names=ComponentNames(folder="text_encoder", lora=lora),
     )
 
 
-def projected_text_encoder(name: str, inside: tuple[str, ...] = ()) -> Component:
+def projected_text_encoder(
+    name: str, *checkpoint_prefixes: str, lora: LoraRules | None = None
+) -> Component:
     """CLIP's text tower with its projection, as OpenCLIP trained it: in the names of transformers
     or OpenCLIP. To be listed before an encoder without a projection, whose names are among its own.
 
     Args:
         name: of the component and its folder.
-        inside: see `Component`.
+        checkpoint_prefixes: see `Recognition`.
+        lora: see `ComponentNames`.
     """
     return Component(
-        name,
-        name,
-        (
-            ("text_projection.weight", *(f"text_model.{name}" for name in _NAMES)),
-            ("text_projection", "positional_embedding", "token_embedding.weight"),
+        name=name,
+        recognition=Recognition(
+            signatures=(
+                ("text_projection.weight", *(f"text_model.{name}" for name in _NAMES)),
+                ("text_projection", "positional_embedding", "token_embedding.weight"),
+            ),
+            checkpoint_prefixes=checkpoint_prefixes,
         ),
-        CLIPTextModelWithProjection,
-        _projected_settings,
-        _convert_projected,
-        inside=inside,
+        construction=Construction(
+            kind=CLIPTextModelWithProjection,
+            settings=_projected_settings,
+            convert=_convert_projected,
+        ),
+        names=ComponentNames(folder=name, lora=lora),
     )
 
 

@@ -18,7 +18,7 @@ from diffsynth_dagster.objective.ddpm import (
     Prediction,
     ddpm_path,
 )
-from diffsynth_dagster.objective.path import NoisingPath
+from diffsynth_dagster.objective.noising import Noising
 
 PARAMETERS = ("prediction_type", "zero_terminal_snr", "min_snr_gamma")
 SCHEDULER_MARKS: Mapping[str, Settings] = {
@@ -52,7 +52,7 @@ class _Published(BaseModel):
         return name
 
 
-def path(config: TrainingConfig, published: Settings) -> DDPMPath:
+def noising(config: TrainingConfig, published: Settings) -> DDPMPath:
     """The path that the model was trained on.
 
     Args:
@@ -125,10 +125,10 @@ class EulerDDPM:
 
 def solver(request: SampleRequest, noise: Tensors) -> EulerDDPM:
     """The published sampler for the path of a request: see `Sampling.solver`."""
-    return EulerDDPM(sampler(request.path), request.num_inference_steps)
+    return EulerDDPM(sampler(request.noising), request.num_inference_steps)
 
 
-def sampler(noising: NoisingPath) -> EulerDiscreteScheduler:
+def sampler(noising: Noising) -> EulerDiscreteScheduler:
     """The sampler that is published with Stable Diffusion XL, for what `path` returned."""
     path = cast(DDPMPath, noising)
     alpha_bar = path.signal.flip(0).double() ** 2

@@ -5,7 +5,16 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
 
-from diffsynth_dagster.families.contract import Component, Sample, Settings, Shapes, Tokenizer
+from diffsynth_dagster.families.contract import (
+    Component,
+    ComponentNames,
+    Construction,
+    Recognition,
+    Sample,
+    Settings,
+    Shapes,
+    Tokenizer,
+)
 from diffsynth_dagster.families.shared.architecture import count_blocks
 from diffsynth_dagster.families.shared.names import with_new_starts
 
@@ -59,16 +68,20 @@ _GEMMA = {
     "multi_modal_projector.": "model.multi_modal_projector.",
 }
 GEMMA_3 = Component(
-    "text_encoder",
-    "text_encoder",
-    (
-        ("model.language_model.layers.0.pre_feedforward_layernorm.weight",),
-        ("language_model.model.layers.0.pre_feedforward_layernorm.weight",),
+    name="text_encoder",
+    recognition=Recognition(
+        signatures=(
+            ("model.language_model.layers.0.pre_feedforward_layernorm.weight",),
+            ("language_model.model.layers.0.pre_feedforward_layernorm.weight",),
+        ),
+        original_globs=("model-*.safetensors",),
     ),
-    Gemma3ForConditionalGeneration,
-    text_encoder_settings,
-    lambda tensors: with_new_starts(tensors, _GEMMA),
-    ("model-*.safetensors",),
+    construction=Construction(
+        kind=Gemma3ForConditionalGeneration,
+        settings=text_encoder_settings,
+        convert=lambda tensors: with_new_starts(tensors, _GEMMA),
+    ),
+    names=ComponentNames(folder="text_encoder"),
 )
 
 

@@ -3,7 +3,15 @@
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
+from diffsynth_dagster.families.contract import (
+    Component,
+    ComponentNames,
+    Construction,
+    Recognition,
+    Settings,
+    Shapes,
+    Tensors,
+)
 from diffsynth_dagster.families.shared.architecture import count_blocks
 
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -13,15 +21,15 @@ _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 def image_vae(
     scaling_factor: float,
     shift_factor: float = 0.0,
-    origin: tuple[str, ...] = (),
-    inside: tuple[str, ...] = ("first_stage_model.",),
+    original_globs: tuple[str, ...] = (),
+    checkpoint_prefixes: tuple[str, ...] = ("first_stage_model.",),
 ) -> Component:
     """The component `vae`, in diffusers' names (old and new) or its authors'.
 
     Args:
         scaling_factor, shift_factor: of its latents, which no shape shows. A shift of 0 holds even
             where a config.json has none.
-        origin, inside: see `Component`.
+        original_globs, checkpoint_prefixes: see `Recognition`.
     """
 
     def settings(shapes: Shapes) -> Settings:
@@ -29,18 +37,22 @@ def image_vae(
         return {**_vae_settings(shapes), **scale}
 
     return Component(
-        "vae",
-        "vae",
-        (
-            ("encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.conv_norm_out.weight"),
-            ("encoder.down.0.block.0.conv1.weight", "decoder.norm_out.weight"),
+        name="vae",
+        recognition=Recognition(
+            signatures=(
+                ("encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.conv_norm_out.weight"),
+                ("encoder.down.0.block.0.conv1.weight", "decoder.norm_out.weight"),
+            ),
+            checkpoint_prefixes=checkpoint_prefixes,
+            original_globs=original_globs,
         ),
-        AutoencoderKL,
-        settings,
-        convert_vae,
-        origin,
-        inside=inside,
-        fixed={} if shift_factor else {"shift_factor": 0.0},
+        construction=Construction(
+            kind=AutoencoderKL,
+            settings=settings,
+            fixed={} if shift_factor else {"shift_factor": 0.0},
+            convert=convert_vae,
+        ),
+        names=ComponentNames(folder="vae"),
     )
 
 

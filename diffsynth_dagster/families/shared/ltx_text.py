@@ -6,8 +6,11 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
 from diffsynth_dagster.families.contract import (
     Component,
+    ComponentNames,
+    Construction,
     Loaded,
     Output,
+    Recognition,
     Sample,
     Settings,
     Shapes,
@@ -83,16 +86,18 @@ def convert_connectors(tensors: Tensors) -> Tensors:
 
 
 LTX2_CONNECTORS = Component(
-    "text_encoder_post_modules",
-    "connectors",
-    (
-        ("video_connector.learnable_registers", "audio_connector.learnable_registers"),
-        tuple(f"{start}learnable_registers" for start in list(_CONNECTORS)[-2:]),
+    name="text_encoder_post_modules",
+    recognition=Recognition(
+        signatures=(
+            ("video_connector.learnable_registers", "audio_connector.learnable_registers"),
+            tuple(f"{start}learnable_registers" for start in list(_CONNECTORS)[-2:]),
+        ),
+        original_globs=("text_encoder_post_modules.safetensors",),
     ),
-    LTX2TextConnectors,
-    connector_settings,
-    convert_connectors,
-    ("text_encoder_post_modules.safetensors",),
+    construction=Construction(
+        kind=LTX2TextConnectors, settings=connector_settings, convert=convert_connectors
+    ),
+    names=ComponentNames(folder="connectors"),
 )
 
 

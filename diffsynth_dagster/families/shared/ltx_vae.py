@@ -13,8 +13,11 @@ from transformers.audio_utils import mel_filter_bank
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.families.contract import (
     Component,
+    ComponentNames,
+    Construction,
     Loaded,
     Output,
+    Recognition,
     Sample,
     Settings,
     Shapes,
@@ -94,36 +97,44 @@ def convert_audio_vae(tensors: Tensors) -> Tensors:
 
 
 LTX2_VAE = Component(
-    "vae",
-    "vae",
-    (
-        ("latents_mean", "encoder.mid_block.resnets.0.conv1.conv.weight"),
-        (
-            "per_channel_statistics.mean-of-means",
-            "encoder.down_blocks.0.res_blocks.0.conv1.conv.weight",
+    name="vae",
+    recognition=Recognition(
+        signatures=(
+            ("latents_mean", "encoder.mid_block.resnets.0.conv1.conv.weight"),
+            (
+                "per_channel_statistics.mean-of-means",
+                "encoder.down_blocks.0.res_blocks.0.conv1.conv.weight",
+            ),
         ),
+        checkpoint_prefixes=("vae.",),
+        original_globs=("video_vae_encoder.safetensors",),
     ),
-    AutoencoderKLLTX2Video,
-    vae_settings,
-    convert_vae,
-    ("video_vae_encoder.safetensors",),
-    inside=("vae.",),
-    may_lack=("decoder",),
+    construction=Construction(
+        kind=AutoencoderKLLTX2Video,
+        settings=vae_settings,
+        convert=convert_vae,
+        optional_modules=("decoder",),
+    ),
+    names=ComponentNames(folder="vae"),
 )
 
 LTX2_AUDIO_VAE = Component(
-    "audio_vae",
-    "audio_vae",
-    tuple(
-        (mean, "encoder.mid.block_1.conv1.conv.weight")
-        for mean in ("latents_mean", "per_channel_statistics.mean-of-means")
+    name="audio_vae",
+    recognition=Recognition(
+        signatures=tuple(
+            (mean, "encoder.mid.block_1.conv1.conv.weight")
+            for mean in ("latents_mean", "per_channel_statistics.mean-of-means")
+        ),
+        checkpoint_prefixes=("audio_vae.",),
+        original_globs=("audio_vae_encoder.safetensors",),
     ),
-    AutoencoderKLLTX2Audio,
-    audio_vae_settings,
-    convert_audio_vae,
-    ("audio_vae_encoder.safetensors",),
-    inside=("audio_vae.",),
-    may_lack=("decoder",),
+    construction=Construction(
+        kind=AutoencoderKLLTX2Audio,
+        settings=audio_vae_settings,
+        convert=convert_audio_vae,
+        optional_modules=("decoder",),
+    ),
+    names=ComponentNames(folder="audio_vae"),
 )
 
 
@@ -146,19 +157,23 @@ def convert_vocoder(tensors: Tensors) -> Tensors:
 
 
 LTX2_VOCODER = Component(
-    "vocoder",
-    "vocoder",
-    (
-        ("conv_in.weight", "upsamplers.0.weight", "conv_out.weight"),
-        ("vocoder.conv_in.weight", "bwe_generator.conv_in.weight"),
-        ("conv_pre.weight", "ups.0.weight", "conv_post.weight"),
-        ("vocoder.conv_pre.weight", "bwe_generator.conv_pre.weight"),
+    name="vocoder",
+    recognition=Recognition(
+        signatures=(
+            ("conv_in.weight", "upsamplers.0.weight", "conv_out.weight"),
+            ("vocoder.conv_in.weight", "bwe_generator.conv_in.weight"),
+            ("conv_pre.weight", "ups.0.weight", "conv_post.weight"),
+            ("vocoder.conv_pre.weight", "bwe_generator.conv_pre.weight"),
+        ),
+        checkpoint_prefixes=("vocoder.",),
     ),
-    LTX2Vocoder,
-    lambda shapes: {},
-    convert_vocoder,
-    inside=("vocoder.",),
-    other_kinds={"bwe_generator.": LTX2VocoderWithBWE},
+    construction=Construction(
+        kind=LTX2Vocoder,
+        other_kinds={"bwe_generator.": LTX2VocoderWithBWE},
+        settings=lambda shapes: {},
+        convert=convert_vocoder,
+    ),
+    names=ComponentNames(folder="vocoder"),
 )
 
 

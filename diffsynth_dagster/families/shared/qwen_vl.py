@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from diffsynth_dagster.families.contract import Component, Loaded, Settings, Shapes
+from diffsynth_dagster.families.contract import (
+    Component,
+    ComponentNames,
+    Construction,
+    Loaded,
+    Recognition,
+    Settings,
+    Shapes,
+)
 from diffsynth_dagster.families.shared.architecture import count_blocks
 from diffsynth_dagster.families.shared.names import with_new_starts
 from diffsynth_dagster.families.shared.text import encode_by_length, tokens
@@ -60,15 +68,19 @@ def qwen_vl_settings(shapes: Shapes) -> Settings:
 
 
 QWEN_VL = Component(
-    "text_encoder",
-    "text_encoder",
-    (
-        ("visual.merger.ln_q.weight", "model.embed_tokens.weight"),
-        (f"{_VISION}merger.ln_q.weight", f"{_TEXT}embed_tokens.weight"),
+    name="text_encoder",
+    recognition=Recognition(
+        signatures=(
+            ("visual.merger.ln_q.weight", "model.embed_tokens.weight"),
+            (f"{_VISION}merger.ln_q.weight", f"{_TEXT}embed_tokens.weight"),
+        )
     ),
-    Qwen2_5_VLForConditionalGeneration,
-    qwen_vl_settings,
-    partial(with_new_starts, starts=_NAMES),
+    construction=Construction(
+        kind=Qwen2_5_VLForConditionalGeneration,
+        settings=qwen_vl_settings,
+        convert=partial(with_new_starts, starts=_NAMES),
+    ),
+    names=ComponentNames(folder="text_encoder"),
 )
 
 

@@ -12,7 +12,16 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from diffsynth_dagster.families.contract import Component, Sample, Settings, Shapes, Tokenizer
+from diffsynth_dagster.families.contract import (
+    Component,
+    ComponentNames,
+    Construction,
+    Recognition,
+    Sample,
+    Settings,
+    Shapes,
+    Tokenizer,
+)
 from diffsynth_dagster.families.shared.architecture import count_blocks
 from diffsynth_dagster.families.shared.names import with_new_starts
 from diffsynth_dagster.families.shared.text import encode_by_length, padded_tokens, tokens
@@ -66,7 +75,12 @@ def t5_encoder(name: str) -> Component:
         name: of the component and its folder.
     """
     marks = ("shared.weight", _BIAS.format(0), "encoder.final_layer_norm.weight")
-    return Component(name, name, (marks,), T5EncoderModel, t5_settings)
+    return Component(
+        name=name,
+        recognition=Recognition(signatures=(marks,)),
+        construction=Construction(kind=T5EncoderModel, settings=t5_settings),
+        names=ComponentNames(folder=name),
+    )
 
 
 def umt5_encoder(name: str) -> Component:
@@ -76,16 +90,20 @@ def umt5_encoder(name: str) -> Component:
         name: of the component and its folder.
     """
     return Component(
-        name,
-        name,
-        (
-            ("shared.weight", _BIAS.format(0), _BIAS.format(1)),
-            ("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),
+        name=name,
+        recognition=Recognition(
+            signatures=(
+                ("shared.weight", _BIAS.format(0), _BIAS.format(1)),
+                ("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),
+            ),
+            original_globs=("models_t5_*",),
         ),
-        UMT5EncoderModel,
-        umt5_settings,
-        partial(with_new_starts, starts=_UMT5_NAMES),
-        ("models_t5_*",),
+        construction=Construction(
+            kind=UMT5EncoderModel,
+            settings=umt5_settings,
+            convert=partial(with_new_starts, starts=_UMT5_NAMES),
+        ),
+        names=ComponentNames(folder=name),
     )
 
 

@@ -3,7 +3,15 @@
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
+from diffsynth_dagster.families.contract import (
+    Component,
+    ComponentNames,
+    Construction,
+    Recognition,
+    Settings,
+    Shapes,
+    Tensors,
+)
 from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.requirements import Refusal, models_differ, refused_model
 from diffsynth_dagster.families.shared.architecture import count_blocks
@@ -21,41 +29,47 @@ def unet(*marks: tuple[str, str], lora: LoraRules) -> Component:
 
     Args:
         marks: names by diffusers and by the authors of tensors that tell it from other UNets.
-        lora: see `Component`.
+        lora: see `ComponentNames`.
     """
     ours, theirs = zip(*marks, strict=True)
     return Component(
-        "unet",
-        "unet",
-        (
-            ("conv_in.weight", "conv_norm_out.weight", *ours),
-            ("input_blocks.0.0.weight", "out.0.weight", *theirs),
+        name="unet",
+        recognition=Recognition(
+            signatures=(
+                ("conv_in.weight", "conv_norm_out.weight", *ours),
+                ("input_blocks.0.0.weight", "out.0.weight", *theirs),
+            ),
+            checkpoint_prefixes=(_INSIDE,),
         ),
-        UNet2DConditionModel,
-        _unet_settings,
-        _convert_unet,
-        inside=(_INSIDE,),
-        lora=lora,
+        construction=Construction(
+            kind=UNet2DConditionModel, settings=_unet_settings, convert=_convert_unet
+        ),
+        names=ComponentNames(folder="unet", lora=lora),
     )
 
 
 CONTROLNET = Component(
-    "controlnet",
-    "controlnet",
-    (("controlnet_cond_embedding.conv_in.weight", "controlnet_down_blocks.0.weight"),),
-    ControlNetModel,
-    lambda shapes: {
-        **_down_settings(shapes),
-        "conditioning_channels": shapes["controlnet_cond_embedding.conv_in.weight"][1],
-        "conditioning_embedding_out_channels": (
-            shapes["controlnet_cond_embedding.conv_in.weight"][0],
-            *(
-                shapes[f"controlnet_cond_embedding.blocks.{i}.weight"][0]
-                for i in range(1, count_blocks(shapes, "controlnet_cond_embedding.blocks."), 2)
+    name="controlnet",
+    recognition=Recognition(
+        signatures=(
+            ("controlnet_cond_embedding.conv_in.weight", "controlnet_down_blocks.0.weight"),
+        )
+    ),
+    construction=Construction(
+        kind=ControlNetModel,
+        settings=lambda shapes: {
+            **_down_settings(shapes),
+            "conditioning_channels": shapes["controlnet_cond_embedding.conv_in.weight"][1],
+            "conditioning_embedding_out_channels": (
+                shapes["controlnet_cond_embedding.conv_in.weight"][0],
+                *(
+                    shapes[f"controlnet_cond_embedding.blocks.{i}.weight"][0]
+                    for i in range(1, count_blocks(shapes, "controlnet_cond_embedding.blocks."), 2)
+                ),
             ),
-        ),
-    },
-    prefix="pipe.controlnet.models.0.",
+        },
+    ),
+    names=ComponentNames(folder="controlnet", prefix="pipe.controlnet.models.0."),
 )
 
 

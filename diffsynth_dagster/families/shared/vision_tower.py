@@ -7,7 +7,15 @@ from torch.nn import functional
 from transformers import CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
+from diffsynth_dagster.families.contract import (
+    Component,
+    ComponentNames,
+    Construction,
+    Recognition,
+    Settings,
+    Shapes,
+    Tensors,
+)
 from diffsynth_dagster.families.shared.architecture import clip_settings
 from diffsynth_dagster.families.shared.names import with_new_start, with_new_starts
 
@@ -76,17 +84,19 @@ def vision_tower(name: str) -> Component:
         name: of the component and its folder.
     """
     return Component(
-        name,
-        name,
-        (
-            ("vision_model.embeddings.class_embedding", "vision_model.pre_layrnorm.weight"),
-            ("embeddings.class_embedding", "pre_layrnorm.weight"),
-            ("visual.cls_embedding", "visual.pre_norm.weight"),
+        name=name,
+        recognition=Recognition(
+            signatures=(
+                ("vision_model.embeddings.class_embedding", "vision_model.pre_layrnorm.weight"),
+                ("embeddings.class_embedding", "pre_layrnorm.weight"),
+                ("visual.cls_embedding", "visual.pre_norm.weight"),
+            ),
+            original_globs=("models_clip_*",),
         ),
-        CLIPVisionModel,
-        vision_settings,
-        convert_vision,
-        ("models_clip_*",),
+        construction=Construction(
+            kind=CLIPVisionModel, settings=vision_settings, convert=convert_vision
+        ),
+        names=ComponentNames(folder=name),
     )
 
 

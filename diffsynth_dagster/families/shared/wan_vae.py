@@ -3,7 +3,15 @@
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from diffusers.loaders import single_file_utils
 
-from diffsynth_dagster.families.contract import Component, Settings, Shapes, Tensors
+from diffsynth_dagster.families.contract import (
+    Component,
+    ComponentNames,
+    Construction,
+    Recognition,
+    Settings,
+    Shapes,
+    Tensors,
+)
 from diffsynth_dagster.families.shared.names import with_new_starts
 
 FOLD = 2
@@ -90,21 +98,24 @@ def qwen_vae_settings(shapes: Shapes) -> Settings:
 
 
 WAN_VAE = Component(
-    "vae",
-    "vae",
-    (
-        ("encoder.mid_block.attentions.0.to_qkv.weight", "post_quant_conv.weight"),
-        ("encoder.middle.1.to_qkv.weight", "encoder.conv1.weight", "conv2.weight"),
+    name="vae",
+    recognition=Recognition(
+        signatures=(
+            ("encoder.mid_block.attentions.0.to_qkv.weight", "post_quant_conv.weight"),
+            ("encoder.middle.1.to_qkv.weight", "encoder.conv1.weight", "conv2.weight"),
+        ),
+        original_globs=("Wan2.?_VAE.pth",),
     ),
-    AutoencoderKLWan,
-    wan_vae_settings,
-    convert_wan_vae,
-    ("Wan2.?_VAE.pth",),
+    construction=Construction(
+        kind=AutoencoderKLWan, settings=wan_vae_settings, convert=convert_wan_vae
+    ),
+    names=ComponentNames(folder="vae"),
 )
 QWEN_VAE = Component(
-    "vae",
-    "vae",
-    (("encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight"),),
-    AutoencoderKLQwenImage,
-    qwen_vae_settings,
+    name="vae",
+    recognition=Recognition(
+        signatures=(("encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight"),)
+    ),
+    construction=Construction(kind=AutoencoderKLQwenImage, settings=qwen_vae_settings),
+    names=ComponentNames(folder="vae"),
 )

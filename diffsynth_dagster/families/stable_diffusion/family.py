@@ -84,8 +84,8 @@ FAMILY = Family(
                 read_by_guide=("guide",),
             ),
         ),
-        replace(
-            clip.clip_text_encoder(inside=("cond_stage_model.transformer.",)),
+        clip.clip_text_encoder(
+            "cond_stage_model.transformer.",
             lora=replace(
                 clip.lora(
                     "text_encoder",
@@ -104,7 +104,7 @@ FAMILY = Family(
     stages=(prompt_stage(encode_prompt, limit=clip.LIMIT), image_stage(encode_scaled)),
     denoisers=(Denoiser("unet"),),
     denoise=denoise,
-    path=diffusion.path,
+    noising=diffusion.noising,
     geometry=Geometry(side_factor=32, sample_size=(512, 512)),
     sampling=Sampling(image_shapes, diffusion.solver, decode_images, cfg_scale=7.5),
     denoise_uses=("controlnet",),

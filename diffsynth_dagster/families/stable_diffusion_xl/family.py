@@ -147,12 +147,13 @@ FAMILY = Family(
                 read_by_guide=("guide", "kohya"),
             ),
         ),
-        replace(
-            clip.projected_text_encoder("text_encoder_2", ("conditioner.embedders.1.model.",)),
+        clip.projected_text_encoder(
+            "text_encoder_2",
+            "conditioner.embedders.1.model.",
             lora=_encoder_lora("text_encoder_2", "lora_te2_", projected=True),
         ),
-        replace(
-            clip.clip_text_encoder(inside=("conditioner.embedders.0.transformer.",)),
+        clip.clip_text_encoder(
+            "conditioner.embedders.0.transformer.",
             lora=_encoder_lora("text_encoder", "lora_te1_"),
         ),
         image_vae(scaling_factor=0.13025),
@@ -176,7 +177,7 @@ FAMILY = Family(
     ),
     denoisers=(Denoiser("unet"),),
     denoise=denoise,
-    path=diffusion.path,
+    noising=diffusion.noising,
     geometry=Geometry(side_factor=32),
     sampling=Sampling(
         image_shapes,

@@ -47,7 +47,7 @@ NEGATIVE_PROMPT = (
 )
 
 
-def path(config: TrainingConfig, published: Settings) -> FlowPath:
+def noising(config: TrainingConfig, published: Settings) -> FlowPath:
     """Shift 5."""
     return flow_path(linear_shift(linear_sigmas(), SHIFT), f"flow matching, shift {SHIFT:g}")
 
@@ -71,7 +71,7 @@ FAMILY = Family(
     ),
     denoisers=(Denoiser("dit"),),
     denoise=stages.denoise,
-    path=path,
+    noising=noising,
     geometry=Geometry(
         16,
         FrameRule(stages.FRAMES_PER_LATENT, 1),

@@ -5,7 +5,14 @@ from functools import partial
 
 from diffusers import WanPipeline, WanTransformer3DModel, WanVACETransformer3DModel
 
-from diffsynth_dagster.families.contract import Component, Settings, Shapes
+from diffsynth_dagster.families.contract import (
+    Component,
+    ComponentNames,
+    Construction,
+    Recognition,
+    Settings,
+    Shapes,
+)
 from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.families.shared.architecture import count_blocks
 from diffsynth_dagster.families.shared.pipeline import load_into_transformer
@@ -56,32 +63,35 @@ _LORA = LoraRules(
     folds=True,  # diffusers reads the alphas of the self attention alone
 )
 _DIT = Component(
-    "dit",
-    "transformer",
-    (
-        (
-            "condition_embedder.time_embedder.linear_1.weight",
-            "patch_embedding.weight",
-            "proj_out.weight",
-            "scale_shift_table",
+    name="dit",
+    recognition=Recognition(
+        signatures=(
+            (
+                "condition_embedder.time_embedder.linear_1.weight",
+                "patch_embedding.weight",
+                "proj_out.weight",
+                "scale_shift_table",
+            ),
+            (
+                "time_embedding.0.weight",
+                "patch_embedding.weight",
+                "head.head.weight",
+                "head.modulation",
+            ),
         ),
-        (
-            "time_embedding.0.weight",
-            "patch_embedding.weight",
-            "head.head.weight",
-            "head.modulation",
+        checkpoint_prefixes=("model.",),  # krea-realtime-video
+        original_globs=(
+            *("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
+            "krea-realtime-video-*",
         ),
     ),
-    WanTransformer3DModel,
-    dit_settings,
-    convert_dit,
-    (
-        *("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
-        "krea-realtime-video-*",
+    construction=Construction(
+        kind=WanTransformer3DModel,
+        other_kinds={"vace_blocks.": WanVACETransformer3DModel},
+        settings=dit_settings,
+        convert=convert_dit,
     ),
-    inside=("model.",),  # krea-realtime-video
-    other_kinds={"vace_blocks.": WanVACETransformer3DModel},
-    lora=_LORA,
+    names=ComponentNames(folder="transformer", lora=_LORA),
 )
 VACE_LORA = replace(_LORA, aliases=lora_aliases("vace_blocks"))
 
@@ -90,10 +100,13 @@ COMPONENTS = (
     replace(
         _DIT,
         name="dit2",
-        folder="transformer_2",
-        origin=("low_noise_model/*",),
-        known_by=("low_noise", "transformer_2"),
-        inside=(),
+        recognition=replace(
+            _DIT.recognition,
+            checkpoint_prefixes=(),
+            original_globs=("low_noise_model/*",),
+            path_marks=("low_noise", "transformer_2"),
+        ),
+        names=ComponentNames(folder="transformer_2", lora=_LORA),
     ),
     umt5_encoder("text_encoder"),
     WAN_VAE,

@@ -25,11 +25,11 @@ from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.export import verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.families.flux.family import FAMILY, SCHEDULER, path
+from diffsynth_dagster.families.flux.family import FAMILY, SCHEDULER, noising
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.header import read_metadata
-from diffsynth_dagster.weights.identify import find_model, guess_family
+from diffsynth_dagster.weights.identify import find_model, guess_model
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
 
 
@@ -53,7 +53,7 @@ def first_loss(values: dict[str, Any], folder: Path) -> float:
 
 def test_schedule_is_the_shifted_one() -> None:
     sigmas = torch.linspace(1.0, 0.003 / 1.002, 1000, dtype=torch.float64)
-    flow = path(TrainingConfig(), {})
+    flow = noising(TrainingConfig(), {})
     torch.testing.assert_close(flow.sigmas, (3 * sigmas / (1 + 2 * sigmas)).float())
     torch.testing.assert_close(flow.timesteps, flow.sigmas * 1000)
 
@@ -256,10 +256,10 @@ def test_the_family_is_recognised_by_files_and_by_repository(values: Values) -> 
         "black-forest-labs/FLUX.1-Krea-dev:flux1-krea-dev.safetensors",
         "black-forest-labs/FLUX.1-dev:text_encoder_2/*.safetensors",
     ]
-    assert guess_family(make_config(named)).name == "flux"
+    assert guess_model(make_config(named)).family.name == "flux"
     named["model_id_with_origin_paths"] = ["black-forest-labs/FLUX.2-dev:transformer/*.safetensors"]
     with pytest.raises(UserError):
-        guess_family(make_config(named))
+        guess_model(make_config(named))
 
 
 def test_the_kohya_file_says_where_it_comes_from(lora: tuple[Path, dict[str, Path]]) -> None:

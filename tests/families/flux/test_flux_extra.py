@@ -24,7 +24,7 @@ from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.flux.stages import encode_control, encode_kontext
 from diffsynth_dagster.plan import check_plan
-from diffsynth_dagster.weights.identify import find_model, guess_family
+from diffsynth_dagster.weights.identify import find_model, guess_model
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +120,7 @@ def test_columns_and_controlnets_go_together(
         )
     )
     with pytest.raises(ParameterError, match=message):
-        check_plan(config, find_model(config, HUB).family)
+        check_plan(config, find_model(config, HUB))
 
 
 def test_a_mode_is_given_by_its_name(model: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_row_of_an_unknown_mode_is_rejected(values: Values, tmp_path: Path) ->
     given |= {"dataset_metadata_path": str(other), "data_file_keys": "image,controlnet_image"}
     config = make_config(given)
     fact_cache = FactCache(tmp_path / "facts.sqlite")
-    checked = validate(config, guess_family(config).columns, fact_cache)
+    checked = validate(config, guess_model(config).family.columns, fact_cache)
     assert checked.counts["not_taken"] == 1
     (why,) = checked.rejected.collect()["message"]
     assert "controlnet_processor_id takes one of canny, tile" in why

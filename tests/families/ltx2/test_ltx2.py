@@ -217,7 +217,7 @@ def test_the_authors_names_of_the_vocoder_are_read(
         found = find_model(make_config({**values, "model_paths": [*paths, *others]}), HUB)
         vocoder = found.components["vocoder"]
         assert vocoder.shapes.keys() == ours.keys()
-        assert vocoder.component.kind_of(vocoder.shapes) is kind
+        assert vocoder.component.construction.kind_of(vocoder.shapes) is kind
 
 
 def test_a_rate_that_clips_are_not_resampled_to_is_refused(
@@ -274,7 +274,7 @@ def test_samples_are_clips_with_sound(model: Path, values: dict[str, Any], tmp_p
         num_inference_steps=2,
         cfg_scale=2.0,
         generators=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
-        path=found.path,
+        noising=found.noising,
     )
     with torch.no_grad():
         clips = make_clips(found.family, loaded, request)
@@ -369,7 +369,7 @@ def test_a_transformer_of_2_5_is_refused(
 
 
 def test_the_path_ends_above_zero() -> None:
-    path = find_family("ltx2").path(
+    path = find_family("ltx2").noising(
         make_config(
             {
                 "dataset_base_path": "d",

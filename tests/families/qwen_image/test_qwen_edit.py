@@ -30,11 +30,11 @@ from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.qwen_image import edit
 from diffsynth_dagster.families.qwen_image.edit import PROCESSOR, resized, shown
 from diffsynth_dagster.families.qwen_image.family import FAMILY
-from diffsynth_dagster.families.usage import as_used
 from diffsynth_dagster.plan import check_particular
 from diffsynth_dagster.run.start import config_digest
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
+from diffsynth_dagster.weights.resolved import as_used
 
 AREA, SHOWN_AREA = PUBLISHED_AREAS["AREA"], PUBLISHED_AREAS["SHOWN_AREA"]
 SIZES = [(512, 512), (1920, 1080), (1080, 1920), (333, 777), (4000, 300), (1365, 1024), (97, 61)]

@@ -22,7 +22,7 @@ from diffsynth_dagster.cache.keys import stage_digest
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.shared.chunks import chunk_rows, of_one_length
-from diffsynth_dagster.families.usage import as_used
+from diffsynth_dagster.weights.resolved import as_used
 
 PIPELINES: dict[str, Any] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 WORDS = [f"{chr(97 + n % 26)}" for n in range(200)]

@@ -124,7 +124,7 @@ def shapes_of(module: torch.nn.Module) -> Shapes:
 
 def require_settings(component: Component, module: Any) -> None:
     """Fail unless the shapes alone give the settings of a published model."""
-    settings = component.settings(shapes_of(module))
+    settings = component.construction.settings(shapes_of(module))
     numbers = {"attention_head_dim", "transformer_layers_per_block"}
     for name, value in settings.items():
         wanted = module.config[name]
@@ -159,7 +159,7 @@ def test_a_whole_checkpoint_says_what_it_predicts(data: Path, tmp_path: Path) ->
     case = CASES[1]
     for layout in ("diffusers", "original"):
         values = {**values_of(case, tmp_path, data), **case.models(tmp_path, layout)}
-        path = find_model(make_config(values), HUB).path
+        path = find_model(make_config(values), HUB).noising
         assert isinstance(path, DDPMPath)
         assert path.prediction == "v_prediction"
         assert path.zero_terminal_snr
@@ -198,7 +198,7 @@ def test_the_scheduler_is_downloaded_and_read(
     )
     with serve_hub(tmp_path / "hub") as hub:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
-        path = find_model(config, ModelHub.from_environment()).path
+        path = find_model(config, ModelHub.from_environment()).noising
     assert isinstance(path, DDPMPath)
     assert (path.prediction, path.zero_terminal_snr) == ("v_prediction", True)
     assert (

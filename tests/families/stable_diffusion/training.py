@@ -14,8 +14,9 @@ from diffsynth_dagster.objective.noise import noise, timestep_index
 from diffsynth_dagster.training.batches import Batch, StepDataset
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 HUB = ModelHub(Path(), skip_download=True)
 
@@ -39,7 +40,7 @@ def values_of(case: Case, model: Path, data: Path, **overrides: Any) -> dict[str
     return {name: value for name, value in values.items() if value is not None}
 
 
-def losses_of(values: dict[str, Any], folder: Path) -> tuple[FoundModel, Batch, torch.Tensor]:
+def losses_of(values: dict[str, Any], folder: Path) -> tuple[ResolvedModel, Batch, torch.Tensor]:
     """Our losses (B,) of the first batch of a training, with nothing trained yet."""
     code, run = train({**values, "task": "sft:data_process"}, folder)
     assert code == 0

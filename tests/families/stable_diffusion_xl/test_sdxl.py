@@ -47,8 +47,9 @@ from diffsynth_dagster.formats.names import lora_of
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.modules import lora_targets
 from diffsynth_dagster.training.sampling import make_clips
-from diffsynth_dagster.weights.identify import FoundModel, find_model
+from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component
+from diffsynth_dagster.weights.resolved import ResolvedModel
 
 FAMILY = find_family("stable_diffusion_xl")
 CASE = CASES[0]
@@ -278,7 +279,7 @@ def test_loras_of_all_modules_are_one_file_that_the_pipeline_loads(
     assert kohya == {"unet", "te1", "te2"}
 
 
-def request(found: FoundModel, conditions: Tensors, scale: float) -> SampleRequest:
+def request(found: ResolvedModel, conditions: Tensors, scale: float) -> SampleRequest:
     return SampleRequest(
         conditions=conditions,
         negative=conditions if scale > 1 else None,
@@ -289,7 +290,7 @@ def request(found: FoundModel, conditions: Tensors, scale: float) -> SampleReque
         num_inference_steps=2,
         cfg_scale=scale,
         generators=[torch.Generator().manual_seed(0)],
-        path=found.path,
+        noising=found.noising,
     )
 
 

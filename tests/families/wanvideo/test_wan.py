@@ -29,7 +29,7 @@ from diffsynth_dagster.plan import check_plan
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.weights.hub import ModelHub
-from diffsynth_dagster.weights.identify import find_model, guess_family
+from diffsynth_dagster.weights.identify import find_model, guess_model
 from diffsynth_dagster.weights.load import build_empty, load_component
 
 HUB = ModelHub(Path(), skip_download=True)
@@ -132,7 +132,7 @@ def test_timesteps_are_drawn_inside_the_boundaries(
 
 
 def test_the_schedule_is_the_published_one() -> None:
-    path = wanvideo.path(TrainingConfig(), {})
+    path = wanvideo.noising(TrainingConfig(), {})
     assert float(path.timesteps[0]) == 1000
     assert float(path.timesteps[417]) == pytest.approx(875, abs=0.5)
     assert float(path.timesteps[358]) == pytest.approx(900, abs=0.5)
@@ -299,7 +299,7 @@ def test_the_size_of_an_unnamed_wide_vae_must_be_given(
 def test_the_plan_needs_no_files(case: Case, model: Path, clips: Path, tmp_path: Path) -> None:
     """A family guessed from names has the same stages as one recognised from the files."""
     config = make_config(values(case, model, clips, tmp_path, "original"))
-    guessed, found = guess_family(config), find_model(config, HUB).family
+    guessed, found = guess_model(config).family, find_model(config, HUB).family
     assert [stage.name for stage in guessed.stages] == [stage.name for stage in found.stages]
     assert [stage.uses for stage in guessed.stages] == [stage.uses for stage in found.stages]
     assert guessed.inputs == found.inputs
@@ -313,7 +313,7 @@ def test_a_given_first_frame_is_not_all(
     """With one frame, which is given, there would be nothing to predict."""
     config = make_config(values(WAN[name], model, clips, tmp_path, num_frames=1))
     with pytest.raises(ParameterError, match=r"num_frames = 1 is no length .* has 5 frames"):
-        check_plan(config, find_model(config, HUB).family)
+        check_plan(config, find_model(config, HUB))
 
 
 def test_one_frame_is_a_picture_where_none_is_given(
@@ -322,7 +322,7 @@ def test_one_frame_is_a_picture_where_none_is_given(
     from_text = make_config(
         values(WAN["wan22_ti2v_5b"], model, clips, tmp_path, num_frames=1, extra_inputs=None)
     )
-    check_plan(from_text, find_model(from_text, HUB).family)
+    check_plan(from_text, find_model(from_text, HUB))
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,9 @@ def test_clips_whose_given_frame_is_all_are_rejected(
         "lora_base_model": "dit",
     }
     config = make_config({**given, **data})
-    frame = validate(config, guess_family(config).columns, FactCache(tmp_path / "f.sqlite")).frame
+    frame = validate(
+        config, guess_model(config).family.columns, FactCache(tmp_path / "f.sqlite")
+    ).frame
     if not extra:
         assert frame["frames"].to_list() == [1, 5, 1]
         return
@@ -384,7 +386,7 @@ def test_samples_are_videos(
         num_inference_steps=2,
         cfg_scale=2.0,
         generators=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
-        path=found.path,
+        noising=found.noising,
     )
     with torch.no_grad():
         videos = [clip.frames for clip in make_clips(found.family, loaded, request)]

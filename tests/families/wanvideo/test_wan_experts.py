@@ -18,18 +18,19 @@ from diffsynth_dagster.errors import ParameterError, UserError
 from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import SampleRequest, Tensors
+from diffsynth_dagster.families.denoiser_schedule import Share, share_of_step
 from diffsynth_dagster.families.making import guide
 from diffsynth_dagster.plan import make_plan
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.training.setup import build_step
-from diffsynth_dagster.training.shares import Share, share_of_step, shares_of
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.load import load_component
 from diffsynth_dagster.weights.lora import fuse_lora, read_lora
 from diffsynth_dagster.weights.models import Models
+from diffsynth_dagster.weights.resolved import resolve
 
 BOTH = next(case for case in CASES if case.name == "wan22_t2v_both")
 HUB = ModelHub(Path(), skip_download=True)
@@ -88,13 +89,12 @@ def test_the_shares_are_those_of_the_published_commands(first_frame: bool, count
     family = find_family("wanvideo")
     assert family.variant is not None
     family = family.variant(family, config, {"dit": {}, "dit2": {}})
-    path = family.path(config, {})
-    assert shares_of(config, family, path) == (
+    assert resolve(config, family).schedule.shares == (
         Share("dit", 0, count),
         Share("dit2", count, 1000),
     )
     alone = config.model_copy(update={"lora_base_model": ("dit2",)})
-    assert shares_of(alone, family, path) == (Share("dit2", count, 1000),)
+    assert resolve(alone, family).schedule.shares == (Share("dit2", count, 1000),)
     assert "by dit2" in plan["objective"]
 
 
@@ -213,7 +213,7 @@ def test_samples_are_made_by_both(values: dict[str, Any]) -> None:
         cfg_scale=5.0,
         cfg_scales=found.family.sampling.cfg_scales,
         generators=[torch.Generator().manual_seed(0)],
-        path=found.path,
+        noising=found.noising,
     )
     scales: list[float] = []
 

@@ -8,8 +8,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransforme
 from families.wanvideo.cases import WIDE_VAE
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from diffsynth_dagster.families.shared.architecture import build
 from diffsynth_dagster.families.wanvideo.family import FAMILY
+from diffsynth_dagster.weights.load import build
 
 
 def clip(**options: Any) -> torch.nn.Module:

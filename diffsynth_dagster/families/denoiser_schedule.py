@@ -1,17 +1,18 @@
-"""How denoisers share a schedule: the timesteps of each, how they are drawn, and the optimizer steps
-that go to it."""
+"""How the denoisers of a model share the schedule of timesteps.
+
+Says for each which timesteps it is trained at, how they are drawn, and which optimizer steps go to it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from diffsynth_dagster.config.effect import trained_components
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.families.contract import Denoiser, Family
 from diffsynth_dagster.objective.noise import generator
-from diffsynth_dagster.objective.path import NoisingPath
+from diffsynth_dagster.objective.noising import Noising
 from diffsynth_dagster.objective.timesteps import (
     Density,
     draw_index,
@@ -42,26 +43,36 @@ class Share:
         return float(self.high - self.low) if self.drawn is None else self.drawn
 
 
-class Timesteps:
+class DenoiserSchedule:
     """Draws the timesteps of a training: see `objective.timesteps`.
 
     Args:
-        path: its schedule.
+        noising: its timesteps are drawn from.
+        denoisers: those that are trained.
+
+    Attributes:
+        shares: the part of the schedule of each denoiser.
 
     Raises:
         ParameterError: the config leaves a denoiser no timestep, or asks for what the schedule does
             not have.
     """
 
-    def __init__(self, config: TrainingConfig, family: Family, path: NoisingPath) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        family: Family,
+        noising: Noising,
+        denoisers: Sequence[Denoiser],
+    ) -> None:
         self._seed = config.seed
         self._density = Density(
             config.timestep_sampling, config.logit_mean, config.logit_std, config.mode_scale
         )
-        self._sigmas = path.sigmas
+        self._sigmas = noising.sigmas
         self._usual_pixels = 0
         self._edges: torch.Tensor | None = None
-        if config.timestep_shift is not None and path.sigmas is None:
+        if config.timestep_shift is not None and noising.sigmas is None:
             raise ParameterError(
                 f"the schedule of {family.name} has no sigmas that are shifted: it is one of betas",
                 where="timestep_shift",
@@ -71,11 +82,11 @@ class Timesteps:
             width, height = family.geometry.sample_size
             self._usual_pixels = width * height
         elif config.timestep_shift is not None:
-            assert path.sigmas is not None
-            self._edges = shifted_edges(path.sigmas, config.timestep_shift)
+            assert noising.sigmas is not None
+            self._edges = shifted_edges(noising.sigmas, config.timestep_shift)
         elif config.timestep_sampling != "uniform":
-            self._edges = even_edges(len(path.timesteps))
-        self.shares = self._shares(config, family, path)
+            self._edges = even_edges(len(noising.timesteps))
+        self.shares = self._shares(config, noising, denoisers)
 
     def index(self, share: Share, sample: str, visit: int, pixels: int) -> int:
         """The index of a visit of a sample.
@@ -90,21 +101,20 @@ class Timesteps:
         return draw_index(self._seed, sample, visit, (share.low, share.high), self._density, edges)
 
     def _shares(
-        self, config: TrainingConfig, family: Family, path: NoisingPath
+        self, config: TrainingConfig, noising: Noising, denoisers: Sequence[Denoiser]
     ) -> tuple[Share, ...]:
-        count = len(path.timesteps)
+        count = len(noising.timesteps)
         low = int(config.min_timestep_boundary * count)
         high = int(config.max_timestep_boundary * count)
-        at_work = family.at_work(trained_components(config))
-        if self._usual_pixels and len(at_work) > 1:
+        if self._usual_pixels and len(denoisers) > 1:
             raise ParameterError(
                 "the denoisers would share the steps otherwise for every size of a sample",
                 where="timestep_shift = resolution",
                 do="give a number, or train one of them",
             )
         shares: list[Share] = []
-        for denoiser in at_work:
-            own = (path.timesteps >= denoiser.low) & (path.timesteps < denoiser.high)
+        for denoiser in denoisers:
+            own = (noising.timesteps >= denoiser.low) & (noising.timesteps < denoiser.high)
             indices = torch.nonzero(own).flatten().tolist()
             first, last = max(low, indices[0]), min(high, indices[-1] + 1)
             if first >= last:
@@ -125,12 +135,6 @@ class Timesteps:
     def _drawn(self, low: int, high: int) -> float | None:
         # Samples of different sizes have edges of their own, but then there is one share alone.
         return None if self._edges is None else mass(self._density, self._edges, low, high)
-
-
-def shares_of(config: TrainingConfig, family: Family, path: NoisingPath) -> tuple[Share, ...]:
-    """The denoisers at work, each with its part of the schedule that the config trains. Raises as
-    `Timesteps` does."""
-    return Timesteps(config, family, path).shares
 
 
 def share_of_step(shares: Sequence[Share], seed: int, step: int) -> Share:

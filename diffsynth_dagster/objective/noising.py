@@ -1,4 +1,4 @@
-"""What a noising path is: how latents are noised, and what the model then predicts."""
+"""The contract of a noising path: how noise is added to latents, and what the model predicts."""
 
 from typing import Protocol
 
@@ -7,11 +7,11 @@ import torch
 from diffsynth_dagster.objective.devices import sent
 
 
-class NoisingPath(Protocol):
+class Noising(Protocol):
     """A noising path with a discrete schedule of n timesteps. Index 0 has the most noise.
 
-    An index (B,) of integers says which timestep each sample of a batch is at. Samples may lie on
-    any device, the index and the schedule on the CPU.
+    The argument `index`, integers (B,), gives the place of each sample of a batch in the schedule.
+    Samples may be on any device; the index and the schedule are on the CPU.
     """
 
     @property
@@ -21,21 +21,21 @@ class NoisingPath(Protocol):
 
     @property
     def sigmas(self) -> torch.Tensor | None:
-        """(n,) float32, decreasing, where x_t = (1 - sigma) x_0 + sigma epsilon; None for others."""
+        """(n,) float32, decreasing, if x_t = (1 - sigma) x_0 + sigma epsilon; None otherwise."""
         ...
 
     @property
     def weights(self) -> torch.Tensor:
-        """(n,) float32, what the loss at each timestep is multiplied by."""
+        """(n,) float32: the loss weight of each timestep."""
         ...
 
     @property
     def description(self) -> str:
-        """The path in words, with every number that it depends on."""
+        """The path in words, with every number that it depends on. It is part of identities."""
         ...
 
     def noised(self, x_0: torch.Tensor, epsilon: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Clean latents (B, …) and noise (B, …) → x_t (B, …)."""
+        """Add noise: clean latents (B, …) and noise (B, …) → x_t (B, …)."""
         ...
 
     def target(self, x_0: torch.Tensor, epsilon: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -44,6 +44,6 @@ class NoisingPath(Protocol):
 
 
 def at_index(values: torch.Tensor, index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The values (n,) of a schedule at an index (B,), to be multiplied with `like` (B, …): on its
-    device, in the shape (B, 1, …)."""
+    """The values (n,) of a schedule at an index (B,), in a shape (B, 1, …) that broadcasts with
+    `like` (B, …), on its device."""
     return sent(values[index], like.device).view(-1, *(1,) * (like.ndim - 1))
