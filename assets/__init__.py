@@ -1,4 +1,4 @@
-"""The assets of each recipe: weights, data → metadata → latents → checkpoints → exports → promoted."""
+"""The assets of a recipe: weights, data → metadata → latents → checkpoints → exports → promoted."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ __all__ = ["make_assets", "with_automation"]
 def make_assets(
     recipes: Sequence[Recipe], broken: Sequence[BrokenRecipe] = ()
 ) -> list[dg.AssetsDefinition]:
-    """Every asset of the recipes. Weights that several recipes name are one asset."""
+    """All assets of the recipes. Weights that several recipes use are a single asset."""
     lineage = Lineage(recipes)
     assets = list(WeightsAssets(recipes, lineage).definitions)
     for recipe in recipes:
@@ -32,6 +32,7 @@ def make_assets(
         tables, latents, checkpoints = (
             lineage.upstream(recipe, kind) for kind in ("metadata", "latents", "checkpoints")
         )
+        # `task: sft:data_process` has no checkpoints, a training from encoded samples no latents.
         if "latents" in kinds:
             assets.append(make_data(recipe))
             assets.append(make_metadata(recipe, [asset_key(recipe.name, "data"), *tables]))
@@ -39,6 +40,7 @@ def make_assets(
         if "checkpoints" in kinds:
             assets += [make_checkpoints(recipe, [*models, *checkpoints]), make_exports(recipe)]
             assets.append(make_promoted(recipe))
+    # A broken recipe still has its assets, so that its mistake shows in the UI.
     for recipe in broken:
         assets += make_broken(recipe)
     return assets

@@ -1,13 +1,17 @@
-"""When assets are made anew by themselves: the conditions of recipes with `retrain: {cron: …}`.
+"""Automation conditions of recipes with `retrain: {cron: …}`: which assets are remade each night.
 
-A night goes like this. At the time of the cron the files of the data set are listed (`<recipe>/data`).
-When that is done, each asset is asked for that is due: something that it depends on has changed since it
-was made. The metadata alone first, since that finds out whether the rows have changed at all; then what is
-left in one run, from the first asset that is due to the last. An asset waits while anything before it is
-being made; its night ends when nothing is, or when it was asked for. So what is changed by day waits for the next night.
+A night runs in this order:
 
-Due is what was not made since the change, not what was not asked for: after a night that failed or was
-cancelled the next one tries again.
+1. When the cron fires, `<recipe>/data` lists the files of the data set.
+2. Then `<recipe>/metadata` is requested if it is due. It runs alone, because it finds out whether
+   the rows have changed at all.
+3. Then one run makes everything else that is due, from the first due asset to the last.
+
+An asset is due when something that it depends on has changed since it was made. It is still due
+after a night that failed or was cancelled, so the next night tries again.
+
+An asset waits while anything upstream of it is being made. Its night ends when it is requested, or
+when nothing upstream is being made any more. So a change during the day waits for the next night.
 """
 
 from collections.abc import Sequence
@@ -26,8 +30,9 @@ from diffsynth_dagster.config.retrain import Retrain
 AC = dg.AutomationCondition
 Condition = dg.AutomationCondition[dg.AssetKey]
 _BY_ITSELF = {"dagster/from_automation_condition": "true"}
-"""What Dagster tags the runs with that conditions have asked for."""
+"""Dagster's tag on runs that automation conditions requested."""
 _TICKS = 30
+"""Times of a cron that are looked at to find the longest gap between two."""
 
 
 def with_automation(
@@ -35,10 +40,10 @@ def with_automation(
     recipes: Sequence[Recipe],
     prefix: Prefix = Prefix(),  # noqa: B008 - it does not change
 ) -> list[dg.AssetsDefinition]:
-    """The assets, those of recipes with `retrain` with their conditions and freshness policies.
+    """The assets, with conditions and freshness policies added to those of recipes with `retrain`.
 
     Args:
-        prefix: of the assets' keys.
+        prefix: the prefix that the keys of `assets` already have.
     """
     conditions = {prefix.key(k): found for k, found in _conditions(recipes, prefix).items()}
     policies = {prefix.key(k): found for k, found in _policies(recipes).items()}
@@ -56,8 +61,7 @@ def with_automation(
 
 
 def _conditions(recipes: Sequence[Recipe], prefix: Prefix) -> dict[dg.AssetKey, Condition]:
-    """Asset, by its key without the prefix → its condition, of the recipes of which what has changed is made
-    anew each night."""
+    """Asset key without the prefix → condition, for the recipes that are retrained nightly."""
     found: dict[dg.AssetKey, Condition] = {}
     ticks: dict[dg.AssetKey, Condition] = {}
     for recipe in recipes:
@@ -68,51 +72,61 @@ def _conditions(recipes: Sequence[Recipe], prefix: Prefix) -> dict[dg.AssetKey, 
         if data is not None:
             found[data] = tick & ~AC.in_progress()
         for kind in kinds_of(recipe.config):
-            found[asset_key(recipe.name, kind)] = _own(recipe, kind, tick, prefix)
+            found[asset_key(recipe.name, kind)] = _recipe_asset(recipe, kind, tick, prefix)
+        # Recipes share weights: these are due at the times of every recipe that uses them.
         for key in weights_keys(recipe):
             ticks[key] = ticks[key] | tick if key in ticks else tick
     return {**found, **{key: _weights(tick) for key, tick in ticks.items()}}
 
 
 def own_keys(recipe: Recipe) -> list[dg.AssetKey]:
-    """The assets that a recipe has of its own, that of its files among them."""
+    """The assets that belong to this recipe alone, `<recipe>/data` included; not the weights."""
     data = data_key(recipe)
     kinds = [asset_key(recipe.name, kind) for kind in kinds_of(recipe.config)]
     return kinds if data is None else [data, *kinds]
 
 
 def _tick(retrain: Retrain) -> Condition:
-    assert retrain.cron is not None, "it is nightly"
+    assert retrain.cron is not None, "a nightly recipe has a cron"
     return AC.cron_tick_passed(retrain.cron, retrain.timezone)
 
 
-def _own(recipe: Recipe, kind: Kind, tick: Condition, prefix: Prefix) -> Condition:
-    """The condition of an asset that a recipe has of its own."""
+def _recipe_asset(recipe: Recipe, kind: Kind, tick: Condition, prefix: Prefix) -> Condition:
+    """The condition of one asset of a recipe (not of its data or weights).
+
+    Args:
+        tick: true when the recipe's cron has fired.
+    """
     kinds, listed = kinds_of(recipe.config), data_key(recipe)
     data = None if listed is None else prefix.key(listed)
     before = kinds[: kinds.index(kind)]
     begin = tick
     if data is not None:
-        # Only where a condition asked for it: a run of a person's begins no night.
-        asked = AC.newly_updated() & AC.executed_with_tags(tag_values=_BY_ITSELF)
-        begin = AC.asset_matches(data, asked)
+        # Only a listing that the cron requested begins a night. One that a person runs does not.
+        listed_by_cron = AC.newly_updated() & AC.executed_with_tags(tag_values=_BY_ITSELF)
+        begin = AC.asset_matches(data, listed_by_cron)
     makes_data = kind == "metadata" and recipe.config.customized_dataset is not None
-    keys = [prefix.key(asset_key(recipe.name, each)) for each in kinds]
+    keys = [prefix.key(asset_key(recipe.name, other)) for other in kinds]
     earlier = keys[: len(before)]
     idle = ~_busy(keys, earlier, data, prefix)
+    # On the first idle tick the asset can still be requested. The night ends after that tick.
     ended = ~idle.newly_true() & idle & ~begin
     night = begin.since(ended | AC.newly_requested()).with_label("the night goes on")
-    # An export that is refused is no better the next night.
+    # `promoted` is not tried again after a refusal: the same export is no better the next night.
+    # `customized_dataset` may change the files at any time, so such metadata is due every night.
     due = _due(begin if makes_data else None, refused=kind != "promoted")
     ours = dg.AssetSelection.assets(*keys) | dg.AssetSelection.groups(prefix.name(GROUP))
-    # What others make may lie there all the same, made without this Dagster.
+    # Files of other recipes may exist although this Dagster never made them. So only a missing
+    # asset of this recipe, or of weights, holds the asset up.
     missing = AC.any_deps_match(AC.missing() & ~AC.will_be_requested()).allow(ours)
     condition = night & idle & due & ~missing
-    for each in earlier:
-        condition = condition & ~AC.asset_matches(each, _failed())
+    for key in earlier:
+        condition = condition & ~AC.asset_matches(key, _failed())
+    # Everything after the latents follows the asset before it into the same run. The latents do
+    # not: whether they are due is known only when the metadata is done.
     if before and before[-1] != "metadata":
-        asked = AC.asset_matches(earlier[-1], AC.will_be_requested())
-        together = asked & ~AC.in_progress() & ~_waits_for_others(data, prefix)
+        requested = AC.asset_matches(earlier[-1], AC.will_be_requested())
+        together = requested & ~AC.in_progress() & ~_waits_for_others(data, prefix)
         condition = condition | together.with_label("together with the asset before it")
     return condition
 
@@ -123,12 +137,12 @@ def _busy(
     data: dg.AssetKey | None,
     prefix: Prefix,
 ) -> Condition:
-    """Whether something is being made that an asset waits for: all that writes into the recipe's run
-    folder, and what lies before it.
+    """True while something that the asset waits for is being made: any asset that writes into the
+    recipe's run folder, or an asset upstream.
 
     Args:
-        keys: the assets of the recipe, but for its data.
-        before: those of them that lie before the asset.
+        keys: the assets of the recipe, without its data.
+        before: the ones among them that are upstream of the asset.
         data: see `_waits_for_others`.
     """
     busy = AC.in_progress() | _waits_for_others(data, prefix)
@@ -140,10 +154,11 @@ def _busy(
 
 
 def _waits_for_others(data: dg.AssetKey | None, prefix: Prefix) -> Condition:
-    """Whether assets upstream are being made, or weights are missing, which have a sensor of their own.
+    """True while assets upstream are being made, or weights are missing. (Weights have their own
+    sensor, which makes them.)
 
     Args:
-        data: of the recipe. Its end begins the night: that it is made once more holds nothing up.
+        data: key of the recipe's data, which is not waited for: its end is what begins the night.
     """
     weights = dg.AssetSelection.groups(prefix.name(GROUP))
     making = AC.any_deps_match(AC.in_progress())
@@ -153,17 +168,19 @@ def _waits_for_others(data: dg.AssetKey | None, prefix: Prefix) -> Condition:
 
 
 def _due(also: Condition | None, refused: bool) -> Condition:
-    """Whether an asset was not made since something that it depends on changed.
+    """True if something that the asset depends on has changed since the asset was made.
 
     Args:
-        also: what else it is due by.
-        refused: whether it is due as long as a check of it blocks.
+        also: one more condition that makes it due.
+        refused: whether it stays due as long as one of its blocking checks fails.
     """
+    # At the first evaluation nothing is known of earlier changes, so the asset counts as changed.
     changed = AC.missing() | AC.code_version_changed() | AC.initial_evaluation()
     changed = changed | AC.any_deps_match(AC.data_version_changed())
     if also is not None:
         changed = changed | also
-    # A run that was under way when the recipe was edited made it with what was before.
+    # The recipe was edited while a run was making the asset: that run used the old recipe, so its
+    # end does not count as an update.
     late = (AC.code_version_changed() & AC.in_progress()).since(AC.newly_requested())
     changed = changed | (late & AC.newly_requested())
     due = changed.since(AC.newly_updated()) | late | AC.execution_failed()
@@ -171,31 +188,31 @@ def _due(also: Condition | None, refused: bool) -> Condition:
 
 
 def _refused() -> Condition:
-    """Whether a check of the asset said that it must not be used."""
+    """True if a blocking check of the asset failed."""
     return AC.any_checks_match(AC.check_failed(), blocking_only=True)
 
 
 def _failed() -> Condition:
-    """Whether the last attempt at an asset failed."""
+    """True if the last run of the asset failed, or one of its blocking checks did."""
     return AC.execution_failed() | _refused()
 
 
 def _weights(tick: Condition) -> Condition:
-    """The condition of a model's files.
+    """The condition of a weights asset.
 
     Args:
-        tick: the times of all recipes that use them.
+        tick: true when the cron of any recipe that uses the weights has fired.
     """
     changed = (
         AC.missing() | AC.code_version_changed() | AC.any_deps_match(AC.data_version_changed())
     )
     due = changed.since(AC.newly_updated()).with_label("changed since it was made")
-    asked = AC.newly_requested() | AC.newly_updated() | AC.initial_evaluation()
-    return tick.since(asked) & due & ~AC.in_progress() & ~AC.any_deps_in_progress()
+    handled = AC.newly_requested() | AC.newly_updated() | AC.initial_evaluation()
+    return tick.since(handled) & due & ~AC.in_progress() & ~AC.any_deps_in_progress()
 
 
 def _policies(recipes: Sequence[Recipe]) -> dict[dg.AssetKey, dg.FreshnessPolicy]:
-    """Asset → how old it may be, of what is trained at every time of a cron."""
+    """Asset key → how old the asset may be, for recipes with `when: always`."""
     found: dict[dg.AssetKey, dg.FreshnessPolicy] = {}
     for recipe in recipes:
         retrain = recipe.options.retrain
@@ -209,14 +226,18 @@ def _policies(recipes: Sequence[Recipe]) -> dict[dg.AssetKey, dg.FreshnessPolicy
 
 
 def freshness(retrain: Retrain) -> dg.FreshnessPolicy:
-    """How old a training may be that is made anew at each time of a cron: made since the time before.
-    Where these are not evenly spaced: twice the longest time between two."""
+    """How old a training with `when: always` may be.
+
+    With an evenly spaced cron it must be newer than the last time of the cron. Otherwise it may be
+    twice as old as the longest gap between two times.
+    """
     from dagster._utils.schedules import cron_string_iterator
 
-    assert retrain.cron is not None, "it is always retrained"
+    assert retrain.cron is not None, "'when: always' needs a cron"
     now = datetime.now(UTC).timestamp()
     times = list(islice(cron_string_iterator(now, retrain.cron, retrain.timezone), _TICKS))
     gaps = [after - before for before, after in pairwise(times)]
+    # Dagster's cron policy takes one deadline, which fits only equal gaps (not "0 3 * * 1,2").
     if max(gaps) == min(gaps):
         return dg.FreshnessPolicy.cron(retrain.cron, gaps[0], retrain.timezone)
     return dg.FreshnessPolicy.time_window(fail_window=max(max(gaps) * 2, timedelta(minutes=1)))

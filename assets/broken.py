@@ -1,4 +1,4 @@
-"""Assets of a recipe that cannot be used: they have its keys, and fail with the reason."""
+"""Assets of a broken recipe: they have the recipe's asset keys and fail with its error."""
 
 import dagster as dg
 
@@ -8,8 +8,9 @@ from resources import BrokenRecipe
 
 
 def make_broken(recipe: BrokenRecipe) -> list[dg.AssetsDefinition]:
-    """The assets of a broken recipe: each fails with the recipe's mistake."""
+    """The assets of a broken recipe, in one line from metadata to promoted."""
     assets: list[dg.AssetsDefinition] = []
+    # Its parameters are unknown, so it gets every kind of asset, each depending on the one before.
     for before, kind in zip((None, *KINDS), KINDS, strict=False):
         deps = [asset_key(recipe.name, before)] if before else []
         assets.append(_make(recipe, kind, deps))

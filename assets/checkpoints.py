@@ -1,4 +1,4 @@
-"""`<recipe>/checkpoints`: the training."""
+"""`<recipe>/checkpoints`: runs the training and reports what came of it."""
 
 import time
 from collections.abc import Iterator
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 CHECK = "loss_finite_and_parameters_changed"
 OBSERVE_SECONDS = 5.0
+"""Least time between two observations of steps."""
 _OBSERVED = ("loss", "learning_rate", "grad_norm", *MEASURED)
 _MEBIBYTE = 1024 * 1024
 
@@ -57,7 +58,8 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
     """The checkpoints asset of a recipe, with its check.
 
     Args:
-        upstream: the models, and the assets that files to start from or encoded samples come from.
+        upstream: the weights, and assets of other recipes that this training starts from or whose
+            encoded samples it reads.
     """
     key = asset_key(recipe.name, "checkpoints")
     has_latents = recipe.config.dataset_metadata_path is not None
@@ -92,6 +94,7 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
             options = recipe.options
             processes = diffsynth_launcher.num_processes or options.num_processes or options.gpus
             warm = options.retrain is not None and options.retrain.warm_start
+            # Both change the result: the size of a step, and the weights at its start.
             seen = look(context, "checkpoints", ran, [processes, warm])
             same = None if config.retrain else seen.unchanged()
         if same is not None:
@@ -109,7 +112,7 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
             began = _began(context, recipe, Path(settings.output_path))
             moved = older_runs(Path(settings.output_path))
             why = "retrain was asked for"
-            if began or not config.retrain:
+            if began or not config.retrain:  # a retry goes on with what the first try began
                 why = why_train(settings, diffsynth_hub.open(), processes, warm)
             if why is not None:
                 context.log.info(f"it trains, because: {why}")
@@ -147,8 +150,11 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
 
 
 def _began(context: dg.AssetExecutionContext, recipe: Recipe, folder: Path) -> bool:
-    """Whether an earlier trial of this step began its training: the record in the run folder is not
-    the one that was there when the run came."""
+    """Whether an earlier try of this step already began the training.
+
+    It did if the record in the run folder differs from the one at the start of the run. The digest
+    of that one is kept in a tag of the run, which all tries share.
+    """
     from diffsynth_dagster.facts import digest_file
     from diffsynth_dagster.run.record import FILE_NAME
 
@@ -156,6 +162,7 @@ def _began(context: dg.AssetExecutionContext, recipe: Recipe, folder: Path) -> b
     digest = digest_file(path) if path.is_file() else "none"
     run = context.instance.get_run_by_id(context.run.run_id)
     before = run.tags.get(tag) if run is not None else None
+    # The first try (or a first try that died before this line) only notes the record.
     if context.retry_number == 0 or before is None:
         context.instance.add_run_tags(context.run.run_id, {tag: digest})
         return False
@@ -163,10 +170,14 @@ def _began(context: dg.AssetExecutionContext, recipe: Recipe, folder: Path) -> b
 
 
 def _resume(config: TrainingConfig, retrain: bool, began: bool) -> str:
-    """What the training is told of a state in its run folder.
+    """The value of `resume` for the training processes.
 
-    What a run is to make follows from its inputs: a state of other ones is no reason to refuse it. And
-    what an earlier trial left is to be gone on with, whatever else is asked for.
+    `auto` becomes `same`: inside Dagster the inputs define the training, so a leftover state of
+    another training must not block it. A retry always resumes what its earlier try left.
+
+    Args:
+        retrain: whether the run asks for a training from the beginning.
+        began: see `_began`.
     """
     if began:
         return "same"
@@ -176,10 +187,10 @@ def _resume(config: TrainingConfig, retrain: bool, began: bool) -> str:
 
 
 class Progress:
-    """Turns what the training says into log lines and observations.
+    """Turns the events of a training into log lines and observations.
 
-    Observations are plotted over time in the UI. Each is a row of the event log, so that only one
-    step in a few seconds becomes one.
+    Observations are plotted over time in the UI. Each one is a row of the event log, so at most one
+    step every `OBSERVE_SECONDS` is observed.
     """
 
     def __init__(self, context: dg.AssetExecutionContext) -> None:
@@ -190,7 +201,7 @@ class Progress:
         self._line = every_line()
 
     def hear(self, event: Event) -> None:
-        """Take in one event; logs an observation when one is due."""
+        """Handle one event; logs an observation when one is due."""
         log = self._context.log
         match event:
             case Started():
@@ -204,6 +215,7 @@ class Progress:
                 log.info(event.line)
                 self._picture(event.step, Path(event.path))
             case StepMetrics():
+                # Steps in between are dropped: only the newest is observed.
                 self._waiting = event
                 if time.monotonic() - self._observed >= OBSERVE_SECONDS:
                     self.last()
@@ -211,16 +223,17 @@ class Progress:
                 pass
 
     def _picture(self, step: int, path: Path) -> None:
-        """An observation with the sample picture of a step, as soon as there is one."""
+        """Log an observation with the sample picture of a step."""
         from PIL import Image
 
-        if path.suffix == ".png" and path.is_file():  # a clip is in the picture of its step
+        # Clips have an event too, but no observation: the picture of the step shows their frames.
+        if path.suffix == ".png" and path.is_file():
             with Image.open(path) as picture:
                 shown = inline(picture.convert("RGB"))
             self._observe({"step": step, "samples": shown})
 
     def last(self) -> None:
-        """An observation of the newest step, unless it was observed."""
+        """Log an observation of the newest step, unless it has one."""
         metrics, self._waiting = self._waiting, None
         if metrics is None:
             return
@@ -231,12 +244,18 @@ class Progress:
         self._observe({"step": step, **{name: float(values[name]) for name in _OBSERVED}})
 
     def _observe(self, facts: dict[str, Any]) -> None:
-        """Log an observation. (Not by a `yield`: a cancel that came then would end the step in Dagster's
-        code, which says no reason.)"""
+        """Log an observation."""
+        # Not with `yield`: a cancel at that moment would be raised inside Dagster's own code, and
+        # the step would end without a reason.
         self._context.log_event(dg.AssetObservation(self._context.asset_key, metadata=facts))
 
 
 def _finished_record(config: TrainingConfig) -> "RunRecord":
+    """The record of the finished training in the run folder.
+
+    Raises:
+        OutputError: there is no such record.
+    """
     from diffsynth_dagster.errors import OutputError
     from diffsynth_dagster.run.record import read_record
 
@@ -265,10 +284,11 @@ def _check(record: "RunRecord") -> dg.AssetCheckResult:
 
 
 def _describe(config: TrainingConfig, record: "RunRecord", changed: list[Path]) -> dict[str, Any]:
-    """What a training did, with the pictures that it left.
+    """Metadata of the materialization: what the training did, and its pictures.
 
     Args:
-        changed: files that are not as it left them, and may not even be read.
+        changed: files that were changed since the training wrote them. They are not read: they may
+            not even be readable.
     """
     folder = Path(config.output_path)
     facts: dict[str, Any] = {
@@ -313,7 +333,8 @@ def _describe(config: TrainingConfig, record: "RunRecord", changed: list[Path]) 
 
 
 def _pictures(record: "RunRecord", folder: Path, evaluated: bool) -> list[tuple[str, Path]]:
-    """Title and file of the evaluation's pictures, or of the first and the last samples."""
+    """(title, file) of the evaluation's pictures, or of the first and the last sample pictures."""
+    # Sample pictures are named after their step; all others are of the evaluation.
     names = [name for name in record.pictures if name.startswith("step-") != evaluated]
     if not evaluated and len(names) > 2:
         names = [names[0], names[-1]]
@@ -321,7 +342,8 @@ def _pictures(record: "RunRecord", folder: Path, evaluated: bool) -> list[tuple[
 
 
 def _newest_clips(record: "RunRecord", folder: Path) -> list[Path]:
-    """The videos of the last samples, in the order of their prompts."""
+    """The videos of the last samples, in the order of the prompts."""
+    # A clip's name is its step and the number of its prompt: "step-100-0".
     steps = [name.rpartition("-")[0] for name in record.clips]
     files = zip(steps, record.clips.values(), strict=True)
     return [folder / "samples" / file for step, file in files if step == steps[-1]]

@@ -1,4 +1,4 @@
-"""`<recipe>/data`: which files the data set has, so that a change of them is seen."""
+"""`<recipe>/data`: the listing of the data set's files, which detects that they have changed."""
 
 import dagster as dg
 
@@ -9,17 +9,17 @@ from resources import Parameters
 
 
 def data_key(recipe: Recipe) -> dg.AssetKey | None:
-    """Key of a recipe's data; None where it has none, as it trains from encoded samples."""
+    """Key of a recipe's data asset; None for a recipe that trains from encoded samples."""
     return None if recipe.config.dataset_metadata_path is None else asset_key(recipe.name, "data")
 
 
 def make_data(recipe: Recipe) -> dg.AssetsDefinition:
     """The data asset of a recipe.
 
-    It is made in a second or two, reads no file, and holds nothing but its data version. (No observable
-    source: Dagster's automation conditions do not see an observation that found nothing new, so that
-    nothing could wait for it.)
+    It only lists the files, which takes a second or two, and its only result is its data version.
     """
+    # Not an observable source asset: automation conditions do not see an observation that found
+    # nothing new, so the metadata could not wait for it.
 
     @dg.asset(
         key=asset_key(recipe.name, "data"),
@@ -27,6 +27,7 @@ def make_data(recipe: Recipe) -> dg.AssetsDefinition:
         kinds={"file"},
         description="The files of the data set: names, sizes and modification times.",
         code_version=_version(recipe.config),
+        # A high priority: with a job of the whole recipe this runs before any download.
         op_tags={**step_tags(recipe), "dagster/priority": "10"},
     )
     def data(
@@ -47,6 +48,7 @@ def make_data(recipe: Recipe) -> dg.AssetsDefinition:
 
 
 def _version(config: TrainingConfig) -> str:
-    """Stands for what is listed."""
+    """The code version: the paths that are listed."""
     names = ("dataset_base_path", "dataset_metadata_path", "validation_metadata_path")
+    # The 1 is the version of the listing itself: raise it when `list_data` lists something else.
     return short_digest([1, *(getattr(config, name) for name in names)])

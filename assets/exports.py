@@ -1,4 +1,4 @@
-"""`<recipe>/exports`: the files that other tools load."""
+"""`<recipe>/exports`: the trained weights as files that other tools load."""
 
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
             same = seen.unchanged()
         if same is not None:
             return same
+        # Only now: these import torch, which takes seconds.
         from diffsynth_dagster.export import export_folder
         from diffsynth_dagster.facts import digest_of
 
@@ -82,8 +83,9 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
                 **ran.facts,
             },
             data_version=dg.DataVersion(digest_of([item.digest for item in files])),
-            # Stale until the training is finished, also where its end makes the checkpoint that the
-            # asset checkpoints has known from a training before.
+            # The export of an unfinished training gets a code version that no recipe has, so that
+            # it is stale until the training ends. A change upstream would not do: the training may
+            # end in a checkpoint that the asset checkpoints already had before.
             tags={CODE_VERSION: "unfinished"}
             if exported.unfinished is not None
             else seen.tags
@@ -96,7 +98,7 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
 
 
 def _card_facts(card: "Card") -> dict[str, dg.MetadataValue]:
-    """The model card, and where it lies."""
+    """Metadata with the model card and its path."""
     return {
         "card": dg.MetadataValue.md(card.shown),
         "card_file": dg.MetadataValue.path(str(card.path.absolute())),
@@ -104,7 +106,7 @@ def _card_facts(card: "Card") -> dict[str, dg.MetadataValue]:
 
 
 def _check(exported: "Exports") -> dg.AssetCheckResult:
-    """What the target's loader said of each file."""
+    """The check's result: whether each file loads in the tool that it is for."""
     problems = exported.problems
     return dg.AssetCheckResult(
         check_name=CHECK,

@@ -1,4 +1,4 @@
-"""`<recipe>/latents`: the encoded samples, in the store."""
+"""`<recipe>/latents`: encodes the samples into the store."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
     """The latents asset of a recipe, with its check.
 
     Args:
-        upstream: the models, and the assets that files to encode with come from.
+        upstream: the weights, and assets of other recipes whose files are used to encode.
     """
     key = asset_key(recipe.name, "latents")
 
@@ -72,7 +72,7 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
         from diffsynth_dagster.cache.long_captions import read_long_captions
         from diffsynth_dagster.cache.manifest import read_manifest
         from diffsynth_dagster.cache.split import first_half
-        from diffsynth_dagster.data.table.checked import read_checked
+        from diffsynth_dagster.data.table.checked_table import read_checked
         from diffsynth_dagster.facts import digest_of
 
         report = Encoded({}, {})
@@ -90,19 +90,23 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
                             pass
             manifest = read_manifest(Path(config.output_path))
             contents = [look_into(manifest, checked)]
-            version, own = manifest.digest, held_out_config(config)
-            if own is not None:
-                held_out = read_manifest(Path(own.output_path))
-                contents.append(look_into(held_out, read_checked(Path(own.output_path))))
+            version, holdout = manifest.digest, held_out_config(config)
+            # A held-out table has its own manifest, in a folder inside the run folder.
+            if holdout is not None:
+                folder = Path(holdout.output_path)
+                held_out = read_manifest(folder)
+                contents.append(look_into(held_out, read_checked(folder)))
                 version = digest_of([manifest.digest, held_out.digest])
             facts, check = _describe(manifest, contents)
             facts |= long_captions_facts(read_long_captions(Path(config.output_path)))
+        # Hits were in the store already, misses were encoded in this run.
         for kind, counts in (("hits", report.hits), ("misses", report.misses)):
             facts |= {f"{kind}/{stage}": count for stage, count in counts.items()}
             context.log.info(f"{kind}: {counts}")
         yield dg.MaterializeResult(
             metadata={**facts, **ran.facts},
             data_version=dg.DataVersion(version),
+            # Without the mark, the next run does the work again instead of repeating this result.
             tags=seen.marked if check.passed else seen.tags,
             check_results=[check],
         )
@@ -114,18 +118,19 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
 def _describe(
     manifest: "Manifest", contents: "list[Contents]"
 ) -> tuple[dict[str, Any], dg.AssetCheckResult]:
-    """What the store holds for a manifest, and whether that is all and sound.
+    """Metadata on what the store holds, and the result of the check that it is complete and finite.
 
     Args:
-        contents: of the manifest, and of that of what is held out as a table of its own, if it is.
+        manifest: of the samples that are trained on.
+        contents: what the store holds for `manifest`, then for the held-out table if there is one.
     """
     missing, not_finite, samples, accepted = (
-        sum(getattr(each, name) for each in contents)
+        sum(getattr(content, name) for content in contents)
         for name in ("missing", "not_finite", "samples", "accepted")
     )
     facts: dict[str, Any] = {
         "dagster/row_count": contents[0].samples,
-        "store_bytes": sum(each.bytes for each in contents),
+        "store_bytes": sum(content.bytes for content in contents),
         "store": dg.MetadataValue.path(manifest.store),
         "buckets": table(
             {"width": width, "height": height, "samples": count}
@@ -134,7 +139,7 @@ def _describe(
     }
     return facts, dg.AssetCheckResult(
         check_name=CHECK,
-        passed=all(each.sound for each in contents),
+        passed=all(content.sound for content in contents),
         description=f"{missing} keys are missing, {not_finite} hold NaN or "
         f"infinity; {samples} samples for {accepted} accepted rows",
         metadata={

@@ -1,4 +1,4 @@
-"""What a run was launched with: the recipe, which must be the same still, and what it sets otherwise."""
+"""What a run was launched with: the recipe, which must not have changed since, and overrides."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,17 @@ import dagster as dg
 
 from assets.common import Kind, code_version, short_digest
 from diffsynth_dagster.config import Recipe, TrainingConfig
-from diffsynth_dagster.config.effect import AFFECTS, Affects
+from diffsynth_dagster.config.affects import AFFECTS, Affects
 from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.errors import ParameterError
 from resources import PARAMETERS, Launcher, Parameters
 
 CODE_VERSION = "dagster/code_version"
-"""Tag of a materialization by which its asset is stale where it has another one."""
+"""Tag of a materialization. The asset is stale if its own code version is different."""
 RECIPE, DIGEST = "diffsynth/recipe", "diffsynth/recipe_digest"
-"""Tags of each step of a recipe: its name, and the digest of what it says."""
+"""Tags of each step of a recipe: the recipe's name, and a digest of its content."""
 OWN = {"diffsynth/own": "true"}
-"""Tags of steps of ours that are of no single recipe."""
+"""Tags of our steps that belong to no single recipe, such as those of weights."""
 _LAST: dict[Kind, Affects] = {
     "metadata": "rows",
     "latents": "latents",
@@ -27,18 +27,18 @@ _LAST: dict[Kind, Affects] = {
     "exports": "exports",
     "promoted": "exports",
 }
-"""The last of what an asset depends on, in the order of `AFFECTS`."""
+"""Asset → the last mark, in the order of `AFFECTS`, whose parameters it depends on."""
 
 
 @dataclass(frozen=True)
 class Launched:
-    """What a step goes by.
+    """The parameters of a step: the recipe's, with the overrides of the run.
 
     Attributes:
-        config: the recipe's parameters, with those that the run sets in their place.
-        overrides: those that the run sets otherwise than the recipe does, as JSON values.
+        config: the recipe's parameters, with the overrides applied.
+        overrides: parameters that the run sets to other values than the recipe, as JSON values.
         output_path: the recipe's own run folder.
-        options: the recipe's options that the run sets otherwise: how many processes there are.
+        options: the same for the recipe's options, such as the number of processes.
     """
 
     config: TrainingConfig
@@ -47,21 +47,22 @@ class Launched:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def tags(self, kind: Kind) -> dict[str, str]:
-        """Tags of a materialization: the code version of what really ran. An asset whose own is another
-        one is shown as stale."""
-        version, beside = code_version(self.config, kind), self._beside(kind)
-        return {CODE_VERSION: f"{version} {short_digest(beside)}" if beside else version}
+        """Tags of a materialization: the code version of what really ran. With overrides it differs
+        from the asset's own, so that Dagster shows the asset as stale."""
+        version, uncounted = code_version(self.config, kind), self._uncounted(kind)
+        return {CODE_VERSION: f"{version} {short_digest(uncounted)}" if uncounted else version}
 
     @property
     def facts(self) -> dict[str, dg.MetadataValue]:
-        """Metadata of a materialization: the overrides, if there are any."""
+        """Metadata of a materialization: the overrides, if any."""
         given = {**self.overrides, **self.options}
         return {"overrides": dg.MetadataValue.json(given)} if given else {}
 
-    def _beside(self, kind: Kind) -> dict[str, Any]:
-        """The overrides that are in no code version, and by which the asset is not that of its recipe:
-        the assets upstream are those of the recipe's files, and its result lies in the recipe's folder."""
+    def _uncounted(self, kind: Kind) -> dict[str, Any]:
+        """Overrides that change the asset although no code version holds them: other input files
+        than the recipe's, which the assets upstream stand for, or another run folder."""
         last = AFFECTS.index(_LAST[kind])
+        # Parameters that count by value are in the code version already.
         found = {
             name: value
             for name, value in self.overrides.items()
@@ -72,12 +73,12 @@ class Launched:
 
 
 def step_tags(recipe: Recipe) -> dict[str, str]:
-    """Tags of a recipe's steps.
+    """Tags of a recipe's steps, which tell a run whether its recipe has changed since the launch.
 
-    With each run Dagster keeps the tags that its steps had where it was launched: in the UI, or by a
-    schedule, those of the definitions as they were loaded last. They come with jobs and with assets
-    that are picked in the graph. (Tags of a run would be taken over by its re-executions.)
+    Dagster stores them with each run, as they were in the definitions that launched it (in the UI
+    and in schedules: as last loaded). Runs of a job and of picked assets both have them.
     """
+    # Not tags of the run: a re-execution copies those, with the old digest of the recipe.
     return {RECIPE: recipe.name, DIGEST: _digest_of(recipe)}
 
 
@@ -87,15 +88,15 @@ def launched(
     parameters: Parameters,
     launcher: Launcher | None = None,
 ) -> Launched:
-    """What a step of a recipe goes by.
+    """The parameters of a step, after checking that the run may use them.
 
     Args:
-        recipe: as this process has loaded it.
-        launcher: of a step that runs processes.
+        recipe: the recipe as this process loaded it.
+        launcher: the launcher, for a step that runs processes.
 
     Raises:
-        ParameterError: the recipe is not the one that the run was launched with; the run sets
-            parameters and has steps of several recipes; or see `read_config`.
+        ParameterError: the recipe has changed since the run was launched; the run sets parameters
+            but has steps of several recipes; or see `read_config`.
     """
     recipes = _recipes_of(context)
     if recipes is not None and (recipe.name, _digest_of(recipe)) not in recipes:
@@ -106,6 +107,7 @@ def launched(
             "launch a new run",
         )
     given = parameters.given()
+    # A run has one set of parameters, which would silently apply to all of its recipes.
     if given and len(recipes or ()) > 1:
         names = sorted(f"'{name}'" for name, _ in recipes or ())
         raise ParameterError(
@@ -115,17 +117,18 @@ def launched(
             do="launch a run for each recipe, or leave the parameters out and write them into the recipes",
         )
     config = parameters.apply(recipe.config)
+    # A value that equals the recipe's is no override: the Launchpad may send it along.
     before, now = (c.model_dump(mode="json") for c in (recipe.config, config))
     overrides = {name: value for name, value in now.items() if value != before[name]}
-    asked = recipe.options.model_dump(mode="json")
+    of_recipe = recipe.options.model_dump(mode="json")
     given = {} if launcher is None else launcher.given()
-    options = {name: value for name, value in given.items() if value != asked[name]}
+    options = {name: value for name, value in given.items() if value != of_recipe[name]}
     return Launched(config, overrides, recipe.config.output_path, options)
 
 
 def _recipes_of(context: dg.AssetExecutionContext) -> set[tuple[str, str]] | None:
-    """Name and digest of the recipes that a run has steps of, as they were when it was launched; None
-    where Dagster kept no plan of it."""
+    """(name, digest) of each recipe that the run has steps of, as of its launch; None if Dagster
+    stored no execution plan of the run."""
     steps = _tags_of_steps(context.instance, context.run)
     if steps is None:
         return None
@@ -135,7 +138,7 @@ def _recipes_of(context: dg.AssetExecutionContext) -> set[tuple[str, str]] | Non
 def _tags_of_steps(
     instance: dg.DagsterInstance, run: dg.DagsterRun
 ) -> dict[str, Mapping[str, str]] | None:
-    """Name of each step that a run executes → its tags; None where Dagster kept no plan of it."""
+    """Step name → tags, for the steps that a run executes; None if Dagster stored no plan of it."""
     if run.execution_plan_snapshot_id is None:
         return None
     plan = instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id)
@@ -145,12 +148,12 @@ def _tags_of_steps(
 
 @dataclass(frozen=True)
 class Ours:
-    """What of a run is ours: in a team's Dagster there are runs of others, and of assets of both.
+    """Which steps of a run are ours. In a team's Dagster, runs may also have steps of other code.
 
     Attributes:
         recipes: names of the recipes that the run has steps of, sorted.
-        steps: names of its steps that are ours.
-        all: whether all of its steps are.
+        steps: names of our steps.
+        all: whether all steps of the run are ours.
     """
 
     recipes: Sequence[str]
@@ -159,17 +162,18 @@ class Ours:
 
 
 def ours_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Ours:
-    """What of a run is ours, by the tags that its steps had when it was launched."""
+    """Which steps of a run are ours, by the tags that they had when it was launched."""
     steps = _tags_of_steps(instance, run) or {}
-    own = {n for n, tags in steps.items() if RECIPE in tags or OWN.items() <= tags.items()}
+    ours = {n for n, tags in steps.items() if RECIPE in tags or OWN.items() <= tags.items()}
     recipes = sorted({tags[RECIPE] for tags in steps.values() if RECIPE in tags})
-    return Ours(recipes, frozenset(own), bool(own) and len(own) == len(steps))
+    return Ours(recipes, frozenset(ours), bool(ours) and len(ours) == len(steps))
 
 
 def _digest_of(recipe: Recipe) -> str:
-    """Digest of what a recipe makes a run do."""
-    beside = {"description", "retrain", "tags", "retries"}
-    options = recipe.options.model_dump(mode="json", exclude=beside)
+    """Digest of everything in a recipe that decides what a run of it does."""
+    irrelevant = {"description", "retrain", "tags", "retries"}
+    options = recipe.options.model_dump(mode="json", exclude=irrelevant)
+    # Of `retrain` only this one changes the training; the others say when it runs.
     if recipe.options.retrain is not None and recipe.options.retrain.warm_start:
         options["warm_start"] = True
     return short_digest({"parameters": recipe.config.model_dump(mode="json"), "options": options})

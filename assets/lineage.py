@@ -1,7 +1,7 @@
-"""Edges between recipes: one trains from what lies in the run folder of another.
+"""Edges between recipes: one recipe reads files that another one writes into its run folder.
 
-What a recipe reads is known from its parameters alone, before any file is there. Recipes that read from
-each other in a circle have no edges: neither can be made anew before the other.
+Edges follow from the parameters alone, before any file exists. Recipes that read from each other in
+a circle get no edges between them, since Dagster's graph must have no cycle.
 """
 
 import os
@@ -21,10 +21,11 @@ _READ = (
     *("dataset_metadata_path", "validation_metadata_path", "dataset_base_path"),
     *("preset_lora_path", "lora_checkpoint", "resume_from_checkpoint"),
 )
-"""Parameters that name a file or folder that is read. Those of models are assets of their own."""
+"""Parameters that name a file or folder to read. (Models are missing: they are weights assets.)"""
 _TABLES = ("metadata.parquet", "rejected.csv", "long_captions.parquet")
+"""Files of a run folder that the metadata asset writes."""
 _KEPT = (("older",), (".older",))
-"""Folders of a run folder that hold trainings of before: what lies there does not become another one."""
+"""Folders of a run folder with earlier trainings, whose files never change: they give no edge."""
 _VERSIONS, _CURRENT = PurePath(promoted.FOLDER).parts, PurePath(promoted.CURRENT).parts
 
 
@@ -32,10 +33,11 @@ class Lineage:
     """The edges between recipes.
 
     Args:
-        recipes: all that are sound.
+        recipes: all sound recipes.
     """
 
     def __init__(self, recipes: Sequence[Recipe]) -> None:
+        # Real paths: a parameter may reach a run folder through a symbolic link.
         self._owners = {Path(os.path.realpath(r.config.output_path)): r for r in recipes}
         reads: dict[str, set[str]] = {r.name: set() for r in recipes}
         self._found: dict[str, list[tuple[str, str, Kind]]] = {}
@@ -45,6 +47,7 @@ class Lineage:
             places = [self._made_by(path) for entry in models for path in entry.paths]
             reads[recipe.name] |= {owner for _, owner, _ in found}
             reads[recipe.name] |= {place[0] for place in places if place is not None}
+        # (reader, owner), without those that would close a circle.
         self._edges = {
             (reader, owner)
             for reader, owners in reads.items()
@@ -53,7 +56,7 @@ class Lineage:
         }
 
     def upstream(self, recipe: Recipe, kind: Kind) -> list[dg.AssetKey]:
-        """The assets of other recipes that an asset of a recipe is made from."""
+        """The assets of other recipes that this recipe's asset of a kind reads from."""
         kinds = kinds_of(recipe.config)
         keys = [
             asset_key(owner, made)
@@ -63,10 +66,10 @@ class Lineage:
         return list(dict.fromkeys(keys))
 
     def upstream_of_weights(self, entry: ModelEntry, users: Sequence[Recipe]) -> list[dg.AssetKey]:
-        """The assets of recipes that the files of a model are made by.
+        """The recipe assets that make the files of a model, such as a promoted export.
 
         Args:
-            users: the recipes that name the model. One that made it itself leaves no edge.
+            users: the recipes that name the model. There is no edge if one of them makes it itself.
         """
         keys: list[dg.AssetKey] = []
         for owner, made in filter(None, map(self._made_by, entry.paths)):
@@ -75,7 +78,7 @@ class Lineage:
         return list(dict.fromkeys(keys))
 
     def _inputs(self, config: TrainingConfig) -> Iterator[tuple[str, str, Kind]]:
-        """Parameter, recipe and asset of all that a config reads from run folders of recipes."""
+        """(parameter, recipe, asset) for each file that a config reads from a run folder."""
         named = {name: getattr(config, name) for name in _READ}
         for name, path in {**named, "sample_prompts": config.sample_table}.items():
             encoded = name == "dataset_base_path" and config.reads_encoded
@@ -84,22 +87,23 @@ class Lineage:
                 yield name, *place
 
     def _made_by(self, path: str, encoded: bool = False) -> tuple[str, Kind] | None:
-        """The recipe and the asset that a file or folder is made by; None if there is none.
+        """The (recipe, asset) that makes a file or folder; None if no recipe does.
 
         Args:
             encoded: whether it is a folder of encoded samples.
         """
         file = Path(os.path.realpath(path))
-        # The nearest one: a run folder may lie in another.
-        folder = next((each for each in (file, *file.parents) if each in self._owners), None)
+        # The innermost run folder: one may lie in another.
+        folder = next((parent for parent in (file, *file.parents) if parent in self._owners), None)
         if folder is None:
             return None
         place, owner = file.relative_to(folder), self._owners[folder]
         kind = "latents" if encoded else _kind(place)
-        # A folder of weights or pictures may lie in a run folder, or be one.
+        # A user may keep files of their own in a run folder. Only what the trainer writes counts.
         whole = place.parts[:1] in (("samples",), ("exports",))
         written = encoded or whole or is_own(place.as_posix())
-        # A version that is named itself stays the same; behind `current` there is another one later.
+        # A promoted version never changes, so a path to it gives no edge. A path through the link
+        # `current` does: later it leads to another version.
         named = Path(os.path.abspath(path)).parts[-len(place.parts) :] == place.parts
         stays = place.parts[:1] in _KEPT or (place.parts[:2] == _VERSIONS and named)
         made = written and kind in kinds_of(owner.config) and not stays
@@ -107,7 +111,7 @@ class Lineage:
 
 
 def _kind(place: PurePath) -> Kind:
-    """The asset that makes a file, by its path from the run folder."""
+    """The asset that makes a file, by the file's path inside the run folder."""
     if place.name in _TABLES:
         return "metadata"
     if place.parts[:2] in (_VERSIONS, _CURRENT):
@@ -116,21 +120,22 @@ def _kind(place: PurePath) -> Kind:
 
 
 def _readers(parameter: str, kinds: Sequence[Kind]) -> list[Kind]:
-    """The assets of a recipe that read what a parameter names.
+    """The assets of a recipe that read the file that a parameter names.
 
     Args:
-        kinds: those that the recipe has.
+        kinds: the assets that the recipe has.
     """
     affects = MARKS[parameter].affects
     if affects == "rows" and "metadata" in kinds:
         return ["metadata"]
-    # What is encoded with a file does not tell whether it has changed in what only training uses.
+    # Checkpoints too, not only through the latents: the file may change in parts that only the
+    # training uses, and the latents then stay the same.
     found: list[Kind] = ["latents", "checkpoints"] if affects == "latents" else ["checkpoints"]
     return [kind for kind in found if kind in kinds]
 
 
 def _reaches(start: str, end: str, reads: Mapping[str, set[str]]) -> bool:
-    """Whether a recipe reads from another one, or from one that does, or is it."""
+    """Whether recipe `start` reads from recipe `end`, directly or through others, or is it."""
     seen, waiting = {start}, [start]
     while waiting:
         new = reads[waiting.pop()] - seen

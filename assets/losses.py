@@ -1,4 +1,4 @@
-"""The held-out loss of a training, and its hardest samples, as the page of the checkpoints shows them."""
+"""Metadata of the checkpoints asset: the held-out loss, and the samples with the largest losses."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from diffsynth_dagster.run.record import RunRecord
 
 _HARDEST = 24
-"""Samples that are shown."""
+"""How many of the hardest samples are shown."""
 
 
 def held_out_facts(record: "RunRecord") -> dict[str, Any]:
-    """The last measurement, all of them as a table, and their curves; nothing where nothing is held out."""
+    """The held-out losses: the newest, all as a table, and curves; empty if nothing is held out."""
     from diffsynth_dagster.run.events import HeldOutMetrics
 
     if not record.held_out:
         return {}
-    rows = [HeldOutMetrics(**said).row() for said in record.held_out]
+    rows = [HeldOutMetrics(**values).row() for values in record.held_out]
     steps = [row["step"] for row in rows]
     lines = {
         name.replace("_", " "): (steps, [row[name] for row in rows])
@@ -40,26 +40,28 @@ def held_out_facts(record: "RunRecord") -> dict[str, Any]:
 
 
 def hardest_facts(config: "TrainingConfig", changed: list[Path]) -> dict[str, Any]:
-    """The samples with the largest losses, and their pictures; nothing where their losses are not there.
+    """The samples with the largest losses and their pictures; empty without losses per sample.
 
     Args:
-        config: of the training.
-        changed: files that are not as the training left them.
+        config: the config of the training.
+        changed: files that were changed since the training wrote them. They are not read.
     """
     import polars as pl
 
-    from diffsynth_dagster.data.frames import read_parquet
-    from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
-    from diffsynth_dagster.data.table.checked import find_checked
+    from diffsynth_dagster.data.scan import read_parquet
+    from diffsynth_dagster.data.table.checked_table import FILE_NAME as CHECKED
+    from diffsynth_dagster.data.table.checked_table import find_checked
     from diffsynth_dagster.run.record import SAMPLE_LOSSES
 
     losses = Path(config.output_path) / SAMPLE_LOSSES
     checked = find_checked(Path(config.output_path) / CHECKED)
     if losses in changed or not losses.is_file() or checked is None:
         return {}
-    hardest = read_parquet(losses).head(_HARDEST)
+    hardest = read_parquet(losses).head(_HARDEST)  # the file is sorted, hardest first
+    # A semi join first, so that only these few rows of a table of any size are loaded.
     rows = checked.accepted.join(hardest.lazy(), on="row", how="semi").collect()
     rows = hardest.join(rows, on="row", how="inner", maintain_order="left")
+    # Columns with a colon hold what the check found out about a file, such as "image:width".
     texts = [c for c in rows.columns if ":" not in c and rows.schema[c] == pl.String]
     texts = [c for c in texts if c not in ("status", "message", "shape")]
     names = ["row", "difficulty", "visits", *texts]

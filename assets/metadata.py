@@ -1,4 +1,4 @@
-"""`<recipe>/metadata`: the data set's table, every row of it checked."""
+"""`<recipe>/metadata`: reads the data set's table and checks every row and file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ from diffsynth_dagster.config import Recipe, TrainingConfig
 from resources import Parameters
 
 if TYPE_CHECKING:
-    from diffsynth_dagster.data.table.check import CheckedTable
+    from diffsynth_dagster.data.table.validate import CheckedTable
 
 CHECK = "every_row_valid"
 _SHOWN_ROWS = 20
@@ -32,7 +32,7 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
     """The metadata asset of a recipe, with its check.
 
     Args:
-        upstream: the assets that its tables come from.
+        upstream: the recipe's data asset, and assets of other recipes that write its tables.
     """
     key = asset_key(recipe.name, "metadata")
 
@@ -43,7 +43,8 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
         kinds={"polars"},
         description=description(recipe, "The data set's table with every row checked."),
         code_version=code_version(recipe.config, "metadata"),
-        # Before the weights, which nothing orders otherwise: a bad table costs no download.
+        # Metadata and weights do not depend on each other. A high priority runs the metadata first,
+        # so that a bad table fails before the download of the weights.
         op_tags={**step_tags(recipe), "dagster/priority": "10"},
         check_specs=[
             dg.AssetCheckSpec(
@@ -73,23 +74,23 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
             refuse_overlap(config)
             refuse_own_recipe(config, recipe.path)
             require_named(config)
-            if config.dataset_metadata_path is not None:
+            if config.dataset_metadata_path is not None:  # before the look at its files
                 make_data(config)
             seen = look(context, "metadata", ran)
             same = seen.unchanged()
         if same is not None:
             yield same
             return
-        # These import torch.
+        # Only now: these import torch, which takes seconds.
         from diffsynth_dagster.cache.long_captions import count_if_there
         from diffsynth_dagster.weights.identify import guess_model
 
         with user_errors():
             columns = guess_model(config).family.columns
-            own = held_out_config(config)
+            holdout = held_out_config(config)
             with fact_cache_of(config.cache_path) as fact_cache:
                 checked = prepare_data(config, columns, fact_cache, made=True)
-                held_out = None if own is None else prepare_data(own, columns, fact_cache)
+                held_out = None if holdout is None else prepare_data(holdout, columns, fact_cache)
                 long_captions = count_if_there(config, checked, fact_cache)
             refuse_replaced_rows(config, [checked] if held_out is None else [checked, held_out])
             counts = checked.counts
@@ -102,7 +103,7 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
             facts = {
                 **_describe(config, checked, counts),
                 **long_captions_facts(long_captions),
-                **_held_out(held_out),
+                **_held_out_counts(held_out),
                 **ran.facts,
             }
             version = _version(checked, held_out)
@@ -119,34 +120,37 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
 
 
 def _version(checked: "CheckedTable", held_out: "CheckedTable | None") -> dg.DataVersion:
-    """What the rows are, and those that are held out as a table of their own."""
+    """Digest of the content of all rows, with those of the held-out table if there is one."""
     from diffsynth_dagster.data.digests import digest_rows
     from diffsynth_dagster.facts import digest_of
 
     tables = [checked] if held_out is None else [checked, held_out]
-    digests = [digest_rows(each.rows.select(contents_of(each))) for each in tables]
+    digests = [digest_rows(table.rows.select(contents_of(table))) for table in tables]
     return dg.DataVersion(digests[0] if held_out is None else digest_of(digests))
 
 
-def _held_out(held_out: "CheckedTable | None") -> dict[str, int]:
-    """How many rows of a held-out table are of each status."""
+def _held_out_counts(held_out: "CheckedTable | None") -> dict[str, int]:
+    """How many rows of the held-out table have each status."""
     counts = {} if held_out is None else held_out.counts
     return {f"held_out/{status}": count for status, count in counts.items()}
 
 
 def contents_of(checked: "CheckedTable") -> list[str]:
-    """The columns that say what the rows are, wherever and since when their files lie."""
+    """The columns that make up the content of the rows: not where their files are, nor how old."""
     import polars as pl
 
     schema = checked.rows.collect_schema()
-    # Where no file of a column is read in a way of its own, the rows are what they always were.
-    told = [c for c in schema if c.endswith((":shown", ":reading"))]
-    listed = [c for c in told if schema[c] == pl.List]
-    some = [pl.col(c).list.drop_nulls().list.len().sum() > 0 for c in listed]
-    some += [pl.col(c).is_not_null().any() for c in told if c not in listed]
-    found = checked.rows.select(some).collect(engine="streaming").row(0, named=True) if some else {}
+    # These two columns came later. They count only where they hold a value, so that tables without
+    # one keep the data version that they had before.
+    optional = [c for c in schema if c.endswith((":shown", ":reading"))]
+    listed = [c for c in optional if schema[c] == pl.List]
+    filled = [pl.col(c).list.drop_nulls().list.len().sum() > 0 for c in listed]
+    filled += [pl.col(c).is_not_null().any() for c in optional if c not in listed]
+    has_values: dict[str, bool] = {}
+    if filled:
+        has_values = checked.rows.select(filled).collect(engine="streaming").row(0, named=True)
     places = (":path", ":size", ":modified", ":transparent")
-    return [c for c in schema if not c.endswith(places) and found.get(c, True)]
+    return [c for c in schema if not c.endswith(places) and has_values.get(c, True)]
 
 
 def _check(
@@ -155,29 +159,29 @@ def _check(
     held_out: "CheckedTable | None",
     warnings: list[str],
 ) -> dg.AssetCheckResult:
-    """The result of the check.
+    """The result of the check. It passes if both tables have few enough rejected rows.
 
     Args:
-        warnings: of the table that is trained on.
+        warnings: the warnings about `checked`, with those that need more than the table.
     """
     tables = [checked] if held_out is None else [checked, held_out]
-    rows = sum(sum(each.counts.values()) for each in tables)
-    accepted = sum(each.counts.get("ok", 0) for each in tables)
+    rows = sum(sum(table.counts.values()) for table in tables)
+    accepted = sum(table.counts.get("ok", 0) for table in tables)
     allowed = config.max_rejected_fraction
     return dg.AssetCheckResult(
         check_name=CHECK,
-        passed=all(each.is_accepted(allowed) for each in tables),
+        passed=all(table.is_accepted(allowed) for table in tables),
         description="\n".join(
-            _verdict(each, allowed, warnings if each is checked else each.warnings())
-            for each in tables
+            _verdict(table, allowed, warnings if table is checked else table.warnings())
+            for table in tables
         ),
         metadata={"rejected_rows": rows - accepted, "rows": rows},
     )
 
 
 def _verdict(checked: "CheckedTable", allowed: float, warnings: list[str]) -> str:
-    """What was found in a table, in numbers; if it is refused, with its first rejected rows."""
-    from diffsynth_dagster.data.table.check import MEND_ROWS
+    """The check's text for one table: counts, then warnings or the first rejected rows."""
+    from diffsynth_dagster.data.table.validate import MEND_ROWS
     from diffsynth_dagster.errors import printable
 
     summary = checked.summary(allowed)
@@ -206,10 +210,7 @@ def _describe(
 
 
 def _files(checked: "CheckedTable") -> list[Shown]:
-    """Files to show, those of rejected rows first: images, and a strip of frames of each clip.
-
-    A clip whose row is rejected may not be safe to decode and is left out.
-    """
+    """The files of the contact sheet, rejected rows first."""
     files: list[Shown] = []
     for rows, accepted in ((checked.rejected, False), (checked.accepted, True)):
         files += files_of_rows(rows.head(_SHOWN_PICTURES).collect(), accepted)
@@ -227,5 +228,6 @@ def _markdown(checked: "CheckedTable", counts: dict[str, int]) -> str:
         part.select(columns).head(_SHOWN_ROWS) for part in (checked.rejected, checked.accepted)
     ]
     rows = pl.concat(parts).head(_SHOWN_ROWS).collect()
+    # From the counts, since counting the rows of a lazy table would read it once more.
     more = sum(counts.values()) - rows.height
     return markdown(columns, rows.iter_rows()) + (f"\n\nand {more} more" if more > 0 else "")

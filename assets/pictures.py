@@ -1,4 +1,4 @@
-"""Pictures and animations small enough to lie in the event log."""
+"""Pictures and animations that are small enough for Dagster's event log."""
 
 import base64
 import io
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_BYTES = 70_000
-"""Of the image file: base64 makes it a third larger, and one event should stay below 100 KB."""
+"""Largest image file. Base64 makes it a third larger, and one event should stay below 100 KB."""
 MAX_ANIMATION_BYTES = 400_000
-"""Of an animation, which needs more. The page of an asset's events loads many events at once."""
+"""Largest animation. It needs more room, but an asset's page loads many events at once."""
 MAX_ANIMATION_FRAMES = 240
 _ANIMATION_WIDTH, _ANIMATION_COLUMNS = 640, 4
 _BORDER = 2
@@ -24,7 +24,7 @@ _LINES = ("#1f4e9c", "#d0651b", "#3b8a3e")
 
 
 def inline(image: "Image") -> dg.MarkdownMetadataValue:
-    """An image inside markdown: PNG if that is small enough, else a JPEG that is."""
+    """An image inside markdown: a PNG, or if that is too large a JPEG that fits."""
     kind, data = next(item for item in _encodings(image) if len(item[1]) <= MAX_BYTES)
     return _markdown(kind, data)
 
@@ -35,6 +35,7 @@ def _markdown(kind: str, data: bytes) -> dg.MarkdownMetadataValue:
 
 
 def _encodings(image: "Image") -> Iterator[tuple[str, bytes]]:
+    """(format, file content), each smaller than the one before, without end."""
     yield "png", _encoded(image, format="PNG", optimize=True)
     smaller = image.convert("RGB")
     while True:
@@ -54,8 +55,8 @@ class Shown:
     """A file on a contact sheet.
 
     Attributes:
-        accepted: whether its row is: a rejected one gets a red frame.
-        frames: which frames of a video are shown, side by side; None for an image.
+        accepted: whether its row was accepted; a file of a rejected row gets a red border.
+        frames: indices of the frames of a video to show side by side; None for an image.
     """
 
     path: Path
@@ -64,10 +65,11 @@ class Shown:
 
 
 def contact_sheet(files: Sequence[Shown], side: int = 96, columns: int = 8) -> "Image | None":
-    """Thumbnails of files, row by row; None when no file can be opened.
+    """Thumbnails of files, row by row; None if no file can be opened.
 
     Args:
-        side: of a thumbnail in pixels.
+        side: width and height of a thumbnail in pixels.
+        columns: thumbnails in a row.
     """
     from PIL import Image
 
@@ -82,11 +84,13 @@ def contact_sheet(files: Sequence[Shown], side: int = 96, columns: int = 8) -> "
             else:
                 images = read_frames(file.path, file.frames, most_side=side)
         except (*IMAGE_ERRORS, MemoryError, Image.DecompressionBombWarning):
-            continue  # its row says why it cannot be opened, or memory is short
+            # An unreadable file is why its row was rejected: the row says so already. And a short
+            # memory is no reason to fail the metadata for the sake of a picture.
+            continue
         thumbnails += [_thumbnail(image, side, file.accepted) for image in images]
     if not thumbnails:
         return None
-    rows = -(-len(thumbnails) // columns)
+    rows = -(-len(thumbnails) // columns)  # rounded up
     sheet = Image.new("RGB", (min(columns, len(thumbnails)) * side, rows * side), "white")
     for index, cell in enumerate(thumbnails):
         sheet.paste(cell, (index % columns * side, index // columns * side))
@@ -94,9 +98,9 @@ def contact_sheet(files: Sequence[Shown], side: int = 96, columns: int = 8) -> "
 
 
 def animation(clips: Sequence[Path]) -> dg.MarkdownMetadataValue | None:
-    """Clips of one size side by side, as long as the shortest; None when there are none.
+    """Clips of one size side by side, cut to the shortest; None if there are no clips.
 
-    A WebP, which plays without sound: Dagster's pages take only images out of markdown, no video.
+    The result is a WebP without sound: in markdown, Dagster's pages show images but no video.
     """
     from diffsynth_dagster.training.clips import read_frames
     from diffsynth_dagster.training.sampling import grid
@@ -107,6 +111,7 @@ def animation(clips: Sequence[Path]) -> dg.MarkdownMetadataValue | None:
     columns = min(len(found), _ANIMATION_COLUMNS)
     films = [read_frames(clip, most_width=_ANIMATION_WIDTH // columns) for clip in found]
     frames = [grid(together, columns) for together in zip(*(f.frames for f in films), strict=False)]
+    # Long clips: take every n-th frame and show it n times as long.
     step = -(-len(frames) // MAX_ANIMATION_FRAMES)
     rate = films[0].frame_rate
     assert rate is not None, "a video file has a frame rate"
@@ -114,12 +119,17 @@ def animation(clips: Sequence[Path]) -> dg.MarkdownMetadataValue | None:
 
 
 def _film(frames: "Sequence[Image]", milliseconds: int) -> bytes:
-    """An endless WebP within the bound: smaller frames where it needs them."""
+    """An endless WebP of at most `MAX_ANIMATION_BYTES`; frames are scaled down until it fits.
+
+    Args:
+        milliseconds: how long each frame is shown.
+    """
     first, *others = frames
     options: dict[str, Any] = {"format": "WEBP", "save_all": True, "loop": 0, "quality": 70}
     data = _encoded(first, append_images=others, duration=milliseconds, **options)
     if len(data) <= MAX_ANIMATION_BYTES:
         return data
+    # The file's size grows about with the area of its frames. At most 0.9, so that this ends.
     scale = min(0.9, (MAX_ANIMATION_BYTES / len(data)) ** 0.5)
     side = max(1, int(first.width * scale)), max(1, int(first.height * scale))
     return _film([frame.resize(side) for frame in frames], milliseconds)
@@ -128,7 +138,7 @@ def _film(frames: "Sequence[Image]", milliseconds: int) -> bytes:
 def _thumbnail(image: "Image", side: int, accepted: bool) -> "Image":
     from PIL import Image, ImageDraw
 
-    image.thumbnail((side, side))
+    image.thumbnail((side, side))  # keeps the proportions; the rest of the cell stays white
     cell = Image.new("RGB", (side, side), "white")
     cell.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     if not accepted:
@@ -137,7 +147,7 @@ def _thumbnail(image: "Image", side: int, accepted: bool) -> "Image":
 
 
 def stacked(titled: Sequence[tuple[str, Path]]) -> "Image | None":
-    """Image files one below the other, each under its title; None when there are none."""
+    """Image files stacked vertically, each under its title; None if no file exists."""
     from PIL import Image, ImageDraw
 
     parts: list[tuple[str, Image.Image]] = []
@@ -147,7 +157,7 @@ def stacked(titled: Sequence[tuple[str, Path]]) -> "Image | None":
                 parts.append((title, image.convert("RGB")))
     if not parts:
         return None
-    line = 14
+    line = 14  # pixels: Pillow's default font, with a margin
     width = max(image.width for _, image in parts)
     sheet = Image.new("RGB", (width, sum(image.height + line for _, image in parts)), "white")
     draw, top = ImageDraw.Draw(sheet), 0
@@ -159,8 +169,8 @@ def stacked(titled: Sequence[tuple[str, Path]]) -> "Image | None":
 
 
 def loss_curve(metrics: Path) -> "Image | None":
-    """The loss of each step and its running mean, from `metrics.csv`; None without a step."""
-    from diffsynth_dagster.data.frames import read_csv
+    """A plot of the loss and its running mean, from `metrics.csv`; None without a step."""
+    from diffsynth_dagster.data.scan import read_csv
 
     if not metrics.is_file():
         return None
@@ -176,16 +186,17 @@ def loss_curve(metrics: Path) -> "Image | None":
 def curves(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], pale: str | None = None
 ) -> "Image":
-    """Losses over steps.
+    """A plot of losses over steps.
 
     Args:
-        lines: name → steps, and losses. An empty name is not shown.
-        pale: name of a line in the background.
+        lines: name → (steps, losses). A line with an empty name is not in the legend.
+        pale: name of a line to draw pale, in the background.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image
 
+    # Not pyplot: it keeps every figure in a global list, which a long-lived process would fill.
     figure = Figure(figsize=(7, 3), dpi=90, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()

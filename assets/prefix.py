@@ -1,4 +1,4 @@
-"""What stands before everything that is made of a folder of recipes, in the code location of others."""
+"""The prefix of all keys and names of a folder of recipes, for a team's own Dagster project."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from diffsynth_dagster.errors import ParameterError
 
 @dataclass(frozen=True)
 class Prefix:
-    """A prefix of keys and names. Without parts it changes nothing.
+    """A prefix of keys and names. An empty one changes nothing.
 
     Attributes:
         parts: the first parts of each key.
@@ -22,10 +22,10 @@ class Prefix:
 
     @classmethod
     def of(cls, given: str | Sequence[str] | None) -> "Prefix":
-        """A prefix as it is given to Dagster: one part, several, or none.
+        """A prefix from what the user gives: one part, several, or none.
 
         Raises:
-            ParameterError: a part has other characters than letters, digits and '_'.
+            ParameterError: a part has characters other than letters, digits and '_'.
         """
         parts = (given,) if isinstance(given, str) else tuple(given or ())
         for part in parts:
@@ -38,34 +38,39 @@ class Prefix:
         return cls(parts)
 
     def key(self, key: dg.AssetKey) -> dg.AssetKey:
-        """The key of an asset: `vision/demo/exports`."""
+        """An asset key with the prefix: `vision/demo/exports`."""
         return key.with_prefix(self.parts) if self.parts else key
 
     def name(self, name: str) -> str:
-        """The name of a job, schedule, sensor or group: `vision_train_demo`."""
+        """The name of a job, schedule, sensor or group with the prefix: `vision_train_demo`."""
         return "_".join([*self.parts, name])
 
     def step(self, key: dg.AssetKey) -> str:
-        """The name of the step that makes an asset, by the key that it has without the prefix."""
+        """The name of the step that makes an asset: `vision__demo__exports`.
+
+        Args:
+            key: the asset's key without the prefix.
+        """
         return self._step(key.to_python_identifier())
 
     def assets(self, assets: Sequence[dg.AssetsDefinition]) -> list[dg.AssetsDefinition]:
-        """All assets of a folder of recipes, with the edges between them and their checks."""
+        """The assets with the prefix in their keys, groups, steps, dependencies and checks."""
         if not self.parts:
             return list(assets)
-        keys = {key: self.key(key) for each in assets for key in each.keys}
-        return [self._asset(each.with_attributes(asset_key_replacements=keys)) for each in assets]
+        keys = {key: self.key(key) for asset in assets for key in asset.keys}
+        # Not `map_asset_specs`, which refuses to change keys. This changes them in dependencies and
+        # checks as well.
+        return [self._renamed(a.with_attributes(asset_key_replacements=keys)) for a in assets]
 
     def selection(self, keys: Iterable[dg.AssetKey]) -> dg.AssetSelection:
-        """Assets by the keys that they have without the prefix."""
+        """A selection of assets, by their keys without the prefix."""
         return dg.AssetSelection.assets(*map(self.key, keys))
 
     def _step(self, name: str) -> str:
         return "__".join([*self.parts, name])
 
-    def _asset(self, asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
-        """An asset with its group and its step renamed: names of steps must differ in a code location,
-        and Dagster makes them of the keys that assets had first."""
+    def _renamed(self, asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
+        """An asset with its group and its step renamed."""
         asset = asset.map_asset_specs(
             lambda spec: spec.replace_attributes(group_name=self.name(spec.group_name or "default"))
         )
@@ -73,5 +78,7 @@ class Prefix:
         op: Any = attributes["node_def"]
         if op is None:
             return asset
+        # Dagster named the step after the first key of the asset. Step names must be unique in a
+        # code location, so two folders of recipes with different prefixes would clash.
         renamed = op.with_replaced_properties(name=self._step(op.name))
         return type(asset).dagster_internal_init(**{**attributes, "node_def": renamed})

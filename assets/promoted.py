@@ -1,4 +1,4 @@
-"""`<recipe>/promoted`: the export that others use. A worse one does not take its place."""
+"""`<recipe>/promoted`: the export that others use. A new one takes its place unless it is worse."""
 
 import math
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class PromotedConfig(dg.Config):
 
 
 def make_promoted(recipe: Recipe) -> dg.AssetsDefinition:
-    """The promoted export of a recipe, with its check."""
+    """The promoted asset of a recipe, with its check."""
     key = asset_key(recipe.name, "promoted")
 
     @dg.asset(
@@ -72,20 +72,21 @@ def make_promoted(recipe: Recipe) -> dg.AssetsDefinition:
             ran = launched(context, recipe, diffsynth_parameters)
             outcome = _promote(recipe, ran.config, config)
             check = _check(outcome, Path(ran.config.output_path), context.asset_key)
-        said = f"{outcome.what}: {outcome.why}"
+        text = f"{outcome.what}: {outcome.why}"
         if outcome.unfinished:
-            context.log.warning(said)
+            context.log.warning(text)
         elif outcome.what == "kept":
-            context.log.warning(f"{said}; {_to_promote(context.asset_key)}")
+            context.log.warning(f"{text}; {_to_promote(context.asset_key)}")
         else:
-            context.log.info(said)
+            context.log.info(text)
         tags = ran.tags("promoted")
         tags[CODE_VERSION] = _version(recipe, tags[CODE_VERSION])
-        if outcome.unfinished:  # as the exports are
+        # Stale until the training is finished, like the exports: see there.
+        if outcome.unfinished:
             tags = {CODE_VERSION: "unfinished"}
         yield dg.MaterializeResult(
             metadata={**_describe(outcome, Path(ran.config.output_path)), **ran.facts},
-            # What is made from it is stale when the version changes, and not before.
+            # The current version: what is made from it becomes stale only when that changes.
             data_version=dg.DataVersion(outcome.current.version),
             tags=tags,
             check_results=[check],
@@ -96,12 +97,12 @@ def make_promoted(recipe: Recipe) -> dg.AssetsDefinition:
 
 
 def _version(recipe: Recipe, version: str) -> str:
-    """A code version with the margin: with another one, what was refused may be promoted."""
+    """A code version with the margin: with another one a refused export may be promoted."""
     return f"{version} {recipe.options.promote_margin:g}"
 
 
 def _promote(recipe: Recipe, config: TrainingConfig, asked: PromotedConfig) -> "Outcome":
-    """Promote the export, or roll back. Raises `OutputError`."""
+    """Promote the export, or roll back to the version that is asked for. Raises `OutputError`."""
     from diffsynth_dagster.export.promote import promote, roll_back
     from diffsynth_dagster.facts import fact_cache_of
 
@@ -115,22 +116,22 @@ def _promote(recipe: Recipe, config: TrainingConfig, asked: PromotedConfig) -> "
 
 
 def _check(outcome: "Outcome", folder: Path, key: dg.AssetKey) -> dg.AssetCheckResult:
-    """How the new export compares with the promoted one."""
+    """The result of the check: it fails if the new export was refused as worse."""
     from diffsynth_dagster.errors import OutputError
 
-    said = f"{outcome.what}: {outcome.why}"
+    text = f"{outcome.what}: {outcome.why}"
     if outcome.what == "refused":
         error = OutputError(
             f"the new export is not promoted: {outcome.why}",
             where=f"{folder.absolute()}; version {outcome.current.version} stays the current one",
             do=f"change the recipe, and train again; or, {_to_promote(key)}",
         )
-        said = str(error)
+        text = str(error)
     verdict = outcome.verdict
     return dg.AssetCheckResult(
         check_name=CHECK,
         passed=outcome.what != "refused",
-        description=said,
+        description=text,
         metadata={} if verdict is None else _compared(verdict),
     )
 
@@ -152,12 +153,12 @@ def _compared(verdict: "Verdict") -> dict[str, dg.MetadataValue]:
 
 
 def _describe(outcome: "Outcome", folder: Path) -> dict[str, dg.MetadataValue]:
-    """The current version, and what became of the export."""
+    """Metadata: the current version, and what was done with the new export."""
     from diffsynth_dagster.promoted import CURRENT, promoted_versions
 
     current = outcome.current
     checkpoint = (folder / CURRENT / next(iter(current.checkpoints))).absolute()
-    kept = reversed(promoted_versions(folder))
+    kept = reversed(promoted_versions(folder))  # the current one first
     return {
         "what_happened": dg.MetadataValue.text(outcome.what),
         "why": dg.MetadataValue.text(outcome.why),
@@ -168,18 +169,18 @@ def _describe(outcome: "Outcome", folder: Path) -> dict[str, dg.MetadataValue]:
         **{name: _number(number.value) for name, number in current.numbers.items()},
         "versions": table(
             {
-                "version": each.version,
-                "promoted": each.promoted,
-                "rolled back": each.rolled_back or "",
-                **{name: str(number.value) for name, number in each.numbers.items()},
+                "version": version.version,
+                "promoted": version.promoted,
+                "rolled back": version.rolled_back or "",
+                **{name: str(number.value) for name, number in version.numbers.items()},
             }
-            for each in kept
+            for version in kept
         ),
     }
 
 
 def _number(value: float) -> dg.MetadataValue:
-    """A number as it is plotted; as text where it is none: JSON has no word for it."""
+    """A number as metadata that is plotted; NaN and infinity as text, which JSON cannot write."""
     if math.isfinite(value):
         return dg.MetadataValue.float(value)
     return dg.MetadataValue.text(str(value))

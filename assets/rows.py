@@ -1,4 +1,4 @@
-"""Rows of a checked table as they are shown: their texts, and pictures of their files."""
+"""Shows rows of a checked table in the UI: their texts as markdown, and which files to picture."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,35 +22,44 @@ def files_of_rows(rows: "DataFrame", accepted: bool) -> list[Shown]:
     """The files of rows: images, and a strip of frames of each clip.
 
     Args:
-        accepted: whether the rows are. A clip of another row may not be safe to decode and is left out.
+        accepted: whether the rows are accepted. Clips of rejected rows are left out, since they may
+            not be safe to decode.
     """
     files: list[Shown] = []
     columns = [c.removesuffix(":path") for c in rows.columns if c.endswith(":path")]
     for row in rows.iter_rows(named=True):
         for column in columns:
             if isinstance(row.get(f"{column}:seconds"), float):
-                continue  # sound
+                continue  # sound has no picture
+            # A column may hold a list of files in each row, such as several edit images.
             many = isinstance(row[f"{column}:path"], list)
             parts = [row[f"{column}:{part}"] for part in ("path", "frames", "stride", "shown")]
-            for path, frames, stride, taken in zip(*parts, strict=True) if many else [parts]:
+            for path, frames, stride, indices in zip(*parts, strict=True) if many else [parts]:
                 is_clip = (frames or 1) > 1
                 if path is not None and (accepted or not is_clip):
-                    shown = _frames(frames, stride, taken) if is_clip else None
+                    shown = _frames(frames, stride, indices) if is_clip else None
                     files.append(Shown(Path(path), accepted, shown))
     return files
 
 
-def _frames(count: int, stride: float, taken: list[int] | None) -> tuple[int, ...]:
-    """The frames of a strip: the first, the last, and evenly between."""
+def _frames(count: int, stride: float, indices: list[int] | None) -> tuple[int, ...]:
+    """The frames of a strip: the first, the last, and evenly spaced ones between them.
+
+    Args:
+        count: frames of the sample, at least 2.
+        stride: frames of the file for each frame of the sample.
+        indices: the file's frame for each frame of the sample; None if the stride alone decides.
+    """
     from diffsynth_dagster.data.geometry import frame_indices
 
-    taken, shown = taken or frame_indices(count, stride), min(count, _STRIP)
-    return tuple(dict.fromkeys(taken[round(i * (count - 1) / (shown - 1))] for i in range(shown)))
+    indices, shown = indices or frame_indices(count, stride), min(count, _STRIP)
+    # A slowed-down clip shows the same frame of the file several times: once is enough here.
+    return tuple(dict.fromkeys(indices[round(i * (count - 1) / (shown - 1))] for i in range(shown)))
 
 
 def long_captions_facts(found: "LongCaptions | None") -> dict[str, dg.MetadataValue | int]:
-    """How many rows have captions that are longer than the text encoder reads, and the first of them.
-    Nothing where they were not counted."""
+    """Metadata on captions that are longer than the text encoder reads: their number, and the first
+    rows. Empty if they were not counted."""
     if found is None:
         return {}
     facts: dict[str, dg.MetadataValue | int] = {"long_captions": found.count}
@@ -64,11 +73,11 @@ def long_captions_facts(found: "LongCaptions | None") -> dict[str, dg.MetadataVa
 
 
 def markdown(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in markdown.
+    """A markdown table.
 
     Args:
-        names: of the columns.
-        rows: a value for each column.
+        names: the titles of the columns.
+        rows: rows, each with a value for each column.
     """
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
@@ -76,6 +85,6 @@ def markdown(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    """A value as it stands in a table of markdown."""
+    """A value as the text of a table cell: on one line, shortened, without column separators."""
     text = " ".join(str("" if value is None else value).split()).replace("|", "\\|")
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"

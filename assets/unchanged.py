@@ -1,4 +1,8 @@
-"""An asset that would only make again what it made: said at once, from what Dagster knows of the last time."""
+"""Skips the work of an asset whose inputs and outputs are unchanged since its last materialization.
+
+Each materialization is tagged with a digest of all that its step read and left behind (`SEEN`). If
+the digest is still the same, the step returns its last result instead of doing its work.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,26 +16,26 @@ from assets.launched import CODE_VERSION, Launched
 
 if TYPE_CHECKING:
     from diffsynth_dagster.config.entries import ModelEntry
-    from diffsynth_dagster.run.seen import Read, Step
+    from diffsynth_dagster.run.file_states import Read, Step
 
 _Found = TypeVar("_Found")
 SEEN = "diffsynth/seen"
-"""Tag of a materialization: what its step read, and what it left."""
+"""Tag of a materialization: digest of what its step read and left behind."""
 _DATA_VERSION = "dagster/data_version"
 _OF_THAT_RUN = ("trained_because", "resumed_after_step", "moved_to", "overrides")
-"""Metadata that is about the run that made the asset."""
+"""Metadata about the run that made the asset, which a skipped step does not repeat."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a step goes by, looked at before it does anything.
+    """A look at the inputs of a step, taken before the step does anything.
 
     Attributes:
-        read: that; None where it is not known.
-        again: looks once more.
-        left: digest of what the step leaves; raises `NotTheSame` where that is not there.
-        tags: of a materialization: see `Launched.tags`.
-        facts: metadata of a materialization: see `Launched.facts`.
+        read: the inputs; None if they cannot be determined.
+        again: looks at the inputs once more.
+        left: returns a digest of the step's output files; raises `NotTheSame` if they are gone.
+        tags: tags of the materialization: see `Launched.tags`.
+        facts: metadata of the materialization: see `Launched.facts`.
     """
 
     context: dg.AssetExecutionContext
@@ -43,8 +47,10 @@ class Look:
 
     @property
     def marked(self) -> Mapping[str, str]:
-        """The tags of a materialization after the step's work, which say what it read and left. For one
-        whose checks have passed."""
+        """The tags of a materialization after the step's work, `SEEN` included. Only for one whose
+        checks passed: a failed check must be repeated."""
+        # Looked at again: if an input changed while the step worked, nobody knows which one it
+        # read. (Files that the step itself made, such as downloads, may have been added.)
         read, now = self.read, _known(self.again)
         if read is None or now is None or not read.has_grown_to(now):
             return self.tags
@@ -59,7 +65,8 @@ class Look:
         return {**self.tags, SEEN: digest_of([read.digest, left])[:32]}
 
     def unchanged(self) -> dg.MaterializeResult | None:
-        """The result of the last time, if all that was read and left is as it was, and its checks passed."""
+        """The result of the last materialization, if the step's inputs and outputs are unchanged
+        and its checks passed; else None."""
         event = self.context.instance.get_latest_materialization_event(self.context.asset_key)
         made = None if event is None else event.asset_materialization
         if event is None or made is None or self.read is None or SEEN not in (made.tags or {}):
@@ -80,7 +87,11 @@ class Look:
         )
 
     def _checks(self, run: str) -> list[dg.AssetCheckResult] | None:
-        """The results of the asset's checks in a run, as results of this one; None unless all passed."""
+        """The check results of an earlier run, to be reported again; None unless all passed.
+
+        Args:
+            run: id of the earlier run.
+        """
         storage = self.context.instance.event_log_storage
         results: list[dg.AssetCheckResult] = []
         for spec in self.context.assets_def.check_specs:
@@ -88,25 +99,27 @@ class Look:
                 spec.key, limit=1, status={AssetCheckExecutionRecordStatus.SUCCEEDED}
             )
             event = found[0].event if found else None
+            # A check that another run evaluated may be about other files.
             if event is None or event.run_id != run or event.dagster_event is None:
                 return None
-            said: Any = event.dagster_event.event_specific_data
+            evaluation: Any = event.dagster_event.event_specific_data
             results.append(
                 dg.AssetCheckResult(
                     check_name=spec.name,
                     passed=True,
-                    description=said.description,
-                    metadata=said.metadata,
+                    description=evaluation.description,
+                    metadata=evaluation.metadata,
                 )
             )
         return results
 
 
 def _shown(metadata: Any) -> dict[str, Any]:
-    """The metadata of the last time, as this one's: nothing was encoded or trained."""
+    """The last metadata, changed to say that this run encoded and trained nothing."""
     kept = {name: value for name, value in metadata.items() if name not in _OF_THAT_RUN}
     if "trained_in_this_run" in kept:
         kept["trained_in_this_run"] = dg.MetadataValue.bool(False)
+    # What had to be encoded the last time is in the store now: misses become hits.
     for name in [name for name in kept if name.startswith("misses/")]:
         hits = name.replace("misses/", "hits/")
         kept[hits] = dg.MetadataValue.int(kept[hits].value + kept[name].value)
@@ -117,12 +130,12 @@ def _shown(metadata: Any) -> dict[str, Any]:
 def look(
     context: dg.AssetExecutionContext, step: "Step", ran: Launched, beside: object = None
 ) -> Look:
-    """What a step of a recipe goes by.
+    """Look at the inputs of a step of a recipe.
 
     Args:
-        beside: a JSON value that it goes by beside its parameters and files.
+        beside: a JSON value that counts as an input too, beside the parameters and files.
     """
-    from diffsynth_dagster.run.seen import digest_left, look_at
+    from diffsynth_dagster.run.file_states import digest_left, look_at
 
     def read() -> "Read":
         return look_at(step, ran.config, beside)
@@ -132,22 +145,22 @@ def look(
 
 
 def look_at_weights(context: dg.AssetExecutionContext, entry: "ModelEntry", code: str) -> Look:
-    """What the step of a model goes by.
+    """Look at the files of a weights asset.
 
     Args:
-        code: the code version of its asset.
+        code: the code version of the asset.
     """
-    from diffsynth_dagster.run.seen import look_at_model
+    from diffsynth_dagster.run.file_states import look_at_model
 
     read = partial(look_at_model, entry)
     return Look(context, read(), read, lambda: "", {CODE_VERSION: code}, {})
 
 
-def _known(find_out: Callable[[], _Found]) -> _Found | None:
-    """What a function returns; None where that is not known."""
-    from diffsynth_dagster.run.seen import NotTheSame
+def _known(function: Callable[[], _Found]) -> _Found | None:
+    """What a function returns; None if it raises `NotTheSame`."""
+    from diffsynth_dagster.run.file_states import NotTheSame
 
     try:
-        return find_out()
+        return function()
     except NotTheSame:
         return None

@@ -1,5 +1,5 @@
-"""`weights/<owner>/<repository>/<component>`: the files of one entry of a model list; those of local
-files are named by their path."""
+"""`weights/<owner>/<repository>/<component>`: the files of one entry of a model list. The key of
+local files is made of their path."""
 
 from collections.abc import Sequence
 from math import prod
@@ -26,7 +26,7 @@ _RETRIES = 3
 
 
 class WeightsAssets:
-    """One asset for each distinct entry of the recipes' model lists."""
+    """The weights assets: one for each distinct entry of the recipes' model lists."""
 
     def __init__(self, recipes: Sequence[Recipe], lineage: Lineage) -> None:
         uses: dict[dg.AssetKey, list[tuple[Recipe, ModelEntry]]] = {}
@@ -40,12 +40,12 @@ class WeightsAssets:
 
 
 def weights_key(entry: ModelEntry) -> dg.AssetKey:
-    """The key of an entry of a model list: `weights/Qwen/Qwen-Image/transformer`."""
+    """Key of the asset of an entry of a model list: `weights/Qwen/Qwen-Image/transformer`."""
     return dg.AssetKey([GROUP, *entry.name])
 
 
 def weights_keys(recipe: Recipe) -> list[dg.AssetKey]:
-    """The weights that a recipe uses."""
+    """Keys of the weights assets that a recipe uses."""
     return [weights_key(entry) for entry in named_entries(recipe.config)]
 
 
@@ -53,8 +53,10 @@ def _make_weights(
     key: dg.AssetKey, entry: ModelEntry, recipes: list[Recipe], lineage: Lineage
 ) -> dg.AssetsDefinition:
     users = ", ".join(recipe.name for recipe in recipes)
+    # Only its `cache_path` is used: any recipe that names the weights will do.
     config = recipes[0].config
     again = any(recipe.config.verify_content for recipe in recipes)
+    # Different entries may lead to the same key. The asset is stale when its recipe names another.
     code = f"{VERSIONS['weights']} {mark_of_text(entry.same)}"
 
     @dg.asset(
@@ -74,6 +76,7 @@ def _make_weights(
         if same is not None:
             return same
         with (
+            # A download may fail for minutes: wait 5, 10 and 20 seconds.
             tried_again(context, _RETRIES, RETRY_DELAY_S * 2**context.retry_number),
             user_errors(),
             fact_cache_of(config.cache_path) as fact_cache,
@@ -86,6 +89,7 @@ def _make_weights(
             else:
                 files = model_hub.files(entry)
                 facts = _describe(entry, files)
+                # A config.json beside the weights holds their architecture, so it counts as well.
                 beside = files[0].parent / "config.json"
                 files = [*files, *([beside] if beside.is_file() else [])]
             digests = {path: fact_cache.digest(path, again) for path in files}
@@ -103,10 +107,10 @@ def _make_weights(
 
 
 def _describe(entry: ModelEntry, files: list[Path]) -> dict[str, str | int]:
-    """What the files are, and how many tensors and parameters of which types they hold.
+    """Metadata of weight files: the components that they may be, their tensors and their types.
 
     Raises:
-        WeightsError: a file is damaged, or no component of a supported family.
+        WeightsError: a file is damaged, or not a component of a supported family.
     """
     from diffsynth_dagster.errors import WeightsError
     from diffsynth_dagster.families import each_family
@@ -114,6 +118,7 @@ def _describe(entry: ModelEntry, files: list[Path]) -> dict[str, str | int]:
     from diffsynth_dagster.weights.recognise import components_in
 
     header = read_headers(files)
+    # Families share components, so a file may fit several.
     fits = {
         f"{component.name} of {family.name}": None
         for family in each_family()

@@ -21,10 +21,10 @@ from PIL import Image
 
 from diffsynth_dagster.cache.encode import encode_missing
 from diffsynth_dagster.cache.keys import Keys
-from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.cache.plan_samples import plan_samples
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.media.image import load_sample_image
-from diffsynth_dagster.data.table.check import validate
+from diffsynth_dagster.data.table.validate import validate
 from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model

@@ -24,7 +24,7 @@ from step import SUBJECTS
 from diffsynth_dagster.cache import encode as encoding
 from diffsynth_dagster.cache import shards
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.run.stop import StopSignal
+from diffsynth_dagster.run.signals import StopSignal
 from diffsynth_dagster.train import run
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model

@@ -32,15 +32,15 @@ from diffsynth_dagster.cache.encode import encode_missing
 from diffsynth_dagster.cache.keys import Keys
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.cache.plan_samples import plan_samples
 from diffsynth_dagster.cache.resolve import Samples, resolve
 from diffsynth_dagster.cache.shards import INDEX_SCHEMA, tensor_digest
 from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.digests import digest_column
-from diffsynth_dagster.data.frames import read_parquet, scan_parquet
 from diffsynth_dagster.data.prepare import prepare_data
-from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.checked import read_checked, write_checked
+from diffsynth_dagster.data.scan import read_parquet, scan_parquet
+from diffsynth_dagster.data.table.checked_table import read_checked, write_checked
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.facts import digest_text, fact_cache_of
 from diffsynth_dagster.files import write_tensors
 from diffsynth_dagster.seal import write_sealed

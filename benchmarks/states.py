@@ -18,7 +18,7 @@ import report
 from accelerate.optimizer import AcceleratedOptimizer
 from demo_runs import Timed, training_of, write_digits
 
-from diffsynth_dagster.run.stop import StopSignal
+from diffsynth_dagster.run.signals import StopSignal
 from diffsynth_dagster.train import run
 from diffsynth_dagster.training import optimizer_step, states
 from diffsynth_dagster.training.parallel import Parallel

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import report
 
+from diffsynth_dagster.data.media.clip_frames import open_clip
 from diffsynth_dagster.data.media.decoder_pool import DecoderPool
-from diffsynth_dagster.data.media.shown import open_clip
 from diffsynth_dagster.data.media.video import video_facts
 
 CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")

@@ -1,7 +1,8 @@
 """`python -m diffsynth_dagster.check [FOLDER]`: check all recipes of a folder, as a step of CI.
 
-It looks at what needs no file of the models and no data: what the code location refuses, and what
-`--dry_run --no_files` does. Exit code 0 if all recipes can be used, 1 if one cannot, 2 without a folder.
+It needs neither model files nor data: it makes the checks of the code location and of
+`--dry_run --no_files`. The exit code is 0 if all recipes can be used, 1 if one cannot, and 2 if
+there is no such folder.
 """
 
 import argparse
@@ -15,10 +16,10 @@ from resources import BrokenRecipe, load_recipes, recipes_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check a folder of recipes; prints the mistakes of each.
+    """Check a folder of recipes, print the mistakes of each, and return the exit code.
 
     Args:
-        arguments: of the command line; left out, those of the process.
+        arguments: arguments of the command line; left out: those of the process.
     """
     parser = argparse.ArgumentParser(prog="python -m diffsynth_dagster.check", description=__doc__)
     parser.add_argument(
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refused(recipes: Sequence[Recipe]) -> Iterator[BrokenRecipe]:
-    """The recipes whose training would be refused before it reads a file."""
+    """The recipes that load but whose training would be refused before it reads a file."""
+    # Only now: these import torch.
     from diffsynth_dagster.dry_run import make_plan
     from diffsynth_dagster.training.overlap import refuse_own_recipe
 

@@ -1,4 +1,4 @@
-"""The code location: recipes in, Dagster definitions out."""
+"""The code location of this project: the definitions of the folder of recipes."""
 
 import dagster as dg
 
@@ -7,8 +7,9 @@ from resources import run_executor
 
 
 def make_code_location() -> dg.Definitions:
-    """The recipes in the folder of recipes, and the executor of all runs: also of those with assets that
-    are picked in the graph.
+    """The definitions of the folder of recipes, with our executor for all runs.
+
+    Jobs of recipes already have it. Here it is also for runs of assets that are picked in the UI.
 
     Raises:
         ParameterError: the folder does not exist, or an environment variable has a wrong value.
@@ -16,4 +17,5 @@ def make_code_location() -> dg.Definitions:
     return dg.Definitions.merge(make_definitions(), dg.Definitions(executor=run_executor))
 
 
+# The only `Definitions` at module level: Dagster refuses a module with several.
 definitions = make_code_location()

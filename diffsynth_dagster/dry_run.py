@@ -26,18 +26,18 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import StepOrder, order_of, total_steps
 from diffsynth_dagster.data.prepare import check_data as check_data_files
 from diffsynth_dagster.data.prepare import require_named
-from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.folder import open_folder
 from diffsynth_dagster.data.table.rows import REPEAT, RowSource
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.plan import describe
 from diffsynth_dagster.preflight import check_config, check_data, check_encoded, check_headers
-from diffsynth_dagster.run.goes_on import state_folders
 from diffsynth_dagster.run.record import RunRecord
+from diffsynth_dagster.run.resume_point import state_folders
 from diffsynth_dagster.run.start import start_record
-from diffsynth_dagster.training.dataset import encoded_before
+from diffsynth_dagster.training.encoded_data import encoded_before
 from diffsynth_dagster.training.join import trackers_of
 from diffsynth_dagster.training.periodic import SavePoints
 from diffsynth_dagster.training.resume import require_going_on

@@ -1,6 +1,6 @@
 """Every check before the first step, in order: `CHECKS`. Each says what it needs to know.
 
-Parameters that contradict each other were refused before, when they were read: see `config.checks`.
+Parameters that contradict each other were refused before, when they were read: see `config.validate`.
 Values of weights are checked while they are loaded: see `weights.load`.
 """
 
@@ -17,19 +17,19 @@ from diffsynth_dagster.cache.encoded_for import require_encoded_for
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.sample_rows import require_sample_rows
 from diffsynth_dagster.config.entries import float8_entries
+from diffsynth_dagster.config.family_specific import ParticularParameters
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.config.particular import ParticularParameters
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
-from diffsynth_dagster.data.table.check import CheckedTable, check_columns
+from diffsynth_dagster.data.table.validate import CheckedTable, check_columns
 from diffsynth_dagster.dotted import import_function
 from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families.contract import Part
-from diffsynth_dagster.families.making import guidance_of
+from diffsynth_dagster.families.sampling_types import guidance_of
 from diffsynth_dagster.files import require_space
 from diffsynth_dagster.training.adapters import adapter_shapes
 from diffsynth_dagster.training.checkpoint import check_prefix
-from diffsynth_dagster.training.dataset import require_stored
+from diffsynth_dagster.training.encoded_data import require_stored
 from diffsynth_dagster.training.lora import read_start, start_of
 from diffsynth_dagster.training.lora_formats import check_formats
 from diffsynth_dagster.training.lora_targets import lora_targets

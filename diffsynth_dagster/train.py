@@ -19,9 +19,9 @@ from diffsynth_dagster.config.flags import Arguments, read_arguments
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError, Stopped, UserError
 from diffsynth_dagster.run.failure import process_number, recognised
-from diffsynth_dagster.run.goes_on import say_where_it_goes_on
 from diffsynth_dagster.run.guard import FailureGuard, failure_reporter
-from diffsynth_dagster.run.stop import StopSignal
+from diffsynth_dagster.run.resume_point import say_where_it_goes_on
+from diffsynth_dagster.run.signals import StopSignal
 
 if TYPE_CHECKING:
     from diffsynth_dagster.run.record import RunRecord
@@ -87,7 +87,7 @@ def run_alone(
     from diffsynth_dagster.run.reporting import make_reporter
     from diffsynth_dagster.run.start import start_record
     from diffsynth_dagster.training.batches import StepDataset
-    from diffsynth_dagster.training.dataset import (
+    from diffsynth_dagster.training.encoded_data import (
         checked_table,
         encoded_before,
         encoded_manifest,

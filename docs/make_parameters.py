@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from diffsynth_dagster.config import GROUPS, TrainingConfig
-from diffsynth_dagster.config.kinds import Mark, is_text, mark_of
+from diffsynth_dagster.config.declare import Mark, is_text, mark_of
 from diffsynth_dagster.config.recipe import RecipeOptions
 from diffsynth_dagster.config.retrain import Retrain
 from diffsynth_dagster.families import each_family

@@ -1,4 +1,4 @@
-"""Jobs of the recipes, what starts them by itself, and what looks after their runs."""
+"""The jobs of the recipes, the schedules and sensors that start them, and upkeep of their runs."""
 
 from jobs.failures import make_failure_sensors
 from jobs.retraining import make_retraining

@@ -1,8 +1,8 @@
-"""The sensor that tells of runs that failed, if the environment says to whom.
+"""The sensor that reports failed runs, if an environment variable says where to.
 
-Not Dagster's own sensor for that: it goes on to the next failure when telling one raises, so that a
-failure in a night without network is told to nobody. This one tells it again, later and later, and
-gives up at last.
+Dagster's own run failure sensor is not used: when reporting one failure raises, it goes on with the
+next, so a failure during a night without network would never be reported. This sensor tries again,
+with growing pauses, and gives up after three days.
 """
 
 import json
@@ -20,26 +20,27 @@ from dagster_shared.error import SerializableErrorInfo
 
 from assets.launched import Ours, ours_of
 from assets.prefix import Prefix
-from jobs.telling import VARIABLE, FailedRun, NotTold, Tell, find_listener
+from jobs.notifications import VARIABLE, FailedRun, NotTold, Tell, find_listener
 
 TICK_SECONDS = 30
 FIRST_WAIT, LONGEST_WAIT = 30.0, 3 * 3600.0
-"""Seconds until a failure is told again, each time twice as many."""
+"""Seconds until the first retry of a report, and longest pause. Each pause is twice the last."""
 GIVEN_UP_AFTER = 3 * 24 * 3600.0
-"""The age in seconds of a failure that is told no more."""
+"""Age in seconds of a failure from which on it is not reported any more."""
 _AT_ONCE = 100
+"""Failures that one tick takes up at most."""
 _ENOUGH_SECONDS = 20.0
-"""When a tick leaves the rest to the next one."""
+"""Time after which a tick leaves the rest to the next one: Dagster ends a tick after 60 s."""
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """A failure that is still to be told.
+    """A failure that is not reported yet.
 
     Attributes:
-        failed: when the run failed; as all times here, in seconds since 1970.
-        tries: how often it was tried.
-        next: when it is tried again.
+        failed: when the run failed. All times here are in seconds since 1970.
+        tries: failed attempts so far.
+        next: time of the next attempt.
     """
 
     run_id: str
@@ -50,18 +51,18 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Cursor:
-    """What the sensor remembers from tick to tick.
+    """What the sensor remembers from one tick to the next.
 
     Attributes:
-        after: the event up to which failures were taken up.
-        waiting: those of them that are not told yet, first to last.
+        after: id of the last failure event that was taken up.
+        waiting: failures up to that event that are not reported yet, oldest first.
     """
 
     after: int
     waiting: Sequence[Waiting] = ()
 
     def text(self) -> str:
-        """As Dagster keeps it."""
+        """The cursor as JSON, which is how Dagster stores it."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -76,12 +77,13 @@ def make_failure_sensors(
     jobs: Sequence[str] = (),
     prefix: Prefix = Prefix(),  # noqa: B008 - it does not change
 ) -> list[dg.SensorDefinition]:
-    """The sensor, if there is someone to tell.
+    """The failure sensor in a list, or an empty list if the environment names no listener.
 
     Args:
-        steps: names of the steps that are told of: another folder of recipes has a sensor of its own.
-        jobs: names of jobs whose runs have no steps of a recipe, and are told of as well.
-        prefix: in front of the sensor's name.
+        steps: names of the steps of this folder of recipes. Runs with none of them are not
+            reported, since another folder of recipes has its own sensor.
+        jobs: names of further jobs whose runs are reported although they have no steps of a recipe.
+        prefix: prefix of the sensor's name.
 
     Raises:
         ParameterError: see `find_listener`.
@@ -96,7 +98,11 @@ def make_failure_sensor(
     jobs: Sequence[str] = (),
     prefix: Prefix = Prefix(),  # noqa: B008 - it does not change
 ) -> dg.SensorDefinition:
-    """The sensor that tells of each failed run, exactly once if telling does not raise."""
+    """The sensor that reports each failed run, exactly once unless `tell` raises.
+
+    Args:
+        tell: reports one failure; raises `NotTold` if that did not work.
+    """
 
     @dg.sensor(
         name=prefix.name("tell_failures"),
@@ -107,6 +113,7 @@ def make_failure_sensor(
     def tell_failures(
         context: dg.SensorEvaluationContext,
     ) -> Iterator[dg.SkipReason | DagsterRunReaction]:
+        # The first tick only sets the cursor: failures from before the sensor are not reported.
         if context.cursor is None:
             newest = _failures_after(context.instance, None)
             cursor = Cursor(newest[0].storage_id if newest else -1)
@@ -115,43 +122,45 @@ def make_failure_sensor(
             cursor = _take_up(context.instance, Cursor.read(context.cursor), steps, jobs)
             cursor, reactions = _tell_due(context.instance, cursor, tell)
             yield from reactions or [dg.SkipReason("nothing is to be told now")]
+        # Last, when all reactions are yielded: a tick that dies before is repeated as a whole.
         context.update_cursor(cursor.text())
 
     return tell_failures
 
 
 def _failures_after(instance: dg.DagsterInstance, after: int | None) -> Sequence[dg.EventLogRecord]:
-    """Failures after an event, first to last; or the newest one."""
+    """The failures after an event id, oldest first; with None only the newest failure of all."""
     if after is None:
         return instance.fetch_run_status_changes(dg.DagsterEventType.RUN_FAILURE, limit=1).records
-    wanted = dg.RunStatusChangeRecordsFilter(
+    later = dg.RunStatusChangeRecordsFilter(
         event_type=dg.DagsterEventType.RUN_FAILURE, after_storage_id=after
     )
-    return instance.fetch_run_status_changes(wanted, limit=_AT_ONCE, ascending=True).records
+    return instance.fetch_run_status_changes(later, limit=_AT_ONCE, ascending=True).records
 
 
 def _take_up(
     instance: dg.DagsterInstance, cursor: Cursor, steps: Collection[str], jobs: Sequence[str]
 ) -> Cursor:
-    """The cursor with the failures that came since."""
+    """The cursor with new failures of our runs added."""
     waiting = list(cursor.waiting)
     after = cursor.after
     for record in _failures_after(instance, cursor.after):
         after, entry = record.storage_id, record.event_log_entry
         run = instance.get_run_by_id(entry.run_id)
         old = time.time() - entry.timestamp > GIVEN_UP_AFTER
-        if run is None or old:
+        if run is None or old:  # deleted since, or the sensor was switched off for days
             continue
         if run.job_name not in jobs and ours_of(instance, run).steps.isdisjoint(steps):
             continue
+        # A run may have two failure events. Only the first one counts.
         first = _failure_of(instance, entry.run_id)
-        if first is not None and first.timestamp == entry.timestamp:  # a run may be failed twice
+        if first is not None and first.timestamp == entry.timestamp:
             waiting.append(Waiting(entry.run_id, entry.timestamp))
     return Cursor(after, waiting)
 
 
 def _failure_of(instance: dg.DagsterInstance, run_id: str) -> dg.EventLogEntry | None:
-    """The event by which a run first failed."""
+    """The first failure event of a run."""
     found = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.RUN_FAILURE, limit=1)
     return found.records[0].event_log_entry if found.records else None
 
@@ -159,16 +168,17 @@ def _failure_of(instance: dg.DagsterInstance, run_id: str) -> dg.EventLogEntry |
 def _tell_due(
     instance: dg.DagsterInstance, cursor: Cursor, tell: Tell
 ) -> tuple[Cursor, list[DagsterRunReaction]]:
-    """Tell what is due.
+    """Report the failures that are due.
 
     Returns:
-        what is left, and what Dagster notes of each: on the run that it was told, or the error of the
-        tick. The errors are last: the last one decides how the tick ended.
+        the cursor with the failures that still wait, and a reaction for each attempt: Dagster notes
+        on the run that it was reported, or shows the error at the tick.
     """
     began = time.time()
     left: list[Waiting] = []
-    told: list[DagsterRunReaction] = []
+    reported: list[DagsterRunReaction] = []
     errors: list[DagsterRunReaction] = []
+    # Oldest first: when the time of the tick is up, the newest ones wait.
     for waiting in cursor.waiting:
         if waiting.next > began or time.time() - began > _ENOUGH_SECONDS:
             left.append(waiting)
@@ -181,27 +191,30 @@ def _tell_due(
         except NotTold as error:
             again = _again(waiting, time.time())
             left += [] if again is None else [again]
-            errors.append(_reaction(run, _said(waiting, again, error)))
+            errors.append(_reaction(run, _error_info(waiting, again, error)))
         else:
-            told.append(_reaction(run, None))
-    return Cursor(cursor.after, left), told + errors
+            reported.append(_reaction(run, None))
+    # Errors last: the last reaction decides how Dagster shows the tick.
+    return Cursor(cursor.after, left), reported + errors
 
 
 def _again(waiting: Waiting, now: float) -> Waiting | None:
-    """When a failure that was not told is told again; None where it is given up."""
+    """The failure with the time of its next attempt; None if it is given up."""
     if now - waiting.failed > GIVEN_UP_AFTER:
         return None
+    # At most 20 doublings, so that the power stays a finite number.
     wait = min(FIRST_WAIT * 2.0 ** min(waiting.tries, 20), LONGEST_WAIT)
     return replace(waiting, tries=waiting.tries + 1, next=now + wait)
 
 
-def _said(waiting: Waiting, again: Waiting | None, error: NotTold) -> SerializableErrorInfo:
+def _error_info(waiting: Waiting, again: Waiting | None, error: NotTold) -> SerializableErrorInfo:
+    """The error that Dagster shows at the tick, with the traceback of a user's function."""
     then = "it is told no more"
     if again is not None:
         at = datetime.fromtimestamp(again.next, UTC)
         then = f"it is told again at {at:%H:%M:%S} UTC"
     message = f"the failure of run {waiting.run_id} was not told: {error}; {then}"
-    cause = error.__cause__  # of a function of the user's
+    cause = error.__cause__  # set if a function of the user's raised
     info: Any = None
     if cause is not None and cause.__traceback__ is not None:
         info = serializable_error_info_from_exc_info((type(cause), cause, cause.__traceback__))
@@ -225,7 +238,7 @@ def _failed_run(entry: dg.EventLogEntry, run: dg.DagsterRun, ours: Ours) -> Fail
 
 
 def _reason(entry: dg.EventLogEntry) -> str:
-    """What a person reads first: what the failing step says, else what Dagster does."""
+    """Why a run failed: the message of the first failed step, else Dagster's own."""
     event = entry.dagster_event
     data: Any = None if event is None else event.event_specific_data
     step = data.first_step_failure_event if isinstance(data, JobFailureData) else None
@@ -233,7 +246,8 @@ def _reason(entry: dg.EventLogEntry) -> str:
     if step is not None:
         error = step.step_failure_data.error
         if step.step_failure_data.user_failure_data is None and error is not None:
-            error = error.cause or error  # an error that nobody foresaw, within one of Dagster's
+            # An unexpected exception: Dagster wraps it in an error of its own, which says nothing.
+            error = error.cause or error
     elif isinstance(data, JobFailureData):
         error = data.error
     if error is not None and error.message.strip():

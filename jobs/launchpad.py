@@ -1,7 +1,8 @@
-"""What a job's Launchpad shows: the recipe's values at the first level, and the choices of one run.
+"""The run config of a recipe's job in the Launchpad: flat, with the recipe's values as defaults.
 
-Dagster's own run config lies four levels deep, and does not know the recipe. What is set here otherwise
-than the recipe does goes on to where Dagster has it; so a run with the defaults is one without run config.
+Dagster's own run config is four levels deep and does not show the recipe's values. A
+`ConfigMapping` translates: it puts each value that differs from the recipe where Dagster expects
+it. So a run with all defaults has no overrides.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,11 +28,11 @@ _EXECUTION = "execution"
 
 @dataclass(frozen=True)
 class Option:
-    """A choice of one run beside the parameters.
+    """A choice for one run that is not a parameter of the training.
 
     Attributes:
-        field: its type, its default and its description.
-        path: where Dagster has it in its own run config.
+        field: its type, default and description.
+        path: its keys in Dagster's own run config, outermost first.
     """
 
     field: dg.Field
@@ -39,17 +40,17 @@ class Option:
 
 
 def launch_config(recipe: Recipe, prefix: Prefix = Prefix()) -> dg.ConfigMapping:  # noqa: B008
-    """The run config of a recipe's job: parameters and options, and how it goes on as Dagster's."""
+    """The run config of a recipe's job: its parameters and options, and their translation."""
     values = recipe.config.model_dump(mode="json")
     parameters = {name: _parameter(name, values[name]) for name in overridable()}
     return _mapping(parameters, {**_options_of(recipe, prefix), **_common_options()})
 
 
 def broken_launch_config() -> dg.ConfigMapping:
-    """The run config of the job of a recipe that cannot be used: it shows no parameters.
+    """The run config of a broken recipe's job: it shows no parameters and accepts any.
 
-    It takes anything: a run that was launched when the recipe was sound must come as far as to say what
-    is wrong with it.
+    A run may have been launched with parameters while the recipe was sound. It must start, so that
+    its assets fail with what is wrong in the recipe.
     """
     return _mapping({}, _common_options(), dg.Permissive)
 
@@ -59,6 +60,12 @@ def _mapping(
     options: Mapping[str, Option],
     shape: Callable[[dict[str, dg.Field]], Any] = dg.Shape,
 ) -> dg.ConfigMapping:
+    """The flat config and its translation into Dagster's.
+
+    Args:
+        shape: `dg.Shape` refuses unknown names; `dg.Permissive` accepts them.
+    """
+    # A config mapping replaces the whole run config, so the executor's must be passed on.
     execution = dg.Field(
         dg.Permissive(), is_required=False, description="Config of the executor, as Dagster has it."
     )
@@ -75,6 +82,7 @@ def _mapping(
         for name, option in options.items():
             if flat[name] != option.field.default_value:
                 _put(config, option.path, flat[name])
+        # Only what differs from the recipe: every parameter passed on counts as an override.
         changed = {n: flat[n] for n, field in parameters.items() if flat[n] != field.default_value}
         if changed:
             _put(config, ("resources", PARAMETERS, "config"), as_run_config(changed))
@@ -84,21 +92,22 @@ def _mapping(
 
 
 def _put(config: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Set a value in nested dictionaries, creating those that are missing."""
     for key in path[:-1]:
         config = config.setdefault(key, {})
     config[path[-1]] = value
 
 
 def _options_of(recipe: Recipe, prefix: Prefix) -> dict[str, Option]:
-    """The options that depend on the recipe; those of the launcher have its values as defaults."""
-    own = recipe.options.model_dump()
+    """Options that depend on the recipe. The launcher's have the recipe's values as defaults."""
+    of_recipe = recipe.options.model_dump()
     options: dict[str, Option] = {}
     for name in ("num_processes", "accelerate_config", "grace_seconds"):
         field = Launcher.model_fields[name]
         kind, default = _config_type(name, field.annotation), field.default
-        if own.get(name) is not None:
-            # The launcher takes None for the recipe's.
-            kind, default = _config_type(name, field.annotation, optional=False), own[name]
+        if of_recipe.get(name) is not None:
+            # No None here: to the launcher it means the recipe's value, so it would change nothing.
+            kind, default = _config_type(name, field.annotation, optional=False), of_recipe[name]
         path = ("resources", LAUNCHER, "config", name)
         options[name] = Option(_field(kind, default, field.description), path)
     of_steps: tuple[tuple[Kind, type[dg.Config]], ...] = (
@@ -108,8 +117,9 @@ def _options_of(recipe: Recipe, prefix: Prefix) -> dict[str, Option]:
     for kind, config in of_steps if not recipe.config.encodes_only else ():
         step = prefix.step(asset_key(recipe.name, kind))
         for name, field in config.model_fields.items():
-            taken = _field(_config_type(name, field.annotation), field.default, field.description)
-            options[name] = Option(taken, ("ops", step, "config", name))
+            kind_of_field = _config_type(name, field.annotation)
+            choice = _field(kind_of_field, field.default, field.description)
+            options[name] = Option(choice, ("ops", step, "config", name))
     return options
 
 
@@ -122,7 +132,8 @@ def _common_options() -> Mapping[str, Option]:
 
 
 def _parameter(name: str, value: Any) -> dg.Field:
-    """The field of a parameter with a value as its default. Recipes with the same value share it."""
+    """The config field of a parameter, with the recipe's value as its default."""
+    # Most parameters of a recipe have their usual value. All recipes share the fields of these.
     usual = _usual_parameter(name)
     if value == usual.default_value:
         return usual
@@ -146,17 +157,19 @@ def _field(kind: Any, default: Any, description: str | None) -> dg.Field:
 
 
 def _config_type(name: str, annotation: Any, optional: bool = True) -> Any:
-    """Dagster's type of a parameter: what is not one of the texts of a choice, or no number, is refused
-    before a run is launched. (Dagster has no ranges: those are checked when it starts.)
+    """Dagster's config type for a parameter, so that a wrong choice or type is refused before the
+    launch. (Dagster has no ranges. They are checked when the run starts.)
 
     Args:
-        optional: whether None is taken where the annotation has it.
+        annotation: the parameter's Python type.
+        optional: whether to accept None if the annotation does.
     """
     if annotation in (bool, int, float, str):
         return annotation
     origin, inner = get_origin(annotation), [a for a in get_args(annotation) if a is not NoneType]
     if origin in (Union, UnionType):
         return _union(name, inner, optional and NoneType in get_args(annotation))
+    # Functions, since `inner` suits only the one for this type: the others would fail.
     makers: dict[Any, Callable[[], Any]] = {
         Annotated: lambda: _config_type(name, inner[0]),
         Literal: lambda: _choice(name, inner),
@@ -171,10 +184,11 @@ def _union(name: str, inner: list[Any], optional: bool) -> Any:
     if len(inner) == 1:
         kind = _config_type(name, inner[0])
         return dg.Noneable(kind) if optional else kind
-    if str in inner:  # a text or a list of texts
+    if str in inner:  # one text or a list of texts
         (other,) = (a for a in inner if a is not str)
         return dg.ScalarUnion(str, _config_type(name, other))
-    return dg.Any  # Dagster has no union of scalars, such as a choice or a number
+    # Dagster has no union of two scalars, such as a choice or a number: the run checks the value.
+    return dg.Any
 
 
 def _choice(name: str, values: list[str] | tuple[str, ...]) -> dg.Enum:

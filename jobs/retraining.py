@@ -1,4 +1,4 @@
-"""What trains recipes by itself: the schedules and sensors that `retrain` asks for."""
+"""The schedules and sensors of recipes with `retrain`, which start trainings automatically."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from assets.prefix import Prefix
 from assets.weights import GROUP, weights_keys
 from diffsynth_dagster.config import Recipe
 from diffsynth_dagster.config.retrain import Retrain
-from jobs.settled import make_files_sensor, under_way
+from jobs.file_sensor import make_files_sensor, under_way
 from jobs.training import job_name, run_tags
 from resources import BrokenRecipe
 
 
 @dataclass(frozen=True)
 class Retraining:
-    """What starts runs by itself. All of it is on as soon as the definitions are loaded."""
+    """Schedules and sensors that start runs. All are switched on by default."""
 
     schedules: list[dg.ScheduleDefinition]
     sensors: list[dg.SensorDefinition]
@@ -32,17 +32,19 @@ def make_retraining(
 ) -> Retraining:
     """The schedules and sensors of the recipes.
 
-    - `retrain_<recipe>`: a schedule that trains at each time of the cron, whatever has changed. One that
-      broke has it too, in the place of what it had before, so that its runs fail with the reason.
-    - `changed_<recipe>`: a sensor that makes anew what has changed, at each time of the cron. It has
-      another name, since Dagster keeps the state of both under the name. Each recipe has its own, so
-      that none holds up the others, and so have the weights, which they share.
-    - `files_<recipe>`: a sensor that waits for files to lie still.
+    - `retrain_<recipe>`: a schedule that trains at each time of the cron, whether anything has
+      changed or not. A broken recipe with a cron has one too: its runs fail with the reason.
+    - `changed_<recipe>`: a sensor that remakes what has changed, at each time of the cron. Each
+      recipe has its own, so that a slow one does not delay the others. `changed_weights` does the
+      same for weights, which recipes share.
+    - `files_<recipe>`: a sensor that starts a run when files have changed and then stayed the same.
     """
-    asked = [(recipe, recipe.options.retrain) for recipe in recipes]
+    # Schedules and sensors need different names: Dagster stores the state of both by name, and a
+    # recipe may change from one to the other.
+    settings = [(recipe, recipe.options.retrain) for recipe in recipes]
     schedules = [
         _schedule(recipe.name, retrain, always_config(recipe), prefix)
-        for recipe, retrain in asked
+        for recipe, retrain in settings
         if retrain is not None and retrain.when == "always"
     ]
     for recipe in broken:
@@ -50,7 +52,7 @@ def make_retraining(
         if retrain is not None and retrain.cron is not None:
             schedules.append(_schedule(recipe.name, retrain, {}, prefix))
     sensors: list[dg.SensorDefinition] = []
-    nightly = [recipe for recipe, retrain in asked if retrain is not None and retrain.nightly]
+    nightly = [recipe for recipe, retrain in settings if retrain is not None and retrain.nightly]
     sensors += [_changed_sensor(recipe, prefix) for recipe in nightly]
     weights = list(dict.fromkeys(key for recipe in nightly for key in weights_keys(recipe)))
     if weights:
@@ -65,24 +67,31 @@ def make_retraining(
         )
     sensors += [
         make_files_sensor(recipe, retrain, prefix)
-        for recipe, retrain in asked
+        for recipe, retrain in settings
         if retrain is not None and retrain.files
     ]
     return Retraining(schedules, sensors)
 
 
 def always_config(recipe: Recipe) -> Mapping[str, Any]:
-    """Run config of a recipe's job that trains although nothing has changed."""
+    """Run config of a recipe's job that makes it train even if nothing has changed."""
     return {"retrain": True} if "checkpoints" in kinds_of(recipe.config) else {}
 
 
 def _schedule(
     name: str, retrain: Retrain, config: Mapping[str, Any], prefix: Prefix
 ) -> dg.ScheduleDefinition:
-    assert retrain.cron is not None, "a schedule has times"
+    """The schedule `retrain_<recipe>`.
+
+    Args:
+        name: of the recipe.
+        config: run config of its runs.
+    """
+    assert retrain.cron is not None, "a schedule has a cron"
     job = prefix.name(job_name(name))
 
     def begin(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        # Otherwise a training that outlasts the time between two ticks would pile up runs.
         run = under_way(context.instance, job)
         if run is not None:
             return dg.SkipReason(f"the run {run} of this recipe is not done yet")
@@ -100,7 +109,7 @@ def _schedule(
 
 def _changed_sensor(recipe: Recipe, prefix: Prefix) -> dg.SensorDefinition:
     retrain = recipe.options.retrain
-    assert retrain is not None, "it is nightly"
+    assert retrain is not None, "a nightly recipe has 'retrain'"
     return _automation_sensor(
         recipe.name,
         own_keys(recipe),

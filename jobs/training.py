@@ -1,4 +1,4 @@
-"""`train_<recipe>`: a recipe's assets and the weights they come from."""
+"""`train_<recipe>`: the job that makes a recipe's assets and the weights that it uses."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def job_name(recipe: str) -> str:
-    """Name of the job that trains a recipe."""
+    """Name of a recipe's job, without a prefix."""
     return f"train_{recipe}"
 
 
@@ -30,8 +30,8 @@ def make_jobs(
     broken: Sequence[BrokenRecipe] = (),
     prefix: Prefix = Prefix(),  # noqa: B008 - it does not change
 ) -> "list[AssetJob]":
-    """One job for each recipe: its own assets and the weights they come from. What it reads from other
-    recipes is taken as it is: their jobs train them."""
+    """One job for each recipe, with its assets and weights. Assets of other recipes that it reads
+    are not part of it: their own jobs make them."""
     jobs: list[AssetJob] = []
     for recipe in recipes:
         selection = prefix.selection([*_own_keys(recipe), *weights_keys(recipe)])
@@ -43,13 +43,14 @@ def make_jobs(
 
 
 def _own_keys(recipe: Recipe) -> list[dg.AssetKey]:
-    """What a recipe has of its own. Its files are listed only where that is of use."""
+    """The recipe's assets in its job. `<recipe>/data` is left out without `retrain`, since nobody
+    waits for the listing then."""
     keys, data = own_keys(recipe), data_key(recipe)
     return keys if recipe.options.retrain is not None else [key for key in keys if key != data]
 
 
 def run_tags(recipe: Recipe) -> dict[str, str]:
-    """Tags of the runs that train a recipe, whatever starts them."""
+    """Tags of the runs of a recipe, whether a person, a schedule or a sensor starts them."""
     return dict(recipe.options.tags)
 
 
@@ -66,9 +67,9 @@ def _make_job(
         description=recipe.options.description if sound else str(recipe.error),
         config=config,
         tags=run_tags(recipe) if sound else None,
-        # Not in the code location, where it would run the assets of others too. The steps of a recipe
-        # form a line, and what is heavy in them runs in processes of its own: a process for each step
-        # would only add seconds, and a generation between whoever kills a run and the training that
-        # must die with it.
+        # Set on the job, not in `Definitions`, where it would also apply to other people's assets.
+        # In-process, since the steps of a recipe form a line and their heavy work runs in processes
+        # of its own. A process for each step would only add seconds, and one more process between
+        # whoever kills a run and the training that must die with it.
         executor_def=run_executor,
     )

@@ -1,4 +1,4 @@
-"""The job that deletes runs of long ago, so that what Dagster keeps of nights does not grow for ever."""
+"""The job that deletes old runs, so that Dagster's database and logs do not grow without end."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -29,11 +29,12 @@ _FINISHED = [
     dg.DagsterRunStatus.CANCELED,
 ]
 _ROOT_RUN = "dagster/root_run_id"
+"""Dagster's tag on a re-execution: the id of the run that it repeats."""
 
 
 @dataclass(frozen=True)
 class Upkeep:
-    """Definitions that keep what Dagster remembers in bounds; none where that is switched off."""
+    """The job that deletes old runs and its schedule; both empty if that is switched off."""
 
     jobs: list[dg.JobDefinition]
     schedules: list[dg.ScheduleDefinition]
@@ -41,11 +42,11 @@ class Upkeep:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """What came of one deletion.
+    """The result of `forget_runs`.
 
     Attributes:
         deleted: ids of the runs that were deleted.
-        kept: ids of older runs of ours that hold the newest of something.
+        kept: ids of old runs that are still needed; see `forget_runs`.
     """
 
     deleted: list[str]
@@ -53,14 +54,15 @@ class Forgotten:
 
 
 def keep_days() -> int:
-    """For how many days finished runs are kept; 0 is for ever.
+    """How many days finished runs are kept; 0 means for ever.
 
     Raises:
-        ParameterError: the environment variable is no whole number from 0 on.
+        ParameterError: the environment variable is not a whole number of at least 0.
     """
     given = os.environ.get(VARIABLE, "").strip()
     if not given:
         return KEEP_DAYS
+    # With more digits, the date before which runs are deleted would lie before the year 1.
     if not (given.isascii() and given.isdecimal() and len(given) < 6):
         raise ParameterError(
             f"'{given}' is no number of days",
@@ -71,10 +73,10 @@ def keep_days() -> int:
 
 
 def make_upkeep(prefix: Prefix = Prefix()) -> Upkeep:  # noqa: B008 - it does not change
-    """The job `forget_old_runs`, and its schedule for each night, which is switched on.
+    """The job `forget_old_runs` and its nightly schedule, which is on by default.
 
     Args:
-        prefix: in front of the names of all jobs of ours.
+        prefix: prefix of the names of all our jobs.
 
     Raises:
         ParameterError: see `keep_days`.
@@ -123,7 +125,7 @@ def _make_job(days: int, prefix: Prefix) -> dg.JobDefinition:
 
 
 def _is_ours(context: dg.OpExecutionContext, run: dg.DagsterRun, prefix: Prefix) -> bool:
-    """Whether nothing in a run is of anyone else."""
+    """Whether a run may be deleted: all of its steps are ours, or it is of one of our jobs."""
     if run.job_name == prefix.name(JOB):
         return True
     ours = ours_of(context.instance, run)
@@ -133,21 +135,23 @@ def _is_ours(context: dg.OpExecutionContext, run: dg.DagsterRun, prefix: Prefix)
 def forget_runs(
     instance: dg.DagsterInstance, before: datetime, ours: Callable[[dg.DagsterRun], bool]
 ) -> Forgotten:
-    """Delete runs with their events and logs.
+    """Delete old runs with their events and logs.
 
-    Not those that hold the newest materialization, observation, check or attempt of an asset: without
-    it the asset would be missing, and made again. And not those that a later run, which is still there,
-    is a repetition of.
+    Two kinds of old runs are kept: a run with the newest materialization, observation, check or
+    attempt of an asset, because without it the asset would count as missing and be made again; and
+    a run that a run still stored re-executes.
 
     Args:
-        before: runs that ended before are deleted.
+        before: runs that ended before this time are old.
         ours: whether a run may be deleted.
     """
     holders = set(_holders(instance))
-    wanted = dg.RunsFilter(statuses=_FINISHED, created_before=before)
+    finished = dg.RunsFilter(statuses=_FINISHED, created_before=before)
     done = Forgotten([], [])
-    for run_id in instance.get_run_ids(wanted):  # newest first: repetitions before what they repeat
+    # Newest first, so that re-executions are deleted before the runs that they repeat.
+    for run_id in instance.get_run_ids(finished):
         record = instance.get_run_record_by_id(run_id)
+        # The filter goes by the time of creation; a long run may have ended later.
         if record is None or (record.end_time or 0) > before.timestamp():
             continue
         if not ours(record.dagster_run):
@@ -162,11 +166,11 @@ def forget_runs(
 
 
 def _holders(instance: dg.DagsterInstance) -> Iterator[str]:
-    """Ids of the runs that hold the newest of something of an asset."""
+    """Ids of the runs with the newest materialization, observation, check or attempt of assets."""
     keys = list(instance.all_asset_keys())
     for record in instance.get_asset_records(keys):
         entry = record.asset_entry
-        yield from filter(None, [entry.last_run_id])  # which tried last to make it
+        yield from filter(None, [entry.last_run_id])  # the last attempt
         if entry.last_materialization is not None:
             yield entry.last_materialization.run_id
     for key in keys:
@@ -178,6 +182,8 @@ def _holders(instance: dg.DagsterInstance) -> Iterator[str]:
     import sqlalchemy as sql
     from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable
 
+    # Dagster has no query for the newest execution of every check. The newest one may be an attempt
+    # without a result; then the newest result is needed as well.
     columns = AssetCheckExecutionsTable.c
     newest = sql.select(sql.func.max(columns.id)).group_by(columns.asset_key, columns.check_name)
     evaluated = newest.where(columns.evaluation_event_storage_id.is_not(None))
@@ -188,7 +194,7 @@ def _holders(instance: dg.DagsterInstance) -> Iterator[str]:
 
 
 def _sql_storage(instance: dg.DagsterInstance) -> "SqlEventLogStorage | None":
-    """Where events are, if Dagster's own tables are there."""
+    """The event log storage, if it has Dagster's SQL tables; else None."""
     from dagster._core.storage.event_log import SqlEventLogStorage
 
     storage: Any = instance.event_log_storage
@@ -196,9 +202,8 @@ def _sql_storage(instance: dg.DagsterInstance) -> "SqlEventLogStorage | None":
 
 
 def _delete(instance: dg.DagsterInstance, run_id: str) -> None:
-    """Delete a run, and what Dagster's own deletion leaves: the output of its processes, the results of
-    its checks, and (SQLite) the file of its events. The run itself goes last, so that a deletion that was
-    interrupted is done again."""
+    """Delete a run, and what Dagster's own deletion leaves behind: the output of its processes, its
+    check results, and with SQLite the file of its events."""
     instance.compute_log_manager.delete_logs(prefix=[run_id])
     instance.event_log_storage.delete_events(run_id)
     storage = _sql_storage(instance)
@@ -213,4 +218,5 @@ def _delete(instance: dg.DagsterInstance, run_id: str) -> None:
         if isinstance(storage, SqliteEventLogStorage):
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{storage.path_for_shard(run_id)}{suffix}").unlink(missing_ok=True)
+    # Last: after an interruption the run is still listed, and the next night deletes the rest.
     instance.run_storage.delete_run(run_id)

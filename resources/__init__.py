@@ -1,4 +1,4 @@
-"""What assets work with: recipes, the model hub, parameters of one run, the launcher."""
+"""What the assets use: recipes, model hub, launcher, executor, and the parameters of a run."""
 
 from resources.console import JOB_CONFIG, console_logger
 from resources.executor import run_executor

@@ -1,4 +1,7 @@
-"""What a run prints: a short line for what a person follows. Its whole log is Dagster's."""
+"""The logger of runs, which prints one short line for each event that a person wants to see.
+
+The whole log of the run is kept by Dagster.
+"""
 
 import logging
 import sys
@@ -16,20 +19,19 @@ _WIDTH = 110
 _MOST_LINES = 2
 _LONGEST_TEXT = 60
 _REMARKS = ("[pipes]", "Dependencies for step ")
-"""How Dagster's own remarks begin: on the channel to the training processes, and on each step that
-does not run because one before it failed."""
+"""Beginnings of log lines by Dagster itself that are not printed: about the channel to the training
+processes, and about each step that is skipped after a failure."""
 
 JOB_CONFIG = {"loggers": {LOGGER: {}}}
-"""Run config that a job needs to print with our logger: Dagster takes its own for runs whose config
-names none."""
+"""Run config with which a job uses our logger. Without it Dagster uses its own."""
 
 
 class ConsoleHandler(logging.Handler):
     """Prints the events and log lines of one run to standard error.
 
     Args:
-        names: the asset of each step.
-        least: log lines below this level are left out. (Events have no such level.)
+        names: step name → asset name.
+        least: lowest level of log lines that are printed. (Events are printed at any level.)
     """
 
     def __init__(self, names: Mapping[str, str], least: int) -> None:
@@ -53,11 +55,12 @@ class ConsoleHandler(logging.Handler):
         }
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print what a person wants to see of a record. (Called by Dagster.)"""
+        """Print a record, if a person wants to see it. (Called by Dagster.)"""
         try:
+            # Dagster puts what it knows of a log line here; it has no public name.
             for line in self._lines(record, record.__dict__["dagster_meta"]):
                 sys.stderr.write(f"{line}\n")
-        except Exception:  # noqa: BLE001 — what cannot be printed is no reason for a run to fail
+        except Exception:  # noqa: BLE001 - an exception in a logger would fail the run
             self.handleError(record)
 
     def _lines(self, record: logging.LogRecord, about: Mapping[str, Any]) -> Iterator[str]:
@@ -82,6 +85,7 @@ class ConsoleHandler(logging.Handler):
         asset = event.step_materialization_data.materialization
         name = asset.asset_key.to_user_string()
         self._made.append(name)
+        # The paths of the last asset are printed at the end: that is what the run was for.
         paths = [v.path for v in asset.metadata.values() if isinstance(v, dg.PathMetadataValue)]
         self._result = f"{name}: {', '.join(filter(None, paths))}" if paths else ""
         facts = [
@@ -103,7 +107,7 @@ class ConsoleHandler(logging.Handler):
         check = event.asset_check_evaluation_data
         if check.passed:
             self._passed_checks += 1
-        elif not check.blocking:  # else the step fails with what the check says
+        elif not check.blocking:  # a blocking check fails its step, which prints the same text
             name = f"{check.asset_key.to_user_string()}: check {check.check_name}"
             yield f"{name} failed: {check.description or ''}"
 
@@ -113,7 +117,8 @@ class ConsoleHandler(logging.Handler):
         error = data.error
         if error is None or error.cls_name == Cancelled.__name__:
             return
-        if data.user_failure_data is None:  # outside of what `failing` gives words to
+        # Not an error of `resources.failing`: Dagster wrapped it, and the wrapper says no reason.
+        if data.user_failure_data is None:
             error = _root(error)
         yield f"{name}: failed: {error.message.strip()}"
         yield from (part.rstrip() for part in error.stack)
@@ -133,6 +138,7 @@ class ConsoleHandler(logging.Handler):
 
     def _run_failure(self, event: dg.DagsterEvent) -> Iterator[str]:
         error = event.job_failure_data.error
+        # The errors of failed steps are printed already. This one is of the run itself.
         if not self._failed and error is not None:
             yield error.to_string()
         yield f"{event.job_name}: failed after {self._seconds()}: {', '.join(self._failed)}"
@@ -147,14 +153,14 @@ class ConsoleHandler(logging.Handler):
 
 
 def _root(error: Any) -> Any:
-    """The error that the others are consequences of. (Dagster exports no name of their type.)"""
+    """The first error of a chain of causes: the one that was not caused by another."""
     while error.cause is not None:
         error = error.cause
     return error
 
 
 def _short(value: dg.MetadataValue[Any]) -> str | None:
-    """A metadata value as a few words; None for what needs more room."""
+    """A metadata value as a few words; None if it needs more room."""
     if isinstance(value, dg.FloatMetadataValue):
         return f"{value.value:.4g}"
     if isinstance(value, (dg.IntMetadataValue, dg.BoolMetadataValue)):
@@ -182,8 +188,8 @@ def console_logger(context: dg.InitLoggerContext) -> logging.Logger:
         layer.get(key).assets_def.op.name: key.to_user_string()
         for key in layer.executable_asset_keys
     }
-    # Dagster asks for a run's logger once for the run and once for its steps: they share one, so
-    # that the end of the run knows what came of the steps.
+    # Dagster makes a run's logger twice: for the run and for its steps. Both get the same logger,
+    # so that the last lines of the run can count what the steps did.
     logger = logging.getLogger(f"diffsynth_dagster.console.{context.run_id}")
     if not logger.handlers:
         logger.setLevel(logging.DEBUG)

@@ -1,7 +1,7 @@
-"""The longest that a run may take, by its tag `dagster/max_runtime`.
+"""The time limit of a run: its tag `dagster/max_runtime`.
 
-Dagster's daemon ends such runs where it runs and `run_monitoring` is on; with `dagster job execute` there may be
-none. So whoever waits for a training looks too.
+Dagster's daemon ends runs that exceed it, if a daemon runs and `run_monitoring` is on. With
+`dagster job execute` there may be no daemon, so the launcher checks the limit as well.
 """
 
 import time
@@ -17,8 +17,8 @@ class Deadline:
     """When a run has to end.
 
     Attributes:
-        seconds: that it may take; None where it may take any.
-        began: when the run began, in seconds since 1970.
+        seconds: how long the run may take; None without a limit.
+        began: start of the run, in seconds since 1970.
     """
 
     seconds: float | None
@@ -26,13 +26,14 @@ class Deadline:
 
     @classmethod
     def of(cls, context: dg.AssetExecutionContext) -> "Deadline":
-        """That of the run of a step. A tag that is no number is ignored, as Dagster does."""
+        """The deadline of a step's run. A tag that is not a number is ignored, as in Dagster."""
         try:
             seconds = float(context.run.tags[MAX_RUNTIME])
         except (KeyError, ValueError):
             return cls(None, 0.0)
         record = context.instance.get_run_record_by_id(context.run.run_id)
         began = None if record is None else record.start_time
+        # The record has no start time yet if the run began just now. Zero seconds mean no limit.
         return cls(seconds or None, time.time() if began is None else began)
 
     @property
@@ -42,5 +43,5 @@ class Deadline:
 
     @property
     def told(self) -> str:
-        """What a person reads when it is."""
+        """The message when the time is up."""
         return f"the run took longer than the {self.seconds:g} s of its tag '{MAX_RUNTIME}'"

@@ -1,4 +1,4 @@
-"""How training processes ended, as the failure of their step."""
+"""Turns the end of training processes into the failure of their step, with what to do about it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -7,7 +7,7 @@ from pathlib import Path
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.run.failure import EXIT_STOPPED, read_failures, read_silent
-from diffsynth_dagster.run.goes_on import newest_step, say_where_it_goes_on
+from diffsynth_dagster.run.resume_point import newest_step, say_where_it_goes_on
 from resources.failing import StepFailure
 
 _KILLED = (
@@ -22,8 +22,13 @@ def require_success(
     """Raise a `StepFailure` with what the processes reported, unless they succeeded.
 
     Args:
-        folder: where they report; see `run.failure`.
-        last_words: the end of their standard error, where none of them came as far as to report.
+        code: exit code of the command.
+        folder: where the processes report failures; see `run.failure`.
+        last_words: returns the end of their standard error, if none of them could report.
+        config: the config of the processes.
+
+    Raises:
+        StepFailure: they did not succeed.
     """
     if code == 0:
         return
@@ -32,25 +37,27 @@ def require_success(
     first = failures[0] if failures else None
     if first is not None and first.kind == "mistake":
         raise StepFailure.of(first)
-    # With a process that reported nothing, the others may have been stopped because it was killed.
+    # Only if every process reports that it was stopped. If one reported nothing, it may have been
+    # killed, and the others were stopped because of that.
     stopped = first is not None and first.kind == "stopped" and len(failures) == first.processes
     if code == EXIT_STOPPED or stopped:
-        raise StepFailure(_said(f"{task} was stopped by a signal", None, _go_on(config)))
+        raise StepFailure(_message(f"{task} was stopped by a signal", None, _go_on(config)))
     if first is not None and first.kind == "crash":
         if newest_step(Path(config.output_path)) is not None:
             first = replace(first, do=f"when the cause is gone, {_go_on(config)}")
         raise StepFailure.of(first)
     if silent:
         raise _silent_failure(silent, config)
+    # No process came as far as to register itself: the command line or the environment is wrong.
     what = f"{task} could not be launched: exit code {code}"
     raise StepFailure(what, last_words() or None, allow_retries=True)
 
 
 def _silent_failure(silent: Mapping[int, str], config: TrainingConfig) -> StepFailure:
-    """The failure of processes that reported nothing.
+    """The failure of processes that died without a report.
 
     Args:
-        silent: see `read_silent`.
+        silent: process → its traceback in compiled code, or an empty text; see `read_silent`.
     """
     for process, trace in silent.items():
         if trace:
@@ -58,7 +65,7 @@ def _silent_failure(silent: Mapping[int, str], config: TrainingConfig) -> StepFa
             return StepFailure(what, trace, allow_retries=True)
     who = ", ".join(str(process) for process in silent)
     return StepFailure(
-        _said(
+        _message(
             f"{config.task} was killed by a signal from outside",
             f"process {who}, in {Path(config.output_path).absolute()}",
             _KILLED + _go_on(config),
@@ -68,17 +75,18 @@ def _silent_failure(silent: Mapping[int, str], config: TrainingConfig) -> StepFa
 
 
 def took_too_long(told: str, config: TrainingConfig) -> StepFailure:
-    """The failure of processes that were stopped when the time of their run was over.
+    """The failure of processes that were stopped because the run's time was up.
 
     Args:
-        told: what a person reads: how much time that was.
+        told: the first part of the message: what took too long.
     """
-    return StepFailure(_said(told, None, f"allow more in the recipe's 'tags', or {_go_on(config)}"))
+    do = f"allow more in the recipe's 'tags', or {_go_on(config)}"
+    return StepFailure(_message(told, None, do))
 
 
 def _go_on(config: TrainingConfig) -> str:
     return f"run it again: {say_where_it_goes_on(config)}"
 
 
-def _said(what: str, where: str | None, do: str) -> str:
+def _message(what: str, where: str | None, do: str) -> str:
     return str(UserError(what, where=where, do=do))

@@ -1,8 +1,9 @@
-"""The executor of all runs: Dagster's in-process one, and an eye on runs that died.
+"""The executor of all runs: Dagster's in-process executor, and a lock that shows if a run lives.
 
-A run that is killed keeps its place in a pool for ever: Dagster frees places of runs that end, and
-this one never did. So each run holds a lock (`run_locks`), by which the daemon finds those that are
-gone (`run_launcher`). Where no daemon runs, a new run first clears away those that hold theirs no more.
+Dagster frees a run's slot in a pool when the run ends. A run that is killed never ends, so its slot
+would stay occupied for ever. Each run therefore holds a file lock while it lives (`run_locks`). The
+daemon finds dead runs by their free locks (`run_launcher`). Without a daemon, each new run looks
+for them first.
 """
 
 from collections.abc import Iterator
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
     from dagster._core.executor.init import InitExecutorContext
 
 _TEMPORARY = ".tmp_dagster_home_"
-"""How the folder begins that the commands of Dagster make where DAGSTER_HOME is not set."""
+"""Prefix of the temporary folder that Dagster's commands make if DAGSTER_HOME is not set."""
 
 
 class WatchedExecutor(dg.Executor):
-    """Runs what another executor runs, under the run's lock."""
+    """Executes a run with another executor while holding the run's lock."""
 
     def __init__(self, inner: dg.Executor) -> None:
         self._inner = inner
@@ -41,21 +42,24 @@ class WatchedExecutor(dg.Executor):
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         instance: dg.DagsterInstance = plan_context.instance
         with held(instance, plan_context.dagster_run):
+            # Before any step waits for a slot that a dead run may occupy.
             clear_dead_runs(instance)
             try:
                 for event in self._inner.execute(plan_context, execution_plan):
                     if event.event_type == dg.DagsterEventType.LOGS_CAPTURED:
                         plan_context.log.info(_where_logged(instance, plan_context.run_id, event))
-                    yield _said_once(event)
+                    yield _without_traceback(event)
             except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
                 _report_canceling(instance, plan_context.run_id)
-                raise Cancelled from None  # its step has said why, just before
+                raise Cancelled from None  # without a reason: the step has just reported it
 
 
-def _said_once(event: dg.DagsterEvent) -> dg.DagsterEvent:
-    """An event as Dagster goes on with it, after it was logged: of a failed step without its
-    traceback. Dagster repeats the error at the end of the run, which a run's page shows first: the
-    reason belongs there, a second traceback does not."""
+def _without_traceback(event: dg.DagsterEvent) -> dg.DagsterEvent:
+    """The event of a failed step without the traceback; other events as they are.
+
+    At this point the event is logged already, with its traceback. Dagster repeats the error of the
+    step at the end of the run, where the reason is wanted but not a second traceback.
+    """
     if not event.is_step_failure or event.step_failure_data.user_failure_data is None:
         return event
     data: Any = event.step_failure_data
@@ -64,15 +68,16 @@ def _said_once(event: dg.DagsterEvent) -> dg.DagsterEvent:
 
 
 def _report_canceling(instance: dg.DagsterInstance, run_id: str) -> None:
-    """Let a run that a signal interrupts end as cancelled, as one that is cancelled in the UI does:
-    to Dagster it has failed."""
+    """Make a run that a signal interrupted end as cancelled, like one that is cancelled in the UI.
+    Dagster would mark it as failed."""
     run = instance.get_run_by_id(run_id)
+    # A cancel in the UI has set the status to "canceling" already.
     if run is not None and run.status == dg.DagsterRunStatus.STARTED:
         instance.report_run_canceling(run, "The process of the run was interrupted by a signal.")
 
 
 def _where_logged(instance: dg.DagsterInstance, run_id: str, event: dg.DagsterEvent) -> str:
-    """Where the whole log of a run is, and what its processes print."""
+    """A log line that says where the run's whole log and the output of its processes are."""
     if is_temporary(instance):
         return (
             f"run {run_id}: DAGSTER_HOME is not set, so its log is gone when this command ends. "
@@ -88,14 +93,15 @@ def _where_logged(instance: dg.DagsterInstance, run_id: str, event: dg.DagsterEv
 
 
 def is_temporary(instance: dg.DagsterInstance) -> bool:
-    """Whether Dagster made an instance for the time of a command alone."""
+    """Whether the instance is deleted when the command ends, because DAGSTER_HOME is not set."""
     folder = Path(instance.root_directory).name
     return instance.is_ephemeral or folder.startswith(_TEMPORARY)
 
 
 def clear_dead_runs(instance: dg.DagsterInstance) -> None:
-    """Free the places in pools of runs whose lock nobody holds, and mark them as failed."""
+    """Mark runs whose lock nobody holds as failed, and free their slots in pools."""
     for path in sorted(locks_folder(instance).iterdir()):
+        # A name with a dot is a lock that is just being made: see `run_locks.held`.
         if path.name.startswith(".") or lock_state(path) != "free":
             continue
         run = instance.get_run_by_id(path.name)
@@ -103,7 +109,7 @@ def clear_dead_runs(instance: dg.DagsterInstance) -> None:
             instance.report_run_failed(run, DIED)
         if instance.event_log_storage.supports_global_concurrency_limits:
             instance.event_log_storage.free_concurrency_slots_for_run(path.name)
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # last: if this process dies before, the next run goes on
 
 
 _CONFIG: Any = dg.in_process_executor.config_schema
@@ -111,6 +117,6 @@ _CONFIG: Any = dg.in_process_executor.config_schema
 
 @dg.executor(name="in_process", config_schema=_CONFIG)
 def run_executor(context: "InitExecutorContext") -> dg.Executor:
-    """One process for all steps of a run."""
+    """Executes all steps of a run in one process."""
     inner: Any = dg.in_process_executor.executor_creation_fn
     return WatchedExecutor(inner(context))

@@ -1,10 +1,10 @@
-"""Errors that end a step, or a run, in words of their own.
+"""Errors that end a step or a run and show only their reason, without Dagster's own stack.
 
-With an error that ends a step Dagster keeps the stack on which it was raised. Of a mistake, of a
-process that was killed and of a cancel this is forty lines of Dagster's own code, which stand on the
-run's page below (or above) the reason. Dagster itself shows another process's error as that process
-told it, through `DagsterUserCodeProcessError`: the errors here are such ones. Their reason comes
-first, and a traceback is there only where they were given one.
+With each error that ends a step, Dagster stores and shows the stack at which it was raised. For a
+user's mistake, a killed process or a cancel these are forty lines of Dagster's code around the
+reason. Only a `DagsterUserCodeProcessError` is treated differently: it carries an error of another
+process, which Dagster shows instead. The errors here derive from it. So they show their reason, and
+a traceback only if they were given one.
 """
 
 from typing import Any
@@ -16,61 +16,65 @@ from dagster_shared.error import SerializableErrorInfo
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.run.failure import Failure
-from diffsynth_dagster.run.goes_on import say_where_it_goes_on
+from diffsynth_dagster.run.resume_point import say_where_it_goes_on
 
 
 class StepFailure(DagsterUserCodeProcessError, dg.Failure):
-    """What fails a step.
+    """Fails a step.
 
     Args:
-        reason: what a person reads first: what happened, where, and what to do.
-        traceback: of a crash.
-        allow_retries: whether trying the step again may help although nothing was changed.
+        reason: the message: what happened, where, and what to do.
+        traceback: the traceback to show, for a crash.
+        allow_retries: whether a retry may help although nothing was changed.
     """
 
     def __init__(
         self, reason: str, traceback: str | None = None, *, allow_retries: bool = False
     ) -> None:
         self.traceback = traceback
-        told = _told(self, reason, traceback)
-        # `dagster.Failure` is behind the other class, which passes on what is not its own.
-        super().__init__(reason, None, allow_retries, user_code_process_error_infos=told)
+        shown = _error_infos(self, reason, traceback)
+        # The positional arguments are those of `dagster.Failure`: the first base class passes on
+        # what is not its own.
+        super().__init__(reason, None, allow_retries, user_code_process_error_infos=shown)
 
     @classmethod
     def of(cls, failure: Failure) -> "StepFailure":
-        """The failure of a process, or of this one."""
+        """The step failure for the failure of a training process, or of this process."""
         retry = failure.may_retry or failure.kind == "crash"
         return cls(str(failure), failure.traceback, allow_retries=retry)
 
 
 class TriedAgain(DagsterUserCodeProcessError, dg.RetryRequested):
-    """Lets Dagster try a step again after a failure.
+    """Makes Dagster retry a step after a failure.
 
     Args:
-        delay: before that, in seconds.
+        failure: why the step failed.
+        times: retries at most.
+        delay: seconds before the retry.
     """
 
     def __init__(self, failure: StepFailure, times: int, delay: float) -> None:
-        told = _told(self, failure.description or "", failure.traceback)
-        super().__init__(times, delay, user_code_process_error_infos=told)
+        shown = _error_infos(self, failure.description or "", failure.traceback)
+        super().__init__(times, delay, user_code_process_error_infos=shown)
 
 
 class Cancelled(DagsterUserCodeProcessError, dg.DagsterExecutionInterruptedError):
     """The run was asked to stop.
 
     Args:
-        reason: left out where the step that was stopped has said it already.
+        reason: the message; empty if the stopped step has already reported it.
     """
 
     def __init__(self, reason: str = "") -> None:
-        super().__init__(reason, user_code_process_error_infos=_told(self, reason, None))
+        super().__init__(reason, user_code_process_error_infos=_error_infos(self, reason, None))
 
 
 def cancelled(config: TrainingConfig | None = None) -> Cancelled:
-    """What a step that is asked to stop ends with.
+    """The error of a step that was asked to stop.
 
     Args:
-        config: of its processes, which have ended.
+        config: the config of its processes, which have ended. The message then says from which
+            state they continue.
     """
     again = "a training goes on from its newest state"
     if config is not None:
@@ -85,7 +89,8 @@ def cancelled(config: TrainingConfig | None = None) -> Cancelled:
     )
 
 
-def _told(error: BaseException, reason: str, traceback: str | None) -> list[Any]:
-    """How Dagster keeps an error."""
+def _error_infos(error: BaseException, reason: str, traceback: str | None) -> list[Any]:
+    """An error in the form in which Dagster stores and shows it."""
+    # Dagster joins the lines of the stack, so that one text with all of them looks the same.
     stack = [] if traceback is None else [f"{traceback}\n"]
     return [SerializableErrorInfo(f"{reason}\n" if reason else "", stack, type(error).__name__)]

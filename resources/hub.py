@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 class Hub(dg.ConfigurableResource):
     """Finds and downloads model files.
 
-    It has no options of its own: the environment variables `DIFFSYNTH_MODEL_BASE_PATH`,
-    `DIFFSYNTH_SKIP_DOWNLOAD` and `MODELSCOPE_ENDPOINT` are read by the training processes as well,
+    It has no options. It is configured by the environment variables `DIFFSYNTH_MODEL_BASE_PATH`,
+    `DIFFSYNTH_SKIP_DOWNLOAD` and `MODELSCOPE_ENDPOINT`, which the training processes read as well,
     so that both look in the same place.
     """
 
     def open(self) -> "ModelHub":
-        """The hub as the environment sets it."""
+        """The hub, as the environment variables configure it."""
         from diffsynth_dagster.weights.hub import ModelHub
 
         return ModelHub.from_environment()

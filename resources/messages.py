@@ -1,4 +1,4 @@
-"""Reads what a training says through Pipes, whatever way its messages come."""
+"""Reads the events of a training from Dagster Pipes, through a file or any other channel."""
 
 import json
 from collections.abc import Generator, Iterator
@@ -21,13 +21,13 @@ _LOOK_EVERY_S = 0.05
 
 
 class FileMessages(dg.PipesMessageReader):
-    """Messages that come through a file, a line each.
+    """Reads messages from a file, one on each line.
 
-    Dagster's own reader takes a line that is still being written for a whole one, and ends there: of a
-    training that reports thousands of steps nothing would be heard from then on.
+    Dagster's own reader of files takes a half-written line for a whole message and stops reading
+    there. A training that reports thousands of steps runs into that sooner or later.
 
     Args:
-        path: the file, which is removed at the end.
+        path: the file. It is made at the start and removed at the end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +35,7 @@ class FileMessages(dg.PipesMessageReader):
 
     @contextmanager
     def read_messages(self, handler: Any) -> "Generator[PipesParams]":
-        """Read in a thread until all is read that was written. (Called by Dagster.)"""
+        """Read in a thread while the block runs, and the rest at its end. (Called by Dagster.)"""
         self._path.write_bytes(b"")
         over = Flag()
         thread = Thread(target=self._read, args=(handler, over), daemon=True)
@@ -58,10 +58,11 @@ class FileMessages(dg.PipesMessageReader):
         line = b""
         with self._path.open("rb") as file:
             while True:
+                # Checked before reading, so that all that was written until `over` was set is read.
                 last = over.is_set()
                 while part := file.readline():
                     line += part
-                    if line.endswith(b"\n"):  # else the rest of it is still to come
+                    if line.endswith(b"\n"):  # else the writer has not finished this line
                         handler.handle_message(json.loads(line))
                         line = b""
                 if last:
@@ -70,11 +71,13 @@ class FileMessages(dg.PipesMessageReader):
 
 
 class MessageReader(dg.PipesMessageReader):
-    """Hands out each event once. Dagster's own readers keep all of a session and copy
-    them whenever they are asked for, which a training of many steps would drown in.
+    """Wraps a reader of messages and hands out each event of the training once.
+
+    Dagster keeps all custom messages of a session and copies the whole list each time it is asked
+    for them. With many thousand steps that takes more and more time.
 
     Args:
-        reader: how the messages come: through a file, a bucket, the log of a job on a cluster.
+        reader: reads the messages from a file, a bucket, or the log of a job on a cluster.
     """
 
     def __init__(self, reader: dg.PipesMessageReader) -> None:
@@ -83,12 +86,12 @@ class MessageReader(dg.PipesMessageReader):
 
     @property
     def expected_writer_count(self) -> int:
-        """Only the main process of a training speaks."""
+        """One: only the main process of a training opens Pipes."""
         return 1
 
     @contextmanager
     def read_messages(self, handler: Any) -> "Generator[PipesParams]":
-        """Read into the queue what is ours; the rest is the handler's. (Called by Dagster.)"""
+        """Put our events into the queue; all other messages go to Dagster. (Called by Dagster.)"""
         sorter: Any = _Sorter(handler, self._queue)
         with self._reader.read_messages(sorter) as params:
             yield params
@@ -106,7 +109,7 @@ class MessageReader(dg.PipesMessageReader):
         return self._reader.no_messages_debug_text()
 
     def new(self) -> Iterator[Event]:
-        """The events that came in since the last call."""
+        """The events that arrived since the last call."""
         while True:
             try:
                 message = self._queue.get_nowait()
@@ -116,7 +119,7 @@ class MessageReader(dg.PipesMessageReader):
 
 
 def told(context: dg.AssetExecutionContext, reader: MessageReader) -> Iterator[Event]:
-    """What the processes said since the last time; their warnings go into the run's log."""
+    """The new events of the processes. Warnings are not yielded but logged in the run."""
     for event in reader.new():
         if isinstance(event, Warned):
             context.log.warning(event.text)
@@ -125,7 +128,7 @@ def told(context: dg.AssetExecutionContext, reader: MessageReader) -> Iterator[E
 
 
 class _Sorter:
-    """Stands before Dagster's message handler."""
+    """Dagster's message handler, except that custom messages go into a queue."""
 
     def __init__(self, handler: Any, queue: "SimpleQueue[dict[str, Any]]") -> None:
         self._handler = handler
@@ -138,4 +141,5 @@ class _Sorter:
             self._handler.handle_message(message)
 
     def __getattr__(self, name: str) -> Any:
+        # Dagster also calls other methods of its handler, such as those that report exceptions.
         return getattr(self._handler, name)

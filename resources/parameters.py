@@ -1,4 +1,5 @@
-"""Run config that overrides a recipe's parameters for one run, derived from the parameters."""
+"""The resource whose run config overrides a recipe's parameters for one run. Its fields are derived
+from the parameters of `TrainingConfig`."""
 
 import json
 from collections.abc import Mapping
@@ -19,10 +20,10 @@ _LEFT_OUT = "left_out"
 
 
 def _run_config_type(name: str, annotation: Any) -> Any:
-    """The type that this run config has for a parameter's: scalars, choices, and lists of texts or
-    choices.
+    """The run config type for a parameter's Python type.
 
-    The others are a text: mappings and lists that may hold lists, as JSON, and what is either a choice
+    Scalars, choices, and lists of scalars or choices keep their type. Dagster has no type for the
+    rest, which becomes text: mappings and nested lists as JSON, and values that are either a choice
     or a number.
     """
     if annotation in _SCALARS:
@@ -38,18 +39,18 @@ def _run_config_type(name: str, annotation: Any) -> Any:
 
 
 def _choice(name: str, values: list[str]) -> Any:
-    """An enum of texts. (Dagster takes a `Literal` only where it cannot be left out.)"""
+    """An enum of texts. (Dagster does not accept an optional `Literal`.)"""
     return Enum(name, [(value, value) for value in values])
 
 
 class ParametersBase(dg.ConfigurableResource):
-    """Parameters that a run sets otherwise than the recipe does. Those left out keep the recipe's.
+    """Parameters of one run that override the recipe's. Those left out keep the recipe's values.
 
-    Weights assets stay those of the recipe's model list, whatever a run trains with.
+    They do not affect the weights assets, which are always those of the recipe's model list.
     """
 
     def apply(self, config: TrainingConfig) -> TrainingConfig:
-        """A recipe's parameters with those that the run config sets in their place.
+        """A recipe's parameters with the overrides of the run config applied.
 
         Raises:
             ParameterError: see `read_config`.
@@ -60,7 +61,7 @@ class ParametersBase(dg.ConfigurableResource):
         return read_config(overridden(config.model_dump(), given), where="the run config")
 
     def given(self) -> dict[str, Any]:
-        """Parameter name → value, of those that the run sets; None of those that it leaves out."""
+        """Parameter name → value, of those that the run sets; None for those in `left_out`."""
         values = {name: _plain(getattr(self, name)) for name in overridable()}
         given = {name: value for name, value in values.items() if value is not None}
         left_out: list[str] = _plain(getattr(self, _LEFT_OUT)) or []
@@ -68,13 +69,14 @@ class ParametersBase(dg.ConfigurableResource):
 
 
 def _plain(value: Any) -> Any:
+    """A value with enum members replaced by their texts."""
     if isinstance(value, list):
         return [_plain(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
     return value.value if isinstance(value, Enum) else value
 
 
 def overridable() -> dict[str, FieldInfo]:
-    """Parameter name → declaration, of those that a run may set."""
+    """Parameter name → declaration, for the parameters that a run may override."""
     return {
         name: field
         for name, field in TrainingConfig.model_fields.items()
@@ -83,10 +85,15 @@ def overridable() -> dict[str, FieldInfo]:
 
 
 def as_run_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameter values as JSON has them → the run config of `Parameters` that sets them."""
+    """The run config of `Parameters` that sets some parameters.
+
+    Args:
+        values: parameter name → JSON value.
+    """
     fields = overridable()
     config: dict[str, Any] = {}
     for name, value in values.items():
+        # None cannot be given as a value: to `Parameters` it means the recipe's value.
         if value is None:
             config.setdefault(_LEFT_OUT, []).append(name)
         elif _run_config_type(name, fields[name].annotation) is str and not isinstance(value, str):
@@ -100,6 +107,7 @@ def _fields() -> dict[str, Any]:
     fields: dict[str, Any] = {}
     optional = list[str]()
     for name, field in overridable().items():
+        # Optional, with None for "the recipe's": a default would override the recipe in every run.
         kind = _run_config_type(name, field.annotation)
         note = " (The recipe's when left out.)"
         fields[name] = (kind | None, Field(None, description=f"{field.description}{note}"))
@@ -110,6 +118,7 @@ def _fields() -> dict[str, Any]:
     return {**fields, _LEFT_OUT: (names | None, Field(None, description=about))}
 
 
+# For type checkers it is the base class: they cannot see the fields of a class made at run time.
 if TYPE_CHECKING:
     Parameters = ParametersBase
 else:

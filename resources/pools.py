@@ -1,7 +1,7 @@
-"""Which pools there are, and which devices are in each.
+"""The pools, and which devices are in each.
 
-Dagster's pools have a name and a number; which devices they stand for is said by an environment
-variable, or found on the machine.
+A pool of Dagster has only a name and a limit. Which devices it stands for comes from an environment
+variable. Without it there is one pool with all devices of the machine.
 """
 
 import os
@@ -25,16 +25,16 @@ DEFAULT_POOL = "gpu"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-.+")
 _DRIVERS = ("nvidia*", "nvhost*", "nvgpu*", "nvmap", "dxg", "kfd")
-"""Device files of Linux without which there is no CUDA and no ROCm."""
+"""Device files on Linux. Without any of these there is neither CUDA nor ROCm."""
 _COUNT = "import torch; print(torch.cuda.device_count())"
 _DO = f"write it like {VARIABLE}='gpu=0,1 big=2,3': the pools with the ids of their devices"
 
 
 def pools_set() -> Mapping[str, tuple[str, ...]]:
-    """Pool → its devices, in the order of the environment variable; empty if that is not set.
+    """Pool → ids of its devices, in the order of the environment variable; empty if it is not set.
 
     Raises:
-        ParameterError: the variable cannot be read.
+        ParameterError: the variable is malformed.
     """
     text = os.environ.get(VARIABLE, "")
     pools: dict[str, tuple[str, ...]] = {}
@@ -60,14 +60,14 @@ def pool_of(options: RecipeOptions) -> str:
     """The pool that a recipe's runs wait for.
 
     Raises:
-        ParameterError: see `pools_set`; or there is no such pool.
+        ParameterError: the recipe names a pool that does not exist; or see `pools_set`.
     """
     pools = pools_set()
     name = options.pool or next(iter(pools), DEFAULT_POOL)
     known = list(pools) or [DEFAULT_POOL]
     if name not in known:
         raise ParameterError(
-            f"there is no pool '{name}'; there is {', '.join(repr(each) for each in known)}",
+            f"there is no pool '{name}'; there is {', '.join(map(repr, known))}",
             where=f"pool = {name}",
             do=f"name one of these, or add it to the environment variable {VARIABLE}",
         )
@@ -86,14 +86,16 @@ def devices_of(pool: str) -> tuple[str, ...]:
         return pools[pool]
     visible = os.environ.get(_VISIBLE)
     if visible is not None:
-        # CUDA reads the list as far as there are devices: "-1" and "none" hide all.
-        return tuple(takewhile(_DEVICE.fullmatch, (each.strip() for each in visible.split(","))))
+        # CUDA ignores everything after the first invalid id, so "-1" and "none" hide all devices.
+        return tuple(takewhile(_DEVICE.fullmatch, (part.strip() for part in visible.split(","))))
     return tuple(str(index) for index in range(_counted()))
 
 
 @cache
 def _counted() -> int:
-    """How many GPUs a process of this machine sees. (Not this process: torch is large.)"""
+    """How many GPUs a process on this machine sees. Raises `StepFailure`."""
+    # In a process of its own, since importing torch would make this one much larger.
+    # Counting takes seconds. Without a driver there is nothing to count.
     if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _DRIVERS):
         return 0
     done = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True)
@@ -106,10 +108,10 @@ def how_many(options: RecipeOptions, pool: str, devices: tuple[str, ...]) -> int
     """How many of a pool's devices a recipe takes.
 
     Args:
-        devices: all of the pool.
+        devices: ids of all devices of the pool.
 
     Raises:
-        ParameterError: there are not so many.
+        ParameterError: the pool has fewer than the recipe asks for.
     """
     count = len(devices) if options.gpus is None else options.gpus
     if count > len(devices):
@@ -125,11 +127,14 @@ def how_many(options: RecipeOptions, pool: str, devices: tuple[str, ...]) -> int
 
 
 _warned: set[str] = set()
-"""Runs that were told how their instance lets others wait."""
+"""Runs in this process that already logged the warning of `warn_of_waiting`."""
 
 
 def warn_of_waiting(context: dg.AssetExecutionContext, pool: str) -> None:
-    """Say, once in a run, when the settings of its instance let runs that wait for a pool start."""
+    """Warn, once in a run, if the instance's settings let runs start before their pool is free.
+
+    Such runs wait in a process each instead of in Dagster's queue.
+    """
     run, instance = context.run.run_id, context.instance
     storage = instance.event_log_storage
     if run in _warned or instance.is_ephemeral or not storage.supports_global_concurrency_limits:

@@ -1,4 +1,4 @@
-"""The recipes that the code location is made of."""
+"""Loads the recipes of a folder, and separates those that cannot be used."""
 
 import os
 import re
@@ -11,10 +11,10 @@ from dagster._core.storage.tags import USER_EDITABLE_SYSTEM_TAGS
 from dagster._utils.tags import is_private_system_tag_key, is_valid_tag_key
 
 from diffsynth_dagster.config import Recipe, TrainingConfig, read_recipe
-from diffsynth_dagster.config.checks import named_code
 from diffsynth_dagster.config.entries import ModelEntry, mark_of_text, named_entries
 from diffsynth_dagster.config.recipe import read_retrain, recipe_files
 from diffsynth_dagster.config.retrain import Retrain
+from diffsynth_dagster.config.validate import named_code
 from diffsynth_dagster.dotted import find_dotted
 from diffsynth_dagster.errors import ParameterError, UserError
 from diffsynth_dagster.project import project_root
@@ -26,8 +26,8 @@ VARIABLE = "DIFFSYNTH_DAGSTER_RECIPES"
 
 @dataclass(frozen=True)
 class BrokenRecipe:
-    """A recipe that cannot be used, and why. Its assets exist and fail with that reason, so that
-    a mistake in one file is seen where it matters and hides no other recipe."""
+    """A recipe that cannot be used, and why. Its assets exist and fail with that reason, so that a
+    mistake in one file is visible in the UI and does not affect other recipes."""
 
     name: str
     path: Path
@@ -35,24 +35,23 @@ class BrokenRecipe:
 
     @property
     def retrain(self) -> Retrain | None:
-        """When it is trained again by itself, as far as that can be read."""
+        """The recipe's `retrain`, if at least that can be read."""
         return _sound_retrain(self.path)
 
 
 def recipes_folder() -> Path:
-    """The folder of recipes: of the environment variable, or `recipes` in the project's root (see
-    `project_root`)."""
+    """The folder that the environment variable names, else `recipes` in the project's root."""
     given = os.environ.get(VARIABLE)
     return Path(given) if given else project_root() / "recipes"
 
 
 def identifier(text: str) -> str:
-    """A text as a name that Dagster accepts."""
+    """A text turned into a name that Dagster accepts: letters, digits and underscores."""
     return re.sub(r"[^A-Za-z0-9_]+", "_", text)
 
 
 def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
-    """The recipes of a folder (not of its subfolders), ordered by name: sound ones, broken ones.
+    """The sound and the broken recipes of a folder (not of its subfolders), each ordered by name.
 
     Raises:
         ParameterError: the folder does not exist.
@@ -71,15 +70,15 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
         try:
             _require_own_name(name, paths)
             recipe = read_recipe(path)
-            _steps(recipe.config)
+            _steps(recipe.config)  # raises if an entry of the model list is malformed
             for parameter, dotted in named_code(recipe.config).items():
                 find_dotted(dotted, f"{path}: '{parameter}'")
             _check_retrain(recipe)
             pool_of(recipe.options)
             _check_tags(recipe)
         except UserError as error:
-            broken.append(BrokenRecipe(name, path, _naming(error, path)))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other recipes are there
+            broken.append(BrokenRecipe(name, path, _with_path(error, path)))
+        except Exception as error:  # noqa: BLE001 - one recipe must not take the others down
             unforeseen = ParameterError(
                 f"the recipe cannot be used: {type(error).__name__}: {error}",
                 where=str(path),
@@ -88,16 +87,17 @@ def load_recipes(folder: Path) -> tuple[list[Recipe], list[BrokenRecipe]]:
             broken.append(BrokenRecipe(name, path, unforeseen))
         else:
             sound.append(Recipe(name, path, recipe.config, recipe.options))
-    for refused in (_in_one_folder, _alike_weights):
-        found = refused(sound)
+    # These compare recipes with each other, so they come after all are read.
+    for find_broken in (_sharing_folder, _with_clashing_weights):
+        found = find_broken(sound)
         broken += found
         names = {recipe.name for recipe in found}
         sound = [recipe for recipe in sound if recipe.name not in names]
     return sound, broken
 
 
-def _naming(error: UserError, path: Path) -> UserError:
-    """The error with the recipe's file in it."""
+def _with_path(error: UserError, path: Path) -> UserError:
+    """The error with the recipe's path in its message."""
     if str(path) in str(error):
         return error
     where = f"{path}: {error.where}" if error.where else str(path)
@@ -105,19 +105,20 @@ def _naming(error: UserError, path: Path) -> UserError:
 
 
 def _named(folder: Path) -> dict[str, list[Path]]:
-    """The name of assets and job → the recipe files that have it."""
+    """Name of the assets and the job → the recipe files that lead to it."""
     named: dict[str, list[Path]] = {}
     for path in recipe_files(folder):
         name = identifier(path.stem)
-        if not path.stem.isascii():  # else all names of another script would be the same
+        # `identifier` drops all other characters: names in Chinese, say, would all become the same.
+        if not path.stem.isascii():
             name = f"{name.strip('_') or 'recipe'}_{mark_of_text(path.stem)}"
         named.setdefault(name, []).append(path)
     return named
 
 
 def _require_own_name(name: str, paths: list[Path]) -> None:
-    """Refuse recipes whose assets would have the names of others: the history of one would become that of
-    the other. Raises `ParameterError`."""
+    """Refuse recipes whose assets would have the same names as others: Dagster would mix their
+    histories. Raises `ParameterError`."""
     if name == "weights" or name.startswith("weights__"):
         raise ParameterError(
             f"'{name}' is a name of the assets of weights",
@@ -132,11 +133,11 @@ def _require_own_name(name: str, paths: list[Path]) -> None:
         )
 
 
-def _alike_weights(recipes: list[Recipe]) -> list[BrokenRecipe]:
-    """Recipes that name weights whose asset would have the name of other weights, as broken: the one that
-    comes first has it."""
+def _with_clashing_weights(recipes: list[Recipe]) -> list[BrokenRecipe]:
+    """Recipes with weights whose asset would have the same name as other weights. The first recipe
+    keeps the name; the later ones are broken."""
     broken: list[BrokenRecipe] = []
-    taken: dict[str, tuple[str, str]] = {}
+    taken: dict[str, tuple[str, str]] = {}  # step name → (model entry, recipe)
     for recipe in recipes:
         named, clashes = dict(taken), list[tuple[str, str, str]]()
         for step, entry in _steps(recipe.config):
@@ -157,14 +158,14 @@ def _alike_weights(recipes: list[Recipe]) -> list[BrokenRecipe]:
 
 
 def _steps(config: TrainingConfig) -> list[tuple[str, ModelEntry]]:
-    """The name of Dagster's step for each model that a config names."""
+    """(step name, entry) for each model that a config names."""
     entries = named_entries(config)
     return [(dg.AssetKey(["weights", *e.name]).to_python_identifier(), e) for e in entries]
 
 
-def _in_one_folder(recipes: list[Recipe]) -> list[BrokenRecipe]:
-    """Recipes that write into the same folder, as broken: nothing there says whose a file is, so
-    that each would take the checkpoints of the others for its own."""
+def _sharing_folder(recipes: list[Recipe]) -> list[BrokenRecipe]:
+    """Recipes that share a run folder, all of them as broken: each would take the checkpoints of
+    the others for its own."""
     folders: dict[str, list[Recipe]] = {}
     for recipe in recipes:
         folders.setdefault(os.path.abspath(recipe.config.output_path), []).append(recipe)
@@ -182,11 +183,11 @@ def _in_one_folder(recipes: list[Recipe]) -> list[BrokenRecipe]:
 
 
 def _check_times(retrain: Retrain, where: str) -> None:
-    """Check what `retrain` says of times. Raises `ParameterError`."""
+    """Check the time zone and the cron of `retrain`. Raises `ParameterError`."""
     zone = retrain.timezone
     try:
         ZoneInfo(zone)
-    # A name that is none, a text that cannot be one, or a folder of names.
+    # An unknown name, a malformed one, or a folder of the zone database such as "Europe".
     except (KeyError, ValueError, OSError):
         raise ParameterError(
             f"'timezone' = '{zone}' in 'retrain' is no time zone",
@@ -195,6 +196,7 @@ def _check_times(retrain: Retrain, where: str) -> None:
         ) from None
     if retrain.cron is None:
         return
+    # Dagster parses cron expressions itself, so this accepts exactly what it accepts.
     try:
         dg.ScheduleDefinition(job_name="job", cron_schedule=retrain.cron, execution_timezone=zone)
     except dg.DagsterInvalidDefinitionError:
@@ -206,6 +208,7 @@ def _check_times(retrain: Retrain, where: str) -> None:
 
 
 def _check_tags(recipe: Recipe) -> None:
+    """Refuse tags that Dagster would not accept. Raises `ParameterError`."""
     for name in recipe.options.tags:
         if not is_valid_tag_key(name):
             raise ParameterError(
@@ -223,6 +226,7 @@ def _check_tags(recipe: Recipe) -> None:
 
 
 def _check_retrain(recipe: Recipe) -> None:
+    """Check `retrain` against the rest of the recipe. Raises `ParameterError`."""
     retrain = recipe.options.retrain
     if retrain is None:
         return
@@ -248,7 +252,7 @@ def _check_retrain(recipe: Recipe) -> None:
 
 
 def _sound_retrain(path: Path) -> Retrain | None:
-    """What a broken recipe says of when it is trained again, if that is sound."""
+    """The `retrain` of a broken recipe; None if it has none, or a wrong one."""
     retrain = read_retrain(path)
     try:
         if retrain is not None:

@@ -1,8 +1,8 @@
-"""The run launcher of an instance (`run_launcher` in its dagster.yaml): Dagster's default one, which
-also finds out that a run's process is gone.
+"""The run launcher for an instance (`run_launcher` in dagster.yaml): Dagster's default one, which
+also detects that a run's process is dead.
 
-The default one hears of that from the code server. If that is killed too, the run stays started and
-holds its place in the pool for ever.
+The default launcher learns of a dead process from the code server. If the code server is killed as
+well, the run stays "started" and keeps its slot in the pool for ever.
 """
 
 import os
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 DIED = "The process of this run is gone: it was killed, or its machine was."
 _GONE_SECONDS = 15.0
-"""So long a run may be started without the lock that it had: it gives it back before it says how it
-ended."""
+"""How long a run may be "started" after its lock file is gone: a run removes the file shortly
+before it reports its end."""
 _RELOAD_SECONDS = 60
 
 
 class WatchedRunLauncher(dg.DefaultRunLauncher):
-    """Launches runs through the code server, and goes by their locks afterwards."""
+    """Launches runs through the code server, and monitors them by their locks."""
 
     def __init__(self, inst_data: Any = None) -> None:
         super().__init__(inst_data)
@@ -39,15 +39,16 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
         return True
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
-        """Whether a started run's process lives. (Called by the daemon's monitoring of runs.)
+        """Whether a started run's process lives. (Called by the daemon's run monitoring.)
 
-        A run that has no lock, because its job has another executor or another machine executes it,
-        counts as running: the monitoring takes "unknown" for failed.
+        A run without a lock, because its job has another executor or runs on another machine,
+        counts as running. "Unknown" would not do: the monitoring treats it as failed.
         """
         path = self._lock(run.run_id)
         state = lock_state(path)
         if state != "gone":
             self._gone_since.pop(run.run_id, None)
+        # The lock's folder was emptied, or the run died between removing its lock and its end.
         if state == "gone" and self._is_missing(run.run_id, path):
             state = "free"
         if state == "free":
@@ -55,23 +56,26 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
         return CheckRunHealthResult(WorkerStatus.RUNNING)
 
     def launch_run(self, context: "LaunchRunContext") -> None:
-        """Launch a run. If the code server is gone, let what stands before it start another one (in
-        `dagster dev` a proxy does): the queue tries again, `max_user_code_failure_retries` times."""
+        """Launch a run. If the code server is dead, have a new one started for the next attempt."""
         try:
             super().launch_run(context)
         except DagsterUserCodeUnreachableError:
             _start_code_server(context)
-            raise
+            raise  # the queue tries again, up to `max_user_code_failure_retries` times
 
     def terminate(self, run_id: str) -> bool:
-        """Ask a run to stop; returns whether it was asked. If no code server knows the run, because the
-        one that launched it is gone, its process is interrupted as the code server would do it."""
+        """Ask a run to stop; returns whether it was asked.
+
+        If the code server that launched the run is gone, this interrupts the run's process itself,
+        in the same way as the code server would.
+        """
         try:
             if super().terminate(run_id):
                 return True
         except (DagsterUserCodeProcessError, DagsterUserCodeUnreachableError):
             if process_of(self._lock(run_id)) is None:
                 raise
+        # A new code server answers that it does not know the run: interrupt it by its lock.
         process = process_of(self._lock(run_id))
         if process is None:
             return False
@@ -82,13 +86,16 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
         return locks_folder(self._instance) / run_id
 
     def _is_missing(self, run_id: str, path: Path) -> bool:
+        """Whether a started run has been without its lock for too long."""
         since = self._gone_since.setdefault(run_id, time.monotonic())
         if time.monotonic() - since < _GONE_SECONDS:
             return False
+        # Only now, since this reads the run's log: a run that never had a lock is not missing one.
         return said_to_hold(self._instance, run_id, path)
 
 
 def _start_code_server(context: "LaunchRunContext") -> None:
+    """Ask the proxy before the code server, which `dagster dev` has, to start a new one."""
     from dagster._core.remote_representation.code_location import GrpcServerCodeLocation
 
     origin = context.dagster_run.remote_job_origin
@@ -99,4 +106,4 @@ def _start_code_server(context: "LaunchRunContext") -> None:
         try:
             location.client.reload_code(timeout=_RELOAD_SECONDS)
         except DagsterUserCodeUnreachableError:
-            return  # nothing stands before it: whoever started it starts it again
+            return  # there is no proxy: whoever started the code server has to start it again

@@ -1,14 +1,16 @@
-"""Starts a command and makes sure that nothing of it outlives whoever asked for it.
+"""Runs a command and makes sure that none of its processes outlives the process that asked for it.
 
     python supervisor.py --watch FD --tail FILE --grace SECONDS [--scratch FOLDER] -- command …
 
-The asker holds the writing end of the pipe FD and keeps it open. When it closes it, or dies in
-whatever way, every descendant of this process is stopped: SIGINT, after the grace SIGTERM, after
-half of it again SIGKILL. Training processes run in sessions of their own, so a process group would
-not reach them. The last of the command's standard error goes into FILE. Exits with the command's
-exit code, or with 130 when it was stopped. If the asker is dead by then, FOLDER is removed for it.
+The asking process holds the writing end of a pipe, whose reading end is FD. When it closes the pipe
+or dies, every descendant of the supervisor is stopped: with SIGINT, after the grace with SIGTERM,
+after another half of the grace with SIGKILL. (Signalling a process group would not do: training
+processes run in sessions of their own.)
 
-Run by path and free of other imports, so that it starts at once and stays small.
+The end of the command's standard error goes into FILE. The exit code is the command's, or 130 if it
+was stopped. If the asking process is dead by then, FOLDER is removed on its behalf.
+
+This file is run by path and imports nothing of the project, so that it starts fast and stays small.
 """
 
 import argparse
@@ -30,11 +32,12 @@ EXIT_STOPPED = 130
 TICK = 0.2
 TAIL_BYTES = 32 * 1024
 LEFTOVER_SECONDS = 2.0
-_PR_SET_CHILD_SUBREAPER = 36
+"""How long descendants may go on after the command itself has ended."""
+_PR_SET_CHILD_SUBREAPER = 36  # from linux/prctl.h
 
 
 def become_subreaper() -> None:
-    """Adopt orphaned descendants instead of leaving them to init, where the system can."""
+    """Become the parent of orphaned descendants (on Linux), so that none escapes."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -43,8 +46,8 @@ class Supervisor:
     """Runs one command.
 
     Args:
-        watch: descriptor whose end of file means: stop.
-        tail: file that gets the last of the command's standard error.
+        watch: descriptor to read; its end of file means that the command is to be stopped.
+        tail: path of the file for the end of the command's standard error.
         grace: seconds between SIGINT and SIGTERM.
     """
 
@@ -59,11 +62,11 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._selector.register(watch, selectors.EVENT_READ, self._read_watch)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # Handlers, not SIG_IGN: the command would inherit that the signals are ignored.
+            # A handler and not SIG_IGN, because the command would inherit ignored signals.
             signal.signal(number, self._handle)
 
     def run(self, command: Sequence[str]) -> int:
-        """Run a command to its end, or to the end of stopping it; returns the exit code."""
+        """Run a command until it ends or is stopped; returns the exit code."""
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         assert child.stderr is not None
         self._selector.register(child.stderr.fileno(), selectors.EVENT_READ, self._read_stderr)
@@ -71,24 +74,27 @@ class Supervisor:
         self._drain(child.stderr.fileno())
         self._write_tail()
         assert self._code is not None
-        child.returncode = self._code  # it is reaped already: Popen must not wait for it
+        child.returncode = self._code  # `_reap` has waited for it already: Popen must not
         if self._was_asked and self._code != 0:
             return EXIT_STOPPED
+        # A negative code is a signal: exit as a shell does, with 128 + its number.
         return self._code if self._code >= 0 else 128 - self._code
 
     def _watch_over(self, child: int) -> None:
-        """Return when the child and every descendant of it are gone."""
+        """Return when the child and all of its descendants are gone."""
         ended: float | None = None
         while True:
             for key, _ in self._selector.select(TICK):
                 key.data(key.fd)
             self._reap(child)
+            # Listing all processes is slow. While the command simply runs, nobody needs the list.
             if self._code is None and self._stop_since is None:
                 continue
             alive = psutil.Process().children(recursive=True)
             if self._code is not None:
                 if not alive:
                     return
+                # The command is over, but some descendants live, such as workers of a data loader.
                 ended = ended or time.monotonic()
                 if self._stop_since is None and time.monotonic() - ended > LEFTOVER_SECONDS:
                     self._stop_since = time.monotonic()
@@ -112,19 +118,21 @@ class Supervisor:
         if not data:
             self._selector.unregister(descriptor)
             return
+        # Keep only the end, and pass everything on: it is the output that Dagster captures.
         self._tail += data
         del self._tail[:-TAIL_BYTES]
-        with contextlib.suppress(OSError):  # whoever read our own may be gone
+        with contextlib.suppress(OSError):  # the reader of our own standard error may be gone
             os.write(2, data)
 
     def _drain(self, descriptor: int) -> None:
+        """Read what is left in the pipe of standard error."""
         while descriptor in self._selector.get_map():
             if not self._selector.select(0):
                 return
             self._read_stderr(descriptor)
 
     def _reap(self, pid: int) -> None:
-        """Take in the exit codes of the child and of adopted descendants."""
+        """Collect the exit codes of the child and of adopted descendants; leaves no zombies."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 ended, status = os.waitpid(-1, os.WNOHANG)
@@ -134,12 +142,13 @@ class Supervisor:
                     self._code = os.waitstatus_to_exitcode(status)
 
     def _stop(self, alive: list[psutil.Process], child: int) -> None:
+        """Send the signal that is due, if the command is being stopped. Called at every tick."""
         if self._stop_since is None:
             return
         passed = time.monotonic() - self._stop_since
         if self._phase == 0:
-            # The direct child only waits for the others: interrupted too, it would end or kill
-            # them before they have written their state.
+            # Not to the direct child, `accelerate launch`: it only waits for the training
+            # processes, and on SIGINT it would end them before they have saved their state.
             workers = [process for process in alive if process.pid != child]
             _signal(workers or alive, signal.SIGINT)
             self._phase = 1
@@ -161,7 +170,7 @@ def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line; see the module."""
+    """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--watch", type=int, required=True)
     parser.add_argument("--tail", required=True)

@@ -20,7 +20,7 @@ from assets.common import KINDS, code_version
 from diffsynth_dagster.cache.held_out import held_out_config
 from diffsynth_dagster.cache.keys import Keys
 from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.cache.plan_samples import plan_samples
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.data.prepare import prepare_data

@@ -21,7 +21,7 @@ from diffsynth_dagster.cache.keys import sample_identity, with_contents
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.media.audio import load_sample_audio
 from diffsynth_dagster.data.samples import files_of, load_files
-from diffsynth_dagster.data.table.check import CheckedTable, validate
+from diffsynth_dagster.data.table.validate import CheckedTable, validate
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import FactCache
 

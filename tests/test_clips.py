@@ -22,7 +22,7 @@ from assets.pictures import MAX_ANIMATION_BYTES, MAX_ANIMATION_FRAMES, animation
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.families.contract import Clip
 from diffsynth_dagster.run.record import read_record
-from diffsynth_dagster.training import pictures
+from diffsynth_dagster.training import sample_pictures
 from diffsynth_dagster.training.clips import read_frames, write_clip
 from diffsynth_dagster.training.sampling import Sampler, grid, strip
 
@@ -168,7 +168,7 @@ def test_the_picture_of_images_is_what_it_was(
                 made[-1] += clip.frames
                 yield clip
 
-    monkeypatch.setattr(pictures, "Sampler", Listening)
+    monkeypatch.setattr(sample_pictures, "Sampler", Listening)
     config = values(
         sample_prompts=["a", "another"], sample_num_inference_steps=2, height=32, width=48
     )

@@ -34,8 +34,8 @@ from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import fit, image_facts, load_sample_image, read_image
 from diffsynth_dagster.data.media.video import load_sample_video, video_facts
 from diffsynth_dagster.data.samples import PARTS, files_of, load_files
-from diffsynth_dagster.data.table.check import CheckedTable, validate
-from diffsynth_dagster.data.table.checked import read_checked, write_checked
+from diffsynth_dagster.data.table.checked_table import read_checked, write_checked
+from diffsynth_dagster.data.table.validate import CheckedTable, validate
 from diffsynth_dagster.errors import MetadataError, OutOfMemory, ParameterError
 from diffsynth_dagster.facts import FactCache
 

@@ -18,9 +18,9 @@ from test_dagster_definitions import recipe
 from assets.launched import ours_of
 from assets.prefix import Prefix
 from diffsynth_dagster.errors import ParameterError
-from jobs import failures, telling
+from jobs import failures, notifications
 from jobs.failures import make_failure_sensor, make_failure_sensors
-from jobs.telling import FailedRun, NotTold
+from jobs.notifications import FailedRun, NotTold
 from jobs.upkeep import forget_runs, make_upkeep
 from resources import load_recipes
 
@@ -114,7 +114,7 @@ def test_failures_are_heard_once_with_their_reason(
     with server([500, 302]) as (address, posted):
         sensors: list[Sensor] = []
         for value in ("own_hook:hear", address):
-            monkeypatch.setenv(telling.VARIABLE, value)
+            monkeypatch.setenv(notifications.VARIABLE, value)
             (sensor,) = make_failure_sensors(["cats__metadata"])
             assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
             sensors.append(Sensor(sensor, instance))
@@ -204,12 +204,12 @@ def test_nobody_to_tell_is_said_when_the_location_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, words: str
 ) -> None:
     hook(tmp_path, monkeypatch)
-    monkeypatch.setenv(telling.VARIABLE, value)
+    monkeypatch.setenv(notifications.VARIABLE, value)
     (tmp_path / "recipes").mkdir()
     with pytest.raises(ParameterError) as raised:
         definitions_of(tmp_path / "recipes")
     assert words in str(raised.value)
-    assert telling.VARIABLE in str(raised.value)
+    assert notifications.VARIABLE in str(raised.value)
     assert raised.value.do
 
 
@@ -218,14 +218,14 @@ def test_a_function_that_raises_or_hangs_is_an_error_of_the_tick(
 ) -> None:
     failed = FailedRun("", "", "", "", "", "")
     with pytest.raises(NotTold, match=r"'hook' raised KeyError: missing: recipe"):
-        telling._call(lambda _: {}["recipe"], "hook", failed)
-    monkeypatch.setattr(telling, "HOOK_SECONDS", 0.1)
+        notifications._call(lambda _: {}["recipe"], "hook", failed)
+    monkeypatch.setattr(notifications, "HOOK_SECONDS", 0.1)
     end = Event()
     with pytest.raises(NotTold, match="'hook' did not return within"):
-        telling._call(lambda _: end.wait(), "hook", failed)
+        notifications._call(lambda _: end.wait(), "hook", failed)
     end.set()
     with pytest.raises(NotTold, match="did not answer"):
-        telling._post("http://127.0.0.1:9/", failed)
+        notifications._post("http://127.0.0.1:9/", failed)
 
 
 CHECK = dg.AssetCheckSpec("sound", asset="kept")

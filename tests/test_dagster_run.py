@@ -441,7 +441,7 @@ def test_manifest_is_checked_against_the_store(place: Place, first: Any) -> None
     from assets.latents import _describe
     from diffsynth_dagster.cache.contents import look_into
     from diffsynth_dagster.cache.manifest import Manifest, read_manifest
-    from diffsynth_dagster.data.table.checked import read_checked
+    from diffsynth_dagster.data.table.checked_table import read_checked
 
     manifest, table = (read(place.folder / "tiny") for read in (read_manifest, read_checked))
 

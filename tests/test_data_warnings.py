@@ -14,8 +14,8 @@ from video_family import video_family
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.prepare import prepare_data
-from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.checked import read_checked
+from diffsynth_dagster.data.table.checked_table import read_checked
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.data.table.warnings import warnings_about
 from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.weights.identify import guess_model

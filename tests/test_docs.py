@@ -13,11 +13,11 @@ from conftest import ROOT
 from test_new import captioned
 
 from diffsynth_dagster.config import TrainingConfig, read_config
-from diffsynth_dagster.config.effect import settled_by_encoding
+from diffsynth_dagster.config.affects import settled_by_encoding
 from diffsynth_dagster.config.flags import parser
 from diffsynth_dagster.config.recipe import RecipeOptions
-from diffsynth_dagster.data.table.check import check_columns
 from diffsynth_dagster.data.table.read import read_table
+from diffsynth_dagster.data.table.validate import check_columns
 from diffsynth_dagster.data.table.values import check_structure
 from diffsynth_dagster.export.__main__ import main as convert
 from diffsynth_dagster.export.__main__ import parser as convert_parser

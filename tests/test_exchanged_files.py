@@ -17,7 +17,7 @@ from diffsynth_dagster.cache.encoded_for import require_planned_weights
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.data.samples import files_of, load_files
-from diffsynth_dagster.data.table.check import validate
+from diffsynth_dagster.data.table.validate import validate
 from diffsynth_dagster.errors import MetadataError, WeightsError
 from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.run.start import start_record

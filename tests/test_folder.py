@@ -20,7 +20,7 @@ from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.config.override import overridden
 from diffsynth_dagster.config.recipe import dump_config
 from diffsynth_dagster.data.listing import list_data
-from diffsynth_dagster.data.table.check import CheckedTable, validate
+from diffsynth_dagster.data.table.validate import CheckedTable, validate
 from diffsynth_dagster.errors import MetadataError, ParameterError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family

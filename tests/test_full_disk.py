@@ -52,7 +52,7 @@ recipe, disk, frees = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[
 from diffsynth_dagster.config.recipe import read_recipe
 from diffsynth_dagster.errors import Stopped, UserError
 from diffsynth_dagster.train import run
-from diffsynth_dagster.run.goes_on import state_folders
+from diffsynth_dagster.run.resume_point import state_folders
 from diffsynth_dagster.training.state import read_state
 
 def go(stop):

@@ -9,10 +9,10 @@ from conftest import Values, make_config, train
 from assets.common import KINDS, code_version
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.config.effect import AFFECTS, values_that_affect
+from diffsynth_dagster.config.affects import AFFECTS, values_that_affect
 from diffsynth_dagster.dry_run import make_plan
 from diffsynth_dagster.errors import UserError
-from diffsynth_dagster.families.making import Guidance, guidance_of
+from diffsynth_dagster.families.sampling_types import Guidance, guidance_of
 from diffsynth_dagster.weights.identify import guess_model
 
 T2V, I2V = (f"Wan-AI/Wan2.2-{kind}-A14B" for kind in ("T2V", "I2V"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from video_family import CAPTION, EDITS, FIRST, VIDEO, video_family
 
 from diffsynth_dagster.cache.keys import Keys, sample_identity, with_contents
-from diffsynth_dagster.cache.plan import tokens
+from diffsynth_dagster.cache.plan_samples import tokens
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.digests import digest_rows

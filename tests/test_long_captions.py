@@ -21,7 +21,7 @@ from diffsynth_dagster.cache.long_captions import (
     count_if_there,
     read_long_captions,
 )
-from diffsynth_dagster.data.table.checked import read_checked
+from diffsynth_dagster.data.table.checked_table import read_checked
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.limits import MOST_BYTES_OF_ONE, TokenLimit

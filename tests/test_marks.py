@@ -30,16 +30,16 @@ from pydantic import BaseModel
 
 from assets.common import code_version
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.config.effect import (
+from diffsynth_dagster.config.affects import (
     AFFECTS,
     names_that_affect,
     settled_by_encoding,
     values_that_affect,
 )
-from diffsynth_dagster.config.kinds import marks_of, parameter
+from diffsynth_dagster.config.declare import marks_of, parameter
+from diffsynth_dagster.config.family_specific import ParticularParameters
+from diffsynth_dagster.config.inherited import take_over
 from diffsynth_dagster.config.parameters import MARKS
-from diffsynth_dagster.config.particular import ParticularParameters
-from diffsynth_dagster.config.settled import take_over
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.weights.hub import ModelHub

@@ -23,8 +23,8 @@ from diffsynth_dagster.data.media.image import (
     read_image,
     to_tensor,
 )
-from diffsynth_dagster.data.table.check import REASONS, CheckedTable, validate
 from diffsynth_dagster.data.table.files import _CHECK
+from diffsynth_dagster.data.table.validate import REASONS, CheckedTable, validate
 from diffsynth_dagster.errors import MetadataError, ParameterError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family

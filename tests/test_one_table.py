@@ -21,7 +21,7 @@ from diffsynth_dagster.cache.keys import sample_identity, with_contents
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.data.prepare import prepare_data
-from diffsynth_dagster.data.table.checked import PINNED, pin, read_checked
+from diffsynth_dagster.data.table.checked_table import PINNED, pin, read_checked
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_optimizers import TABLE, every_optimizer, optimizers
 from test_resume import LONG, contents, never, stop_after
 
-from diffsynth_dagster.run.goes_on import state_folders
+from diffsynth_dagster.run.resume_point import state_folders
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.state import read_state
 

@@ -17,8 +17,8 @@ from dagster_support import definitions_of, write_recipe
 from diffsynth_dagster.cache.__main__ import main as maintain
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.recipe import dump_config
-from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.checked import write_checked
+from diffsynth_dagster.data.table.checked_table import write_checked
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.dry_run import make_plan
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.files import hidden_beside, remove_leftovers

@@ -16,7 +16,7 @@ from diffsynth_dagster.cache.split import first_half, second_half
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.cache.upkeep import statistics, verify
 from diffsynth_dagster.config.entries import ModelEntry
-from diffsynth_dagster.data import frames
+from diffsynth_dagster.data import scan
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.table.read import read_table
 from diffsynth_dagster.errors import MetadataError, WeightsError
@@ -77,11 +77,9 @@ def test_several_files_and_their_notes_are_those_that_are_named(tmp_path: Path) 
         pl.DataFrame({"a": [value]}).write_parquet(folder / f"{name}.parquet", metadata={"n": name})
     named = [folder / "m[1].parquet", folder / "mm.parquet"]
     for schema in (None, {"a": pl.Int64}):
-        assert frames.scan_parquet(named, schema).collect().to_dict(as_series=False) == {
-            "a": [1, 3]
-        }
-    assert frames.read_parquet(named[0]).to_dict(as_series=False) == {"a": [1]}
-    assert frames.read_notes(named[0])["n"] == "m[1]"
+        assert scan.scan_parquet(named, schema).collect().to_dict(as_series=False) == {"a": [1, 3]}
+    assert scan.read_parquet(named[0]).to_dict(as_series=False) == {"a": [1]}
+    assert scan.read_notes(named[0])["n"] == "m[1]"
 
 
 def test_brackets_in_the_model_list_are_no_pattern(tmp_path: Path) -> None:
@@ -171,14 +169,14 @@ def unguarded(source: str, where: str) -> list[str]:
 
 
 def test_polars_reads_files_in_one_module_alone() -> None:
-    """Any other call could take a path for a pattern: use `diffsynth_dagster.data.frames`."""
+    """Any other call could take a path for a pattern: use `diffsynth_dagster.data.scan`."""
     code = "import polars as pl\npl.scan_parquet(p)\nx = pl.read_csv\nfrom polars import scan_ipc\n"
     found = {each.rpartition(" ")[2] for each in unguarded(code, "")}
     assert found == {"scan_parquet", "read_csv", "scan_ipc"}
     folders = ("diffsynth_dagster", "assets", "jobs", "resources", "recipes", "benchmarks", "docs")
     sources = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     assert len(sources) > 100
-    own = Path(frames.__file__)
+    own = Path(scan.__file__)
     assert unguarded(own.read_text(encoding="utf-8"), ""), "the module itself does"
     others = {path: path.read_text(encoding="utf-8") for path in sources if path != own}
     read = {path: text for path, text in others.items() if "polars" in text}

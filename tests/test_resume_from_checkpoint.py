@@ -16,8 +16,8 @@ from test_families import HUB, Place
 from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.export import export_run
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.run.goes_on import state_folders
 from diffsynth_dagster.run.record import read_record
+from diffsynth_dagster.run.resume_point import state_folders
 from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.training.state import read_state
 from diffsynth_dagster.weights.identify import find_model

@@ -18,7 +18,7 @@ from soak_support import start_server
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.files import hidden_beside, write_folder, write_text
 from diffsynth_dagster.run.folder import owned
-from diffsynth_dagster.run.stop import StopSignal
+from diffsynth_dagster.run.signals import StopSignal
 from diffsynth_dagster.train import run
 
 

@@ -12,8 +12,8 @@ from damage_support import DAMAGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.checked import find_checked, write_checked
+from diffsynth_dagster.data.table.checked_table import find_checked, write_checked
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.errors import MetadataError, OutputError
 from diffsynth_dagster.run.record import RunRecord, read_record
 from diffsynth_dagster.seal import seal_is_broken, write_sealed

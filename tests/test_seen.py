@@ -12,7 +12,7 @@ from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.facts import fact_cache_of
 from diffsynth_dagster.families import find_family
-from diffsynth_dagster.run.seen import NotTheSame, digest_left, look_at
+from diffsynth_dagster.run.file_states import NotTheSame, digest_left, look_at
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.geometry import crop_place
 from diffsynth_dagster.data.media.image import fit
 from diffsynth_dagster.data.samples import parse_value
-from diffsynth_dagster.data.table.check import CheckedTable, validate
+from diffsynth_dagster.data.table.validate import CheckedTable, validate
 from diffsynth_dagster.facts import FactCache
 
 IMAGE = Input("image", "image")

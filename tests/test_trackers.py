@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, Values, make_config, train
 
-from diffsynth_dagster.config.checks import TRACKERS
+from diffsynth_dagster.config.validate import TRACKERS
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.run.trackers import project_of
 

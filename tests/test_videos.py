@@ -19,7 +19,7 @@ from video_family import EDITS, FIRST, VIDEO, video_family
 
 from diffsynth_dagster.cache.encode import encode_missing
 from diffsynth_dagster.cache.keys import Keys
-from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.cache.plan_samples import plan_samples
 from diffsynth_dagster.cache.resolve import Samples, resolve
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.data.geometry import (
@@ -30,7 +30,7 @@ from diffsynth_dagster.data.geometry import (
     frame_indices,
 )
 from diffsynth_dagster.data.samples import files_of, load_files, trained_sizes
-from diffsynth_dagster.data.table.check import CheckedTable, validate
+from diffsynth_dagster.data.table.validate import CheckedTable, validate
 from diffsynth_dagster.data.table.values import REASONS
 from diffsynth_dagster.errors import MetadataError, ParameterError
 from diffsynth_dagster.facts import FactCache

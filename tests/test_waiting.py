@@ -21,7 +21,7 @@ from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.video import video_facts
 from diffsynth_dagster.errors import OutputError, ParameterError
 from diffsynth_dagster.facts import FactCache
-from diffsynth_dagster.run.stop import StopSignal, finishing
+from diffsynth_dagster.run.signals import StopSignal, finishing
 
 
 def when(ready: Callable[[], object], do: Callable[[], object]) -> Thread:

@@ -7,7 +7,7 @@ import polars as pl
 
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
-from diffsynth_dagster.data.table.check import CheckedTable
+from diffsynth_dagster.data.table.validate import CheckedTable
 
 
 @dataclass(frozen=True)

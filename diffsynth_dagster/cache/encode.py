@@ -14,7 +14,7 @@ from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.samples import PARTS, files_of, load_files, parse_value
-from diffsynth_dagster.data.table.check import CheckedTable
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.errors import MetadataError, shown
 from diffsynth_dagster.families.contract import Sample, Stage, Tensors
 from diffsynth_dagster.files import short_of_space

@@ -18,11 +18,11 @@ from diffsynth_dagster.cache.manifest import (
     Manifest,
     read_manifest,
 )
+from diffsynth_dagster.config.inherited import require_same
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.config.settled import require_same
-from diffsynth_dagster.data.frames import scan_parquet
-from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
-from diffsynth_dagster.data.table.checked import PINNED
+from diffsynth_dagster.data.scan import scan_parquet
+from diffsynth_dagster.data.table.checked_table import FILE_NAME as CHECKED
+from diffsynth_dagster.data.table.checked_table import PINNED
 from diffsynth_dagster.errors import MetadataError, ParameterError, StoreError
 from diffsynth_dagster.files import write_whole
 

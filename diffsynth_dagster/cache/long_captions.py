@@ -14,8 +14,8 @@ import polars as pl
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.digests import digest_rows
-from diffsynth_dagster.data.frames import read_notes
-from diffsynth_dagster.data.table.check import CheckedTable
+from diffsynth_dagster.data.scan import read_notes
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.facts import FactCache, digest_of
 from diffsynth_dagster.families.contract import Family

@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 import polars as pl
 
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
-from diffsynth_dagster.data.frames import read_notes, scan_parquet
+from diffsynth_dagster.data.scan import read_notes, scan_parquet
 from diffsynth_dagster.errors import StoreError
 from diffsynth_dagster.facts import digest_of
 from diffsynth_dagster.files import require_held
@@ -67,8 +67,8 @@ class Notes:
         negative_prompt: of these rows.
         sample_table: digest of this table.
         weights: component → digest of the files that it was encoded with.
-        parameters: what encoding has settled: see `config.effect.settled_by_encoding`.
-        data: the data set, as absolute paths: see `config.settled.named_data`.
+        parameters: what encoding has settled: see `config.affects.settled_by_encoding`.
+        data: the data set, as absolute paths: see `config.inherited.named_data`.
         stages: cached stage → digest of its version and outputs.
         layout: `LAYOUT_VERSION` of the keys.
     """

@@ -19,15 +19,15 @@ from diffsynth_dagster.cache.manifest import (
     SampleRows,
     read_manifest,
 )
-from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.cache.plan_samples import plan_samples
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.checked import read_checked, write_checked
+from diffsynth_dagster.data.table.checked_table import read_checked, write_checked
 from diffsynth_dagster.data.table.sample_rows import check_sample_rows
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache, digest_file
 from diffsynth_dagster.families.contract import Family
-from diffsynth_dagster.families.making import Guidance, guidance_of
+from diffsynth_dagster.families.sampling_types import Guidance, guidance_of
 from diffsynth_dagster.weights.resolved import ResolvedModel
 
 FOLDER = ".prompts"

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
-from diffsynth_dagster.data.frames import read_notes, read_parquet
+from diffsynth_dagster.data.scan import read_notes, read_parquet
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.seal import seal_is_broken, write_sealed

@@ -8,16 +8,16 @@ from typing import Any
 
 from diffsynth_dagster.cache.held_out import held_out_config, held_out_manifest
 from diffsynth_dagster.cache.manifest import Manifest, read_manifest
-from diffsynth_dagster.config.effect import (
+from diffsynth_dagster.config.affects import (
     off_values,
     settled_by_checking,
     settled_by_encoding,
 )
+from diffsynth_dagster.config.inherited import named_data, require_same, take_over
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.config.settled import named_data, require_same, take_over
-from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED_TABLE
-from diffsynth_dagster.data.table.checked import find_checked, read_checked
+from diffsynth_dagster.data.table.checked_table import FILE_NAME as CHECKED_TABLE
+from diffsynth_dagster.data.table.checked_table import find_checked, read_checked
+from diffsynth_dagster.data.table.validate import CheckedTable
 
 
 def with_settled(config: TrainingConfig) -> TrainingConfig:

@@ -35,7 +35,7 @@ from diffsynth_dagster.cache.shards import (
     read_index,
     require_whole,
 )
-from diffsynth_dagster.data.frames import scan_parquet
+from diffsynth_dagster.data.scan import scan_parquet
 from diffsynth_dagster.errors import OutputError, StoreError
 from diffsynth_dagster.facts import digest_text
 from diffsynth_dagster.files import remove_leftovers, write_text

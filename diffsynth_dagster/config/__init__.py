@@ -1,9 +1,13 @@
-"""Parameters: declared by group (`dataset`, `models`, `particular`, `course`, `output`), put
-together (`parameters`), read from flags (`flags`) and recipes (`recipe`), and checked (`checks`).
-What depends on which of them is in `effect`."""
+"""The parameters of a training.
 
-from diffsynth_dagster.config.checks import read_config
+They are declared in groups (`dataset`, `models`, `particular`, `course`, `objective`, `learning`,
+`output`, `validation`) and combined into one class (`parameters`). Their values are read from flags
+(`flags`) or recipes (`recipe`) and then checked (`checks`). `effect` derives what a change of each
+parameter makes out of date.
+"""
+
 from diffsynth_dagster.config.parameters import GROUPS, TrainingConfig
 from diffsynth_dagster.config.recipe import Recipe, find_recipes, read_recipe
+from diffsynth_dagster.config.validate import read_config
 
 __all__ = ["GROUPS", "Recipe", "TrainingConfig", "find_recipes", "read_config", "read_recipe"]

@@ -1,30 +1,31 @@
-"""The entries of a recipe's model list, before any file is there."""
+"""The entries of a recipe's model list, and names for them, before any file is downloaded."""
 
 import re
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
-from diffsynth_dagster.config.kinds import names_model_folder
+from diffsynth_dagster.config.declare import names_model_folder
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import ParameterError, is_text, nearest
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
-"""Number of a shard and of all, in the name of its file."""
+"""The part of a file name with the number of the shard and of all shards."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 _USUAL = ("diffusion_pytorch_model*.safetensors", "model*.safetensors")
-"""How the files of a component are named in lists of models: the folder says what they are."""
+"""File names of diffusers and transformers for any component: only the folder tells which."""
 
-_SAID = re.compile(r"[A-Za-z0-9_.*-]*[A-Za-z0-9*][A-Za-z0-9_.*-]*")
-"""A part of a path that its name tells apart from others."""
+_DISTINCT_PART = re.compile(r"[A-Za-z0-9_.*-]*[A-Za-z0-9*][A-Za-z0-9_.*-]*")
+"""A part of a path that `_as_name` turns into a name that still identifies it."""
 
 
 def mark_of_text(text: str) -> str:
-    """Six digits that tell a text from others."""
+    """A digest of a text, 6 hexadecimal digits, to tell similar names apart."""
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=3).hexdigest()
 
 
 def _as_name(text: str) -> str:
+    """A text with only characters that Dagster accepts in a key."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text.replace("*", "all")).strip("_") or "_"
 
 
@@ -33,11 +34,11 @@ class ModelEntry:
     """One model: files in a repository of the hub, or local files.
 
     Attributes:
+        parameter: the parameter that names the model, for messages.
         repository: `owner/name` on ModelScope; None for local files.
-        pattern: glob within the repository; a folder when it ends with "/", and the folder of the
-            repository itself when it is empty.
-        paths: local files, folders or globs: one model, possibly in shards.
-        parameter: the parameter that named it, for messages.
+        pattern: glob within the repository. A folder if it ends with "/"; the whole repository if
+            it is empty.
+        paths: local files, folders or globs that make up the model: several for shards.
     """
 
     parameter: str
@@ -47,29 +48,30 @@ class ModelEntry:
 
     @property
     def text(self) -> str:
-        """As the user wrote it."""
+        """The entry as the user wrote it."""
         return f"{self.repository}:{self.pattern}" if self.repository else ", ".join(self.paths)
 
     @property
     def same(self) -> str:
-        """The text in one of the ways to write it: entries of which it is equal are one."""
+        """The text in a normal form: entries that have the same one are the same model."""
         if self.repository:
             return self.text
         return ", ".join(str(PurePosixPath(path.replace("\\", "/"))) for path in self.paths)
 
     @property
     def name(self) -> tuple[str, ...]:
-        """What the entry names, in parts of letters, digits, hyphens and underscores:
-        `("Qwen", "Qwen-Image", "transformer")`. It follows from the text of the entry alone.
+        """The parts of a unique name for the entry, made of letters, digits, hyphens and
+        underscores: `("Qwen", "Qwen-Image", "transformer")`. It depends on the entry's text only.
 
-        Files that diffusers and transformers call alike have the name of their folder; others have
-        their own as well: `("black-forest-labs", "FLUX_1-dev", "ae")`. A text of which the parts do not
-        say enough has a mark at its end; of an absolute path only the end is shown.
+        Files with a usual name (`_USUAL`) are named by their folder, others by their own name too:
+        `("black-forest-labs", "FLUX_1-dev", "ae")`. Only the last parts of an absolute path are
+        used. If these parts do not identify the entry, a digest of the text is added.
         """
         text = self.pattern if self.repository else SHARD.sub("", self.paths[0])
         path = PurePosixPath(text.replace("\\", "/"))
         parts = [part for part in path.parts if part not in ("/", ".")]
         is_folder = text.endswith("/") or not parts or not (path.suffix or "*" in path.name)
+        # "all" keeps the key of a whole folder apart from those of the files in it.
         if is_folder:
             parts += [] if self.parameter in MODEL_FOLDERS else ["all"]
         elif parts[-1] in _USUAL and len(parts) > 1:
@@ -79,30 +81,33 @@ class ModelEntry:
             parts[-1] = stem if stem.strip("*") else parts[-1]
         is_local = self.repository is None
         parts = [*(self.repository or "").split("/"), *parts] if not is_local else parts
-        says_all = all(_SAID.fullmatch(part) for part in parts) and len(self.paths) < 2
+        is_unique = all(_DISTINCT_PART.fullmatch(part) for part in parts) and len(self.paths) < 2
         names = [_as_name(part) for part in parts] or ["files"]
         if is_local and path.is_absolute():
-            says_all = False
+            is_unique = False  # the beginning of the path is dropped below
             if names[-1] in ("diffusion_pytorch_model", "model") and len(names) > 1:
                 names.pop()
             names = names[-2:]
-        return tuple(names) if says_all else (*names[:-1], f"{names[-1]}_{mark_of_text(self.same)}")
+        if is_unique:
+            return tuple(names)
+        return (*names[:-1], f"{names[-1]}_{mark_of_text(self.same)}")
 
     @property
     def folder_hint(self) -> str:
-        """The folder that the files lie in, as far as the text shows it: `transformer`, `vae`, …"""
+        """The name of the files' folder, if the text shows it: `transformer`, `vae`, …"""
         text = self.pattern if self.repository else self.paths[0]
         return PurePosixPath(text).name if text.endswith("/") else PurePosixPath(text).parent.name
 
 
 def parse_hub_entry(text: str, parameter: str) -> ModelEntry:
-    """`owner/name:pattern`, or `owner/name:` for all of it → entry.
+    """An entry from `owner/name:pattern`, or `owner/name:` for the whole repository.
 
     Raises:
-        ParameterError: there is no colon, or no repository; or one of them would name a file
-            outside the folder of models, or a name that no file can have.
+        ParameterError: there is no colon, or no valid repository; or the pattern leaves the
+            repository, or is no possible file name.
     """
     repository, colon, pattern = text.partition(":")
+    # "." and ".." match the pattern of a name, and would lead out of the folder of models.
     named = _REPOSITORY.fullmatch(repository) and {".", ".."}.isdisjoint(repository.split("/"))
     if not colon or not named:
         raise ParameterError(
@@ -123,7 +128,7 @@ def parse_hub_entry(text: str, parameter: str) -> ModelEntry:
 
 
 def model_entries(config: TrainingConfig) -> tuple[ModelEntry, ...]:
-    """The models of a config in the order they are named.
+    """The entries of a config's model list, local ones first.
 
     Raises:
         ParameterError: an entry is malformed, or named twice.
@@ -145,10 +150,10 @@ def model_entries(config: TrainingConfig) -> tuple[ModelEntry, ...]:
 
 
 def float8_entries(config: TrainingConfig) -> tuple[ModelEntry, ...]:
-    """The entries that `fp8_models` names, each as the model list writes it.
+    """The entries of the model list that `fp8_models` names.
 
     Raises:
-        ParameterError: one is no entry of the model list.
+        ParameterError: `fp8_models` names something that is not in the model list.
     """
     entries = {entry.text: entry for entry in model_entries(config)}
     wanted = [item if isinstance(item, str) else ", ".join(item) for item in config.fp8_models]
@@ -166,17 +171,18 @@ def float8_entries(config: TrainingConfig) -> tuple[ModelEntry, ...]:
 MODEL_FOLDERS = tuple(
     name for name, field in TrainingConfig.model_fields.items() if names_model_folder(field)
 )
-"""Parameters that name a folder beside the model list, such as that of a tokenizer."""
+"""Parameters outside the model list that name a folder, such as a tokenizer's."""
 
 
 def folder_entries(config: TrainingConfig) -> tuple[ModelEntry, ...]:
-    """The folders that a config names beside its model list."""
+    """The entries of a config's folders, such as a tokenizer, that are not in the model list."""
     given = ((name, getattr(config, name)) for name in MODEL_FOLDERS)
     return tuple(folder_entry(text, name) for name, text in given if text is not None)
 
 
 def folder_entry(text: str, parameter: str) -> ModelEntry:
-    """An entry for a folder such as a tokenizer: a local path, or `repository:folder/`."""
+    """The entry for a folder such as a tokenizer's: a local path, or `repository:folder/`."""
+    # A colon alone does not tell: a local path may have one ("C:/tokenizer").
     if Path(text).exists() or ":" not in text:
         return ModelEntry(parameter, paths=(text,))
     entry = parse_hub_entry(text, parameter)
@@ -185,14 +191,14 @@ def folder_entry(text: str, parameter: str) -> ModelEntry:
 
 
 def start_entries(config: TrainingConfig) -> list[ModelEntry]:
-    """The weight files that a training starts from, beside its models."""
+    """Entries for the weight files outside the model list that a training starts from."""
     names = ("lora_checkpoint", "preset_lora_path", "resume_from_checkpoint")
     given = {name: getattr(config, name) for name in names}
     return [ModelEntry(name, paths=(path,)) for name, path in given.items() if path is not None]
 
 
 def named_entries(config: TrainingConfig) -> list[ModelEntry]:
-    """All that a config names of models: the entries of its list, and the folders beside it.
+    """All model entries of a config: those of its model list, and its folders.
 
     Raises:
         ParameterError: see `model_entries`.

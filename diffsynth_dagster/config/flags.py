@@ -1,4 +1,4 @@
-"""The command-line flags of the trainer, derived from the parameters."""
+"""The command line of the trainer. Its flags are derived from the parameters."""
 
 import argparse
 import json
@@ -9,24 +9,25 @@ from typing import Any, NoReturn
 
 from pydantic.fields import FieldInfo
 
-from diffsynth_dagster.config.checks import as_flag, read_config, refuse_unknown
 from diffsynth_dagster.config.override import overridden
 from diffsynth_dagster.config.parameters import GROUPS, MARKS, TrainingConfig
 from diffsynth_dagster.config.recipe import read_values
 from diffsynth_dagster.config.unsupported import refuse_unsupported
+from diffsynth_dagster.config.validate import as_flag, read_config, refuse_unknown
 from diffsynth_dagster.errors import ParameterError
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command line asks for.
+    """The parsed command line.
 
     Attributes:
-        dry_run: only say what would happen.
-        no_files: without a look at the files of the models and the data.
+        config: the parameters, from the recipe and the flags.
+        dry_run: only print what would happen.
         checkpoints_only: export nothing after the training.
-        recipe: the file that it names, if it names one.
-        num_processes: what the recipe says of it.
+        recipe: the recipe file, if one is given.
+        no_files: with `dry_run`: do not look at files of models and data.
+        num_processes: number of processes according to the recipe, if it says one.
     """
 
     config: TrainingConfig
@@ -43,10 +44,12 @@ _SWITCHES = {
     "no_files": "With --dry_run: say what can be said without the files of the models and the data.",
     "checkpoints_only": "End after the last checkpoint, without files for other tools under exports/.",
 }
-"""What is no parameter of a training: name → help."""
+"""Flags that are not parameters of a training: name → help."""
 
 
 class _Parser(argparse.ArgumentParser):
+    """Raises a `ParameterError` where argparse would print the usage and exit."""
+
     def error(self, message: str) -> NoReturn:
         raise ParameterError(message, where="the command line", do="see --help")
 
@@ -57,7 +60,7 @@ def _help(name: str, field: FieldInfo) -> str:
     shown = "" if default in (None, (), False, "", {}) else f" Default: {_text(default)}."
     soon = " (not supported yet)" if mark.planned else ""
     effect = f" [{mark.affects}{', by content' if mark.by_content else ''}]"
-    return f"{field.description}{shown}{soon}{effect}".replace("%", "%%")
+    return f"{field.description}{shown}{soon}{effect}".replace("%", "%%")  # argparse formats it
 
 
 def _text(value: Any) -> str:
@@ -80,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m diffsynth_dagster.train",
         description="Train a diffusion model. Start it with `accelerate launch -m "
         "diffsynth_dagster.train`. In brackets: what a parameter affects first.",
+        # Flags that are not given must not appear among the values: they would override the recipe.
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -91,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
         section = result.add_argument_group(name, (group.__doc__ or "").strip())
         for key, field in group.model_fields.items():
             kind: Any = field.annotation
+            # `--name` and `--no-name`, without a value.
             if kind in (bool, bool | None):
                 section.add_argument(
                     as_flag(key), action=argparse.BooleanOptionalAction, help=_help(key, field)
@@ -98,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
             elif key == "sample_prompts":
                 section.add_argument(as_flag(key), type=_prompts, help=_help(key, field))
             else:
+                # Without `type`: pydantic converts the text, with the same errors as for a recipe.
                 section.add_argument(as_flag(key), metavar="X", help=_help(key, field))
     return result
 
@@ -111,7 +117,7 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     namespace, unknown = parser().parse_known_args(list(argv))
     where = "the command line"
     if unknown:
-        # The flags of a model that is not there are not what is wrong.
+        # An unsupported model explains its unknown flags, so this error comes before theirs.
         refuse_unsupported(vars(namespace), where)
     for word in unknown:
         if word.startswith("--"):

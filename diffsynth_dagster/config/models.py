@@ -1,18 +1,18 @@
-"""Which weights are loaded, and the LoRA that is trained on them."""
+"""The models that are loaded, and the LoRA that is trained on them."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from diffsynth_dagster.config.kinds import CommaList, ModelList, PathTree, parameter
+from diffsynth_dagster.config.declare import CommaList, ModelList, PathTree, parameter
 from diffsynth_dagster.errors import shown
 
 
 class ModelParameters(BaseModel):
-    """Which weights are loaded."""
+    """The models that are loaded."""
 
-    # By content: every key and identity holds the family that the files turn out to be.
+    # By content: every key and identity already holds the family that was recognised.
     family: str | None = parameter(
         None,
         "Model family, such as qwen_image; recognised from the files when left out.",
@@ -22,20 +22,20 @@ class ModelParameters(BaseModel):
     model_paths: PathTree = parameter(
         (),
         "Model files as JSON: a list of paths; a nested list is one sharded model. A path may be a "
-        "folder, or have * and ? for any characters where no file is called so.",
+        "folder, or a glob with * and ? (unless a file has exactly this name).",
         affects="weights",
         by_content=True,
     )
     model_id_with_origin_paths: CommaList = parameter(
         (),
-        "Model files on ModelScope as repository:pattern, or repository: for all weights in its folder, "
-        "separated by commas.",
+        "Model files on ModelScope as repository:pattern, separated by commas; repository: alone is all "
+        "weights in its folder.",
         affects="weights",
         by_content=True,
     )
     extra_inputs: CommaList = parameter(
         (),
-        "Further columns that the model takes as inputs, separated by commas.",
+        "Further columns of the metadata that are inputs of the model, separated by commas.",
         affects="rows",
     )
     initialize_model_on_cpu: bool = parameter(
@@ -43,11 +43,12 @@ class ModelParameters(BaseModel):
         "Read weights into CPU memory first, then move them to the device.",
         affects="nothing",
     )
-    # By content: it repeats entries of the model list, and how a model is stored is in its digest.
+    # By content: it only repeats entries of the model list, and the digest of a model already
+    # includes how it is stored.
     fp8_models: ModelList = parameter(
         (),
-        "Models stored in float8 and computed in the working precision, each written "
-        "as in the model list. Not for models whose own weights are trained.",
+        "Models that are stored in float8 and computed in the working precision, each written "
+        "as in the model list. Not for models that are trained in full.",
         affects="latents",
         by_content=True,
     )
@@ -60,11 +61,12 @@ class ModelParameters(BaseModel):
     quant_options: str | None = parameter(
         None, "Quantisation of frozen models.", affects="latents", planned=True
     )
+    # Affects training, not latents: the outputs of a trained model are not encoded beforehand.
     resume_from_checkpoint: str | None = parameter(
         None,
-        "File with the weights of the one model that is trained in full, to go on from: a "
-        "checkpoint, an export, or a file of the model's authors. Weights only: for the optimizer "
-        "and the step as well see `resume`.",
+        "File with weights of the model that is trained in full, to start from: a checkpoint, an "
+        "export, or a file of the model's authors. Only weights: to continue with the optimizer "
+        "and the step as well, see `resume`.",
         affects="training",
         by_content=True,
         needs="trainable_models",
@@ -80,8 +82,8 @@ class ModelParameters(BaseModel):
     )
     offload_idle_denoiser: bool = parameter(
         False,
-        "Keep the frozen weights of the expert that is not at work in CPU memory, where two experts "
-        "share the schedule (Wan2.2 A14B).",
+        "For models whose two experts share the schedule (Wan2.2 A14B): keep the frozen weights of "
+        "the expert that is not used in CPU memory.",
         affects="nothing",
     )
     enable_optimizer_cpu_offload: bool = parameter(
@@ -97,68 +99,70 @@ _METHODS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "oft": "OFT"}
 
 
 def adapter_text(lora: Mapping[str, Any]) -> str:
-    """What was put into the layers, in words: `LoRA of rank 16, alpha 8`.
+    """The adapter in words: `LoRA of rank 16, alpha 8`.
 
     Args:
-        lora: `TrainingConfig.adapter`, or what the header of a file has of it.
+        lora: `TrainingConfig.adapter`, or the same from the header of a file.
     """
     method = str(lora.get("method", "lora"))
-    own = {name: shown(lora[name]).removesuffix(".0") for name in ("rank", "alpha") if name in lora}
-    more = ", ".join(f"{name} {value}" for name, value in own.items())
+    sizes = {
+        name: shown(lora[name]).removesuffix(".0") for name in ("rank", "alpha") if name in lora
+    }
+    more = ", ".join(f"{name} {value}" for name, value in sizes.items())
     return _METHODS.get(method, method) + (f" of {more}" if more else "")
 
 
 class LoraParameters(BaseModel):
-    """The LoRA, when one is trained, or what takes its place."""
+    """The LoRA, or an adapter of another kind."""
 
-    # Latents, since what comes of a trained model is not encoded beforehand.
+    # Affects latents: the outputs of a trained model change, so they are not encoded beforehand.
     lora_base_model: CommaList = parameter(
         (),
-        "Model that gets the LoRA, such as dit; several, separated by commas, get one each.",
+        "Model that gets a LoRA, such as dit; several, separated by commas, get one each.",
         affects="latents",
         each_half=True,
     )
     lora_target_modules: CommaList | None = parameter(
         None,
-        "Layers that get the LoRA, separated by commas: names or the ends of names. "
-        "Left out: the family's usual ones; empty: every large Linear of the repeated blocks.",
+        "Layers that get the LoRA, separated by commas: their names, or the ends of these. "
+        "Left out: the family's usual ones; empty: every large Linear layer of the repeated blocks.",
         affects="training",
         needs="lora_base_model",
     )
     lora_method: LoraMethod = parameter(
         "lora",
-        "What is trained in each layer: lora (W + BA), dora (its length for each output as well), "
-        "lokr (W + a Kronecker product), or oft (W times a rotation of its inputs).",
+        "What is trained in each layer: lora (W + BA), dora (the same, and the length of each output's "
+        "weights), lokr (W + a Kronecker product), or oft (W times a rotation of its inputs).",
         affects="training",
         needs="lora_base_model",
         off_by_default=True,
     )
     lora_rank: int = parameter(
         32,
-        "Rank of the LoRA; of lokr, that of its right factor, where that is smaller than half of "
-        "the factor's longer side. Not for oft.",
+        "Rank of the LoRA. For lokr: rank of the right factor, if it is smaller than half of the "
+        "factor's longer side. Not for oft.",
         affects="training",
         needs="lora_base_model",
         ge=1,
     )
     lora_alpha: float | None = parameter(
         None,
-        "Scale of the LoRA times its rank; the rank when left out. Not for oft.",
+        "Alpha of the LoRA, whose scale is alpha / rank. Left out: the rank. Not for oft.",
         affects="training",
         needs="lora_base_model",
         gt=0.0,
     )
     use_rslora: bool = parameter(
         False,
-        "Scale the LoRA by alpha / sqrt(rank) and not by alpha / rank. For lora and dora.",
+        "Scale the LoRA by alpha / sqrt(rank) instead of alpha / rank. For lora and dora.",
         affects="training",
         needs="lora_base_model",
         off_by_default=True,
     )
     lokr_decompose_factor: int = parameter(
         -1,
-        "Size of lokr's left factor: the divisor of a layer's width that is nearest to it from "
-        "below; -1: nearest to the square root.",
+        "Size of lokr's left factor: the largest divisor of a layer's width that is not above this; "
+        "-1: the divisor nearest to the square root.",
         affects="training",
         needs="lora_base_model",
         off_by_default=True,
@@ -166,14 +170,14 @@ class LoraParameters(BaseModel):
     )
     lokr_decompose_both: bool = parameter(
         False,
-        "Give lokr's left factor the rank too, where that is smaller than half of its longer side.",
+        "Give lokr's left factor the rank too, if it is smaller than half of the factor's longer side.",
         affects="training",
         needs="lora_base_model",
         off_by_default=True,
     )
     oft_block_size: int = parameter(
         32,
-        "How many inputs of a layer each rotation of oft mixes; the width of every layer must be a "
+        "How many inputs of a layer each rotation of oft mixes. The width of every layer must be a "
         "multiple of it.",
         affects="training",
         needs="lora_base_model",
@@ -190,22 +194,22 @@ class LoraParameters(BaseModel):
     )
     lora_checkpoint: str | None = parameter(
         None,
-        "LoRA file to start from: a checkpoint, any file that is exported, or a LoRA "
-        "that another tool wrote.",
+        "LoRA file to start from: a checkpoint, an export, or a LoRA that another tool wrote.",
         affects="training",
         by_content=True,
         needs="lora_base_model",
     )
+    # Affects latents: the model that it is fused into may be one that encodes samples.
     preset_lora_path: str | None = parameter(
         None,
-        "LoRA file that is fused into the base before training, so that what is "
-        "trained is the difference to it.",
+        "LoRA file that is fused into the base model before the training, so that only the "
+        "difference to it is trained.",
         affects="latents",
         by_content=True,
     )
     preset_lora_model: str | None = parameter(
         None,
-        "Model that the preset LoRA is fused into; dit when left out.",
+        "Model that the preset LoRA is fused into. Left out: dit.",
         affects="latents",
         each_half=True,
         needs="preset_lora_path",

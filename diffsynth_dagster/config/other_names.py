@@ -1,5 +1,5 @@
-"""What parameters of other trainers are called here: those of kohya's sd-scripts, musubi-tuner, ai-toolkit,
-the example scripts of diffusers, diffusion-pipe, SimpleTuner and OneTrainer."""
+"""Our names for the parameters of other trainers: kohya's sd-scripts, musubi-tuner, ai-toolkit, the
+example scripts of diffusers, diffusion-pipe, SimpleTuner and OneTrainer."""
 
 _MODELS = "`model_id_with_origin_paths` (from the hub) or `model_paths` (files)"
 _CHECKPOINTS = "`save_steps` (in optimizer steps; left out, each epoch leaves a checkpoint)"
@@ -37,7 +37,7 @@ _NAMES: dict[str, str] = {
     "`prediction_type`": "v_parameterization",
     "`timestep_shift`": "discrete_flow_shift flow_schedule_shift",
     "`timestep_sampling`": "weighting_scheme timestep_distribution timestep_type",
-    # There t counts from the data, here the fraction from the noise.
+    # Other trainers count timesteps from the data, we count fractions from the noise.
     "`max_timestep_boundary` = 1 - min_timestep / 1000 (the schedule begins with the most noise)": (
         "min_timestep"
     ),
@@ -84,13 +84,13 @@ _NAMES: dict[str, str] = {
     "`enable_tensorboard_log`, or that of another tracker": "log_with report_to",
     "`wandb_project`": "log_tracker_name tracker_project_name",
 }
-"""What it is here, with parameters between backticks → names of others."""
+"""Our name (parameters are between backticks) → the names in other trainers."""
 
 OTHER_NAMES = {name: here for here, names in _NAMES.items() for name in names.split()}
-"""A parameter of another trainer → what it is here, with parameters between backticks."""
+"""Name in another trainer → our name, with parameters between backticks."""
 
 
 def other_name(name: str) -> str:
-    """A hint for the name of another trainer's parameter; empty for any other name."""
+    """A hint for the name of another trainer's parameter; empty if no trainer has it."""
     here = OTHER_NAMES.get(name.lower().replace("-", "_"))
     return "" if here is None else f"{name} is {here.replace('`', '')} here"

@@ -4,29 +4,29 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from diffsynth_dagster.config.kinds import Text, Texts, parameter
+from diffsynth_dagster.config.declare import Text, Texts, parameter
 
 
 class OutputParameters(BaseModel):
     """What is written, and where."""
 
     output_path: str = parameter("./models", "Run folder.", affects="nothing", min_length=1)
-    # Training, not exports: it is in the tensor names of every checkpoint.
+    # Affects training, not exports: it changes the tensor names in every checkpoint.
     remove_prefix_in_ckpt: str = parameter(
         "pipe.dit.", "Prefix removed from the tensor names of saved weights.", affects="training"
     )
     checkpoint_format: Literal["comfyui", "diffusers", "guide", "kohya"] | None = parameter(
         None,
-        "Names of a LoRA's tensors in checkpoints: those that ComfyUI and most tools read, those of "
-        "diffusers, of DiffSynth-Studio's trainer, or of kohya's scripts. Left out, those that load in "
-        "DiffSynth-Studio and in most other tools.",
+        "Names of a LoRA's tensors in checkpoints: comfyui: those that ComfyUI and most tools read; "
+        "diffusers: those of diffusers; guide: those of DiffSynth-Studio's trainer; kohya: those of "
+        "kohya's scripts. Left out: names that load in DiffSynth-Studio and in most other tools.",
         affects="training",
         needs="lora_base_model",
     )
     export_formats: list[Literal["comfyui", "diffusers", "guide", "kohya", "peft"]] | None = (
         parameter(
             None,
-            "Formats of a LoRA's exports. Left out, diffusers, and kohya for Stable Diffusion 1.5.",
+            "Formats of a LoRA's exports. Left out: diffusers, and for Stable Diffusion 1.5 kohya.",
             affects="exports",
             needs="lora_base_model",
             min_length=1,
@@ -34,24 +34,26 @@ class OutputParameters(BaseModel):
     )
     export_checkpoint: str | None = parameter(
         None,
-        "Which checkpoint is exported: `best`, `last`, or the number of its step. Left out, the best "
-        "where it is kept, else the last.",
+        "Which checkpoint is exported: `best`, `last`, or the number of its step. Left out: the best "
+        "if it is kept, else the last.",
         affects="exports",
         pattern=r"^(?:best|last|[1-9]\d*)$",
     )
+    # Affects training: the checkpoints are its result.
     save_steps: int | None = parameter(
         None,
-        "Optimizer steps between two step-N.safetensors; left out, every epoch ends with an "
-        "epoch-N.safetensors. With max_train_steps and a small data set these are many.",
+        "Optimizer steps between two checkpoints step-N.safetensors. Left out: every epoch ends with a "
+        "checkpoint epoch-N.safetensors; with max_train_steps and a small data set these are many.",
         affects="training",
         ge=1,
     )
     save_keep: int | None = parameter(
         None,
-        "Checkpoints that are kept, the newest; left out, all.",
+        "How many of the newest checkpoints are kept. Left out: all.",
         affects="training",
         ge=1,
     )
+    # States affect nothing: they only decide how much is lost when a training is stopped.
     state_steps: int | None = parameter(
         None,
         "Optimizer steps between two resumable states, in state/.",
@@ -60,25 +62,28 @@ class OutputParameters(BaseModel):
     )
     state_minutes: float = parameter(
         15.0,
-        "Minutes between two resumable states; 0 for none by time.",
+        "Minutes between two resumable states; 0 switches this off.",
         affects="nothing",
         ge=0.0,
     )
     state_keep: int = parameter(
-        2, "Resumable states that are kept; at the end, the last one.", affects="nothing", ge=1
+        2,
+        "How many of the newest resumable states are kept; after the end of the training only the last.",
+        affects="nothing",
+        ge=1,
     )
     resume: Literal["auto", "same", "must", "never"] = parameter(
         "auto",
-        "auto: go on from the newest state in the run folder, if there is one, and refuse one of another "
-        "training that is unfinished; same: go on from one of the same training, else train from the "
-        "beginning; must: refuse to start without one; never: train from the beginning. A training that is "
-        "not gone on with is moved to older/.",
+        "auto: resume from the newest state in the run folder, if there is one, but refuse to start if it "
+        "is of another, unfinished training; same: resume from a state of the same training, else train "
+        "from the beginning; must: refuse to start without a state; never: train from the beginning. A "
+        "training that is not resumed is moved to older/.",
         affects="nothing",
     )
     runs_keep: int | None = parameter(
         None,
-        "Older trainings that are kept in older/, the newest; left out, all. The others are removed when "
-        "the newest training has ended.",
+        "How many of the newest older trainings are kept in older/. Left out: all. The others are removed "
+        "when a new training has ended.",
         affects="nothing",
         ge=1,
     )
@@ -98,7 +103,7 @@ class OutputParameters(BaseModel):
     )
     enable_mlflow_log: bool = parameter(
         False,
-        "Report to MLflow, where MLFLOW_TRACKING_URI says.",
+        "Report to MLflow, at MLFLOW_TRACKING_URI.",
         affects="nothing",
     )
     mlflow_project: str = parameter(
@@ -107,24 +112,24 @@ class OutputParameters(BaseModel):
 
 
 TABLES = (".csv", ".json", ".jsonl", ".parquet")
-"""How the names of files end that metadata tables are read from."""
+"""File name extensions of metadata tables."""
 
 
 class SamplingParameters(BaseModel):
-    """Images made before, during and after training, to look at."""
+    """Sample images that are made before, during and after the training."""
 
-    # Latents: the prompts are encoded with the captions, and the negative one where there is guidance.
+    # Affects latents: the prompts are encoded too, and with guidance the negative one.
     sample_prompts: Texts = parameter(
         (),
-        "Prompts of the sample images; as a flag, a JSON list or one prompt. Or a table (csv, json, "
-        "jsonl or parquet) with the columns of the metadata: prompt, and the further inputs; its "
-        "paths start at its own folder.",
+        "Prompts of the sample images; as a flag, a JSON list or one prompt. Or the path of a table "
+        "(csv, json, jsonl or parquet) with the columns of the metadata: prompt, and the extra inputs. "
+        "Paths in it are relative to its own folder.",
         affects="latents",
         each_half=True,
     )
     sample_steps: int | None = parameter(
         None,
-        "Optimizer steps between two sample pictures; left out, each checkpoint comes with one.",
+        "Optimizer steps between two sample pictures. Left out: one with each checkpoint.",
         affects="training",
         needs="sample_prompts",
         ge=1,
@@ -134,36 +139,36 @@ class SamplingParameters(BaseModel):
     )
     sample_cfg_scale: float | None = parameter(
         None,
-        "Classifier-free guidance of a sample image; 1 is none. Left out, what the model's authors "
-        "publish.",
+        "Scale of classifier-free guidance of a sample image; 1 is no guidance. Left out: what the "
+        "model's authors recommend.",
         affects="latents",
         each_half=True,
-        left_out_as=1.0,
+        left_out_as=1.0,  # the default before None was allowed
         used_with=("sample_prompts", "customized_evaluation"),
         ge=1.0,
     )
     sample_negative_prompt: Text | None = parameter(
         None,
-        "Prompt that guidance leads sample images away from. Left out, what the model's authors "
-        "publish, or the empty one.",
+        "Negative prompt, from which guidance leads sample images away. Left out: the one that the "
+        "model's authors recommend, or an empty one.",
         affects="latents",
         each_half=True,
         off_by_default=True,
     )
     customized_evaluation: str | None = parameter(
         None,
-        "Dotted path of a function that measures the model before and after training "
-        "by the images that it makes.",
+        "Dotted path of a function that measures the model before and after the training "
+        "by the images that it generates.",
         affects="training",
     )
 
     @property
     def sample_table(self) -> str | None:
-        """The table that `sample_prompts` names, if it names one."""
+        """Path of the table that `sample_prompts` names; None if it lists prompts."""
         named = self.sample_prompts[0] if len(self.sample_prompts) == 1 else ""
         return named if named.lower().endswith(TABLES) else None
 
     @property
     def sample_texts(self) -> tuple[str, ...]:
-        """The prompts of `sample_prompts`, if it lists some."""
+        """The prompts that `sample_prompts` lists; empty if it names a table."""
         return self.sample_prompts if self.sample_table is None else ()

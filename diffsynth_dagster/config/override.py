@@ -1,4 +1,4 @@
-"""Values that take the place of others."""
+"""Overrides: values of flags or of a run that replace those of a recipe."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,16 +8,21 @@ _DATA = ("dataset_base_path", "dataset_metadata_path")
 
 
 def overridden(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with those that are given in their place, by parameter name.
+    """The values with the overrides applied.
 
-    What says how long the training is takes the place of whatever said it before. A folder without a
-    table stays one where another folder is given.
+    `num_epochs` and `max_train_steps` both set the length of the training: overriding one removes
+    the other. If a folder without a table is replaced by another one, that one has no table either.
+
+    Args:
+        values: parameter name → value.
+        given: the overrides: parameter name → value.
     """
     kept = dict(values)
     lengths = [name for name in _LENGTHS if given.get(name) is not None]
     if len(lengths) == 1:
         kept = {name: value for name, value in kept.items() if name not in _LENGTHS}
     base, table = _DATA
+    # A resolved config names a folder without a table as its own table: that must not stay.
     if base in given and kept.get(table) == kept.get(base):
         kept.pop(table, None)
     return {**kept, **given}

@@ -1,4 +1,4 @@
-"""Recipes: one flat YAML file for each training."""
+"""Recipes: a recipe is one flat YAML file with the parameters of a training."""
 
 import math
 from collections.abc import Mapping
@@ -9,51 +9,51 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from diffsynth_dagster.config.checks import as_key, read_config, refuse_unknown, validated
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe_yaml import load_yaml
 from diffsynth_dagster.config.retrain import Retrain, as_retrain, refuse_schedule
 from diffsynth_dagster.config.unsupported import refuse_unsupported
+from diffsynth_dagster.config.validate import as_key, read_config, refuse_unknown, validated
 from diffsynth_dagster.errors import ParameterError
 
 PRIORITY, MAX_RUNTIME = "dagster/priority", "dagster/max_runtime"
-"""Tags that Dagster reads as numbers, and silently ignores where they are none."""
+"""Tags that Dagster reads as numbers. It silently ignores a value that is not a number."""
 
 
 class RecipeOptions(BaseModel):
-    """Keys of a recipe that are about running it, not about what is trained."""
+    """Keys of a recipe that say how it is run, not what is trained."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     description: str = Field("", description="What the training is for.")
-    retrain: Retrain | None = Field(None, description="When it is trained again by itself.")
+    retrain: Retrain | None = Field(None, description="When it is trained again automatically.")
     num_processes: int | None = Field(
-        None, ge=1, description="Training processes; accelerate's own choice when left out."
+        None, ge=1, description="Number of training processes. Left out: accelerate's own choice."
     )
     gpus: int | None = Field(
-        None, ge=1, description="GPUs that it takes of its pool; all of them when left out."
+        None, ge=1, description="How many GPUs of its pool it uses. Left out: all of them."
     )
-    pool: str | None = Field(
-        None, description="Pool whose GPUs it takes; the first one when left out."
-    )
+    pool: str | None = Field(None, description="Pool whose GPUs it uses. Left out: the first pool.")
     retries: int = Field(
         2,
         ge=0,
-        description="How often Dagster starts the processes again after a crash; they go on from the "
-        "newest state. A mistake is never tried again.",
+        description="How often Dagster restarts the processes after a crash; they resume from the newest "
+        "state. A user's mistake is never retried.",
     )
     promote_margin: float = Field(
         0.05,
         ge=0,
         allow_inf_nan=False,
-        description="How much worse than the promoted export a new one may be, and be promoted still: a "
-        "fraction of its loss.",
+        description="How much worse than the promoted export a new one may be and still be promoted, as "
+        "a fraction of its loss.",
     )
     promote_keep: int = Field(
-        3, ge=1, description="Promoted versions that are kept, the newest, with the current one."
+        3,
+        ge=1,
+        description="How many of the newest promoted versions are kept, with the current one.",
     )
     accelerate_config: str | None = Field(
-        None, description="Configuration file handed to `accelerate launch --config_file`."
+        None, description="Configuration file for `accelerate launch --config_file`."
     )
     tags: Mapping[str, str] = Field(
         {},
@@ -64,7 +64,7 @@ class RecipeOptions(BaseModel):
     @field_validator("tags", mode="before")
     @classmethod
     def _as_text(cls, tags: object) -> object:
-        """Numbers as the text that is written for them. Raises `ValueError`."""
+        """Numbers as text, since Dagster's tags are texts. Raises `ValueError`."""
         if not isinstance(tags, Mapping):
             raise ValueError("it must map texts to texts, one `name: value` in each line")
         texts: dict[object, object] = {}
@@ -77,7 +77,7 @@ class RecipeOptions(BaseModel):
     @field_validator("tags")
     @classmethod
     def _with_numbers(cls, tags: Mapping[str, str]) -> Mapping[str, str]:
-        """Raises `ValueError`."""
+        """Checks the tags that Dagster reads as numbers. Raises `ValueError`."""
         priority, runtime = tags.get(PRIORITY), tags.get(MAX_RUNTIME)
         if priority is not None and not _is_number(priority, int):
             raise ValueError(f"{PRIORITY} must be a whole number, such as 5")
@@ -95,7 +95,14 @@ def _is_number(text: str, kind: type[int] | type[float]) -> bool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training: its name (the file's stem), its parameters, and how it is run."""
+    """One training.
+
+    Attributes:
+        name: the file's name without its extension, or what `load_recipes` made of it.
+        path: the file.
+        config: the parameters.
+        options: how it is run.
+    """
 
     name: str
     path: Path
@@ -104,11 +111,11 @@ class Recipe:
 
 
 def read_values(path: Path) -> tuple[dict[str, Any], RecipeOptions]:
-    """The parameters named in a recipe, unchecked but for their names, and its options.
+    """The parameters in a recipe, of which only the names are checked, and its options.
 
     Raises:
-        ParameterError: see `load_yaml`; or it is no flat mapping, has an unknown key, or names a
-            model that is not supported.
+        ParameterError: the file is not a flat mapping, has an unknown key, or names a model that is
+            not supported; or see `load_yaml`.
     """
     where, loaded = str(path), load_yaml(path)
     if not isinstance(loaded, dict):
@@ -124,15 +131,16 @@ def read_values(path: Path) -> tuple[dict[str, Any], RecipeOptions]:
     for name in values:
         if name not in known:
             refuse_unknown(name, known, where, as_key)
-    raw = {name: values.pop(name) for name in RecipeOptions.model_fields if name in values}
-    if raw.get("retrain") is not None:
-        raw["retrain"] = as_retrain(raw["retrain"], where)
-    return values, validated(RecipeOptions, raw, where)
+    options = {name: values.pop(name) for name in RecipeOptions.model_fields if name in values}
+    # Read first, for messages that name the keys inside of `retrain`.
+    if options.get("retrain") is not None:
+        options["retrain"] = as_retrain(options["retrain"], where)
+    return values, validated(RecipeOptions, options, where)
 
 
 def read_retrain(path: Path) -> Retrain | None:
-    """When a recipe is trained again by itself, whatever else is wrong in it; None if it does not say so,
-    or not in a way that can be read."""
+    """The `retrain` of a recipe, even if something else in the recipe is wrong; None if it has
+    none, or one that cannot be read."""
     try:
         loaded = load_yaml(path)
         if not isinstance(loaded, dict) or "retrain" not in loaded:
@@ -168,14 +176,15 @@ def find_recipes(folder: Path) -> list[Recipe]:
 
 
 def recipe_files(folder: Path) -> list[Path]:
-    """The files of recipes in a folder, sorted."""
+    """The recipe files in a folder, sorted."""
     return sorted(p for p in folder.glob("*") if p.suffix in (".yaml", ".yml") and p.is_file())
 
 
 def dump_config(config: TrainingConfig) -> str:
-    """The config as resolved: YAML that `read_values` reads back to the same config."""
-    # Escaped: YAML takes some Unicode characters for line breaks.
+    """The whole config as YAML, which `read_values` reads back to the same config."""
     values = config.model_dump(mode="json")
-    if config.dataset_metadata_path == config.dataset_base_path:  # it follows from that
+    # A folder without a table: reading the config fills this in again.
+    if config.dataset_metadata_path == config.dataset_base_path:
         values["dataset_metadata_path"] = None
+    # Without `allow_unicode`: YAML reads some Unicode characters as line breaks.
     return yaml.safe_dump(values, sort_keys=False)

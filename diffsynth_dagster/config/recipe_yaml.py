@@ -1,5 +1,7 @@
-"""Reads the YAML of a recipe, within bounds: nobody knows who wrote it, and every process of Dagster
-reads all of them.
+"""Reads the YAML of a recipe, with limits on its size and content.
+
+Recipes may come from anyone, and every process of Dagster reads all of them. One bad file must not
+slow down or crash the whole code location.
 """
 
 import errno
@@ -11,22 +13,26 @@ import yaml
 from diffsynth_dagster.errors import ParameterError, is_text
 
 LARGEST = 1 << 20
-"""Bytes of a recipe's file, and characters of its values with each alias as what it stands for."""
+"""Most bytes of a recipe's file, and most characters of its values with all aliases expanded."""
 _MOST_VALUES = 10_000
-"""Values, keys and brackets as they are written; reading so many takes half a second."""
+"""Most values, keys and brackets in a file; reading that many takes half a second."""
 _DEEPEST = 50
+"""Most brackets inside each other."""
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS = (f"{_TAG}int", f"{_TAG}float")
 _OPEN = (0, 0)
-"""What `_measure` knows of a value that it is in the middle of."""
+"""What `_measure` notes for a value while it measures its parts."""
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that refuses what YAML's own accepts: a key that stands twice, a key that is no plain
-    text, aliases that stand for very much, and characters that no file can be named with and no
-    database keeps. It reads a date and a number in base 60 (1:30) as text: no parameter is one.
+    """A stricter loader than PyYAML's safe one.
+
+    It refuses duplicate keys, keys that are not plain text, aliases that expand to very much, and
+    characters that neither file names nor databases can hold (NUL, lone surrogates). Dates and
+    numbers in base 60 (1:30) are read as text, since no parameter is one.
     """
 
+    # Without the resolver of timestamps, which turns 2024-01-01 into a date.
     yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class declares it
         first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{_TAG}timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -37,13 +43,14 @@ class _Loader(yaml.SafeLoader):
         self._values = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next value of the text, a number in base 60 as text.
+        """Read the next value; a number in base 60 as text.
 
         Args:
-            parent, index: what it is a part of, and where; a key has a parent and no index.
+            parent: the mapping or list that the value is in.
+            index: its key or its place there; None for a key itself.
 
         Raises:
-            yaml.YAMLError: there are too many values, or a key is no plain text.
+            yaml.YAMLError: there are too many values, or a key is not plain text.
         """
         start = self.peek_event().start_mark
         self._values += 1
@@ -58,8 +65,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_document(self, node: yaml.Node) -> Any:
-        """What the whole text says. Raises `yaml.YAMLError`."""
-        _measure(node, {})
+        """The value of the whole text. Raises `yaml.YAMLError`."""
+        _measure(node, {})  # before anything is built: expanding aliases could fill the memory
         return super().construct_document(node)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
@@ -73,7 +80,7 @@ class _Loader(yaml.SafeLoader):
         """A mapping. Raises `yaml.YAMLError`."""
         seen: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.tag == f"{_TAG}merge":
+            if key_node.tag == f"{_TAG}merge":  # `<<: *other`, which may stand several times
                 continue
             key = str(self.construct_object(key_node, deep=True))
             if key in seen:
@@ -83,15 +90,16 @@ class _Loader(yaml.SafeLoader):
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many characters a value has, and how many brackets inside each other, with each alias as
-    what it stands for. An alias is the same node again, which is measured once.
+    """(characters, depth of brackets) of a value with all aliases expanded.
 
     Args:
         known: id of a node → its measures.
 
     Raises:
-        yaml.YAMLError: it is too large, or stands for itself.
+        yaml.YAMLError: the value is too large or too deep, or contains itself.
     """
+    # An alias is the very same node object as what it stands for: it is measured only once, so that
+    # aliases of aliases ("billion laughs") cost no time.
     if known.get(id(node)) == _OPEN:
         raise _refused("an alias stands for a value that it is a part of", node.start_mark)
     if id(node) in known:
@@ -118,23 +126,23 @@ def _parts(node: yaml.Node) -> list[yaml.Node]:
 
 
 def _refused(what: str, mark: yaml.Mark) -> yaml.YAMLError:
-    """The error that names a line."""
+    """An error that names the line of `mark`."""
     return yaml.constructor.ConstructorError(None, None, what, mark)
 
 
 def load_yaml(path: Path) -> Any:
-    """What a recipe's file says.
+    """The content of a recipe's file.
 
     Raises:
-        ParameterError: it cannot be read, is larger than 1 MiB, or is no YAML that a recipe may have;
-            that says the line.
+        ParameterError: the file cannot be read, is larger than 1 MiB, or is not YAML that `_Loader`
+            accepts. Then the message names the line.
     """
     where = str(path)
     try:
-        if path.exists() and not path.is_file():  # a pipe may wait for its writer for ever
+        if path.exists() and not path.is_file():  # opening a named pipe may block for ever
             raise OSError(errno.EINVAL, "it is not a regular file")
         with path.open("rb") as file:
-            content = file.read(LARGEST + 1)  # no more of it, whatever it is
+            content = file.read(LARGEST + 1)  # one byte more tells that it is too large
         if len(content) > LARGEST:
             raise ParameterError(
                 "the recipe is larger than 1 MiB, which is the limit",
@@ -149,7 +157,7 @@ def load_yaml(path: Path) -> Any:
             where=str(path.absolute()),
             do="name a YAML file",
         ) from error
-    # A ValueError: 0x_, or a number of 5,000 digits.
+    # PyYAML raises a plain ValueError for numbers such as 0x_, or with more than 4,300 digits.
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         message = " ".join(str(error).split())
         raise ParameterError(

@@ -1,11 +1,11 @@
-"""When a recipe is trained again by itself."""
+"""The recipe key `retrain`: when a recipe is trained again automatically."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from diffsynth_dagster.config.checks import as_key, validated
+from diffsynth_dagster.config.validate import as_key, validated
 from diffsynth_dagster.errors import ParameterError, nearest
 
 _EXAMPLE = 'write it like `retrain: {cron: "0 3 * * *"}`'
@@ -22,33 +22,37 @@ class Retrain(BaseModel):
     timezone: str = Field("UTC", description="Name of the time zone of `cron`, such as Asia/Tokyo.")
     when: Literal["changed", "always"] = Field(
         "changed",
-        description="changed: at each time of `cron`, what has changed since it was made is made anew, "
-        "and nothing else; always: a whole training each time.",
+        description="changed: at each time of `cron`, only what has changed since it was made is made "
+        "again; always: a whole training each time.",
     )
     files: bool = Field(
-        False, description="Train again when the files of the data set have changed and lie still."
+        False,
+        description="Train again when files of the data set have changed, once they stay the same.",
     )
     settle_minutes: float = Field(
-        5.0, ge=0, description="How long the files lie still before that, in minutes."
+        5.0, ge=0, description="How long the files must stay the same before that, in minutes."
     )
 
     warm_start: bool = Field(
         False,
-        description="Start each training from the promoted version, as soon as there is one, instead of "
-        "from the beginning.",
+        description="Start each training from the promoted version, if there is one, instead of from the "
+        "beginning.",
     )
 
     @property
     def nightly(self) -> bool:
-        """Whether what has changed is made anew at the times of `cron`."""
+        """Whether what has changed is made again at the times of `cron`."""
         return self.cron is not None and self.when == "changed"
 
 
 def as_retrain(value: object, where: str) -> Retrain:
-    """The value of the key `retrain`, checked but for its cron expression and its time zone.
+    """Read and check the value of the key `retrain`.
+
+    The cron expression and the time zone are not checked here, since that needs Dagster.
 
     Raises:
-        ParameterError: it is no mapping, has an unknown key or a wrong value, or says nothing of when.
+        ParameterError: the value is not a mapping, has an unknown key or a wrong value, has keys
+            that contradict each other, or says neither `cron` nor `files`.
     """
 
     def refuse(what: str, do: str) -> ParameterError:
@@ -74,6 +78,7 @@ def as_retrain(value: object, where: str) -> Retrain:
             "'retrain' has 'when: always', which trains whether files have changed or not, and 'files'",
             "leave one of them out",
         )
+    # By the keys that are written, since a value may equal its default.
     if "timezone" in values and retrain.cron is None:
         raise refuse("'retrain' has 'timezone' and no 'cron'", "add it, or leave it out")
     if "settle_minutes" in values and not retrain.files:
@@ -84,7 +89,7 @@ def as_retrain(value: object, where: str) -> Retrain:
 
 
 def refuse_schedule(values: Mapping[str, Any], where: str) -> None:
-    """Refuse the key that `retrain` has taken the place of. Raises `ParameterError`."""
+    """Refuse the old key `schedule`, which `retrain` has replaced. Raises `ParameterError`."""
     if "schedule" in values:
         raise ParameterError(
             "'schedule' is now `retrain: {cron: …}`",

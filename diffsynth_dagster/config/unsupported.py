@@ -1,6 +1,7 @@
-"""Models of the DiffSynth-Studio guide that cannot be trained here yet, told by the names of their
-repositories and by parameters that only they have: so that they are named before anything else is
-found fault with, and before anything is downloaded.
+"""Recognises models of the DiffSynth-Studio guide that cannot be trained here yet.
+
+They are recognised by the names of their repositories, and by parameters that only they have. So
+the user learns that the model is not supported before any other error, and before any download.
 """
 
 import re
@@ -25,7 +26,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "minimax_h3": ("minimax/minimax-h3*", "minimaxai/minimax-h3*", "diffsynth-studio/minimax-h3*"),
     "mova": ("openmoss/mova*",),
 }
-"""Family → how the names of its repositories look, in small letters."""
+"""Family → globs of its repositories' names, in lower case."""
 _MODELS: Mapping[str, str] = {
     "meituan-longcat/longcat-video*": "LongCat-Video",
     "ostris/flex.2*": "FLEX.2",
@@ -51,21 +52,20 @@ _MODELS: Mapping[str, str] = {
     "bytedance/video-as-prompt*": "Video-As-Prompt",
     "diffsynth-studio/wan2.1-1.3b-speedcontrol*": "speed control of Wan",
 }
-"""How the name of a repository looks, in small letters → its model, which looks like one of a
-supported family."""
+"""Glob of a repository's name in lower case → its model, which looks like a supported one."""
 _REASONS: Mapping[str, str] = {
     "LongCat-Video": "it is no Wan",
     "FLEX.2": "it is given more than the noise",
 }
-"""A model of these → why it is not trained like the supported one that it looks like."""
+"""Model in `_MODELS` → why it cannot be trained like the supported one that it looks like."""
 _SHARED = re.compile(
     r"(^|/)(text_encoder|tokenizer|vae|processor|scheduler)(_\d)?/|models_(t5|clip)|_VAE\.|(^|/)ae\."
 )
-"""Files in such repositories that are those of a supported model."""
+"""Files in repositories of `_MODELS` that are the same as those of a supported model."""
 _VAE = re.compile(r"(^|/)(vae/|ae\.)|_vae\.", re.I)
 _WITH_SHARED_VAE = ("z_image", "krea2", "anima")
-"""Families whose VAE is that of FLUX.1 or Qwen-Image: who trains one of these may take it from
-there. The VAEs of the others, as FLUX.2's `ae.safetensors`, are models of their own."""
+"""Families that use the VAE of FLUX.1 or Qwen-Image. To train FLUX.1 or Qwen-Image, the VAE may be
+taken from their repositories. Other families, such as FLUX.2, have a VAE of their own."""
 _PARAMETERS: Mapping[str, str] = {
     "dmd2_*": "flux2",
     "enable_npu_patch": "z_image",
@@ -77,15 +77,15 @@ _PARAMETERS: Mapping[str, str] = {
     "silent_on_missing_audio": "minimax_h3",
     "tokenizer_t5xxl_path": "anima",
 }
-"""How a parameter of the guide looks that one family alone takes → the family."""
+"""Glob of a parameter of the guide → the only family that has it."""
 _DO = "docs/families.md lists the models that are trained"
 
 
 def refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
-    """Raise a `ParameterError` where a family or a repository is named that is not supported yet.
+    """Raise a `ParameterError` if a family or a repository is named that is not supported yet.
 
     Args:
-        values: parameter name → value as it is given, unchecked.
+        values: parameter name → unchecked value.
         where: where the values come from, for messages.
     """
     named = values.get("family")
@@ -93,11 +93,13 @@ def refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
         raise ParameterError(f"the family '{named}' is not supported yet", where="family", do=_DO)
     entries = [text.partition(":") for text in _entries(values.get("model_id_with_origin_paths"))]
     families = {_family_of(repository) for repository, _, _ in entries}
+    # Local files may be of any family: they count as a supported model that a VAE is borrowed for.
     if values.get("model_paths"):
         families.add(None)
     for repository, _, pattern in entries:
         family = _family_of(repository)
-        # Alone it is the first half of split training of that family.
+        # A VAE from there is fine beside a supported model. Alone it means that the unsupported
+        # family's own samples are to be encoded.
         is_borrowed = family in _WITH_SHARED_VAE and families != {family} and _VAE.search(pattern)
         if family is not None and not is_borrowed:
             what = f"'{repository}' is of the family '{family}', which is not supported yet"
@@ -110,12 +112,12 @@ def refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
 
 
 def family_with(name: str) -> str | None:
-    """The unsupported family that alone takes a parameter; None where there is none."""
+    """The unsupported family that is the only one to have a parameter; None if there is none."""
     return next((f for glob, f in _PARAMETERS.items() if fnmatchcase(name, glob)), None)
 
 
 def _family_of(repository: str) -> str | None:
-    """The unsupported family that a repository is of; None where it is of none."""
+    """The unsupported family that a repository belongs to; None if it belongs to none."""
     return next((f for f, globs in FAMILIES.items() if _fits(repository, globs)), None)
 
 
@@ -124,7 +126,7 @@ def _fits(repository: str, globs: Iterable[str]) -> bool:
 
 
 def _entries(value: object) -> list[str]:
-    """The texts of a model list that may be written with commas."""
+    """The entries of an unchecked model list: a list, or a text with commas."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     listed = cast("list[object]", value) if isinstance(value, (list, tuple)) else []

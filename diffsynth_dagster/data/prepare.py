@@ -3,12 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+from diffsynth_dagster.config.inherited import named_data
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.config.settled import named_data
 from diffsynth_dagster.data.columns import Columns
 from diffsynth_dagster.data.media.budget import DECODING
-from diffsynth_dagster.data.table.check import CheckedTable, validate
-from diffsynth_dagster.data.table.checked import (
+from diffsynth_dagster.data.table.checked_table import (
     FILE_NAME,
     PINNED,
     find_checked,
@@ -17,6 +16,7 @@ from diffsynth_dagster.data.table.checked import (
     write_checked,
 )
 from diffsynth_dagster.data.table.read import require_file, require_folder
+from diffsynth_dagster.data.table.validate import CheckedTable, validate
 from diffsynth_dagster.dotted import import_function
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache, Progress
@@ -86,7 +86,7 @@ def prepare_data(
 
     Args:
         pinned: whether the caller owns the run folder and goes on with this table, even if others
-            check the data set again meanwhile: see `table.checked.PINNED`.
+            check the data set again meanwhile: see `table.checked_table.PINNED`.
         made: whether `make_data` was already called.
 
     Raises:

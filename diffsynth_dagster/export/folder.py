@@ -9,9 +9,9 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError, UserError
 from diffsynth_dagster.export.card import Card, write_card
 from diffsynth_dagster.export.chosen import Chosen, chosen_checkpoint, step_of
-from diffsynth_dagster.export.effect import Effect, effect_of
 from diffsynth_dagster.export.exported import Exported
 from diffsynth_dagster.export.listing import Listing, forget_listing, list_files, write_listing
+from diffsynth_dagster.export.lora_effect import Effect, effect_of
 from diffsynth_dagster.export.run import export_checkpoint, verify_export
 from diffsynth_dagster.run.folder import owned
 from diffsynth_dagster.run.record import RunRecord, read_record

@@ -119,7 +119,7 @@ def _held_out_rows(folder: Path, record: RunRecord) -> str | None:
     if not path.is_file():
         return None
     from diffsynth_dagster.cache.manifest import CONTENT_NUMBER
-    from diffsynth_dagster.data.frames import read_parquet
+    from diffsynth_dagster.data.scan import read_parquet
 
     rows = read_parquet(path)
     # Sorted, because the order in the table does not matter. The keys say how a sample was encoded.

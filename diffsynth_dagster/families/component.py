@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from diffsynth_dagster.families.lora import LoraRules
-from diffsynth_dagster.families.making import Tensors
 from diffsynth_dagster.families.requirements import Shapes
+from diffsynth_dagster.families.sampling_types import Tensors
 
 Settings = dict[str, object]
 """Keyword arguments of a class of diffusers, or of the config of a class of transformers."""

@@ -25,8 +25,8 @@ from diffsynth_dagster.families.component import (
 )
 from diffsynth_dagster.families.limits import TokenLimit
 from diffsynth_dagster.families.lora import LoraRules
-from diffsynth_dagster.families.making import Clip, SampleRequest, Sampling, Tensors
 from diffsynth_dagster.families.requirements import Refusal, Shapes
+from diffsynth_dagster.families.sampling_types import Clip, SampleRequest, Sampling, Tensors
 from diffsynth_dagster.objective.noising import Noising
 
 Loaded = Mapping[str, Any]

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from torch import nn
 
-from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.sampling_types import Tensors
 
 LoraFormat = Literal["diffusers", "comfyui", "guide", "kohya", "peft"]
 

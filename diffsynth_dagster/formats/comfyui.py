@@ -4,7 +4,7 @@ layer by the name that the model's authors give it, then `lora_A`, `lora_B` or `
 from torch import nn
 
 from diffsynth_dagster.families.lora import Lora, LoraFormat
-from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.sampling_types import Tensors
 from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled, Unread
 from diffsynth_dagster.formats.names import renamed, with_dots
 from diffsynth_dagster.formats.reading import read_all, read_as

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import nn
 
 from diffsynth_dagster.families.lora import Lora, LoraRules
-from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.sampling_types import Tensors
 
 
 # Not a `UserError`: whoever reads a file knows its path and what to tell the user.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffsynth_dagster.families.lora import Lora
-from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.sampling_types import Tensors
 from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled, Unread
 from diffsynth_dagster.formats.reading import read_all, read_as
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from diffsynth_dagster.families.lora import Lora
-from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.sampling_types import Tensors
 from diffsynth_dagster.formats.comfyui import loaded_by_names
 from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled
 from diffsynth_dagster.formats.names import renamed

@@ -3,7 +3,7 @@
 import torch
 
 from diffsynth_dagster.families.lora import Lora, LoraFormat, LoraRules
-from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.sampling_types import Tensors
 from diffsynth_dagster.formats.reading import names_in
 
 

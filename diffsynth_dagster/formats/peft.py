@@ -7,7 +7,7 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 
 from diffsynth_dagster.families.lora import Lora
-from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.sampling_types import Tensors
 from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled, Unread
 from diffsynth_dagster.formats.diffusers import REFUSALS, applied, hollow, peft_settings
 from diffsynth_dagster.formats.names import with_dots

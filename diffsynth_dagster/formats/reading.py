@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from diffsynth_dagster.families.lora import LayerNames, Lora, LoraFormat, LoraRules
-from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.sampling_types import Tensors
 from diffsynth_dagster.formats.contract import AllRules, Unread
 
 _HALVES = tuple(

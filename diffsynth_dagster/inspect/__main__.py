@@ -56,7 +56,7 @@ def _lines(given: argparse.Namespace) -> list[str]:
         from diffsynth_dagster.inspect.rebuild import write_recipe
 
         return write_recipe(subject, given.rebuild)
-    from diffsynth_dagster.inspect.told import told
+    from diffsynth_dagster.inspect.describe import told
 
     return told(subject)
 

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import UserError, printable, shown
 from diffsynth_dagster.fingerprint import Fingerprint
+from diffsynth_dagster.inspect.describe import first
 from diffsynth_dagster.inspect.subject import Run, Subject
 from diffsynth_dagster.inspect.tables import differences, ranges, tables_of
-from diffsynth_dagster.inspect.told import first
 from diffsynth_dagster.run.record import RunRecord
 
 # At most so many differing rows are listed.

@@ -7,13 +7,14 @@ from typing import Any
 
 import polars as pl
 
-from diffsynth_dagster.config.effect import off_values
+from diffsynth_dagster.config.affects import off_values
 from diffsynth_dagster.data.columns import described_inputs
-from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.checked import find_checked
+from diffsynth_dagster.data.table.checked_table import find_checked
 from diffsynth_dagster.data.table.rows import RowSource
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.errors import UserError, printable
 from diffsynth_dagster.facts import FileState, digest_file
+from diffsynth_dagster.inspect.describe import first
 from diffsynth_dagster.inspect.subject import Subject
 from diffsynth_dagster.inspect.tables import (
     Differences,
@@ -24,7 +25,6 @@ from diffsynth_dagster.inspect.tables import (
     ranges,
     tables_of,
 )
-from diffsynth_dagster.inspect.told import first
 
 # At most so many changes are listed.
 _SHOWN = 20

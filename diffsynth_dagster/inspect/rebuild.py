@@ -11,14 +11,14 @@ from diffsynth_dagster import __version__
 from diffsynth_dagster.config.entries import MODEL_FOLDERS
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe import dump_config
-from diffsynth_dagster.data.table.checked import FILE_NAME, PINNED
+from diffsynth_dagster.data.table.checked_table import FILE_NAME, PINNED
 from diffsynth_dagster.errors import OutputError, ParameterError, UserError, WeightsError, printable
 from diffsynth_dagster.facts import FACTS, FactCache, digest_file, fact_cache_of
 from diffsynth_dagster.files import link_whole, write_text
 from diffsynth_dagster.inspect.dataset import changed_files
+from diffsynth_dagster.inspect.describe import first
 from diffsynth_dagster.inspect.subject import CONFIG, Run, Subject
 from diffsynth_dagster.inspect.tables import Tables, held_out_tables, tables_of
-from diffsynth_dagster.inspect.told import first
 from diffsynth_dagster.run.start import STARTS, config_digest
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model

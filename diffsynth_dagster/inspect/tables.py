@@ -10,8 +10,8 @@ import polars as pl
 from diffsynth_dagster.cache.held_out import FOLDER as HELD_OUT
 from diffsynth_dagster.cache.held_out import last_held_out
 from diffsynth_dagster.cache.manifest import CONTENT_NUMBER, Manifest, read_manifest
-from diffsynth_dagster.data.table.check import BOOKKEEPING, CheckedTable
-from diffsynth_dagster.data.table.checked import FILE_NAME, PINNED, read_checked
+from diffsynth_dagster.data.table.checked_table import FILE_NAME, PINNED, read_checked
+from diffsynth_dagster.data.table.validate import BOOKKEEPING, CheckedTable
 from diffsynth_dagster.errors import StoreError, printable, shown
 from diffsynth_dagster.inspect.subject import Run
 from diffsynth_dagster.older import TABLES

@@ -16,7 +16,7 @@ from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import FACTS, FactCache, fact_cache_of
 
 if TYPE_CHECKING:
-    from diffsynth_dagster.data.table.check import CheckedTable
+    from diffsynth_dagster.data.table.validate import CheckedTable
     from diffsynth_dagster.families.contract import Family
 
 _PROMPTS, _LONGEST_PROMPT = 3, 400

@@ -9,7 +9,6 @@ from diffsynth_dagster.files import refusals, require_held
 from diffsynth_dagster.older import MOVING, is_moving, move, older_runs, remove_older
 from diffsynth_dagster.own_names import CHECKPOINT, is_trained
 from diffsynth_dagster.run.folder import owned
-from diffsynth_dagster.run.goes_on import state_folders
 from diffsynth_dagster.run.record import (
     FILE_NAME,
     LOGS,
@@ -19,6 +18,7 @@ from diffsynth_dagster.run.record import (
     read_record,
     written_files,
 )
+from diffsynth_dagster.run.resume_point import state_folders
 
 Warn = Callable[[str], None]
 _LEFT = "what an older training left"

@@ -102,7 +102,7 @@ class StepMetrics(Event):
         grad_norm: the norm of all gradients together, before clipping.
         seconds: duration of the step, without the wait for its data.
         samples: number of samples in the step, on all processes.
-        tokens: latent patches in these samples: see `cache.plan.tokens`. Text tokens are not
+        tokens: latent patches in these samples: see `cache.plan_samples.tokens`. Text tokens are not
             counted.
         data_seconds: how long this process waited for the step's data.
         forward_backward_seconds: from the first micro-batch until the norm of the gradients is

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffsynth_dagster.cache.held_out import held_out_manifest
 from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.config.effect import values_that_affect
+from diffsynth_dagster.config.affects import values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.facts import FactCache, digest_of

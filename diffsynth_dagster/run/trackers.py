@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from diffsynth_dagster.config.checks import TRACKERS
 from diffsynth_dagster.config.parameters import TrainingConfig
+from diffsynth_dagster.config.validate import TRACKERS
 from diffsynth_dagster.errors import ParameterError
 
 if TYPE_CHECKING:

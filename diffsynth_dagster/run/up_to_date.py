@@ -14,8 +14,8 @@ from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.facts import digest_file, fact_cache_of
-from diffsynth_dagster.run.goes_on import say_where_it_goes_on
 from diffsynth_dagster.run.record import STARTS, RunRecord, read_record
+from diffsynth_dagster.run.resume_point import say_where_it_goes_on
 from diffsynth_dagster.weights.hub import ModelHub
 
 

@@ -12,10 +12,10 @@ from diffsynth_dagster.older import keep_tables
 from diffsynth_dagster.run.earlier import drop_older
 from diffsynth_dagster.run.events import Finished, Started
 from diffsynth_dagster.run.record import RunRecord
-from diffsynth_dagster.run.stop import finishing
+from diffsynth_dagster.run.signals import finishing
 from diffsynth_dagster.training.batches import Batch, steps_of
+from diffsynth_dagster.training.device_values import Moment
 from diffsynth_dagster.training.held_out import HeldOut
-from diffsynth_dagster.training.late import Moment
 from diffsynth_dagster.training.lora import weight_norms
 from diffsynth_dagster.training.optimizer_step import MadeSteps, peak_memory, train_step
 from diffsynth_dagster.training.periodic import (
@@ -26,8 +26,8 @@ from diffsynth_dagster.training.periodic import (
     end_early,
     run_due,
 )
-from diffsynth_dagster.training.pictures import Pictures
 from diffsynth_dagster.training.resume import make_ready, restore
+from diffsynth_dagster.training.sample_pictures import Pictures
 from diffsynth_dagster.training.setup import Session, Work, set_up
 from diffsynth_dagster.training.states import States
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MOST_REMEDIES = 3
 _MOMENTS: Mapping[str, Moment] = {
-    "diffsynth_dagster.training.pictures": "while samples were made",
+    "diffsynth_dagster.training.sample_pictures": "while samples were made",
     "diffsynth_dagster.training.sampling": "while samples were made",
     "diffsynth_dagster.cache.encode": "while samples were encoded",
     "diffsynth_dagster.weights.models": "while models were loaded",

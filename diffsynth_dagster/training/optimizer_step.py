@@ -10,8 +10,8 @@ import torch
 from diffsynth_dagster.errors import TrainingError
 from diffsynth_dagster.run.events import StepMetrics
 from diffsynth_dagster.training.batches import Batch
+from diffsynth_dagster.training.device_values import Moment, Numbers
 from diffsynth_dagster.training.gradient_checkpointing import saved_tensors
-from diffsynth_dagster.training.late import Moment, Numbers
 from diffsynth_dagster.training.optimizer import current_rates
 from diffsynth_dagster.training.setup import Session, Work
 

@@ -15,9 +15,9 @@ import yaml
 from diffsynth_dagster.config.entries import ModelEntry, folder_entries, model_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe import read_values
-from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
-from diffsynth_dagster.data.table.checked import find_checked
+from diffsynth_dagster.data.table.checked_table import FILE_NAME as CHECKED
+from diffsynth_dagster.data.table.checked_table import find_checked
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.own_names import CHECKPOINT, OWN, is_older, is_own, is_promoted, is_trained
 from diffsynth_dagster.run.earlier import earlier_files

@@ -17,7 +17,7 @@ from diffsynth_dagster.training.checkpoint import (
 )
 from diffsynth_dagster.training.ema import evaluated_weights
 from diffsynth_dagster.training.lora_formats import checkpoint_format
-from diffsynth_dagster.training.pictures import Pictures
+from diffsynth_dagster.training.sample_pictures import Pictures
 from diffsynth_dagster.training.setup import Session, Work
 
 

@@ -16,8 +16,8 @@ from diffsynth_dagster.files import refusals, require_held
 from diffsynth_dagster.fingerprint import Fingerprint
 from diffsynth_dagster.older import is_moving
 from diffsynth_dagster.run.earlier import clear, earlier_record, finish_moving
-from diffsynth_dagster.run.goes_on import state_folders
 from diffsynth_dagster.run.record import LOGS, VERSION, RunRecord, written_files
+from diffsynth_dagster.run.resume_point import state_folders
 from diffsynth_dagster.run.start import parameters_of
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.setup import Work

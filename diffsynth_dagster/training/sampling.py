@@ -23,7 +23,7 @@ from diffsynth_dagster.data.geometry import clip_rule
 from diffsynth_dagster.data.samples import load_files, parse_value
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.families.contract import Clip, Family, Loaded, SampleRequest, Stage, Tensors
-from diffsynth_dagster.families.making import guidance_of
+from diffsynth_dagster.families.sampling_types import guidance_of
 from diffsynth_dagster.objective.noise import generator
 from diffsynth_dagster.training.batches import collate
 from diffsynth_dagster.training.step import weight_dtype

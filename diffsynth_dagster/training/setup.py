@@ -14,8 +14,8 @@ from diffsynth_dagster.run.record import RunFile
 from diffsynth_dagster.run.reporting import Reporter
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.build import build_step
-from diffsynth_dagster.training.dataset import Resolved
 from diffsynth_dagster.training.ema import Average, make_average, refuse_average
+from diffsynth_dagster.training.encoded_data import Resolved
 from diffsynth_dagster.training.optimizer import (
     make_optimizer,
     make_schedule,

@@ -18,7 +18,7 @@ import torch
 from diffsynth_dagster.errors import DamagedError, OutputError
 from diffsynth_dagster.facts import digest_file, digest_of
 from diffsynth_dagster.files import refusals, write_folder, write_tensors, write_text
-from diffsynth_dagster.run.goes_on import FOLDER, state_folders
+from diffsynth_dagster.run.resume_point import FOLDER, state_folders
 from diffsynth_dagster.training.packing import pack, unpack
 
 _TENSORS, _MANIFEST = "tensors.safetensors", "state.json"

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from diffsynth_dagster.config.effect import trained_components
+from diffsynth_dagster.config.affects import trained_components
 from diffsynth_dagster.config.entries import ModelEntry
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.families.contract import (
@@ -17,10 +17,10 @@ from diffsynth_dagster.families.contract import (
     Shapes,
     Stage,
 )
-from diffsynth_dagster.families.counted import with_counted
 from diffsynth_dagster.families.denoiser_schedule import DenoiserSchedule
+from diffsynth_dagster.families.distillation import with_teacher
+from diffsynth_dagster.families.loss_weights import with_counted
 from diffsynth_dagster.families.requirements import Use, check_refusals
-from diffsynth_dagster.families.teacher import with_teacher
 from diffsynth_dagster.objective.noising import Noising
 from diffsynth_dagster.weights.contents import Contents
 from diffsynth_dagster.weights.header import Header

@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from diffsynth_dagster.data.geometry import frame_indices
 from diffsynth_dagster.data.media.budget import DECODING
+from diffsynth_dagster.data.media.clip_frames import Frame, frame_count, open_clip
 from diffsynth_dagster.data.media.colour import Look, colour_facts
 from diffsynth_dagster.data.media.containers import cut_short
 from diffsynth_dagster.data.media.decoder_pool import DecoderPool
@@ -20,7 +21,6 @@ from diffsynth_dagster.data.media.image import (
     open_image,
     to_tensor,
 )
-from diffsynth_dagster.data.media.shown import Frame, frame_count, open_clip
 from diffsynth_dagster.facts import Facts, digest_file
 
 

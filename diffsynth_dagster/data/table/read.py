@@ -21,7 +21,7 @@ import polars as pl
 
 from diffsynth_dagster.config.output import TABLES
 from diffsynth_dagster.data.columns import Input
-from diffsynth_dagster.data.frames import scan_csv, scan_parquet
+from diffsynth_dagster.data.scan import scan_csv, scan_parquet
 from diffsynth_dagster.data.table.json_rows import read_json
 from diffsynth_dagster.errors import MetadataError, ParameterError
 

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import polars as pl
 
-from diffsynth_dagster.config.effect import settled_by_checking
+from diffsynth_dagster.config.affects import settled_by_checking
+from diffsynth_dagster.config.inherited import named_data
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.config.settled import named_data
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.geometry import ClipRule, FrameRule, clip_rule, size_rule
-from diffsynth_dagster.data.table.check import CheckedTable
 from diffsynth_dagster.data.table.files import FileCheck, TrainedShape
 from diffsynth_dagster.data.table.read import read_table
 from diffsynth_dagster.data.table.shapes import with_same_size, with_shape
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.data.table.values import check_structure, require_columns
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import FactCache

@@ -18,7 +18,7 @@ from diffsynth_dagster.families.contract import (
     Settings,
 )
 from diffsynth_dagster.families.flux import stages, variant
-from diffsynth_dagster.families.flux.modules import COMPONENTS
+from diffsynth_dagster.families.flux.components import COMPONENTS
 from diffsynth_dagster.families.limits import TokenLimit
 from diffsynth_dagster.families.shared import clip
 from diffsynth_dagster.families.shared.latents import (

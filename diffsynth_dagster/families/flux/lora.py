@@ -10,7 +10,7 @@ from torch import nn
 
 from diffsynth_dagster.families.flux.names import GUIDE, LORA_ALIASES, NAMES
 from diffsynth_dagster.families.lora import LoraRules
-from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.sampling_types import Tensors
 from diffsynth_dagster.families.shared import clip
 
 

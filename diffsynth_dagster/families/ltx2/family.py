@@ -29,7 +29,7 @@ from diffsynth_dagster.families.contract import (
     Tensors,
 )
 from diffsynth_dagster.families.ltx2 import stages
-from diffsynth_dagster.families.ltx2.modules import COMPONENTS
+from diffsynth_dagster.families.ltx2.components import COMPONENTS
 from diffsynth_dagster.families.requirements import (
     InputNamed,
     ParameterSet,

@@ -18,7 +18,7 @@ from diffsynth_dagster.families.contract import (
     Tokenizer,
 )
 from diffsynth_dagster.families.qwen_image import edit, stages
-from diffsynth_dagster.families.qwen_image.modules import COMPONENTS
+from diffsynth_dagster.families.qwen_image.components import COMPONENTS
 from diffsynth_dagster.families.shared.qwen_vl import MARKERS
 from diffsynth_dagster.families.shared.schedule import dynamic_sigmas, euler
 from diffsynth_dagster.families.shared.stages import image_stage, prompt_stage

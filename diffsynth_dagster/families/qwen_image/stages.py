@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage
 
-from diffsynth_dagster.families import making
+from diffsynth_dagster.families import sampling_types
 from diffsynth_dagster.families.contract import Clip, Loaded, Sample, SampleRequest, Tensors
 from diffsynth_dagster.families.limits import TokenLimit
 from diffsynth_dagster.families.shared.latents import (
@@ -86,7 +86,7 @@ def decode(loaded: Loaded, request: SampleRequest, latents: Tensors) -> list[Cli
 def guide(prompted: Tensors, unprompted: Tensors, scale: float) -> Tensors:
     """Guidance that leaves each token as long as it was without, as the published pipelines do."""
     one = prompted["image"]
-    guided = pack(making.guide(prompted, unprompted, scale)["image"])
+    guided = pack(sampling_types.guide(prompted, unprompted, scale)["image"])
     length = pack(one).norm(dim=-1, keepdim=True)
     tokens = guided * (length / guided.norm(dim=-1, keepdim=True))
     return {"image": unpack(tokens, *one.shape[-2:])}

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from diffsynth_dagster.families.lora import Lora
-from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.sampling_types import Tensors
 
 
 def swapped(rows: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from diffsynth_dagster.families.lora import Lora
-from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.sampling_types import Tensors
 from diffsynth_dagster.families.shared.names import with_new_start
 
 Rename = Callable[[str], str]

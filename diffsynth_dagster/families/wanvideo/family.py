@@ -35,7 +35,7 @@ from diffsynth_dagster.families.shared.schedule import euler
 from diffsynth_dagster.families.shared.stages import prompt_stage
 from diffsynth_dagster.families.shared.t5 import umt5_tokenizer
 from diffsynth_dagster.families.wanvideo import stages, variant
-from diffsynth_dagster.families.wanvideo.modules import COMPONENTS, VACE_LORA
+from diffsynth_dagster.families.wanvideo.components import COMPONENTS, VACE_LORA
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift, linear_sigmas
 
 SHIFT = 5.0

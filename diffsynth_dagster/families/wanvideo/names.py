@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from diffusers.loaders import single_file_utils
 
-from diffsynth_dagster.families.making import Tensors
+from diffsynth_dagster.families.sampling_types import Tensors
 from diffsynth_dagster.families.shared.fused_names import AuthorsNames
 
 _BLOCK = {

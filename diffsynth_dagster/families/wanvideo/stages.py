@@ -20,7 +20,7 @@ from diffsynth_dagster.families.shared.latents import (
 from diffsynth_dagster.families.shared.t5 import encode_unpadded
 from diffsynth_dagster.families.shared.vision_tower import penultimate_states
 from diffsynth_dagster.families.shared.wan_vae import WIDE_LATENTS
-from diffsynth_dagster.families.wanvideo.modules import PATCH
+from diffsynth_dagster.families.wanvideo.components import PATCH
 
 PROMPT_TOKENS = 512
 PROMPT_LIMIT = TokenLimit("tokenizer", PROMPT_TOKENS, prompt_clean)

@@ -32,7 +32,7 @@ from diffsynth_dagster.families.requirements import (
 from diffsynth_dagster.families.shared.frames import known_frame_stage
 from diffsynth_dagster.families.shared.wan_vae import WIDE_LATENTS
 from diffsynth_dagster.families.wanvideo import stages
-from diffsynth_dagster.families.wanvideo.modules import PATCH
+from diffsynth_dagster.families.wanvideo.components import PATCH
 
 WIDE_FACTOR = 32
 TEXT_BOUNDARY, FRAME_BOUNDARY = 875.0, 900.0

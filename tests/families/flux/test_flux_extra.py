@@ -17,7 +17,7 @@ from families.flux.training import HUB, Values, exports, make_values
 from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
-from diffsynth_dagster.data.table.check import validate
+from diffsynth_dagster.data.table.validate import validate
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.export import verify_export
 from diffsynth_dagster.facts import FactCache

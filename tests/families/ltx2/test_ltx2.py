@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from diffsynth_dagster.dry_run import make_plan
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families import find_family
-from diffsynth_dagster.families.ltx2.modules import convert_dit, dit_settings
+from diffsynth_dagster.families.ltx2.components import convert_dit, dit_settings
 from diffsynth_dagster.families.shared.ltx_vae import log_mel
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.sampling import make_clips

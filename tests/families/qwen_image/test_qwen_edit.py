@@ -18,9 +18,9 @@ from PIL import Image
 from diffsynth_dagster.cache.keys import Keys
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.cache.manifest import Notes, write_manifest
-from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.cache.plan_samples import plan_samples
 from diffsynth_dagster.cache.split import with_settled
-from diffsynth_dagster.config.effect import settled_by_encoding
+from diffsynth_dagster.config.affects import settled_by_encoding
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import area_size
 from diffsynth_dagster.data.prepare import prepare_data

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.data.table.check import validate
+from diffsynth_dagster.data.table.validate import validate
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.facts import FactCache

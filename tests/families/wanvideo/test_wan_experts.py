@@ -20,7 +20,7 @@ from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import SampleRequest, Tensors
 from diffsynth_dagster.families.denoiser_schedule import Share, share_of_step
-from diffsynth_dagster.families.making import guide
+from diffsynth_dagster.families.sampling_types import guide
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.build import build_step

@@ -1,4 +1,4 @@
-"""Who is told that a run failed: a function of the user's, or an address."""
+"""Reports a failed run to a function of the user's, or to a web address."""
 
 import json
 import os
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 VARIABLE = "DIFFSYNTH_DAGSTER_ON_FAILURE"
 ANSWER_SECONDS = 10.0
-"""How long an address has to answer."""
+"""Seconds within which an address must answer."""
 HOOK_SECONDS = 30.0
-"""How long a function may take: Dagster ends the evaluation of a sensor after 60 s."""
+"""Seconds that a function may take. Dagster ends the tick of a sensor after 60 s."""
 
 
 @dataclass(frozen=True)
 class FailedRun:
-    """What is told of a run that failed.
+    """The report of a failed run. Its field names are the keys of the JSON that is sent.
 
     Attributes:
-        text: all of it in one text, under the name by which Slack and Mattermost take it.
-        recipe: its name; several with commas between; empty where the run had assets of none.
-        reason: what a person reads first: what happened, where, and what to do.
-        when: the end of the run, in UTC (ISO 8601).
+        text: the whole report as one text. Slack and Mattermost expect it under this name.
+        recipe: name of the recipe; several are separated by commas; empty if the run had none.
+        reason: what happened, where, and what to do.
+        when: end of the run, in UTC (ISO 8601).
     """
 
     text: str
@@ -41,17 +41,18 @@ class FailedRun:
 
 
 class NotTold(DiffSynthError):
-    """The function raised, or the address did not take it."""
+    """The report failed: the function raised or took too long, or the address did not accept it."""
 
 
 Tell = Callable[[FailedRun], None]
 
 
 def find_listener() -> Tell | None:
-    """What the environment names; None where it names nothing.
+    """The listener that the environment variable names, as a function; None if it is not set.
 
     Raises:
-        ParameterError: there is no such function, it does not take one argument, or it is no address.
+        ParameterError: there is no such function, it does not take one argument, or the address is
+            not a valid one.
     """
     given = os.environ.get(VARIABLE, "").strip()
     if not given:
@@ -72,7 +73,7 @@ def _is_address(given: str) -> bool:
     try:
         parts = urlsplit(given)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none
+    except ValueError:  # the port is not a number
         return False
 
 
@@ -86,6 +87,7 @@ def _call(hook: Callable[..., Any], name: str, failed: FailedRun) -> None:
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the function may do anything
             errors.append(error)
 
+    # In a daemon thread: when it hangs it can be left behind, and does not keep the process alive.
     thread = Thread(target=work, name="tell a failure", daemon=True)
     thread.start()
     thread.join(HOOK_SECONDS)
@@ -96,14 +98,14 @@ def _call(hook: Callable[..., Any], name: str, failed: FailedRun) -> None:
 
 
 def _post(address: str, failed: FailedRun) -> None:
-    """Send a failure as JSON. Raises `NotTold`; the address is not in its message, since it may hold a
-    password."""
+    """Send a failure as JSON. Raises `NotTold`, whose message has only the host: the rest of the
+    address may be a secret."""
     import http.client
     import urllib.error
     import urllib.request
 
     class NoRedirect(urllib.request.HTTPRedirectHandler):
-        """A redirected POST would become a GET without what it has to say."""
+        """Refuses redirects: urllib would turn the POST into a GET without its body."""
 
         def redirect_request(
             self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any
@@ -122,8 +124,9 @@ def _post(address: str, failed: FailedRun) -> None:
         with urllib.request.build_opener(NoRedirect).open(
             request, timeout=ANSWER_SECONDS
         ) as answer:
-            answer.read(1)
+            answer.read(1)  # the status is enough, the body does not matter
     except urllib.error.HTTPError as error:
+        # `from None`, since urllib's own errors may hold the address.
         raise NotTold(f"{host} answered {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)

@@ -8,9 +8,9 @@ from typing import Any
 
 import polars as pl
 
-from diffsynth_dagster.config.effect import settled_by_checking
+from diffsynth_dagster.config.affects import settled_by_checking
+from diffsynth_dagster.config.inherited import named_data
 from diffsynth_dagster.config.parameters import DatasetParameters, TrainingConfig
-from diffsynth_dagster.config.settled import named_data
 from diffsynth_dagster.data.columns import Columns, Input, described_inputs
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.table.rows import REPEAT, RowSource
@@ -54,7 +54,7 @@ class CheckedTable:
             all rows.
         source: the metadata table that was checked.
         parameters: the parameters that determine the rows, as JSON values.
-        data: the data set that was checked, as absolute paths: see `config.settled.named_data`.
+        data: the data set that was checked, as absolute paths: see `config.inherited.named_data`.
         read_as: the columns and sizes that it was checked for: see `Columns.described`.
         published_frame_rate: see `Geometry`.
     """

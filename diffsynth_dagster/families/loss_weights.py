@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Input
-from diffsynth_dagster.data.table.check import BOOKKEEPING
+from diffsynth_dagster.data.table.validate import BOOKKEEPING
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family, Loaded, Output, Sample, Stage, Tensors
 

@@ -22,7 +22,7 @@ from diffsynth_dagster.cache.held_out import (
 from diffsynth_dagster.cache.keys import Keys
 from diffsynth_dagster.cache.long_captions import count_long_captions
 from diffsynth_dagster.cache.manifest import PLANNED, Manifest, read_manifest
-from diffsynth_dagster.cache.plan import plan_samples
+from diffsynth_dagster.cache.plan_samples import plan_samples
 from diffsynth_dagster.cache.resolve import Samples, lacking, resolve
 from diffsynth_dagster.cache.sample_rows import (
     plan_sample_rows,
@@ -33,13 +33,13 @@ from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns
 from diffsynth_dagster.data.prepare import prepare_data
-from diffsynth_dagster.data.table.check import CheckedTable
-from diffsynth_dagster.data.table.checked import PINNED, read_checked
+from diffsynth_dagster.data.table.checked_table import PINNED, read_checked
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.run.events import Encoded, Encoding
 from diffsynth_dagster.run.reporting import Reporter
-from diffsynth_dagster.run.stop import finishing
+from diffsynth_dagster.run.signals import finishing
 from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.weights.models import Models
 

@@ -30,16 +30,16 @@ from diffsynth_dagster.cache.manifest import (
     SampleRows,
     write_manifest,
 )
-from diffsynth_dagster.config.effect import settled_by_encoding
+from diffsynth_dagster.config.affects import settled_by_encoding
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns, Input
 from diffsynth_dagster.data.digests import digest_rows
-from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.data.samples import PARTS, files_as_json
-from diffsynth_dagster.data.table.check import CheckedTable
+from diffsynth_dagster.data.scan import scan_parquet
 from diffsynth_dagster.data.table.rows import REPEAT
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.families.contract import Sampling, Stage
-from diffsynth_dagster.families.making import guidance_of
+from diffsynth_dagster.families.sampling_types import guidance_of
 from diffsynth_dagster.files import hidden_folder, write_whole
 from diffsynth_dagster.weights.resolved import ResolvedModel
 

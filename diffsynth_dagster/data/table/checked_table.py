@@ -11,8 +11,8 @@ from pathlib import Path
 
 import polars as pl
 
-from diffsynth_dagster.data.frames import read_notes, scan_parquet
-from diffsynth_dagster.data.table.check import CheckedTable
+from diffsynth_dagster.data.scan import read_notes, scan_parquet
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.files import link_whole, write_whole
 from diffsynth_dagster.seal import seal_is_broken, write_sealed

@@ -20,13 +20,13 @@ from diffsynth_dagster.cache.held_out import FOLDER as HELD_OUT
 from diffsynth_dagster.cache.held_out import held_out_config
 from diffsynth_dagster.cache.manifest import FILE_NAME as MANIFEST
 from diffsynth_dagster.cache.manifest import read_manifest
-from diffsynth_dagster.config.effect import AFFECTS, Affects, names_that_affect
+from diffsynth_dagster.config.affects import AFFECTS, Affects, names_that_affect
 from diffsynth_dagster.config.entries import MODEL_FOLDERS, ModelEntry, named_entries
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
-from diffsynth_dagster.data.frames import scan_parquet
 from diffsynth_dagster.data.listing import list_data
-from diffsynth_dagster.data.table.checked import FILE_NAME as CHECKED
-from diffsynth_dagster.data.table.checked import read_checked
+from diffsynth_dagster.data.scan import scan_parquet
+from diffsynth_dagster.data.table.checked_table import FILE_NAME as CHECKED
+from diffsynth_dagster.data.table.checked_table import read_checked
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.facts import FileState, digest_of, fact_cache_of
 from diffsynth_dagster.own_names import LISTING, is_own, is_promoted

@@ -1,8 +1,8 @@
-"""What depends on which parameters, derived from their marks (see `config.kinds.Mark`)."""
+"""What depends on which parameters, derived from their marks (see `config.declare.Mark`)."""
 
 from typing import Any
 
-from diffsynth_dagster.config.kinds import AFFECTS, Affects
+from diffsynth_dagster.config.declare import AFFECTS, Affects
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
 
 __all__ = [

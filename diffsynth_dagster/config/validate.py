@@ -1,4 +1,8 @@
-"""From named values to a `TrainingConfig`, or one message that says what is wrong."""
+"""Turns values by name into a `TrainingConfig`, or raises one error that says what is wrong.
+
+Ranges and types are declared with each parameter. The checks here are about parameters that
+contradict or need each other.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -14,24 +18,32 @@ from diffsynth_dagster.errors import ParameterError, nearest, shown
 Naming = Callable[[str], str]
 _Model = TypeVar("_Model", bound=BaseModel)
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "mlflow")
-"""The trackers that `enable_<name>_log` switches on. All but the first have `<name>_project`."""
+"""Trackers with a parameter `enable_<name>_log`. All but the first also have `<name>_project`."""
 Refuse = Callable[[str, str], ParameterError]
-"""(What is wrong, what to do) → the error."""
+"""Makes the error of a check: (what is wrong, what to do) → error."""
 
 
 def as_flag(name: str) -> str:
-    """How a parameter is written on the command line."""
+    """A parameter's name as it is written on the command line."""
     return f"--{name}"
 
 
 def as_key(name: str) -> str:
-    """How a parameter is written in a recipe."""
+    """A parameter's name as it is quoted in messages about a recipe."""
     return f"'{name}'"
 
 
 def refuse_unknown(name: str, known: Mapping[str, Any], where: str, naming: Naming) -> None:
-    """Raise a `ParameterError` naming what the parameter is here if it is another trainer's, or the nearest
-    valid one, or the unsupported family that has it."""
+    """Raise a `ParameterError` for an unknown parameter, with a hint.
+
+    The hint is the unsupported family that has the parameter, or our name for another trainer's
+    parameter, or the most similar known name.
+
+    Args:
+        known: the names that are valid here.
+        where: where the name comes from, for the message.
+        naming: how a name is written there.
+    """
     family = family_with(name)
     if family is not None:
         raise ParameterError(
@@ -48,7 +60,7 @@ def refuse_unknown(name: str, known: Mapping[str, Any], where: str, naming: Nami
 
 
 def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) -> TrainingConfig:
-    """Check values and what belongs together.
+    """Make a config from values and check it.
 
     Args:
         values: parameter name → value, as text or already of its type.
@@ -56,9 +68,10 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
         naming: how a parameter's name is written there.
 
     Raises:
-        ParameterError: a model that is not supported, an unknown name, a value out of range,
-            parameters that contradict each other, or a parameter whose feature does not exist yet.
+        ParameterError: a model is not supported, a name is unknown, a value is out of range,
+            parameters contradict each other, or the feature of a parameter does not exist yet.
     """
+    # First: a recipe for an unsupported model has unknown names as well, which would only distract.
     refuse_unsupported(values, where)
     fields = TrainingConfig.model_fields
     for name in values:
@@ -85,7 +98,7 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
 
 
 def named_code(config: TrainingConfig) -> dict[str, str]:
-    """Parameter → the dotted path of a function or class that it names."""
+    """Parameter → dotted path, for the given parameters that name a user's function or class."""
     names = ("customized_dataset", "customized_optimizer", "customized_evaluation")
     given = {name: getattr(config, name) for name in names}
     return {name: path for name, path in given.items() if path is not None}
@@ -94,34 +107,38 @@ def named_code(config: TrainingConfig) -> dict[str, str]:
 def validated(
     model: type[_Model], values: Mapping[str, Any], where: str, naming: Naming = as_key
 ) -> _Model:
-    """A model of pydantic's from values by name. Raises `ParameterError`."""
+    """An instance of a pydantic model from values by name. Raises `ParameterError`."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        wrong = _worded(error, where, naming)
-    # Out of the block, so that the error has no memory of pydantic's: its text may have no end.
-    raise wrong
+        parameter_error = _as_parameter_error(error, where, naming)
+    # Raised outside the `except` block, so that pydantic's error is not chained to it: its text
+    # holds the values, which may be very long.
+    raise parameter_error
 
 
-def _worded(error: ValidationError, where: str, naming: Naming) -> ParameterError:
+def _as_parameter_error(error: ValidationError, where: str, naming: Naming) -> ParameterError:
+    """One error with all problems that pydantic found."""
     problems: list[str] = []
     for detail in error.errors():
         name = str(detail["loc"][0]) if detail["loc"] else "?"
         message = detail["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
         problem = f"{naming(name)} = {shown(detail['input'])}: {message}"
+        # A parameter of several types has one detail for each type, which may read the same.
         if problem not in problems:
             problems.append(problem)
     return ParameterError("; ".join(problems), where=where, do="correct the value")
 
 
 def _is_given(config: TrainingConfig, name: str) -> bool:
-    """Whether a parameter has another value than its default."""
+    """Whether a parameter differs from its default."""
+    # Giving the default is like not giving it: both lead to the same config.
     return getattr(config, name) != TrainingConfig.model_fields[name].default
 
 
 def _check_data(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
-    """Check the data set and the sizes that it is read at."""
+    """Check the data set and the size of its samples."""
     if (config.height is None) != (config.width is None):
         raise refuse(
             f"{n('height')} and {n('width')} go together",
@@ -143,7 +160,7 @@ def _check_data(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
 
 
 def _check_models(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
-    """Check that there are models, and something to train."""
+    """Check that there are models, and that something is trained."""
     if not config.model_paths and not config.model_id_with_origin_paths:
         raise refuse(
             "no model is named",
@@ -165,6 +182,7 @@ def _check_models(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
             "nothing is trained",
             f"give {n('trainable_models')} or {n('lora_base_model')}",
         )
+    # The file holds one model's weights, so it must be clear which model they are for.
     one_in_full = len(config.trainable_models) == 1 and not config.lora_base_model
     if config.resume_from_checkpoint is not None and config.trainable_models and not one_in_full:
         raise refuse(
@@ -186,11 +204,11 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "checkpoint_format": ("lora",),
     "export_formats": ("lora",),
 }
-"""Parameter → the methods that it means something for."""
+"""Parameter → the methods (`lora_method`) that use it."""
 
 
 def _check_lora(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
-    """Refuse what means nothing for the method that is trained in the layers."""
+    """Refuse parameters that the chosen `lora_method` does not use, and contradictory formats."""
     for name, methods in _METHODS.items():
         if _is_given(config, name) and config.lora_method not in methods:
             raise refuse(
@@ -219,12 +237,13 @@ def _check_lora(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
 
 
 def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
-    """Check what is about the course of a training, and how it is watched."""
+    """Check the length of the training, its timesteps, samples, and trackers."""
     if config.max_train_steps is not None and _is_given(config, "num_epochs"):
         raise refuse(
             f"{n('num_epochs')} and {n('max_train_steps')} both say how long the training is",
             "leave one of them out",
         )
+    # Compared as indices of a schedule of 1000 timesteps: fractions that are too close leave none.
     if int(config.min_timestep_boundary * 1000) >= int(config.max_timestep_boundary * 1000):
         raise refuse(
             f"{n('min_timestep_boundary')} = {config.min_timestep_boundary} leaves no timestep "
@@ -252,6 +271,7 @@ def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
         )
     enabled = [name for name in TRACKERS if getattr(config, f"enable_{name}_log")]
     projects = {f"{name}_project" for name in enabled if name != "tensorboard"}
+    # accelerate starts all trackers with a single project name.
     if len({getattr(config, name) for name in projects}) > 1:
         raise refuse(
             f"{' and '.join(n(name) for name in sorted(projects))} differ, and a run has one project",
@@ -260,16 +280,17 @@ def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
 
 
 def _check_learning(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
-    """Check what changes the weights."""
+    """Check the optimizer, its learning rates and the average of the weights."""
     if config.customized_optimizer is not None and config.optimizer != "adamw":
         raise refuse(
             f"{n('optimizer')} and {n('customized_optimizer')} both name an optimizer",
             "give one of them",
         )
-    for name, own in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
-        if name in config.optimizer_arguments:
+    for argument, name in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+        if argument in config.optimizer_arguments:
             raise refuse(
-                f"'{name}' is in {n('optimizer_arguments')}, and {n(own)} says it", f"give {n(own)}"
+                f"'{argument}' is in {n('optimizer_arguments')}, and {n(name)} says it",
+                f"give {n(name)}",
             )
     trained = (*config.trainable_models, *config.lora_base_model)
     for name in config.learning_rates:
@@ -280,6 +301,8 @@ def _check_learning(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
                 + (f"; {hint}" if hint else ""),
                 f"name what is trained: {', '.join(trained)}",
             )
+    # Prodigy estimates the step size, and `learning_rate` is a factor of it: 1e-4, the default,
+    # would train almost nothing.
     if config.optimizer == "prodigy" and (config.learning_rate < 0.01 or config.learning_rates):
         raise refuse(
             f"prodigy finds one learning rate by itself, which {n('learning_rate')} multiplies",
@@ -301,9 +324,9 @@ def _check_learning(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
 
 
 def _check_objective(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
-    """Check what a visit of a sample is drawn from."""
-    of = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
-    for name, sampling in of.items():
+    """Check how timesteps and captions are drawn."""
+    used_by = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+    for name, sampling in used_by.items():
         if _is_given(config, name) and config.timestep_sampling != sampling:
             raise refuse(
                 f"{n(name)} is of {n('timestep_sampling')} = {sampling}, which is "
@@ -317,18 +340,18 @@ def _check_objective(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
             f"{n(given[0])} has no effect on direct distillation, which samples over the whole schedule",
             "leave it out",
         )
-    of_visits = ("caption_dropout_rate", "caption_lists", "shuffle_tags")
-    told = [name for name in of_visits if _is_given(config, name)]
-    if told and config.distills:
+    changing_captions = ("caption_dropout_rate", "caption_lists", "shuffle_tags")
+    given = [name for name in changing_captions if _is_given(config, name)]
+    if given and config.distills:
         raise refuse(
-            f"{n(told[0])} does not go with direct distillation: the teacher made each sample from one "
+            f"{n(given[0])} does not go with direct distillation: the teacher made each sample from one "
             "caption",
             "leave it out",
         )
 
 
 def _check_held_out(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
-    """Check which samples are held out, and what depends on them."""
+    """Check which samples are held out, and the parameters that need held-out samples."""
     split = config.validation_split
     if config.validation_metadata_path is not None and split is not None:
         raise refuse(
@@ -350,7 +373,7 @@ def _check_held_out(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
 
 
 def _check_needs(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
-    """Refuse a parameter without the one that it needs."""
+    """Refuse a parameter that is given without the one that it needs (`Mark.needs`)."""
     for name, mark in MARKS.items():
         if mark.needs is not None and _is_given(config, name) and not _is_given(config, mark.needs):
             raise refuse(

@@ -1,10 +1,10 @@
-"""What an earlier step has settled: a later one takes it over, or must not ask for anything else."""
+"""Parameters that an earlier step has already used: a later step takes them over, or must agree."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffsynth_dagster.config.effect import settled_by_encoding
+from diffsynth_dagster.config.affects import settled_by_encoding
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.fingerprint import Fingerprint
@@ -13,34 +13,40 @@ from diffsynth_dagster.fingerprint import Fingerprint
 def take_over(
     config: TrainingConfig, settled: Mapping[str, Any], what: str, where: str
 ) -> TrainingConfig:
-    """The config with what was settled in place of what it leaves out.
-
-    A switch that was settled as what None is written as (see `Mark.left_out_as`) may have been left
-    out: the config keeps its own.
+    """The config with the values of an earlier step for the parameters that it leaves out.
 
     Args:
-        settled: parameter name → JSON value.
+        settled: the earlier step's values: parameter name → JSON value.
         what: what was done with these values, for messages: "the data set was encoded".
+        where: where the values are from, for messages.
 
     Raises:
-        ParameterError: the config asks for something else.
+        ParameterError: the config gives another value than the earlier step.
     """
     default = settled_by_encoding(TrainingConfig.model_validate({}))
-    known = {n: value for n, value in settled.items() if n in MARKS and not _is_unsaid(n, value)}
+    # A value that equals `Mark.left_out_as` may have been None in the earlier step. Nobody can
+    # tell, so it is neither taken over nor compared.
+    known = {
+        name: value
+        for name, value in settled.items()
+        if name in MARKS and not _is_ambiguous(name, value)
+    }
     asked = settled_by_encoding(config)
-    said = [n for n in asked if n in known and (_is_given(config, n) or asked[n] != default[n])]
+    # A parameter at its default counts as left out.
+    given = [n for n in asked if n in known and (_is_given(config, n) or asked[n] != default[n])]
     do = "leave it out, or do that step again with it"
-    require_same({name: asked[name] for name in said}, known, what, where, do)
+    require_same({name: asked[name] for name in given}, known, what, where, do)
     return TrainingConfig.model_validate({**config.model_dump(), **known})
 
 
-def _is_unsaid(name: str, value: object) -> bool:
-    """Whether a value is written both where it was given and where it was left out."""
+def _is_ambiguous(name: str, value: object) -> bool:
+    """Whether a value is written in two cases: when it was given, and when it was left out."""
     return MARKS[name].left_out_as is not None and value == MARKS[name].left_out_as
 
 
 def _is_given(config: TrainingConfig, name: str) -> bool:
-    """Whether a config surely gives a value, be it that of leaving it out."""
+    """Whether a config certainly gives a value: only parameters with `left_out_as` show that, since
+    they are None when left out."""
     return MARKS[name].left_out_as is not None and getattr(config, name) is not None
 
 
@@ -54,11 +60,14 @@ def named_data(config: TrainingConfig) -> dict[str, str]:
 def require_same(
     given: Mapping[str, Any], settled: Mapping[str, Any], what: str, where: str, do: str
 ) -> None:
-    """Refuse to go on with what an earlier step made from other values, whether left out or not.
+    """Refuse to use the result of an earlier step that had other values.
 
     Args:
-        given, settled: name → value of what is asked for now, and of what the step was given.
-        what: what was done, for messages: "the table was checked".
+        given: the values of now, by name.
+        settled: the values of the earlier step, by name.
+        what: what was done with those, for messages: "the table was checked".
+        where: where they are from, for messages.
+        do: what the user can do.
 
     Raises:
         ParameterError: a value differs.

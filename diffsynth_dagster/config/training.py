@@ -1,16 +1,17 @@
-"""How it is trained, and at what cost in memory and time."""
+"""The course of a training, and what it costs in memory and time."""
 
 from typing import Literal
 
 from pydantic import BaseModel
 
-from diffsynth_dagster.config.kinds import CommaList, parameter
+from diffsynth_dagster.config.declare import CommaList, parameter
 
 
 class TrainingParameters(BaseModel):
     """How it is trained."""
 
-    # Rows, since distillation reads further columns. Its half has no effect: see `config.effect`.
+    # Affects rows, since distillation reads further columns. The part after the colon (which half
+    # of split training it is) does not count: see `config.affects`.
     task: Literal[
         "sft",
         "sft:data_process",
@@ -21,9 +22,9 @@ class TrainingParameters(BaseModel):
     ] = parameter(
         "sft",
         "sft: supervised training. direct_distill: the student samples from a "
-        "teacher's noise in a few steps, and the result is compared with the teacher's. Each "
-        "encodes what the store lacks and trains; with :data_process it only encodes, and with "
-        ":train it only trains from the store.",
+        "teacher's noise in a few steps, and its result is compared with the teacher's. Both "
+        "encode what the store lacks and then train; with :data_process they only encode, and with "
+        ":train they only train from the store.",
         affects="rows",
         each_half=True,
         set_by_asset=True,
@@ -52,12 +53,12 @@ class TrainingParameters(BaseModel):
     num_epochs: int = parameter(1, "Number of epochs.", affects="training", ge=1)
     max_train_steps: int | None = parameter(
         None,
-        "Optimizer steps of the whole training, in place of num_epochs; it may end within an epoch.",
+        "Optimizer steps of the whole training, instead of num_epochs; it may end within an epoch.",
         affects="training",
         off_by_default=True,
         ge=1,
     )
-    # Encoding takes as many at once too, but keys and what is trained do not depend on that.
+    # Encoding uses this batch size too, but encoded samples do not depend on it.
     batch_size: int = parameter(
         1, "Samples of one shape in a forward pass of one process.", affects="training", ge=1
     )
@@ -66,20 +67,20 @@ class TrainingParameters(BaseModel):
         "Seed of the order, the noise, the timesteps and the LoRA initialisation.",
         affects="training",
         ge=0,
-        le=2**63 - 1,
+        le=2**63 - 1,  # the largest number that fits into 64 bits with a sign
     )
-    # Latents, since what comes of a trained model is not encoded beforehand.
+    # Affects latents: the outputs of a trained model change, so they are not encoded beforehand.
     trainable_models: CommaList = parameter(
         (),
         "Models trained in full, such as dit or text_encoder, separated by commas.",
         affects="latents",
         each_half=True,
     )
-    # How gradients are collected decides in which order they are added.
+    # Affects training: it changes how gradients are grouped, and so the order of their sums.
     find_unused_parameters: bool = parameter(
         False,
-        "Look in every step for parameters without a gradient, on several GPUs. What a training needs "
-        "of this is found out by itself.",
+        "With several GPUs, look in every step for parameters without a gradient. Where a training "
+        "needs this, it is switched on automatically.",
         affects="training",
     )
     weight_decay: float = parameter(
@@ -110,29 +111,29 @@ class TrainingParameters(BaseModel):
         affects="training",
         gt=0.0,
     )
-    # Latents are encoded in it; the two halves of split training may compute in different ones.
+    # Affects latents, which are encoded in it. Each half of split training may use another one.
     mixed_precision: Literal["no", "fp16", "bf16"] | None = parameter(
         None,
-        "Precision of the computation. Left out: that of accelerate, or bf16 on a GPU "
-        "where accelerate's is no.",
+        "Precision of the computation. Left out: the one that accelerate is configured with; if that "
+        "is no, bf16 on a GPU.",
         affects="latents",
         each_half=True,
     )
 
 
 class GradientParameters(BaseModel):
-    """Memory against time."""
+    """Trades of memory against time."""
 
-    # Training, not nothing: what is computed a second time may differ in its last bit on a GPU.
+    # Affects training: on a GPU, recomputed activations may differ in the last bit.
     use_gradient_checkpointing: bool | None = parameter(
         None,
         "Recompute activations in the backward pass instead of keeping them. Left out: "
-        "what the family does, which is yes for videos.",
+        "the family's default, which is yes for videos.",
         affects="training",
     )
     use_gradient_checkpointing_offload: bool = parameter(
         False,
-        "Gradient checkpointing whose kept activations lie in CPU memory; switches "
+        "Gradient checkpointing that keeps its activations in CPU memory; switches "
         "gradient checkpointing on.",
         affects="training",
     )

@@ -1,7 +1,7 @@
-"""How a parameter is declared: its default, its description, and its mark.
+"""How a parameter is declared: its default, its description, its type and its mark.
 
-The mark says what a parameter affects first; `config.effect` derives from it what makes a result
-out of date. The types say how a value may be written.
+The mark says what a parameter affects first. From it, `config.affects` derives which results a
+change of the parameter makes out of date. The types here parse values that are written as text.
 """
 
 import json
@@ -14,12 +14,11 @@ from pydantic.fields import FieldInfo
 from diffsynth_dagster.errors import nearest
 
 Affects = Literal["weights", "rows", "latents", "training", "exports", "nothing"]
-"""What a parameter affects first, in the order in which a training goes through it.
+"""The first stage of a training that a parameter affects, in the order of the stages.
 
-weights: which files the models are. rows: which samples there are, and what is read of each.
-latents: what is encoded, and with which models. training: what is trained, and what a training
-writes. exports: the files that are made of a checkpoint. nothing: where things lie, how fast it
-goes, and how it is watched.
+weights: which files the models are loaded from. rows: which samples there are, and what is read of
+each. latents: what is encoded, and with which models. training: what is trained, and what a
+training writes. exports: the files that are made from a checkpoint. nothing: paths, speed, logs.
 """
 AFFECTS: tuple[Affects, ...] = get_args(Affects)
 
@@ -28,23 +27,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Mark:
-    """What is known about a parameter beside its type, default and description.
+    """What is declared about a parameter beside its type, default and description.
 
     Attributes:
         affects: see `Affects`.
-        by_content: whether it counts by the content of the files that it names: another name of
-            the same content changes nothing.
-        each_half: whether each half of split training has a value of its own; the second takes over
-            the others from the first.
-        set_by_asset: whether each Dagster asset sets it, so that a run cannot.
-        planned: whether its feature does not exist yet: only the default is accepted.
-        needs: a parameter without which this one means nothing.
-        off_by_default: whether its default leaves everything as it was before there was this
-            parameter: it then counts only with another value, so that older results stay up to date.
-        left_out_as: what None is written as where a value counts, and means the same as: that of a
-            parameter of before, so that older results stay up to date.
-        used_with: parameters without any of which this one changes nothing. Only then None is written
-            as `left_out_as`, if it has both: with one of them it means something of its own.
+        by_content: whether it counts by the content of the files that it names. Then the same files
+            under another path change nothing.
+        each_half: whether each half of split training has its own value. The second half takes all
+            other values from the first.
+        set_by_asset: whether the Dagster assets set it, so that a run's config cannot.
+        planned: whether its feature does not exist yet. Then only the default is accepted.
+        needs: a parameter without which this one has no effect.
+        off_by_default: whether its default does what was done before the parameter existed. Then
+            the default is left out of digests, so that older results stay up to date.
+        left_out_as: the value that is written for None in digests, because None means the same. It
+            is the default from before None was allowed, so that older results stay up to date.
+        used_with: this parameter has an effect only if at least one of these is set. If it has a
+            `left_out_as` as well, None is written as that only while none of these is set; with one
+            of them, None has a meaning of its own.
     """
 
     affects: Affects
@@ -59,7 +59,7 @@ class Mark:
 
 
 class Limits(TypedDict, total=False):
-    """What values are taken, as pydantic's `Field` has it."""
+    """The range of values, with the names of pydantic's `Field`."""
 
     ge: float
     gt: float
@@ -84,7 +84,7 @@ def parameter(
     used_with: tuple[str, ...] = (),
     **limits: Unpack[Limits],
 ) -> T:
-    """A field of a group of parameters. For the marks see `Mark`."""
+    """Declare a parameter: a field of a group of parameters. For the keywords see `Mark`."""
     mark = Mark(
         affects,
         by_content,
@@ -96,7 +96,8 @@ def parameter(
         left_out_as,
         used_with,
     )
-    # What type checkers see is the default, as with pydantic's own `Field`.
+    # `json_schema_extra` is pydantic's place for further facts about a field.
+    # Type checkers must see the type of the default, as with pydantic's own `Field`.
     field: Any = Field(default, description=description, json_schema_extra=asdict(mark), **limits)
     return cast(T, field)
 
@@ -114,19 +115,19 @@ def mark_of(name: str, field: FieldInfo) -> Mark:
 
 
 def marks_of(group: type[BaseModel]) -> dict[str, Mark]:
-    """Parameter name → mark, for all parameters of a class. Raises as `mark_of` does."""
+    """Parameter name → mark, for all parameters of a class. Raises `TypeError`: see `mark_of`."""
     return {name: mark_of(name, field) for name, field in group.model_fields.items()}
 
 
 def _split_commas(value: Any) -> Any:
-    """`"a, b"` → `("a", "b")`; lists pass; the empty string is the empty tuple."""
+    """`"a, b"` → `("a", "b")`; an empty text → an empty tuple; other types unchanged."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
 
 
 def _parse_json(value: Any) -> Any:
-    """A JSON text → its value; anything that is no text passes."""
+    """A JSON text → its value; other types are returned unchanged. Raises `ValueError`."""
     if not isinstance(value, str):
         return value
     try:
@@ -139,13 +140,13 @@ def _parse_json(value: Any) -> Any:
 
 
 def _json_or_commas(value: Any) -> Any:
-    """Either form of a model list: a JSON list of paths, or entries separated by commas."""
+    """A model list in either form: a JSON list of paths, or entries separated by commas."""
     is_json = isinstance(value, str) and value.lstrip().startswith("[")
     return _parse_json(value) if is_json else _split_commas(value)
 
 
 def _one_or_more(value: Any) -> Any:
-    """One text → a tuple of it; the empty text is the empty tuple."""
+    """One text → a tuple with it; an empty text → an empty tuple; other types unchanged."""
     if isinstance(value, str):
         return (value,) if value else ()
     return value
@@ -172,12 +173,12 @@ CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 ModelList = Annotated[tuple[str | tuple[str, ...], ...], BeforeValidator(_json_or_commas)]
 PathTree = Annotated[tuple[str | tuple[str, ...], ...], BeforeValidator(_parse_json)]
 Colour = Annotated[str, AfterValidator(_as_hex)]
-"""A name that Pillow knows, or `#rrggbb`, which it becomes."""
+"""A colour by a name that Pillow knows, or as `#rrggbb`. The value is always `#rrggbb`."""
 Texts = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 
 
 class _NamesFolder:
-    """Marks the type of a parameter that names a folder of a model beside the model list."""
+    """Marker in the type of a parameter that names a folder of a model outside the model list."""
 
 
 ModelFolder = Annotated[str, _NamesFolder()]
@@ -185,20 +186,21 @@ ModelFolder = Annotated[str, _NamesFolder()]
 
 
 class _MayBeEmpty:
-    """Marks the type of a text that may be given as the empty one."""
+    """Marker in the type of a text that may be empty."""
 
 
 Text = Annotated[str, _MayBeEmpty()]
-"""A text whose empty value is a value, and does not leave the parameter out."""
+"""A text that may be empty. (An empty text leaves out any other parameter.)"""
 
 
 def names_model_folder(field: FieldInfo) -> bool:
-    """Whether a parameter's type is `ModelFolder`, or that or None."""
+    """Whether a parameter's type is `ModelFolder`, with or without None."""
     return ModelFolder in (field.annotation, *get_args(field.annotation))
 
 
 def is_text(field: FieldInfo) -> bool:
-    """Whether a parameter takes a text that may be left out."""
+    """Whether a parameter takes a text or None, so that an empty text can stand for None."""
+    # `Text | None` is another type than `str | None`, so this is False for it.
     return (
         field.annotation == str | None
         or names_model_folder(field)

@@ -1,4 +1,4 @@
-"""`files_<recipe>`: trains again when the files of the data set have changed and lie still."""
+"""`files_<recipe>`: the sensor that trains again when files of the data set have changed."""
 
 import json
 import time
@@ -22,12 +22,12 @@ _UNDER_WAY = [
 
 @dataclass(frozen=True)
 class Watched:
-    """What a sensor remembers from one look at the files to the next, as its cursor.
+    """What the sensor remembers from tick to tick, as its cursor.
 
     Attributes:
-        asked: digest of the files for which a run was asked last.
-        seen: digest of the files as they were at the last look.
-        since: when they were seen to be so first, in seconds since 1970.
+        asked: digest of the files for which a run was last requested.
+        seen: digest of the files at the last tick.
+        since: time of the first tick that saw this digest, in seconds since 1970.
     """
 
     asked: str
@@ -36,7 +36,7 @@ class Watched:
 
 
 def make_files_sensor(recipe: Recipe, retrain: Retrain, prefix: Prefix) -> dg.SensorDefinition:
-    """The sensor of a recipe with `retrain: {files: true}`. Its first look only remembers the files."""
+    """The sensor of a recipe with `retrain: {files: true}`. Its first tick only notes the files."""
     job, keys = prefix.name(job_name(recipe.name)), set(map(prefix.key, own_keys(recipe)))
 
     @dg.sensor(
@@ -55,8 +55,10 @@ def make_files_sensor(recipe: Recipe, retrain: Retrain, prefix: Prefix) -> dg.Se
             watched = Watched(listing.digest, listing.digest, now)
             return _wait(watched, f"it knows the {listing.files} files now, and waits for a change")
         watched = Watched(**json.loads(context.cursor))
+        # Another change begins the wait anew: files are still being copied.
         if listing.digest != watched.seen:
             watched = Watched(watched.asked, listing.digest, now)
+        # Also when files changed and changed back before the wait was over.
         if watched.seen == watched.asked:
             return _wait(watched, f"nothing has changed in {listing.files} files")
         left = watched.since + 60 * retrain.settle_minutes - now
@@ -70,7 +72,8 @@ def make_files_sensor(recipe: Recipe, retrain: Retrain, prefix: Prefix) -> dg.Se
                 watched, f"files have changed: waits for the run {run}, which makes this recipe"
             )
         asked = Watched(watched.seen, watched.seen, watched.since)
-        # The time is in it, since files may become again what they were.
+        # Dagster ignores a run key that it has seen before. The time makes it new when files return
+        # to an earlier state.
         request = dg.RunRequest(run_key=f"{watched.seen} {watched.since:.0f}")
         return dg.SensorResult(run_requests=[request], cursor=json.dumps(asdict(asked)))
 
@@ -84,11 +87,11 @@ def _wait(watched: Watched, why: str) -> dg.SensorResult:
 def under_way(
     instance: dg.DagsterInstance, job: str, keys: Set[dg.AssetKey] = frozenset()
 ) -> str | None:
-    """The run that makes a recipe's assets now, or will; None if there is none.
+    """Id of an unfinished run that makes a recipe's assets; None if there is none.
 
     Args:
-        job: of the recipe.
-        keys: assets that other jobs' runs may make as well.
+        job: the recipe's job.
+        keys: assets of the recipe, to also find runs of picked assets and of automation conditions.
     """
     for run in instance.get_runs(filters=dg.RunsFilter(statuses=_UNDER_WAY)):
         if run.job_name == job or keys & (run.asset_selection or set()):
