@@ -63,23 +63,23 @@ def config_of(data: Path, work: Path) -> TrainingConfig:
     )
 
 
-def encode(config: TrainingConfig, found: ResolvedModel) -> int:
+def encode(config: TrainingConfig, model: ResolvedModel) -> int:
     """A whole run without the start of the process; returns how many images were encoded."""
     fact_cache = fact_cache_of(config.cache_path)
-    models = Models(found, torch.device("cpu"), torch.float32, on_cpu_first=False)
-    validated = validate(config, found.family.columns, fact_cache)
-    manifest = plan_samples(config, found, validated, Keys(found, fact_cache, torch.float32))
+    models = Models(model, torch.device("cpu"), torch.float32, on_cpu_first=False)
+    validated = validate(config, model.family.columns, fact_cache)
+    manifest = plan_samples(config, model, validated, Keys(model, fact_cache, torch.float32))
     done = encode_missing(config, models, manifest, validated, Accelerator(cpu=True))
     manifest.publish()
     fact_cache.close()
     return done.misses["image"]
 
 
-def encode_one_by_one(config: TrainingConfig, found: ResolvedModel, folder: Path) -> None:
+def encode_one_by_one(config: TrainingConfig, model: ResolvedModel, folder: Path) -> None:
     """The baseline: load, encode and torch.save each sample, named by its position."""
     folder.mkdir()
-    models = Models(found, torch.device("cpu"), torch.float32, on_cpu_first=False)
-    family = found.family
+    models = Models(model, torch.device("cpu"), torch.float32, on_cpu_first=False)
+    family = model.family
     loaded = models.get(["tokenizer", "text_encoder", "vae"])
     lines = Path(config.dataset_metadata_path or "").read_text().splitlines()[1:]
     for index, line in enumerate(lines):

@@ -131,16 +131,16 @@ def part(seconds: Seconds, name: str) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - start, 2)
 
 
-def plan(config: TrainingConfig, found: ResolvedModel) -> Manifest:
+def plan(config: TrainingConfig, model: ResolvedModel) -> Manifest:
     """The manifest of the table in the run folder."""
     fact_cache = fact_cache_of(config.cache_path)
-    keys = Keys(found, fact_cache, torch.float32)
-    return plan_samples(config, found, read_checked(Path(config.output_path)), keys)
+    keys = Keys(model, fact_cache, torch.float32)
+    return plan_samples(config, model, read_checked(Path(config.output_path)), keys)
 
 
-def fill_index(manifest: Manifest, found: ResolvedModel) -> None:
+def fill_index(manifest: Manifest, model: ResolvedModel) -> None:
     """Say in the store's index that it holds every sample."""
-    for stage in found.family.stages:
+    for stage in model.family.stages:
         keys = manifest.rows.select(pl.col(f"key:{stage.name}").alias("key"))
         number = 0
         for batch in keys.collect_batches(chunk_size=100 * KEYS_PER_SHARD, maintain_order=True):

@@ -139,7 +139,7 @@ class RandomModels(Models):
     """Components of random weights, made where they are used."""
 
     def _load(self, name: str) -> nn.Module:
-        module = build_empty(self.found.components[name])
+        module = build_empty(self.resolved.components[name])
         state = {
             tensor: torch.randn(meta.shape, device=self.device, dtype=self.dtype) * 0.02
             for tensor, meta in module.state_dict().items()
@@ -162,7 +162,7 @@ def found_model(config: TrainingConfig, subject: Subject, shape: Shape) -> Resol
     return resolve(config, family, components=found)
 
 
-def batch_of(found: ResolvedModel, subject: Subject, shape: Shape) -> Batch:
+def batch_of(model: ResolvedModel, subject: Subject, shape: Shape) -> Batch:
     """One sample, as the store would give it."""
     sample: Tensors = {
         subject.target: torch.randn(shape.latents),
@@ -170,9 +170,9 @@ def batch_of(found: ResolvedModel, subject: Subject, shape: Shape) -> Batch:
     }
     if shape.pooled:
         sample["pooled_prompt_embeds"] = torch.randn(shape.pooled)
-    cached = found.cached_stages
+    cached = model.cached_stages
     outputs = [output for stage in cached for output in stage.yields]
-    together, denoiser = collate(outputs, [sample]), found.family.denoiser
+    together, denoiser = collate(outputs, [sample]), model.family.denoiser
     return Batch(["sample"], [0], [0], [0], 0, together, [], denoiser, 1.0)
 
 

@@ -225,14 +225,14 @@ def _encoded_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
 
 
 def _record(
-    config: TrainingConfig, manifest: Manifest | None, found: ResolvedModel | None
+    config: TrainingConfig, manifest: Manifest | None, model: ResolvedModel | None
 ) -> RunRecord | None:
     """The record that a training is compared by with the states in its run folder; None where there are none,
     or where it follows from samples that are not encoded yet. Raises: see `start_record`."""
-    if manifest is None or found is None or not state_folders(Path(config.output_path)):
+    if manifest is None or model is None or not state_folders(Path(config.output_path)):
         return None
     with fact_cache_of(config.cache_path) as facts:
-        return start_record(config, found, manifest, facts)
+        return start_record(config, model, manifest, facts)
 
 
 def _counted(rows: _Rows) -> dict[str, Any]:

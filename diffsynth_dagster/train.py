@@ -38,7 +38,7 @@ def run(
         exports: whether a finished training is exported too.
 
     Raises:
-        UserError: see the modules that this and `run_alone` go through, in the order of the imports.
+        UserError: see the modules that this and `run_locked` go through, in the order of the imports.
         Stopped: a signal came.
     """
     # Imported here: they take seconds, and a mistake in the flags is reported at once.
@@ -59,7 +59,7 @@ def run(
         # One process holds the run folder for all.
         held = owned(Path(config.output_path), config.task)
         parallel.from_main(lambda: leaving.enter_context(held))
-        trained = run_alone(config, model, parallel, stop_asked)
+        trained = run_locked(config, model, parallel, stop_asked)
         if trained is None:
             return None
         if exports:
@@ -68,7 +68,7 @@ def run(
         return trained[0]
 
 
-def run_alone(
+def run_locked(
     config: TrainingConfig, model: "ResolvedModel", parallel: "Parallel", stop_asked: StopSignal
 ) -> "tuple[RunRecord, ResolvedModel] | None":
     """Do what a checked config asks for, in a run folder that is held; see `run`.
@@ -97,7 +97,7 @@ def run_alone(
     from diffsynth_dagster.training.loop import train
     from diffsynth_dagster.training.memory import Memory
     from diffsynth_dagster.training.resume import choose_state, going_on
-    from diffsynth_dagster.training.setup import Session, make_models
+    from diffsynth_dagster.training.setup import Inputs, make_models
     from diffsynth_dagster.weights.hub import ModelHub
     from diffsynth_dagster.weights.identify import find_model
 
@@ -154,7 +154,7 @@ def run_alone(
         record = going_on(record, state)
         run_file = RunFile(output, record, writes=parallel.is_main_process)
         trained = train(
-            Session(
+            Inputs(
                 config,
                 parallel,
                 models,
@@ -171,7 +171,7 @@ def run_alone(
         return trained, found
 
 
-def export(config: TrainingConfig, record: "RunRecord", found: "ResolvedModel") -> None:
+def export(config: TrainingConfig, record: "RunRecord", model: "ResolvedModel") -> None:
     """Export a training that has just finished, and print how to load what was written.
 
     Raises:
@@ -182,7 +182,7 @@ def export(config: TrainingConfig, record: "RunRecord", found: "ResolvedModel") 
     folder = Path(config.output_path).absolute()
     finished = f"the training is finished and its checkpoints are whole, in {folder}"
     try:
-        exported = export_held(config, record, found)
+        exported = export_held(config, record, model)
         for problem in exported.problems:
             raise problem
     except Exception as error:
@@ -202,7 +202,7 @@ def export(config: TrainingConfig, record: "RunRecord", found: "ResolvedModel") 
     if exported.effect is not None:
         print(f"the LoRA: {exported.effect}", flush=True)
     for item in exported.files:
-        print(f"exported {item.path.absolute()}\n  {how_to_load(item, found.family)}", flush=True)
+        print(f"exported {item.path.absolute()}\n  {how_to_load(item, model.family)}", flush=True)
 
 
 def dry_run(arguments: Arguments) -> None:

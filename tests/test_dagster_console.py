@@ -11,7 +11,7 @@ import pytest
 
 from diffsynth_dagster.run import progress
 from diffsynth_dagster.run.events import Encoding, Started, StepMetrics
-from diffsynth_dagster.run.progress import Every
+from diffsynth_dagster.run.progress import Throttle
 from diffsynth_dagster.run.reporting import TerminalReporter
 from resources.console import ConsoleHandler
 from resources.executor import is_temporary
@@ -91,7 +91,7 @@ def test_progress_in_a_terminal_is_a_bar(
 def test_a_long_work_is_reported_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock))
-    every, times = Every(5, 60), list[float]()
+    every, times = Throttle(5, 60), list[float]()
     for second in range(1, 10_001):
         clock = float(second)
         if every.due(second, 10_000):

@@ -192,7 +192,7 @@ def test_every_remedy_can_be_taken(values: Values, given: dict[str, Any]) -> Non
     current = {name: value for name, value in values(**given).items() if value is not None}
     for _ in range(60):
         config = make_config(current)
-        found = models_of(config).found
+        found = models_of(config).resolved
         if find_spec("bitsandbytes") is None and config.optimizer == "adamw8bit":
             check_config(config.model_copy(update={"optimizer": "adamw"}), found)
         else:

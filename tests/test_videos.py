@@ -286,7 +286,7 @@ class _Models:
     """Stands for loaded models: the family's stages use none."""
 
     def __init__(self, family: Family) -> None:
-        self.found = resolve_model(TrainingConfig(lora_base_model=("dit",)), family)
+        self.resolved = resolve_model(TrainingConfig(lora_base_model=("dit",)), family)
 
     def get(self, names: Iterable[str]) -> dict[str, Any]:
         return {}
@@ -320,12 +320,14 @@ def test_videos_reach_the_store_and_the_step(data: Path, tmp_path: Path) -> None
         validated = check(data, rows, family, **more)
         config = config_of(data, family, **more)
         models: Any = _Models(family)
-        keys = Keys(models.found, FactCache(tmp_path / "facts.sqlite"), torch.float32)
-        manifest = plan_samples(config, models.found, validated, keys)
+        keys = Keys(models.resolved, FactCache(tmp_path / "facts.sqlite"), torch.float32)
+        manifest = plan_samples(config, models.resolved, validated, keys)
         encode_missing(config, models, manifest, validated, _ALONE)
         again = stored.setdefault(count, set(manifest.frame["key:video"]))
         assert again == set(manifest.frame["key:video"])
-        batch = StepDataset(config, models.found, resolve(manifest, tmp_path / "run"), 0, 1)[0][0]
+        batch = StepDataset(config, models.resolved, resolve(manifest, tmp_path / "run"), 0, 1)[0][
+            0
+        ]
         assert batch.outputs["video"].shape == (2, 3, count)
         assert [[tuple(x.shape) for x in row["edits"]] for row in batch.inputs] == [
             [(3, 48, 64)] * 2
@@ -333,7 +335,7 @@ def test_videos_reach_the_store_and_the_step(data: Path, tmp_path: Path) -> None
     assert stored[5].isdisjoint(stored[9])
     assert seen == [(3, 5, 144, 192), (3, 9, 144, 192)]
     picture(1, (64, 48)).save(data / "0.png")
-    data_set = StepDataset(config, models.found, Samples(tmp_path / "run"), 0, 1)
+    data_set = StepDataset(config, models.resolved, Samples(tmp_path / "run"), 0, 1)
     with pytest.raises(MetadataError, match="no longer the one that was checked") as refused:
         _ = data_set[0]
     assert str(data / "0.png") in str(refused.value)

@@ -73,10 +73,10 @@ def encode_missing(
             What was encoded before it is kept.
         OutputError: the store cannot be written.
     """
-    family = models.found.family
+    family = models.resolved.family
     store = Store(Path(manifest.store))
     report = EncodeReport()
-    cached = [stage for stage in models.found.cached_stages if stage.name in manifest.outputs]
+    cached = [stage for stage in models.resolved.cached_stages if stage.name in manifest.outputs]
     captions = captions_of(config, family)
     for number, stage in enumerate(cached):
         wanted = _wanted(stage, manifest)

@@ -11,16 +11,16 @@ from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 def require_encoded_for(
-    config: TrainingConfig, found: ResolvedModel, manifest: Manifest, fact_cache: FactCache
+    config: TrainingConfig, model: ResolvedModel, manifest: Manifest, fact_cache: FactCache
 ) -> None:
     """Refuse a data set that was encoded for another family, variant or task, or by other weights.
 
     Raises:
         ParameterError: it was.
     """
-    require_encoded_as(config, found, manifest)
-    named = found.components
-    now = {n: component_digest(found, n, fact_cache) for n in manifest.weights if n in named}
+    require_encoded_as(config, model, manifest)
+    named = model.components
+    now = {n: component_digest(model, n, fact_cache) for n in manifest.weights if n in named}
     for name in Fingerprint(manifest.weights).differs(Fingerprint(now), now):
         raise _refuse(
             config,
@@ -29,9 +29,9 @@ def require_encoded_for(
         )
 
 
-def require_encoded_as(config: TrainingConfig, found: ResolvedModel, manifest: Manifest) -> None:
+def require_encoded_as(config: TrainingConfig, model: ResolvedModel, manifest: Manifest) -> None:
     """Refuse a data set that was encoded for another family, variant or task. Raises `ParameterError`."""
-    family = found.family
+    family = model.family
     if manifest.family != family.name:
         raise _refuse(
             config,
@@ -45,8 +45,8 @@ def require_encoded_as(config: TrainingConfig, found: ResolvedModel, manifest: M
             f"the data set was encoded by another version of the stage '{name}'",
             "encode it again",
         )
-    wanted = {f"key:{stage.name}" for stage in found.cached_stages}
-    wanted |= {f"input:{i.column}" for s in found.step_stages for i in s.reads}
+    wanted = {f"key:{stage.name}" for stage in model.cached_stages}
+    wanted |= {f"input:{i.column}" for s in model.step_stages for i in s.reads}
     lacks = sorted(
         name.partition(":")[2] for name in wanted - set(manifest.rows.collect_schema().names())
     )
@@ -59,7 +59,7 @@ def require_encoded_as(config: TrainingConfig, found: ResolvedModel, manifest: M
 
 
 def require_planned_weights(
-    found: ResolvedModel, manifest: Manifest, fact_cache: FactCache
+    model: ResolvedModel, manifest: Manifest, fact_cache: FactCache
 ) -> None:
     """Refuse to encode by other weights than the samples are planned for, which another process may
     have done: their keys name those.
@@ -67,11 +67,11 @@ def require_planned_weights(
     Raises:
         WeightsError: the files are others here, or changed since.
     """
-    now = {name: component_digest(found, name, fact_cache) for name in manifest.weights}
+    now = {name: component_digest(model, name, fact_cache) for name in manifest.weights}
     for name in Fingerprint(manifest.weights).differs(Fingerprint(now)):
         raise WeightsError(
             f"the files of '{name}' are not those that the samples were planned for",
-            where=str(found.files(name)[0]),
+            where=str(model.files(name)[0]),
             do="give all machines the same model files, and let nothing write to them meanwhile",
         )
 

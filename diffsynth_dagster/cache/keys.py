@@ -120,8 +120,8 @@ class Keys:
         dtype: element type that the stages are computed in.
     """
 
-    def __init__(self, found: ResolvedModel, fact_cache: FactCache, dtype: torch.dtype) -> None:
-        self._found = found
+    def __init__(self, model: ResolvedModel, fact_cache: FactCache, dtype: torch.dtype) -> None:
+        self._found = model
         self._fact_cache = fact_cache
         self._dtype = str(dtype)
         self._digests: dict[str, str] = {}

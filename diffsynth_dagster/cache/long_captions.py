@@ -81,7 +81,7 @@ def caption_limit(family: Family) -> TokenLimit | None:
 
 
 def count_long_captions(
-    found: ResolvedModel, table: CheckedTable, folder: Path, fact_cache: FactCache
+    model: ResolvedModel, table: CheckedTable, folder: Path, fact_cache: FactCache
 ) -> LongCaptions:
     """Count the long captions of a checked table, and list them in its run folder. What was counted
     before, with the same tokenizer, is not counted again.
@@ -90,31 +90,31 @@ def count_long_captions(
         WeightsError: the tokenizer cannot be loaded.
         OutputError: the folder cannot be written.
     """
-    limit = caption_limit(found.family)
-    suspects = None if limit is None else _suspects(table, found.family, limit)
+    limit = caption_limit(model.family)
+    suspects = None if limit is None else _suspects(table, model.family, limit)
     if limit is None or suspects is None:
         (folder / FILE_NAME).unlink(missing_ok=True)
         return LongCaptions()
-    tokenizer = component_digest(found, limit.tokenizer, fact_cache)
+    tokenizer = component_digest(model, limit.tokenizer, fact_cache)
     known_by = digest_of([digest_rows(suspects.lazy()), tokenizer, limit.most, limit.before])
     known = read_long_captions(folder, known_by)
     if known is not None:
         return known
-    rows = _count(suspects, limit, load_tokenizer(found, limit.tokenizer))
+    rows = _count(suspects, limit, load_tokenizer(model, limit.tokenizer))
     counted = _described(rows, limit)
     notes = {_NOTES: json.dumps({"known_by": known_by, **asdict(counted)})}
     write_whole(folder / FILE_NAME, lambda staged: rows.write_parquet(staged, metadata=notes))
     return counted
 
 
-def long_captions_of(found: ResolvedModel, table: CheckedTable) -> LongCaptions:
+def long_captions_of(model: ResolvedModel, table: CheckedTable) -> LongCaptions:
     """Count the long captions of a checked table; nothing is written. Raises `WeightsError`: see
     `count_long_captions`."""
-    limit = caption_limit(found.family)
-    suspects = None if limit is None else _suspects(table, found.family, limit)
+    limit = caption_limit(model.family)
+    suspects = None if limit is None else _suspects(table, model.family, limit)
     if limit is None or suspects is None:
         return LongCaptions()
-    return _described(_count(suspects, limit, load_tokenizer(found, limit.tokenizer)), limit)
+    return _described(_count(suspects, limit, load_tokenizer(model, limit.tokenizer)), limit)
 
 
 def count_if_there(

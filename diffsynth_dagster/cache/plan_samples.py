@@ -51,7 +51,7 @@ _SIZES = {"row": pl.UInt32, "width": pl.Int64, "height": pl.Int64, "frames": pl.
 
 def plan_samples(
     config: TrainingConfig,
-    found: ResolvedModel,
+    model: ResolvedModel,
     table: CheckedTable,
     keys: Keys,
     sampled: SampleRows | None = None,
@@ -65,9 +65,9 @@ def plan_samples(
         WeightsError: a component that a cached stage uses is missing.
         OutputError: the run folder cannot be written.
     """
-    family = found.family
-    cached = found.cached_stages
-    step_inputs = list(dict.fromkeys(i for stage in found.step_stages for i in stage.reads))
+    family = model.family
+    cached = model.cached_stages
+    step_inputs = list(dict.fromkeys(i for stage in model.step_stages for i in stage.reads))
     captions = captions_of(config, family)
     output = Path(config.output_path)
     with hidden_folder(output / "plan") as folder:

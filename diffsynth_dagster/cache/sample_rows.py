@@ -52,7 +52,7 @@ def sample_rows_config(config: TrainingConfig) -> TrainingConfig:
 
 
 def plan_sample_rows(
-    config: TrainingConfig, found: ResolvedModel, keys: Keys, fact_cache: FactCache
+    config: TrainingConfig, model: ResolvedModel, keys: Keys, fact_cache: FactCache
 ) -> SampleRows | None:
     """Check the table that `sample_prompts` names, and plan its rows; None where it names none.
 
@@ -66,14 +66,14 @@ def plan_sample_rows(
     rmtree(folder, ignore_errors=True)
     if config.sample_table is None:
         return None
-    family = reduced(found.family)
-    table = checked_sample_rows(config, found.family, fact_cache)
+    family = reduced(model.family)
+    table = checked_sample_rows(config, model.family, fact_cache)
     guidance = guidance_of(config, family.sampling)
     if guidance.is_on:
         table = replace(table, rows=_doubled(table.rows, guidance.negative_prompt))
     table = write_checked(table, folder)
     own = sample_rows_config(config).model_copy(update={"output_path": str(folder)})
-    planned = plan_samples(own, replace(found, family=family), table, keys)
+    planned = plan_samples(own, replace(model, family=family), table, keys)
     rows = _sample_rows(planned)
     count = len(rows) // 2 if guidance.is_on else len(rows)
     negative = guidance.negative_prompt if guidance.is_on else None

@@ -68,7 +68,7 @@ class Card:
 def write_card(
     config: TrainingConfig,
     record: RunRecord,
-    found: ResolvedModel,
+    model: ResolvedModel,
     chosen: Chosen,
     files: Sequence[Exported],
 ) -> Card:
@@ -88,13 +88,13 @@ def write_card(
     metrics = folder / "metrics.csv"
     curve = None if metrics in changed else loss_svg(metrics)
     parts = [
-        _front_matter(config, record, found),
+        _front_matter(config, record, model),
         f"# {_plain(_title(folder))}",
         _training(config, record, chosen, recipe),
-        _base(record, found),
+        _base(record, model),
         _samples(folder, record, changed),
         "" if curve is None else f"## Loss\n\n![The loss of each step, and its mean]({CURVE})",
-        _usage(folder / "exports", files, found.family),
+        _usage(folder / "exports", files, model.family),
         _recipe_section(recipe),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n\n"
@@ -135,10 +135,10 @@ def _recipe(folder: Path, config: TrainingConfig) -> dict[str, Any]:
     return {name: v for name, v in values.items() if name not in defaults or v != defaults[name]}
 
 
-def _front_matter(config: TrainingConfig, record: RunRecord, found: ResolvedModel) -> str:
+def _front_matter(config: TrainingConfig, record: RunRecord, model: ResolvedModel) -> str:
     # Only the models that were trained count as base models, not the VAE and the text encoders.
-    owners = dict.fromkeys(found.family.part(name).of for name in record.trained)
-    repositories = [found.components[name].entry.repository for name in owners]
+    owners = dict.fromkeys(model.family.part(name).of for name in record.trained)
+    repositories = [model.components[name].entry.repository for name in owners]
     bases = list(dict.fromkeys(r for r in repositories if r is not None))
     tags = ["diffsynth-dagster", record.family]
     tags += [str(record.lora.get("method", "lora"))] if record.lora is not None else []
@@ -200,13 +200,13 @@ def _resolution(recipe: Mapping[str, Any]) -> str:
     return size if frames is None else f"{size}, {frames} frames"
 
 
-def _base(record: RunRecord, found: ResolvedModel) -> str:
+def _base(record: RunRecord, model: ResolvedModel) -> str:
     """The section with the model files that the training started from, and their digests."""
     lines: list[str] = []
     for name, digest in record.base.items():
-        source = found.components.get(name)
+        source = model.components.get(name)
         if source is None:
-            origin = _code(found.tokenizers[name].name) if name in found.tokenizers else ""
+            origin = _code(model.tokenizers[name].name) if name in model.tokenizers else ""
         elif source.entry.repository is not None:
             origin = _code(source.entry.text)
         else:

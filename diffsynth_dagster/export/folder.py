@@ -57,27 +57,27 @@ def export_folder(config: TrainingConfig, hub: ModelHub) -> Exports:
         return export_held(config, _require_record(folder), found)
 
 
-def export_held(config: TrainingConfig, record: RunRecord, found: ResolvedModel) -> Exports:
+def export_held(config: TrainingConfig, record: RunRecord, model: ResolvedModel) -> Exports:
     """Export the checkpoint of a run folder that the caller has locked: write the files, load each
     the way its tool does, and write the model card.
 
     Raises:
         OutputError: see `chosen_checkpoint`; or the folder cannot be written.
     """
-    chosen = chosen_checkpoint(config, record, found.family)
+    chosen = chosen_checkpoint(config, record, model.family)
     # Removed first and written last: if this process is killed, no listing names half an export.
     forget_listing(Path(config.output_path))
-    files = export_checkpoint(config, record, found, chosen)
+    files = export_checkpoint(config, record, model, chosen)
     problems: list[UserError] = []
     for item in files:
         try:
-            verify_export(item, found)
+            verify_export(item, model)
         except UserError as error:
             # Go on: the other files may be fine, and all problems are reported together.
             problems.append(error)
     loras = {name: lora for item in files for name, lora in item.trained.items()}
     effect = effect_of(loras, record.weight_norms) if loras else None
-    card = None if problems else write_card(config, record, found, chosen, files)
+    card = None if problems else write_card(config, record, model, chosen, files)
     _list(Path(config.output_path), record, chosen, files, loads=not problems)
     return Exports(files, chosen.unfinished, problems, effect, card)
 

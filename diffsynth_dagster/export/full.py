@@ -47,7 +47,7 @@ _SUFFIX, _INDEX = ".safetensors", ".safetensors.index.json"
 def export_full(
     config: TrainingConfig,
     record: RunRecord,
-    found: ResolvedModel,
+    model: ResolvedModel,
     name: str,
     own: Tensors,
     provenance: Mapping[str, object],
@@ -63,8 +63,8 @@ def export_full(
         OutputError: the folder cannot be written.
         WeightsError: see `_with_untrained`.
     """
-    source = found.components[name]
-    tensors = _with_untrained(config, record, found, name, from_layout_of(source, own))
+    source = model.components[name]
+    tensors = _with_untrained(config, record, model, name, from_layout_of(source, own))
     # Sorted, so that equal weights give equal bytes; contiguous, because safetensors requires it.
     tensors = {n: tensors[n].contiguous() for n in sorted(tensors)}
     exports = Path(config.output_path) / "exports"
@@ -89,7 +89,7 @@ def export_full(
 
 
 def _with_untrained(
-    config: TrainingConfig, record: RunRecord, found: ResolvedModel, name: str, trained: Tensors
+    config: TrainingConfig, record: RunRecord, model: ResolvedModel, name: str, trained: Tensors
 ) -> Tensors:
     """All tensors of a component. Those that were not trained are read from the model files.
 
@@ -97,17 +97,17 @@ def _with_untrained(
         WeightsError: the model files have changed since the training began.
     """
     # A checkpoint holds the whole component, unless only a part of it was trained.
-    if all(n in trained for n, _ in build_empty(found.components[name]).named_parameters()):
+    if all(n in trained for n, _ in build_empty(model.components[name]).named_parameters()):
         return trained
     with fact_cache_of(config.cache_path) as fact_cache:
-        if component_digest(found, name, fact_cache) != record.base[name]:
+        if component_digest(model, name, fact_cache) != record.base[name]:
             raise WeightsError(
                 f"the files of '{name}' are not those that the training began with",
-                where=found.components[name].entry.text,
+                where=model.components[name].entry.text,
                 do="put those back: the checkpoint holds a part of the model, and the rest is theirs",
             )
     dtype = next(iter(trained.values())).dtype
-    base = Models(found, torch.device("cpu"), dtype, on_cpu_first=True).get([name])[name]
+    base = Models(model, torch.device("cpu"), dtype, on_cpu_first=True).get([name])[name]
     return {**base.state_dict(), **trained}
 
 
@@ -223,7 +223,7 @@ def _files(path: Path) -> list[Path]:
     return [path, *(path.parent / file for file in sorted({*index["weight_map"].values()}))]
 
 
-def verify_full(exported: Exported, found: ResolvedModel) -> None:
+def verify_full(exported: Exported, model: ResolvedModel) -> None:
     """Check that a module was written whole and matches its config.json. In the authors' layout,
     check that converting it gives the tensors of the diffusers export.
 
@@ -231,7 +231,7 @@ def verify_full(exported: Exported, found: ResolvedModel) -> None:
         WeightsError: a file is missing or damaged, or its tensors are wrong.
     """
     files = _whole_files(exported)
-    source = found.components[exported.components[0]]
+    source = model.components[exported.components[0]]
     if exported.format == "authors":
         _verify_authors(exported, source)
         return

@@ -66,15 +66,15 @@ def split_modules(
     return modules
 
 
-def export_run(config: TrainingConfig, record: RunRecord, found: ResolvedModel) -> list[Exported]:
+def export_run(config: TrainingConfig, record: RunRecord, model: ResolvedModel) -> list[Exported]:
     """Choose a checkpoint and write its exports. Raises what `chosen_checkpoint` and
     `export_checkpoint` do."""
-    chosen = chosen_checkpoint(config, record, found.family)
-    return export_checkpoint(config, record, found, chosen)
+    chosen = chosen_checkpoint(config, record, model.family)
+    return export_checkpoint(config, record, model, chosen)
 
 
 def export_checkpoint(
-    config: TrainingConfig, record: RunRecord, found: ResolvedModel, chosen: Chosen
+    config: TrainingConfig, record: RunRecord, model: ResolvedModel, chosen: Chosen
 ) -> list[Exported]:
     """Write the exports of a checkpoint into `<output_path>/exports/`.
 
@@ -88,7 +88,7 @@ def export_checkpoint(
     unfinished = {} if chosen.unfinished is None else {"unfinished": chosen.unfinished}
     provenance = {**record.provenance, "checkpoint": chosen.digest, **unfinished}
     folder = Path(config.output_path) / "exports"
-    family = found.family
+    family = model.family
     whole: dict[str, Tensors] = {}
     loras: dict[str, Lora] = {}
     others: dict[str, Tensors] = {}
@@ -112,11 +112,11 @@ def export_checkpoint(
     loras = {name: loras[name] for name in order if name in loras}
     exported: list[Exported] = []
     for name in export_formats(config, family) if loras else ():
-        exported += _export_loras(folder / name, found, name, loras, provenance)
+        exported += _export_loras(folder / name, model, name, loras, provenance)
     if others:
-        exported += _export_adapters(folder, found, others, record, provenance)
+        exported += _export_adapters(folder, model, others, record, provenance)
     for component, own in whole.items():
-        exported += export_full(config, record, found, component, own, provenance)
+        exported += export_full(config, record, model, component, own, provenance)
     _remove_others(folder, exported)
     return exported
 
@@ -147,14 +147,14 @@ def _remove_others(folder: Path, exported: Sequence[Exported]) -> None:
 
 def _export_loras(
     folder: Path,
-    found: ResolvedModel,
+    model: ResolvedModel,
     name: LoraFormat,
     loras: Mapping[str, Lora],
     provenance: Mapping[str, object],
 ) -> list[Exported]:
     """Write all LoRAs in a format: into one file, unless their tensor names collide."""
-    family = found.family
-    files = _in_files(found, loras)
+    family = model.family
+    files = _in_files(model, loras)
     # A file of peft is for one module.
     if name == "peft" and len(loras) > 1:
         files = {family.component(part).names.folder: {part: loras[part]} for part in loras}
@@ -176,20 +176,20 @@ def _export_loras(
     return exported
 
 
-def _in_files(found: ResolvedModel, trained: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
+def _in_files(model: ResolvedModel, trained: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
     """Distribute components over files: folder of a file → component → what is trained in it.
 
     All go into one file, unless two components have the same prefix in diffusers' files.
     """
-    prefixes = [found.family.lora_rules(name).folder for name in trained]
+    prefixes = [model.family.lora_rules(name).folder for name in trained]
     if len(set(prefixes)) == len(prefixes):
         return {"": dict(trained)}
-    return {found.family.component(name).names.folder: {name: trained[name]} for name in trained}
+    return {model.family.component(name).names.folder: {name: trained[name]} for name in trained}
 
 
 def _export_adapters(
     folder: Path,
-    found: ResolvedModel,
+    model: ResolvedModel,
     trained: Mapping[str, Tensors],
     record: RunRecord,
     provenance: Mapping[str, object],
@@ -198,15 +198,15 @@ def _export_adapters(
     assert record.lora is not None
     if record.lora["method"] != "dora":
         return [
-            _export_peft(folder / "peft", found, component, tensors, record, provenance)
+            _export_peft(folder / "peft", model, component, tensors, record, provenance)
             for component, tensors in trained.items()
         ]
     exported: list[Exported] = []
-    for place, together in _in_files(found, trained).items():
+    for place, together in _in_files(model, trained).items():
         tensors: Tensors = {}
         settings: dict[str, object] = {}
         for name, own in together.items():
-            start = found.family.lora_rules(name).folder
+            start = model.family.lora_rules(name).folder
             tensors |= {f"{start}.{n}": tensor for n, tensor in own.items()}
             settings |= dora_settings(start, own, record.lora["rank"], record.lora["alpha"])
         notes = {
@@ -222,7 +222,7 @@ def _export_adapters(
 
 def _export_peft(
     folder: Path,
-    found: ResolvedModel,
+    model: ResolvedModel,
     name: str,
     tensors: Tensors,
     record: RunRecord,
@@ -230,7 +230,7 @@ def _export_peft(
 ) -> Exported:
     """Write the LoKr or OFT of a component for peft's `PeftModel`."""
     assert record.lora is not None
-    target = folder / found.family.component(name).names.folder
+    target = folder / model.family.component(name).names.folder
     settings = peft_settings(record.lora, sorted({layer_of(tensor) for tensor in tensors}))
     named = {PEFT_START + tensor: values for tensor, values in tensors.items()}
     notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
@@ -259,7 +259,7 @@ ROUNDING = 1e-5
 """Largest relative difference of ΔW, between a LoRA and its copy, that counts as rounding."""
 
 
-def verify_export(exported: Exported, found: ResolvedModel) -> None:
+def verify_export(exported: Exported, model: ResolvedModel) -> None:
     """Load an exported file into a module on the meta device, the way the file's tool does.
 
     Raises:
@@ -267,23 +267,23 @@ def verify_export(exported: Exported, found: ResolvedModel) -> None:
             another ΔW than the training.
     """
     if exported.kind == "full":
-        verify_full(exported, found)
+        verify_full(exported, model)
         return
     assert exported.format != "authors", "which no LoRA has"
     tensors, notes = read_tensors([exported.path]), read_metadata(exported.path)
     # A file with other tensors than A and B is a DoRA, LoKr or OFT.
     if not of_loras(tensors).keys() >= tensors.keys():
         if exported.format == "peft":
-            _load_by_peft(exported, found, tensors)
+            _load_by_peft(exported, model, tensors)
         else:
-            _load_dora(exported, found, tensors, notes)
+            _load_dora(exported, model, tensors, notes)
         return
     config = exported.path.parent / peft.CONFIG
     more = {peft.CONFIG: config.read_text(encoding="utf-8")} if exported.format == "peft" else {}
     spelled = Spelled(tensors, {**notes, **more})
-    rules = {name: found.family.lora_rules(name) for name in exported.components}
+    rules = {name: model.family.lora_rules(name) for name in exported.components}
     for name in exported.components:
-        module = build_empty(found.components[name])
+        module = build_empty(model.components[name])
         try:
             loaded = find_format(exported.format).try_load(spelled, name, module, rules)
         except Unread as error:
@@ -299,15 +299,15 @@ def verify_export(exported: Exported, found: ResolvedModel) -> None:
 
 
 def _load_dora(
-    exported: Exported, found: ResolvedModel, tensors: Tensors, notes: Mapping[str, str]
+    exported: Exported, model: ResolvedModel, tensors: Tensors, notes: Mapping[str, str]
 ) -> None:
     """Load a DoRA as diffusers does. Raises `WeightsError`: it is refused, or tensors ignored."""
     taken = 0
     for name in exported.components:
-        module = build_empty(found.components[name])
+        module = build_empty(model.components[name])
         try:
             settings = json.loads(notes[ADAPTER_KEY])
-            found.family.lora_rules(name).load(module, tensors, settings)
+            model.family.lora_rules(name).load(module, tensors, settings)
         except REFUSALS as error:
             raise unloadable(exported, str(error)) from error
         taken += sum(".lora_" in n for n, _ in module.named_parameters())
@@ -316,9 +316,9 @@ def _load_dora(
         raise unloadable(exported, f"it takes {taken} of {len(tensors)} tensors")
 
 
-def _load_by_peft(exported: Exported, found: ResolvedModel, tensors: Tensors) -> None:
+def _load_by_peft(exported: Exported, model: ResolvedModel, tensors: Tensors) -> None:
     """Load a file as peft does. Raises `WeightsError` if that refuses it or ignores tensors."""
-    module = build_empty(found.components[exported.components[0]])
+    module = build_empty(model.components[exported.components[0]])
     try:
         settings = PeftConfig.from_pretrained(str(exported.path.parent))
         # low_cpu_mem_usage: the layers of the adapter are made on the meta device too.

@@ -222,7 +222,7 @@ def _base_lines(run: Run, recipe: TrainingConfig) -> list[str]:
 
 
 def _digests(
-    names: Mapping[str, str], recipe: TrainingConfig, found: ResolvedModel, cache: FactCache
+    names: Mapping[str, str], recipe: TrainingConfig, model: ResolvedModel, cache: FactCache
 ) -> dict[str, str]:
     """The present digest of each base model, or what is wrong with it.
 
@@ -234,11 +234,11 @@ def _digests(
         try:
             if name in STARTS:
                 now = digest_file(Path(getattr(recipe, name)))
-            elif name not in {*found.components, *found.tokenizers}:
+            elif name not in {*model.components, *model.tokenizers}:
                 digests[name] = "it is not in the model list"
                 continue
             else:
-                now = component_digest(found, name, cache)
+                now = component_digest(model, name, cache)
         except WeightsError as error:
             digests[name] = f"{error.what} ({error.where})"
         except OSError as error:

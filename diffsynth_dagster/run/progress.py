@@ -10,7 +10,7 @@ LINE_SECONDS, MOST_LINE_SECONDS = 5.0, 60.0
 """Seconds between two lines of progress: at first, and at most in a long training."""
 
 
-class Every:
+class Throttle:
     """Decides when progress is shown: for the first item, for the last, and at intervals in
     between.
 
@@ -36,9 +36,9 @@ class Every:
         return True
 
 
-def every_line() -> Every:
+def every_line() -> Throttle:
     """The interval of progress lines in a log: it grows, so that they do not fill the log."""
-    return Every(LINE_SECONDS, MOST_LINE_SECONDS)
+    return Throttle(LINE_SECONDS, MOST_LINE_SECONDS)
 
 
 class Progress(Protocol):

@@ -28,10 +28,10 @@ from diffsynth_dagster.run.events import (
     message_of,
 )
 from diffsynth_dagster.run.progress import (
-    Every,
     Progress,
     ProgressBar,
     ProgressLines,
+    Throttle,
     every_line,
 )
 
@@ -244,7 +244,7 @@ class PipesReporter(Reporter):
                     self._stage, self._every = event.stage, every_line()
                 return self._every.due(event.done, event.total)
             case Started():
-                self._total, self._every = event.total_steps, Every(STEP_SECONDS)
+                self._total, self._every = event.total_steps, Throttle(STEP_SECONDS)
                 return True
             case StepMetrics():
                 return self._every.due(event.step, self._total)

@@ -32,7 +32,7 @@ def config_digest(config: TrainingConfig) -> str:
 
 def start_record(
     config: TrainingConfig,
-    found: ResolvedModel,
+    model: ResolvedModel,
     manifest: Manifest,
     fact_cache: FactCache,
     devices: Sequence[str] = (),
@@ -53,7 +53,7 @@ def start_record(
             file has changed since it was found.
         StoreError: see `held_out_manifest`.
     """
-    used = {name: component_digest(found, name, fact_cache) for name in found.step_components}
+    used = {name: component_digest(model, name, fact_cache) for name in model.step_components}
     base = manifest.weights | used
     base |= starts or {}
     for parameter, path in _starts(config).items() if starts is None else ():
@@ -64,18 +64,18 @@ def start_record(
                 do="correct the path",
             )
         # The content counts, not the path: a copy of the file is the same start.
-        (base[parameter],) = found.contents.digests(parameter, (path,), fact_cache)
+        (base[parameter],) = model.contents.digests(parameter, (path,), fact_cache)
     held_out = held_out_manifest(config, manifest)
     held_out_digest = None if held_out is None else held_out.digest
     lora = config.adapter if config.lora_base_model else None
     settings = config_digest(config)
-    stages = [stage.name for stage in found.family.stages]
-    path = found.noising.description
+    stages = [stage.name for stage in model.family.stages]
+    path = model.noising.description
     samples = manifest.digest if held_out is None else [manifest.digest, held_out_digest]
     # Devices, precision and library versions change the rounding, but are no reason to train again.
     return RunRecord(
         identity=digest_of([TRAINING, settings, samples, base, stages, path]),
-        family=found.family.name,
+        family=model.family.name,
         trained=[*config.trainable_models, *config.lora_base_model],
         base=dict(sorted(base.items())),
         samples=manifest.samples,
@@ -86,16 +86,16 @@ def start_record(
         held_out_digest=held_out_digest,
         devices=list(devices),
         mixed_precision=mixed_precision,
-        architecture=found.family.architecture,
+        architecture=model.family.architecture,
         libraries={name: version(name) for name in LIBRARIES},
     )
 
 
-def require_starts(config: TrainingConfig, found: ResolvedModel) -> None:
+def require_starts(config: TrainingConfig, model: ResolvedModel) -> None:
     """Require that the files to start from have not changed since `start_record`. Raises
     `WeightsError`."""
     for parameter, path in _starts(config).items():
-        found.contents.require_unchanged(parameter, lambda path=path: (path,))
+        model.contents.require_unchanged(parameter, lambda path=path: (path,))
 
 
 def _starts(config: TrainingConfig) -> dict[str, Path]:

@@ -80,16 +80,16 @@ class StepDataset(Dataset[list[Batch]]):
     def __init__(
         self,
         config: TrainingConfig,
-        found: ResolvedModel,
+        model: ResolvedModel,
         samples: Samples,
         rank: int,
         world: int,
     ) -> None:
-        self._schedule = found.schedule
+        self._schedule = model.schedule
         self._seed = config.seed
         self._caption_dropout = config.caption_dropout_rate
-        self._cached = found.cached_stages
-        self._step_inputs = list(dict.fromkeys(i for s in found.step_stages for i in s.reads))
+        self._cached = model.cached_stages
+        self._step_inputs = list(dict.fromkeys(i for s in model.step_stages for i in s.reads))
         self._samples = samples
         self._store = Store(samples.store)
         self._rank = rank

@@ -124,7 +124,7 @@ def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtyp
     Raises:
         WeightsError, TargetError, ParameterError: see `Models` and the transforms.
     """
-    model = models.found
+    model = models.resolved
     loaded = models.get(model.step_components)
     tokenizers = {name: loaded.pop(name) for name in list(loaded) if name in model.tokenizers}
     building = Building(config, model, loaded, models.device, models.dtype, trained_dtype)

@@ -86,7 +86,7 @@ def names_in_file(names: Iterable[str], family: Family, file: CheckpointFile) ->
 
 def content_of(
     tensors: Tensors,
-    found: ResolvedModel,
+    model: ResolvedModel,
     file: CheckpointFile,
     record: RunRecord,
     name: LoraFormat | None,
@@ -98,7 +98,7 @@ def content_of(
         tensors: by their whole names: see `names_in_file`.
         name: the format of LoRAs; None where what is trained in the layers is none.
     """
-    family = found.family
+    family = model.family
     rest: Tensors = {}
     notes: dict[str, str] = {}
     loras: dict[str, Tensors] = {}
@@ -111,7 +111,7 @@ def content_of(
                 loras.setdefault(part if name == "guide" else family.part(part).of, {}).update(own)
                 continue
         else:
-            laid_out = in_layout_of(found.components[family.part(part).of], own)
+            laid_out = in_layout_of(model.components[family.part(part).of], own)
             if laid_out.keys() != own.keys():
                 notes[IMPLEMENTATION] = family.authors
             own = laid_out

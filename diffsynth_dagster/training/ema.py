@@ -24,7 +24,7 @@ from diffsynth_dagster.training.optimizer import averages_by_itself, needs_whole
 from diffsynth_dagster.training.parallel import Parallel
 
 if TYPE_CHECKING:
-    from diffsynth_dagster.training.setup import Work
+    from diffsynth_dagster.training.setup import TrainingState
 
 
 def gamma_of(sigma_rel: float) -> float:
@@ -182,11 +182,11 @@ def make_average(
     return PowerAverage(trained, config.ema_sigma_rel)
 
 
-def evaluated_weights(work: "Work") -> AbstractContextManager[None]:
+def evaluated_weights(training: "TrainingState") -> AbstractContextManager[None]:
     """While it is entered, the trained weights of this process are those that are saved and looked
     at: their average, where there is one, and else themselves. Afterwards they are the same bits as
     before.
 
     Not to be entered twice at once, and no step or state belongs into it. Not collective.
     """
-    return work.average.in_place()
+    return training.average.in_place()

@@ -141,12 +141,12 @@ def _encode(
     with parallel.node_main_first():
         table = read_checked(output, PINNED)
         if parallel.is_node_main:
-            keys = Keys(models.found, fact_cache, models.dtype)
-            rows = plan_sample_rows(config, models.found, keys, fact_cache)
-            plan_samples(config, models.found, table, keys, rows)
+            keys = Keys(models.resolved, fact_cache, models.dtype)
+            rows = plan_sample_rows(config, models.resolved, keys, fact_cache)
+            plan_samples(config, models.resolved, table, keys, rows)
         planned = read_manifest(output, PLANNED)
         if parallel.is_node_main:
-            warning = count_long_captions(models.found, table, output, fact_cache).warning
+            warning = count_long_captions(models.resolved, table, output, fact_cache).warning
             if warning is not None:
                 reporter.warn(warning)
         sampled = planned_sample_rows(output)
@@ -156,7 +156,7 @@ def _encode(
         require_stored(planned)
     else:
         for each in [planned] if sampled is None else [planned, sampled.manifest]:
-            require_planned_weights(models.found, each, fact_cache)
+            require_planned_weights(models.resolved, each, fact_cache)
 
         def progress(stage: str, done: int, total: int) -> None:
             reporter.report(Encoding(stage, done, total))

@@ -20,7 +20,7 @@ from diffsynth_dagster.run.events import HeldOutMetrics, Saved
 from diffsynth_dagster.training.batches import Batch, StepDataset
 from diffsynth_dagster.training.ema import evaluated_weights
 from diffsynth_dagster.training.periodic import SavePoints, save_weights
-from diffsynth_dagster.training.setup import Work
+from diffsynth_dagster.training.setup import TrainingState
 from diffsynth_dagster.training.step import evaluating
 
 SEED = 0
@@ -46,13 +46,15 @@ class HeldOut:
     Does nothing where nothing is held out.
     """
 
-    def __init__(self, work: Work, points: SavePoints) -> None:
-        config = work.session.config
+    def __init__(self, training: TrainingState, points: SavePoints) -> None:
+        config = training.inputs.config
         self._points = points
         self._every = config.validation_steps
         self._patience = config.early_stopping_patience
-        self._sets = [s for s in (work.samples.held_out, work.samples.compared) if s is not None]
-        self._history = [_metrics(said) for said in work.session.run_file.record.held_out]
+        self._sets = [
+            s for s in (training.samples.held_out, training.samples.compared) if s is not None
+        ]
+        self._history = [_metrics(said) for said in training.inputs.run_file.record.held_out]
 
     @property
     def stops(self) -> bool:
@@ -72,15 +74,15 @@ class HeldOut:
             return self._points.name(step) is not None
         return step % self._every == 0
 
-    def run(self, work: Work, step: int) -> None:
+    def run(self, training: TrainingState, step: int) -> None:
         """Measure it. Collective.
 
         Raises:
             OutputError: the best weights cannot be written.
             Stopped: the run was asked to stop. Nothing is noted of a part of a measurement.
         """
-        session = work.session
-        held_out, compared = (measure(work, samples) for samples in self._sets)
+        inputs = training.inputs
+        held_out, compared = (measure(training, samples) for samples in self._sets)
         loss, trained_loss = (_mean([each for _, each in of]) for of in (held_out, compared))
         in_ranges = groupby(sorted(held_out, key=lambda each: each[0]), lambda each: each[0])
         ranges = [_mean([each for _, each in of]) for _, of in in_ranges]
@@ -90,27 +92,27 @@ class HeldOut:
         metrics = HeldOutMetrics(step, loss, trained_loss, ranges, best_step)
         self._history.append(metrics)
         # The best files may be gone after a stop: those that took their place were of later steps.
-        lacks = metrics.best_step == step or not session.run_file.record.best
-        if session.config.keep_best and step > 0 and lacks:
-            self._keep(work, step)
-        session.run_file.held_out(asdict(metrics))
-        session.reporter.report(metrics)
+        lacks = metrics.best_step == step or not inputs.run_file.record.best
+        if inputs.config.keep_best and step > 0 and lacks:
+            self._keep(training, step)
+        inputs.run_file.held_out(asdict(metrics))
+        inputs.reporter.report(metrics)
 
-    def _keep(self, work: Work, step: int) -> None:
+    def _keep(self, training: TrainingState, step: int) -> None:
         """Write the weights, and remove those that were the best before."""
-        session = work.session
-        written = save_weights(work, step, f"best-step-{step}")
-        before = [*session.run_file.record.best]
-        session.run_file.saved_best({p.name: digest for p, digest in written.items()})
-        if session.parallel.is_main_process:
+        inputs = training.inputs
+        written = save_weights(training, step, f"best-step-{step}")
+        before = [*inputs.run_file.record.best]
+        inputs.run_file.saved_best({p.name: digest for p, digest in written.items()})
+        if inputs.parallel.is_main_process:
             for path in written:
-                session.reporter.report(Saved(step, str(path)))
+                inputs.reporter.report(Saved(step, str(path)))
             for name in before:
-                (session.run_file.folder / name).unlink(missing_ok=True)
-        session.parallel.wait_for_everyone()
+                (inputs.run_file.folder / name).unlink(missing_ok=True)
+        inputs.parallel.wait_for_everyone()
 
 
-def measure(work: Work, samples: Samples) -> list[tuple[int, float]]:
+def measure(training: TrainingState, samples: Samples) -> list[tuple[int, float]]:
     """Range of the schedule and loss of every look at every sample. Collective.
 
     Batches are cut before they are shared among the processes, and the losses are in the order of the
@@ -119,25 +121,25 @@ def measure(work: Work, samples: Samples) -> list[tuple[int, float]]:
     Raises:
         Stopped: the run was asked to stop.
     """
-    session = work.session
-    config, parallel = session.config, session.parallel
-    data = StepDataset(config, session.models.found, samples, 0, 1)
-    batches = list(_batches(looks_of(work, samples), config.batch_size))
+    inputs = training.inputs
+    config, parallel = inputs.config, inputs.parallel
+    data = StepDataset(config, inputs.models.resolved, samples, 0, 1)
+    batches = list(_batches(looks_of(training, samples), config.batch_size))
     losses: list[tuple[int, list[float]]] = []
     on_gpu = [parallel.device] if parallel.device.type == "cuda" else []
     with (
-        evaluated_weights(work),
-        evaluating(work.step_module),
+        evaluated_weights(training),
+        evaluating(training.step_module),
         torch.random.fork_rng(on_gpu),
         torch.no_grad(),
         parallel.autocast(),
     ):
         for turn in range(0, len(batches), parallel.num_processes):
-            if parallel.any(session.stop_asked()):
+            if parallel.any(inputs.stop_asked()):
                 raise Stopped
             # All processes make as many: a model that is shared among them waits for each.
             number = min(turn + parallel.process_index, len(batches) - 1)
-            found = work.model(_read(data, samples, batches[number]).to(parallel.device))
+            found = training.model(_read(data, samples, batches[number]).to(parallel.device))
             losses.append((number, found.float().tolist()))
     everywhere = dict(parallel.gathered(losses))
     return [
@@ -147,10 +149,10 @@ def measure(work: Work, samples: Samples) -> list[tuple[int, float]]:
     ]
 
 
-def looks_of(work: Work, samples: Samples) -> list[Look]:
+def looks_of(training: TrainingState, samples: Samples) -> list[Look]:
     """Every look at every sample, those of one denoiser and shape next to each other."""
-    session = work.session
-    config, found = session.config, session.models.found
+    inputs = training.inputs
+    config, found = inputs.config, inputs.models.resolved
     shares = found.schedule.shares
     indices = [index for share in shares for index in range(share.low, share.high)]
     of = {i: share.component for share in shares for i in range(share.low, share.high)}

@@ -28,11 +28,11 @@ from diffsynth_dagster.training.periodic import (
 )
 from diffsynth_dagster.training.resume import make_ready, restore
 from diffsynth_dagster.training.sample_pictures import Pictures
-from diffsynth_dagster.training.setup import Session, Work, set_up
+from diffsynth_dagster.training.setup import Inputs, TrainingState, set_up
 from diffsynth_dagster.training.states import States
 
 
-def train(session: Session) -> RunRecord:
+def train(inputs: Inputs) -> RunRecord:
     """Train to the last step; returns the finished record. Collective.
 
     Raises:
@@ -40,51 +40,53 @@ def train(session: Session) -> RunRecord:
         TrainingError: the loss is not finite.
         UserError: see `set_up`, and `StepDataset` for the data of a step.
     """
-    work = session.memory.work = set_up(session)
+    training = inputs.memory.training = set_up(inputs)
     with finishing():
-        return _train(work)
+        return _train(training)
 
 
-def _train(work: Work) -> RunRecord:
+def _train(training: TrainingState) -> RunRecord:
     """Make the steps of a training, and what is beside them; see `train`."""
-    session = work.session
-    config, reporter, run_file = session.config, session.reporter, session.run_file
-    parallel = session.parallel
-    before = _fingerprints(work.trained.items())
-    state = session.state
-    random = None if state is None else restore(work, state)
+    inputs = training.inputs
+    config, reporter, run_file = inputs.config, inputs.reporter, inputs.run_file
+    parallel = inputs.parallel
+    before = _fingerprints(training.trained.items())
+    state = inputs.state
+    random = None if state is None else restore(training, state)
     # From here on nothing of another training is left.
     if parallel.is_main_process:
         make_ready(run_file.folder, state, reporter.warn)
-        keep_tables(run_file.folder, session.manifest.folder)
+        keep_tables(run_file.folder, inputs.manifest.folder)
         write_text(run_file.folder / "config.yaml", dump_config(config))
-    run_file.begin(work.total_steps, weight_norms(work.step_module.components.items()))
-    pictures = Pictures(work)
-    order = work.data.order
+    run_file.begin(training.total_steps, weight_norms(training.step_module.components.items()))
+    pictures = Pictures(training)
+    order = training.data.order
     first, done = (0, 0) if state is None else (state.step, state.done)
     # What was to be longer when the state was written has not done what the last step leaves.
-    planned = state.record["total_steps"] if state is not None and first == work.total_steps else 0
-    points = SavePoints(config, order.steps_per_epoch, max(planned, work.total_steps))
+    planned = (
+        state.record["total_steps"] if state is not None and first == training.total_steps else 0
+    )
+    points = SavePoints(config, order.steps_per_epoch, max(planned, training.total_steps))
     checkpoints = Checkpoints(points)
-    checkpoints.warn_of_space(work)
-    states = States(work)
-    held_out = HeldOut(work, points)
+    checkpoints.warn_of_space(training)
+    states = States(training)
+    held_out = HeldOut(training, points)
     beside = [held_out, checkpoints, SamplePictures(points, pictures, config.sample_steps)]
-    if run_due(beside, work, first, done) < len(beside):
+    if run_due(beside, training, first, done) < len(beside):
         raise Stopped
     if state is None:
         pictures.evaluate("before")
 
-    reporter.report(Started(work.total_steps, first))
-    steps = steps_of(work.data, first, work.total_steps, config.dataset_num_workers)
+    reporter.report(Started(training.total_steps, first))
+    steps = steps_of(training.data, first, training.total_steps, config.dataset_num_workers)
     if random is not None:
         parallel.load_random(random)
     with closing(states):
-        last = _make_steps(work, steps, beside, states, held_out) or first
+        last = _make_steps(training, steps, beside, states, held_out) or first
         if not points.is_last(last):
             if last > first:  # before what may be stopped: going on from there ends early at once
-                states.run(work, last, len(beside))
-            end_early(beside, work, last)
+                states.run(training, last, len(beside))
+            end_early(beside, training, last)
         states.finish()
 
     run_file.measured(
@@ -93,9 +95,9 @@ def _train(work: Work) -> RunRecord:
         samples=order.samples_per_epoch * last // order.steps_per_epoch,
         peak_memory_bytes=peak_memory(parallel.device),
     )
-    after = _fingerprints(work.trained.items())
+    after = _fingerprints(training.trained.items())
     pictures.evaluate("after")
-    work.losses.write(run_file.folder, parallel)
+    training.losses.write(run_file.folder, parallel)
     run_file.finished(len(after), sum(before[name] != after[name] for name in after))
     if parallel.is_main_process:
         drop_older(run_file.folder, config.runs_keep, reporter.warn)
@@ -105,7 +107,7 @@ def _train(work: Work) -> RunRecord:
 
 
 def _make_steps(
-    work: Work,
+    training: TrainingState,
     steps: Iterator[tuple[int, list[Batch]]],
     beside: Sequence[Periodic],
     states: States,
@@ -117,21 +119,21 @@ def _make_steps(
         Stopped: the run was asked to stop.
         TrainingError: the loss is not finite.
     """
-    parallel, asked = work.session.parallel, work.session.stop_asked
+    parallel, asked = training.inputs.parallel, training.inputs.stop_asked
     alone = parallel.num_processes == 1
-    made, last = MadeSteps(work.session), None
+    made, last = MadeSteps(training.inputs), None
     waiting = Moment(parallel.device)
     for step, batches in steps:
         if held_out.stops:
             break
-        made.add(train_step(work, step, batches, waiting, lambda: (asked(), states.late)))
+        made.add(train_step(training, step, batches, waiting, lambda: (asked(), states.late)))
         due = states.due(step) or any(thing.due(step) for thing in beside)
         if due or made.stop or made.late or (alone and asked()):
             made.read()
-            done = run_due(beside, work, step)
+            done = run_due(beside, training, step)
             stops = made.stop or done < len(beside) or parallel.any(asked())
             if states.due(step) or made.late or stops:
-                states.run(work, step, done)
+                states.run(training, step, done)
                 made.late = False
             if stops:
                 raise Stopped

@@ -44,7 +44,7 @@ def check_formats(
     config: TrainingConfig,
     family: Family,
     base: str,
-    found: ComponentFiles,
+    files: ComponentFiles,
     layers: Mapping[str, nn.Module],
 ) -> None:
     """Let the target of each format that is written try a LoRA of rank 1 on these layers.
@@ -62,14 +62,14 @@ def check_formats(
     if native is not None and native not in formats:
         formats.append(native)
     shapes = {name: tuple(tensor.shape) for name, tensor in lora.up.items()}
-    tried = digest_of([architecture_of(found), shapes, formats, config.lora_method])
+    tried = digest_of([architecture_of(files), shapes, formats, config.lora_method])
     if tried in _HELD:
         return
     if config.lora_method == "dora":
         folder, dora = rules[base].folder, _dora_of(layers, lora)
         named = {f"{folder}.{name}": tensor for name, tensor in dora.items()}
         try:
-            rules[base].load(build_empty(found), named, dora_settings(folder, dora, 1, 1.0))
+            rules[base].load(build_empty(files), named, dora_settings(folder, dora, 1, 1.0))
         except REFUSALS as error:
             raise _unheld("diffusers", str(error)) from error
         _HELD.add(tried)
@@ -77,7 +77,7 @@ def check_formats(
     for name in formats:
         try:
             spelled = find_format(name).write({base: lora}, rules)
-            find_format(name).try_load(spelled, base, build_empty(found), rules)
+            find_format(name).try_load(spelled, base, build_empty(files), rules)
         except KeyError as error:
             raise _unheld(name, f"it has no name for {error.args[0]}") from error
         except Unread as error:

@@ -19,7 +19,7 @@ from diffsynth_dagster.training.remedies import Moment, Part, remedies
 from diffsynth_dagster.weights.models import Models
 
 if TYPE_CHECKING:
-    from diffsynth_dagster.training.setup import Work
+    from diffsynth_dagster.training.setup import TrainingState
 
 MOST_REMEDIES = 3
 _MOMENTS: Mapping[str, Moment] = {
@@ -99,26 +99,26 @@ class Memory:
         models: the components, as far as they are loaded.
 
     Attributes:
-        work: the training, once there is one.
+        training: in progress, once there is one.
     """
 
     def __init__(self, config: TrainingConfig, models: Models) -> None:
         self._config, self._models = config, models
         self._device = models.device
-        self.work: Work | None = None
+        self.training: TrainingState | None = None
         # Of the program itself. A GPU's allocator counts tensors alone.
         self._before = 0 if self._device.type == "cuda" else psutil.Process().memory_info().rss
 
     def usage(self) -> Usage:
         """What is taken now, and the most that was."""
-        work = self.work
+        training = self.training
         modules: list[nn.Module] = [*self._models.modules.values()]
-        if work is not None:
-            modules.append(work.step_module)
+        if training is not None:
+            modules.append(training.step_module)
         weights = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         gradients = [t.grad for t in weights if t.grad is not None]
-        state = [] if work is None else list(tensors_in(work.optimizer.state))
-        average = [] if work is None else list(work.average.weights.values())
+        state = [] if training is None else list(tensors_in(training.optimizer.state))
+        average = [] if training is None else list(training.average.weights.values())
         known = [tensor_bytes(part, self._device) for part in (weights, gradients, state, average)]
         others = max(0, self._peak() - self._before - sum(known))
         return Usage(*known, others=others, total=self._total())

@@ -13,7 +13,7 @@ from diffsynth_dagster.training.batches import Batch
 from diffsynth_dagster.training.device_values import Moment, Numbers
 from diffsynth_dagster.training.gradient_checkpointing import saved_tensors
 from diffsynth_dagster.training.optimizer import current_rates
-from diffsynth_dagster.training.setup import Session, Work
+from diffsynth_dagster.training.setup import Inputs, TrainingState
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class MadeStep:
 
 
 def train_step(
-    work: Work,
+    training: TrainingState,
     step: int,
     batches: list[Batch],
     waiting: Moment,
@@ -76,30 +76,30 @@ def train_step(
         flags: whether the run was asked to stop, and whether a state is late: asked for at the end of
             the step, and told to all processes with its loss.
     """
-    config, parallel = work.session.config, work.session.parallel
+    config, parallel = training.inputs.config, training.inputs.parallel
     began = Moment(parallel.device)
     loss = torch.zeros((), device=parallel.device)
     for index, batch in enumerate(batches):
         batch = batch.to(parallel.device)
-        losses = differentiate(work, batch, last=index == len(batches) - 1)
+        losses = differentiate(training, batch, last=index == len(batches) - 1)
         loss += losses.sum() * batch.scale
-        work.losses.add(batch, losses, work.step_module.row_weights(batch))
-    norm = parallel.clip(work.trained.values(), config.max_grad_norm)
+        training.losses.add(batch, losses, training.step_module.row_weights(batch))
+    norm = parallel.clip(training.trained.values(), config.max_grad_norm)
     differentiated = Moment(parallel.device)
-    rates = current_rates(work.optimizer)
-    work.optimizer.step()
-    work.optimizer.zero_grad()
+    rates = current_rates(training.optimizer)
+    training.optimizer.step()
+    training.optimizer.zero_grad()
     skipped = parallel.step_was_skipped
     if not skipped:
-        work.schedule.step()
-    work.average.update(step)
+        training.schedule.step()
+    training.average.update(step)
     asked = [torch.full((), float(flag), device=parallel.device) for flag in flags()]
     mean, *told = parallel.mean(torch.stack([loss, *asked]))
     numbers = Numbers(torch.stack([mean, norm, *told]))
-    samples, tokens = work.data.counts(step - 1)
+    samples, tokens = training.data.counts(step - 1)
     known = StepMetrics(
         step=step,
-        epoch=(step - 1) // work.data.order.steps_per_epoch,
+        epoch=(step - 1) // training.data.order.steps_per_epoch,
         loss=math.nan,
         learning_rate=next(iter(rates.values())),
         grad_norm=math.nan,
@@ -112,15 +112,15 @@ def train_step(
     return MadeStep(known, numbers, waiting, began, differentiated, skipped)
 
 
-def differentiate(work: Work, batch: Batch, last: bool) -> torch.Tensor:
+def differentiate(training: TrainingState, batch: Batch, last: bool) -> torch.Tensor:
     """The losses (B,) of a micro-batch; their gradients are added to those of the step. What autograd
     remembered is free when this returns."""
-    parallel = work.session.parallel
+    parallel = training.inputs.parallel
     with (
-        parallel.micro_batch(work.model, last),
-        saved_tensors(work.session.config, parallel.device),
+        parallel.micro_batch(training.model, last),
+        saved_tensors(training.inputs.config, parallel.device),
     ):
-        losses: torch.Tensor = work.model(batch)
+        losses: torch.Tensor = training.model(batch)
         parallel.backward(losses.sum() * batch.scale)
     return losses.detach()
 
@@ -128,8 +128,8 @@ def differentiate(work: Work, batch: Batch, last: bool) -> torch.Tensor:
 class MadeSteps:
     """The steps that the device was given and that nobody has read yet: on a GPU the newest one."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
         self._unread: list[MadeStep] = []
         self.stop = self.late = False
 
@@ -140,7 +140,7 @@ class MadeSteps:
             TrainingError: see `read`.
         """
         self._unread.append(made)
-        self._read_but(1 if self._session.parallel.runs_behind else 0)
+        self._read_but(1 if self._inputs.parallel.runs_behind else 0)
 
     def read(self) -> None:
         """Report all steps that were made. Afterwards `stop` says whether the run was asked to stop in
@@ -153,18 +153,18 @@ class MadeSteps:
 
     def _read_but(self, newest: int) -> None:
         """Report the steps, but for so many of the newest."""
-        session = self._session
+        inputs = self._inputs
         while len(self._unread) > newest:
             made = self._unread.pop(0)
             metrics = made.metrics()
-            session.reporter.report(metrics)
-            _require_finite(session, metrics, made.skipped)
-            session.run_file.stepped(metrics.loss)
+            inputs.reporter.report(metrics)
+            _require_finite(inputs, metrics, made.skipped)
+            inputs.run_file.stepped(metrics.loss)
             stop, late = made.flags
             self.stop, self.late = self.stop or stop, self.late or late
 
 
-def _require_finite(session: Session, metrics: StepMetrics, skipped: bool) -> None:
+def _require_finite(inputs: Inputs, metrics: StepMetrics, skipped: bool) -> None:
     """Stop a training that went wrong before it writes a checkpoint of it.
 
     Raises:
@@ -173,7 +173,7 @@ def _require_finite(session: Session, metrics: StepMetrics, skipped: bool) -> No
     # The norm is infinite in a step that float16 made the optimizer skip: the weights are sound.
     if math.isfinite(metrics.loss) and (math.isfinite(metrics.grad_norm) or skipped):
         return
-    session.run_file.diverged()
+    inputs.run_file.diverged()
     raise TrainingError(
         f"the training went astray in step {metrics.step}: the loss is {metrics.loss:g}, and "
         f"the norm of its gradient {metrics.grad_norm:g}",

@@ -18,7 +18,7 @@ from diffsynth_dagster.training.checkpoint import (
 from diffsynth_dagster.training.ema import evaluated_weights
 from diffsynth_dagster.training.lora_formats import checkpoint_format
 from diffsynth_dagster.training.sample_pictures import Pictures
-from diffsynth_dagster.training.setup import Session, Work
+from diffsynth_dagster.training.setup import Inputs, TrainingState
 
 
 class Periodic(Protocol):
@@ -28,7 +28,7 @@ class Periodic(Protocol):
         """Whether it is done after this step. Step 0 is before the first one."""
         ...
 
-    def run(self, work: Work, step: int) -> None:
+    def run(self, training: TrainingState, step: int) -> None:
         """Do it. Collective: it may wait for the other processes.
 
         Raises:
@@ -37,7 +37,7 @@ class Periodic(Protocol):
         ...
 
 
-def run_due(things: Sequence[Periodic], work: Work, step: int, done: int = 0) -> int:
+def run_due(things: Sequence[Periodic], training: TrainingState, step: int, done: int = 0) -> int:
     """Do those of the things that are due after a step, in their order. Collective.
 
     Args:
@@ -49,13 +49,13 @@ def run_due(things: Sequence[Periodic], work: Work, step: int, done: int = 0) ->
     for number, thing in enumerate(things[done:], start=done):
         if thing.due(step):
             try:
-                thing.run(work, step)
+                thing.run(training, step)
             except Stopped:
                 return number
     return len(things)
 
 
-def end_early(things: Iterable[Periodic], work: Work, step: int) -> None:
+def end_early(things: Iterable[Periodic], training: TrainingState, step: int) -> None:
     """Do what the last step leaves, after a step that became the last: all that was not due.
 
     Raises:
@@ -63,7 +63,7 @@ def end_early(things: Iterable[Periodic], work: Work, step: int) -> None:
     """
     for thing in things:
         if not thing.due(step):
-            thing.run(work, step)
+            thing.run(training, step)
 
 
 class SavePoints:
@@ -103,15 +103,15 @@ class Checkpoints:
     def __init__(self, points: SavePoints) -> None:
         self._points = points
 
-    def warn_of_space(self, work: Work) -> None:
+    def warn_of_space(self, training: TrainingState) -> None:
         """Warn before the first step where not all that will be written fits on the disk. An older
         training keeps its space.
         """
-        folder = Path(work.session.config.output_path)
-        config = work.session.config
-        size = sum(parameter.nbytes for parameter in work.trained.values())
+        folder = Path(training.inputs.config.output_path)
+        config = training.inputs.config
+        size = sum(parameter.nbytes for parameter in training.trained.values())
         count = min(self._points.count, config.save_keep or self._points.count)
-        there = [folder / name for name in work.session.run_file.record.checkpoints]
+        there = [folder / name for name in training.inputs.run_file.record.checkpoints]
         written = sum(path.stat().st_size for path in there if path.is_file())
         needed = max(size, size * count - written)
         # AdamW keeps two numbers for each trained one. A new state is written before an old one goes.
@@ -121,47 +121,47 @@ class Checkpoints:
         what += f" and {config.state_keep} states" if states else ""
         warning = short_of_space(folder, needed + states, f"{what} of the training")
         if warning is not None:
-            work.session.reporter.warn(warning)
+            training.inputs.reporter.warn(warning)
 
     def due(self, step: int) -> bool:
         """Whether a step leaves a checkpoint."""
         return self._points.name(step) is not None
 
-    def run(self, work: Work, step: int) -> None:
+    def run(self, training: TrainingState, step: int) -> None:
         """Write one. Raises `OutputError`."""
-        session = work.session
+        inputs = training.inputs
         # A training that ends early leaves one whose step no other would have.
-        written = save_weights(work, step, self._points.name(step) or f"step-{step}")
-        session.run_file.saved({path.name: digest for path, digest in written.items()})
-        if session.parallel.is_main_process:
+        written = save_weights(training, step, self._points.name(step) or f"step-{step}")
+        inputs.run_file.saved({path.name: digest for path, digest in written.items()})
+        if inputs.parallel.is_main_process:
             for path in written:
-                session.reporter.report(Saved(step, str(path)))
-            _drop_older(session, len(written))
-        session.parallel.wait_for_everyone()
+                inputs.reporter.report(Saved(step, str(path)))
+            _drop_older(inputs, len(written))
+        inputs.parallel.wait_for_everyone()
 
 
-def save_weights(work: Work, step: int, name: str) -> dict[Path, str]:
+def save_weights(training: TrainingState, step: int, name: str) -> dict[Path, str]:
     """Write the files of a checkpoint; returns each with its digest, which only the main process knows.
     Collective.
 
     Raises:
         OutputError: the run folder cannot be written.
     """
-    session = work.session
-    config, parallel, record = session.config, session.parallel, session.run_file.record
-    family, removed = session.models.found.family, config.remove_prefix_in_ckpt
+    inputs = training.inputs
+    config, parallel, record = inputs.config, inputs.parallel, inputs.run_file.record
+    family, removed = inputs.models.resolved.family, config.remove_prefix_in_ckpt
     spelling = checkpoint_format(config, family)
     written: dict[Path, str] = {}
-    with evaluated_weights(work):
+    with evaluated_weights(training):
         files = checkpoint_files(name, family, record.trained, removed)
-        session.run_file.saving(file.name for file in files)
+        inputs.run_file.saving(file.name for file in files)
         for file in files:
             path = Path(config.output_path) / file.name
             written[path] = ""
-            names = names_in_file(work.trained, family, file)
-            tensors = {names[n]: t for n, t in parallel.whole_weights(work.model, names)}
+            names = names_in_file(training.trained, family, file)
+            tensors = {names[n]: t for n, t in parallel.whole_weights(training.model, names)}
             if parallel.is_main_process:
-                content = content_of(tensors, session.models.found, file, record, spelling)
+                content = content_of(tensors, inputs.models.resolved, file, record, spelling)
                 said = {"step": step} if spelling is None else {"step": step, "format": spelling}
                 trained = list(file.trained)
                 write_checkpoint(path, content, {**record.provenance, **said, "trained": trained})
@@ -169,20 +169,20 @@ def save_weights(work: Work, step: int, name: str) -> dict[Path, str]:
     return written
 
 
-def _drop_older(session: Session, files: int) -> None:
+def _drop_older(inputs: Inputs, files: int) -> None:
     """Remove all but the newest checkpoints, as `save_keep` says.
 
     Args:
         files: of a checkpoint.
     """
-    keep = session.config.save_keep
-    record = session.run_file.record
+    keep = inputs.config.save_keep
+    record = inputs.run_file.record
     names = [name for name in record.checkpoints if name not in record.best]
     older = names[: -keep * files] if keep is not None else []
     if older:  # first from the record, which names no file that is not there
-        session.run_file.dropped(older)
+        inputs.run_file.dropped(older)
         for name in older:
-            (Path(session.config.output_path) / name).unlink(missing_ok=True)
+            (Path(inputs.config.output_path) / name).unlink(missing_ok=True)
 
 
 class SamplePictures:
@@ -200,6 +200,6 @@ class SamplePictures:
             return step == 0 or self._points.name(step) is not None
         return step % self._every == 0 or self._points.is_last(step)
 
-    def run(self, work: Work, step: int) -> None:
+    def run(self, training: TrainingState, step: int) -> None:
         """Make one picture of all prompts. Raises `OutputError`, `Stopped`."""
         self._pictures.sample(step)

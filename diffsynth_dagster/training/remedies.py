@@ -71,7 +71,7 @@ def _of_samples(config: TrainingConfig) -> Iterator[Remedy]:
 
 
 def _of_activations(config: TrainingConfig, models: Models) -> Iterator[Remedy]:
-    asked, usual = config.checkpoints_gradients, models.found.family.checkpoints_gradients
+    asked, usual = config.checkpoints_gradients, models.resolved.family.checkpoints_gradients
     checkpoints = usual if asked is None else asked
     if not checkpoints:
         yield Remedy("activations", "use_gradient_checkpointing: true")
@@ -82,7 +82,7 @@ def _of_activations(config: TrainingConfig, models: Models) -> Iterator[Remedy]:
 
 
 def _of_sizes(config: TrainingConfig, models: Models) -> Iterator[Remedy]:
-    family = models.found.family
+    family = models.resolved.family
     clip = clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
     if clip is not None and clip.num_frames > clip.rule.smallest:
         frames = clip.rule.longest(max(clip.rule.smallest, clip.num_frames // 2))
@@ -102,12 +102,12 @@ def _of_weights(config: TrainingConfig, models: Models) -> Iterator[Remedy]:
     if models.dtype == torch.float32:
         yield Remedy("weights", "mixed_precision: bf16")
     stored = {entry.text for entry in float8_entries(config)}
-    family = models.found.family
+    family = models.resolved.family
     full = {family.part(name).of for name in config.trainable_models}
     lora = {family.part(name).of for name in config.lora_base_model}
     # A DoRA measures the weights, which it cannot do in float8.
     fine = full | lora if config.lora_method == "dora" else full
-    components = models.found.components
+    components = models.resolved.components
     frozen = {
         name: sum(prod(info.shape) for info in found.header.values())
         for name, found in components.items()

@@ -20,7 +20,7 @@ from diffsynth_dagster.run.record import LOGS, VERSION, RunRecord, written_files
 from diffsynth_dagster.run.resume_point import state_folders
 from diffsynth_dagster.run.start import parameters_of
 from diffsynth_dagster.training.batches import StepDataset
-from diffsynth_dagster.training.setup import Work
+from diffsynth_dagster.training.setup import TrainingState
 from diffsynth_dagster.training.state import Notes, WrittenState, read_state
 from diffsynth_dagster.versions import TRAINING
 
@@ -272,18 +272,20 @@ def going_on(record: RunRecord, state: WrittenState | None) -> RunRecord:
     return replace(record, **carried, resumed_from=before)
 
 
-def restore(work: Work, written: WrittenState) -> list[Any]:
+def restore(training: TrainingState, written: WrittenState) -> list[Any]:
     """Bring a training to where it was after a step, but for the random numbers. Collective.
 
     Returns:
         For each process that wrote the state, its random numbers: see `Parallel.load_random`.
     """
-    parallel = work.session.parallel
+    parallel = training.inputs.parallel
     state = written.whole(parallel.tensors_from_main(written.tensors))
-    weights = {name: state.weights[name] for name in work.trained}
-    parallel.load_state(work.model, weights, state.pieces, work.optimizer, work.schedule)
-    work.losses.restore(state.pieces["losses"], parallel.is_main_process)
-    work.average.restore(state.pieces["average"])
+    weights = {name: state.weights[name] for name in training.trained}
+    parallel.load_state(
+        training.model, weights, state.pieces, training.optimizer, training.schedule
+    )
+    training.losses.restore(state.pieces["losses"], parallel.is_main_process)
+    training.average.restore(state.pieces["average"])
     return state.pieces["random"]
 
 

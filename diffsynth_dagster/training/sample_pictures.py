@@ -13,7 +13,7 @@ from diffsynth_dagster.run.events import Sampled
 from diffsynth_dagster.training.clips import write_clip
 from diffsynth_dagster.training.ema import evaluated_weights
 from diffsynth_dagster.training.sampling import Sampler, grid, strip
-from diffsynth_dagster.training.setup import Work
+from diffsynth_dagster.training.setup import TrainingState
 from diffsynth_dagster.training.step import evaluating
 
 COLUMNS = 8
@@ -24,19 +24,19 @@ class Pictures:
     """Makes images and clips with the model as it stands and writes them under `samples/` of the run
     folder."""
 
-    def __init__(self, work: Work) -> None:
-        session, self._work = work.session, work
-        self._config, self._parallel = session.config, session.parallel
-        self._run_file, self._reporter = session.run_file, session.reporter
-        self._module = work.step_module
+    def __init__(self, training: TrainingState) -> None:
+        inputs, self._training = training.inputs, training
+        self._config, self._parallel = inputs.config, inputs.parallel
+        self._run_file, self._reporter = inputs.run_file, inputs.reporter
+        self._module = training.step_module
         self._sampler = Sampler(
-            session.config,
-            session.manifest,
-            session.models,
-            session.parallel.autocast,
-            session.stop_asked,
+            inputs.config,
+            inputs.manifest,
+            inputs.models,
+            inputs.parallel.autocast,
+            inputs.stop_asked,
         )
-        self._folder = Path(session.config.output_path) / "samples"
+        self._folder = Path(inputs.config.output_path) / "samples"
 
     def sample(self, step: int) -> None:
         """Write one picture with an image for each of `sample_prompts`, or for each row of the table
@@ -53,7 +53,7 @@ class Pictures:
 
     def _sample(self, step: int) -> None:
         images: list[Image.Image] = []
-        with evaluated_weights(self._work), evaluating(self._module):
+        with evaluated_weights(self._training), evaluating(self._module):
             clips = self._sampler.named(self._module.loaded, self._config.seed)
             for index, clip in enumerate(clips):
                 images.append(strip(clip.frames))
@@ -95,7 +95,7 @@ class Pictures:
             raise Stopped
 
     def _generate(self, prompts: Sequence[str], seed: int) -> list[Image.Image]:
-        with evaluated_weights(self._work), evaluating(self._module):
+        with evaluated_weights(self._training), evaluating(self._module):
             clips = self._sampler(self._module.loaded, prompts, seed)
             return [strip(clip.frames) for clip in clips]
 

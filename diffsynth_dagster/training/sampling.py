@@ -171,7 +171,7 @@ class Sampler:
         self._manifest = manifest
         self._models = models
         self._store = Store(Path(manifest.store))
-        self._family = family = models.found.family
+        self._family = family = models.resolved.family
         self._stages = family.sample_stages
         self._outputs = {o.name: o for stage in self._stages for o in stage.yields}
         clip = clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
@@ -227,7 +227,7 @@ class Sampler:
         """One clip for each item; noise is drawn by its place."""
         encoded = self._encode(live, [*items, *(negative or [])])
         denoisers = [denoiser.component for denoiser in self._family.denoisers]
-        beside = [n for n in self._family.denoise_uses if n in self._models.found.components]
+        beside = [n for n in self._family.denoise_uses if n in self._models.resolved.components]
         wanted = (*self._family.decoder, *denoisers, *beside)
         loaded = {**self._models.get([name for name in wanted if name not in live]), **live}
         for part in self._batches(items, encoded):
@@ -246,7 +246,7 @@ class Sampler:
                 cfg_scales=self._guidance.scales,
                 negative_prompt=self._guidance.negative_prompt,
                 generators=[generator(seed, "image", i) for i in part],
-                noising=self._models.found.noising,
+                noising=self._models.resolved.noising,
                 known={
                     of: tensor
                     for name, tensor in outputs.items()

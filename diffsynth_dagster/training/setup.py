@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Session:
+class Inputs:
     """What a training is given.
 
     Attributes:
@@ -56,7 +56,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingState:
     """A training in progress: what the session gave, and what was built from it.
 
     Attributes:
@@ -70,7 +70,7 @@ class Work:
         average: of the trained weights over the steps; see `ema.evaluated_weights`.
     """
 
-    session: Session
+    inputs: Inputs
     step_module: TrainingStep
     model: nn.Module
     trained: dict[str, nn.Parameter]
@@ -83,12 +83,12 @@ class Work:
     average: Average
 
 
-def make_models(config: TrainingConfig, found: ResolvedModel, parallel: Parallel) -> Models:
+def make_models(config: TrainingConfig, model: ResolvedModel, parallel: Parallel) -> Models:
     """The components of a model, to be loaded on this process's device when they are used."""
     # A component that gets a LoRA is put into float8 after the LoRA: see `build_step`.
-    lora_first = {found.family.part(name).of for name in config.lora_base_model}
+    lora_first = {model.family.part(name).of for name in config.lora_base_model}
     return Models(
-        found,
+        model,
         parallel.device,
         parallel.dtype,
         config.initialize_model_on_cpu,
@@ -96,30 +96,30 @@ def make_models(config: TrainingConfig, found: ResolvedModel, parallel: Parallel
     )
 
 
-def set_up(session: Session) -> Work:
+def set_up(inputs: Inputs) -> TrainingState:
     """Build everything that a training needs. Collective: every process calls it.
 
     Raises:
         UserError: see `build_step`, `make_optimizer`, `make_schedule`.
     """
-    config, parallel = session.config, session.parallel
-    step_module = build_step(config, session.models, parallel.trained_dtype)
+    config, parallel = inputs.config, inputs.parallel
+    step_module = build_step(config, inputs.models, parallel.trained_dtype)
     given = {n: p for n, p in step_module.named_parameters() if p.requires_grad}
-    groups = parameter_groups(config, session.models.found.family, given)
+    groups = parameter_groups(config, inputs.models.resolved.family, given)
     tables = [m.weight for m in step_module.modules() if isinstance(m, nn.Embedding)]
     optimizer = make_optimizer(config, groups, tables)
-    samples, data = session.samples, session.data
+    samples, data = inputs.samples, inputs.data
     steps = total_steps(config, data.order.steps_per_epoch)
     schedule = make_schedule(config, optimizer, steps)
     if parallel.synchronises_gradients and not config.find_unused_parameters:
-        parallel.expect_gradients(step_module, _who_gets_gradients(session, step_module, data))
+        parallel.expect_gradients(step_module, _who_gets_gradients(inputs, step_module, data))
     refuse_average(config, parallel, optimizer)
     model, prepared = parallel.prepare(config, step_module, optimizer)
     trained = parallel.trained(model, given)
     average = make_average(config, trained, optimizer)
-    losses = SampleLosses(samples.trained, len(session.models.found.noising.timesteps))
-    return Work(
-        session,
+    losses = SampleLosses(samples.trained, len(inputs.models.resolved.noising.timesteps))
+    return TrainingState(
+        inputs,
         step_module,
         model,
         trained,
@@ -134,12 +134,12 @@ def set_up(session: Session) -> Work:
 
 
 def _who_gets_gradients(
-    session: Session, step_module: TrainingStep, data: StepDataset
+    inputs: Inputs, step_module: TrainingStep, data: StepDataset
 ) -> dict[str, bool] | None:
     """Name of each trained parameter → whether it gets a gradient, by the first batch of this process;
     None where that differs from step to step: between denoisers, and where a sample may lack a
     target."""
-    found, parallel = session.models.found, session.parallel
+    found, parallel = inputs.models.resolved, inputs.parallel
     outputs = [output for stage in found.family.stages for output in stage.yields]
     if len(found.denoisers) > 1 or any(output.optional for output in outputs):
         return None

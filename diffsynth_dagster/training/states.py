@@ -8,7 +8,7 @@ from pathlib import Path
 from diffsynth_dagster.errors import OutputError, ParameterError
 from diffsynth_dagster.files import require_held
 from diffsynth_dagster.training.resume import Logs, identity_of
-from diffsynth_dagster.training.setup import Work
+from diffsynth_dagster.training.setup import TrainingState
 from diffsynth_dagster.training.state import PackedState, State, keep_states
 
 
@@ -22,11 +22,11 @@ class States:
         ParameterError: `state_steps` is given, and states cannot be written.
     """
 
-    def __init__(self, work: Work) -> None:
-        config, parallel = work.session.config, work.session.parallel
+    def __init__(self, training: TrainingState) -> None:
+        config, parallel = training.inputs.config, training.inputs.parallel
         self._every = config.state_steps
         self._seconds = config.state_minutes * 60
-        self._total = work.total_steps
+        self._total = training.total_steps
         self._writes = config.writes_states and parallel.can_save_state
         if self._every is not None and not self._writes:
             raise ParameterError(
@@ -37,11 +37,11 @@ class States:
         self._parallel = parallel
         self._thread: threading.Thread | None = None
         self._failed: list[str] = []
-        self._reporter = work.session.reporter
+        self._reporter = training.inputs.reporter
         self._output = Path(config.output_path)
         self._logs = Logs(self._output)
         self._began = self._written = time.monotonic()
-        state = work.session.state
+        state = training.inputs.state
         self._newest, self._before = (0, 0.0) if state is None else (state.step, state.seconds)
 
     @property
@@ -63,7 +63,7 @@ class States:
             return False
         return step == self._total or (self._every is not None and step % self._every == 0)
 
-    def run(self, work: Work, step: int, done: int) -> None:
+    def run(self, training: TrainingState, step: int, done: int) -> None:
         """Copy the state after a step, and begin to write it. Collective.
 
         Args:
@@ -74,23 +74,23 @@ class States:
         """
         if not self._writes or step == self._newest:
             return
-        session = work.session
+        inputs = training.inputs
         self._newest, self._written = step, time.monotonic()
         if self._parallel.is_main_process:
             require_held(self._output)
             self.close()  # what is written still, of which the memory is needed
-        pieces = self._parallel.state(work.optimizer, work.schedule)
-        pieces["losses"] = work.losses.pieces(self._parallel)
-        pieces["average"] = work.average.weights
-        weights = dict(self._parallel.whole_weights(work.model, work.trained))
+        pieces = self._parallel.state(training.optimizer, training.schedule)
+        pieces["losses"] = training.losses.pieces(self._parallel)
+        pieces["average"] = training.average.weights
+        weights = dict(self._parallel.whole_weights(training.model, training.trained))
         if not self._parallel.is_main_process:
             return
-        record = session.run_file.record
+        record = inputs.run_file.record
         state = State(
             step=step,
             done=done,
             identity=identity_of(record),
-            order=work.data.order.key,
+            order=training.data.order.key,
             record=asdict(record),
             seconds=self.seconds,
             logs=self._logs.positions(),
@@ -100,7 +100,7 @@ class States:
         try:
             packed = PackedState(state)
         except TypeError as error:
-            session.reporter.warn(f"the state after step {step} is not written: {error}")
+            inputs.reporter.warn(f"the state after step {step} is not written: {error}")
             return
 
         def write() -> None:
@@ -109,7 +109,7 @@ class States:
             except OutputError as error:
                 self._failed.append(f"the state after step {step} is not written: {error.what}")
             else:
-                self._keep(session.config.state_keep)
+                self._keep(inputs.config.state_keep)
 
         self._thread = threading.Thread(target=write, name=f"state-{step}")
         self._thread.start()

@@ -29,7 +29,7 @@ class TrainingStep(nn.Module):
 
     def __init__(
         self,
-        found: ResolvedModel,
+        model: ResolvedModel,
         modules: dict[str, nn.Module],
         tokenizers: dict[str, Any],
         config: TrainingConfig,
@@ -37,21 +37,19 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.components = nn.ModuleDict(modules)
         self._tokenizers = tokenizers
-        self._family = family = found.family
-        self._stages = found.step_stages
+        self._family = family = model.family
+        self._stages = model.step_stages
         self._outputs = {o.name: o for stage in family.stages for o in stage.yields}
         self._loss_weights = {
             o.name: float(getattr(config, o.weight)) if o.weight is not None else 1.0
             for o in self._outputs.values()
             if o.role == "target"
         }
-        self._path = found.noising
+        self._path = model.noising
         self._distills = config.distills
-        # Of each denoiser, found out here: parameters may be replaced when they are sharded.
-        self.compute_dtypes = {
-            denoiser.component: weight_dtype(modules[denoiser.component])
-            for denoiser in found.denoisers
-        }
+        # Looked up once, here: sharding may replace the parameters later.
+        names = [d.component for d in model.denoisers if d.component in modules]
+        self.compute_dtypes = {name: weight_dtype(modules[name]) for name in names}
 
     @property
     def loaded(self) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.weights.resolved import ComponentFiles
 
 
-def from_layout_of(found: ComponentFiles, tensors: Tensors) -> Tensors:
+def from_layout_of(files: ComponentFiles, tensors: Tensors) -> Tensors:
     """The other way round: tensors as the files of a component have them → by the module's names. Tensors
     that have these names already stay."""
-    places = _places(found)
+    places = _places(files)
     if all(name in places for name in tensors):
         return tensors
     named: Tensors = {}
@@ -24,7 +24,7 @@ def from_layout_of(found: ComponentFiles, tensors: Tensors) -> Tensors:
         if place.name in tensors:
             whole = tensors[place.name]
             rows = whole.reshape(max(whole.shape[:1], default=1), *whole.shape[1:])[place.rows]
-            named[name] = (rows.T if place.turned else rows).reshape(found.shapes[name])
+            named[name] = (rows.T if place.turned else rows).reshape(files.shapes[name])
     return named
 
 
@@ -43,14 +43,14 @@ class _Rows:
         return not self.turned and torch.equal(self.rows, torch.arange(len(self.rows)))
 
 
-def in_layout_of(found: ComponentFiles, tensors: Tensors) -> Tensors:
+def in_layout_of(files: ComponentFiles, tensors: Tensors) -> Tensors:
     """Tensors of a component's module as the files have them that it was loaded from: the authors' names, or
     those of diffusers. All of them stay by the module's names where the layout cannot hold them.
 
     Args:
         tensors: the whole module, or a part of it.
     """
-    places = _places(found)
+    places = _places(files)
     if not all(name in places for name in tensors):
         return tensors
     pieces: dict[str, list[str]] = {}
@@ -58,7 +58,7 @@ def in_layout_of(found: ComponentFiles, tensors: Tensors) -> Tensors:
         pieces.setdefault(places[name].name, []).append(name)
     written: Tensors = {}
     for theirs, names in pieces.items():
-        shape = found.header[theirs].shape
+        shape = files.header[theirs].shape
         count = shape[0] if shape else 1
         if sum(len(places[name].rows) for name in names) != count:
             return tensors  # a tensor of the files is trained in part
@@ -73,12 +73,12 @@ def in_layout_of(found: ComponentFiles, tensors: Tensors) -> Tensors:
     return written
 
 
-def _places(found: ComponentFiles) -> Mapping[str, _Rows]:
+def _places(files: ComponentFiles) -> Mapping[str, _Rows]:
     """Tensor of the module → where its rows come from, for those whose rows are found."""
     numbers: Tensors = {}
     names: list[str] = []
     starts = [0]
-    for name, info in found.header.items():
+    for name, info in files.header.items():
         count = info.shape[0] if info.shape else 1
         ones = (1,) * max(len(info.shape) - 1, 0)
         numbers[name] = torch.arange(starts[-1], starts[-1] + count).reshape(count, *ones).double()
@@ -86,7 +86,7 @@ def _places(found: ComponentFiles) -> Mapping[str, _Rows]:
         starts.append(starts[-1] + count)
     bounds = torch.tensor(starts)
     places: dict[str, _Rows] = {}
-    for name, tensor in found.component.construction.convert(numbers).items():
+    for name, tensor in files.component.construction.convert(numbers).items():
         rows = tensor.reshape(-1).long()
         turned = tensor.ndim == 2 and tensor.shape[0] == 1 < len(rows)
         if not len(rows) or (tensor.shape[:1] != rows.shape and not turned):

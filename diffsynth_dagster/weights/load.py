@@ -72,7 +72,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(least) and math.isfinite(most)
 
 
-def require_buildable(found: ComponentFiles) -> None:
+def require_buildable(files: ComponentFiles) -> None:
     """Check that the architecture of a component can be built and is that of its files, with nothing in
     memory at all: a configuration of other sizes than the files have is refused before it costs anything.
     Each architecture is tried once.
@@ -80,34 +80,34 @@ def require_buildable(found: ComponentFiles) -> None:
     Raises:
         WeightsError: it cannot be built, or lacks tensors that the files should have.
     """
-    shapes = found.shapes
-    architecture = architecture_of(found)
+    shapes = files.shapes
+    architecture = architecture_of(files)
     if architecture in _TRIED:
         return
     with torch.device("meta"):
-        tried = _build(found, shapes)
-    _check_names(found, shapes, tried)
+        tried = _build(files, shapes)
+    _check_names(files, shapes, tried)
     _TRIED.add(architecture)
 
 
-def build_empty(found: ComponentFiles) -> nn.Module:
+def build_empty(files: ComponentFiles) -> nn.Module:
     """The module of a component with its parameters on the meta device, where they take no memory.
 
     Raises:
         WeightsError: see `require_buildable`.
     """
-    require_buildable(found)
+    require_buildable(files)
     with init_empty_weights(include_buffers=False):
-        return _build(found, found.shapes)
+        return _build(files, files.shapes)
 
 
-def architecture_of(found: ComponentFiles) -> str:
+def architecture_of(files: ComponentFiles) -> str:
     """Digest of all that the module of a component is built from."""
-    component, shapes = found.component, found.shapes
+    component, shapes = files.component, files.shapes
     kind = component.construction.kind_of(shapes)
     fixed = {name: repr(value) for name, value in component.construction.fixed.items()}
-    said = [component.name, kind.__module__, kind.__qualname__, fixed, found.config]
-    return digest_of([*said, found.lacks, sorted(shapes.items())])
+    said = [component.name, kind.__module__, kind.__qualname__, fixed, files.config]
+    return digest_of([*said, files.lacks, sorted(shapes.items())])
 
 
 def build(component: Component, shapes: Shapes, config: Mapping[str, object] | None) -> nn.Module:
@@ -135,24 +135,24 @@ def build(component: Component, shapes: Shapes, config: Mapping[str, object] | N
         return kind.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
 
 
-def _build(found: ComponentFiles, shapes: Shapes) -> nn.Module:
+def _build(files: ComponentFiles, shapes: Shapes) -> nn.Module:
     """The module of a component, without what its files leave out. Raises `WeightsError`."""
     try:
-        module = build(found.component, shapes, found.config)
-        for part in found.lacks:
+        module = build(files.component, shapes, files.config)
+        for part in files.lacks:
             setattr(module, part, None)
     except Exception as error:
         raise WeightsError(
-            f"the architecture of '{found.component.name}' cannot be built: {reason_of(error)}",
-            where=found.entry.text,
+            f"the architecture of '{files.component.name}' cannot be built: {reason_of(error)}",
+            where=files.entry.text,
             do="check the config.json beside the files"
-            if found.config is not None
+            if files.config is not None
             else "name every shard of the model and nothing else",
         ) from error
     return module
 
 
-def _check_names(found: ComponentFiles, shapes: Shapes, module: nn.Module) -> None:
+def _check_names(files: ComponentFiles, shapes: Shapes, module: nn.Module) -> None:
     """Compare names and shapes of the files with the module, from headers alone. Raises
     `WeightsError`."""
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
@@ -171,15 +171,15 @@ def _check_names(found: ComponentFiles, shapes: Shapes, module: nn.Module) -> No
     ]
     if problems:
         raise WeightsError(
-            f"the files are not a whole '{found.component.name}': " + "; ".join(problems),
-            where=found.entry.text,
+            f"the files are not a whole '{files.component.name}': " + "; ".join(problems),
+            where=files.entry.text,
             do="name every shard of the model and nothing else"
-            + (", and put its own config.json beside them" if found.config is not None else ""),
+            + (", and put its own config.json beside them" if files.config is not None else ""),
         )
 
 
 def load_component(
-    found: ComponentFiles, device: torch.device | str, dtype: torch.dtype, mapped: bool = False
+    files: ComponentFiles, device: torch.device | str, dtype: torch.dtype, mapped: bool = False
 ) -> nn.Module:
     """Build a component and give it its weights, frozen and in evaluation mode.
 
@@ -192,9 +192,9 @@ def load_component(
     Raises:
         WeightsError: see `build_empty` and `read_tensors`.
     """
-    module = build_empty(found)
+    module = build_empty(files)
     keep: Sequence[str] = getattr(module, "_keep_in_fp32_modules", None) or ()
-    state = found.component.construction.convert(read_tensors(found.files, found.start))
+    state = files.component.construction.convert(read_tensors(files.files, files.start))
     for name, tensor in state.items():
         kept = any(part in keep for part in name.split("."))
         wanted = torch.float32 if kept else dtype

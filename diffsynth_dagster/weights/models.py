@@ -30,13 +30,13 @@ class Models:
 
     def __init__(
         self,
-        found: ResolvedModel,
+        model: ResolvedModel,
         device: torch.device,
         dtype: torch.dtype,
         on_cpu_first: bool,
         float8_later: frozenset[str] = frozenset(),
     ) -> None:
-        self.found = found
+        self.resolved = model
         self.device = device
         self.dtype = dtype
         self._on_cpu_first = on_cpu_first
@@ -59,23 +59,23 @@ class Models:
 
     def _get(self, name: str) -> Any:
         if name not in self._loaded:
-            self.found.require_unchanged(name)
+            self.resolved.require_unchanged(name)
             loaded = self._load(name)
-            self.found.require_unchanged(name)  # nor while it was read
+            self.resolved.require_unchanged(name)  # nor while it was read
             self._loaded[name] = loaded
         return self._loaded[name]
 
     def _load(self, name: str) -> Any:
-        if name in self.found.tokenizers:
-            return load_tokenizer(self.found, name)
-        require_component(self.found, name)
-        stored = self.found.is_float8(name)
+        if name in self.resolved.tokenizers:
+            return load_tokenizer(self.resolved, name)
+        require_component(self.resolved, name)
+        stored = self.resolved.is_float8(name)
         where = "cpu" if self._on_cpu_first or stored else self.device
         moves = self.device.type != "cpu"
-        module = load_component(self.found.components[name], where, self.dtype, mapped=moves)
-        if name in self.found.presets:
-            preset = self.found.presets[name]
-            lora = read_lora(preset.path, self.found.family, preset.name, "preset_lora_path")
+        module = load_component(self.resolved.components[name], where, self.dtype, mapped=moves)
+        if name in self.resolved.presets:
+            preset = self.resolved.presets[name]
+            lora = read_lora(preset.path, self.resolved.family, preset.name, "preset_lora_path")
             fuse_lora(module, lora, f"preset_lora_path = {preset.path}")
         if not stored:
             return module.to(self.device)
@@ -94,14 +94,14 @@ class Models:
             torch.cuda.empty_cache()
 
 
-def load_tokenizer(found: ResolvedModel, name: str) -> Any:
+def load_tokenizer(model: ResolvedModel, name: str) -> Any:
     """A tokenizer of a model.
 
     Raises:
         WeightsError: it cannot be loaded, or is not whole.
     """
-    folder = found.tokenizers[name]
-    tokenizer = next(t for t in found.family.tokenizers if t.name == name)
+    folder = model.tokenizers[name]
+    tokenizer = next(t for t in model.family.tokenizers if t.name == name)
     try:
         loaded = tokenizer.load(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -137,25 +137,25 @@ def _require_tokens(tokenizer: Tokenizer, loaded: Any, folder: Path) -> None:
         )
 
 
-def require_component(found: ResolvedModel, name: str) -> None:
+def require_component(model: ResolvedModel, name: str) -> None:
     """Raise a `WeightsError` when the model list lacks a component."""
-    if name in found.components or name in found.tokenizers:
+    if name in model.components or name in model.tokenizers:
         return
-    have = ", ".join(f"{c} ({f.entry.text})" for c, f in found.components.items())
+    have = ", ".join(f"{c} ({f.entry.text})" for c, f in model.components.items())
     raise WeightsError(
         f"the model list lacks the component '{name}'",
         where=f"model_paths, model_id_with_origin_paths; they give {have or 'nothing'}",
-        do=f"add the files of {found.family.name}'s {found.family.component(name).names.folder}",
+        do=f"add the files of {model.family.name}'s {model.family.component(name).names.folder}",
     )
 
 
-def component_digest(found: ResolvedModel, name: str, fact_cache: FactCache) -> str:
+def component_digest(model: ResolvedModel, name: str, fact_cache: FactCache) -> str:
     """Digest of what a component or tokenizer computes with: the bytes of its files (whatever their
     names), of a LoRA that is fused into it, and whether it is stored in float8.
 
     Raises:
         WeightsError: the model list lacks it, or a file changed since it was found.
     """
-    require_component(found, name)
-    digests = found.contents.digests(name, found.files(name), fact_cache)
-    return digest_of([*digests, "float8"] if found.is_float8(name) else digests)
+    require_component(model, name)
+    digests = model.contents.digests(name, model.files(name), fact_cache)
+    return digest_of([*digests, "float8"] if model.is_float8(name) else digests)

@@ -20,7 +20,7 @@ _NO_PART = ("attn_implementation", "experts_implementation", "auto_map")
 
 
 @dataclass(frozen=True)
-class Place:
+class ComponentLocation:
     """Where a component lies in files.
 
     Attributes:
@@ -43,12 +43,12 @@ def below(header: Header, start: str) -> Header:
     return {n.removeprefix(start): info for n, info in header.items() if n.startswith(start)}
 
 
-def components_in(header: Header, family: Family) -> list[Place]:
+def components_in(header: Header, family: Family) -> list[ComponentLocation]:
     """The components of a family that a file, or the shards of one, holds: one, or those of a whole
     checkpoint; none where it is of another family."""
-    alone = next((Place(c) for c in family.components if recognise(header, c)), None)
+    alone = next((ComponentLocation(c) for c in family.components if recognise(header, c)), None)
     inside = [
-        Place(component, start)
+        ComponentLocation(component, start)
         for component in family.components
         for start in component.recognition.checkpoint_prefixes
         if recognise(below(header, start), component)
@@ -58,7 +58,9 @@ def components_in(header: Header, family: Family) -> list[Place]:
     return inside if alone is None else [alone, *inside]
 
 
-def recognise_components(header: Header, family: Family, entry: ModelEntry) -> list[Place]:
+def recognise_components(
+    header: Header, family: Family, entry: ModelEntry
+) -> list[ComponentLocation]:
     """The components of a family that the files of an entry hold. Raises `WeightsError`."""
     places = components_in(header, family)
     if places:
