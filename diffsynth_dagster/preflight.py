@@ -134,6 +134,21 @@ def check_samples(known: Known) -> None:
         )
 
 
+def refuse_lost_preset(known: Known) -> None:
+    """Refuse a LoRA that is fused into weights that a checkpoint then replaces. Raises
+    `ParameterError`."""
+    config, family = known.config, known.model.family
+    if config.preset_lora_path is None or config.resume_from_checkpoint is None:
+        return
+    name = family.part(config.preset_lora_model or family.denoiser).of
+    if name in {family.part(trained).of for trained in config.trainable_models}:
+        raise ParameterError(
+            f"all weights of '{name}' come from a checkpoint, and the LoRA would be lost",
+            where="resume_from_checkpoint, preset_lora_path",
+            do="give one of the two: a training that started from the LoRA has it in its checkpoints",
+        )
+
+
 def check_functions(known: Known) -> None:
     """Import the functions that the config names. Raises `ParameterError`."""
     config = known.config
@@ -236,21 +251,9 @@ def check_full_training(known: Known) -> None:
 
 
 def check_presets(known: Known) -> None:
-    """Check that `preset_lora_path` is a LoRA that fits, and that nothing replaces what it is fused into.
-
-    Raises:
-        ParameterError: all weights of the component come from a checkpoint.
-        WeightsError: the LoRA does not fit.
-    """
-    config, model = known.config, known.model
-    in_full = {model.family.part(n).of for n in config.trainable_models}
+    """Check that `preset_lora_path` is a LoRA that fits. Raises `WeightsError`."""
+    model = known.model
     for name, preset in model.presets.items():
-        if config.resume_from_checkpoint is not None and name in in_full:
-            raise ParameterError(
-                f"all weights of '{name}' come from a checkpoint, and the LoRA would be lost",
-                where="resume_from_checkpoint, preset_lora_path",
-                do="give one of the two: a training that started from the LoRA has it in its checkpoints",
-            )
         lora = read_lora(preset.path, model.family, preset.name, "preset_lora_path")
         module = build_empty(model.components[name])
         require_fit(module, lora, f"preset_lora_path = {preset.path}")
@@ -314,6 +317,7 @@ def require_encoded(known: Known) -> None:
 CHECKS: tuple[Check, ...] = (
     Check("config", refuse_particular),
     Check("config", check_expert_offload),
+    Check("config", refuse_lost_preset),
     Check("config", check_samples),
     Check("config", lambda known: check_optimizer(known.config, known.model)),
     Check("config", lambda known: float8_entries(known.config)),

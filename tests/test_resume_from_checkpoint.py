@@ -16,11 +16,12 @@ from test_families import HUB, Place
 from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.export import export_run
 from diffsynth_dagster.families.contract import Tensors
+from diffsynth_dagster.preflight import check_config
 from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.run.resume_point import state_folders
 from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.training.state import read_state
-from diffsynth_dagster.weights.identify import find_model
+from diffsynth_dagster.weights.identify import find_model, guess_model
 from diffsynth_dagster.weights.load import load_component
 from diffsynth_dagster.weights.models import Models
 
@@ -132,9 +133,10 @@ def test_a_part_of_a_model_goes_on_from_its_own_weights(tmp_path: Path) -> None:
 def test_a_lora_that_would_be_lost_is_refused(values: Values, tmp_path: Path) -> None:
     file, lora = tmp_path / "whole.safetensors", tmp_path / "lora.safetensors"
     lora.touch()
-    config = values(**FULL, resume_from_checkpoint=str(file), preset_lora_path=str(lora))
+    given = values(**FULL, resume_from_checkpoint=str(file), preset_lora_path=str(lora))
+    config = make_config(given)
     with pytest.raises(ParameterError, match="the LoRA would be lost"):
-        find_model(make_config(config), HUB)
+        check_config(config, guess_model(config))
 
 
 def unfit(kind: str, model: Path, folder: Path) -> Path:
