@@ -1,7 +1,7 @@
-"""Every check before the first step, in order: `CHECKS`. Each says what it needs to know.
+"""All checks before the first step, in one ordered list, `CHECKS`. Each one says what it needs.
 
-Parameters that contradict each other were refused before, when they were read: see `config.validate`.
-Values of weights are checked while they are loaded: see `weights.load`.
+Parameters that contradict each other were refused when they were read: see `config.validate`. The
+values of weights are checked when they are loaded: see `weights.load`.
 """
 
 import math
@@ -43,8 +43,8 @@ from diffsynth_dagster.weights.resolved import ResolvedModel
 from diffsynth_dagster.weights.whole import require_weights
 
 Needs = Literal["config", "data", "headers", "encoded"]
-"""What a check needs: the config and what its family declares; the checked tables of the data set; the headers
-of the model files; or what was encoded before."""
+"""What a check needs: the config and what its family declares; the checked tables of the data set;
+the headers of the model files; or the data set that was encoded before."""
 
 
 @dataclass
@@ -52,12 +52,13 @@ class Known:
     """What is known before the first step.
 
     Attributes:
-        model: without files, where only the config is known.
-        trained_dtype: element type of weights that are trained as a whole; a LoRA is float32.
-        tables: the checked tables of what is trained on and what is held out.
-        manifests: of a data set that was encoded before; that of the training first.
-        warn: is told of what is unusual, but not refused.
-        checkpoint_bytes: of the trained weights: the checks of headers count them.
+        model: without files, if a check needs only the config.
+        trained_dtype: element type of fully trained weights; a LoRA is float32.
+        tables: the checked tables of the trained and the held-out samples.
+        manifests: of a data set that was encoded before; the manifest of the trained samples is
+            first.
+        warn: called with what is unusual, but not refused.
+        checkpoint_bytes: size of the trained weights, which the checks of headers add up.
     """
 
     config: TrainingConfig
@@ -72,14 +73,14 @@ class Known:
 
 @dataclass(frozen=True)
 class Check:
-    """A check, and what it needs. It raises a `UserError`."""
+    """A check, and what it needs. `run` raises a `UserError`."""
 
     needs: Needs
     run: Callable[[Known], object]
 
 
 def refuse_particular(known: Known) -> None:
-    """Refuse a parameter of single families that this family does not take. Raises `ParameterError`."""
+    """Refuse family-specific parameters that this family does not take. Raises `ParameterError`."""
     family = known.model.family
     for name in ParticularParameters.model_fields:
         if known.config.sets(name) and name not in family.parameters:
@@ -91,7 +92,7 @@ def refuse_particular(known: Known) -> None:
 
 
 def check_expert_offload(known: Known) -> None:
-    """Refuse `offload_idle_denoiser` where no frozen expert is ever idle. Raises `ParameterError`."""
+    """Refuse `offload_idle_denoiser` if no frozen expert is ever idle. Raises `ParameterError`."""
     config, experts = known.config, [d.component for d in known.model.denoisers]
     if not config.offload_idle_denoiser:
         return
@@ -111,8 +112,8 @@ def check_expert_offload(known: Known) -> None:
 
 
 def check_samples(known: Known) -> None:
-    """Refuse samples of prompts where the model needs more than a prompt, and a negative prompt without
-    guidance. Raises `ParameterError`."""
+    """Refuse prompts for samples if the model needs more than a prompt, and a negative prompt
+    without guidance. Raises `ParameterError`."""
     config, family = known.config, known.model.family
     if (config.sample_texts or config.customized_evaluation) and not family.samples_from_text:
         reads = (i for stage in family.sample_stages for i in stage.reads)
@@ -135,7 +136,7 @@ def check_samples(known: Known) -> None:
 
 
 def check_functions(known: Known) -> None:
-    """Import the functions that the config names. Raises `ParameterError`."""
+    """Check that the functions that the config names can be imported. Raises `ParameterError`."""
     config = known.config
     if config.customized_dataset is not None:
         import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
@@ -144,13 +145,13 @@ def check_functions(known: Known) -> None:
 
 
 def check_removed_prefix(known: Known) -> None:
-    """Check that the prefix to remove is that of a trained component. Raises `ParameterError`."""
+    """Check that the prefix to remove belongs to a trained component. Raises `ParameterError`."""
     model = known.model
     check_prefix(known.config.remove_prefix_in_ckpt, model.family, model.trained)
 
 
 def check_sizes(known: Known) -> None:
-    """Check that the family can have samples of this size and length. Raises `ParameterError`."""
+    """Check that the family supports this size and number of frames. Raises `ParameterError`."""
     config, family = known.config, known.model.family
     default = TrainingConfig.model_fields["max_pixels"].default
     if config.height is not None and config.max_pixels != default:
@@ -164,8 +165,8 @@ def check_sizes(known: Known) -> None:
 
 
 def refuse_coarse_weights(known: Known) -> None:
-    """Refuse float8 for weights that must be exact: those that are trained in full, and those that a DoRA
-    measures. Raises `ParameterError`."""
+    """Refuse float8 for weights that must be exact: those that are fully trained, and those that a
+    DoRA takes norms of. Raises `ParameterError`."""
     config, family = known.config, known.model.family
     stored = {name for name in known.model.components if known.model.is_float8(name)}
     for name in sorted({family.part(n).of for n in config.trainable_models} & stored):
@@ -174,8 +175,8 @@ def refuse_coarse_weights(known: Known) -> None:
             where="fp8_models",
             do="leave it out there, or train it through a LoRA",
         )
-    measured = {family.part(n).of for n in config.lora_base_model if config.lora_method == "dora"}
-    for name in sorted(measured & stored):
+    under_dora = {family.part(n).of for n in config.lora_base_model if config.lora_method == "dora"}
+    for name in sorted(under_dora & stored):
         raise ParameterError(
             f"a DoRA measures the weights of '{name}', which cannot be done in float8",
             where="fp8_models",
@@ -184,7 +185,7 @@ def refuse_coarse_weights(known: Known) -> None:
 
 
 def require_components(known: Known) -> None:
-    """Check that the model list has every component that is encoded with or that a step uses. Raises
+    """Check that the model list has every component that encoding or a step uses. Raises
     `WeightsError`."""
     config, model = known.config, known.model
     names: list[str] = []
@@ -197,12 +198,13 @@ def require_components(known: Known) -> None:
 
 
 def require_decoders(known: Known) -> None:
-    """Check that the model list has what samples are decoded with. Raises `WeightsError`."""
+    """Check that the model list has the components that decode samples. Raises `WeightsError`."""
     if not (known.config.sample_prompts or known.config.customized_evaluation):
         return
     for name in known.model.family.decoder:
         require_component(known.model, name)
         files = known.model.components[name]
+        # Some files hold the encoder of a VAE alone.
         if files.lacks:
             raise WeightsError(
                 f"the files of '{name}' hold no {files.lacks[0]}, which sample images need",
@@ -212,17 +214,18 @@ def require_decoders(known: Known) -> None:
 
 
 def require_architectures(known: Known) -> None:
-    """Check that each component can be built, and that its files are whole. Raises `WeightsError`."""
+    """Check that each component can be built, and that its files are whole. Raises
+    `WeightsError`."""
     for files in known.model.components.values():
         require_buildable(files)
 
 
 def check_full_training(known: Known) -> None:
-    """Check that the model has what `trainable_models` names, and that `resume_from_checkpoint` fits it;
-    count the weights.
+    """Check that the model has what `trainable_models` names, and that `resume_from_checkpoint`
+    fits it; add up the size of the weights.
 
     Raises:
-        ParameterError: it has not.
+        ParameterError: the model lacks a part.
         WeightsError: the checkpoint does not fit.
     """
     config, model = known.config, known.model
@@ -236,7 +239,8 @@ def check_full_training(known: Known) -> None:
 
 
 def check_presets(known: Known) -> None:
-    """Check that `preset_lora_path` is a LoRA that fits, and that nothing replaces what it is fused into.
+    """Check that `preset_lora_path` is a LoRA that fits, and that no checkpoint replaces the
+    weights it is fused into.
 
     Raises:
         ParameterError: all weights of the component come from a checkpoint.
@@ -258,8 +262,8 @@ def check_presets(known: Known) -> None:
 
 
 def check_loras(known: Known) -> None:
-    """Check that `lora_base_model` and the LoRA's targets are in the model, that `lora_checkpoint` fits,
-    and that checkpoints and exports can hold the LoRA; count the weights.
+    """Check that `lora_base_model` and the LoRA's targets are in the model, that `lora_checkpoint`
+    fits, and that checkpoints and exports can hold the LoRA; add up the size of its weights.
 
     Raises:
         ParameterError, TargetError: see `lora_targets`, `check_formats`, `adapter_shapes`.
@@ -276,6 +280,7 @@ def check_loras(known: Known) -> None:
         if config.lora_method in ("lora", "dora"):
             layers = {name: module.get_submodule(name) for name in targets}
             check_formats(config, model.family, base, model.components[part.of], layers)
+        # Last, since it adds the adapter to the module and so renames its layers.
         shapes = adapter_shapes(config, module, targets)
         if isinstance(start, AdapterFile):
             require_values(start, config.adapter, shapes, start_of(config))
@@ -307,6 +312,7 @@ def require_encoded(known: Known) -> None:
         require_encoded_for(config, model, manifest, known.fact_cache)
     for manifest in known.manifests:
         require_stored(manifest)
+    # Without files, as if the model list had all components.
     components = model.components.keys() or {c.name for c in model.family.components}
     require_sample_rows(config, model.family, known.manifests[0], components)
 
@@ -322,10 +328,10 @@ CHECKS: tuple[Check, ...] = (
     Check("config", check_sizes),
     Check("config", lambda known: check_columns(known.config, known.model.family.columns)),
     Check("config", lambda known: refuse_overlap(known.config)),
-    # Before the model files are looked for, which may download them.
+    # The data comes before the model files, which may have to be downloaded.
     Check("data", require_accepted_rows),
     Check("data", lambda known: refuse_replaced_rows(known.config, known.tables)),
-    # The files may say more than their names: that the model is a variant of the family.
+    # Checked again: the files may show that the model is a variant of the family.
     Check("headers", check_sizes),
     Check("headers", check_samples),
     Check("headers", refuse_coarse_weights),
@@ -338,11 +344,11 @@ CHECKS: tuple[Check, ...] = (
     Check("headers", require_checkpoint_space),
     Check("encoded", require_encoded),
 )
-"""In the order in which they are made."""
+"""Made in this order."""
 
 
 def check_config(config: TrainingConfig, model: ResolvedModel) -> None:
-    """Check everything that can be checked without a file.
+    """Make the checks that need no file.
 
     Args:
         model: see `weights.identify.guess_model`.
@@ -356,7 +362,7 @@ def check_config(config: TrainingConfig, model: ResolvedModel) -> None:
 def check_data(
     config: TrainingConfig, model: ResolvedModel, tables: Sequence[CheckedTable]
 ) -> None:
-    """Check what the checked tables of the data set show. Raises `UserError`: see `CHECKS`."""
+    """Make the checks that need the tables of the data set. Raises `UserError`: see `CHECKS`."""
     _run("data", Known(config, model, tables=tables))
 
 
@@ -366,13 +372,13 @@ def check_headers(
     trained_dtype: torch.dtype,
     warn: Callable[[str], None] = lambda _: None,
 ) -> int:
-    """Check what the headers of the model files show, before anything is encoded.
+    """Make the checks that need the headers of the model files, before anything is encoded.
 
     Args:
         trained_dtype, warn: see `Known`.
 
     Returns:
-        Bytes of the trained weights, which are those of a checkpoint.
+        Size of the trained weights, and so of a checkpoint, in bytes.
 
     Raises:
         UserError: see `CHECKS`.
@@ -388,10 +394,10 @@ def check_encoded(
     manifests: Sequence[Manifest],
     fact_cache: FactCache,
 ) -> None:
-    """Check a data set that was encoded before. Raises `UserError`: see `CHECKS`.
+    """Make the checks of a data set that was encoded before. Raises `UserError`: see `CHECKS`.
 
     Args:
-        manifests: of the data set, and of what is held out where that has one of its own.
+        manifests: of the data set, and of the held-out samples if they have one of their own.
     """
     _run("encoded", Known(config, model, manifests=manifests, fact_cache=fact_cache))
 
@@ -403,8 +409,8 @@ def _run(needs: Needs, known: Known) -> None:
 
 
 def _with_modules(known: Known, names: Sequence[str]) -> Iterator[tuple[Part, nn.Module, str]]:
-    """Each component or part of these names whose files are there, its component's module on the meta
-    device, and the entry of the model list. Parts of a component share its module."""
+    """For each named component or part whose files exist: the part, the module of its component on
+    the meta device, and the entry of the model list. Parts of a component share its module."""
     modules: dict[str, nn.Module] = {}
     for part in (known.model.family.part(name) for name in names):
         files = known.model.components.get(part.of)
@@ -415,7 +421,7 @@ def _with_modules(known: Known, names: Sequence[str]) -> Iterator[tuple[Part, nn
 
 
 def _held(part: Part, module: nn.Module, where: str) -> list[nn.Parameter]:
-    """The weights of a part of a component. Raises `ParameterError` where the model has none."""
+    """The weights of a part of a component. Raises `ParameterError` if the model has none of it."""
     held = [p for n, p in module.named_parameters() if part.holds(n)]
     if not held:
         raise ParameterError(
@@ -427,7 +433,7 @@ def _held(part: Part, module: nn.Module, where: str) -> list[nn.Parameter]:
 
 
 def _warn_of_rest(known: Known, lora: LoraFile, path: object, name: str) -> None:
-    """Say what of a LoRA file is not used."""
+    """Warn if only a part of a LoRA file is used."""
     if lora.left_out:
         others = ", ".join(f"'{other}'" for other in lora.left_out)
         known.warn(f"{path} holds a LoRA of {others} as well; only that of '{name}' is used")

@@ -1,9 +1,9 @@
 """The trainer: `accelerate launch -m diffsynth_dagster.train --flag …`.
 
-It trains, and then writes the files that other tools load. In Dagster that is an asset of its own: the
-launcher gives `--checkpoints_only`.
+It trains, and then writes the files that other tools load. In Dagster the export is an asset of its
+own, so the launcher passes `--checkpoints_only`.
 
-Exit codes: 0 done, 2 a mistake in the input (one message, no traceback), 130 stopped by a signal.
+Exit codes: 0 done, 2 a user error (one message, no traceback), 130 stopped by a signal.
 """
 
 import json
@@ -32,16 +32,18 @@ if TYPE_CHECKING:
 def run(
     config: TrainingConfig, stop_asked: StopSignal, exports: bool = False
 ) -> "RunRecord | None":
-    """Do what a config asks for; returns the record of the training, if there was one.
+    """Do what a config asks for; returns the record of the training, None if the config only
+    encodes.
 
     Args:
-        exports: whether a finished training is exported too.
+        stop_asked: says whether a signal came.
+        exports: whether to export the finished training too.
 
     Raises:
-        UserError: see the modules that this and `run_locked` go through, in the order of the imports.
+        UserError: see the modules that this function and `run_locked` import.
         Stopped: a signal came.
     """
-    # Imported here: they take seconds, and a mistake in the flags is reported at once.
+    # Imported here, since they take seconds: a mistake in the flags is reported at once.
     from diffsynth_dagster.cache.split import with_settled
     from diffsynth_dagster.data.prepare import require_named
     from diffsynth_dagster.preflight import check_config
@@ -56,14 +58,14 @@ def run(
     require_named(config)
     parallel = start_parallel(config)
     with ExitStack() as leaving:
-        # One process holds the run folder for all.
-        held = owned(Path(config.output_path), config.task)
-        parallel.from_main(lambda: leaving.enter_context(held))
+        # The main process locks the run folder for all of them.
+        lock = owned(Path(config.output_path), config.task)
+        parallel.from_main(lambda: leaving.enter_context(lock))
         trained = run_locked(config, model, parallel, stop_asked)
         if trained is None:
             return None
         if exports:
-            parallel.let_go()  # of the model, which takes the memory
+            parallel.let_go()  # frees the memory of the model
             parallel.from_main(lambda: export(config, *trained))
         return trained[0]
 
@@ -71,13 +73,13 @@ def run(
 def run_locked(
     config: TrainingConfig, model: "ResolvedModel", parallel: "Parallel", stop_asked: StopSignal
 ) -> "tuple[RunRecord, ResolvedModel] | None":
-    """Do what a checked config asks for, in a run folder that is held; see `run`.
+    """Do what a checked config asks for, in a run folder that is locked; see `run`.
 
     Args:
-        model: without its files.
+        model: guessed from the config, without its files.
 
     Returns:
-        The record of the training and the model, if something was trained.
+        The record of the training and the model with its files; None if the config only encodes.
     """
     from diffsynth_dagster.data.media.budget import DECODING
     from diffsynth_dagster.facts import fact_cache_of
@@ -107,7 +109,7 @@ def run_locked(
     require_writable(Path(config.cache_path), "cache_path")
     fact_cache = fact_cache_of(config.cache_path)
 
-    # Metadata: the checked table, unless the data set is encoded already.
+    # Metadata: the checked table, unless the data set was encoded before.
     table = checked_table(
         config,
         model.family.columns,
@@ -116,14 +118,16 @@ def run_locked(
         lambda tables: check_data(config, model, tables),
     )
 
-    # Weights: found and recognised. They are loaded when they are used.
+    # Weights: the files are found and recognised, and their headers are checked. Each component is
+    # loaded when it is used.
     warnings = table.warnings() if table is not None and parallel.is_main_process else []
     with parallel.node_main_first():
-        found = find_model(config, ModelHub.from_environment())
-        warnings += found.family.warnings if parallel.is_main_process else ()
-        check_headers(config, found, parallel.trained_dtype, warnings.append)
+        resolved = find_model(config, ModelHub.from_environment())
+        warnings += resolved.family.warnings if parallel.is_main_process else ()
+        check_headers(config, resolved, parallel.trained_dtype, warnings.append)
+    # Sample order and noise do not depend on these random numbers; dropout and user functions do.
     parallel.seed(config.seed)
-    models = make_models(config, found, parallel)
+    models = make_models(config, resolved, parallel)
     memory = Memory(config, models)
 
     reporter = make_reporter(config, parallel.is_main_process, parallel.trackers)
@@ -133,8 +137,8 @@ def run_locked(
     with closing(reporter), store.in_use(waiting=reporter.warn), memory.explained():
         # Latents: all in the store, and the manifest that names them.
         if table is None:
-            manifests = [each for each in encoded_before(config) if each is not None]
-            check_encoded(config, found, manifests, fact_cache)
+            manifests = [manifest for manifest in encoded_before(config) if manifest is not None]
+            check_encoded(config, resolved, manifests, fact_cache)
         manifest = encoded_manifest(
             config, parallel, models, table, fact_cache, reporter, stop_asked
         )
@@ -143,11 +147,12 @@ def run_locked(
 
         # Training, from the manifest alone.
         devices, mixed_precision = parallel.device_names(), parallel.mixed_precision
-        record = start_record(config, found, manifest, fact_cache, devices, mixed_precision)
+        record = start_record(config, resolved, manifest, fact_cache, devices, mixed_precision)
         samples = resolved_samples(config, manifest, parallel)
         record = replace(record, samples=len(samples.trained))
-        place = (parallel.process_index, parallel.num_processes)
-        data = StepDataset(config, found, samples.trained, *place)
+        rank, world = parallel.process_index, parallel.num_processes
+        data = StepDataset(config, resolved, samples.trained, rank, world)
+        # The main process chooses, so that all go on from the same state.
         state = parallel.from_main(
             lambda: choose_state(config, record, data, parallel.can_save_state, reporter.warn)
         )
@@ -168,14 +173,14 @@ def run_locked(
                 memory,
             )
         )
-        return trained, found
+        return trained, resolved
 
 
 def export(config: TrainingConfig, record: "RunRecord", model: "ResolvedModel") -> None:
     """Export a training that has just finished, and print how to load what was written.
 
     Raises:
-        OutputError: that failed; it says that the training is finished.
+        OutputError: the export failed; the message says that the training is finished.
     """
     from diffsynth_dagster.export import export_held, how_to_load
 
@@ -185,6 +190,7 @@ def export(config: TrainingConfig, record: "RunRecord", model: "ResolvedModel") 
         exported = export_held(config, record, model)
         for problem in exported.problems:
             raise problem
+    # Whatever it is, it is raised again, with a note that nothing of the training is lost.
     except Exception as error:
         known = recognised(error)
         if not isinstance(known, UserError):
@@ -206,8 +212,8 @@ def export(config: TrainingConfig, record: "RunRecord", model: "ResolvedModel") 
 
 
 def dry_run(arguments: Arguments) -> None:
-    """Print as JSON what a training would do, and its warnings on standard error; see `make_plan` and
-    `look_at_files`, also for what is raised."""
+    """Print as JSON what a training would do, and its warnings on standard error. Raises: see
+    `make_plan` and `look_at_files`."""
     from diffsynth_dagster.dry_run import make_plan
 
     plan = make_plan(arguments.config)
@@ -238,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 run(arguments.config, stop_asked, exports=not arguments.checkpoints_only)
             except (Stopped, KeyboardInterrupt):
-                if process_number() != 0:  # the main process writes the state, and says so
+                if process_number() != 0:  # the main process has written the state, and says where
                     raise
                 where = say_where_it_goes_on(arguments.config)
                 raise Stopped(f"stopped; with the same command {where}") from None
