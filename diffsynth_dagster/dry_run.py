@@ -1,7 +1,7 @@
-"""Answers `--dry_run`: what a training would do, and what it would find in the files that it names.
+"""Answers `--dry_run`: what a training would do, and whether its model files and data fit.
 
-The config, the models and the data are checked as the training does: see `preflight`. Nothing is
-written but the cache of facts about files, and nothing is downloaded.
+The checks are those of the training: see `preflight`. Only the cache of facts about files is
+written, and nothing is downloaded.
 """
 
 from collections.abc import Mapping
@@ -54,18 +54,18 @@ from diffsynth_dagster.weights.identify import find_model, guess_model
 from diffsynth_dagster.weights.lora import read_lora
 from diffsynth_dagster.weights.resolved import ResolvedModel
 
-_SHOWN_SIZES = 12
+_SHOWN_SIZES = 12  # a data set may have thousands
 _FIT = "all are there, and fit"
 _DOWNLOADED_LATER = "not all are there: the training downloads them when it begins"
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What was found.
+    """What the files show.
 
     Attributes:
-        values: what is added to the plan, as JSON values.
-        warnings: what the training would warn of before its first step.
+        values: added to the plan, as JSON values.
+        warnings: those that the training would give before its first step.
     """
 
     values: Mapping[str, Any]
@@ -74,14 +74,15 @@ class Looked:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The samples of a data set, each a row with its sizes.
+    """The samples of a data set, one row each.
 
     Attributes:
-        said: about the table that they come from, as JSON values.
-        manifest: of a data set that was encoded before.
+        source: where they come from and how many rows have which status, as JSON values.
+        trained, held_out: rows with the sizes of each sample.
+        manifest: only if the data set was encoded before.
     """
 
-    said: Mapping[str, Any]
+    source: Mapping[str, Any]
     trained: pl.LazyFrame
     held_out: pl.LazyFrame | None
     warnings: list[str] = field(default_factory=list[str])
@@ -89,13 +90,14 @@ class _Rows:
 
 
 def make_plan(config: TrainingConfig) -> dict[str, Any]:
-    """What a training would do, as JSON values. Needs no file, loads no weight.
+    """What a training would do, as JSON values. Needs no file, and loads no weights.
 
     Raises:
-        WeightsError: some of the local model files that are named are there, and others are not.
-        StoreError: the encoded data set is there and damaged.
+        WeightsError: some of the named local model files exist, and others do not.
+        StoreError: the encoded data set exists and is damaged.
         ParameterError: the family cannot be recognised without the files; or see `check_config`.
     """
+    # What an encoded data set settles is taken over if it is there already.
     if not config.reads_encoded or (Path(config.dataset_base_path) / FILE_NAME).is_file():
         config = with_settled(config)
     require_listed([*named_entries(config), *start_entries(config)])
@@ -105,58 +107,62 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
 
 
 def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
-    """Look at the models and the data of a config.
+    """Check the model files and the data of a config.
 
     Args:
-        processes: that the training would have; None where that is not said.
+        processes: number of processes of the training; None if it is not known.
 
     Raises:
-        MetadataError: the data is not there, or too many rows are rejected.
-        WeightsError: a model file is not there, is damaged, or does not fit.
+        MetadataError: the data does not exist, or too many rows are rejected.
+        WeightsError: a model file does not exist, is damaged, or does not fit.
         StoreError: the folder holds no encoded data set, or the store lacks samples of it.
-        ParameterError: the files do not fit what is asked for; or the run folder holds an unfinished
-            training with other parameters, or no state to go on from where there must be one.
-        OutputError: see `choose_state`.
-        TargetError: see `check_model`.
+        ParameterError: the files do not fit the config; or the run folder holds an unfinished
+            training with other parameters, or no state although `resume` says that there must be
+            one.
+        OutputError: see `require_going_on`; or a checkpoint does not fit on the disk.
+        TargetError: see `preflight.check_loras`.
     """
     config = with_settled(config)
     require_named(config)
     trackers_of(config)
-    found, warnings = look_at_models(config)
-    values: dict[str, Any] = {"models": _DOWNLOADED_LATER if found is None else _FIT}
-    model = guess_model(config) if found is None else found
+    resolved, warnings = look_at_models(config)
+    values: dict[str, Any] = {"models": _DOWNLOADED_LATER if resolved is None else _FIT}
+    # Without the files, as far as the config tells.
+    model = guess_model(config) if resolved is None else resolved
     if _is_to_be_made(config, model.family):
         if not config.encodes_only:
             require_going_on(config)
         values["data"] = f"made by {config.customized_dataset} when the training begins"
         return Looked(values, warnings)
     rows = _encoded_rows(config, model) if config.reads_encoded else _checked_rows(config, model)
-    values["data"] = {**rows.said, **_counted(rows)}
+    values["data"] = {**rows.source, **_counted(rows)}
     if not config.encodes_only:
         buckets = buckets_of(rows.trained)
         order_on = partial(_order, config, buckets)
-        require_going_on(config, _record(config, rows.manifest, found), order_on, processes)
-        values["course"] = _course(config, buckets, processes or 1)
+        require_going_on(config, _record(config, rows.manifest, resolved), order_on, processes)
+        values["course"] = _schedule(config, buckets, processes or 1)
     return Looked(values, [*rows.warnings, *warnings])
 
 
 def look_at_models(config: TrainingConfig) -> tuple[ResolvedModel | None, list[str]]:
-    """The model, if all of its files are there, and what to warn of. Raises: see `look_at_files`."""
+    """The model, if all its files exist, and the warnings about it. Raises: see `look_at_files`."""
     require_there([*named_entries(config), *start_entries(config)])
     hub = ModelHub.from_environment()
     try:
-        found = find_model(config, hub if hub.skip_download else Downloads())
+        model = find_model(config, hub if hub.skip_download else Downloads())
     except NotDownloaded:
+        # What can be checked without the model is checked now.
         _read_starts(config)
         return None, []
-    warnings = list(found.family.warnings)
-    check_headers(config, found, torch.float32, warnings.append)
-    return found, warnings
+    warnings = list(model.family.warnings)
+    # As without DeepSpeed, which the launcher decides.
+    check_headers(config, model, torch.float32, warnings.append)
+    return model, warnings
 
 
 def _read_starts(config: TrainingConfig) -> None:
-    """Read the weights to start from without the models. Whether they fit is not known. Raises
-    `WeightsError`: they are damaged, or something else."""
+    """Read the files that the training starts from, without checking whether they fit the model.
+    Raises `WeightsError`: one is damaged, or of another kind."""
     family = guess_model(config).family
     if config.preset_lora_path is not None:
         name = config.preset_lora_model or family.denoiser
@@ -170,15 +176,16 @@ def _read_starts(config: TrainingConfig) -> None:
 
 
 def _is_to_be_made(config: TrainingConfig, family: Family) -> bool:
-    """Whether a function makes the data set, and has not made it yet. It is not called here."""
+    """Whether a function is to make the data set and has not done so yet. It is not called here."""
     if config.customized_dataset is None or config.dataset_metadata_path is None:
         return False
-    own = held_out_config(config)
-    return not all(_is_made(each, family) for each in ([config] if own is None else [config, own]))
+    held_out = held_out_config(config)
+    configs = [config] if held_out is None else [config, held_out]
+    return not all(_is_made(data, family) for data in configs)
 
 
 def _is_made(config: TrainingConfig, family: Family) -> bool:
-    """Whether the table of a data set is there; of a folder that is one, whether it holds samples."""
+    """Whether the table of a data set exists. A folder of files is a table if it holds samples."""
     source = RowSource.of(config)
     if not source.is_folder:
         return source.path.exists()
@@ -190,45 +197,50 @@ def _is_made(config: TrainingConfig, family: Family) -> bool:
 
 
 def _checked_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
-    """The rows of a data set whose table is checked now. Raises: see `look_at_files`."""
-    own, columns = held_out_config(config), model.family.columns
+    """Check the table of a data set; returns its accepted rows. Raises: see `look_at_files`."""
+    held_out_data, columns = held_out_config(config), model.family.columns
     tables: list[CheckedTable] = []
     with fact_cache_of(config.cache_path) as facts:
-        for each in [config] if own is None else [config, own]:
+        for data in [config] if held_out_data is None else [config, held_out_data]:
             with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
-                tables.append(check_data_files(each, columns, facts, bar.update))
+                tables.append(check_data_files(data, columns, facts, bar.update))
         check_data(config, model, tables)
         if config.sample_table is not None:
             checked_sample_rows(config, model.family, facts)
-    parts = [with_content_numbers(table.accepted, columns.inputs) for table in tables]
-    trained, held_out = rows_apart(config, parts[0], None if own is None else parts[1])
-    said = _said_of(tables[0]) | ({} if own is None else {"held_out_rows": _said_of(tables[1])})
+    # Equal content gets equal numbers, so that copies of a sample are held out together.
+    numbered = [with_content_numbers(table.accepted, columns.inputs) for table in tables]
+    second = numbered[1] if held_out_data is not None else None
+    trained, held_out = rows_apart(config, numbered[0], second)
+    source = _statuses(tables[0])
+    if held_out_data is not None:
+        source["held_out_rows"] = _statuses(tables[1])
     warnings = tables[0].warnings()
+    # Captions are counted in tokens, for which the tokenizers must be there.
     long = long_captions_of(model, tables[0]).said if model.components else None
-    return _Rows(said, trained, held_out, warnings if long is None else [*warnings, long])
+    return _Rows(source, trained, held_out, warnings if long is None else [*warnings, long])
 
 
-def _said_of(table: CheckedTable) -> dict[str, Any]:
-    """The rows of a table by status, and why the first of them are rejected."""
+def _statuses(table: CheckedTable) -> dict[str, Any]:
+    """The number of rows of each status, and why the first rejected rows were rejected."""
     rejected = table.first_rejected()
     return {"rows": table.counts, **({"rejected": rejected} if rejected else {})}
 
 
 def _encoded_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
-    """The rows of a data set that was encoded before. Raises: see `look_at_files`."""
-    manifest, held_out = encoded_before(config)
+    """Check a data set that was encoded before; returns its rows. Raises: see `look_at_files`."""
+    manifest, *held_out = manifests = encoded_before(config)
     with fact_cache_of(config.cache_path) as facts:
-        both = [manifest] if held_out is None else [manifest, held_out]
-        check_encoded(config, model, both, facts)
-    apart = rows_apart(config, manifest.rows, None if held_out is None else held_out.rows)
+        check_encoded(config, model, manifests, facts)
+    apart = rows_apart(config, manifest.rows, held_out[0].rows if held_out else None)
     return _Rows({"encoded": str(manifest.folder)}, *apart, manifest=manifest)
 
 
 def _record(
     config: TrainingConfig, manifest: Manifest | None, model: ResolvedModel | None
 ) -> RunRecord | None:
-    """The record that a training is compared by with the states in its run folder; None where there are none,
-    or where it follows from samples that are not encoded yet. Raises: see `start_record`."""
+    """The record of the training, which is compared with the states in its run folder. None if
+    there are no states, or if the samples or the model are not known yet. Raises: see
+    `start_record`."""
     if manifest is None or model is None or not state_folders(Path(config.output_path)):
         return None
     with fact_cache_of(config.cache_path) as facts:
@@ -236,7 +248,7 @@ def _record(
 
 
 def _counted(rows: _Rows) -> dict[str, Any]:
-    """How many samples there are, and of which sizes, those of most samples first."""
+    """The number of samples, in all and of each size, the most frequent size first."""
     buckets = buckets_of(rows.trained)
     sides = ("width", "height", "frames")
     by_size = buckets.group_by(sides).agg(pl.col("len").sum())
@@ -254,14 +266,14 @@ def _counted(rows: _Rows) -> dict[str, Any]:
 
 
 def _order(config: TrainingConfig, buckets: pl.DataFrame, processes: int) -> StepOrder:
-    """The order of a training on so many processes."""
+    """The order of the samples on a number of processes."""
     sizes: list[int] = buckets["len"].to_list()
     repeats: list[int] = buckets[REPEAT].to_list() if REPEAT in buckets.columns else []
     return order_of(config, sizes, processes, repeats)
 
 
-def _course(config: TrainingConfig, buckets: pl.DataFrame, processes: int) -> dict[str, Any]:
-    """The optimizer steps of a training, and how often it sees a sample."""
+def _schedule(config: TrainingConfig, buckets: pl.DataFrame, processes: int) -> dict[str, Any]:
+    """The number of optimizer steps, and how often each sample is seen."""
     order = _order(config, buckets, processes)
     steps = total_steps(config, order.steps_per_epoch)
     epochs, samples = steps / order.steps_per_epoch, int(buckets["len"].sum())
@@ -277,6 +289,6 @@ def _course(config: TrainingConfig, buckets: pl.DataFrame, processes: int) -> di
 
 
 def _repeats(buckets: pl.DataFrame) -> dict[str, int]:
-    """How many samples each pass over the data set takes how often."""
+    """How often a pass over the data set takes a sample → the number of such samples."""
     counted = buckets.group_by(REPEAT).agg(pl.col("len").sum()).sort(REPEAT)
     return {f"{often} times": count for often, count in counted.iter_rows()}

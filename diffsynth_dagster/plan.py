@@ -1,4 +1,4 @@
-"""Describes what a training would do, from its config alone."""
+"""Describes what a training would do, from its config alone. Checks nothing: see `preflight`."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 def describe(config: TrainingConfig, model: ResolvedModel) -> dict[str, Any]:
-    """What a training would do, as JSON values. Checks nothing: see `preflight`.
+    """Describe a training as JSON values.
 
     Args:
         model: see `weights.identify.guess_model`.
@@ -60,12 +60,13 @@ def describe(config: TrainingConfig, model: ResolvedModel) -> dict[str, Any]:
 
 
 def _sources(config: TrainingConfig, family: Family) -> dict[str, str]:
-    """Component or tokenizer → where its files are."""
+    """Component or tokenizer → the entry of the config that names its files."""
     sources: dict[str, str] = {}
     entries = model_entries(config)
     for index, (entry, name) in enumerate(
         zip(entries, guess_components(entries, family), strict=True)
     ):
+        # The name of a file may not tell its component; its tensors will.
         if name is None or name in sources:
             name = f"known when the file is there ({index})"
         sources[name] = entry.text
@@ -90,7 +91,7 @@ def _lora(config: TrainingConfig, family: Family) -> dict[str, Any] | None:
 
 
 def _geometry(config: TrainingConfig, family: Family) -> dict[str, int | float | None]:
-    """The sides in pixels, or what they follow from; for videos the frames as well."""
+    """The size in pixels, or the parameters that decide it; for videos, the frames too."""
     size: dict[str, int | float | None] = {
         "max_pixels": config.max_pixels,
         "side_factor": family.geometry.side_factor,
@@ -106,19 +107,21 @@ def _geometry(config: TrainingConfig, family: Family) -> dict[str, int | float |
 
 
 def _objective(config: TrainingConfig, model: ResolvedModel) -> str:
+    """The noising, and which timesteps are trained, in words."""
     if config.distills:
         return "direct distillation: the samples of a few steps against the teacher's"
     noising, shares = model.noising, model.schedule.shares
-    worded = [
+    ranges = [
         f"timesteps {float(noising.timesteps[s.low]):.0f} to {float(noising.timesteps[s.high - 1]):.0f}"
         + (f" by {s.component}" if len(shares) > 1 else "")
         for s in shares
     ]
     whole = len(shares) == 1 and (shares[0].low, shares[0].high) == (0, len(noising.timesteps))
     described = noising.description
+    # The config file of a scheduler is not looked at here.
     if model.family.scheduler_marks:
         described += ", unless the scheduler published with the model says otherwise"
-    described = described if whole else f"{described}; {', '.join(worded)}"
+    described = described if whole else f"{described}; {', '.join(ranges)}"
     if config.timestep_sampling != "uniform":
         described += f"; drawn by {config.timestep_sampling}"
     if config.timestep_shift is not None:

@@ -1,17 +1,15 @@
-"""Every check before the first step, in order: `CHECKS`. Each says what it needs to know.
+"""All checks before the first step, in one ordered list, `CHECKS`. Each one says what it needs.
 
-Parameters that contradict each other were refused before, when they were read: see `config.validate`.
-Values of weights are checked while they are loaded: see `weights.load`.
+Parameters that contradict each other were refused when they were read: see `config.validate`. The
+values of weights are checked when they are loaded: see `weights.load`.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from diffsynth_dagster.cache.encoded_for import require_encoded_for
 from diffsynth_dagster.cache.manifest import Manifest
@@ -22,29 +20,29 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.table.validate import CheckedTable, check_columns
 from diffsynth_dagster.dotted import import_function
-from diffsynth_dagster.errors import ParameterError, WeightsError
+from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.facts import FactCache
-from diffsynth_dagster.families.contract import Part
 from diffsynth_dagster.families.sampling_types import guidance_of
 from diffsynth_dagster.files import require_space
-from diffsynth_dagster.training.adapters import adapter_shapes
 from diffsynth_dagster.training.checkpoint import check_prefix
 from diffsynth_dagster.training.encoded_data import require_stored
-from diffsynth_dagster.training.lora import read_start, start_of
-from diffsynth_dagster.training.lora_formats import check_formats
-from diffsynth_dagster.training.lora_targets import lora_targets
+from diffsynth_dagster.training.fit import (
+    check_full_training,
+    check_loras,
+    check_presets,
+    refuse_coarse_weights,
+    require_components,
+    require_decoders,
+)
 from diffsynth_dagster.training.optimizer import check_optimizer
 from diffsynth_dagster.training.overlap import refuse_overlap, refuse_replaced_rows
-from diffsynth_dagster.weights.adapter_files import AdapterFile, require_values
-from diffsynth_dagster.weights.load import build_empty, require_buildable
-from diffsynth_dagster.weights.lora import LoraFile, read_lora, require_fit
-from diffsynth_dagster.weights.models import require_component
+from diffsynth_dagster.weights.load import require_buildable
 from diffsynth_dagster.weights.resolved import ResolvedModel
-from diffsynth_dagster.weights.whole import require_weights
 
-Needs = Literal["config", "data", "headers", "encoded"]
-"""What a check needs: the config and what its family declares; the checked tables of the data set; the headers
-of the model files; or what was encoded before."""
+Needs = Literal["config", "data", "headers", "disk", "encoded"]
+"""What a check needs: the config and what its family declares; the checked tables of the data set;
+the headers of the model files; the size of a checkpoint, on the machine that writes it; or the data
+set that was encoded before."""
 
 
 @dataclass
@@ -52,12 +50,13 @@ class Known:
     """What is known before the first step.
 
     Attributes:
-        model: without files, where only the config is known.
-        trained_dtype: element type of weights that are trained as a whole; a LoRA is float32.
-        tables: the checked tables of what is trained on and what is held out.
-        manifests: of a data set that was encoded before; that of the training first.
-        warn: is told of what is unusual, but not refused.
-        checkpoint_bytes: of the trained weights: the checks of headers count them.
+        model: without files, if a check needs only the config.
+        trained_dtype: element type of fully trained weights; a LoRA is float32.
+        tables: the checked tables of the trained and the held-out samples.
+        manifests: of a data set that was encoded before; the manifest of the trained samples is
+            first.
+        warn: called with what is unusual, but not refused.
+        checkpoint_bytes: size of the trained weights, which the checks of headers add up.
     """
 
     config: TrainingConfig
@@ -67,19 +66,26 @@ class Known:
     manifests: Sequence[Manifest] = ()
     fact_cache: FactCache | None = None
     warn: Callable[[str], None] = lambda _: None
-    checkpoint_bytes: int = field(default=0, init=False)
+    checkpoint_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check, and what it needs. It raises a `UserError`."""
+    """A check.
+
+    Attributes:
+        needs: what must be known.
+        run: raises a `UserError`.
+        again: what may change its answer: it is made a second time when this is known.
+    """
 
     needs: Needs
     run: Callable[[Known], object]
+    again: Needs | None = None
 
 
 def refuse_particular(known: Known) -> None:
-    """Refuse a parameter of single families that this family does not take. Raises `ParameterError`."""
+    """Refuse family-specific parameters that this family does not take. Raises `ParameterError`."""
     family = known.model.family
     for name in ParticularParameters.model_fields:
         if known.config.sets(name) and name not in family.parameters:
@@ -91,7 +97,7 @@ def refuse_particular(known: Known) -> None:
 
 
 def check_expert_offload(known: Known) -> None:
-    """Refuse `offload_idle_denoiser` where no frozen expert is ever idle. Raises `ParameterError`."""
+    """Refuse `offload_idle_denoiser` if no frozen expert is ever idle. Raises `ParameterError`."""
     config, experts = known.config, [d.component for d in known.model.denoisers]
     if not config.offload_idle_denoiser:
         return
@@ -111,8 +117,8 @@ def check_expert_offload(known: Known) -> None:
 
 
 def check_samples(known: Known) -> None:
-    """Refuse samples of prompts where the model needs more than a prompt, and a negative prompt without
-    guidance. Raises `ParameterError`."""
+    """Refuse prompts for samples if the model needs more than a prompt, and a negative prompt
+    without guidance. Raises `ParameterError`."""
     config, family = known.config, known.model.family
     if (config.sample_texts or config.customized_evaluation) and not family.samples_from_text:
         reads = (i for stage in family.sample_stages for i in stage.reads)
@@ -150,22 +156,23 @@ def refuse_lost_preset(known: Known) -> None:
 
 
 def check_functions(known: Known) -> None:
-    """Import the functions that the config names. Raises `ParameterError`."""
+    """Check that the functions that the config names can be imported. Raises `ParameterError`."""
     config = known.config
-    if config.customized_dataset is not None:
+    # Training on what was encoded makes no data set: the function may not even be on that machine.
+    if config.customized_dataset is not None and not config.trains_only:
         import_function(config.customized_dataset, "customized_dataset", "dataset_base_path")
     if config.customized_evaluation is not None:
         import_function(config.customized_evaluation, "customized_evaluation", "generate")
 
 
 def check_removed_prefix(known: Known) -> None:
-    """Check that the prefix to remove is that of a trained component. Raises `ParameterError`."""
+    """Check that the prefix to remove belongs to a trained component. Raises `ParameterError`."""
     model = known.model
     check_prefix(known.config.remove_prefix_in_ckpt, model.family, model.trained)
 
 
 def check_sizes(known: Known) -> None:
-    """Check that the family can have samples of this size and length. Raises `ParameterError`."""
+    """Check that the family supports this size and number of frames. Raises `ParameterError`."""
     config, family = known.config, known.model.family
     default = TrainingConfig.model_fields["max_pixels"].default
     if config.height is not None and config.max_pixels != default:
@@ -178,111 +185,11 @@ def check_sizes(known: Known) -> None:
     clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
 
 
-def refuse_coarse_weights(known: Known) -> None:
-    """Refuse float8 for weights that must be exact: those that are trained in full, and those that a DoRA
-    measures. Raises `ParameterError`."""
-    config, family = known.config, known.model.family
-    stored = {name for name in known.model.components if known.model.is_float8(name)}
-    for name in sorted({family.part(n).of for n in config.trainable_models} & stored):
-        raise ParameterError(
-            f"'{name}' is trained, and float8 is too coarse for weights that change",
-            where="fp8_models",
-            do="leave it out there, or train it through a LoRA",
-        )
-    measured = {family.part(n).of for n in config.lora_base_model if config.lora_method == "dora"}
-    for name in sorted(measured & stored):
-        raise ParameterError(
-            f"a DoRA measures the weights of '{name}', which cannot be done in float8",
-            where="fp8_models",
-            do="leave it out there, or give another lora_method",
-        )
-
-
-def require_components(known: Known) -> None:
-    """Check that the model list has every component that is encoded with or that a step uses. Raises
-    `WeightsError`."""
-    config, model = known.config, known.model
-    names: list[str] = []
-    if not config.reads_encoded:
-        names += [name for stage in model.cached_stages for name in stage.uses]
-    if not config.encodes_only:
-        names += model.step_components
-    for name in dict.fromkeys(names):
-        require_component(model, name)
-
-
-def require_decoders(known: Known) -> None:
-    """Check that the model list has what samples are decoded with. Raises `WeightsError`."""
-    if not (known.config.sample_prompts or known.config.customized_evaluation):
-        return
-    for name in known.model.family.decoder:
-        require_component(known.model, name)
-        files = known.model.components[name]
-        if files.lacks:
-            raise WeightsError(
-                f"the files of '{name}' hold no {files.lacks[0]}, which sample images need",
-                where=files.entry.text,
-                do="name the whole files, or leave the samples out",
-            )
-
-
 def require_architectures(known: Known) -> None:
-    """Check that each component can be built, and that its files are whole. Raises `WeightsError`."""
+    """Check that each component can be built, and that its files are whole. Raises
+    `WeightsError`."""
     for files in known.model.components.values():
         require_buildable(files)
-
-
-def check_full_training(known: Known) -> None:
-    """Check that the model has what `trainable_models` names, and that `resume_from_checkpoint` fits it;
-    count the weights.
-
-    Raises:
-        ParameterError: it has not.
-        WeightsError: the checkpoint does not fit.
-    """
-    config, model = known.config, known.model
-    for part, module, entry in _with_modules(known, config.trainable_models):
-        held = _held(part, module, f"trainable_models; {entry}")
-        known.checkpoint_bytes += sum(p.numel() for p in held) * known.trained_dtype.itemsize
-        if config.resume_from_checkpoint is not None:
-            path = Path(config.resume_from_checkpoint)
-            where = f"resume_from_checkpoint = {path.absolute()}"
-            require_weights(module, path, model.family, part.name, where)
-
-
-def check_presets(known: Known) -> None:
-    """Check that `preset_lora_path` is a LoRA that fits. Raises `WeightsError`."""
-    model = known.model
-    for name, preset in model.presets.items():
-        lora = read_lora(preset.path, model.family, preset.name, "preset_lora_path")
-        module = build_empty(model.components[name])
-        require_fit(module, lora, f"preset_lora_path = {preset.path}")
-        _warn_of_rest(known, lora, preset.path, preset.name)
-
-
-def check_loras(known: Known) -> None:
-    """Check that `lora_base_model` and the LoRA's targets are in the model, that `lora_checkpoint` fits,
-    and that checkpoints and exports can hold the LoRA; count the weights.
-
-    Raises:
-        ParameterError, TargetError: see `lora_targets`, `check_formats`, `adapter_shapes`.
-        WeightsError: `lora_checkpoint` does not fit.
-    """
-    config, model = known.config, known.model
-    for part, module, entry in _with_modules(known, config.lora_base_model):
-        base = part.name
-        _held(part, module, f"lora_base_model; {entry}")
-        targets = lora_targets(config, model.family, module, base)
-        start = read_start(config, model.family, module, base, targets)
-        if isinstance(start, LoraFile):
-            _warn_of_rest(known, start, config.lora_checkpoint, base)
-        if config.lora_method in ("lora", "dora"):
-            layers = {name: module.get_submodule(name) for name in targets}
-            check_formats(config, model.family, base, model.components[part.of], layers)
-        shapes = adapter_shapes(config, module, targets)
-        if isinstance(start, AdapterFile):
-            require_values(start, config.adapter, shapes, start_of(config))
-        known.checkpoint_bytes += sum(map(math.prod, shapes.values())) * torch.float32.itemsize
 
 
 def require_checkpoint_space(known: Known) -> None:
@@ -310,43 +217,57 @@ def require_encoded(known: Known) -> None:
         require_encoded_for(config, model, manifest, known.fact_cache)
     for manifest in known.manifests:
         require_stored(manifest)
+    # Without files, as if the model list had all components.
     components = model.components.keys() or {c.name for c in model.family.components}
     require_sample_rows(config, model.family, known.manifests[0], components)
 
 
+def count_full_training(known: Known) -> None:
+    """Check full trainings, and add up the size of their weights: see `check_full_training`."""
+    size = check_full_training(known.config, known.model, known.trained_dtype)
+    known.checkpoint_bytes += size
+
+
+def count_loras(known: Known) -> None:
+    """Check LoRAs, and add up the size of their weights: see `check_loras`."""
+    known.checkpoint_bytes += check_loras(known.config, known.model, known.warn)
+
+
 CHECKS: tuple[Check, ...] = (
-    Check("config", refuse_particular),
-    Check("config", check_expert_offload),
+    # `again`: the files may show another variant of the family than their names.
+    Check("config", refuse_particular, again="headers"),
+    Check("config", check_expert_offload, again="headers"),
     Check("config", refuse_lost_preset),
-    Check("config", check_samples),
-    Check("config", lambda known: check_optimizer(known.config, known.model)),
+    Check("config", check_samples, again="headers"),
+    Check("config", lambda known: check_optimizer(known.config, known.model), again="headers"),
     Check("config", lambda known: float8_entries(known.config)),
     Check("config", check_functions),
-    Check("config", check_removed_prefix),
-    Check("config", check_sizes),
-    Check("config", lambda known: check_columns(known.config, known.model.family.columns)),
+    Check("config", check_removed_prefix, again="headers"),
+    Check("config", check_sizes, again="headers"),
+    Check(
+        "config",
+        lambda known: check_columns(known.config, known.model.family.columns),
+        again="headers",
+    ),
     Check("config", lambda known: refuse_overlap(known.config)),
-    # Before the model files are looked for, which may download them.
+    # The data comes before the model files, which may have to be downloaded.
     Check("data", require_accepted_rows),
     Check("data", lambda known: refuse_replaced_rows(known.config, known.tables)),
-    # The files may say more than their names: that the model is a variant of the family.
-    Check("headers", check_sizes),
-    Check("headers", check_samples),
-    Check("headers", refuse_coarse_weights),
-    Check("headers", require_components),
-    Check("headers", require_decoders),
+    Check("headers", lambda known: refuse_coarse_weights(known.config, known.model)),
+    Check("headers", lambda known: require_components(known.config, known.model)),
+    Check("headers", lambda known: require_decoders(known.config, known.model)),
     Check("headers", require_architectures),
-    Check("headers", check_full_training),
-    Check("headers", check_presets),
-    Check("headers", check_loras),
-    Check("headers", require_checkpoint_space),
+    Check("headers", count_full_training),
+    Check("headers", lambda known: check_presets(known.model, known.warn)),
+    Check("headers", count_loras),
+    Check("disk", require_checkpoint_space),
     Check("encoded", require_encoded),
 )
-"""In the order in which they are made."""
+"""Made in this order."""
 
 
 def check_config(config: TrainingConfig, model: ResolvedModel) -> None:
-    """Check everything that can be checked without a file.
+    """Make the checks that need no file.
 
     Args:
         model: see `weights.identify.guess_model`.
@@ -360,7 +281,7 @@ def check_config(config: TrainingConfig, model: ResolvedModel) -> None:
 def check_data(
     config: TrainingConfig, model: ResolvedModel, tables: Sequence[CheckedTable]
 ) -> None:
-    """Check what the checked tables of the data set show. Raises `UserError`: see `CHECKS`."""
+    """Make the checks that need the tables of the data set. Raises `UserError`: see `CHECKS`."""
     _run("data", Known(config, model, tables=tables))
 
 
@@ -370,13 +291,13 @@ def check_headers(
     trained_dtype: torch.dtype,
     warn: Callable[[str], None] = lambda _: None,
 ) -> int:
-    """Check what the headers of the model files show, before anything is encoded.
+    """Make the checks that need the headers of the model files, before anything is encoded.
 
     Args:
         trained_dtype, warn: see `Known`.
 
     Returns:
-        Bytes of the trained weights, which are those of a checkpoint.
+        Size of the trained weights, and so of a checkpoint, in bytes.
 
     Raises:
         UserError: see `CHECKS`.
@@ -386,52 +307,30 @@ def check_headers(
     return known.checkpoint_bytes
 
 
+def check_disk(config: TrainingConfig, model: ResolvedModel, checkpoint_bytes: int) -> None:
+    """Make the checks of the disk that checkpoints are written to. Raises `UserError`: see `CHECKS`.
+
+    Args:
+        checkpoint_bytes: what `check_headers` returned.
+    """
+    _run("disk", Known(config, model, checkpoint_bytes=checkpoint_bytes))
+
+
 def check_encoded(
     config: TrainingConfig,
     model: ResolvedModel,
     manifests: Sequence[Manifest],
     fact_cache: FactCache,
 ) -> None:
-    """Check a data set that was encoded before. Raises `UserError`: see `CHECKS`.
+    """Make the checks of a data set that was encoded before. Raises `UserError`: see `CHECKS`.
 
     Args:
-        manifests: of the data set, and of what is held out where that has one of its own.
+        manifests: of the data set, and of the held-out samples if they have one of their own.
     """
     _run("encoded", Known(config, model, manifests=manifests, fact_cache=fact_cache))
 
 
 def _run(needs: Needs, known: Known) -> None:
     for check in CHECKS:
-        if check.needs == needs:
+        if needs in (check.needs, check.again):
             check.run(known)
-
-
-def _with_modules(known: Known, names: Sequence[str]) -> Iterator[tuple[Part, nn.Module, str]]:
-    """Each component or part of these names whose files are there, its component's module on the meta
-    device, and the entry of the model list. Parts of a component share its module."""
-    modules: dict[str, nn.Module] = {}
-    for part in (known.model.family.part(name) for name in names):
-        files = known.model.components.get(part.of)
-        if files is not None:
-            if part.of not in modules:
-                modules[part.of] = build_empty(files)
-            yield part, modules[part.of], files.entry.text
-
-
-def _held(part: Part, module: nn.Module, where: str) -> list[nn.Parameter]:
-    """The weights of a part of a component. Raises `ParameterError` where the model has none."""
-    held = [p for n, p in module.named_parameters() if part.holds(n)]
-    if not held:
-        raise ParameterError(
-            f"the model has no '{part.name}'",
-            where=where,
-            do="leave it out there, or give the files of a model that has it",
-        )
-    return held
-
-
-def _warn_of_rest(known: Known, lora: LoraFile, path: object, name: str) -> None:
-    """Say what of a LoRA file is not used."""
-    if lora.left_out:
-        others = ", ".join(f"'{other}'" for other in lora.left_out)
-        known.warn(f"{path} holds a LoRA of {others} as well; only that of '{name}' is used")

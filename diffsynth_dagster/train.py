@@ -1,17 +1,16 @@
 """The trainer: `accelerate launch -m diffsynth_dagster.train --flag …`.
 
-It trains, and then writes the files that other tools load. In Dagster that is an asset of its own: the
-launcher gives `--checkpoints_only`.
+It trains, and then writes the files that other tools load. In Dagster the export is an asset of its
+own, so the launcher passes `--checkpoints_only`.
 
-Exit codes: 0 done, 2 a mistake in the input (one message, no traceback), 130 stopped by a signal.
+Exit codes: 0 done, 2 a user error (one message, no traceback), 130 stopped by a signal.
 """
 
 import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,25 +24,27 @@ from diffsynth_dagster.run.signals import StopSignal
 
 if TYPE_CHECKING:
     from diffsynth_dagster.run.record import RunRecord
-    from diffsynth_dagster.training.parallel import Parallel
     from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
 def run(
     config: TrainingConfig, stop_asked: StopSignal, exports: bool = False
 ) -> "RunRecord | None":
-    """Do what a config asks for; returns the record of the training, if there was one.
+    """Do what a config asks for; returns the record of the training, None if the config only
+    encodes.
 
     Args:
-        exports: whether a finished training is exported too.
+        stop_asked: says whether a signal came.
+        exports: whether to export the finished training too.
 
     Raises:
-        UserError: see the modules that this and `run_locked` go through, in the order of the imports.
+        UserError: see `run_locked`, and the functions that this one imports.
         Stopped: a signal came.
     """
-    # Imported here: they take seconds, and a mistake in the flags is reported at once.
+    # Imported here, since they take seconds: a mistake in the flags is reported at once.
     from diffsynth_dagster.cache.split import with_settled
     from diffsynth_dagster.data.prepare import require_named
+    from diffsynth_dagster.pipeline import run_locked
     from diffsynth_dagster.preflight import check_config
     from diffsynth_dagster.run.folder import owned
     from diffsynth_dagster.training.join import start_parallel
@@ -56,126 +57,23 @@ def run(
     require_named(config)
     parallel = start_parallel(config)
     with ExitStack() as leaving:
-        # One process holds the run folder for all.
-        held = owned(Path(config.output_path), config.task)
-        parallel.from_main(lambda: leaving.enter_context(held))
+        # The main process locks the run folder for all of them.
+        lock = owned(Path(config.output_path), config.task)
+        parallel.from_main(lambda: leaving.enter_context(lock))
         trained = run_locked(config, model, parallel, stop_asked)
         if trained is None:
             return None
         if exports:
-            parallel.let_go()  # of the model, which takes the memory
+            parallel.let_go()  # frees the memory of the model
             parallel.from_main(lambda: export(config, *trained))
         return trained[0]
-
-
-def run_locked(
-    config: TrainingConfig, model: "ResolvedModel", parallel: "Parallel", stop_asked: StopSignal
-) -> "tuple[RunRecord, ResolvedModel] | None":
-    """Do what a checked config asks for, in a run folder that is held; see `run`.
-
-    Args:
-        model: without its files.
-
-    Returns:
-        The record of the training and the model, if something was trained.
-    """
-    from diffsynth_dagster.data.media.budget import DECODING
-    from diffsynth_dagster.facts import fact_cache_of
-    from diffsynth_dagster.files import require_writable
-    from diffsynth_dagster.preflight import check_data, check_encoded, check_headers
-    from diffsynth_dagster.run.record import RunFile
-    from diffsynth_dagster.run.reporting import make_reporter
-    from diffsynth_dagster.run.start import start_record
-    from diffsynth_dagster.training.batches import StepDataset
-    from diffsynth_dagster.training.encoded_data import (
-        checked_table,
-        encoded_before,
-        encoded_manifest,
-        open_store,
-        resolved_samples,
-    )
-    from diffsynth_dagster.training.loop import train
-    from diffsynth_dagster.training.memory import Memory
-    from diffsynth_dagster.training.resume import choose_state, going_on
-    from diffsynth_dagster.training.setup import Inputs, make_models
-    from diffsynth_dagster.weights.hub import ModelHub
-    from diffsynth_dagster.weights.identify import find_model
-
-    DECODING.megapixels = config.decode_megapixels
-    output = Path(config.output_path)
-    require_writable(output, "output_path")
-    require_writable(Path(config.cache_path), "cache_path")
-    fact_cache = fact_cache_of(config.cache_path)
-
-    # Metadata: the checked table, unless the data set is encoded already.
-    table = checked_table(
-        config,
-        model.family.columns,
-        fact_cache,
-        parallel,
-        lambda tables: check_data(config, model, tables),
-    )
-
-    # Weights: found and recognised. They are loaded when they are used.
-    warnings = table.warnings() if table is not None and parallel.is_main_process else []
-    with parallel.node_main_first():
-        found = find_model(config, ModelHub.from_environment())
-        warnings += found.family.warnings if parallel.is_main_process else ()
-        check_headers(config, found, parallel.trained_dtype, warnings.append)
-    parallel.seed(config.seed)
-    models = make_models(config, found, parallel)
-    memory = Memory(config, models)
-
-    reporter = make_reporter(config, parallel.is_main_process, parallel.trackers)
-    for text in warnings:
-        reporter.warn(text)
-    store = open_store(config)
-    with closing(reporter), store.in_use(waiting=reporter.warn), memory.explained():
-        # Latents: all in the store, and the manifest that names them.
-        if table is None:
-            manifests = [each for each in encoded_before(config) if each is not None]
-            check_encoded(config, found, manifests, fact_cache)
-        manifest = encoded_manifest(
-            config, parallel, models, table, fact_cache, reporter, stop_asked
-        )
-        if config.encodes_only:
-            return None
-
-        # Training, from the manifest alone.
-        devices, mixed_precision = parallel.device_names(), parallel.mixed_precision
-        record = start_record(config, found, manifest, fact_cache, devices, mixed_precision)
-        samples = resolved_samples(config, manifest, parallel)
-        record = replace(record, samples=len(samples.trained))
-        place = (parallel.process_index, parallel.num_processes)
-        data = StepDataset(config, found, samples.trained, *place)
-        state = parallel.from_main(
-            lambda: choose_state(config, record, data, parallel.can_save_state, reporter.warn)
-        )
-        record = going_on(record, state)
-        run_file = RunFile(output, record, writes=parallel.is_main_process)
-        trained = train(
-            Inputs(
-                config,
-                parallel,
-                models,
-                manifest,
-                run_file,
-                reporter,
-                stop_asked,
-                state,
-                samples,
-                data,
-                memory,
-            )
-        )
-        return trained, found
 
 
 def export(config: TrainingConfig, record: "RunRecord", model: "ResolvedModel") -> None:
     """Export a training that has just finished, and print how to load what was written.
 
     Raises:
-        OutputError: that failed; it says that the training is finished.
+        OutputError: the export failed; the message says that the training is finished.
     """
     from diffsynth_dagster.export import export_held, how_to_load
 
@@ -185,6 +83,7 @@ def export(config: TrainingConfig, record: "RunRecord", model: "ResolvedModel") 
         exported = export_held(config, record, model)
         for problem in exported.problems:
             raise problem
+    # Whatever it is, it is raised again, with a note that nothing of the training is lost.
     except Exception as error:
         known = recognised(error)
         if not isinstance(known, UserError):
@@ -206,8 +105,8 @@ def export(config: TrainingConfig, record: "RunRecord", model: "ResolvedModel") 
 
 
 def dry_run(arguments: Arguments) -> None:
-    """Print as JSON what a training would do, and its warnings on standard error; see `make_plan` and
-    `look_at_files`, also for what is raised."""
+    """Print as JSON what a training would do, and its warnings on standard error. Raises: see
+    `make_plan` and `look_at_files`."""
     from diffsynth_dagster.dry_run import make_plan
 
     plan = make_plan(arguments.config)
@@ -238,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 run(arguments.config, stop_asked, exports=not arguments.checkpoints_only)
             except (Stopped, KeyboardInterrupt):
-                if process_number() != 0:  # the main process writes the state, and says so
+                if process_number() != 0:  # the main process has written the state, and says where
                     raise
                 where = say_where_it_goes_on(arguments.config)
                 raise Stopped(f"stopped; with the same command {where}") from None

@@ -1,8 +1,8 @@
 """The parameters of a training.
 
-They are declared in groups (`dataset`, `models`, `particular`, `course`, `objective`, `learning`,
-`output`, `validation`) and combined into one class (`parameters`). Their values are read from flags
-(`flags`) or recipes (`recipe`) and then checked (`checks`). `effect` derives what a change of each
+They are declared in groups (`dataset`, `models`, `family_specific`, `training`, `objective`,
+`learning`, `output`, `validation`) and combined into one class (`parameters`). Their values are read from flags
+(`flags`) or recipes (`recipe`) and then checked (`validate`). `affects` derives what a change of each
 parameter makes out of date.
 """
 

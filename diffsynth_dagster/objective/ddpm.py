@@ -111,7 +111,7 @@ def ddpm_path(
     alpha_bar = alpha_bars(schedule, first, last)
     if zero_terminal_snr:
         alpha_bar = with_zero_terminal_snr(alpha_bar)
-    alpha_bar = alpha_bar.flip(0)  # index 0 has the most noise: see `NoisingPath`
+    alpha_bar = alpha_bar.flip(0)  # index 0 has the most noise: see `Noising`
     words = f"DDPM, beta {first:g} to {last:g} ({schedule}), predicts {prediction}"
     words += ", zero terminal SNR" if zero_terminal_snr else ""
     words += "" if min_snr_gamma is None else f", min-SNR weight with gamma {min_snr_gamma:g}"

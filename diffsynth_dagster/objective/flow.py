@@ -76,7 +76,7 @@ def flow_path(sigmas: torch.Tensor, description: str) -> FlowPath:
 
     Args:
         sigmas: float64 (n,), decreasing.
-        description: see `NoisingPath`.
+        description: see `Noising`.
     """
     # Converted to float32 only at the end, so that timesteps and weights are rounded once.
     timesteps = sigmas * NUM_TRAIN_TIMESTEPS

@@ -1,4 +1,4 @@
-"""From the manifest and the store to the micro-batches of an optimizer step."""
+"""Reads the micro-batches of an optimizer step, as the manifest lists them, from the store."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -26,16 +26,16 @@ class Batch:
     """A micro-batch.
 
     Attributes:
-        samples, visits: identity of each sample, and how often it was seen before.
-        places: of each sample in the order of `Samples`.
-        outputs: stacked outputs of the cached stages (B, …), padded and with masks where ragged.
-        inputs: column → value of each sample, for the stages that run in the step.
-        indices: the timestep of each sample, as an index of the schedule; of no use to distillation.
+        samples, visits: name of each sample, and how often it was seen before.
+        places: position of each sample in `Samples`.
+        indices: timestep of each sample, as an index into the schedule. Distillation ignores it.
         seed: of the noise.
-        denoiser: the component that predicts: the same for all micro-batches of a step.
-        scale: what the sum of the samples' losses is multiplied by, so that the gradients of an
-            optimizer step add up to those of the mean over its samples; 0 for a batch that only
-            keeps the processes in step.
+        outputs: stacked outputs of the cached stages (B, …); ragged ones are padded and have masks.
+        inputs: column → value of each sample, for the stages that run in the step.
+        denoiser: the component that predicts, the same for all micro-batches of a step.
+        scale: factor on the sum of the samples' losses. With it, the gradients of an optimizer step
+            add up to the gradient of the mean over its samples. A batch with scale 0 only keeps the
+            processes in step.
     """
 
     samples: list[str]
@@ -55,11 +55,11 @@ class Batch:
 
 
 def collate(outputs: Sequence[Output], samples: Sequence[Tensors]) -> Tensors:
-    """Stack the outputs of samples: ragged ones are padded with zeros and get a mask (B, L)."""
+    """Stack the outputs of samples. Ragged ones are padded with zeros and get a mask (B, L)."""
     stacked: Tensors = {}
     for output in outputs:
         if output.optional and output.name not in samples[0]:
-            continue  # nor in the others, which are of equal shape
+            continue  # the others lack it too: a batch has one shape
         tensors = [sample[output.name] for sample in samples]
         if not output.ragged:
             stacked[output.name] = torch.stack(tensors)
@@ -72,9 +72,13 @@ def collate(outputs: Sequence[Output], samples: Sequence[Tensors]) -> Tensors:
 
 
 class StepDataset(Dataset[list[Batch]]):
-    """Optimizer step → the micro-batches of one process.
+    """Optimizer step, counted from 0 → the micro-batches of one process.
 
-    Every process gets the same number of micro-batches; the last may be one of scale 0.
+    Every process gets the same number of micro-batches; its last one may have scale 0.
+
+    Args:
+        rank: of this process.
+        world: number of processes.
     """
 
     def __init__(
@@ -98,8 +102,8 @@ class StepDataset(Dataset[list[Batch]]):
         self._step: tuple[int, list[MicroBatch]] | None = None
 
     def counts(self, step: int) -> tuple[int, int]:
-        """How many samples an optimizer step looks at, on all processes together, and how many patches
-        their latents have together.
+        """How many samples an optimizer step has on all processes, and the patches of their
+        latents.
 
         Args:
             step: counted from 0.
@@ -112,29 +116,34 @@ class StepDataset(Dataset[list[Batch]]):
 
         Raises:
             StoreError: a shard is damaged.
-            MetadataError: a file that the step reads is no longer what was checked.
+            MetadataError: a file that the step reads has changed since it was checked.
         """
         micros = self._micros(step)
+        # The processes average their gradients, so this makes them those of the mean over samples.
         scale = self._world / sum(len(micro) for micro in micros)
+        # All micro-batches of a step go to one denoiser, so that it gets a whole step's gradient.
         share = share_of_step(self._schedule.shares, self._seed, step)
         mine = micros[self._rank :: self._world]
         scales = [scale] * len(mine)
+        # Every process must take part in the reduction of gradients equally often. One that has a
+        # micro-batch less computes the step's first one with scale 0, which adds nothing.
         if len(mine) < -(-len(micros) // self._world):
             mine, scales = [*mine, micros[0]], [*scales, 0.0]
-        work = share.component
-        return [self._batch(micro, work, scale) for micro, scale in zip(mine, scales, strict=True)]
+        denoiser = share.component
+        return [self._batch(m, denoiser, scale) for m, scale in zip(mine, scales, strict=True)]
 
     def _micros(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of a step, of all processes. Those of the last one asked for are kept."""
+        """The micro-batches of a step on all processes. The newest result is kept."""
         if self._step is None or self._step[0] != step:
             self._step = step, self.order.step(step)
         return self._step[1]
 
     def _batch(self, micro: MicroBatch, denoiser: str, scale: float) -> Batch:
-        """A micro-batch of a step, with the timesteps that are drawn for its visits."""
+        """Read a micro-batch, with the timesteps that are drawn for its visits."""
         share = next(s for s in self._schedule.shares if s.component == denoiser)
         samples = [self._sample(visit) for visit in micro]
         visits = [visit.visit for visit in micro]
+        # All samples of a micro-batch have one shape.
         pixels = self._samples.pixels(micro[0].bucket)
         indices = [
             self._schedule.index(share, sample.sample, visit, pixels)
@@ -151,8 +160,10 @@ class StepDataset(Dataset[list[Batch]]):
         denoiser: str,
         scale: float,
     ) -> Batch:
-        """A micro-batch of samples of equal shape, told their first caption where they have several. For
-        the other arguments see `Batch`.
+        """Read samples of equal shape as a micro-batch. For the other arguments see `Batch`.
+
+        Args:
+            samples: one that still has several captions gets its first.
 
         Raises:
             StoreError, MetadataError: see `__getitem__`.
@@ -180,12 +191,12 @@ class StepDataset(Dataset[list[Batch]]):
         )
 
     def _sample(self, visit: Visit) -> Sample:
-        """A sample with the caption that it is told in this visit."""
+        """The sample of a visit, with the caption that is drawn for the visit."""
         sample = self._samples.at(visit.bucket, visit.index)
         if not sample.captions:
             return sample
         dropout = self._caption_dropout
-        count = len(sample.captions) - (dropout > 0.0)  # the last is the empty one
+        count = len(sample.captions) - (dropout > 0.0)  # the last one is the empty caption
         number = caption_index(self._seed, sample.sample, visit.visit, count, dropout)
         return sample.told(number)
 
@@ -202,45 +213,46 @@ class StepDataset(Dataset[list[Batch]]):
 def steps_of(
     data: Dataset[list[Batch]], first: int, total_steps: int, workers: int
 ) -> Iterator[tuple[int, list[Batch]]]:
-    """Optimizer step, counted from 1 → its micro-batches, one step after the other.
+    """Yield each optimizer step, counted from 1, with its micro-batches.
 
     Args:
         data: step, counted from 0 → its micro-batches.
         first: steps that were made before.
-        workers: processes that read ahead; with 0, this process reads.
+        workers: number of processes that read ahead; with 0, this process reads.
 
     Raises:
-        UserError: as reading the step raised it, whoever read it.
+        UserError: the data of a step cannot be read, in a worker or here; see `StepDataset`.
     """
     loader = DataLoader(
         _ErrorsAsValues(data),
-        batch_size=None,
+        batch_size=None,  # an item of the data set is a whole step already
         sampler=range(first, total_steps),
         num_workers=workers,
     )
-    # Made here, since it draws a random number: not when the first step is asked for.
+    # The iterator draws a random number when it is created. That happens here, not lazily in
+    # the generator: the caller restores its random numbers after this call.
     return _numbered(iter(loader), first)
 
 
 def _numbered(
-    batches_of: Iterator[list[Batch] | UserError], first: int
+    loaded: Iterator[list[Batch] | UserError], first: int
 ) -> Iterator[tuple[int, list[Batch]]]:
-    """Number the micro-batches of steps; see `steps_of`."""
+    """Number the steps, and raise a user error that was read in place of one; see `steps_of`."""
     try:
-        for step, batches in enumerate(batches_of, start=first + 1):
+        for step, batches in enumerate(loaded, start=first + 1):
             if isinstance(batches, UserError):
                 raise batches
             yield step, batches
     finally:
-        # Its processes end here. Left to the garbage collector, it waits for each for five seconds.
-        del batches_of
+        # This ends the worker processes. The garbage collector would wait five seconds for each.
+        del loaded
 
 
 class _ErrorsAsValues(Dataset[list[Batch] | UserError]):
-    """A data set that returns a user's mistake instead of raising it.
+    """A data set that returns a `UserError` instead of raising it.
 
-    torch raises the exception of a worker process again with a traceback for its message; a value
-    arrives as it is.
+    torch raises a worker's exception again with a traceback as its message; a value arrives
+    unchanged.
     """
 
     def __init__(self, data: Dataset[list[Batch]]) -> None:

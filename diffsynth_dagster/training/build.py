@@ -1,4 +1,4 @@
-"""What a training step is built of: the loaded modules, changed by one transform after another.
+"""Builds the training step: loads the modules and changes them by one transform after another.
 
 A new transform (compiling, offloading, sharding) is one function and one line in `TRANSFORMS`.
 """
@@ -26,11 +26,11 @@ from diffsynth_dagster.weights.whole import load_weights
 
 @dataclass(frozen=True)
 class Building:
-    """What a transform is given.
+    """What a transform works on.
 
     Attributes:
         modules: component → its module. A transform changes modules in place.
-        device, dtype: of the modules.
+        device, dtype: where the modules compute, and in which type.
         trained_dtype: element type of weights that are trained as a whole; a LoRA is float32.
     """
 
@@ -43,16 +43,17 @@ class Building:
 
 
 def add_loras(building: Building) -> None:
-    """Put LoRA layers into what `lora_base_model` names. Raises: see `add_lora`."""
+    """Add LoRA layers to what `lora_base_model` names. Raises: see `lora.add_lora`."""
     config, family = building.config, building.model.family
     for base in config.lora_base_model:
         add_lora(config, family, building.modules[family.part(base).of], base)
 
 
 def store_weights(building: Building) -> None:
-    """Store the frozen weights under a LoRA in float8. (Components without one were stored so when they
-    were loaded.)"""
+    """Store the frozen weights of components with a LoRA in float8. (The other components were
+    stored in float8 when they were loaded.)"""
     family = building.model.family
+    # Two parts of a component may have LoRAs; the component is converted once.
     for owner in dict.fromkeys(family.part(base).of for base in building.config.lora_base_model):
         if building.model.is_float8(owner):
             store_in_float8(building.modules[owner], building.dtype, building.device)
@@ -77,24 +78,26 @@ def train_in_full(building: Building) -> None:
 
 
 def checkpoint_activations(building: Building) -> None:
-    """Recompute activations in the backward pass, if asked or usual for the family. Raises
-    `ParameterError`: see `checkpoint_gradients`."""
+    """Recompute activations in the backward pass, if the config asks for it or, when it says
+    nothing, if the family usually does. Raises `ParameterError`: see `checkpoint_gradients`."""
     model, asked = building.model, building.config.checkpoints_gradients
     if model.family.checkpoints_gradients if asked is None else asked:
-        # Gradients of what conditions the denoiser go through all of the denoiser.
+        # The gradients of a trained text encoder or ControlNet pass through the whole denoiser,
+        # even if the denoiser itself is frozen.
         through = model.trained_components | {d.component for d in model.denoisers}
         for name in sorted(through):
+            # A family's usual choice is not an error for a component that cannot do it.
             checkpoint_gradients(building.modules[name], required=asked is not None)
 
 
 def set_training_mode(building: Building) -> None:
-    """Put what is trained into training mode; the rest stays in evaluation mode."""
+    """Put trained components into training mode. The others stay in evaluation mode."""
     for name in building.model.trained_components:
         building.modules[name].train()
 
 
 def offload_idle_experts(building: Building) -> None:
-    """Let the frozen weights of experts that are not at work wait in CPU memory, if asked."""
+    """Keep the frozen weights of idle experts in CPU memory, if the config asks for it."""
     if building.config.offload_idle_denoiser:
         experts = [building.modules[d.component] for d in building.model.denoisers]
         take_turns(experts, building.device)
@@ -104,19 +107,20 @@ Transform = Callable[[Building], None]
 
 TRANSFORMS: tuple[Transform, ...] = (
     add_loras,
-    # After the LoRA: DoRA measures the weights, and peft would put its own layers into float8 too.
+    # After the LoRA: DoRA takes norms of the exact weights, and peft would use the type of the
+    # layer, float8, for its own weights.
     store_weights,
     train_in_full,
     checkpoint_activations,
     set_training_mode,
-    # Last: which weights wait depends on which of them are trained.
+    # Last: only weights that are still frozen are offloaded.
     offload_idle_experts,
 )
-"""In the order in which they are applied."""
+"""Applied in this order."""
 
 
 def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtype) -> TrainingStep:
-    """Load the components of the step and transform them into what is trained.
+    """Load the components of the step, apply the transforms, and return the training step.
 
     Args:
         trained_dtype: see `Building`.
@@ -130,7 +134,7 @@ def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtyp
     building = Building(config, model, loaded, models.device, models.dtype, trained_dtype)
     for transform in TRANSFORMS:
         transform(building)
-    # Only now: tensors may have been mapped from their files until a transform moved them.
+    # Checked last: tensors may be mapped from their files until a transform copies them.
     require_starts(config, model)
     for name in model.step_components:
         model.require_unchanged(name)
@@ -138,7 +142,7 @@ def build_step(config: TrainingConfig, models: Models, trained_dtype: torch.dtyp
 
 
 def _make_trainable(module: nn.Module, part: Part, dtype: torch.dtype) -> None:
-    """Make the parameters of a component, or of a part of it, trainable, in an element type."""
+    """Make the parameters of a component or part trainable, converted to an element type."""
     for name, parameter in module.named_parameters():
         if part.holds(name) and not is_adapter(name):
             parameter.data = parameter.data.to(dtype)

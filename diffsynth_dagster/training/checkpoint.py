@@ -1,4 +1,4 @@
-"""Saved weights: the trained tensors under the names that users expect, with provenance."""
+"""Checkpoint files: the trained tensors under the names that users expect, with provenance."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ class CheckpointFile:
     """A file of a checkpoint.
 
     Attributes:
-        trained: the trained components and parts that it holds.
+        trained: the trained components and parts in it.
         removed: the prefix that is removed from the names of its tensors.
     """
 
@@ -38,41 +38,41 @@ class CheckpointFile:
 def checkpoint_files(
     name: str, family: Family, trained: Sequence[str], removed: str
 ) -> list[CheckpointFile]:
-    """The files of a checkpoint: one, or one for each denoiser where several are trained. Their
-    layers have the same names, and other tools load them one by one.
+    """The files of a checkpoint: one, or one for each denoiser if several are trained. Denoisers
+    have equal layer names, and other tools load a file into each.
 
     Args:
         name: of the checkpoint, such as `epoch-0`.
         trained: the trained components and parts, in the order of the record.
-        removed: `remove_prefix_in_ckpt`. That of one denoiser removes those of all, each from its
-            own file.
+        removed: `remove_prefix_in_ckpt`. If it is the prefix of one denoiser, the prefix of each
+            denoiser is removed from its own file.
     """
-    of = {part: family.part(part).of for part in trained}
+    owners = {part: family.part(part).of for part in trained}
     at_work = [
-        d.component for d in family.at_work(frozenset(trained)) if d.component in of.values()
+        d.component for d in family.at_work(frozenset(trained)) if d.component in owners.values()
     ]
     if len(at_work) < 2:
         return [CheckpointFile(f"{name}.safetensors", tuple(trained), removed)]
-    starts = [family.prefix(component) for component in at_work]
+    prefixes = [family.prefix(component) for component in at_work]
     files: list[CheckpointFile] = []
-    for component, start in zip(at_work, starts, strict=True):
-        # What is trained beside the denoisers goes with the first one.
-        own = tuple(
+    for component, prefix in zip(at_work, prefixes, strict=True):
+        # Trained components that are no denoisers go into the first denoiser's file.
+        parts = tuple(
             part
-            for part, owner in of.items()
+            for part, owner in owners.items()
             if owner == component or (component == at_work[0] and owner not in at_work)
         )
-        own_removed = start if removed in starts else removed
-        files.append(CheckpointFile(f"{name}-{component}.safetensors", own, own_removed))
+        file_removed = prefix if removed in prefixes else removed
+        files.append(CheckpointFile(f"{name}-{component}.safetensors", parts, file_removed))
     return files
 
 
 def names_in_file(names: Iterable[str], family: Family, file: CheckpointFile) -> dict[str, str]:
-    """Names of trained tensors → their whole names, `pipe.<component or part>.<tensor>`, for those that a
-    file of a checkpoint holds.
+    """Name of each trained tensor in a checkpoint file → its full name, as the guide has it:
+    `pipe.<component or part>.<tensor>`.
 
     Args:
-        names: in `TrainingStep`: `components.<component>.<tensor>`.
+        names: of all trained tensors in `TrainingStep`: `components.<component>.<tensor>`.
     """
     parts = [family.part(name) for name in file.trained]
     saved: dict[str, str] = {}
@@ -91,47 +91,50 @@ def content_of(
     record: RunRecord,
     name: LoraFormat | None,
 ) -> Spelled:
-    """What a file of a checkpoint holds: LoRAs in their format, and weights that are trained in full as
-    the files have them that they came from.
+    """The content of a checkpoint file: LoRAs in their format, and fully trained weights in the
+    layout of the files that they were loaded from.
 
     Args:
-        tensors: by their whole names: see `names_in_file`.
-        name: the format of LoRAs; None where what is trained in the layers is none.
+        tensors: by their full names: see `names_in_file`.
+        name: the format of LoRAs; None for other adapters and full training.
     """
     family = model.family
-    rest: Tensors = {}
+    plain: Tensors = {}  # all that no LoRA format writes
     notes: dict[str, str] = {}
     loras: dict[str, Tensors] = {}
     for part in file.trained:
-        start = family.prefix(part)
-        own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-        if any(is_in_layer(n) for n in own):
+        prefix = family.prefix(part)
+        weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if any(is_in_layer(n) for n in weights):
             if name is not None:
-                # Parts of a component are one LoRA of it, but for the guide's names.
-                loras.setdefault(part if name == "guide" else family.part(part).of, {}).update(own)
+                # The guide's names tell parts apart. Other formats know components only, so the
+                # LoRAs of a component's parts are joined.
+                owner = part if name == "guide" else family.part(part).of
+                loras.setdefault(owner, {}).update(weights)
                 continue
         else:
-            laid_out = in_layout_of(model.components[family.part(part).of], own)
-            if laid_out.keys() != own.keys():
+            laid_out = in_layout_of(model.components[family.part(part).of], weights)
+            if laid_out.keys() != weights.keys():
+                # The files had the authors' names, which the metadata must say.
                 notes[IMPLEMENTATION] = family.authors
-            own = laid_out
-        rest |= {(start + n).removeprefix(file.removed): t for n, t in own.items()}
+            weights = laid_out
+        plain |= {(prefix + n).removeprefix(file.removed): t for n, t in weights.items()}
     if name is None or not loras:
-        return Spelled(rest, notes)
+        return Spelled(plain, notes)
     assert record.lora is not None
     scale = record.lora["alpha"] / record.lora["rank"]
-    starts = {part: family.prefix(part).removeprefix(file.removed) for part in loras}
-    written = (Guide(starts) if name == "guide" else find_format(name)).write(
-        {part: lora_of(own, scale) for part, own in loras.items()},
+    prefixes = {part: family.prefix(part).removeprefix(file.removed) for part in loras}
+    written = (Guide(prefixes) if name == "guide" else find_format(name)).write(
+        {part: lora_of(weights, scale) for part, weights in loras.items()},
         {part: family.lora_rules(part) for part in loras},
     )
-    return Spelled({**rest, **written.tensors}, {**notes, **written.notes})
+    return Spelled({**plain, **written.tensors}, {**notes, **written.notes})
 
 
 def check_prefix(prefix: str, family: Family, trained: frozenset[str]) -> None:
-    """Check before training that the prefix to remove is that of a trained component.
+    """Check that the prefix to remove belongs to a trained component.
 
-    The default prefix may match nothing: then nothing is removed.
+    The default prefix may match nothing; then nothing is removed.
 
     Args:
         trained: names of the trained components and parts.
@@ -140,23 +143,24 @@ def check_prefix(prefix: str, family: Family, trained: frozenset[str]) -> None:
         ParameterError: no trained tensor starts with it.
     """
     default = OutputParameters.model_fields["remove_prefix_in_ckpt"].default
-    starts = sorted(family.prefix(name) for name in trained)
-    if not prefix or prefix == default or any(prefix.startswith(start) for start in starts):
+    prefixes = sorted(family.prefix(name) for name in trained)
+    if not prefix or prefix == default or any(prefix.startswith(known) for known in prefixes):
         return
     raise ParameterError(
         f"no trained tensor starts with '{prefix}'",
         where="remove_prefix_in_ckpt",
-        do=f"give the prefix of a trained model: {', '.join(starts)}",
+        do=f"give the prefix of a trained model: {', '.join(prefixes)}",
     )
 
 
 def write_checkpoint(path: Path, content: Spelled, provenance: Mapping[str, Any]) -> Path:
-    """Write a safetensors file whole, with its provenance as JSON in the header.
+    """Write a safetensors file atomically, with its provenance as JSON in the header.
 
     Equal tensors and provenance give equal bytes.
 
     Raises:
         OutputError: the folder cannot be written.
     """
+    # transformers refuses files without "format".
     notes = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True), "format": "pt"}
     return write_described(path, content.tensors, {**content.notes, **notes})

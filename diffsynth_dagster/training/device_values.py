@@ -1,8 +1,8 @@
-"""Times and numbers of a GPU, read when they are there.
+"""Reads times and numbers of a GPU without making it wait.
 
-A GPU works behind the process that drives it. A process that reads a loss as soon as it has asked for it
-waits for all that the GPU still has to do, and then the GPU waits for the process. So a number is asked for
-at once and read later.
+A GPU runs behind the process that queues its work. A process that reads a loss at once waits until
+the queue is empty; then the GPU waits until the process has queued more. So a number is copied
+asynchronously, and read later.
 """
 
 import time
@@ -11,7 +11,7 @@ import torch
 
 
 class Moment:
-    """When a device gets to where the process that drives it is now: on a CPU, at once."""
+    """The time at which a device reaches the present end of its queue; on a CPU, now."""
 
     def __init__(self, device: torch.device) -> None:
         self._seconds = time.perf_counter()
@@ -21,25 +21,30 @@ class Moment:
             self._event.record()
 
     def wait(self) -> None:
-        """Wait until the device is there."""
+        """Wait until the device has reached it."""
         if self._event is not None:
             self._event.synchronize()
 
     def since(self, earlier: "Moment") -> float:
-        """Seconds from an earlier moment of the same device. The device must be there: see `wait`."""
+        """Seconds from an earlier moment of the same device, which must have reached both: see
+        `wait`."""
         if self._event is None or earlier._event is None:
             return self._seconds - earlier._seconds
-        return earlier._event.elapsed_time(self._event) / 1000
+        return earlier._event.elapsed_time(self._event) / 1000  # milliseconds
 
 
 class Numbers:
-    """Numbers (n,) on their way from a device to this process, with the moment that they are there."""
+    """Numbers (n,) that are being copied from a device to this process.
+
+    Attributes:
+        there: the moment at which they have arrived.
+    """
 
     def __init__(self, values: torch.Tensor) -> None:
-        self._values = values.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self._values = values.to("cpu", non_blocking=True)  # torch pins the target memory itself
         self.there = Moment(values.device)
 
     def read(self) -> list[float]:
-        """The numbers. Waits for them."""
+        """The numbers, after waiting for them."""
         self.there.wait()
         return self._values.tolist()

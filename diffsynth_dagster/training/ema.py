@@ -1,4 +1,4 @@
-"""An average of the trained weights over the steps, and which weights are saved and looked at.
+"""The average of the trained weights over the steps, which is saved and evaluated in their place.
 
 The average is an exponential moving average with a power-function profile: Karras et al. 2024,
 "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696, section 3.1.
@@ -6,8 +6,8 @@ After step T it is the sum of w_t θ_t over all steps t, where θ_t are the weig
 
     w_t = (t^(γ+1) - (t-1)^(γ+1)) / T^(γ+1).
 
-So its length grows with the training, and steps near the beginning are soon forgotten. γ is given
-by σ_rel, the standard deviation of the profile relative to the length of the training.
+So the averaged span grows with the training, and early steps are soon forgotten. γ follows from
+σ_rel, the standard deviation of the profile relative to the length of the training.
 """
 
 from collections.abc import Generator, Mapping
@@ -30,46 +30,49 @@ if TYPE_CHECKING:
 def gamma_of(sigma_rel: float) -> float:
     """γ of the profile whose relative standard deviation is σ_rel.
 
-    σ_rel² = (γ+1) / ((γ+2)² (γ+3)), of which the largest solution is taken: equations 123 and 126
-    of arXiv:2312.02696.
+    σ_rel² = (γ+1) / ((γ+2)² (γ+3)), of which the largest root is taken: equations 123 and 126 of
+    arXiv:2312.02696.
 
     Args:
         sigma_rel: more than 0 and less than 1/√12, at which γ is 0.
     """
+    # Multiplied out: γ³ + 7γ² + (16 - 1/σ²)γ + 12 - 1/σ² = 0.
     inverse = sigma_rel**-2
     roots: Any = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
     return float(max(root.real for root in roots))
 
 
 class Average:
-    """No average: the weights as they are.
+    """No average: the weights are saved and evaluated as they are.
 
     Attributes:
-        weights: name → average, for the state of the training; empty where it is kept elsewhere.
+        weights: name → average, for the state of the training; empty if there is none, or if the
+            optimizer's state holds it.
     """
 
     def __init__(self) -> None:
         self.weights: dict[str, torch.Tensor] = {}
 
     def update(self, step: int) -> None:
-        """Take in the weights after a step, counted from 1."""
+        """Update the average with the weights after a step, counted from 1."""
 
     def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Give back what a state kept of `weights`."""
+        """Restore `weights` from a state."""
 
     @contextmanager
     def in_place(self) -> Generator[None]:
-        """The parameters are their averages while it is entered, and the same bits as before
-        afterwards."""
+        """While entered, the parameters hold their averages. Afterwards they are the same bits as
+        before."""
         yield
 
 
 class PowerAverage(Average):
-    """The average of weights over the steps so far; before the first, the weights themselves.
+    """The average of the weights over the steps so far; before the first step, the weights
+    themselves.
 
     Args:
-        trained: name → parameter. They are float32, and so are their averages, on the same device.
-        sigma_rel: see `gamma_of`; 0.05 to 0.15 are usual.
+        trained: name → float32 parameter. The averages are float32 too, on the same device.
+        sigma_rel: see `gamma_of`; usually 0.05 to 0.15.
     """
 
     def __init__(self, trained: Mapping[str, nn.Parameter], sigma_rel: float) -> None:
@@ -81,9 +84,11 @@ class PowerAverage(Average):
     @torch.no_grad()
     def update(self, step: int) -> None:
         """See `Average`. Equation 127 of arXiv:2312.02696."""
+        # 0 at step 1, so the initial weights do not count.
         beta = (1 - 1 / step) ** self._power
         averages: list[torch.Tensor] = [*self.weights.values()]
         weights: list[torch.Tensor] = [*self._trained.values()]
+        # One kernel for all tensors. average ← average + (1 - β)(weights - average).
         torch._foreach_lerp_(averages, weights, 1 - beta)  # pyright: ignore[reportPrivateUsage]
 
     @torch.no_grad()
@@ -94,20 +99,20 @@ class PowerAverage(Average):
 
     @contextmanager
     def in_place(self) -> Generator[None]:
-        """See `Average`. Takes no memory: they change places."""
-        self._change_places()
+        """See `Average`. Takes no memory: parameters and averages are swapped."""
+        self._swap()
         try:
             yield
         finally:
-            self._change_places()
+            self._swap()
 
-    def _change_places(self) -> None:
+    def _swap(self) -> None:
         for parameter, average in zip(self._trained.values(), self.weights.values(), strict=True):
             parameter.data, average.data = average.data, parameter.data
 
 
 class AverageOfOptimizer(Average):
-    """The average that a schedule-free optimizer keeps, from which its steps start.
+    """The average that a schedule-free optimizer keeps.
 
     Args:
         trained: name → parameter.
@@ -121,8 +126,8 @@ class AverageOfOptimizer(Average):
 
     @contextmanager
     def in_place(self) -> Generator[None]:
-        """See `Average`. Takes a copy of the weights meanwhile, since the optimizer gives them back
-        up to rounding only."""
+        """See `Average`. Keeps a copy of the weights meanwhile, since the optimizer restores them
+        only up to rounding."""
         before = [parameter.detach().clone() for parameter in self._trained.values()]
         self._optimizer.eval()
         try:
@@ -143,7 +148,8 @@ def refuse_average(
         optimizer: as `make_optimizer` made it.
 
     Raises:
-        ParameterError: DeepSpeed keeps the weights in parts, and one is asked for; or two averages are.
+        ParameterError: DeepSpeed splits the weights, and the optimizer or the average needs them
+            whole; or the optimizer keeps an average, and the config asks for another one.
     """
     in_pieces = not parallel.updates_whole_tensors
     if in_pieces and needs_whole_tensors(config, optimizer):
@@ -169,7 +175,7 @@ def refuse_average(
 def make_average(
     config: TrainingConfig, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> Average:
-    """The average that a config asks for, or that the optimizer keeps by itself: see `refuse_average`.
+    """The average that the optimizer keeps by itself, or that the config asks for.
 
     Args:
         trained: name → parameter of the prepared module.
@@ -183,10 +189,9 @@ def make_average(
 
 
 def evaluated_weights(training: "TrainingState") -> AbstractContextManager[None]:
-    """While it is entered, the trained weights of this process are those that are saved and looked
-    at: their average, where there is one, and else themselves. Afterwards they are the same bits as
-    before.
+    """Entered to save or evaluate: the trained weights of this process hold their average
+    meanwhile, if there is one. Afterwards they are the same bits as before.
 
-    Not to be entered twice at once, and no step or state belongs into it. Not collective.
+    Must not be nested, and no step or state may be made inside. Not collective.
     """
     return training.average.in_place()

@@ -1,4 +1,4 @@
-"""The data set of a training: table → encoded samples → where each of them lies.
+"""The data set of a training: from the table to encoded samples, and where each one is stored.
 
 On the command line these are three calls in one process. In a Dagster job the metadata asset makes
 the table, the latents asset encodes it, and the checkpoints asset starts from what was encoded.
@@ -47,7 +47,8 @@ _HELD_OUT, _COMPARED = "held_out", "compared"
 
 
 def open_store(config: TrainingConfig) -> Store:
-    """The store that a config reads: its own, or that of the encoded data set it names."""
+    """The store that a config reads: `cache_path`, or the store of the encoded data set that it
+    names."""
     if config.dataset_metadata_path is not None:
         return Store(Path(config.cache_path))
     return Store(Path(read_manifest(Path(config.dataset_base_path)).store))
@@ -58,16 +59,16 @@ def checked_table(
     columns: Columns,
     fact_cache: FactCache,
     parallel: Parallel,
-    check: Callable[[Sequence[CheckedTable]], None],
+    check: Callable[[CheckedTable], None],
 ) -> CheckedTable | None:
-    """The checked table of a config; None where the data set was encoded before. Collective.
+    """The checked table of a config; None if the data set was encoded before. Collective.
 
-    One process of each node makes and checks it; the others read what that one wrote. So is the table
-    of what is held out, where there is one.
+    One process of each node makes and checks it; the others read what it wrote. If the held-out
+    samples have a table of their own, that is made and checked too.
 
     Args:
         columns: of the model's family.
-        check: called with both tables by the process that made them.
+        check: called with each table by the process that made it.
 
     Raises:
         MetadataError, ParameterError: see `prepare_data`; and whatever `check` raises.
@@ -77,55 +78,58 @@ def checked_table(
     with parallel.node_main_first():
         if not parallel.is_node_main:
             return read_checked(Path(config.output_path), PINNED)
-        own = held_out_config(config)
+        held_out = held_out_config(config)
         tables: list[CheckedTable] = []
-        for each in [config] if own is None else [config, own]:
+        for data in [config] if held_out is None else [config, held_out]:
             with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
-                tables.append(prepare_data(each, columns, fact_cache, bar.update, pinned=True))
-        check(tables)
+                tables.append(prepare_data(data, columns, fact_cache, bar.update, pinned=True))
+            check(tables[-1])
         return tables[0]
 
 
-def encoded_before(config: TrainingConfig) -> tuple[Manifest, Manifest | None]:
-    """The manifest of a data set that was encoded before, and of what is held out where that has one of
-    its own. Raises `StoreError`."""
+def encoded_before(config: TrainingConfig) -> list[Manifest]:
+    """The manifest of a data set that was encoded before, and the manifest of the held-out samples
+    if they have one of their own. Raises `StoreError`."""
     manifest = read_manifest(Path(config.dataset_base_path))
-    return manifest, held_out_manifest(config, manifest)
+    held_out = held_out_manifest(config, manifest)
+    return [manifest] if held_out is None else [manifest, held_out]
 
 
-def encoded_manifest(
+def encode_data(
     config: TrainingConfig,
     parallel: Parallel,
     models: Models,
-    table: CheckedTable | None,
     fact_cache: FactCache,
     reporter: Reporter,
     stop_asked: Callable[[], bool],
-) -> Manifest:
-    """The manifest of a data set, with every sample of it in the store. Collective.
+) -> list[Manifest]:
+    """Encode what the store lacks of the checked tables in the run folder. Collective.
 
-    Args:
-        table: None where the data set was encoded before: `dataset_base_path` names it.
+    Returns:
+        The manifest of the data set, and that of the held-out samples if they have a table of
+        their own.
 
     Raises:
-        MetadataError: a file is no longer what was checked.
-        StoreError: nothing is to be encoded, and the store lacks samples.
+        MetadataError: a file has changed since it was checked.
+        StoreError: the config forbids encoding, and the store lacks samples.
         Stopped: a signal came.
     """
-    if table is None:
-        manifest, held_out = encoded_before(config)
-    else:
-        own = held_out_config(config)
-        held_out = None
-        if own is not None:
-            held_out = _encode(own, parallel, models, fact_cache, reporter, stop_asked)
-        manifest = _encode(config, parallel, models, fact_cache, reporter, stop_asked)
-        if own is None and parallel.is_node_main:
-            forget_held_out(config)
-    if parallel.is_main_process:
-        for each in [manifest] if held_out is None else [manifest, held_out]:
-            Store(Path(each.store)).add_user(each.folder)
-    return manifest
+    held_out = held_out_config(config)
+    # The held-out samples first: they are few, and what is wrong with them is known early.
+    parts = [config] if held_out is None else [held_out, config]
+    manifests = [
+        _encode(part, parallel, models, fact_cache, reporter, stop_asked) for part in parts
+    ]
+    if held_out is None and parallel.is_node_main:
+        # An earlier training in this folder may have had a held-out table.
+        forget_held_out(config)
+    return manifests[::-1]
+
+
+def register_users(manifests: Sequence[Manifest]) -> None:
+    """Name the folders of manifests to their stores, whose clean-up then spares what they use."""
+    for manifest in manifests:
+        Store(Path(manifest.store)).add_user(manifest.folder)
 
 
 def _encode(
@@ -136,7 +140,7 @@ def _encode(
     reporter: Reporter,
     stop_asked: Callable[[], bool],
 ) -> Manifest:
-    """The manifest of the run folder's checked table, after encoding what the store lacks of it."""
+    """Encode what the store lacks of the run folder's checked table; returns the manifest."""
     output = Path(config.output_path)
     with parallel.node_main_first():
         table = read_checked(output, PINNED)
@@ -150,29 +154,34 @@ def _encode(
             if warning is not None:
                 reporter.warn(warning)
         sampled = planned_sample_rows(output)
-    if parallel.is_main_process:  # so that a clean-up spares what an interrupted run encoded
+    if parallel.is_main_process:
+        # Before encoding, so that a clean-up also spares what an interrupted run encoded.
         Store(Path(planned.store)).add_user(output)
     if config.trains_only:
         require_stored(planned)
     else:
-        for each in [planned] if sampled is None else [planned, sampled.manifest]:
-            require_planned_weights(models.resolved, each, fact_cache)
+        for manifest in [planned] if sampled is None else [planned, sampled.manifest]:
+            require_planned_weights(models.resolved, manifest, fact_cache)
 
         def progress(stage: str, done: int, total: int) -> None:
             reporter.report(Encoding(stage, done, total))
             if stop_asked():
                 raise Stopped
 
-        with finishing():  # samples that were encoded, and are not yet in a shard
+        # A signal stops between batches, so that encoded samples still get into a shard.
+        with finishing():
             report = encode_missing(
                 config, models, planned, table, parallel, progress, reporter.warn
             )
             if sampled is not None:
-                own = sample_rows_config(config)
-                encode_missing(own, models, sampled.manifest, sampled.table, parallel, progress)
+                sample_config = sample_rows_config(config)
+                encode_missing(
+                    sample_config, models, sampled.manifest, sampled.table, parallel, progress
+                )
             reporter.report(Encoded(report.hits, report.misses))
         if stop_asked():
             raise Stopped
+    # Published only when the shards of all processes are there.
     parallel.wait_for_everyone()
     with parallel.node_main_first():
         if parallel.is_node_main:
@@ -181,17 +190,17 @@ def _encode(
 
 
 def require_stored(manifest: Manifest) -> None:
-    """Refuse a manifest of which the store lacks samples. Raises `StoreError`."""
+    """Refuse a manifest if the store lacks some of its samples. Raises `StoreError`."""
     missing = len(Store(Path(manifest.store)).missing(manifest.keys))
     if missing:
-        wanted = manifest.keys.collect(engine="streaming").height
-        raise lacking(missing, wanted, manifest.store)
+        total = manifest.keys.collect(engine="streaming").height
+        raise lacking(missing, total, manifest.store)
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Where the samples of a training lie: those that it is trained on, and those of its held-out loss;
-    see `Parts`."""
+    """Where the samples of a training are stored: those that are trained on, and those that its
+    held-out loss is measured on; see `Parts`."""
 
     trained: Samples
     held_out: Samples | None
@@ -199,8 +208,8 @@ class Resolved:
 
 
 def resolved_samples(config: TrainingConfig, manifest: Manifest, parallel: Parallel) -> Resolved:
-    """Where each sample of a manifest lies. Collective: one process of a node writes it, all map
-    it.
+    """Where each sample of a manifest is stored. Collective: one process of each node writes this
+    to files, and all map the files.
 
     Raises:
         StoreError: the store lacks a sample.

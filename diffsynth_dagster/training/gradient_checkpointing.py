@@ -1,4 +1,4 @@
-"""Trades computing for memory: activations are computed again in the backward pass, or wait in CPU memory."""
+"""Saves memory for activations: recompute them in the backward pass, or keep them in CPU memory."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,11 +10,12 @@ from diffsynth_dagster.errors import ParameterError
 
 
 def checkpoint_gradients(module: nn.Module, required: bool = True) -> None:
-    """Switch gradient checkpointing on, where the architecture has it.
+    """Switch gradient checkpointing on, if the architecture supports it.
 
     Raises:
-        ParameterError: it has none, and it is required.
+        ParameterError: it is required, and the architecture does not support it.
     """
+    # The names of diffusers and of transformers.
     for name in ("enable_gradient_checkpointing", "gradient_checkpointing_enable"):
         switch = getattr(module, name, None)
         if callable(switch) and getattr(module, "_supports_gradient_checkpointing", True):
@@ -30,8 +31,8 @@ def checkpoint_gradients(module: nn.Module, required: bool = True) -> None:
 
 
 def saved_tensors(config: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:
-    """Entered around a forward pass: keeps what its backward pass needs in CPU memory, where the config
-    asks for that.
+    """Entered around a forward pass: keeps what the backward pass needs in CPU memory, if the
+    config asks for it.
 
     Args:
         device: of the training.

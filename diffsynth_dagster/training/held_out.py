@@ -1,15 +1,16 @@
-"""The held-out loss: that of samples which are not trained on.
+"""The held-out loss: the loss of samples that are not trained on.
 
-It is measured with fixed noise at fixed timesteps, which follow from the samples alone, so that two
-measurements differ by the weights, and by nothing else: not by the seed, the batch size or the number
-of processes of a training. Each sample is measured once in each of `validation_timesteps` equal ranges
-of the part of the schedule that is trained.
+It is measured with fixed noise at fixed timesteps, which depend on the samples alone. So two
+measurements differ only by the weights: the seed, the batch size and the number of processes of a
+training do not matter. Each sample is measured once in each of `validation_timesteps` equal ranges
+of the trained part of the schedule.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from operator import itemgetter
 
 import torch
 
@@ -24,13 +25,19 @@ from diffsynth_dagster.training.setup import TrainingState
 from diffsynth_dagster.training.step import evaluating
 
 SEED = 0
-"""Of the noise and the timesteps, whatever that of the training is."""
+"""Seed of the noise and timesteps, whatever the seed of the training."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """One look at one sample: its bucket and place, the range of the schedule, the timestep as an index
-    of the schedule, and the denoiser at work there."""
+    """One measurement of one sample.
+
+    Attributes:
+        denoiser: that is trained at this timestep.
+        bucket, index: position of the sample.
+        range: number of the range of the schedule.
+        timestep: as an index into the schedule.
+    """
 
     denoiser: str
     bucket: int
@@ -41,9 +48,9 @@ class Look:
 
 class HeldOut:
     """Measures the held-out loss every `validation_steps`, or with each checkpoint; keeps the best
-    weights, and says when it is no use to go on.
+    weights, and says when to stop early.
 
-    Does nothing where nothing is held out.
+    Does nothing if no samples are held out.
     """
 
     def __init__(self, training: TrainingState, points: SavePoints) -> None:
@@ -54,18 +61,20 @@ class HeldOut:
         self._sets = [
             s for s in (training.samples.held_out, training.samples.compared) if s is not None
         ]
-        self._history = [_metrics(said) for said in training.inputs.run_file.record.held_out]
+        self._history = [_metrics(stored) for stored in training.inputs.run_file.record.held_out]
 
     @property
     def stops(self) -> bool:
-        """Whether the loss was not smaller than before for `early_stopping_patience` times."""
+        """Whether the last `early_stopping_patience` measurements brought no smaller loss."""
         if self._patience is None or not self._history:
             return False
         later = [m for m in self._history if m.step > self._history[-1].best_step]
+        # The measurement before the first step does not count: its best step is 0.
         return self._history[-1].best_step > 0 and len(later) >= self._patience
 
     def due(self, step: int) -> bool:
-        """Whether it is measured after a step: before the first, after the last, and between."""
+        """Whether the loss is measured after a step: before the first, after the last, and in
+        between."""
         if not self._sets:
             return False
         if step == 0 or self._points.is_last(step):
@@ -75,23 +84,23 @@ class HeldOut:
         return step % self._every == 0
 
     def run(self, training: TrainingState, step: int) -> None:
-        """Measure it. Collective.
+        """Measure the loss and report it. Collective.
 
         Raises:
             OutputError: the best weights cannot be written.
-            Stopped: the run was asked to stop. Nothing is noted of a part of a measurement.
+            Stopped: the run was asked to stop. A partial measurement is discarded.
         """
         inputs = training.inputs
         held_out, compared = (measure(training, samples) for samples in self._sets)
-        loss, trained_loss = (_mean([each for _, each in of]) for of in (held_out, compared))
-        in_ranges = groupby(sorted(held_out, key=lambda each: each[0]), lambda each: each[0])
-        ranges = [_mean([each for _, each in of]) for _, of in in_ranges]
+        loss, trained_loss = (_mean([x for _, x in losses]) for losses in (held_out, compared))
+        by_range = groupby(sorted(held_out, key=itemgetter(0)), itemgetter(0))
+        ranges = [_mean([x for _, x in losses]) for _, losses in by_range]
         later = [(m.loss, m.step) for m in self._history if m.step > 0]
-        # A loss that is not a number is the worst.
+        # NaN is taken as the worst loss: compared as it is, it could come out as the smallest.
         _, best_step = min((math.inf if math.isnan(x) else x, n) for x, n in [*later, (loss, step)])
         metrics = HeldOutMetrics(step, loss, trained_loss, ranges, best_step)
         self._history.append(metrics)
-        # The best files may be gone after a stop: those that took their place were of later steps.
+        # After going on from a state the best files may be gone: a later step had replaced them.
         lacks = metrics.best_step == step or not inputs.run_file.record.best
         if inputs.config.keep_best and step > 0 and lacks:
             self._keep(training, step)
@@ -99,30 +108,31 @@ class HeldOut:
         inputs.reporter.report(metrics)
 
     def _keep(self, training: TrainingState, step: int) -> None:
-        """Write the weights, and remove those that were the best before."""
+        """Write the weights, and remove the previous best ones."""
         inputs = training.inputs
         written = save_weights(training, step, f"best-step-{step}")
-        before = [*inputs.run_file.record.best]
+        previous = [*inputs.run_file.record.best]
         inputs.run_file.saved_best({p.name: digest for p, digest in written.items()})
         if inputs.parallel.is_main_process:
             for path in written:
                 inputs.reporter.report(Saved(step, str(path)))
-            for name in before:
+            for name in previous:
                 (inputs.run_file.folder / name).unlink(missing_ok=True)
         inputs.parallel.wait_for_everyone()
 
 
 def measure(training: TrainingState, samples: Samples) -> list[tuple[int, float]]:
-    """Range of the schedule and loss of every look at every sample. Collective.
+    """Range of the schedule and loss of each look at each sample. Collective.
 
-    Batches are cut before they are shared among the processes, and the losses are in the order of the
-    looks: the result does not depend on how many processes there are.
+    The batches are cut before they are distributed, and the losses keep the order of the looks: the
+    result does not depend on the number of processes.
 
     Raises:
         Stopped: the run was asked to stop.
     """
     inputs = training.inputs
     config, parallel = inputs.config, inputs.parallel
+    # As one process of one: this only reads; the batches are distributed below.
     data = StepDataset(config, inputs.models.resolved, samples, 0, 1)
     batches = list(_batches(looks_of(training, samples), config.batch_size))
     losses: list[tuple[int, list[float]]] = []
@@ -130,17 +140,18 @@ def measure(training: TrainingState, samples: Samples) -> list[tuple[int, float]
     with (
         evaluated_weights(training),
         evaluating(training.step_module),
-        torch.random.fork_rng(on_gpu),
+        torch.random.fork_rng(on_gpu),  # the training draws on as if nothing were measured
         torch.no_grad(),
         parallel.autocast(),
     ):
         for turn in range(0, len(batches), parallel.num_processes):
             if parallel.any(inputs.stop_asked()):
                 raise Stopped
-            # All processes make as many: a model that is shared among them waits for each.
+            # Every process makes equally many calls, since a prepared model may wait for all
+            # of them. One that has no batch left repeats the last.
             number = min(turn + parallel.process_index, len(batches) - 1)
-            found = training.model(_read(data, samples, batches[number]).to(parallel.device))
-            losses.append((number, found.float().tolist()))
+            batch = _read(data, samples, batches[number]).to(parallel.device)
+            losses.append((number, training.model(batch).float().tolist()))
     everywhere = dict(parallel.gathered(losses))
     return [
         (look.range, loss)
@@ -150,12 +161,13 @@ def measure(training: TrainingState, samples: Samples) -> list[tuple[int, float]
 
 
 def looks_of(training: TrainingState, samples: Samples) -> list[Look]:
-    """Every look at every sample, those of one denoiser and shape next to each other."""
+    """All looks at all samples, with those of equal denoiser and shape next to each other."""
     inputs = training.inputs
-    config, found = inputs.config, inputs.models.resolved
-    shares = found.schedule.shares
+    config, model = inputs.config, inputs.models.resolved
+    shares = model.schedule.shares
     indices = [index for share in shares for index in range(share.low, share.high)]
-    of = {i: share.component for share in shares for i in range(share.low, share.high)}
+    denoiser_at = {i: share.component for share in shares for i in range(share.low, share.high)}
+    # Distillation has no timesteps to draw, so one look says all.
     count = 1 if config.distills else min(config.validation_timesteps, len(indices))
     bounds = [round(len(indices) * k / count) for k in range(count + 1)]
     looks: list[Look] = []
@@ -164,15 +176,15 @@ def looks_of(training: TrainingState, samples: Samples) -> list[Look]:
             name = samples.at(bucket, index).sample
             for k in range(count):
                 drawn = indices[timestep_index(SEED, name, k, bounds[k], bounds[k + 1])]
-                looks.append(Look(of[drawn], bucket, index, k, drawn))
+                looks.append(Look(denoiser_at[drawn], bucket, index, k, drawn))
     order = {share.component: number for number, share in enumerate(shares)}
     return sorted(looks, key=lambda look: (order[look.denoiser], look.bucket))
 
 
 def _batches(looks: Sequence[Look], size: int) -> Iterator[list[Look]]:
     """Runs of at most `size` looks at samples of equal shape, all of one denoiser."""
-    for _, of in groupby(looks, lambda look: (look.denoiser, look.bucket)):
-        together = list(of)
+    for _, group in groupby(looks, lambda look: (look.denoiser, look.bucket)):
+        together = list(group)
         for start in range(0, len(together), size):
             yield together[start : start + size]
 
@@ -180,7 +192,7 @@ def _batches(looks: Sequence[Look], size: int) -> Iterator[list[Look]]:
 def _read(data: StepDataset, samples: Samples, looks: Sequence[Look]) -> Batch:
     return data.read(
         [samples.at(look.bucket, look.index) for look in looks],
-        [look.range for look in looks],  # each look has noise of its own
+        [look.range for look in looks],  # as the visit, so that each look has its own noise
         [look.timestep for look in looks],
         SEED,
         looks[0].denoiser,
@@ -192,5 +204,5 @@ def _mean(losses: Sequence[float]) -> float:
     return sum(losses) / len(losses)
 
 
-def _metrics(said: dict[str, object]) -> HeldOutMetrics:
-    return HeldOutMetrics(**said)  # pyright: ignore[reportArgumentType]  (as `asdict` gave it)
+def _metrics(stored: dict[str, object]) -> HeldOutMetrics:
+    return HeldOutMetrics(**stored)  # pyright: ignore[reportArgumentType]  (as `asdict` gave it)

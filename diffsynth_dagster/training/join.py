@@ -27,14 +27,14 @@ def start_parallel(config: TrainingConfig) -> Parallel:
     """Join the processes that the launcher started.
 
     Raises:
-        ParameterError: the launcher's configuration partitions the weights; or a tracker that the
+        ParameterError: accelerate's configuration partitions the weights; or a tracker that the
             config switches on is not installed.
     """
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     trackers = trackers_of(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
-        # Or accelerate would take several processes without a GPU for as many trainings.
+        # Without a GPU, accelerate would not join the processes unless it is told to use CPUs.
         cpu=processes > 1 and not torch.accelerator.is_available(),
         mixed_precision=precision(config.mixed_precision, _gpu_has_bf16()),
         log_with=[*trackers] or None,
@@ -49,13 +49,13 @@ def start_parallel(config: TrainingConfig) -> Parallel:
 
 
 def trackers_of(config: TrainingConfig) -> list[str]:
-    """The trackers that a config switches on, by accelerate's names. Raises `ParameterError`: one is not
-    installed."""
+    """The trackers that a config switches on, by accelerate's names. Raises `ParameterError`: one
+    is not installed."""
     return tracker_names(config, {str(getattr(t, "value", t)) for t in get_available_trackers()})
 
 
 def _require_whole_weights(accelerator: Accelerator) -> None:
-    """Refuse what partitions the weights themselves over the processes. Raises `ParameterError`."""
+    """Refuse a launcher that partitions the weights over processes. Raises `ParameterError`."""
     kind = accelerator.distributed_type
     plugin = accelerator.state.deepspeed_plugin
     third_stage = plugin is not None and plugin.zero_stage == 3
@@ -69,8 +69,9 @@ def _require_whole_weights(accelerator: Accelerator) -> None:
 
 
 def precision(asked: str | None, gpu_has_bf16: bool) -> str | None:
-    """What to compute in: what a config asks for; else what accelerate says (None), or bf16 on a
-    GPU if that is float32, in which the published models do not fit."""
+    """The precision to compute in: as the config asks; otherwise as accelerate is configured
+    (None), but bf16 instead of float32 on a GPU that has it. In float32 the published models rarely
+    fit."""
     if asked is None and gpu_has_bf16:
         given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         return "bf16" if given == "no" else None
@@ -79,5 +80,6 @@ def precision(asked: str | None, gpu_has_bf16: bool) -> str | None:
 
 def _gpu_has_bf16() -> bool:
     if torch.cuda.is_available():
+        # Emulated bf16 would be slow: older GPUs stay at float32.
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.accelerator.is_available() and is_bf16_available()

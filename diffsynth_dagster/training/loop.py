@@ -1,4 +1,4 @@
-"""The training loop. Read top to bottom: a training, its steps, what they report."""
+"""The training loop, to be read from top to bottom: a training, its steps, and what they report."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -40,20 +40,22 @@ def train(inputs: Inputs) -> RunRecord:
         TrainingError: the loss is not finite.
         UserError: see `set_up`, and `StepDataset` for the data of a step.
     """
+    # An error for lack of memory counts the weights and the optimizer's state from here.
     training = inputs.memory.training = set_up(inputs)
     with finishing():
         return _train(training)
 
 
 def _train(training: TrainingState) -> RunRecord:
-    """Make the steps of a training, and what is beside them; see `train`."""
+    """Make the steps of a training, and whatever is due between them; see `train`."""
     inputs = training.inputs
     config, reporter, run_file = inputs.config, inputs.reporter, inputs.run_file
     parallel = inputs.parallel
+    # The record says at the end how many of the trained tensors have changed.
     before = _fingerprints(training.trained.items())
     state = inputs.state
     random = None if state is None else restore(training, state)
-    # From here on nothing of another training is left.
+    # Moves another training away, and removes what this one wrote after its state.
     if parallel.is_main_process:
         make_ready(run_file.folder, state, reporter.warn)
         keep_tables(run_file.folder, inputs.manifest.folder)
@@ -62,7 +64,8 @@ def _train(training: TrainingState) -> RunRecord:
     pictures = Pictures(training)
     order = training.data.order
     first, done = (0, 0) if state is None else (state.step, state.done)
-    # What was to be longer when the state was written has not done what the last step leaves.
+    # If the state is at the last step of a training that was planned longer, the last step's
+    # checkpoint and pictures are still missing. With the planned length, `end_early` makes them.
     planned = (
         state.record["total_steps"] if state is not None and first == training.total_steps else 0
     )
@@ -72,6 +75,7 @@ def _train(training: TrainingState) -> RunRecord:
     states = States(training)
     held_out = HeldOut(training, points)
     beside = [held_out, checkpoints, SamplePictures(points, pictures, config.sample_steps)]
+    # Before the first step, or what a stop left undone after the step of the state.
     if run_due(beside, training, first, done) < len(beside):
         raise Stopped
     if state is None:
@@ -79,19 +83,40 @@ def _train(training: TrainingState) -> RunRecord:
 
     reporter.report(Started(training.total_steps, first))
     steps = steps_of(training.data, first, training.total_steps, config.dataset_num_workers)
+    # Last of all: what came before, such as the data loader, drew random numbers.
     if random is not None:
         parallel.load_random(random)
     with closing(states):
         last = _make_steps(training, steps, beside, states, held_out) or first
         if not points.is_last(last):
-            if last > first:  # before what may be stopped: going on from there ends early at once
+            # A state first: if `end_early` is stopped, the next run goes on from here.
+            if last > first:
                 states.run(training, last, len(beside))
             end_early(beside, training, last)
         states.finish()
 
+    return _finish(training, pictures, before, last, states.seconds)
+
+
+def _finish(
+    training: TrainingState,
+    pictures: Pictures,
+    before: dict[str, tuple[float, float]],
+    last: int,
+    seconds: float,
+) -> RunRecord:
+    """Evaluate the trained weights, and complete the record. Collective.
+
+    Args:
+        before: the fingerprints of the weights before the training.
+        last: the last step.
+        seconds: duration of all steps.
+    """
+    inputs, order = training.inputs, training.data.order
+    reporter, run_file, parallel = inputs.reporter, inputs.run_file, inputs.parallel
     run_file.measured(
         steps=last,
-        seconds=states.seconds,
+        seconds=seconds,
         samples=order.samples_per_epoch * last // order.steps_per_epoch,
         peak_memory_bytes=peak_memory(parallel.device),
     )
@@ -100,7 +125,7 @@ def _train(training: TrainingState) -> RunRecord:
     training.losses.write(run_file.folder, parallel)
     run_file.finished(len(after), sum(before[name] != after[name] for name in after))
     if parallel.is_main_process:
-        drop_older(run_file.folder, config.runs_keep, reporter.warn)
+        drop_older(run_file.folder, inputs.config.runs_keep, reporter.warn)
     record = run_file.record
     reporter.report(Finished(record.steps, record.evaluation))
     return record
@@ -113,13 +138,15 @@ def _make_steps(
     states: States,
     held_out: HeldOut,
 ) -> int | None:
-    """Make the steps, and after each what is due; returns the last one. Collective.
+    """Make the steps, and after each whatever is due; returns the last step, None if there was
+    none. Collective.
 
     Raises:
         Stopped: the run was asked to stop.
         TrainingError: the loss is not finite.
     """
     parallel, asked = training.inputs.parallel, training.inputs.stop_asked
+    # Several processes must stop at the same step: each tells its signal with the step's loss.
     alone = parallel.num_processes == 1
     made, last = MadeSteps(training.inputs), None
     waiting = Moment(parallel.device)
@@ -129,7 +156,9 @@ def _make_steps(
         made.add(train_step(training, step, batches, waiting, lambda: (asked(), states.late)))
         due = states.due(step) or any(thing.due(step) for thing in beside)
         if due or made.stop or made.late or (alone and asked()):
+            # First of all, so that nothing is saved of a step whose loss is not finite.
             made.read()
+            # Fewer than all are done if a signal comes; the state says where to go on.
             done = run_due(beside, training, step)
             stops = made.stop or done < len(beside) or parallel.any(asked())
             if states.due(step) or made.late or stops:
@@ -143,7 +172,7 @@ def _make_steps(
 
 
 def _fingerprints(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[float, float]]:
-    """A cheap mark of each tensor's values, to find out afterwards whether they changed."""
+    """Two sums of each tensor's values, to see later whether they have changed."""
     return {
         name: (float(p.detach().double().sum()), float(p.detach().double().abs().sum()))
         for name, p in parameters

@@ -1,4 +1,4 @@
-"""LoRA layers, or those of another method, inside the module of a component."""
+"""Adds LoRA layers, or those of another adapter method, to the module of a component."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -22,10 +22,10 @@ from diffsynth_dagster.weights.lora import LoraFile, read_lora, require_start, s
 
 
 def add_lora(config: TrainingConfig, family: Family, module: nn.Module, base: str) -> list[str]:
-    """Put LoRA layers, or those of another method (float32), into the module of a component, or into
-    a part of it; returns the names of the layers that got one.
+    """Add LoRA layers, or those of another method, in float32, to a component or a part of it;
+    returns the names of the layers that got one.
 
-    The initial values depend on the seed alone, or are those of `lora_checkpoint`.
+    The initial values depend only on the seed, or are those of `lora_checkpoint`.
 
     Raises:
         TargetError: see `lora_targets`.
@@ -47,11 +47,11 @@ def add_lora(config: TrainingConfig, family: Family, module: nn.Module, base: st
 def read_start(
     config: TrainingConfig, family: Family, module: nn.Module, base: str, targets: Sequence[str]
 ) -> LoraFile | AdapterFile | None:
-    """What `lora_checkpoint` names, where it is given.
+    """The adapter in `lora_checkpoint`; None if it is not given.
 
     Raises:
-        WeightsError: it is not a LoRA of these targets and of `lora_rank`; or, where `lora_method` is
-            another, it cannot be read: whether it fits is for `require_values`.
+        WeightsError: it is not a LoRA of these targets and of `lora_rank`. For other methods: it
+            cannot be read; `require_values` checks whether it fits.
     """
     if config.lora_checkpoint is None:
         return None
@@ -59,21 +59,23 @@ def read_start(
     if config.lora_method != "lora":
         return read_adapter(path, family, base, "lora_checkpoint")
     lora = read_lora(path, family, base, "lora_checkpoint")
-    if family.parts:  # the file holds the LoRAs of all parts of a component as one
-        held = [layer for layer in lora.down if family.part(base).holds(layer)]
-        own = lora.part({layer: layer for layer in held})
-        lora = replace(lora, down=own.down, up=own.up, scale=own.scale)
+    if family.parts:
+        # The file holds the LoRAs of all parts of a component as one: keep this part's layers.
+        layers = [layer for layer in lora.down if family.part(base).holds(layer)]
+        part = lora.part({layer: layer for layer in layers})
+        lora = replace(lora, down=part.down, up=part.up, scale=part.scale)
     require_start(module, lora, targets, config.lora_rank, start_of(config))
     return lora
 
 
 def start_of(config: TrainingConfig) -> str:
-    """The parameter and the file that a LoRA starts from, as messages name them."""
+    """`lora_checkpoint` and its value, for messages."""
     return f"lora_checkpoint = {config.lora_checkpoint}"
 
 
 def weight_norms(components: Iterable[tuple[str, nn.Module]]) -> dict[str, dict[str, float]]:
-    """Component → layer with a LoRA → the Frobenius norm of its weights, to six digits."""
+    """Component → layer with a LoRA → the Frobenius norm of the layer's base weights, to six
+    digits."""
     norms: dict[str, dict[str, float]] = {}
     for name, component in components:
         for layer, module in component.named_modules():

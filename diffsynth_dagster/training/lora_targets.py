@@ -10,10 +10,11 @@ from diffsynth_dagster.errors import TargetError, nearest
 from diffsynth_dagster.families.contract import Family
 
 AUTO_MIN_FEATURES = 512
+"""Fewest input and output features of a layer that is targeted automatically."""
 
 
 def usual_targets(base: str, family: Family) -> tuple[str, ...]:
-    """The layers that get a LoRA when none are named. Raises `TargetError` if there are none."""
+    """The layers that get a LoRA if none are named. Raises `TargetError`: no tool would load it."""
     rules = family.part(base).lora
     if rules is None:
         loadable = [name for name in family.trainable if family.part(name).lora is not None]
@@ -26,28 +27,30 @@ def usual_targets(base: str, family: Family) -> tuple[str, ...]:
 
 
 def lora_target_names(config: TrainingConfig, family: Family, base: str) -> tuple[str, ...]:
-    """What says which layers of a component or part get a LoRA: names, ends of names, or none for
-    automatic ones.
+    """The LoRA targets of a component or part: names of layers, ends of names, or aliases. Empty
+    for automatic targets.
 
-    Where several models get one, a target that is among the usual ones of some of them is meant
-    for these alone.
+    If several components get a LoRA, a target that is usual for some of them applies only to those.
 
     Raises:
-        TargetError: none are named, and there are no usual ones.
+        TargetError: no tool loads a LoRA into this component or part.
     """
     named, usual = config.lora_target_modules, usual_targets(base, family)
     if named is None:
         return usual
     others = {t for b in config.lora_base_model if b != base for t in usual_targets(b, family)}
-    own = {*usual, *family.lora_rules(base).aliases}
-    return tuple(target for target in named if target in own or target not in others)
+    known = {*usual, *family.lora_rules(base).aliases}
+    return tuple(target for target in named if target in known or target not in others)
 
 
 def lora_targets(config: TrainingConfig, family: Family, module: nn.Module, base: str) -> list[str]:
-    """Full names of the layers of a component or part that get the LoRA, in the order of the module.
+    """Full names of the layers of a component or part that get the LoRA, in the module's order.
+
+    Args:
+        module: of the component; it may be on the meta device.
 
     Raises:
-        TargetError: a target matches no layer, or automatic targets find none.
+        TargetError: a target matches no layer, or there are no automatic targets.
     """
     part, kinds = family.part(base), (nn.Linear, nn.Conv2d)
     layers = [n for n, m in module.named_modules() if isinstance(m, kinds) and part.holds(n)]
@@ -63,6 +66,7 @@ def lora_targets(config: TrainingConfig, family: Family, module: nn.Module, base
     aliases = family.lora_rules(base).aliases
     for target in targets:
         if not any(_matches(name, target, aliases) for name in layers):
+            # The last one or two parts of the names, as people write targets: to_q, attn.to_q.
             ends = {".".join(n.split(".")[-k:]) for n in layers for k in (1, 2)}
             hint = nearest(target, ends | aliases.keys())
             raise TargetError(
@@ -75,32 +79,33 @@ def lora_targets(config: TrainingConfig, family: Family, module: nn.Module, base
 
 
 def _matches(name: str, target: str, aliases: Mapping[str, tuple[str, ...]]) -> bool:
-    """Whether a layer is meant by a target: by an alias first, else by its name or its end."""
+    """Whether a target selects a layer: an alias by its globs, any other by the end of the name."""
     if target in aliases:
         return any(fnmatchcase(name, glob) for glob in aliases[target])
     return name == target or name.endswith(f".{target}")
 
 
 def _automatic_targets(module: nn.Module) -> list[str]:
-    """Linear layers of at least 512 features both ways inside the repeated blocks: lists of two
-    modules and more, as DiffSynth-Studio searches them (`auto_detect_lora_target_modules`).
+    """Linear layers with at least 512 input and output features inside repeated blocks, as in
+    DiffSynth-Studio (`auto_detect_lora_target_modules`).
 
-    A list of one repeats nothing. So in the middle of Stable Diffusion 1.5, which has one
-    transformer block, only the lists inside the block count: the layers of its feed-forward and
-    the last ones of its attentions, and not their queries, keys and values.
+    A repeated block is a module list of two or more. So in the middle block of Stable Diffusion
+    1.5, which has one transformer block, only the lists inside that block count. They hold the
+    feed-forward layers and the output layers of the attentions, but not the queries, keys and
+    values.
     """
     lists = [n for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    found = [
+    names = [
         name
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear)
         and min(layer.in_features, layer.out_features) >= AUTO_MIN_FEATURES
         and any(name.startswith(f"{prefix}.") for prefix in lists)
     ]
-    if not found:
+    if not names:
         raise TargetError(
             f"no Linear layer of a repeated block has {AUTO_MIN_FEATURES} features both ways",
             where="lora_target_modules (empty: automatic)",
             do="name the layers",
         )
-    return found
+    return names

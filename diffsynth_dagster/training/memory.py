@@ -1,4 +1,4 @@
-"""What takes the memory of a training, and what to say when there is not enough of it."""
+"""Explains why a training ran out of memory: what takes it, and what to change."""
 
 import resource
 import traceback
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffsynth_dagster.training.setup import TrainingState
 
 MOST_REMEDIES = 3
+"""A message suggests no more than these."""
 _MOMENTS: Mapping[str, Moment] = {
     "diffsynth_dagster.training.sample_pictures": "while samples were made",
     "diffsynth_dagster.training.sampling": "while samples were made",
@@ -29,20 +30,20 @@ _MOMENTS: Mapping[str, Moment] = {
     "diffsynth_dagster.weights.models": "while models were loaded",
     "diffsynth_dagster.weights.load": "while models were loaded",
 }
-"""Module of this program that was at work → what it was doing."""
+"""Module in a traceback → what the program was doing."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes of one device that a training takes.
+    """Bytes that a training uses of one device.
 
     Attributes:
         weights: of all loaded models, trained or not.
-        gradients: that are there.
-        optimizer: its state, as far as it was made.
+        gradients: those that exist now.
+        optimizer: its state, as far as it exists.
         average: of the trained weights.
-        others: what was taken beside these at most: activations, and what libraries need.
-        total: what the device has, or what this process may take of it.
+        others: the peak of everything else: activations, and what libraries need.
+        total: of the device, or the limit of this process.
     """
 
     weights: int
@@ -54,7 +55,7 @@ class Usage:
 
     @property
     def parts(self) -> dict[Part, int]:
-        """What a remedy may make smaller → its bytes."""
+        """What a remedy can reduce → its bytes."""
         return {
             "activations": self.others,
             "weights": self.weights,
@@ -71,9 +72,10 @@ class Usage:
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> int:
-    """Bytes of memory that tensors hold on a device, each once however many of them share it."""
+    """Bytes that tensors occupy on a device. Memory that several of them share counts once."""
     held: dict[int, int] = {}
     for tensor in tensors:
+        # Other layouts, such as sparse ones, have no single storage.
         if tensor.device.type == device.type and tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
@@ -93,24 +95,24 @@ def tensors_in(value: Any) -> Generator[torch.Tensor]:
 
 
 class Memory:
-    """The memory of this process's device, and what in it is known.
+    """The memory of this process's device, and its known uses.
 
     Args:
-        models: the components, as far as they are loaded.
+        models: the components; those that are loaded count.
 
     Attributes:
-        training: in progress, once there is one.
+        training: the training in progress; None before it is set up.
     """
 
     def __init__(self, config: TrainingConfig, models: Models) -> None:
         self._config, self._models = config, models
         self._device = models.device
         self.training: TrainingState | None = None
-        # Of the program itself. A GPU's allocator counts tensors alone.
+        # The program and its libraries, on a CPU. A GPU's allocator counts only tensors.
         self._before = 0 if self._device.type == "cuda" else psutil.Process().memory_info().rss
 
     def usage(self) -> Usage:
-        """What is taken now, and the most that was."""
+        """What the known uses take now, and the peak of the rest."""
         training = self.training
         modules: list[nn.Module] = [*self._models.modules.values()]
         if training is not None:
@@ -126,21 +128,23 @@ class Memory:
     def _peak(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB
 
     def _total(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.get_device_properties(self._device).total_memory
+        # Such as `ulimit -v`; a limit of a container is not seen here.
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         total = psutil.virtual_memory().total
         return total if limit == resource.RLIM_INFINITY else min(limit, total)
 
     @contextmanager
     def explained(self) -> Generator[None]:
-        """Say what took the memory, and what to try, where there is not enough of it inside.
+        """Entered around a training: an error for lack of memory says what takes it, and what to
+        try.
 
         Raises:
-            OutOfMemory: there was not enough.
+            OutOfMemory: there was not enough memory inside.
         """
         try:
             yield
@@ -149,17 +153,23 @@ class Memory:
             if cause is None:
                 raise
             shortage = self._shortage(error, cause)
-            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step
+            traceback.clear_frames(error.__traceback__)  # their locals keep the step's tensors
             raise shortage from error
 
     def _shortage(self, error: BaseException, cause: BaseException) -> OutOfMemory:
+        """The error that explains a lack of memory.
+
+        Args:
+            error: as it arrived here; its traceback tells what the training was doing.
+            cause: the error behind it that says how much memory was asked for.
+        """
         usage, moment = self.usage(), moment_of(error.__traceback__)
-        said = remedies(self._config, self._models, moment)
-        # What makes the largest part smaller first; among those of one part, in their order.
-        said.sort(key=lambda remedy: -usage.parts[remedy.part])
+        found = remedies(self._config, self._models, moment)
+        # The largest part first. The sort is stable, so the cheapest remedy of a part stays first.
+        found.sort(key=lambda remedy: -usage.parts[remedy.part])
         asked = bytes_asked(cause)
         more = f": {size(asked)} more were asked for" if asked is not None else ""
-        tries = "; ".join(remedy.said for remedy in said[:MOST_REMEDIES])
+        tries = "; ".join(remedy.said for remedy in found[:MOST_REMEDIES])
         return OutOfMemory(
             f"the memory of the {self._device.type.upper()} is not enough {moment}{more}; "
             f"it has {size(usage.total)}",
@@ -171,7 +181,7 @@ class Memory:
 
 
 def moment_of(trace: TracebackType | None) -> Moment:
-    """What a training was doing where an error was raised."""
+    """What the training was doing when an error was raised: the outermost known module tells."""
     names = [str(f.f_globals.get("__name__", "")) for f, _ in traceback.walk_tb(trace)]
-    found: list[Moment] = [_MOMENTS[name] for name in names if name in _MOMENTS]
-    return found[0] if found else "in the training"
+    moments: list[Moment] = [_MOMENTS[name] for name in names if name in _MOMENTS]
+    return moments[0] if moments else "in the training"

@@ -1,7 +1,7 @@
-"""Muon for matrices and AdamW for all else, as one optimizer.
+"""Muon for matrices and AdamW for all other parameters, as one optimizer.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the update of a
-matrix. Its authors leave biases, gains, convolutions and embeddings to AdamW; so does this. Both
+matrix. As its authors do, this leaves biases, gains, convolutions and embeddings to AdamW. Both
 steps are torch's.
 """
 
@@ -18,10 +18,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` and `torch.optim.AdamW` with one state and one list of groups.
 
     Args:
-        parameters: or groups of them; each group is split into its matrices and the others.
-        embeddings: matrices that AdamW changes.
-        lr, weight_decay: of both. With `adjust_lr_fn` as it is, the update of a matrix is as large as
-            AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate serves both.
+        parameters: parameters or groups of them. Each group is split into matrices and the rest.
+        embeddings: matrices that AdamW updates.
+        lr, weight_decay: of both. With the default `adjust_lr_fn`, the update of a matrix is as
+            large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so one learning rate suits both.
         momentum, nesterov, ns_steps, adjust_lr_fn: see `torch.optim.Muon`.
         betas, eps: see `torch.optim.AdamW`.
     """
@@ -39,9 +39,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
+        # By identity: `in` would compare the values of tensors.
         tables = {id(parameter) for parameter in embeddings}
         grouped = [p for p in parameters if isinstance(p, dict)]
         groups: list[dict[str, Any]] = grouped or [{"params": list(parameters)}]
+        # Keys: whether Muon updates them.
         split: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for group in groups:
             parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -65,15 +67,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if split[False]:
             adamw = torch.optim.AdamW(split[False], lr, betas, eps, weight_decay)
             self._parts.append((False, adamw))
+        # The groups of this optimizer, so that a learning-rate schedule reaches both parts.
         whole = [group for _, part in self._parts for group in part.param_groups]
         super().__init__(whole, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: object = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of both, on the gradients that are there."""
+        """Make one step of both, from the current gradients. `closure` must be None."""
         assert closure is None, "the gradients are there already"
         for uses_muon, part in self._parts:
-            # Those of this object, which are others after a state was loaded.
+            # Loading a state replaces the groups of this object: hand its parts the current ones.
             part.param_groups = [g for g in self.param_groups if g[_MUON] == uses_muon]
             part.state = self.state
             part.step()

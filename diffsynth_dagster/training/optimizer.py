@@ -1,4 +1,4 @@
-"""The optimizer and the course of the learning rate that a config asks for."""
+"""The optimizer and the learning-rate schedule of a config."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +20,8 @@ from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.weights.resolved import ResolvedModel
 
 Group = dict[str, Any]
-"""Parameters with a learning rate of their own, as torch's optimizers take them: `params`, `lr`, and
-the `name` of the trained component or part."""
+"""Parameters with a learning rate of their own, as torch's optimizers take them: `params`, `lr`,
+and `name`, which is the trained component or part."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class NamedOptimizer:
 
     Attributes:
         path: dotted path of the class.
-        arguments: what it is given where `optimizer_arguments` says nothing else.
-        extra: the extra of this project that installs it.
-        elementwise: whether a weight is changed by what is known of it alone, so that it does not
-            matter where tensors are cut.
-        counts_together: whether all weights count the same steps, so that every step must change
-            all of them.
-        spares_embeddings: whether it takes the embedding tables as `embeddings`.
+        arguments: default arguments; `optimizer_arguments` overrides them.
+        extra: this project's extra that installs it.
+        elementwise: whether the update of each weight depends on that weight alone, so that tensors
+            may be cut anywhere.
+        counts_together: whether all weights share one count of steps, so that every step must
+            update all of them.
+        spares_embeddings: whether it takes the embedding tables as the argument `embeddings`.
     """
 
     path: str
@@ -53,7 +53,7 @@ OPTIMIZERS: Mapping[Optimizer, NamedOptimizer] = {
     "adamw8bit": NamedOptimizer(
         "bitsandbytes.optim.AdamW8bit", extra="bitsandbytes", elementwise=True
     ),
-    # Not torch's: its steps are small where weights are, and those of a LoRA begin at zero.
+    # Not torch's, which scales steps by the size of the weights: those of a LoRA start at zero.
     "adafactor": NamedOptimizer(
         "transformers.optimization.Adafactor",
         {"scale_parameter": False, "relative_step": False, "warmup_init": False},
@@ -67,8 +67,8 @@ OPTIMIZERS: Mapping[Optimizer, NamedOptimizer] = {
 def parameter_groups(
     config: TrainingConfig, family: Family, trained: Mapping[str, nn.Parameter]
 ) -> list[nn.Parameter] | list[Group]:
-    """The trained parameters; where `learning_rates` is given, a group for each trained component or
-    part, in the order of the config.
+    """The trained parameters. With `learning_rates`, a group for each trained component or part, in
+    the order of the config.
 
     Args:
         trained: name in `TrainingStep` (`components.<component>.<tensor>`) → parameter.
@@ -82,9 +82,13 @@ def parameter_groups(
         part = next(p for p in parts if p.of == component and p.holds(rest))
         groups[part.name].append(parameter)
     return [
-        {"params": held, "lr": config.learning_rates.get(name, config.learning_rate), "name": name}
-        for name, held in groups.items()
-        if held
+        {
+            "params": members,
+            "lr": config.learning_rates.get(name, config.learning_rate),
+            "name": name,
+        }
+        for name, members in groups.items()
+        if members
     ]
 
 
@@ -97,10 +101,10 @@ def make_optimizer(
 
     Args:
         parameters: see `parameter_groups`.
-        embeddings: those that are tables of embeddings.
+        embeddings: the parameters that are embedding tables.
 
     Raises:
-        ParameterError: it cannot be imported, is no optimizer, or does not take what it is given.
+        ParameterError: it cannot be imported, is no optimizer, or does not take its arguments.
     """
     dotted, named = config.customized_optimizer, OPTIMIZERS[config.optimizer]
     given = {name: _as_tuple(value) for name, value in config.optimizer_arguments.items()}
@@ -112,7 +116,8 @@ def make_optimizer(
         kind = import_dotted(dotted, "customized_optimizer")
         _require_optimizer(kind, dotted)
     try:
-        with redirect_stdout(StringIO()):  # where a plan is printed, and Prodigy what it does
+        # Prodigy prints when it is made, which would end up in the JSON of a dry run.
+        with redirect_stdout(StringIO()):
             made = kind(
                 list(parameters),
                 lr=config.learning_rate,
@@ -122,9 +127,10 @@ def make_optimizer(
     except (TypeError, ValueError) as error:
         raise _cannot_be_made(config, error) from error
     if averages_by_itself(made):
+        # Schedule-free optimizers refuse a step until they are in training mode.
         made.train()
     if getattr(made, "_step_supports_amp_scaling", False):
-        # Else it would skip a step of float16 by itself, and nobody would know of it.
+        # A fused optimizer would check float16's gradients itself, and skip a step unnoticed.
         made._step_supports_amp_scaling = False
     return made
 
@@ -144,11 +150,12 @@ def _cannot_be_made(config: TrainingConfig, error: Exception) -> ParameterError:
 
 
 def _as_tuple(value: Any) -> Any:
+    # A recipe has lists where optimizers take tuples, such as betas.
     return tuple(value) if isinstance(value, list) else value
 
 
 def _import_named(name: Optimizer) -> Any:
-    """The class of a name. Raises `ParameterError` where its package is not installed."""
+    """The class of a named optimizer. Raises `ParameterError` if its package is not installed."""
     named = OPTIMIZERS[name]
     module, _, attribute = named.path.rpartition(".")
     try:
@@ -164,6 +171,8 @@ def _import_named(name: Optimizer) -> Any:
 
 
 def _require_optimizer(kind: Any, dotted: str) -> None:
+    """Check that `customized_optimizer` is a usable class. Raises `ParameterError`."""
+
     def refuse(what: str) -> ParameterError:
         return ParameterError(
             what,
@@ -173,30 +182,33 @@ def _require_optimizer(kind: Any, dotted: str) -> None:
 
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise refuse("this is no optimizer class of torch")
+    # LBFGS needs a closure that computes the loss again; a training step computes it once.
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise refuse("this optimizer evaluates the model several times in a step")
 
 
 def averages_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer is schedule-free: the weights that it trains are not those to look at,
-    which it puts in their place with `eval` and takes away again with `train`."""
+    """Whether an optimizer is schedule-free: it evaluates other weights than it trains. `eval` puts
+    the averaged weights in place, and `train` puts the trained ones back."""
     return all(callable(getattr(optimizer, name, None)) for name in ("eval", "train"))
 
 
 def needs_whole_tensors(config: TrainingConfig, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer makes no sense on pieces of tensors, or changes weights beside its step."""
+    """Whether an optimizer does not work on pieces of tensors, or also changes weights outside a
+    step."""
     named = config.customized_optimizer is None and not OPTIMIZERS[config.optimizer].elementwise
     return named or averages_by_itself(optimizer)
 
 
 def current_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Name of a group → its learning rate in the next step; what has no name is called "".
+    """Name of a group ("" if it has none) → its learning rate in the next step.
 
-    Of Prodigy it is the one that it found, times that of the config.
+    For Prodigy, that is the rate that it has estimated, times the one of the config.
     """
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:
+        # `d` is Prodigy's estimate. Muon splits groups, which share a name and a rate.
         rates.setdefault(group.get("name", ""), float(group["lr"]) * float(group.get("d", 1.0)))
     return rates
 
@@ -204,11 +216,12 @@ def current_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 def make_schedule(
     config: TrainingConfig, optimizer: torch.optim.Optimizer, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The course of the learning rate over all optimizer steps.
+    """The learning-rate schedule over all optimizer steps.
 
     Raises:
-        ParameterError: it does not fit the learning rate.
+        ParameterError: the schedule cannot be made with this learning rate.
     """
+    # The "constant" schedule of diffusers ignores the warm-up.
     warms_up = config.lr_scheduler == "constant" and config.lr_warmup_steps
     try:
         return get_scheduler(
@@ -226,11 +239,11 @@ def make_schedule(
 
 
 def check_optimizer(config: TrainingConfig, model: ResolvedModel) -> None:
-    """Try both on a few numbers.
+    """Make the optimizer and the schedule for two tiny parameters, to find mistakes early.
 
     Raises:
-        ParameterError: see `make_optimizer`, `make_schedule`; or the optimizer does not suit several
-            denoisers, of which a step changes one.
+        ParameterError: see `make_optimizer`, `make_schedule`; or the optimizer cannot train several
+            denoisers, since each step updates only one of them.
     """
     several = len(model.denoisers) > 1
     if (
@@ -243,21 +256,23 @@ def check_optimizer(config: TrainingConfig, model: ResolvedModel) -> None:
             where=f"optimizer = {config.optimizer}",
             do="choose another one, or train one expert",
         )
-    numbers = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, 1))]
-    # One that needs a GPU may be planned where there is none.
+    # A vector and a matrix: Muon treats them differently.
+    parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, 1))]
+    # An optimizer that needs a GPU may be checked on a machine without one.
     with suppress(RuntimeError, ImportError, AssertionError):
-        made = make_optimizer(config, numbers)
+        made = make_optimizer(config, parameters)
         if config.customized_optimizer is None and config.optimizer_arguments:
-            _try_step(config, made, numbers)
-    make_schedule(config, torch.optim.AdamW(numbers, lr=config.learning_rate), 1)
+            _try_step(config, made, parameters)
+    make_schedule(config, torch.optim.AdamW(parameters, lr=config.learning_rate), 1)
 
 
 def _try_step(
-    config: TrainingConfig, optimizer: torch.optim.Optimizer, numbers: Iterable[nn.Parameter]
+    config: TrainingConfig, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
 ) -> None:
-    """Let an optimizer make a step, since some look at their arguments then only."""
-    for number in numbers:
-        number.grad = torch.ones_like(number)
+    """Make one step, since some optimizers look at their arguments only then. Raises
+    `ParameterError`."""
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
     try:
         optimizer.step()
     except (TypeError, ValueError, IndexError) as error:

@@ -1,4 +1,4 @@
-"""One optimizer step: its micro-batches are handed to the device, and what it did is read later."""
+"""One optimizer step: its work is queued on the device, and its results are read later."""
 
 import math
 import resource
@@ -18,15 +18,15 @@ from diffsynth_dagster.training.setup import Inputs, TrainingState
 
 @dataclass(frozen=True)
 class MadeStep:
-    """An optimizer step that the device was given, and may still work on.
+    """An optimizer step that was queued on the device, which may still be working on it.
 
     Attributes:
-        known: of its metrics, what is known without the device.
-        numbers: loss, norm, and how many of the processes said each of the two flags of `train_step`,
-            divided by their number.
-        waiting, began, differentiated: when the wait for its data began, the step itself, and the
-            optimizer's part.
-        skipped: whether the optimizer changed nothing, because float16 was too small for the gradients.
+        known: its metrics; those that only the device knows are NaN.
+        numbers: loss, gradient norm, and for each flag of `train_step` the fraction of the
+            processes that set it.
+        waiting, began, differentiated: when the wait for the data, the step, and the optimizer's
+            part of the step began.
+        skipped: whether the optimizer skipped the step because gradients overflowed in float16.
     """
 
     known: StepMetrics
@@ -37,7 +37,7 @@ class MadeStep:
     skipped: bool
 
     def metrics(self) -> StepMetrics:
-        """All that is to be said of it. Waits until the device has made it."""
+        """All metrics of the step. Waits until the device has finished it."""
         loss, norm, *_ = self.numbers.read()
         ended = self.numbers.there
         data_seconds, seconds = self.began.since(self.waiting), ended.since(self.began)
@@ -56,7 +56,7 @@ class MadeStep:
 
     @property
     def flags(self) -> tuple[bool, bool]:
-        """The flags of `train_step`, each true on all processes if it is on one."""
+        """The flags of `train_step`. Each is true on all processes if one of them set it."""
         _, _, stop, late = self.numbers.read()
         return stop > 0, late > 0
 
@@ -68,13 +68,13 @@ def train_step(
     waiting: Moment,
     flags: Callable[[], tuple[bool, bool]],
 ) -> MadeStep:
-    """One optimizer step over the micro-batches of this process. Collective.
+    """Queue one optimizer step over the micro-batches of this process. Collective.
 
     Args:
         step: counted from 1.
         waiting: when the wait for the micro-batches began.
-        flags: whether the run was asked to stop, and whether a state is late: asked for at the end of
-            the step, and told to all processes with its loss.
+        flags: returns whether the run was asked to stop, and whether a state is late. Called at the
+            end of the step; all processes learn the answers together with the loss.
     """
     config, parallel = training.inputs.config, training.inputs.parallel
     began = Moment(parallel.device)
@@ -86,21 +86,23 @@ def train_step(
         training.losses.add(batch, losses, training.step_module.row_weights(batch))
     norm = parallel.clip(training.trained.values(), config.max_grad_norm)
     differentiated = Moment(parallel.device)
-    rates = current_rates(training.optimizer)
+    rates = current_rates(training.optimizer)  # before the schedule moves on
     training.optimizer.step()
     training.optimizer.zero_grad()
     skipped = parallel.step_was_skipped
+    # The learning rate follows the steps that were really made.
     if not skipped:
         training.schedule.step()
     training.average.update(step)
     asked = [torch.full((), float(flag), device=parallel.device) for flag in flags()]
-    mean, *told = parallel.mean(torch.stack([loss, *asked]))
-    numbers = Numbers(torch.stack([mean, norm, *told]))
+    # One reduction for all three, since each makes the processes wait for each other.
+    mean, *fractions = parallel.mean(torch.stack([loss, *asked]))
+    numbers = Numbers(torch.stack([mean, norm, *fractions]))
     samples, tokens = training.data.counts(step - 1)
     known = StepMetrics(
         step=step,
         epoch=(step - 1) // training.data.order.steps_per_epoch,
-        loss=math.nan,
+        loss=math.nan,  # filled in by `metrics`, as all that is NaN here
         learning_rate=next(iter(rates.values())),
         grad_norm=math.nan,
         seconds=math.nan,
@@ -113,8 +115,8 @@ def train_step(
 
 
 def differentiate(training: TrainingState, batch: Batch, last: bool) -> torch.Tensor:
-    """The losses (B,) of a micro-batch; their gradients are added to those of the step. What autograd
-    remembered is free when this returns."""
+    """Add the gradients of a micro-batch to those of the step; returns its losses (B,), detached.
+    The activations are freed when this returns."""
     parallel = training.inputs.parallel
     with (
         parallel.micro_batch(training.model, last),
@@ -126,7 +128,12 @@ def differentiate(training: TrainingState, batch: Batch, last: bool) -> torch.Te
 
 
 class MadeSteps:
-    """The steps that the device was given and that nobody has read yet: on a GPU the newest one."""
+    """The steps that are queued and not reported yet: on a GPU the newest one, on a CPU none.
+
+    Attributes:
+        stop: whether the run was asked to stop, as far as steps were reported.
+        late: whether a state is late, likewise. The loop resets it.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
@@ -134,25 +141,26 @@ class MadeSteps:
         self.stop = self.late = False
 
     def add(self, made: MadeStep) -> None:
-        """Take in a step, and read the one before; on a CPU, the step itself.
+        """Add a step, and report the one before it; on a CPU, the step itself.
 
         Raises:
             TrainingError: see `read`.
         """
         self._unread.append(made)
-        self._read_but(1 if self._inputs.parallel.runs_behind else 0)
+        # On a GPU, the step before is finished by now or soon: reading it does not stall the queue.
+        self._report_all_but(1 if self._inputs.parallel.runs_behind else 0)
 
     def read(self) -> None:
-        """Report all steps that were made. Afterwards `stop` says whether the run was asked to stop in
-        one of those that were added since, and `late` whether a state is late.
+        """Report all queued steps. Waits until the device has finished them.
 
         Raises:
-            TrainingError: the loss is not finite, or the gradients that changed the weights were not.
+            TrainingError: the loss is not finite, or the gradients that changed the weights were
+                not.
         """
-        self._read_but(0)
+        self._report_all_but(0)
 
-    def _read_but(self, newest: int) -> None:
-        """Report the steps, but for so many of the newest."""
+    def _report_all_but(self, newest: int) -> None:
+        """Report all queued steps except this many of the newest."""
         inputs = self._inputs
         while len(self._unread) > newest:
             made = self._unread.pop(0)
@@ -165,12 +173,12 @@ class MadeSteps:
 
 
 def _require_finite(inputs: Inputs, metrics: StepMetrics, skipped: bool) -> None:
-    """Stop a training that went wrong before it writes a checkpoint of it.
+    """Stop a training that has diverged, before it writes a checkpoint.
 
     Raises:
         TrainingError: the loss is not finite, or the gradients that changed the weights were not.
     """
-    # The norm is infinite in a step that float16 made the optimizer skip: the weights are sound.
+    # In a skipped step the norm is infinite, but the weights are unchanged.
     if math.isfinite(metrics.loss) and (math.isfinite(metrics.grad_norm) or skipped):
         return
     inputs.run_file.diverged()
@@ -183,7 +191,7 @@ def _require_finite(inputs: Inputs, metrics: StepMetrics, skipped: bool) -> None
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory used so far: of the GPU, or of the process on a CPU. Bytes."""
+    """Peak memory so far, in bytes: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB

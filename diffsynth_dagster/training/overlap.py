@@ -1,7 +1,7 @@
-"""Refuses a training whose files would take the place of what it reads.
+"""Refuses a training that would write over its own inputs.
 
-This looks at paths, and at the little that a run folder holds already: it is done before anything is
-written, and for `--dry_run`. Symbolic links are followed.
+Only paths and the names in an existing run folder are looked at, so this is checked before anything
+is written, and in a dry run. Symbolic links are followed.
 """
 
 import os
@@ -27,17 +27,17 @@ _OWN_TABLES = {
     "dataset_metadata_path": CHECKED,
     "validation_metadata_path": f"held_out/{CHECKED}",
 }
-"""Tables of a run folder that it may be given again, as they were checked there."""
+"""Parameter → the table of the run folder that it may name. The table is then taken as checked."""
 _FILES = (
     *_OWN_TABLES,
     *("lora_checkpoint", "preset_lora_path", "resume_from_checkpoint"),
 )
-"""Parameters that name a file that is read."""
+"""Parameters that name an input file."""
 
 
 def refuse_overlap(config: TrainingConfig) -> None:
-    """Refuse a config by which an input would be replaced, moved or removed, or the run folder lie in a
-    store.
+    """Refuse a config if an input would be replaced, moved or removed, or if the run folder lies in
+    a store of encoded samples.
 
     Raises:
         ParameterError: it names the file or folder, and both parameters.
@@ -45,6 +45,7 @@ def refuse_overlap(config: TrainingConfig) -> None:
     """
     output, data = Path(config.output_path), Path(config.dataset_base_path)
     cache = Path(config.cache_path)
+    # A store may be deleted and encoded again. A run folder in it would be lost with it.
     for store in (cache, *_stores_above(output)):
         if _place_in(output, store) is not None:
             what = "the run folder lies in a store of encoded samples"
@@ -54,6 +55,7 @@ def refuse_overlap(config: TrainingConfig) -> None:
         raise _refused(what, config, "dataset_base_path", data)
     for parameter, folder in (("cache_path", cache), ("dataset_base_path", data)):
         place = _place_in(folder, output)
+        # Such a folder belongs to the run: any file in it is replaced.
         if place is not None and is_own(f"{place}/any"):
             what = f"'{place}' of the run folder is replaced with all that is in it"
             raise _refused(what, config, parameter, folder)
@@ -66,25 +68,26 @@ def refuse_overlap(config: TrainingConfig) -> None:
 
 
 def refuse_own_recipe(config: TrainingConfig, recipe: Path) -> None:
-    """Refuse a recipe that the `config.yaml` of the run folder would be written over. One that a training
-    wrote there may be given again: it has no comments and no keys that are lost.
+    """Refuse a recipe that is the run folder's own `config.yaml`, which is written anew. If a
+    training wrote it, it may be given again: it has no comments that would be lost.
 
     Raises:
-        ParameterError: it is one.
+        ParameterError: a person wrote or edited it.
     """
     if "config.yaml" not in _names_in(recipe, Path(config.output_path)):
         return
     values, _ = read_values(recipe)
+    # A file that a training wrote is equal to the dump of its values.
     if yaml.safe_dump(values, sort_keys=False) != recipe.read_text(encoding="utf-8"):
         raise _replaced("config.yaml", config, "recipe", recipe)
 
 
 def refuse_replaced_rows(config: TrainingConfig, tables: Sequence[CheckedTable]) -> None:
-    """Refuse rows with files that would be replaced, moved or removed: samples of an earlier training in
-    the same run folder.
+    """Refuse rows whose files would be replaced, moved or removed: samples of an earlier training
+    in the same run folder.
 
     Raises:
-        ParameterError: it names a file.
+        ParameterError: there is such a file; the message names it.
     """
     start = os.path.join(os.path.realpath(config.output_path), "")
     is_written = _writes(config)
@@ -92,6 +95,7 @@ def refuse_replaced_rows(config: TrainingConfig, tables: Sequence[CheckedTable])
         for column, kind in table.rows.collect_schema().items():
             if not column.endswith(":path"):
                 continue
+            # Filtered in Polars: only names in the run folder become Python objects.
             path = pl.col(column)
             names = table.rows.select((path.explode() if kind == pl.List else path).alias("name"))
             names = names.filter(pl.col("name").str.starts_with(start))
@@ -104,7 +108,7 @@ def refuse_replaced_rows(config: TrainingConfig, tables: Sequence[CheckedTable])
 
 
 def _inputs(config: TrainingConfig) -> Iterator[tuple[str, Path]]:
-    """Parameter and file, or folder, of all that is read beside the rows' files."""
+    """Parameter and path of each input file or folder, except for the files of the rows."""
     for parameter in _FILES:
         if getattr(config, parameter) is not None:
             yield parameter, Path(getattr(config, parameter))
@@ -115,18 +119,18 @@ def _inputs(config: TrainingConfig) -> Iterator[tuple[str, Path]]:
     def folder(entry: ModelEntry) -> list[Path]:
         return [hub.folder(entry)]
 
-    found = [(hub.files, model_entries(config)), (folder, folder_entries(config))]
-    for look, entries in found:
+    for look, entries in ((hub.files, model_entries(config)), (folder, folder_entries(config))):
         for entry in entries:
             paths = [Path(text) for text in entry.paths]
-            with suppress(WeightsError):  # not there yet
+            with suppress(WeightsError):  # not downloaded yet
                 paths += look(entry)
             for path in dict.fromkeys(paths):
                 yield entry.parameter, path
 
 
 def _writes(config: TrainingConfig) -> Callable[[str], bool]:
-    """Tells whether a config replaces, moves or removes a file, by its path from the run folder."""
+    """Returns a function that says whether the config replaces, moves or removes a file, given its
+    path relative to the run folder."""
     if config.encodes_only:
         return lambda name: (
             is_own(name) and not (is_trained(name) or is_older(name) or is_promoted(name))
@@ -144,7 +148,8 @@ def _writes(config: TrainingConfig) -> Callable[[str], bool]:
         if checkpoint is None or name in moved:
             return is_own(name)
         kind, number = checkpoint["kind"], int(checkpoint["number"])
-        # How many steps an epoch has, and which are left, depends on the number of samples.
+        # The number of samples is unknown, so the steps of an epoch are too: refuse any name that
+        # could be written.
         if kind == "epoch":
             return not by_steps and number < (config.max_train_steps or config.num_epochs)
         if kind == "best-step":
@@ -155,18 +160,20 @@ def _writes(config: TrainingConfig) -> Callable[[str], bool]:
 
 
 def _names_in(path: Path, folder: Path) -> list[str]:
-    """What a file is called in a folder: as it is named, and what a link leads to."""
+    """The paths of a file relative to a folder: under its own name, and under the name that a link
+    leads to. Empty if it is not in the folder."""
     named = Path(os.path.realpath(path.parent), path.name)
     places = (_place(named, folder), _place(Path(os.path.realpath(path)), folder))
     return [place for place in places if place is not None]
 
 
 def _place_in(path: Path, folder: Path) -> str | None:
-    """The way from a folder to what lies in it: "." where they are one; None where it lies elsewhere."""
+    """A path relative to a folder: "." for the folder itself, None outside it."""
     return _place(Path(os.path.realpath(path)), folder)
 
 
 def _place(path: Path, folder: Path) -> str | None:
+    """As `_place_in`, for a path whose links are resolved already."""
     home = os.path.realpath(folder)
     for above in (path, *path.parents):
         if _is_same(str(above), home):
@@ -175,17 +182,17 @@ def _place(path: Path, folder: Path) -> str | None:
 
 
 def _is_same(path: str, other: str) -> bool:
-    """Whether two paths are of one folder: some file systems read small letters as large ones."""
+    """Whether two paths are the same folder. On some file systems, capital letters do not count."""
     if path == other:
         return True
     try:
         return os.path.samefile(path, other)
-    except OSError:  # one is not there
+    except OSError:  # one does not exist
         return False
 
 
 def _stores_above(folder: Path) -> Iterator[Path]:
-    """The stores that a folder lies in."""
+    """The stores that contain a folder."""
     place = Path(os.path.realpath(folder))
     for above in (place, *place.parents):
         if os.path.isdir(above / "index") and os.path.isdir(above / "shards"):

@@ -1,6 +1,6 @@
-"""Nested values with tensors in them, such as the state of an optimizer, as JSON and named tensors.
+"""Turns nested values, such as an optimizer's state, into JSON and named tensors, and back.
 
-Nothing is pickled: what is read again can be numbers, texts, tensors, and collections of them alone.
+Nothing is pickled: reading gives only numbers, texts, tensors, and collections of them.
 """
 
 from collections.abc import Mapping
@@ -10,14 +10,15 @@ import torch
 
 
 def pack(value: Any, name: str, tensors: dict[str, torch.Tensor], copy: bool = True) -> Any:
-    """A JSON value for a nested one; its tensors are put into `tensors`, in CPU memory.
+    """Turn a nested value into a JSON value. Its tensors are added to `tensors`, in CPU memory.
 
     Args:
-        name: what names of its tensors start with.
-        copy: whether they are copied; else they lie there already, and nobody else changes them.
+        name: start of the names of its tensors.
+        copy: whether to copy tensors that are in CPU memory already. Without a copy, nobody else
+            may change them.
 
     Raises:
-        TypeError: something in it is of another type.
+        TypeError: the value holds something of another type.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -26,6 +27,7 @@ def pack(value: Any, name: str, tensors: dict[str, torch.Tensor], copy: bool = T
         return {"tensor": name}
     if isinstance(value, Mapping):
         items = cast(Mapping[Any, Any], value).items()
+        # As pairs: the keys of an optimizer's state are numbers, which JSON has no keys for.
         return {"dict": [[key, pack(item, f"{name}.{key}", tensors, copy)] for key, item in items]}
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
@@ -35,10 +37,10 @@ def pack(value: Any, name: str, tensors: dict[str, torch.Tensor], copy: bool = T
 
 
 def unpack(packed: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """What `pack` was given.
+    """The value that `pack` was given.
 
     Raises:
-        KeyError, ValueError, TypeError: it is damaged.
+        KeyError, ValueError, TypeError: the JSON value is damaged.
     """
     if not isinstance(packed, dict):
         return packed

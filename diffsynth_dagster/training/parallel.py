@@ -1,7 +1,8 @@
 """The processes of a training, their devices, and how they share the work of a step.
 
-Beside `training.join`, which makes a `Parallel`, and `run.trackers`, this is the one module that knows
-accelerate, DDP and DeepSpeed. Everything else asks `Parallel`, and reads the same for one process on a CPU as for many GPUs on several machines.
+Besides `training.join`, which makes a `Parallel`, and `run.trackers`, this is the only module that
+knows accelerate, DDP and DeepSpeed. All other code asks `Parallel`, and reads the same for one
+process on a CPU as for many GPUs on several machines.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -32,18 +33,18 @@ T = TypeVar("T")
 
 
 class Parallel:
-    """The processes of a training as one of them sees them.
+    """The processes of a training, as seen by one of them.
 
     A **collective** method waits for all processes: every one of them must call it.
 
     Attributes:
-        device: that this process computes on.
-        process_index: of this process in the whole job, from 0.
-        num_processes: of the whole job, over all machines (nodes).
+        device: where this process computes.
+        process_index: number of this process in the whole job, from 0.
+        num_processes: of the whole job, on all machines (nodes).
         is_main_process: whether this is the one process of the job that writes and reports.
         is_node_main: whether this is the first process of its node.
         mixed_precision: "no", "bf16" or "fp16".
-        trackers: those that the config switches on (TensorBoard, W&B, …), if any.
+        trackers: TensorBoard, W&B and others that the config switches on; None if there are none.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -59,32 +60,31 @@ class Parallel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of frozen weights: that of the computation."""
+        """Element type of frozen weights: the type that is computed in."""
         types = {"bf16": torch.bfloat16, "fp16": torch.float16}
         return types.get(self.mixed_precision, torch.float32)
 
     @property
     def trained_dtype(self) -> torch.dtype:
-        """Element type of weights that are trained as a whole.
+        """Element type of fully trained weights.
 
-        DeepSpeed itself holds float32 copies of them, in pieces.
+        DeepSpeed keeps its own float32 copies of them, in pieces.
         """
         return self.dtype if self._uses_deepspeed else torch.float32
 
     @property
     def runs_behind(self) -> bool:
-        """Whether the device works behind this process, which must not wait for every step of it."""
+        """Whether the device works asynchronously: this process should not wait for each step."""
         return self.device.type == "cuda"
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last optimizer step changed nothing, because float16 was too small for the
-        gradients."""
+        """Whether the last optimizer step was skipped because gradients overflowed in float16."""
         return self._accelerator.optimizer_step_was_skipped
 
     def seed(self, seed: int) -> None:
         """Seed the global random numbers of Python, numpy and torch, on every device."""
-        set_seed(seed % 2**32)  # numpy takes no more
+        set_seed(seed % 2**32)  # numpy takes 32 bits
 
     def wait_for_everyone(self) -> None:
         """Wait until every process is here. Collective."""
@@ -92,13 +92,15 @@ class Parallel:
 
     @contextmanager
     def node_main_first(self) -> Generator[None]:
-        """Enter by turns: the main process, the first of every other node, then all the others.
+        """Enter in turns: the main process, the first process of every other node, then all the
+        others.
 
-        Collective. So what the first of a node downloads or finds out is there for the others of
-        its node. The main process goes before the other nodes because these may share its file
-        system, and a hub's client or a user's own function may not expect that another process
-        writes the same files at the same time.
+        Collective. What the first process of a node downloads or computes is there when the others
+        enter. The main process goes before the other nodes because they may share a file system,
+        and a hub's client or a user's function may not expect that another process writes the same
+        files at the same time.
         """
+        # Every process waits twice in all, so that the waits of all of them match.
         turn = 0 if self.is_main_process else 1 if self.is_node_main else 2
         for _ in range(turn):
             self.wait_for_everyone()
@@ -107,15 +109,16 @@ class Parallel:
             self.wait_for_everyone()
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What the main process makes, on every process. Collective.
+        """The result of `make` on the main process, handed to every process. Collective.
 
-        Where it raises a `UserError`, that is the main process's to report: the others end.
+        If it raises a `UserError`, the main process raises that, and the others exit.
         """
-        made: list[Any] = [None, True]
+        made: list[Any] = [None, True]  # the result, and whether it failed
         if self.is_main_process:
             try:
                 made = [make(), False]
             except UserError:
+                # The others wait for a result: tell them that there is none.
                 broadcast_object_list(made)
                 raise
         value, failed = broadcast_object_list(made)
@@ -131,52 +134,54 @@ class Parallel:
 
     @property
     def synchronises_gradients(self) -> bool:
-        """Whether gradients are averaged over processes by DDP, which must know before the first step
-        which parameters get one."""
+        """Whether DDP averages the gradients over the processes. It must know before the first step
+        which parameters get a gradient."""
         return self.num_processes > 1 and not self._uses_deepspeed
 
     def expect_gradients(self, module: nn.Module, got_one: Mapping[str, bool] | None) -> None:
-        """Say which parameters get a gradient in a step; before `prepare`. Collective.
+        """Tell DDP which parameters get a gradient in a step; to be called before `prepare`.
+        Collective.
 
         Args:
-            got_one: name of a trained parameter in `module` → whether it got a gradient from a batch
-                of this process; None where that is not the same in every step.
+            got_one: name of a trained parameter in `module` → whether it got a gradient from a
+                batch of this process; None if that differs from step to step.
         """
         everywhere = [] if got_one is None else gather_object([dict(got_one)])
         counts = {n: sum(here[n] for here in everywhere) for n in got_one or {}}
         if got_one is None or any(0 < count < len(everywhere) for count in counts.values()):
-            # Looked for in every step, which takes some milliseconds.
+            # DDP then searches for unused parameters in every step, which takes milliseconds.
             handler = self._accelerator.ddp_handler
             assert handler is not None, "start_parallel gives one"
             handler.find_unused_parameters = True
         for name, parameter in module.named_parameters():
             if counts.get(name) == 0:
-                parameter.requires_grad_(False)  # nothing reaches it, so that nothing changes
+                parameter.requires_grad_(False)  # no loss depends on it, so it would not change
 
     def prepare(
         self, config: TrainingConfig, module: nn.Module, optimizer: Optimizer
     ) -> tuple[nn.Module, Optimizer]:
-        """The module and the optimizer as they are used in a step of all processes. Collective."""
+        """Wrap the module and the optimizer for steps of all processes together. Collective."""
         if self._uses_deepspeed:
             self._configure_deepspeed(config)
         return self._accelerator.prepare(module, optimizer)
 
     def _configure_deepspeed(self, config: TrainingConfig) -> None:
-        """What DeepSpeed would ask a data loader for, and the clipping, which it does itself."""
+        """Set what DeepSpeed would read from a data loader, and the clipping, which it does
+        itself."""
         plugin = self._accelerator.state.deepspeed_plugin
         assert plugin is not None
         settings = plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = config.batch_size
         if config.customized_optimizer is not None or config.optimizer != "adamw":
-            # Or it would be replaced by DeepSpeed's own where its state lies in CPU memory.
+            # Otherwise DeepSpeed insists on its own AdamW when the state is in CPU memory.
             settings["zero_force_ds_cpu_optimizer"] = False
         if config.max_grad_norm is not None:
             settings["gradient_clipping"] = config.max_grad_norm
         elif settings.get("gradient_clipping", "auto") == "auto":
-            settings["gradient_clipping"] = 0.0  # accelerate would clip at 1
+            settings["gradient_clipping"] = 0.0  # accelerate would set 1
 
     def let_go(self) -> None:
-        """Hold the prepared module and optimizer no longer, after the last step."""
+        """Release the prepared module and optimizer after the last step."""
         self._accelerator.free_memory()
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -189,12 +194,13 @@ class Parallel:
 
         Args:
             model: as `prepare` returned it.
-            last: whether it is the last micro-batch of the optimizer step: gradients are summed
-                over the processes in its backward pass, once for the whole step.
+            last: whether it is the last micro-batch of the optimizer step. Its backward pass
+                reduces the gradients over the processes, once for the whole step.
 
         Raises:
-            ParameterError: a trained parameter gets no gradient, and DDP does not expect that.
+            ParameterError: a trained parameter gets no gradient, although DDP expects one.
         """
+        # accelerate derives this from its own data loaders, which are not used here.
         self._accelerator.sync_gradients = last
         try:
             if last:
@@ -203,6 +209,7 @@ class Parallel:
                 with self._accelerator.no_sync(model):
                     yield
         except RuntimeError as error:
+            # DDP tells this error from others only by its text.
             if "find_unused_parameters" not in str(error):
                 raise
             raise ParameterError(
@@ -212,33 +219,34 @@ class Parallel:
             ) from error
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a loss () to those of the optimizer step."""
+        """Add the gradients of a loss () to the gradients of the optimizer step."""
         self._accelerator.backward(loss)
 
     def clip(self, parameters: Iterable[torch.Tensor], max_norm: float | None) -> torch.Tensor:
-        """Clip the gradients to a norm, if one is given; returns their norm () before, on the device."""
+        """Clip the gradients to a norm, if given; returns their norm () before, on the device."""
         limit = float("inf") if max_norm is None else max_norm
+        # With DeepSpeed, which clips by itself: its norm, or None if it knows none.
         before = self._accelerator.clip_grad_norm_(parameters, limit)
         return torch.as_tensor(0.0 if before is None else before, device=self.device).float()
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Means of numbers (…) over the processes, on the device. Collective."""
+        """The mean of a tensor (…) over the processes, on the device. Collective."""
         reduced: Any = self._accelerator.reduce(values, "mean")
         return reduced
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor on the CPU over the processes, as a new one on the CPU. Collective."""
+        """The sum of a CPU tensor over the processes, as a new CPU tensor. Collective."""
         if self.num_processes == 1:
             return values.clone()
         reduced: Any = self._accelerator.reduce(values.to(self.device), "sum")
         return reduced.cpu()
 
     def gathered(self, values: list[T]) -> list[T]:
-        """The values of all processes, those of the first one first. Collective."""
+        """The values of all processes, in the order of the processes. Collective."""
         return gather_object(values)
 
     def trained(self, model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-        """What of the prepared module is trained, by the names in the module given to `prepare`."""
+        """Trained parameters of the prepared module, by their names before `prepare`."""
         parameters = dict(self._module(model).named_parameters())
         return {name: parameters[name] for name in names}
 
@@ -248,11 +256,11 @@ class Parallel:
     def whole_weights(
         self, model: nn.Module, names: Iterable[str]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and copies of trained weights, each one whole and in CPU memory, one after the other.
-        Collective: every process goes through all of them; the main process alone is handed any.
+        """Yield the trained weights one after the other: name and a whole copy in CPU memory.
 
-        Every process holds its weights whole (see `start_parallel`). Where weights will be
-        partitioned, this is the place that gathers them.
+        Collective: every process must iterate to the end, but only the main process gets weights.
+        Today every process holds all weights whole (see `start_parallel`). If they are partitioned
+        one day, they are to be gathered here.
         """
         for name, parameter in self.trained(model, names).items():
             if self.is_main_process:
@@ -260,17 +268,17 @@ class Parallel:
 
     @property
     def updates_whole_tensors(self) -> bool:
-        """Whether an optimizer step changes the parameters of the module themselves: DeepSpeed gives
-        the optimizer flat pieces of copies of them."""
+        """Whether the optimizer updates the parameters of the module themselves. With DeepSpeed it
+        gets flat pieces of copies of them."""
         return not self._uses_deepspeed
 
     @property
     def can_save_state(self) -> bool:
-        """Whether `state` has all that goes on from step to step: DeepSpeed keeps that in parts."""
+        """Whether `state` is complete. DeepSpeed keeps the optimizer's state in parts."""
         return not self._uses_deepspeed
 
     def any(self, here: bool) -> bool:
-        """Whether something is so on any process. Collective."""
+        """Whether `here` is true on any process. Collective."""
         if self.num_processes == 1:
             return here
         flag = torch.tensor(float(here), device=self.device)
@@ -278,8 +286,8 @@ class Parallel:
         return bool(reduced)
 
     def state(self, optimizer: Optimizer, schedule: LRScheduler) -> dict[str, Any]:
-        """What the next steps depend on beside the weights: the states of the optimizer, of the
-        learning rate, of the scale of float16, and of the random numbers of every process.
+        """What the next steps depend on besides the weights: the states of the optimizer, the
+        learning-rate schedule, the loss scaler of float16, and every process's random numbers.
         Collective."""
         scaler = self._accelerator.scaler
         return {
@@ -297,14 +305,14 @@ class Parallel:
         optimizer: Optimizer,
         schedule: LRScheduler,
     ) -> None:
-        """Bring a prepared training to where it was, but for the random numbers: see `load_random`.
+        """Restore a prepared training, except for its random numbers: see `load_random`.
 
         Args:
             weights: name → trained weight: see `whole_weights`.
-            state: what `state` gave.
+            state: as `state` returned it.
 
         Raises:
-            ValueError: the state is that of another optimizer.
+            ValueError: the state belongs to another optimizer.
         """
         with torch.no_grad():
             for name, parameter in self.trained(model, weights).items():
@@ -315,25 +323,25 @@ class Parallel:
             self._accelerator.scaler.load_state_dict(state["scaler"])
 
     def load_random(self, states: Sequence[Any]) -> None:
-        """Give this process its random numbers back, if as many processes wrote the state.
+        """Restore the random numbers of this process, if as many processes wrote the state.
 
         Args:
-            states: the random numbers of each of them.
+            states: the random numbers of each process that wrote it.
         """
         if len(states) == self.num_processes:
             set_random_state(states[self.process_index], self.device)
 
     def tensors_from_main(self, path: Path) -> dict[str, torch.Tensor]:
-        """The tensors of a file that the main process sees, in CPU memory of every process, one after the
-        other. Collective."""
+        """The tensors of a file, in CPU memory of every process. Only the main process reads the
+        file; it sends the tensors one by one. Collective."""
         if self.num_processes == 1:
             return load_file(path)
-        found = load_file(path) if self.is_main_process else {}
-        kinds = self.from_main(lambda: [(n, t.shape, t.dtype) for n, t in found.items()])
-        for name, shape, dtype in kinds:
-            tensor = found[name] if name in found else torch.empty(shape, dtype=dtype)
-            # As bytes, since not every way between processes takes every type.
+        tensors = load_file(path) if self.is_main_process else {}
+        layout = self.from_main(lambda: [(n, t.shape, t.dtype) for n, t in tensors.items()])
+        for name, shape, dtype in layout:
+            tensor = tensors[name] if name in tensors else torch.empty(shape, dtype=dtype)
+            # As bytes: not every backend sends every element type.
             sent: Any = broadcast(tensor.reshape(-1).view(torch.uint8).to(self.device))
             if not self.is_main_process:
-                found[name] = sent.cpu().view(dtype).reshape(shape)
-        return found
+                tensors[name] = sent.cpu().view(dtype).reshape(shape)
+        return tensors

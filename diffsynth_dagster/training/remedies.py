@@ -1,4 +1,4 @@
-"""What a config may change so that a training takes less memory."""
+"""Suggests parameters to change so that a training takes less memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class Remedy:
     """A parameter to change.
 
     Attributes:
-        part: what it makes smaller. "optimizer" is its state, the gradients, and an average.
-        said: the parameter and its value, as a recipe has it.
+        part: what it reduces. "optimizer" is the optimizer's state, the gradients and the average.
+        said: the parameter and its new value, as in a recipe.
     """
 
     part: Part
@@ -35,9 +35,9 @@ class Remedy:
 
 
 def remedies(config: TrainingConfig, models: Models, moment: Moment) -> list[Remedy]:
-    """What is not done yet, of what helps at a moment; what costs least is first.
+    """The remedies that help at a moment and are not used yet, the cheapest first.
 
-    Only what the config and its family take is named.
+    Only parameters that the config and its family accept are suggested.
     """
     found = [*_of_weights(config, models)]
     if moment == "while samples were encoded":
@@ -56,7 +56,7 @@ def remedies(config: TrainingConfig, models: Models, moment: Moment) -> list[Rem
 
 def _of_batches(config: TrainingConfig) -> Iterator[Remedy]:
     if config.batch_size > 1:
-        # The most that divides it: the steps then have the same samples.
+        # The largest divisor, so that each step keeps its samples.
         size = config.batch_size
         fewer = next(n for n in range(size // 2, 0, -1) if size % n == 0)
         steps = config.gradient_accumulation_steps * size // fewer
@@ -77,6 +77,7 @@ def _of_activations(config: TrainingConfig, models: Models) -> Iterator[Remedy]:
         yield Remedy("activations", "use_gradient_checkpointing: true")
     yield from _of_batches(config)
     on_gpu = models.device.type == "cuda"
+    # On a CPU, activations are in CPU memory anyway.
     if on_gpu and not config.use_gradient_checkpointing_offload:
         yield Remedy("activations", "use_gradient_checkpointing_offload: true")
 
@@ -85,9 +86,11 @@ def _of_sizes(config: TrainingConfig, models: Models) -> Iterator[Remedy]:
     family = models.resolved.family
     clip = clip_rule(config.num_frames, config.frame_rate, family.geometry, family.name)
     if clip is not None and clip.num_frames > clip.rule.smallest:
+        # Half the frames, or the next length that the family allows.
         frames = clip.rule.longest(max(clip.rule.smallest, clip.num_frames // 2))
         yield Remedy("activations", f"num_frames: {frames}")
     if config.height is not None and config.width is not None:
+        # Half of each side, rounded down to what the family allows.
         factor = family.geometry.side_factor
         height, width = (
             max(side // 2 // factor, 1) * factor for side in (config.height, config.width)
@@ -105,18 +108,20 @@ def _of_weights(config: TrainingConfig, models: Models) -> Iterator[Remedy]:
     family = models.resolved.family
     full = {family.part(name).of for name in config.trainable_models}
     lora = {family.part(name).of for name in config.lora_base_model}
-    # A DoRA measures the weights, which it cannot do in float8.
-    fine = full | lora if config.lora_method == "dora" else full
+    # These must not be in float8: weights that change, and those that a DoRA takes norms of.
+    exact = full | lora if config.lora_method == "dora" else full
     components = models.resolved.components
     frozen = {
-        name: sum(prod(info.shape) for info in found.header.values())
-        for name, found in components.items()
-        if name not in fine and found.entry.text not in stored
+        name: sum(prod(info.shape) for info in files.header.values())
+        for name, files in components.items()
+        if name not in exact and files.entry.text not in stored
     }
-    there = {name: count for name, count in frozen.items() if name in models.modules} or frozen
-    if there:
-        largest = max(there, key=lambda name: there[name])
+    # Only loaded components take memory; before any is loaded, each of them may.
+    loaded = {name: count for name, count in frozen.items() if name in models.modules} or frozen
+    if loaded:
+        largest = max(loaded, key=lambda name: loaded[name])
         yield Remedy("weights", f"fp8_models with {components[largest].entry.text} ('{largest}')")
+    # Of several experts, all but one are idle; what is trained in full stays on the device.
     idle = len(family.at_work(frozenset(lora))) > 1 and not full
     on_gpu = models.device.type == "cuda"
     if on_gpu and idle and not config.offload_idle_denoiser:

@@ -1,4 +1,4 @@
-"""Going on from a state of the run folder: which one, and whether it is of the same training."""
+"""Going on from a state of the run folder: which state, and whether it is of the same training."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +25,14 @@ from diffsynth_dagster.training.state import Notes, WrittenState, read_state
 from diffsynth_dagster.versions import TRAINING
 
 _BY_STEPS = ("num_epochs", "max_train_steps", "batch_size", "gradient_accumulation_steps")
-"""A longer training goes on where a shorter one ended; the others are compared by the samples of each
-step."""
+"""Parameters whose values may differ: a longer training may go on from a shorter one, and the other
+two are compared by the samples of each step."""
 _EPOCHS = "the number of epochs, on which the learning rate depends"
-"""In states of before; the number of steps is compared."""
+"""A part of the identity in older states. It is ignored: the number of steps is compared
+instead."""
 _SAME_COURSE = ("constant", "constant_with_warmup")
-"""Courses of the learning rate that do not depend on how many steps there are."""
+"""Learning-rate schedules that do not depend on the number of steps."""
+# Fields of the record that a training takes over from its state.
 _CARRIED = (
     "first_loss",
     "final_loss",
@@ -48,7 +50,8 @@ _CARRIED = (
 
 def identity_of(record: RunRecord) -> dict[str, Any]:
     """What the steps of a training depend on, by name: JSON values."""
-    precision = record.mixed_precision  # asked for by the launcher, where no parameter says it
+    # From the record, since the launcher sets the precision if no parameter does.
+    precision = record.mixed_precision
     return _of_each_step({**record.fingerprint.parts, "mixed_precision": precision})
 
 
@@ -63,20 +66,21 @@ def choose_state(
     can_restore: bool,
     warn: Callable[[str], None],
 ) -> WrittenState | None:
-    """The newest whole state of the run folder, if the training is to go on from one. A finished training
-    that differs is none to go on with.
+    """The newest whole state of the run folder to go on from; None to train from the beginning, as
+    after a finished training with other parameters.
 
-    Checkpoints that were removed are not made again. Where one was changed, an older state is taken, if
-    there is one from before it.
+    Checkpoints that were removed are not written again. If one was changed, an older state from
+    before that checkpoint is used, if there is one.
 
     Args:
         record: of the training that is about to start.
-        data: its steps.
+        data: the micro-batches of its steps.
         can_restore: see `Parallel.can_save_state`.
 
     Raises:
-        ParameterError: the state is of another, unfinished training; or there is none, and there must be.
-        OutputError: a state cannot be read, though it may be whole.
+        ParameterError: the state belongs to another, unfinished training; or there is no whole
+            state, and `resume` says that there must be one.
+        OutputError: a state cannot be read, for another reason than damage.
     """
     output = Path(config.output_path)
     finish_moving(output, warn)
@@ -84,6 +88,7 @@ def choose_state(
         return None
     earlier = earlier_record(output)
     is_finished = earlier is not None and earlier.finished
+    # The newest state whose checkpoints were changed, and these: the last resort.
     newest: tuple[WrittenState, list[str]] | None = None
     for _, folder in state_folders(output):
         try:
@@ -121,14 +126,15 @@ def require_going_on(
     order_on: Callable[[int], StepOrder] | None = None,
     processes: int | None = None,
 ) -> None:
-    """Refuse a run folder that `choose_state` would refuse, as far as that is known before the training.
-    Nothing is written.
+    """Refuse a run folder that `choose_state` would refuse, as far as can be known before the
+    training. Writes nothing.
 
     Args:
-        record: of the training; None where the digest of its samples is not known. Its precision is not
-            looked at.
-        order_on: (number of processes) → the order of the samples; None where there are none yet.
-        processes: of the training; None for as many as the state is of.
+        record: of the training; None if the digest of its samples is not known. Its precision is
+            ignored.
+        order_on: (number of processes) → the order of the samples; None if there are none yet.
+        processes: number of processes of the training; None for as many as the state's training
+            had.
 
     Raises:
         ParameterError, OutputError: see `choose_state`.
@@ -138,7 +144,7 @@ def require_going_on(
         return
     earlier = earlier_record(output)
     is_finished = earlier is not None and earlier.finished
-    # Where a move to older/ was killed, the training finishes it first, and no state is left.
+    # The training first finishes an interrupted move to older/, after which no state is left.
     for _, folder in [] if is_moving(output) else state_folders(output):
         try:
             state = read_state(folder)
@@ -150,6 +156,7 @@ def require_going_on(
         if order_on is not None:
             as_before = max(1, _slots(state) // config.gradient_accumulation_steps)
             order = order_on(processes or as_before)
+            # The first entry is the size of each bucket.
             if record is None and state.order[:1] != order.key[:1]:
                 names.append("the samples")
             names += _differing_steps(config, state, order)
@@ -163,21 +170,23 @@ def require_going_on(
 def _differing_as_far_as_known(
     config: TrainingConfig, state: Notes, record: RunRecord | None
 ) -> list[str]:
-    """In what a state differs from a training that has not begun."""
+    """What differs between a state and a training that has not begun, by name."""
     known = dict(state.identity)
     if record is not None:
         now = identity_of(record)
     else:
         now = _of_each_step({**parameters_of(config), VERSION: TRAINING})
+        # What follows from the content of files is not compared.
         of_files = ("the samples", "the held-out samples", "the weights of ")
         known = {name: value for name, value in known.items() if not name.startswith(of_files)}
-    asked = config.mixed_precision  # left out, the launcher says it
+    # If it is left out, the launcher decides: taken as equal.
+    asked = config.mixed_precision
     now["mixed_precision"] = known.get("mixed_precision") if asked is None else asked
     return _differing_values(config, known, now)
 
 
 def _slots(state: Notes) -> int:
-    """The micro-batches of each step of a state, on all processes together: see `StepOrder.key`."""
+    """Number of micro-batches of a state's steps, over all processes: see `StepOrder.key`."""
     return int(state.order[4]) if len(state.order) > 4 else 1
 
 
@@ -201,16 +210,16 @@ def _no_state(output: Path) -> ParameterError:
 def _differing_values(
     config: TrainingConfig, identity: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[str]:
-    """In what the identity of a state differs from that of a training."""
+    """What differs between the identities of a state and of a training, by name."""
     known = {name: value for name, value in identity.items() if name != _EPOCHS}
     if config.sample_cfg_scale is None and known.get("sample_cfg_scale") == 1.0:
-        # What was left out meant none before; samples are guided from here on, and no step changes.
+        # In older states, leaving it out meant 1 (no guidance). Only samples change, and no step.
         known["sample_cfg_scale"] = now["sample_cfg_scale"]
     return Fingerprint(known).changes(Fingerprint(now))
 
 
 def _differing_steps(config: TrainingConfig, state: Notes, order: StepOrder) -> list[str]:
-    """In what the steps of a state differ from those of a training."""
+    """What differs between the steps of a state and those of a training, by name."""
     names: list[str] = []
     if state.order != order.key:
         names.append(
@@ -230,10 +239,10 @@ def _differing_steps(config: TrainingConfig, state: Notes, order: StepOrder) -> 
 
 
 def _changed_checkpoints(output: Path, state: Notes) -> list[str]:
-    """The checkpoints of a state that are there, and not as they were written."""
+    """The checkpoints of a state that exist, but are not as they were written."""
     known: Mapping[str, str] = state.record["checkpoints"]
-    there = {name: output / name for name in known if (output / name).is_file()}
-    return [name for name, path in there.items() if digest_file(path) != known[name]]
+    paths = {name: output / name for name in known if (output / name).is_file()}
+    return [name for name, path in paths.items() if digest_file(path) != known[name]]
 
 
 def _with_what_is_left(
@@ -243,14 +252,16 @@ def _with_what_is_left(
     warn: Callable[[str], None],
     changed: Sequence[str] = (),
 ) -> WrittenState:
-    """A state whose record names no checkpoint that is not there any more.
+    """The state, with a record that names only checkpoints that still exist.
 
     Args:
-        may_be_gone: whether older checkpoints make place for newer ones, which are written again.
+        may_be_gone: whether older checkpoints are removed for newer ones, so that it is no surprise
+            if some are gone.
         changed: checkpoints that are not to be named either.
     """
     record, best = state.record, state.record["best"]
     gone = [name for name in record["checkpoints"] if not (output / name).is_file()]
+    # The best ones are removed by the training itself when better ones follow.
     removed = [name for name in gone if name not in best] if not may_be_gone else []
     if removed:
         warn(f"{', '.join(removed)} were removed since, and are not made again")
@@ -264,7 +275,7 @@ def _with_what_is_left(
 
 
 def going_on(record: RunRecord, state: WrittenState | None) -> RunRecord:
-    """The record of a training that goes on from a state, or starts."""
+    """The record of a training that goes on from a state, or starts from the beginning."""
     if state is None:
         return record
     carried = {name: state.record[name] for name in _CARRIED}
@@ -273,10 +284,10 @@ def going_on(record: RunRecord, state: WrittenState | None) -> RunRecord:
 
 
 def restore(training: TrainingState, written: WrittenState) -> list[Any]:
-    """Bring a training to where it was after a step, but for the random numbers. Collective.
+    """Restore a training from a state, except for the random numbers. Collective.
 
     Returns:
-        For each process that wrote the state, its random numbers: see `Parallel.load_random`.
+        The random numbers of each process that wrote the state: see `Parallel.load_random`.
     """
     parallel = training.inputs.parallel
     state = written.whole(parallel.tensors_from_main(written.tensors))
@@ -290,13 +301,13 @@ def restore(training: TrainingState, written: WrittenState) -> list[Any]:
 
 
 class Logs:
-    """The logs of a run folder as they grow, each read once."""
+    """The growing logs of a run folder. Each byte is read only once."""
 
     def __init__(self, output: Path) -> None:
         self._read = {output / name: (0, blake3()) for name in LOGS}
 
     def positions(self) -> dict[str, Any]:
-        """Name of each log that is there → its bytes, and their digest."""
+        """Name of each log that exists → its size in bytes, and their digest."""
         for path, (size, digest) in self._read.items():
             if path.is_file():
                 with path.open("rb") as file:
@@ -312,8 +323,8 @@ class Logs:
 
 
 def make_ready(output: Path, state: Notes | None, warn: Callable[[str], None]) -> None:
-    """Leave in a run folder what the training that starts would have written up to where it starts: what
-    is newer than its state is removed, and another training moved to `older/`.
+    """Bring a run folder to the point where the training starts: remove what is newer than its
+    state. Without a state, move the training that is there to `older/`.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -327,6 +338,7 @@ def make_ready(output: Path, state: Notes | None, warn: Callable[[str], None]) -
             if step > state.step:
                 shutil.rmtree(folder)
         record = earlier_record(output)
+        # After the states: a kill in between must not leave a newer state without its files.
         newer = set() if record is None else written_files(asdict(record))
         for name in newer - written_files(state.record):
             (output / name).unlink(missing_ok=True)
@@ -334,11 +346,12 @@ def make_ready(output: Path, state: Notes | None, warn: Callable[[str], None]) -
 
 
 def _cut_logs(output: Path, state: Notes, warn: Callable[[str], None]) -> None:
-    """Cut off what logs say of later steps. One that is not what was written is begun anew."""
+    """Cut off the lines of later steps from the logs. A log that does not match its digest is
+    emptied."""
     for name in LOGS:
         path, known = output / name, state.logs.get(name)
-        said = path.read_bytes() if path.is_file() else b""
-        kept = said[: known["bytes"]] if known is not None else b""
+        content = path.read_bytes() if path.is_file() else b""
+        kept = content[: known["bytes"]] if known is not None else b""
         if known is not None and blake3(kept).hexdigest() != known["digest"]:
             warn(f"{path} is damaged; what it said of the first {state.step} steps is lost")
             kept = b""

@@ -1,4 +1,4 @@
-"""Samples and evaluations: what the model makes as it stands, written by one process."""
+"""Sample pictures and evaluations during a training, made and written by the main process."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +17,11 @@ from diffsynth_dagster.training.setup import TrainingState
 from diffsynth_dagster.training.step import evaluating
 
 COLUMNS = 8
-"""Images beside each other in the picture of a step."""
+"""Images in a row of a step's picture."""
 
 
 class Pictures:
-    """Makes images and clips with the model as it stands and writes them under `samples/` of the run
+    """Makes images and clips with the current weights, and writes them to `samples/` in the run
     folder."""
 
     def __init__(self, training: TrainingState) -> None:
@@ -39,14 +39,14 @@ class Pictures:
         self._folder = Path(inputs.config.output_path) / "samples"
 
     def sample(self, step: int) -> None:
-        """Write one picture with an image for each of `sample_prompts`, or for each row of the table
-        that it names, and each video. Collective.
+        """Write one picture with an image for each of `sample_prompts`, or each row of the table
+        that it names; and each video as a file. Collective.
 
-        A video is in the picture as the strip of its frames.
+        The picture shows a video as a strip of its frames.
 
         Raises:
             OutputError: the run folder cannot be written.
-            Stopped: the run was asked to stop. What was made is made again with the others.
+            Stopped: the run was asked to stop. All samples of the step are made again later.
         """
         if self._config.sample_prompts:
             self._on_main(lambda: self._sample(step))
@@ -64,7 +64,7 @@ class Pictures:
         self._reporter.report(Sampled(step, str(picture)))
 
     def evaluate(self, when: str) -> None:
-        """Call `customized_evaluation` and keep what it found under `when`. Collective.
+        """Call `customized_evaluation`, and record its result under `when`. Collective.
 
         Args:
             when: "before" or "after" the training.
@@ -77,14 +77,14 @@ class Pictures:
             self._on_main(lambda: self._evaluate(dotted, when))
 
     def _evaluate(self, dotted: str, when: str) -> None:
-        found = import_dotted(dotted, "customized_evaluation")(self._generate)
-        self._run_file.evaluated(when, found.metrics)
-        for name, picture in found.pictures.items():
+        evaluation = import_dotted(dotted, "customized_evaluation")(self._generate)
+        self._run_file.evaluated(when, evaluation.metrics)
+        for name, picture in evaluation.pictures.items():
             self._write(f"{when}-{name}", picture)
 
     def _on_main(self, make: Callable[[], None]) -> None:
-        """Let the main process make something, while the others wait; where it is stopped, all are.
-        Collective."""
+        """Let the main process make something while the others wait. If it is stopped, all of them
+        are. Collective."""
         stopped = False
         if self._parallel.is_main_process:
             try:
@@ -95,6 +95,7 @@ class Pictures:
             raise Stopped
 
     def _generate(self, prompts: Sequence[str], seed: int) -> list[Image.Image]:
+        """Given to a user's evaluation; see `sampling.Generate`."""
         with evaluated_weights(self._training), evaluating(self._module):
             clips = self._sampler(self._module.loaded, prompts, seed)
             return [strip(clip.frames) for clip in clips]

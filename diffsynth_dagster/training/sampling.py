@@ -1,7 +1,7 @@
-"""Images and clips made with the model as it stands, and functions that measure it by them.
+"""Makes images and clips with the current weights; what evaluation functions are given and return.
 
-A sample is made as the model is trained: by the same `denoise`, with the same conditions and the same
-given parts of a target, from noise to data by the published sampler.
+A sample is made in the way the model is trained: with the same `denoise`, the same conditions and
+the same given parts of a target. It goes from noise to data by the published sampler.
 """
 
 import json
@@ -30,13 +30,13 @@ from diffsynth_dagster.training.step import weight_dtype
 from diffsynth_dagster.weights.models import Models
 
 SAMPLE_BATCH = 50
-"""Images that are made together. Clips are made one by one."""
+"""Images that are made at once. Clips are made one by one."""
 STRIP_FRAMES = 8
-"""Frames of a sampled video that its picture shows."""
+"""Frames of a video in its strip."""
 
 Generate = Callable[[Sequence[str], int], list[Image.Image]]
-"""(prompts, seed) → one image for each prompt, of a clip the strip of its frames. Equal prompts get
-different noise."""
+"""(prompts, seed) → one image for each prompt; for a clip, the strip of its frames. Equal prompts
+get different noise."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,16 @@ def make_clips(
     """A clip for each sample of a request.
 
     Args:
-        loaded: the denoisers, what they use beside, and the family's `decoder`.
-        stop_asked: whether to stop, asked at each step.
+        loaded: the denoisers, what else `denoise` uses, and the components of the family's
+            `decoder`.
+        stop_asked: says whether to stop; called at each step.
 
     Raises:
-        Stopped: it said so.
+        Stopped: `stop_asked` said so.
     """
     sampling = family.sampling
     device = next(iter(request.conditions.values())).device
+    # Drawn on the CPU, so that samples of a seed are alike on all devices.
     noise = {
         name: torch.stack([torch.randn(shape, generator=g) for g in request.generators]).to(device)
         for name, shape in sampling.shapes(loaded, request).items()
@@ -76,9 +78,10 @@ def make_clips(
     solver = sampling.solver(request, noise)
     count = len(request.generators)
     constants = {n: torch.full((count,), v, device=device) for n, v in sampling.constants.items()}
+    # With guidance, two predictions in each step: with the conditions, and without a prompt.
     handed = [{**request.conditions, **constants}]
     if request.negative is not None:
-        # Some families have something else in the place of the empty prompt.
+        # Without a negative prompt, some families use something else than the empty prompt.
         unprompted = (lambda given: given) if request.negative_prompt else sampling.unprompted
         handed.append({**unprompted(request.negative), **constants})
     x = solver.start(noise)
@@ -86,11 +89,12 @@ def make_clips(
         if stop_asked():
             raise Stopped
         x_t = _with_given(solver.seen(x, index), request)
-        each = t.float().expand(count).to(device)
-        now = float(each[0])
+        timesteps = t.float().expand(count).to(device)
+        now = float(timesteps[0])
+        # The expert whose range of timesteps this is.
         at_work = (d.component for d in family.denoisers if d.low <= now < d.high)
         name = next(at_work, family.denoiser)
-        predictions = [_predict(family, name, loaded, given, x_t, each) for given in handed]
+        predictions = [_predict(family, name, loaded, given, x_t, timesteps) for given in handed]
         prediction = predictions[0]
         if len(predictions) > 1:
             scale = request.cfg_scales.get(name, request.cfg_scale)
@@ -100,11 +104,11 @@ def make_clips(
 
 
 def _with_given(x: Tensors, request: SampleRequest) -> Tensors:
-    """Latents, but clean where they are given."""
+    """The latents, with clean values in the parts that are given."""
     given, known = request.given, request.known
     return {
-        n: torch.where(known[n].bool(), given[n].float(), each) if n in known else each
-        for n, each in x.items()
+        n: torch.where(known[n].bool(), given[n].float(), latents) if n in known else latents
+        for n, latents in x.items()
     }
 
 
@@ -116,7 +120,7 @@ def _predict(
     x_t: Tensors,
     t: torch.Tensor,
 ) -> Tensors:
-    """The prediction float32 of a denoiser at t, which is the same for all."""
+    """The float32 prediction of a denoiser at t (B,), which is the same for all samples."""
     model = loaded[denoiser]
     dtype = weight_dtype(model)
     prediction = family.denoise(
@@ -126,7 +130,7 @@ def _predict(
         {name: noisy.to(dtype) for name, noisy in x_t.items()},
         t,
     )
-    return {name: each.float() for name, each in prediction.items()}
+    return {name: tensor.float() for name, tensor in prediction.items()}
 
 
 @dataclass(frozen=True)
@@ -134,9 +138,10 @@ class _Item:
     """A sample to make.
 
     Attributes:
-        inputs: column → text, or files as JSON: of the stages without a key.
+        inputs: column → text, or files as JSON, for the stages that have no key.
         keys: stage → key of its outputs in the store.
-        width, height, frames: in pixels and frames.
+        width, height: in pixels.
+        frames: 1 for an image.
     """
 
     inputs: Mapping[str, str]
@@ -147,14 +152,15 @@ class _Item:
 
 
 class Sampler:
-    """Makes images and clips with the components as they stand.
+    """Makes images and clips with the current weights.
 
-    What the recipe names is read from the store; other prompts are encoded when they are asked for.
+    The encoded prompts of the recipe are read from the store; other prompts are encoded when
+    needed.
 
     Args:
         autocast: entered around what uses trained modules, as in a training step: their weights are
-            float32, and the others may not be.
-        stop_asked: see `make_clips`. What makes clips may raise `Stopped`.
+            float32, while frozen ones may be of another type.
+        stop_asked: see `make_clips`. All methods that yield clips may raise `Stopped`.
     """
 
     def __init__(
@@ -180,7 +186,11 @@ class Sampler:
         self._guidance = guidance_of(config, family.sampling)
 
     def named(self, live: Mapping[str, Any], seed: int) -> Iterator[Clip]:
-        """One clip for each prompt, or row of a table, that `sample_prompts` names."""
+        """Yield a clip for each prompt, or row of a table, that `sample_prompts` names.
+
+        Args:
+            live: component name → module in training; the others are loaded.
+        """
         if self._config.sample_table is None:
             yield from self(live, self._config.sample_texts, seed)
             return
@@ -191,13 +201,13 @@ class Sampler:
     def __call__(
         self, live: Mapping[str, Any], prompts: Sequence[str], seed: int
     ) -> Iterator[Clip]:
-        """One clip for each prompt, with the components in `live` in place of the loaded ones.
+        """Yield a clip for each prompt. The components in `live` replace the loaded ones.
 
-        They come as they are made, so that not all of them are in memory at once.
+        Clips are yielded as they are made, so that not all are in memory at once.
         """
         items = [self._prompt(prompt) for prompt in prompts]
-        without = self._prompt(self._guidance.negative_prompt)
-        negative = [without] * len(items) if self._guidance.is_on else None
+        unprompted = self._prompt(self._guidance.negative_prompt)
+        negative = [unprompted] * len(items) if self._guidance.is_on else None
         yield from self._make(live, items, negative, seed)
 
     def _prompt(self, prompt: str) -> _Item:
@@ -210,11 +220,12 @@ class Sampler:
         return _Item(row["inputs"], row["keys"], width, height, row["frames"])
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of a sample: those given, unless they are 0."""
-        usual = self._family.geometry.sample_size
+        """Width and height of a sample in pixels: as given, else of the config, else of the
+        family."""
+        default = self._family.geometry.sample_size
         return (
-            width or self._config.width or usual[0],
-            height or self._config.height or usual[1],
+            width or self._config.width or default[0],
+            height or self._config.height or default[1],
         )
 
     def _make(
@@ -224,19 +235,21 @@ class Sampler:
         negative: Sequence[_Item] | None,
         seed: int,
     ) -> Iterator[Clip]:
-        """One clip for each item; noise is drawn by its place."""
+        """Yield a clip for each item. Its noise depends on the seed and its position."""
+        # Encoded first, and together: the text encoder is freed before the denoisers are loaded.
         encoded = self._encode(live, [*items, *(negative or [])])
         denoisers = [denoiser.component for denoiser in self._family.denoisers]
         beside = [n for n in self._family.denoise_uses if n in self._models.resolved.components]
-        wanted = (*self._family.decoder, *denoisers, *beside)
-        loaded = {**self._models.get([name for name in wanted if name not in live]), **live}
+        names = (*self._family.decoder, *denoisers, *beside)
+        loaded = {**self._models.get([name for name in names if name not in live]), **live}
         for part in self._batches(items, encoded):
             first = items[part[0]]
             outputs = self._stack([encoded[i] for i in part])
-            without = [encoded[len(items) + i] for i in part] if negative is not None else None
+            # The outputs of the negative items come after those of the items.
+            unprompted = [encoded[len(items) + i] for i in part] if negative is not None else None
             request = SampleRequest(
                 conditions=self._handed(outputs),
-                negative=None if without is None else self._handed(self._stack(without)),
+                negative=None if unprompted is None else self._handed(self._stack(unprompted)),
                 height=first.height,
                 width=first.width,
                 num_frames=first.frames,
@@ -257,18 +270,19 @@ class Sampler:
             with torch.no_grad(), self._autocast():
                 clips = make_clips(self._family, loaded, request, self._stop_asked)
             yield from clips
-        # An expert that is not trained is not needed until the next samples.
+        # A frozen expert that the steps do not use is not needed until the next samples.
         self._models.free([name for name in denoisers if name not in live])
 
     def _batches(self, items: Sequence[_Item], encoded: Sequence[Tensors]) -> Iterator[list[int]]:
-        """The places of items that are made together: neighbours with outputs of equal shapes."""
+        """Positions of items that are made at once: neighbours with outputs of equal shapes."""
 
-        def alike(place: int) -> Any:
+        def shape_of(place: int) -> Any:
+            # Ragged outputs, such as prompts, are padded: their lengths may differ.
             item, ragged = items[place], [n for n, o in self._outputs.items() if o.ragged]
             shapes = [(n, () if n in ragged else t.shape) for n, t in encoded[place].items()]
             return item.width, item.height, item.frames, shapes
 
-        for _, places in groupby(range(len(items)), alike):
+        for _, places in groupby(range(len(items)), shape_of):
             listed = list(places)
             size = SAMPLE_BATCH if items[listed[0]].frames == 1 else 1
             yield from (listed[at : at + size] for at in range(0, len(listed), size))
@@ -284,11 +298,11 @@ class Sampler:
         return self._outputs[name].of if self._role(name) == "known" else None
 
     def _handed(self, outputs: Tensors) -> Tensors:
-        """What `denoise` is handed, as in a training step."""
+        """The outputs that are passed to `denoise`, as in a training step."""
         return {n: t for n, t in outputs.items() if self._role(n) in ("condition", "known")}
 
     def _encode(self, live: Mapping[str, Any], items: Sequence[_Item]) -> list[Tensors]:
-        """The outputs of the stages for each item: from the store where it has them."""
+        """The outputs of the stages for each item. They are read from the store if it has them."""
         encoded: list[Tensors] = [{} for _ in items]
         for stage in self._stages:
             fresh: list[int] = []
@@ -307,7 +321,7 @@ class Sampler:
     def _run(
         self, stage: Stage, live: Mapping[str, Any], items: Sequence[tuple[_Item, Tensors]]
     ) -> list[Tensors]:
-        """The outputs of a stage for items, each with the outputs of the stages before it."""
+        """The outputs of a stage for items, each given with the outputs of the earlier stages."""
         needs = {o.name for name in stage.needs for o in self._family.stage(name).yields}
         samples = [
             {i.column: _value(item, i) for i in stage.reads}
@@ -317,7 +331,7 @@ class Sampler:
         needed = [name for name in stage.uses if name not in live]
         loaded = {**self._models.get(needed), **live}
         is_live = len(needed) < len(stage.uses)
-        # Samples of a batch have files of equal size, which nobody says here.
+        # A batch must have files of equal sizes, which are unknown here: one at a time then.
         size = 1 if any(i.is_file for i in stage.reads) else max(1, len(samples))
         results: list[Tensors] = []
         with torch.no_grad(), self._autocast() if is_live else nullcontext():
@@ -328,22 +342,23 @@ class Sampler:
 
 
 def _value(item: _Item, column: Input) -> Any:
-    """What an item says in a column that a stage reads."""
-    if column.kind == "sizes":  # a picture of its own size, of which nothing was cropped
+    """The value of an item in a column that a stage reads."""
+    if column.kind == "sizes":
+        # Original size, crop (top, left) and target size: nothing is resized or cropped.
         return item.height, item.width, 0, 0, item.height, item.width
-    said = item.inputs[column.column]
-    return load_files(json.loads(said), column, 0) if column.is_file else parse_value(said, column)
+    text = item.inputs[column.column]
+    return load_files(json.loads(text), column, 0) if column.is_file else parse_value(text, column)
 
 
 def strip(frames: Sequence[Image.Image], most: int = STRIP_FRAMES) -> Image.Image:
-    """Frames of a video side by side: the first, the last, and evenly between."""
+    """Up to `most` frames of a video side by side, evenly spaced from the first to the last."""
     count = min(len(frames), most)
     places = [round(i * (len(frames) - 1) / max(1, count - 1)) for i in range(count)]
     return grid([frames[place] for place in places], columns=count, gap=0)
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Images side by side, row by row, on white: each in a place of the size of the largest."""
+    """Images row by row on white, in cells of the size of the largest. `gap` is in pixels."""
     width, height = (max(image.size[side] for image in images) for side in (0, 1))
     rows = -(-len(images) // columns)
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)

@@ -1,4 +1,4 @@
-"""Before the first step: what is trained, its optimizer and learning rate, and its data."""
+"""Sets up a training before its first step: modules, optimizer, learning rate, average."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,9 +37,13 @@ class Inputs:
     """What a training is given.
 
     Attributes:
-        state: what it goes on from; None from the beginning.
-        samples, data: what it is trained on, and step by step.
-        memory: what says what takes the memory, where there is not enough.
+        parallel: the processes of the training.
+        models: the components, loaded when they are used.
+        stop_asked: says whether the run was asked to stop.
+        state: the state to go on from; None to start from the beginning.
+        samples: where the samples are stored that are trained on or held out.
+        data: step, counted from 0 → the micro-batches of this process.
+        memory: explains a lack of memory.
     """
 
     config: TrainingConfig
@@ -57,15 +61,16 @@ class Inputs:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """A training in progress: what the session gave, and what was built from it.
+    """A training in progress: its inputs, and what was built from them.
 
     Attributes:
         step_module: batch → losses, as this process built it.
-        model: the same as all processes run it together.
-        trained: name in `step_module` → parameter of the prepared module, for those that are trained.
-        data: step, counted from 0 → the micro-batches of this process.
-        samples: what is trained on, and what is held out.
-        losses: of the samples, visit by visit.
+        model: the same module, prepared for all processes together.
+        trained: name in `step_module` → trained parameter of the prepared module.
+        optimizer: prepared, too.
+        schedule: of the learning rate.
+        data, samples: see `Inputs`.
+        losses: how hard each sample is.
         total_steps: optimizer steps of the whole training.
         average: of the trained weights over the steps; see `ema.evaluated_weights`.
     """
@@ -84,8 +89,8 @@ class TrainingState:
 
 
 def make_models(config: TrainingConfig, model: ResolvedModel, parallel: Parallel) -> Models:
-    """The components of a model, to be loaded on this process's device when they are used."""
-    # A component that gets a LoRA is put into float8 after the LoRA: see `build_step`.
+    """The components of a model. Each is loaded on this process's device when it is used."""
+    # A component that gets a LoRA is stored in float8 after the LoRA was added: see `build`.
     lora_first = {model.family.part(name).of for name in config.lora_base_model}
     return Models(
         model,
@@ -100,22 +105,25 @@ def set_up(inputs: Inputs) -> TrainingState:
     """Build everything that a training needs. Collective: every process calls it.
 
     Raises:
-        UserError: see `build_step`, `make_optimizer`, `make_schedule`.
+        UserError: see `build_step`, `make_optimizer`, `make_schedule`, `refuse_average`.
     """
     config, parallel = inputs.config, inputs.parallel
     step_module = build_step(config, inputs.models, parallel.trained_dtype)
-    given = {n: p for n, p in step_module.named_parameters() if p.requires_grad}
-    groups = parameter_groups(config, inputs.models.resolved.family, given)
+    # Before `prepare`: DDP and DeepSpeed wrap the module, which changes the names.
+    trainable = {n: p for n, p in step_module.named_parameters() if p.requires_grad}
+    groups = parameter_groups(config, inputs.models.resolved.family, trainable)
     tables = [m.weight for m in step_module.modules() if isinstance(m, nn.Embedding)]
     optimizer = make_optimizer(config, groups, tables)
     samples, data = inputs.samples, inputs.data
     steps = total_steps(config, data.order.steps_per_epoch)
     schedule = make_schedule(config, optimizer, steps)
     if parallel.synchronises_gradients and not config.find_unused_parameters:
+        # DDP waits for each parameter's gradient, and fails if one has none.
         parallel.expect_gradients(step_module, _who_gets_gradients(inputs, step_module, data))
     refuse_average(config, parallel, optimizer)
     model, prepared = parallel.prepare(config, step_module, optimizer)
-    trained = parallel.trained(model, given)
+    step_module.find_compute_dtypes()  # DeepSpeed casts whole modules
+    trained = parallel.trained(model, trainable)
     average = make_average(config, trained, optimizer)
     losses = SampleLosses(samples.trained, len(inputs.models.resolved.noising.timesteps))
     return TrainingState(
@@ -136,16 +144,18 @@ def set_up(inputs: Inputs) -> TrainingState:
 def _who_gets_gradients(
     inputs: Inputs, step_module: TrainingStep, data: StepDataset
 ) -> dict[str, bool] | None:
-    """Name of each trained parameter → whether it gets a gradient, by the first batch of this process;
-    None where that differs from step to step: between denoisers, and where a sample may lack a
-    target."""
-    found, parallel = inputs.models.resolved, inputs.parallel
-    outputs = [output for stage in found.family.stages for output in stage.yields]
-    if len(found.denoisers) > 1 or any(output.optional for output in outputs):
+    """Name of each trained parameter → whether it gets a gradient from the first batch of this
+    process.
+
+    None if that differs from step to step: with several denoisers, or if samples may lack a target.
+    """
+    model, parallel = inputs.models.resolved, inputs.parallel
+    outputs = [output for stage in model.family.stages for output in stage.yields]
+    if len(model.denoisers) > 1 or any(output.optional for output in outputs):
         return None
     batch = data[0][0].to(parallel.device)
     on_gpu = parallel.device.type == "cuda"
-    # Random numbers of the training, such as those of dropout, are drawn as without this.
+    # Forked: the training draws its random numbers, such as dropout, as if this had not run.
     with torch.random.fork_rng([parallel.device] if on_gpu else []), parallel.autocast():
         step_module(batch).sum().backward()
     trained = {n: p for n, p in step_module.named_parameters() if p.requires_grad}

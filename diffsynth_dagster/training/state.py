@@ -1,9 +1,9 @@
-"""Resumable states: all that the steps to come depend on, as files.
+"""Resumable states: everything that later steps depend on, as files.
 
     <run folder>/state/step-<n>/tensors.safetensors
-    <run folder>/state/step-<n>/state.json    what the tensors are of, and digests of both files
+    <run folder>/state/step-<n>/state.json    all that is no tensor, and the digests of both files
 
-A state is written into a hidden folder and renamed, so that it is whole or not there.
+A state is written to a hidden folder, which is then renamed: it is whole or does not exist.
 """
 
 import json
@@ -26,16 +26,16 @@ _TENSORS, _MANIFEST = "tensors.safetensors", "state.json"
 
 @dataclass(frozen=True)
 class Notes:
-    """What a state says of a training after a step, beside its tensors.
+    """The part of a state that is no tensor: what it says of a training after a step.
 
     Attributes:
         step: optimizer steps that were made.
-        done: of what is done beside the steps, in its order, how many were done after this one.
+        done: how many of the periodic things were done after this step: see `periodic.run_due`.
         identity: what the result depends on, by name: see `resume.identity_of`.
         order: what the samples of a step depend on: see `StepOrder.key`.
         record: `run.json` as it was.
-        seconds: that the steps took.
-        logs: name of a log → bytes that it had, and their digest.
+        seconds: duration of the steps.
+        logs: name of a log → its size in bytes, and their digest.
     """
 
     step: int
@@ -52,8 +52,8 @@ class State(Notes):
     """A training after a step.
 
     Attributes:
-        pieces: what `Parallel.state` gave, and more; nested, with tensors.
-        weights: name → trained weight: a copy in CPU memory.
+        pieces: what `Parallel.state` returned, the losses and the average; nested, with tensors.
+        weights: name → trained weight, as a copy in CPU memory.
     """
 
     pieces: dict[str, Any]
@@ -62,10 +62,10 @@ class State(Notes):
 
 @dataclass(frozen=True)
 class WrittenState(Notes):
-    """A state as it lies in its folder, where its tensors stay until `whole` is given them.
+    """A state in its folder. Its tensors are not read yet.
 
     Attributes:
-        packed: name of what a `State` has beside → its packed value.
+        packed: name of each other field of `State` → its packed value.
     """
 
     folder: Path
@@ -73,25 +73,26 @@ class WrittenState(Notes):
 
     @property
     def tensors(self) -> Path:
-        """The file of its tensors."""
+        """The file with the tensors."""
         return self.folder / _TENSORS
 
     def whole(self, tensors: Mapping[str, torch.Tensor]) -> State:
-        """The state with its tensors."""
+        """The state with its tensors, which the caller has read."""
         notes = {field.name: getattr(self, field.name) for field in fields(Notes)}
         return State(**notes, **{name: unpack(p, tensors) for name, p in self.packed.items()})
 
 
 class PackedState:
-    """A copy of a state in CPU memory, which the training does not change any more.
+    """A copy of a state in CPU memory, which the training no longer changes.
 
     Raises:
-        TypeError: the optimizer's state holds something else than numbers, texts and tensors.
+        TypeError: the optimizer's state holds something other than numbers, texts and tensors.
     """
 
     def __init__(self, state: State) -> None:
         self.step = state.step
         self._tensors: dict[str, torch.Tensor] = {}
+        # The weights are copies already.
         self._packed = {
             name: pack(value, name, self._tensors, copy=name != "weights")
             for name, value in vars(state).items()
@@ -99,11 +100,12 @@ class PackedState:
 
     @property
     def size(self) -> int:
-        """Bytes of its tensors."""
+        """Size of its tensors in bytes."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def write(self, run_folder: Path) -> Path:
-        """Write it whole; returns its folder. Raises `OutputError`, and what was there stays."""
+        """Write the state; returns its folder. Raises `OutputError`; then an older state stays as
+        it is."""
 
         def write(folder: Path) -> None:
             tensors = write_tensors(folder / _TENSORS, self._tensors, {"format": "pt"})
@@ -115,14 +117,14 @@ class PackedState:
 
 
 def read_state(folder: Path) -> WrittenState:
-    """The state in a folder, whose tensors are as they were written.
+    """Read the state in a folder, and check the digests of its files.
 
-    One that another version of this program wrote, with other things in it, has an identity that no
-    training has.
+    If another version of this program wrote it with other fields, its identity equals that of no
+    training.
 
     Raises:
-        DamagedError: it is not as it was written.
-        OutputError: it cannot be read.
+        DamagedError: the files are not as they were written.
+        OutputError: they cannot be read.
     """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
@@ -151,7 +153,8 @@ def read_state(folder: Path) -> WrittenState:
 
 
 def _of_another_version(packed: Mapping[str, Any], folder: Path) -> WrittenState:
-    """A whole state with other things in it, of which only its identity is read."""
+    """A whole state with other fields, of which only the identity and the order are read."""
+    # The extra part of the identity names, in the message of a refusal, what differs.
     identity = unpack(packed.get("identity", {"dict": []}), {})
     layout = {"the layout of a state": sorted(packed)}
     order = unpack(packed.get("order"), {})

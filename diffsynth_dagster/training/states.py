@@ -1,4 +1,4 @@
-"""Writes the states of a training now and then, beside its steps."""
+"""Writes the states of a training between its steps, now and then."""
 
 import threading
 import time
@@ -13,10 +13,10 @@ from diffsynth_dagster.training.state import PackedState, State, keep_states
 
 
 class States:
-    """A state every `state_steps` or `state_minutes`, and after the last step.
+    """Writes a state every `state_steps` or `state_minutes`, and after the last step.
 
-    A step waits for the copy of a state only; a thread writes it. Where it cannot be written, the
-    training goes on with a warning, and the state before stays.
+    The training waits only while a state is copied; a thread writes it. If it cannot be written,
+    the training goes on with a warning, and the previous state stays.
 
     Raises:
         ParameterError: `state_steps` is given, and states cannot be written.
@@ -46,31 +46,35 @@ class States:
 
     @property
     def seconds(self) -> float:
-        """What the steps took, with those before a stop."""
+        """Duration of all steps, including those before the training went on from a state."""
         return self._before + time.monotonic() - self._began
 
     @property
     def late(self) -> bool:
-        """Whether the newest state of this process is `state_minutes` old. Others may find otherwise."""
+        """Whether the newest state is `state_minutes` old by the clock of this process.
+
+        Others may disagree for a moment, so the processes agree on it in `train_step`.
+        """
         if not self._writes or self._seconds == 0:
             return False
         return time.monotonic() - self._written >= self._seconds
 
     def due(self, step: int) -> bool:
-        """Whether a step leaves a state, however late it is."""
+        """Whether a state is due after a step because of its number; see `late` for the time."""
         self._warn()
         if not self._writes or step == 0:
             return False
         return step == self._total or (self._every is not None and step % self._every == 0)
 
     def run(self, training: TrainingState, step: int, done: int) -> None:
-        """Copy the state after a step, and begin to write it. Collective.
+        """Copy the state after a step, and start writing it. Collective.
 
         Args:
             done: see `Notes`.
 
         Raises:
-            OutputError: the run folder was taken away. (Of a state that cannot be written, it is warned.)
+            OutputError: a person removed or renamed the run folder. (A state that cannot be written
+                only causes a warning.)
         """
         if not self._writes or step == self._newest:
             return
@@ -78,7 +82,8 @@ class States:
         self._newest, self._written = step, time.monotonic()
         if self._parallel.is_main_process:
             require_held(self._output)
-            self.close()  # what is written still, of which the memory is needed
+            self.close()  # two copies of a state may not fit into memory
+        # On every process: gathering is collective. Only the main process keeps the result.
         pieces = self._parallel.state(training.optimizer, training.schedule)
         pieces["losses"] = training.losses.pieces(self._parallel)
         pieces["average"] = training.average.weights
@@ -115,7 +120,8 @@ class States:
         self._thread.start()
 
     def finish(self) -> None:
-        """Keep the newest state alone: the training has ended, and a longer one may go on from there."""
+        """Keep only the newest state: the training has ended, and a longer one may go on from
+        there."""
         self.close()
         if self._writes and self._parallel.is_main_process:
             self._keep(1)
@@ -128,13 +134,13 @@ class States:
             self._failed.append(f"{error.what}; where: {error.where}")
 
     def close(self) -> None:
-        """Wait until what was begun is written."""
+        """Wait until the state that is being written is whole."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self._warn()
 
     def _warn(self) -> None:
-        """Say what the thread could not write."""
+        """Report, from the main thread, what the writing thread could not write."""
         while self._failed:
             self._reporter.warn(self._failed.pop())

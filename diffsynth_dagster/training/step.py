@@ -1,4 +1,4 @@
-"""One forward pass: the stages of the step, the noising path, the denoiser, the losses."""
+"""One forward pass: the stages of the step, noising, the denoiser, and the losses."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -24,7 +24,11 @@ class TrainingStep(nn.Module):
 
     Args:
         modules: the components used in the step, trained or not.
-        tokenizers: loaded tokenizers that the step's stages use.
+        tokenizers: loaded tokenizers that the stages of the step use.
+
+    Attributes:
+        components: the modules, by name.
+        compute_dtypes: denoiser → the element type that it computes in.
     """
 
     def __init__(
@@ -45,11 +49,17 @@ class TrainingStep(nn.Module):
             for o in self._outputs.values()
             if o.role == "target"
         }
-        self._path = model.noising
+        self._noising = model.noising
         self._distills = config.distills
-        # Looked up once, here: sharding may replace the parameters later.
-        names = [d.component for d in model.denoisers if d.component in modules]
-        self.compute_dtypes = {name: weight_dtype(modules[name]) for name in names}
+        denoisers = [denoiser.component for denoiser in model.denoisers]
+        self._denoisers = [name for name in denoisers if name in modules]
+        self.find_compute_dtypes()
+
+    def find_compute_dtypes(self) -> None:
+        """Look up what the denoisers compute in: here, not in each step. To be called again after
+        something cast the modules."""
+        found = {name: weight_dtype(self.components[name]) for name in self._denoisers}
+        self.compute_dtypes: dict[str, torch.dtype] = found
 
     @property
     def loaded(self) -> dict[str, Any]:
@@ -57,13 +67,13 @@ class TrainingStep(nn.Module):
         return {**dict(self.components.items()), **self._tokenizers}
 
     def row_weights(self, batch: Batch) -> torch.Tensor | None:
-        """The weights (B,) of the rows of a batch in the loss; None where they have none."""
-        found = [t for name, t in batch.outputs.items() if self._role(name) == "weight"]
-        return torch.stack(found).prod(0).float() if found else None
+        """The weights (B,) of a batch's rows in the loss; None if rows have no weights."""
+        weights = [t for name, t in batch.outputs.items() if self._role(name) == "weight"]
+        return torch.stack(weights).prod(0).float() if weights else None
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Losses (B,) float32 of the samples of a batch, each weighted by its timestep, and by its row
-        where that has a weight."""
+        """Losses (B,) float32 of the samples of a batch, each weighted by its timestep and, if rows
+        have weights, by its row."""
         outputs = self._run_stages(batch)
         if self._distills:
             losses = self._distilled(outputs, batch.denoiser)
@@ -74,23 +84,24 @@ class TrainingStep(nn.Module):
         return losses
 
     def _supervised(self, batch: Batch, outputs: Tensors) -> torch.Tensor:
-        """Losses (B,) of the predictions at timesteps that are drawn."""
+        """Losses (B,) of the predictions at the drawn timesteps."""
         x_0, known, conditions = self._by_role(outputs)
         masks = self._of_targets(outputs, "mask")
         device = next(iter(x_0.values())).device
-        index = torch.tensor(batch.indices)
+        index = torch.tensor(batch.indices)  # on the CPU, as the tables of the schedule
         epsilon = {name: self._noise(batch, name, clean) for name, clean in x_0.items()}
         x_t: Tensors = {}
         for name, clean in x_0.items():
-            x_t[name] = self._path.noised(clean.float(), epsilon[name], index)
+            # In float32: rounded to bf16 first, small noise would be lost.
+            x_t[name] = self._noising.noised(clean.float(), epsilon[name], index)
         x_t = _with_known(x_t, x_0, known)
-        t = sent(self._path.timesteps[index], device)
+        t = sent(self._noising.timesteps[index], device)
         prediction = self._denoise(batch.denoiser, conditions, x_t, t)
-        weight = sent(self._path.weights[index], device)
+        weight = sent(self._noising.weights[index], device)
         losses = [
             sample_losses(
                 prediction[name],
-                self._path.target(clean.float(), epsilon[name], index),
+                self._noising.target(clean.float(), epsilon[name], index),
                 weight * self._loss_weights[name],
                 known.get(name),
                 masks.get(name),
@@ -102,7 +113,7 @@ class TrainingStep(nn.Module):
     def _denoise(
         self, denoiser: str, conditions: Tensors, x_t: Tensors, t: torch.Tensor
     ) -> Tensors:
-        """The family's prediction, everything but the timesteps in the model's own type."""
+        """The family's prediction; all inputs but the timesteps are cast to the model's type."""
         model = self.components[denoiser]
         dtype = self.compute_dtypes[denoiser]
         return self._family.denoise(
@@ -114,10 +125,12 @@ class TrainingStep(nn.Module):
         )
 
     def _distilled(self, outputs: Tensors, denoiser: str) -> torch.Tensor:
-        """Losses (B,) of direct distillation: the student samples from the teacher's noise, and
-        where it ends is compared with what the teacher made, without a weight."""
+        """Losses (B,) of direct distillation: the student samples from the teacher's noise, and its
+        result is compared with the teacher's, unweighted. Gradients flow through all of its
+        steps."""
         steps = next(t for n, t in outputs.items() if self._role(n) == "steps")
         losses = torch.zeros(len(steps), device=steps.device)
+        # Samples with equal numbers of steps are sampled together.
         for count in steps.unique().tolist():
             members = (steps == count).nonzero()[:, 0]
             part = {name: tensor[members] for name, tensor in outputs.items()}
@@ -126,41 +139,43 @@ class TrainingStep(nn.Module):
             x_t = {name: start[name].float() for name in x_0}
             assert self._family.inference_sigmas is not None
             sigmas = self._family.inference_sigmas(count, x_0).to(steps.device)
+            # Euler steps along the predicted velocity.
             for sigma, after in pairwise(sigmas):
                 x_t = _with_known(x_t, x_0, known)
                 t = (sigma * NUM_TRAIN_TIMESTEPS).expand(len(members))
                 velocity = self._denoise(denoiser, conditions, x_t, t)
                 x_t = {n: x + (after - sigma) * velocity[n].float() for n, x in x_t.items()}
             ones = torch.ones(len(members), device=steps.device)
-            found = [sample_losses(x_t[n], x_0[n], ones, known.get(n), masks.get(n)) for n in x_0]
-            losses = losses.index_copy(0, members, torch.stack(found).sum(0))
+            parts = [sample_losses(x_t[n], x_0[n], ones, known.get(n), masks.get(n)) for n in x_0]
+            losses = losses.index_copy(0, members, torch.stack(parts).sum(0))
         return losses
 
     def _run_stages(self, batch: Batch) -> Tensors:
-        """The cached outputs and those of the stages that run here, stacked."""
+        """The stacked outputs of all stages: the cached ones, and those of the stages run here."""
         outputs = dict(batch.outputs)
         device = next(self.parameters()).device
         for stage in self._stages:
-            # Its own columns, and the outputs it needs: a column may be called like an output.
+            # Only the columns and outputs that the stage declares: a column of another stage may be
+            # called like an output.
             needed = {o.name: o for n in stage.needs for o in self._family.stage(n).yields}
             samples = [
                 {i.column: inputs[i.column] for i in stage.reads} | _sample(outputs, needed, index)
                 for index, inputs in enumerate(batch.inputs)
             ]
-            made = collate(stage.yields, stage.run(self.loaded, samples))
-            outputs |= {name: sent(tensor, device) for name, tensor in made.items()}
+            stacked = collate(stage.yields, stage.run(self.loaded, samples))
+            outputs |= {name: sent(tensor, device) for name, tensor in stacked.items()}
         return outputs
 
     def _by_role(self, outputs: Tensors) -> tuple[Tensors, Tensors, Tensors]:
-        """Targets, known masks by target, and what `denoise` is handed."""
+        """Targets, masks of the known parts by target, and what is passed to `denoise`."""
         targets = {n: t for n, t in outputs.items() if self._role(n) == "target"}
         known = self._of_targets(outputs, "known")
-        handed = ("condition", "known")
-        conditions = {n: t for n, t in outputs.items() if self._role(n) in handed}
+        passed = ("condition", "known")
+        conditions = {n: t for n, t in outputs.items() if self._role(n) in passed}
         return targets, known, conditions
 
     def _of_targets(self, outputs: Tensors, role: str) -> Tensors:
-        """The outputs of a role, by the target that they belong to."""
+        """The outputs of a role, by the target they belong to."""
         return {
             of: t
             for n, t in outputs.items()
@@ -168,9 +183,11 @@ class TrainingStep(nn.Module):
         }
 
     def _role(self, name: str) -> str:
+        # What no stage declares is the mask of a ragged output, which `denoise` gets.
         return self._outputs[name].role if name in self._outputs else "condition"
 
     def _noise(self, batch: Batch, name: str, clean: torch.Tensor) -> torch.Tensor:
+        """The noise (B, …) of a target, which depends only on seed, sample, visit and target."""
         shape = tuple(clean.shape[1:])
         drawn = [
             noise(batch.seed, sample, visit, name, shape)
@@ -180,7 +197,7 @@ class TrainingStep(nn.Module):
 
 
 def _with_known(x_t: Tensors, x_0: Tensors, known: Tensors) -> Tensors:
-    """Noised latents, but clean where they are given."""
+    """The noised latents, with clean values in the known parts."""
     return {
         n: torch.where(known[n].bool(), x_0[n].float(), x) if n in known else x
         for n, x in x_t.items()
@@ -188,7 +205,7 @@ def _with_known(x_t: Tensors, x_0: Tensors, known: Tensors) -> Tensors:
 
 
 def _sample(outputs: Tensors, declared: dict[str, Output], index: int) -> Tensors:
-    """One sample's outputs out of a stacked batch, without its padding."""
+    """The outputs of one sample of a stacked batch, without padding."""
     single: Tensors = {}
     for name, output in declared.items():
         if name in outputs:
@@ -199,7 +216,9 @@ def _sample(outputs: Tensors, declared: dict[str, Output], index: int) -> Tensor
 
 @contextmanager
 def evaluating(module: nn.Module) -> Generator[None]:
-    """A module in evaluation mode; afterwards each module inside has its own mode back."""
+    """While entered, a module is in evaluation mode. Afterwards each submodule has its mode
+    back."""
+    # Noted one by one: frozen components are in evaluation mode, trained ones are not.
     modes = {inside: inside.training for inside in module.modules()}
     module.eval()
     try:
@@ -210,9 +229,9 @@ def evaluating(module: nn.Module) -> Generator[None]:
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:
-    """Element type that a module computes in: of its own weights (not of LoRA layers in it).
+    """Element type that a module computes in: the type of its base weights, without LoRA layers.
 
-    Float8 is a type to store weights in, not to compute in.
+    Float8 is only used to store weights, not to compute.
     """
     for name, parameter in module.named_parameters():
         stored = parameter.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
