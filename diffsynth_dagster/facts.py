@@ -46,6 +46,7 @@ def digest_file(path: Path) -> str:
 
 def digest_text(text: str) -> str:
     """BLAKE3 of a text, in hexadecimal."""
+    # JSON and paths may contain lone surrogates, which UTF-8 does not have.
     return blake3(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -98,6 +99,7 @@ class FactCache:
         self._run(lambda: None)
 
     def _connect(self) -> sqlite3.Connection:
+        # Threads may share the connection, because `_run` holds a lock.
         return sqlite3.connect(self._path, timeout=_LOOK_EVERY_S, check_same_thread=False)
 
     def _unusable(self, error: Exception) -> OutputError:
@@ -105,14 +107,14 @@ class FactCache:
             return OutputError(
                 f"another process holds the cache of facts about files: {error}",
                 where=str(self._path),
-                do=f"wait until it is done, or end it (`fuser {self._path}` says which it is), and run "
-                "this again",
+                do=f"wait until it is done, or end it (`fuser {self._path}` says which it is), and "
+                "run this again",
             )
         return OutputError(
             f"the cache of facts about files cannot be used: {error}",
             where=str(self._path),
-            do="give a cache_path that can be written, on a disk with space left; the cache itself may "
-            "be deleted",
+            do="give a cache_path that can be written, on a disk with space left; the cache itself "
+            "may be deleted",
         )
 
     def _run(self, work: Callable[[], _Result]) -> _Result:
@@ -125,11 +127,11 @@ class FactCache:
             OutputError: the database cannot be read or written.
         """
         began, is_new = time.monotonic(), False
-        # SQLite can wait by itself, but does not react to signals meanwhile: so one second at a
-        # time.
+        # SQLite can wait by itself, but ignores signals meanwhile: so wait a second at a time.
         with self._lock:
             while True:
                 try:
+                    # With WAL, readers do not wait for a writer.
                     self._database.execute("PRAGMA journal_mode=WAL")
                     self._database.execute(_TABLE)
                     return work()
@@ -153,7 +155,7 @@ class FactCache:
         )
         self._database.close()
         try:
-            for end in ("", "-wal", "-shm"):
+            for end in ("", "-wal", "-shm"):  # SQLite's own files beside the database
                 self._path.with_name(self._path.name + end).unlink(missing_ok=True)
             self._database = self._connect()
         except (OSError, sqlite3.Error) as error:
@@ -236,7 +238,7 @@ class FactCache:
             (kind, _name(path), *state, json.dumps(facts))
             for path, facts in found.items()
             if (state := states[path]) is not None
-            and state == _state(path)
+            and state == _state(path)  # it did not change while it was read
             and "status" not in facts
         ]
         summed = [(*row, _sum(*row)) for row in rows]
@@ -249,7 +251,7 @@ class FactCache:
 
     def digest(self, path: Path, again: bool = False) -> str:
         """BLAKE3 of a file's content, in hexadecimal; see `look_up`."""
-        whole = path.absolute()
+        whole = path.absolute()  # the cache is shared by processes in other working folders
         facts = self.look_up("digest", [whole], lambda p: {"digest": digest_file(p)}, again)
         return str(facts[whole]["digest"])
 

@@ -72,6 +72,7 @@ def remove_leftovers(folder: Path) -> None:
         match = _HIDDEN.fullmatch(path.name)
         if match is not None:
             with contextlib.suppress(OSError):  # removed by another process, or not ours
+                # A process id may be in use again by now; then the file stays until it is old.
                 old = time.time() - path.stat().st_mtime > _OLD_S
                 if old or (match[1] == _host() and not psutil.pid_exists(int(match[2]))):
                     remove(path)
@@ -101,9 +102,9 @@ def require_held(path: Path) -> None:
     Raises:
         OutputError: see `run_folder.owned`.
     """
-    whole = path.absolute()
-    for folder, check in [*_HELD.items()]:
-        if whole.is_relative_to(folder):
+    absolute = path.absolute()
+    for folder, check in [*_HELD.items()]:  # a copy: other threads may add and remove folders
+        if absolute.is_relative_to(folder):
             check()
 
 
@@ -147,8 +148,7 @@ def write_folder(path: Path, write: Callable[[Path], object], size: int) -> Path
 
 @contextmanager
 def _staged(path: Path, size: int | None) -> Generator[Path]:
-    """A path in a hidden folder beside `path`; renamed to `path` at the end, or removed after an
-    error.
+    """A path in a hidden folder beside `path`; renamed to `path` unless the block raises.
 
     The hidden folder also collects the temporary files that some libraries write beside their
     output; they are removed with it.
@@ -175,8 +175,7 @@ def _staged(path: Path, size: int | None) -> Generator[Path]:
 def _as_user_error(
     error: Exception, path: Path, staged: Path, size: int | None
 ) -> OutputError | None:
-    """The error for the user if writing a file failed; None if the file system is not the
-    reason."""
+    """The user's error for a failed write; None if the file system is not the reason."""
     if isinstance(error, UserError) and not isinstance(error, OutputError):
         return None
     # Some libraries do not say in their error that the disk is full.
@@ -246,8 +245,8 @@ def short_of_space(folder: Path, size: int, what: str) -> str | None:
 
 def _free(folder: Path) -> int:
     """Free bytes on the disk of a folder, which may not exist yet."""
-    whole = folder.absolute()
-    existing = next(path for path in (whole, *whole.parents) if path.exists())
+    absolute = folder.absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
     return shutil.disk_usage(existing).free
 
 
@@ -282,7 +281,7 @@ def link_whole(path: Path, other: Path) -> Path:
     def link(staged: Path) -> None:
         try:
             os.link(path, staged)
-        except OSError:
+        except OSError:  # FAT and some network file systems have no hard links
             shutil.copyfile(path, staged)
 
     return write_whole(other, link)
@@ -326,6 +325,7 @@ def _sort_metadata(path: Path) -> None:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        # As safetensors writes it: any other form might be longer than the header.
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         assert len(text) <= length, "safetensors writes compact JSON"
         file.seek(8)

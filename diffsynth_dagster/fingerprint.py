@@ -24,12 +24,12 @@ class Fingerprint:
         Args:
             among: the names to compare; None for all names of both.
         """
+        # A dict, not a set, to keep the order.
         names = {**self.parts, **other.parts} if among is None else among
         return tuple(name for name in names if self.parts.get(name) != other.parts.get(name))
 
     def changes(self, now: "Fingerprint") -> list[str]:
-        """The names of the parts that have changed until `now`, for a message; values with "(was
-        …)"."""
+        """The parts that are different in `now`, for a message: `name (was value)`."""
         return [
             name if name.startswith("the ") else f"{name} (was {shown(self.parts.get(name))})"
             for name in self.differs(now)

@@ -80,6 +80,8 @@ def _find_seal(path: Path) -> tuple[bytes, int | None]:
         start = file.seek(max(0, size - min(length, _MOST_FOOTER)))
         footer = file.read()
     found = list(_SEAL.finditer(footer))
+    # The footer also has the least and greatest value of each column, and a caption may contain
+    # anything, even another seal.
     return footer, start + found[0].start(1) if len(found) == 1 else None
 
 

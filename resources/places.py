@@ -146,7 +146,7 @@ def _try(
     with _choosing(folder), ExitStack() as stack:
         free: dict[str, int] = {}
         for name in names:
-            descriptor = _open(folder / quote(name, safe=""))
+            descriptor = _open(folder / quote(name, safe=""))  # an id may have a slash (MIG)
             if lock_descriptor(descriptor, blocking=False):
                 stack.callback(os.close, descriptor)
                 free[name] = descriptor
@@ -158,6 +158,7 @@ def _try(
                     os.ftruncate(locked, 0)
                     os.pwrite(locked, json.dumps(asdict(who)).encode(), 0)
                 ids = tuple(device for device in free if device != CPU)
+                # `pop_all`: the locks outlive this block.
                 return Place(ids, tuple(free.values()), stack.pop_all()), []
     return None, busy  # the stack has closed, and so released, the free ones
 
@@ -175,9 +176,9 @@ def _choosing(folder: Path) -> Generator[None]:
 
 
 def _open(path: Path) -> int:
-    """Open a lock file, created if needed, that other users may open too; returns its
-    descriptor."""
+    """Open a lock file, created if needed, so that other users can open it too."""
     # First without O_CREAT: with it, Linux may refuse a file of another user in a shared folder.
+    # O_CLOEXEC: only a process that is given the descriptor inherits it.
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -33,6 +33,7 @@ def held(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Generator[None]:
     """Hold the lock of a run during the block, and report it in the run's log."""
     folder = locks_folder(instance)
     folder.mkdir(parents=True, exist_ok=True)
+    # Readers of the folder skip names with a dot.
     path, staged = folder / run.run_id, folder / f".{run.run_id}"
     with staged.open("w", encoding="utf-8") as file:
         lock_descriptor(file.fileno())
@@ -43,18 +44,16 @@ def held(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Generator[None]:
             instance.report_engine_event(
                 f"Process {os.getpid()} on {socket.gethostname()} holds the lock of this run.",
                 run,
-                EngineEventData({_EVENT_KEY: _machine_and(path)}),
+                EngineEventData({_EVENT_KEY: _event_value(path)}),
             )
             yield
         finally:
-            # Before the lock is released: a free lock file always means that the process was
-            # killed.
+            # Before the lock is released: so a free lock file means that the process was killed.
             path.unlink(missing_ok=True)
 
 
 def lock_state(path: Path) -> LockState:
-    """The state of a run's lock: "held", "free" (left by a killed process) or "gone" (no such
-    file)."""
+    """The state of a run's lock: "held", "free" (left by a killed process) or "gone" (no file)."""
     # If it is free, this locks it for a moment; closing the file releases it.
     try:
         with path.open() as file:
@@ -83,10 +82,11 @@ def said_to_hold(instance: dg.DagsterInstance, run_id: str, path: Path) -> bool:
         event = record.event_log_entry.dagster_event
         if event is not None and isinstance(event.event_specific_data, EngineEventData):
             value = event.event_specific_data.metadata.get(_EVENT_KEY)
-            if value is not None and value.value == _machine_and(path):
+            if value is not None and value.value == _event_value(path):
                 return True
     return False
 
 
-def _machine_and(path: Path) -> str:
+def _event_value(path: Path) -> str:
+    # Lock files of several machines may be in one shared folder.
     return f"{socket.gethostname()}:{path}"

@@ -158,6 +158,7 @@ def _scales(
         the errors of `lora.NONSENSE`.
     """
     layers = {layer_of(name) for name in tensors}
+    # A rotation has no scale.
     if method == "oft":
         return dict.fromkeys(layers, 1.0)
     if method != "lokr":
@@ -255,6 +256,7 @@ def start_adapter(
     scaled = ("lora_B", "lokr_w1", "lokr_w1_a")  # one factor of each product
     with torch.no_grad():
         for name, parameter in parameters.items():
+            # In float32, so that scaling does not round twice.
             values = file.tensors[name].to(parameter.device, torch.float32)
             if _kind(name) in scaled:
                 values = values * (file.scale[layer_of(name)] / scale)

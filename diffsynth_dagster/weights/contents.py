@@ -44,9 +44,9 @@ class Contents:
         return [self._digest(path, fact_cache) for path in paths]
 
     def require_unchanged(self, name: str, files: Callable[[], tuple[Path, ...]]) -> None:
-        """Check that the files of a component have not changed since they were digested. Does
-        nothing if they were not. A check before loading is not enough: call it again after the last
-        read.
+        """Check that a component's files have not changed since they were digested (if they were).
+
+        A check before loading is not enough: call it again after the last read.
 
         Raises:
             WeightsError: a file changed, or there are other files now.

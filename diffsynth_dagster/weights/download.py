@@ -48,6 +48,7 @@ def download(repository: str, wanted: Sequence[str], folder: Path, where: str) -
         api, listed = _within(LISTING_SECONDS, lambda: _list_files(repository))
         _require_inside(listed, repository, where)
         chosen = [f for f in listed if any(matches(f.path, pattern) for pattern in wanted)]
+        # The form in which the client itself gets the list; it checks the sizes and digests.
         entries = [
             {"Path": f.path, "Size": f.size or None, "Sha256": f.sha256}
             for f in chosen
@@ -65,14 +66,15 @@ def download(repository: str, wanted: Sequence[str], folder: Path, where: str) -
         raise DownloadError(
             f"'{repository}' could not be downloaded: {reason}",
             where=where,
-            do="check the repository's name and the network, and start it again: it goes on with what it "
-            "has. How long a download waits for the next byte is MODELSCOPE_DOWNLOAD_TIMEOUT. With all "
-            "files there, set DIFFSYNTH_SKIP_DOWNLOAD=True",
+            do="check the repository's name and the network, and start it again: it goes on with "
+            "what it has. How long a download waits for the next byte is "
+            "MODELSCOPE_DOWNLOAD_TIMEOUT. With all files there, set DIFFSYNTH_SKIP_DOWNLOAD=True",
         ) from error
 
 
 def matches(path: str, pattern: str) -> bool:
     """Whether a path within a repository matches a pattern. A `*` never matches a `/`."""
+    # Compared folder by folder, since the `*` of fnmatch matches a `/` too.
     names, globs = PurePosixPath(path).parts, PurePosixPath(pattern).parts
     return len(names) == len(globs) and all(map(fnmatchcase, names, globs))
 
@@ -111,6 +113,7 @@ def _require_inside(listed: "Iterable[FileInfo]", repository: str, where: str) -
     """
     for path in (f.path for f in listed):
         parts = path.split("/")
+        # A backslash separates folders on Windows.
         if {"", ".", ".."}.isdisjoint(parts) and "\\" not in path and is_text(path):
             continue
         raise DownloadError(

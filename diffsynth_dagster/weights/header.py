@@ -54,8 +54,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _safetensors_header(path: Path) -> tuple[Header, dict[str, str]]:
-    """The tensors and the text entries in the header of a safetensors file. Raises
-    `WeightsError`."""
+    """The tensors and text entries in the header of a safetensors file. Raises `WeightsError`."""
     try:
         # safe_open refuses a truncated file: the tensors must fill it without a gap or an overlap.
         # "numpy" has no bfloat16, which does not matter: no tensor is read.
@@ -92,7 +91,7 @@ def read_headers(paths: Iterable[Path]) -> Header:
     for path in paths:
         header = read_header(path)
         twice = merged.keys() & header.keys()
-        if twice:
+        if twice:  # shards of two models, or one model in two precisions
             raise WeightsError(
                 f"the tensor '{min(twice)}' stands in more than one of the files",
                 where=str(path),

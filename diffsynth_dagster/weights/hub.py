@@ -19,6 +19,7 @@ from diffsynth_dagster.weights.download import download
 _TRUE = {"1", "true", "yes", "on"}
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _BESIDE = ("config.json", "*.index.json")
+"""Small files that are downloaded with the weights in the same folder."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class ModelHub:
         if not entry.pattern or entry.pattern.endswith("/"):
             found = _weights_in(folder / entry.pattern)
         else:
+            # `root_dir`: the folder itself may have characters of patterns in its name.
             found = sorted(folder / name for name in glob.glob(entry.pattern, root_dir=folder))
             found = [path for path in found if path.is_file()]
         if not found:
@@ -84,6 +86,7 @@ class ModelHub:
         if entry.repository is not None:
             self._download(entry, ("*",))
             path = self.base_path / entry.repository / entry.pattern
+        # os.path: a name that is too long does not exist; `Path.is_dir` raises an OSError.
         if not os.path.isdir(path) or not any(path.iterdir()):
             raise WeightsError(
                 "the folder does not exist or is empty",
@@ -138,8 +141,7 @@ class Downloads(ModelHub):
 
 @contextmanager
 def _not_downloaded(entry: ModelEntry) -> Generator[None]:
-    """Raise a `WeightsError` about a repository as `NotDownloaded`; the run will download the
-    file."""
+    """Raise a `WeightsError` about a repository as `NotDownloaded`: a run would download it."""
     try:
         yield
     except WeightsError as error:
@@ -155,7 +157,7 @@ def require_listed(entries: Iterable[ModelEntry]) -> None:
         WeightsError: some exist, and one does not.
     """
     listed, missing = _listed(entries)
-    # If none exists, the recipe is for another machine, and checking it here is fine.
+    # If none exists, the recipe is written for another machine; checking it here is fine.
     if missing and len(missing) < len(listed):
         raise _no_file(*missing[0])
 

@@ -59,11 +59,11 @@ def find_model(config: TrainingConfig, hub: ModelHub) -> ResolvedModel:
 
 
 def _schedule(family: Family, found: Mapping[str, ComponentFiles]) -> Settings:
-    """The published scheduler settings of the denoiser; see `read_schedule`. Raises
-    `WeightsError`."""
+    """The published scheduler settings of the denoiser. Raises: see `read_schedule`."""
     if family.denoiser not in found:
         return {}
     denoiser = found[family.denoiser]
+    # `denoiser.header` has the denoiser's tensors only; marks of the scheduler are beside them.
     whole = read_headers(denoiser.files) if denoiser.start else denoiser.header
     return read_schedule(denoiser.files[0].parent, whole, family)
 
@@ -104,13 +104,13 @@ def _as_used(family: Family, config: TrainingConfig, found: Mapping[str, Compone
 
     Raises:
         ParameterError: see `check_trainable`, or the family refuses the config.
-        WeightsError: tensors from which the family reads its settings are missing or have an
-            unexpected shape.
+        WeightsError: tensors that the family reads settings from are missing or have odd shapes.
     """
     check_trainable(config, family)
     given = {name: f.shapes for name, f in found.items()}
     try:
         return as_used(family, config, given)
+    # A family computes settings from shapes; this is what missing or odd shapes raise there.
     except (LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise WeightsError(
             f"the files are not whole models of {family.name}: {reason_of(error)}",
@@ -161,6 +161,7 @@ def _each_once(parts: Sequence[ComponentFiles]) -> dict[str, ComponentFiles]:
 def _needed_tokenizers(config: TrainingConfig, model: ResolvedModel) -> list[Tokenizer]:
     """The tokenizers to find: those of the training step if the captions are already encoded, else
     all of the family."""
+    # Captions of sample images, and an evaluation of the user's own, are encoded during training.
     if not config.reads_encoded or config.sample_texts or config.customized_evaluation:
         return list(model.family.tokenizers)
     used = {name for stage in model.step_stages for name in stage.uses}
@@ -231,8 +232,7 @@ def guess_model(config: TrainingConfig) -> ResolvedModel:
 
 
 def _guess_family(config: TrainingConfig) -> Family:
-    """The family as a config uses it, by its name, its repositories or its files. Raises
-    `ParameterError`."""
+    """The family as a config uses it, from name, repositories or files. Raises `ParameterError`."""
     entries = model_entries(config)
     # From the cheapest to the most expensive: a parameter, the repository's name, files' headers.
     if config.family:
@@ -252,8 +252,7 @@ def _guess_family(config: TrainingConfig) -> Family:
 
 
 def _guessed(family: Family, config: TrainingConfig, entries: Sequence[ModelEntry]) -> Family:
-    """The family as a config uses it. The components are guessed from the text of the model
-    list."""
+    """The family as a config uses it, with components guessed from the text of the model list."""
     check_trainable(config, family)
     names = guess_components(entries, family)
     return as_used(family, config, {name: {} for name in names if name is not None})

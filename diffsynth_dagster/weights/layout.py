@@ -1,8 +1,7 @@
 """Convert trained weights back to the layout of the model's files, so that other tools load them.
 
 `construction.convert` renames the tensors of the files and splits them by rows. To invert it, each
-row of each tensor is replaced by its number, and the numbers are converted: they show where each
-row goes.
+row of each tensor is replaced by its number. The converted numbers show where each row goes.
 """
 
 from collections.abc import Mapping
@@ -17,8 +16,7 @@ from diffsynth_dagster.weights.resolved import ComponentFiles
 def from_layout_of(files: ComponentFiles, tensors: Tensors) -> Tensors:
     """Convert tensors from the layout of a component's files to the module's names and shapes.
 
-    The inverse of `in_layout_of`. Tensors that have the module's names already are returned as they
-    are.
+    The inverse of `in_layout_of`. Tensors that already have the module's names are not changed.
     """
     sources = _sources(files)
     if all(name in sources for name in tensors):
@@ -40,8 +38,7 @@ class _Source:
     Attributes:
         name: of the tensor in the files.
         rows: (n,) which of its rows.
-        transposed: whether `convert` transposes them: each row of the file is a column of the
-            module.
+        transposed: whether each of these rows is a column of the module's tensor.
     """
 
     name: str

@@ -53,7 +53,8 @@ def read_tensors(paths: Sequence[Path], start: str = "") -> dict[str, torch.Tens
                 raise WeightsError(
                     f"the weights of '{name}' hold NaN or infinity",
                     where=str(path),
-                    do="download or copy the file again; the training that wrote it may have diverged",
+                    do="download or copy the file again; the training that wrote it may have "
+                    "diverged",
                 )
         tensors |= shard
     return {name.removeprefix(start): tensor for name, tensor in tensors.items()}
@@ -73,10 +74,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def require_buildable(files: ComponentFiles) -> None:
-    """Check that a component's architecture can be built and fits its files, without reading
-    weights.
+    """Check that a component's architecture can be built and fits its files.
 
-    Each architecture is tried once in a process.
+    No weights are read, and nothing is allocated. Each architecture is tried once in a process.
 
     Raises:
         WeightsError: it cannot be built, or its tensors have other names or shapes than the files'.
@@ -131,6 +131,7 @@ def build(component: Component, shapes: Shapes, config: Mapping[str, object] | N
     with no_init_weights():  # initialising takes most of the time, and the values are overwritten
         if issubclass(kind, PreTrainedModel):
             make: Any = kind.config_class
+            # `from_dict` also understands old and nested settings, which a config.json may have.
             return kind(make(**settings) if config is None else make.from_dict(settings))
         if config is None:
             return kind(**settings)
@@ -199,11 +200,11 @@ def load_component(
     keep: Sequence[str] = getattr(module, "_keep_in_fp32_modules", None) or ()
     state = files.component.construction.convert(read_tensors(files.files, files.start))
     for name, tensor in state.items():
+        # As diffusers matches them: a module's name anywhere in the path.
         kept = any(part in keep for part in name.split("."))
         target = torch.float32 if kept else dtype
         target = target if tensor.is_floating_point() else tensor.dtype
-        # Without a copy, a tensor on the CPU would stay mapped: overwriting the file would change
-        # it.
+        # Without a copy, a tensor on the CPU stays mapped, and changes if the file is overwritten.
         state[name] = tensor.to(device, target, copy=not mapped)
     _assign(module, state)
     return module.to(device).eval().requires_grad_(False)
@@ -216,5 +217,6 @@ def _assign(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     tie = getattr(module, "tie_weights", None)
     if callable(tie):
         tie()
+    # A parameter on the meta device would fail much later, with an unclear error.
     left = [name for name, p in module.named_parameters() if p.is_meta]
     assert not left, f"parameters without weights: {left[:3]}"

@@ -1,5 +1,4 @@
-"""Read LoRA files in the key formats of this and other tools; start a training from one, or fuse
-it.
+"""Read LoRA files of this and other tools, start a training from one, or fuse one.
 
 A LoRA replaces W by W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685), where A is `lora_A`,
 (rank, in features), and B is `lora_B`, (out features, rank).
@@ -27,9 +26,9 @@ from diffsynth_dagster.weights.header import PROVENANCE_KEY as PROVENANCE_KEY
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
 
+# ComfyUI's, the one of original checkpoints, and the guide's.
 FOREIGN_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "pipe.")
-"""Prefixes of layer names in files of other tools, besides the component's own prefix and
-folder."""
+"""Prefixes of layer names in files of other tools, besides the component's own."""
 
 _ADAPTER = re.compile(r"\.(?:lora|lokr|oft)_\w+(?:\.weight)?$")
 NONSENSE = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, re.error)
@@ -55,8 +54,7 @@ def is_in_layer(name: str) -> bool:
 
 
 def require_lora(path: Path, parameter: str) -> str:
-    """Check that a LoRA file exists, and return the `where` of messages about it. Raises
-    `WeightsError`."""
+    """Check that a LoRA file exists; returns the `where` for messages. Raises `WeightsError`."""
     where = f"{parameter} = {path.absolute()}"
     if not path.is_file():
         raise WeightsError("the LoRA file does not exist", where=where, do="correct the path")
@@ -189,7 +187,9 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
     where, owner = require_lora(path, parameter), family.part(name).of
     tensors = read_tensors([path])
     notes = read_metadata(path) if path.suffix == ".safetensors" else {}
-    if PROVENANCE_KEY in notes:  # a checkpoint may hold weights that were trained in full as well
+    # A checkpoint of ours may have fully trained weights as well, which are left out here. But if
+    # there are tensors of a DoRA, LoKr or OFT, the file is refused below.
+    if PROVENANCE_KEY in notes:
         factors = of_loras(tensors)
         if factors and not any(is_in_layer(name) for name in tensors.keys() - factors.keys()):
             tensors = factors
@@ -202,8 +202,8 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
         raise WeightsError(
             f"the LoRA file cannot be read whole as one of {family.name}: {error}",
             where=where,
-            do="give a plain LoRA of this model in the names of any tool (no DoRA, LoHa, LoKr, OFT or "
-            "added weights); as lora_checkpoint, a DoRA, LoKr or OFT goes with its lora_method",
+            do="give a plain LoRA of this model in the names of any tool (no DoRA, LoHa, LoKr, OFT "
+            "or added weights); as lora_checkpoint, a DoRA, LoKr or OFT goes with its lora_method",
         ) from error
     except NONSENSE as error:
         raise WeightsError(
@@ -241,6 +241,7 @@ def noted_alphas(
         for layer, a in lora.down.items()
     }
     scales = {layer: lora.scale[layer] for layer in lora.down}
+    # JSON allows NaN and Infinity, which would make every weight NaN.
     for layer, value in (*alphas.items(), *scales.items()):
         if not isfinite(value):
             raise ValueError(f"the alpha of '{layer}' is {value}")
@@ -249,8 +250,7 @@ def noted_alphas(
 
 
 def _adapter_alpha(settings: Mapping[str, Any], folder: str, layer: str, rank: int) -> float | None:
-    """The alpha of a layer in peft's settings, for a scale of alpha / rank; None if they have
-    none."""
+    """The alpha of a layer in peft's settings, for a scale of alpha / rank; None without one."""
     own = {
         k.removeprefix(f"{folder}."): v for k, v in settings.items() if k.startswith(f"{folder}.")
     }
@@ -330,8 +330,7 @@ def some(names: Sequence[str]) -> str:
 def _unfit(
     lora: Lora, what: str, where: str, do: str = "give a LoRA of this model"
 ) -> WeightsError:
-    """The error for a LoRA that does not fit. If its header names another family, that is the
-    cause."""
+    """The error for a LoRA that does not fit; it mentions another family in the file's header."""
     other = lora.other_family if isinstance(lora, LoraFile) else None
     if other is None:
         return WeightsError(what, where=where, do=do)
@@ -373,4 +372,5 @@ def start_lora(module: nn.Module, lora: Lora, scale: float) -> None:
         if ".lora_" in name:
             # "default" is peft's name of the adapter; it is not in files.
             value = values[name.replace(".default.weight", ".weight")]
+            # Files of other tools may store a 1x1 convolution's factor with two dimensions.
             parameter.data.copy_(value.view(parameter.shape))

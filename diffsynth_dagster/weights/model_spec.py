@@ -62,7 +62,8 @@ def model_spec(names: Iterable[str], notes: Mapping[str, str]) -> dict[str, str]
         "architecture": architecture,
         "implementation": _implementation(provenance, family),
         "title": f"{architecture} {provenance['identity'][:12]}",
-        "description": f"{', '.join(trained)} of {family.name}: {what}; {provenance['samples']} samples"
+        "description": f"{', '.join(trained)} of {family.name}: {what}; "
+        + f"{provenance['samples']} samples"
         + (f", step {step}" if step is not None else "")
         + f"; diffsynth-dagster {provenance['version']}",
         **({} if size is None else {"resolution": f"{size[0]}x{size[1]}"}),

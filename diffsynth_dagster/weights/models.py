@@ -71,7 +71,7 @@ class Models:
         is_float8 = self.resolved.is_float8(name)
         # A float8 component may be too large for the device in `dtype`.
         where = "cpu" if self._on_cpu_first or is_float8 else self.device
-        moves = self.device.type != "cpu"
+        moves = self.device.type != "cpu"  # then weights need not be copied from the mapped file
         module = load_component(self.resolved.components[name], where, self.dtype, mapped=moves)
         # Before float8: the LoRA is added in full precision.
         if name in self.resolved.presets:
@@ -92,7 +92,7 @@ class Models:
         del dropped
         gc.collect()  # modules have reference cycles, which keep their tensors alive
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # else PyTorch keeps the blocks, in sizes that may not fit
 
 
 def load_tokenizer(model: ResolvedModel, name: str) -> Any:
@@ -156,8 +156,7 @@ def require_component(model: ResolvedModel, name: str) -> None:
 def component_digest(model: ResolvedModel, name: str, fact_cache: FactCache) -> str:
     """Digest of everything that the outputs of a component or tokenizer depend on.
 
-    That is the bytes of its files and of a LoRA that is fused into it, and whether it is stored in
-    float8.
+    That is the bytes of its files and of a fused LoRA, and whether it is stored in float8.
 
     Raises:
         WeightsError: the model list lacks it, or a file changed since it was found.

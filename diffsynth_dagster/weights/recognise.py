@@ -62,8 +62,7 @@ def components_in(header: Header, family: Family) -> list[ComponentLocation]:
 def recognise_components(
     header: Header, family: Family, entry: ModelEntry
 ) -> list[ComponentLocation]:
-    """The components of a family in the files of an entry. Raises `WeightsError` if there are
-    none."""
+    """The components of a family in an entry's files. Raises `WeightsError` if there are none."""
     locations = components_in(header, family)
     if locations:
         return locations
@@ -179,8 +178,7 @@ def guess_components(entries: Sequence[ModelEntry], family: Family) -> list[str 
 
 
 def read_architecture(folder: Path, component: Component) -> Mapping[str, object] | None:
-    """Read the config.json of a component from a folder; None if there is none, or it is another
-    architecture's.
+    """Read a component's config.json from a folder; None if there is none, or of another class.
 
     Raises:
         WeightsError: it is damaged.
@@ -189,6 +187,7 @@ def read_architecture(folder: Path, component: Component) -> Mapping[str, object
     if not path.is_file():
         return None
     loaded = _read_mapping(path, "architecture")
+    # diffusers writes `_class_name`, transformers writes `architectures`.
     named = (loaded.get("_class_name"), *(loaded.get("architectures") or ()))
     return loaded if any(name in component.construction.classes for name in named) else None
 
@@ -210,6 +209,7 @@ def read_schedule(folder: Path, header: Header, family: Family) -> Settings:
     # A whole checkpoint is beside the scheduler's folder; a denoiser is in a folder beside it.
     paths = [p / "scheduler" / "scheduler_config.json" for p in (folder, folder.parent)]
     path = next((p for p in paths if p.is_file()), None)
+    # A mark in the file itself is more certain than a scheduler that happens to be beside it.
     if marked or path is None:
         return {name: value for settings in marked for name, value in settings.items()}
     return _read_mapping(path, "scheduler")

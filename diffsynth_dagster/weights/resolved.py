@@ -55,8 +55,7 @@ class ComponentFiles:
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """The optional modules of the component that its files do not have. Raises
-        `WeightsError`."""
+        """The optional modules that the files do not have. Raises `WeightsError`."""
         optional = self.component.construction.optional_modules
         if not optional:
             return ()
@@ -100,6 +99,7 @@ class ResolvedModel:
     tokenizers: Mapping[str, Path] = field(default_factory=dict[str, Path])
     storage: Mapping[str, Storage] = field(default_factory=dict[str, Storage])
     presets: Mapping[str, Preset] = field(default_factory=dict[str, Preset])
+    # Not compared: it changes while files are digested.
     contents: Contents = field(default_factory=Contents, compare=False)
 
     @cached_property
@@ -114,8 +114,7 @@ class ResolvedModel:
 
     @cached_property
     def cached_stages(self) -> tuple[Stage, ...]:
-        """The stages whose outputs can be cached: neither they nor the stages that they need use a
-        trained component."""
+        """The stages to cache: neither they nor the stages that they need use trained weights."""
         cached: list[Stage] = []
         names: set[str] = set()
         for stage in self.family.stages:  # each stage comes after those that it needs
@@ -133,6 +132,7 @@ class ResolvedModel:
     def step_components(self) -> tuple[str, ...]:
         """The components and tokenizers that a training step uses, the denoisers first."""
         used = {name for stage in self.step_stages for name in stage.uses}
+        # A trained component may be in no stage of its own: the denoiser, for example.
         used |= self.trained_components
         used |= {name for name in self.family.denoise_uses if name in self.components}
         return tuple(dict.fromkeys([*(d.component for d in self.denoisers), *sorted(used)]))
@@ -184,8 +184,7 @@ def as_used(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
     """The family as a config uses it: with the stages, columns and architecture that it needs.
 
     Args:
-        given: the components of the model list → shapes of their tensors; empty if there are no
-            files.
+        given: the components of the model list → tensor name → shape; {} if there are no files.
 
     Raises:
         ParameterError: the family refuses this combination of inputs, parameters and models.

@@ -75,7 +75,7 @@ def load_weights(module: nn.Module, path: Path, family: Family, name: str, where
     _require_fit(module, {n: tuple(t.shape) for n, t in converted.items()}, family, name, where)
     weights, part = module.state_dict(), family.part(name)
     with torch.no_grad():
-        for n, tensor in converted.items():
+        for n, tensor in converted.items():  # the tensors of `weights` are the module's own
             if part.holds(n):
                 weights[n].copy_(tensor)
 

@@ -73,8 +73,8 @@ def find_checked(path: Path) -> CheckedTable | None:
         # Older versions did not find out which frames of a clip are shown.
         if any(c.endswith(":stride") and f"{c[:-6]}shown" not in columns for c in columns):
             raise MetadataError(
-                "the table was checked by an older version, which did not find out all that is needed to "
-                "read its files as they are shown",
+                "the table was checked by an older version, which did not find out all that is "
+                "needed to read its files as they are shown",
                 where=str(path),
                 do="check the data set again: materialize the metadata, or name the original table",
             )

@@ -79,6 +79,7 @@ def read_table(path: Path, encoding: str, inputs: Sequence[Input]) -> Table:
             rows, columns, problems = read_json(text, inputs)
             return Table(rows.with_row_index(INDEX), columns, problems)
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+            # Polars' messages go on with pages of advice for programmers.
             _refuse(path, " ".join(str(error).split())[:300])
 
 
@@ -128,8 +129,7 @@ def text_codec(encoding: str) -> codecs.CodecInfo:
 
 
 def _as_utf8(path: Path, encoding: str, rewritten: Path) -> Path:
-    """A file with the text in UTF-8, without a byte-order mark: `path` itself or the copy
-    `rewritten`.
+    """A file with the text in plain UTF-8: `path` itself, or the converted copy `rewritten`.
 
     Raises:
         MetadataError: the file is not text of this encoding; it names the line.
@@ -145,6 +145,7 @@ def _as_utf8(path: Path, encoding: str, rewritten: Path) -> Path:
         try:
             with rewritten.open("w", encoding="utf-8", newline="") as target:
                 for text in codecs.iterdecode(chunks, encoding):
+                    # U+FEFF is the byte-order mark, which some codecs leave in the text.
                     target.write(text if line > 1 else text.removeprefix("\ufeff"))
                     line += text.count("\n")
         except UnicodeError as error:
@@ -167,8 +168,9 @@ def _records(path: Path, text: Path, strict: bool = False) -> Iterator[tuple[int
 
     Python's reader is slower than Polars, but its errors say where a row is wrong.
     """
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is too short for some captions
     with text.open("rb") as source:
+        # Decoded line by line, so that a decoding error belongs to a line.
         reader = csv.reader((line.decode() for line in source), strict=strict)
         start = 1
         try:
@@ -223,8 +225,7 @@ def _read_csv(path: Path, text: Path, names: Sequence[str]) -> Table:
 
 
 def _uneven(path: Path, text: Path, columns: int) -> dict[int, str]:
-    """Row index → message, for rows with another number of values than columns; "" for an empty
-    line.
+    """Row index → message, for rows with too many or too few values; "" for an empty line.
 
     Empty values after the last column are ignored.
     """

@@ -104,6 +104,7 @@ def check_structure(table: Table, inputs: Sequence[Input], source: str) -> pl.Da
         lazy = lazy.with_columns(_as_declared(item, types[item.column]))
         checks += _checks(item, types[item.column])
     fine = pl.all_horizontal(_surely_fine(item, types[item.column]) for item in inputs)
+    # A comparison with a missing value is null: not certainly fine.
     frame = lazy.with_columns(fine.fill_null(False).alias(_FINE)).collect(engine="streaming")
     frame = with_problems(_with_reasons(frame, checks), table.problems)
     columns = [item.column for item in inputs]
@@ -181,14 +182,13 @@ def _is_plain(dtype: pl.DataType) -> bool:
 
 
 def _lists(values: pl.Series) -> pl.Series:
-    """Cells → lists of text. A cell with a JSON list is parsed; any other text is the only
-    element."""
+    """Cells → lists of text. A JSON list is parsed; any other text is the only element."""
     text = values.str.strip_chars()
     listed = text.str.starts_with("[").fill_null(False)
     single = pl.select(
         pl.when((text == "").fill_null(True)).then(None).otherwise(pl.concat_list(values))
     ).to_series()
-    if not listed.any():
+    if not listed.any():  # the usual case
         return single.alias(values.name)
     cells = values.filter(listed)
     if not cells.str.contains(_TEXTS).all():
@@ -206,6 +206,7 @@ def _lists(values: pl.Series) -> pl.Series:
 def _list_of_texts(cell: str) -> str:
     """A cell that begins with a bracket → JSON of a list of texts and nulls."""
     try:
+        # Numbers stay text, with the digits that the user wrote.
         elements: list[object] = json.loads(cell, parse_float=str, parse_int=str)
     except ValueError:
         return json.dumps([cell])  # not JSON: a text or file name such as "[1] cat.png"
@@ -282,6 +283,7 @@ def replace_problems(frame: pl.DataFrame, found: pl.DataFrame, on: str) -> pl.Da
     """
     if found.height == 0:
         return frame
+    # The order of the rows is the user's, and decides the order of samples.
     joined = frame.join(found, on=on, how="left", maintain_order="left")
     return joined.with_columns(
         pl.coalesce(_NOW, "status").alias("status"), pl.coalesce(_WHY, "message").alias("message")
