@@ -1,7 +1,7 @@
-"""A cache of facts about files (digest, size in pixels, frames), by their path and state.
+"""A cache of facts about files (digest, size in pixels, frames), keyed by path and file state.
 
-A file that looks unchanged is not read again. The cache lies beside the store and may be deleted at
-any time: it is then written anew.
+A file whose state (size, times) is unchanged is not read again. The cache is an SQLite file beside
+the store; it may be deleted at any time, and is then made again.
 """
 
 import json
@@ -21,16 +21,16 @@ from blake3 import blake3
 from diffsynth_dagster.errors import OutputError
 
 FACTS = "facts.sqlite"
-"""The cache's file in the folder of a store."""
+"""File name of the cache in the folder of a store."""
 Facts = dict[str, Any]
 Progress = Callable[[int], object]
 """Called with the number of files done since the last call."""
 _Result = TypeVar("_Result")
 _BATCH = 1024
 _PATIENCE_S, _LOOK_EVERY_S = 60.0, 1.0
-"""While another process holds the database."""
+"""How long to wait, in total and per attempt, while another process holds the database."""
 _WRITE_EVERY_S = 5.0
-"""What was found out is written down so often: an interrupted run loses no more."""
+"""Facts are saved this often, so an interrupted run loses only the last few seconds."""
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS known (kind TEXT, path TEXT, size INTEGER,"
     " modified INTEGER, facts TEXT, sum TEXT, PRIMARY KEY (kind, path))"
@@ -46,6 +46,7 @@ def digest_file(path: Path) -> str:
 
 def digest_text(text: str) -> str:
     """BLAKE3 of a text, in hexadecimal."""
+    # JSON and paths may contain lone surrogates, which UTF-8 does not have.
     return blake3(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -55,12 +56,12 @@ def digest_of(value: Any) -> str:
 
 
 class FileState(NamedTuple):
-    """What shows, without reading a file, that it is the one that it was.
+    """The size and times of a file. If they are equal, its content is taken to be unchanged.
 
     Attributes:
         size: bytes.
-        modified: a number that stands for when it was modified and replaced last. The time of
-            modification alone does not tell: programs that copy set it to that of the original.
+        modified: digest of the times and the inode. The time of modification alone is not enough:
+            copying programs set it to the original file's.
     """
 
     size: int
@@ -68,19 +69,22 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "FileState":
-        """The state of a file. Raises `OSError` where there is none."""
+        """The state of a file. Raises `OSError` if it does not exist."""
         stat = path.stat()
-        # The time of its last change and its place on the disk, which no program sets.
+        # Programs can set the mtime, but not the ctime and the inode.
         marks = f"{stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+        # 60 bits: SQLite's integers have 64, with a sign.
         return cls(stat.st_size, int(digest_text(marks)[:15], 16))
 
 
 class FactCache:
-    """A table from files to facts about them, closed at the end of a `with` block. Safe for several
-    processes at once."""
+    """A table from files to facts about them. Use it in a `with` block, which closes it.
+
+    Several processes may use it at the same time.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Open or make the cache at `path`.
+        """Open or create the cache at `path`.
 
         Raises:
             OutputError: the folder cannot be written, or another process holds the cache.
@@ -95,6 +99,7 @@ class FactCache:
         self._run(lambda: None)
 
     def _connect(self) -> sqlite3.Connection:
+        # Threads may share the connection, because `_run` holds a lock.
         return sqlite3.connect(self._path, timeout=_LOOK_EVERY_S, check_same_thread=False)
 
     def _unusable(self, error: Exception) -> OutputError:
@@ -102,31 +107,35 @@ class FactCache:
             return OutputError(
                 f"another process holds the cache of facts about files: {error}",
                 where=str(self._path),
-                do=f"wait until it is done, or end it (`fuser {self._path}` says which it is), and run "
-                "this again",
+                do=f"wait until it is done, or end it (`fuser {self._path}` says which it is), and "
+                "run this again",
             )
         return OutputError(
             f"the cache of facts about files cannot be used: {error}",
             where=str(self._path),
-            do="give a cache_path that can be written, on a disk with space left; the cache itself may "
-            "be deleted",
+            do="give a cache_path that can be written, on a disk with space left; the cache itself "
+            "may be deleted",
         )
 
     def _run(self, work: Callable[[], _Result]) -> _Result:
-        """Do something with the database: again while another process holds it, for a minute (SQLite
-        itself would wait without hearing a signal), and once more in a new one where it is damaged.
+        """Call `work` on the database.
+
+        While another process holds the database, this tries again for a minute. If the database is
+        damaged, it is replaced by a new one, once.
 
         Raises:
-            OutputError: it cannot be read or written.
+            OutputError: the database cannot be read or written.
         """
         began, is_new = time.monotonic(), False
+        # SQLite can wait by itself, but ignores signals meanwhile: so wait a second at a time.
         with self._lock:
             while True:
                 try:
+                    # With WAL, readers do not wait for a writer.
                     self._database.execute("PRAGMA journal_mode=WAL")
                     self._database.execute(_TABLE)
                     return work()
-                except sqlite3.ProgrammingError:
+                except sqlite3.ProgrammingError:  # a closed database: our own mistake
                     raise
                 except (sqlite3.Error, UnicodeDecodeError) as error:
                     waited = time.monotonic() - began
@@ -139,14 +148,14 @@ class FactCache:
                         warnings.warn(f"waiting for {self._path}: {error}", stacklevel=2)
 
     def _renew(self) -> None:
-        """Remove a damaged database. Raises `OutputError`."""
+        """Replace a damaged database by a new one. Raises `OutputError`."""
         warnings.warn(
             f"{self._path} is damaged, and is made anew: what it knew of files is found out again",
             stacklevel=3,
         )
         self._database.close()
         try:
-            for end in ("", "-wal", "-shm"):
+            for end in ("", "-wal", "-shm"):  # SQLite's own files beside the database
                 self._path.with_name(self._path.name + end).unlink(missing_ok=True)
             self._database = self._connect()
         except (OSError, sqlite3.Error) as error:
@@ -160,17 +169,19 @@ class FactCache:
         again: bool = False,
         progress: Progress = lambda count: None,
     ) -> dict[Path, Facts]:
-        """Facts about each file, found out (in threads) only where the file changed.
+        """Facts about each file, from the cache; computed in threads for new and changed files.
 
-        Each file's facts also say which state of the file they are about: `size` and `modified` of
-        its `FileState` (missing for no file).
+        The facts of a file also have the `size` and `modified` of the `FileState` that they are
+        about (unless the file does not exist).
 
         Args:
-            kind: what the facts are about; each kind is remembered by itself.
-            find_out: file → facts, values of JSON; must not raise for a bad file.
-            again: find out again whatever is remembered.
+            kind: the kind of facts; each kind is cached separately.
+            find_out: file → facts (values of JSON). A bad file gets a "status" entry, which is not
+                cached; it must not raise.
+            again: compute the facts even if they are cached.
             progress: called with the number of files done since the last call.
         """
+        # States before reading: if a file changes while it is read, its facts are not cached.
         states = {path: _state(path) for path in dict.fromkeys(paths)}
         known = {} if again else self._run(lambda: self._read(kind, states))
         progress(len(known))
@@ -194,10 +205,10 @@ class FactCache:
         }
 
     def _read(self, kind: str, states: dict[Path, FileState | None]) -> dict[Path, Facts]:
-        """Facts about the files that look as they did."""
+        """The cached facts of the files whose state is unchanged."""
         by_name = {_name(path): path for path, state in states.items() if state is not None}
         with self._database as database:
-            # Two short queries: how many files are asked for does not change their number.
+            # A temporary table keeps the number of queries the same for any number of files.
             database.execute("CREATE TEMP TABLE IF NOT EXISTS asked (path TEXT PRIMARY KEY)")
             database.execute("DELETE FROM asked")
             database.executemany("INSERT INTO asked VALUES (?)", ((name,) for name in by_name))
@@ -208,10 +219,10 @@ class FactCache:
             )
             return {
                 by_name[name]: json.loads(facts)
-                for name, size, modified, facts, check in rows
+                for name, size, modified, facts, checksum in rows
                 if states[by_name[name]] == (size, modified)
-                # SQLite has no checksums: a picture would be cropped at another place.
-                and check == _sum(kind, name, size, modified, facts)
+                # SQLite has no checksums: a flipped bit in a size would crop an image elsewhere.
+                and checksum == _sum(kind, name, size, modified, facts)
             }
 
     def _remember(
@@ -220,13 +231,14 @@ class FactCache:
         states: dict[Path, FileState | None],
         found: dict[Path, Facts],
     ) -> None:
-        # What failed is looked at again: a permission or a disk may have been the reason.
+        """Save facts, except those of files that failed or changed meanwhile."""
+        # Failures are not cached: a permission or a disk may have been the reason.
         failed = [(kind, _name(path)) for path, facts in found.items() if "status" in facts]
         rows = [
             (kind, _name(path), *state, json.dumps(facts))
             for path, facts in found.items()
             if (state := states[path]) is not None
-            and state == _state(path)
+            and state == _state(path)  # it did not change while it was read
             and "status" not in facts
         ]
         summed = [(*row, _sum(*row)) for row in rows]
@@ -238,8 +250,8 @@ class FactCache:
             database.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def digest(self, path: Path, again: bool = False) -> str:
-        """BLAKE3 of a file's content; see `look_up`."""
-        whole = path.absolute()
+        """BLAKE3 of a file's content, in hexadecimal; see `look_up`."""
+        whole = path.absolute()  # the cache is shared by processes in other working folders
         facts = self.look_up("digest", [whole], lambda p: {"digest": digest_file(p)}, again)
         return str(facts[whole]["digest"])
 
@@ -255,28 +267,28 @@ class FactCache:
 
 
 def fact_cache_of(cache_path: str | Path) -> FactCache:
-    """The cache of facts in the folder of a store, which `cache_path` names. Raises `OutputError`: see
-    `FactCache`."""
+    """Open the cache of facts in the folder of a store. Raises `OutputError`: see `FactCache`."""
     return FactCache(Path(cache_path) / FACTS)
 
 
 def _is_busy(error: Exception) -> bool:
     """Whether an error says that another process holds the database."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest is SQLite's extended code
     return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error says that the content of the database is wrong: one of names in its schema
-    too, or, without a code, of text that is none."""
+    """Whether an error says that the content of the database is damaged."""
+    # SQLITE_ERROR: a damaged schema lacks a table or column. A UnicodeDecodeError, from damaged
+    # text, has no code.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     return code in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 @contextmanager
 def _threads() -> Generator[ThreadPoolExecutor]:
-    """As many threads as CPUs. Where an error or a signal ends the block, nothing more is begun, and what
-    runs is not waited for."""
+    """A pool with one thread per CPU. If an error or a signal ends the block, waiting tasks are
+    cancelled and running ones are not waited for."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         yield pool
@@ -287,18 +299,18 @@ def _threads() -> Generator[ThreadPoolExecutor]:
 
 
 def _sum(*row: object) -> str:
-    """A checksum of a row, whatever damage made of its values."""
+    """A checksum of a row. Damaged values may have any type."""
     return digest_text(json.dumps(row, separators=(",", ":"), default=repr))[:16]
 
 
 def _name(path: Path) -> str:
-    """A path as text, also where its bytes are none."""
+    """A path as text that SQLite can store, even if its bytes are not UTF-8."""
     return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _state(path: Path) -> FileState | None:
-    """The state of a file; None where there is none."""
+    """The state of a file; None if it does not exist."""
     try:
         return FileState.of(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # ValueError: a null byte in the path
         return None

@@ -1,4 +1,4 @@
-"""Writing files so that they are either whole or not there."""
+"""Write files atomically: a file is either complete or not there."""
 
 import contextlib
 import json
@@ -24,21 +24,24 @@ if TYPE_CHECKING:
     import torch
 
 _OLD_S = 24 * 3600.0
+"""Age at which another machine's hidden file counts as left over."""
 _NOTHING_LEFT = 64 * 1024
-"""Bytes: with fewer of them free, it was the disk."""
+"""With fewer bytes free, a write error is taken to mean that the disk is full."""
+# The umask can only be read by setting it.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
 
 def hidden_beside(path: Path) -> Path:
-    """The name of a hidden file beside `path` that this process writes, and removes. If it is killed,
+    """A new name for a hidden file beside `path`. This process removes the file; if it is killed,
     `remove_leftovers` does."""
+    # The host and process in the name show later whether the writer is still alive.
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 @contextmanager
 def hidden_folder(path: Path) -> Generator[Path]:
-    """A folder for a while, named by `hidden_beside`."""
+    """A temporary folder, named by `hidden_beside`, that is removed after the block."""
     folder = hidden_beside(path)
     folder.mkdir(parents=True)
     try:
@@ -51,33 +54,37 @@ _HIDDEN = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a name is one of `hidden_beside`, of whatever process."""
+    """Whether a name is one of `hidden_beside`, from any process."""
     return _HIDDEN.fullmatch(name) is not None
 
 
 def _host() -> str:
+    """A short name of this machine, without characters that a file name cannot have."""
     return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the hidden files and folders that killed writers left in a folder: of processes of this
-    machine that are gone, and of any machine after a day."""
+    """Remove hidden files and folders that killed processes left in a folder.
+
+    Those of this machine are removed if their process has ended; others after a day.
+    """
     for path in folder.glob(".*"):
-        named = _HIDDEN.fullmatch(path.name)
-        if named is not None:
-            with contextlib.suppress(OSError):  # gone meanwhile, or not ours
+        match = _HIDDEN.fullmatch(path.name)
+        if match is not None:
+            with contextlib.suppress(OSError):  # removed by another process, or not ours
+                # A process id may be in use again by now; then the file stays until it is old.
                 old = time.time() - path.stat().st_mtime > _OLD_S
-                if old or (named[1] == _host() and not psutil.pid_exists(int(named[2]))):
+                if old or (match[1] == _host() and not psutil.pid_exists(int(match[2]))):
                     remove(path)
 
 
 _HELD: dict[Path, Callable[[], None]] = {}
-"""Folder that this process holds → raises where it does not any more."""
+"""Folder that this process holds → a check that raises if it no longer does."""
 
 
 @contextmanager
 def held(folder: Path, check: Callable[[], None]) -> Generator[None]:
-    """While the block runs, let `check` be called before anything in a folder is written or replaced."""
+    """During the block, call `check` before anything in a folder is written or replaced."""
     folder = folder.absolute()
     _HELD[folder] = check
     try:
@@ -87,39 +94,46 @@ def held(folder: Path, check: Callable[[], None]) -> Generator[None]:
 
 
 def require_held(path: Path) -> None:
-    """Refuse to go on where this process holds a folder that a path lies in, and the folder is another
-    one by now. Every writer here calls it; whoever removes or renames files there calls it too.
+    """Check that this process still holds the folder that a path is in.
+
+    Another process may have taken the folder, or it may have been moved and made again. All writers
+    here call this; code that removes or renames files in such a folder calls it too.
 
     Raises:
         OutputError: see `run_folder.owned`.
     """
-    place = path.absolute()
-    for folder, check in [*_HELD.items()]:
-        if place.is_relative_to(folder):
+    absolute = path.absolute()
+    for folder, check in [*_HELD.items()]:  # a copy: other threads may add and remove folders
+        if absolute.is_relative_to(folder):
             check()
 
 
 def write_whole(path: Path, write: Callable[[Path], object], size: int | None = None) -> Path:
-    """Let `write` make a file in a hidden folder beside `path`, flush it, and rename it to `path`.
+    """Write a file atomically: into a hidden folder beside `path`, flushed, then renamed to `path`.
 
     Args:
-        size: bytes that it will need, for the message when there is no space for them.
+        write: writes the file to the path that it is given.
+        size: bytes that the file needs, for the message if the disk is full.
 
     Raises:
-        OutputError: the folder cannot be written, the disk is full, or another process took the folder
-            (see `require_held`). What was there stays.
+        OutputError: the folder cannot be written, the disk is full, or another process took the
+            folder (see `require_held`). The earlier file is kept.
     """
     with _staged(path, size) as staged:
         write(staged)
-        _flush(staged)
-        with contextlib.suppress(PermissionError):  # FAT and many shares keep no permissions
-            staged.chmod(0o666 & ~_UMASK)
+        _flush(staged)  # before the rename: after a power cut the name must not be of an empty file
+        with contextlib.suppress(PermissionError):  # FAT and many shares have no permissions
+            staged.chmod(0o666 & ~_UMASK)  # some libraries write files that only the owner can read
     return path
 
 
 def write_folder(path: Path, write: Callable[[Path], object], size: int) -> Path:
-    """Let `write` fill a hidden folder beside `path`, with files that are each written whole, and
-    rename it to `path`, which is not there yet.
+    """Write a new folder atomically: a hidden one beside `path`, then renamed to `path`.
+
+    Args:
+        path: must not exist yet.
+        write: fills the folder that it is given, with files that are each flushed.
+        size: bytes that the folder needs.
 
     Raises:
         OutputError: see `write_whole`.
@@ -134,13 +148,13 @@ def write_folder(path: Path, write: Callable[[Path], object], size: int) -> Path
 
 @contextmanager
 def _staged(path: Path, size: int | None) -> Generator[Path]:
-    """A name in a hidden folder beside `path` that is renamed to it at the end, or removed.
+    """A path in a hidden folder beside `path`; renamed to `path` unless the block raises.
 
-    In a folder of its own, since libraries write hidden files beside what they are asked for: these are
-    removed with it too.
+    The hidden folder also collects the temporary files that some libraries write beside their
+    output; they are removed with it.
     """
     require_held(path)
-    folder = hidden_beside(path.absolute())  # polars takes "~" at the beginning for the home folder
+    folder = hidden_beside(path.absolute())  # polars expands a "~" at the start of a relative path
     staged = folder / path.name
     try:
         folder.mkdir(parents=True)
@@ -148,23 +162,23 @@ def _staged(path: Path, size: int | None) -> Generator[Path]:
         require_held(path)  # writing may have taken minutes
         staged.replace(path)
     except Exception as error:
-        require_held(path)  # or it would be said that a hidden file is not there
-        refused = _refused(error, path, staged, size)
-        if refused is None:
+        require_held(path)  # a better message than that a hidden file does not exist
+        for_user = _as_user_error(error, path, staged, size)
+        if for_user is None:
             raise
-        raise refused from error
+        raise for_user from error
     finally:
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # what cannot be removed is left to the next owner
+        # What cannot be removed now is left to `remove_leftovers`.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _refused(error: Exception, path: Path, staged: Path, size: int | None) -> OutputError | None:
-    """The error for the user, of one that came while a file was written; None where it is no refusal
-    of the file system."""
+def _as_user_error(
+    error: Exception, path: Path, staged: Path, size: int | None
+) -> OutputError | None:
+    """The user's error for a failed write; None if the file system is not the reason."""
     if isinstance(error, UserError) and not isinstance(error, OutputError):
         return None
-    # Some libraries do not even say that the disk is full.
+    # Some libraries do not say in their error that the disk is full.
     if says_full(error) or _free(path.parent) < _NOTHING_LEFT:
         written = staged.stat().st_size if staged.exists() else 0
         return _no_space(path.parent, size or written + 1, str(path))
@@ -172,7 +186,7 @@ def _refused(error: Exception, path: Path, staged: Path, size: int | None) -> Ou
 
 
 def _flush(path: Path) -> None:
-    """Let a file, or the names in a folder, reach the disk."""
+    """Write a file's content, or a folder's list of names, from the system's cache to the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -181,7 +195,7 @@ def _flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there. Raises `OSError`."""
+    """Remove a file or a folder, if it exists. Raises `OSError`."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -189,10 +203,10 @@ def remove(path: Path) -> None:
 
 
 def _no_space(folder: Path, size: int, where: str) -> OutputError:
-    """The error for what does not fit on the disk.
+    """The error for a full disk.
 
     Args:
-        size: bytes that it needs, as far as that is known.
+        size: bytes that are needed at least.
     """
     free = _free(folder)
     return OutputError(
@@ -203,25 +217,25 @@ def _no_space(folder: Path, size: int, where: str) -> OutputError:
 
 
 def require_space(folder: Path, size: int, parameter: str) -> None:
-    """Refuse to begin what does not fit on the disk.
+    """Check that the disk has enough free space.
 
     Args:
-        size: bytes that will be written into the folder at the least.
-        parameter: names the folder.
+        size: bytes that will be written into the folder at least.
+        parameter: the parameter that names the folder.
 
     Raises:
-        OutputError: fewer are free.
+        OutputError: fewer bytes are free.
     """
     if _free(folder) < size:
         raise _no_space(folder, size, f"{parameter} = {folder}")
 
 
 def short_of_space(folder: Path, size: int, what: str) -> str | None:
-    """A warning where something will need more space than is free; None where it fits.
+    """A warning if something will need more space than is free, else None.
 
     Args:
-        size: bytes, about.
-        what: needs them.
+        size: bytes that it will need, about.
+        what: the thing that needs them, as the warning begins.
     """
     free = _free(folder)
     if size <= free:
@@ -230,22 +244,21 @@ def short_of_space(folder: Path, size: int, what: str) -> str | None:
 
 
 def _free(folder: Path) -> int:
-    """Bytes that are free where a folder is, or will be."""
-    there = next(
-        place for place in (folder.absolute(), *folder.absolute().parents) if place.exists()
-    )
-    return shutil.disk_usage(there).free
+    """Free bytes on the disk of a folder, which may not exist yet."""
+    absolute = folder.absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 @contextmanager
 def refusals(what: str, where: Path) -> Generator[None]:
-    """A block in which the file system may refuse to move or remove something.
+    """Raise an `OSError` of the block, which moves or removes files, as an `OutputError`.
 
     Args:
-        what: what could then not be done, as the message begins.
+        what: what failed, as the message begins.
 
     Raises:
-        OutputError: it refused.
+        OutputError: the file system refused.
     """
     try:
         yield
@@ -256,8 +269,10 @@ def refusals(what: str, where: Path) -> Generator[None]:
 
 
 def link_whole(path: Path, other: Path) -> Path:
-    """Let a file have another name too, in the place of what is there; a copy where the file system has no
-    links. What replaces the file later, as all writers here do, leaves the other one.
+    """Make a hard link `other` to the file `path`, or a copy if the file system has no links.
+
+    An existing `other` is replaced. The writers here replace files and never change them in place,
+    so writing `path` again leaves `other` as it is.
 
     Raises:
         OutputError: see `write_whole`.
@@ -266,14 +281,14 @@ def link_whole(path: Path, other: Path) -> Path:
     def link(staged: Path) -> None:
         try:
             os.link(path, staged)
-        except OSError:
+        except OSError:  # FAT and some network file systems have no hard links
             shutil.copyfile(path, staged)
 
     return write_whole(other, link)
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file whole. Raises `OutputError`."""
+    """Write a text file atomically, in UTF-8. Raises `OutputError`."""
 
     def write(staged: Path) -> None:
         staged.write_text(text, encoding="utf-8")
@@ -284,7 +299,7 @@ def write_text(path: Path, text: str) -> Path:
 def write_tensors(
     path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str]
 ) -> Path:
-    """Write a safetensors file whole. Equal tensors and metadata give equal bytes.
+    """Write a safetensors file atomically. Equal tensors and metadata give equal bytes.
 
     Raises:
         OutputError: see `write_whole`.
@@ -302,26 +317,31 @@ def write_tensors(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the header's text entries in order: safetensors writes them in a random one.
+    """Sort the text entries in the header of a safetensors file: the library's order is random.
 
-    The header keeps its length, so the tensors stay where they are.
+    The header's length does not change, so the tensors stay where they are.
     """
     with path.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        # As safetensors writes it: any other form might be longer than the header.
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         assert len(text) <= length, "safetensors writes compact JSON"
         file.seek(8)
-        file.write(text.ljust(length))
+        file.write(text.ljust(length))  # the format allows spaces at the end of the header
 
 
 def require_writable(folder: Path, parameter: str) -> None:
-    """Make a folder and try it.
+    """Create a folder if needed, and check that files can be written there.
+
+    Args:
+        parameter: the parameter that names the folder.
 
     Raises:
-        OutputError: it cannot be made or written.
+        OutputError: it cannot be created or written.
     """
+    # Permission bits do not show it: the folder may be on a read-only or full disk.
     probe = hidden_beside(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What something was made from, and in what that differs from something else."""
+"""Record what a result was made from, and compare two such records."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,26 +9,28 @@ from diffsynth_dagster.errors import shown
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What something was made from: parameters by their JSON values, files and samples by their digests.
+    """What a result was made from: values of parameters, and digests of files and samples.
 
     Attributes:
-        parts: name → value or digest. What a person cannot read has a name that begins with "the ".
+        parts: name → JSON value or digest. Digests, which messages do not show, have names that
+            begin with "the ".
     """
 
     parts: Mapping[str, Any]
 
     def differs(self, other: "Fingerprint", among: Iterable[str] | None = None) -> tuple[str, ...]:
-        """The names of what differs, in order. What only one of the two has is None in the other.
+        """The names of the parts that differ, in order. A missing part counts as None.
 
         Args:
-            among: the names to compare; None for all that either of the two has.
+            among: the names to compare; None for all names of both.
         """
+        # A dict, not a set, to keep the order.
         names = {**self.parts, **other.parts} if among is None else among
         return tuple(name for name in names if self.parts.get(name) != other.parts.get(name))
 
     def changes(self, now: "Fingerprint") -> list[str]:
-        """What has changed since, for a message: each name, with the value from before if it has one."""
+        """The parts that are different in `now`, for a message: `name (was value)`."""
         return [
-            n if n.startswith("the ") else f"{n} (was {shown(self.parts.get(n))})"
-            for n in self.differs(now)
+            name if name.startswith("the ") else f"{name} (was {shown(self.parts.get(name))})"
+            for name in self.differs(now)
         ]

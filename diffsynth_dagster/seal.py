@@ -1,11 +1,12 @@
-"""A digest inside a Parquet file, by which damage to any of its bytes is found.
+"""A digest ("seal") inside a Parquet file that shows damage to any byte of the file.
 
-Parquet has no digest that polars writes or compares: a flipped bit is another caption, or another
-place in the order of samples. Ours is an entry in the file's metadata: write a placeholder of zeros, hash
-the file, overwrite the placeholder.
+Polars neither writes nor checks Parquet's checksums, so a flipped bit would silently change a
+caption or the order of samples. The seal is an entry in the file's metadata: write a placeholder of
+zeros, hash the file, overwrite the placeholder.
 
-Why not in a file beside it: a table and its digest would be replaced one after the other, while others
-read and link them, and be moved, linked and removed as two. Inside, one rename replaces both.
+Why not in a second file: a table and its digest would be replaced one after the other while other
+processes read them, and would have to be moved, linked and removed together. With the digest
+inside, one rename replaces both.
 """
 
 import os
@@ -21,7 +22,7 @@ _NAME, _LABEL = "diffsynth_dagster.seal", "sealed-blake3:"
 _DIGITS = 64
 _NONE = b"0" * _DIGITS
 _MOST_FOOTER = 1 << 26
-"""Bytes: a damaged file may say anything."""
+"""Bytes of the footer that are read at most: in a damaged file its length may be any number."""
 _PART = 1 << 24
 """Bytes that are read at a time."""
 _SEAL = re.compile(_LABEL.encode() + rb"([0-9a-f]{%d})" % _DIGITS)
@@ -30,10 +31,11 @@ _SEAL = re.compile(_LABEL.encode() + rb"([0-9a-f]{%d})" % _DIGITS)
 def write_sealed(
     path: Path, write: Callable[[Path, dict[str, str]], object], notes: Mapping[str, str]
 ) -> Path:
-    """Write a Parquet file whole, with notes and a seal.
+    """Write a Parquet file atomically, with notes and a seal.
 
     Args:
-        write: writes the file to a path, with these notes as its metadata.
+        write: called with a path and notes; writes the file there with the notes as its metadata.
+        notes: key-value metadata of the file.
 
     Raises:
         OutputError: see `write_whole`.
@@ -41,51 +43,56 @@ def write_sealed(
 
     def sealed(staged: Path) -> None:
         write(staged, {**notes, _NAME: _LABEL + _NONE.decode()})
-        _, place = _find_seal(staged)
-        assert place is not None, "the notes are written as they are"
-        digest = _digest(staged, place)
+        _, offset = _find_seal(staged)
+        assert offset is not None, "the notes are written as they are"
+        digest = _digest(staged, offset)
         with staged.open("r+b") as file:
-            file.seek(place)
+            file.seek(offset)
             file.write(digest)
 
     return write_whole(path, sealed)
 
 
 def seal_is_broken(path: Path) -> bool:
-    """Whether a file has a seal and other bytes than those that were sealed.
+    """Whether a file has a seal, and its bytes are not the sealed ones.
 
-    Files that were written before there were seals have none: their bytes are taken as they are.
+    Files of versions without seals are not broken: there is nothing to compare.
 
     Raises:
         OSError: it cannot be read.
     """
-    footer, place = _find_seal(path)
-    if place is None:  # damage to the seal itself may leave a part of it
+    footer, offset = _find_seal(path)
+    if offset is None:  # no seal, or a damaged one: then its name or label is likely still there
         return _NAME.encode() in footer or _LABEL.encode() in footer
     with path.open("rb") as file:
-        file.seek(place)
-        return file.read(_DIGITS) != _digest(path, place)
+        file.seek(offset)
+        return file.read(_DIGITS) != _digest(path, offset)
 
 
 def _find_seal(path: Path) -> tuple[bytes, int | None]:
-    """The end of a Parquet file, which holds its metadata, and where in the file the digits of the seal are."""
+    """The footer of a Parquet file, and the offset in the file of the seal's digits (None if it has
+    no seal, or several)."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
+        # A Parquet file ends with its metadata, their length (4 bytes) and "PAR1".
         file.seek(max(0, size - 8))
         length = int.from_bytes(file.read(4), "little") + 8
         start = file.seek(max(0, size - min(length, _MOST_FOOTER)))
         footer = file.read()
     found = list(_SEAL.finditer(footer))
+    # The footer also has the least and greatest value of each column, and a caption may contain
+    # anything, even another seal.
     return footer, start + found[0].start(1) if len(found) == 1 else None
 
 
-def _digest(path: Path, place: int) -> bytes:
-    """BLAKE3 of a file as it is with zeros for the digits of its seal."""
+def _digest(path: Path, offset: int) -> bytes:
+    """BLAKE3 of a file with zeros in place of the seal's digits, which start at `offset`."""
     hasher = blake3(max_threads=blake3.AUTO)
-    with path.open("rb") as file:  # not mapped: a file of ten million rows would count as memory
-        while part := file.read(min(_PART, place - file.tell())):
+    # Not memory-mapped: the pages of a large table would count as memory of this process.
+    with path.open("rb") as file:
+        while part := file.read(min(_PART, offset - file.tell())):
             hasher.update(part)
         hasher.update(_NONE)
-        file.seek(place + _DIGITS)
-        hasher.update(file.read())
+        file.seek(offset + _DIGITS)
+        hasher.update(file.read())  # only the rest of the footer
     return hasher.hexdigest().encode()

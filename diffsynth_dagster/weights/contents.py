@@ -1,9 +1,8 @@
-"""The content of model files, which must stay what it is while they are used.
+"""Check that model files do not change between digesting and loading them.
 
-A file is digested, and loaded later: seconds later, or hours later for a sample. Samples are stored
-under that digest, and the record of a training names it. So what is loaded must be what was
-digested: a file whose state differs from the one it was digested in is digested again, and refused
-if its content is another one.
+A file is digested first and loaded later, sometimes hours later. The digest is in the keys of the
+encoded samples and in the record of the training, so the loaded bytes must be the digested ones. If
+a file's state (size, times) has changed, the file is digested again; another digest is an error.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,10 +13,10 @@ from diffsynth_dagster.facts import FactCache, FileState, digest_file
 
 
 class Contents:
-    """The digests of model files that this process goes by.
+    """The digests of the model files that this process uses.
 
     Args:
-        again: digest each file anew, once, whatever the cache of facts knows of it.
+        again: digest each file once in this process, even if the fact cache has its digest.
     """
 
     def __init__(self, again: bool = False) -> None:
@@ -27,12 +26,15 @@ class Contents:
         self._files: dict[str, tuple[Path, ...]] = {}
 
     def note(self, paths: Iterable[Path]) -> None:
-        """Remember the state of files of which something is about to be read before they are
-        digested."""
+        """Remember the state of files. Call it before a header or config is read: what is read from
+        the file then also belongs to the digested bytes."""
         self._states |= {path: _state(path) for path in paths}
 
     def digests(self, name: str, paths: tuple[Path, ...], fact_cache: FactCache) -> list[str]:
-        """The digest of each file of a component, or of another thing that is loaded.
+        """The digest of each file of a component or tokenizer.
+
+        Args:
+            name: the component or tokenizer.
 
         Raises:
             WeightsError: a file changed since it was noted or digested.
@@ -42,11 +44,12 @@ class Contents:
         return [self._digest(path, fact_cache) for path in paths]
 
     def require_unchanged(self, name: str, files: Callable[[], tuple[Path, ...]]) -> None:
-        """Check that the files of a component are what they were when it was digested; nothing where
-        it was not. To be called when no byte of them will be read any more.
+        """Check that a component's files have not changed since they were digested (if they were).
+
+        A check before loading is not enough: call it again after the last read.
 
         Raises:
-            WeightsError: one is not.
+            WeightsError: a file changed, or there are other files now.
         """
         if name in self._files:
             self._require_files(name, files())
@@ -54,9 +57,10 @@ class Contents:
                 self._require_same(path)
 
     def _require_files(self, name: str, paths: tuple[Path, ...]) -> None:
-        other = set(paths) ^ set(self._files.get(name, paths))
-        if other:
-            raise _changed(min(other))
+        """Raise `WeightsError` if files of a component were added or removed since the digest."""
+        different = set(paths) ^ set(self._files.get(name, paths))
+        if different:
+            raise _changed(min(different))
 
     def _digest(self, path: Path, fact_cache: FactCache) -> str:
         if path in self._digests:
@@ -64,6 +68,7 @@ class Contents:
             return self._digests[path]
         state = self._states.setdefault(path, _state(path))
         digest = fact_cache.digest(path, self._again)
+        # Digesting many gigabytes takes minutes in which the file may be replaced.
         if _state(path) != state:
             raise _changed(path)
         self._digests[path] = digest
@@ -76,11 +81,11 @@ class Contents:
         is_same = state.size == known.size and digest_file(path) == self._digests[path]
         if not is_same or _state(path) != state:
             raise _changed(path)
-        self._states[path] = state  # it was only touched, or its folder moved to another disk
+        self._states[path] = state  # same bytes: the file was touched or moved to another disk
 
 
 def _state(path: Path) -> FileState:
-    """The state of a file. Raises `WeightsError` where there is none."""
+    """The state of a file. Raises `WeightsError` if the file is gone."""
     try:
         return FileState.of(path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Names, types and shapes of the tensors in a model file, without reading the tensors."""
+"""Read the names, types and shapes of the tensors in a model file, not the tensors themselves."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,13 +9,14 @@ from safetensors import SafetensorError, safe_open
 from diffsynth_dagster.errors import WeightsError
 
 PROVENANCE_KEY = "diffsynth_dagster"
-"""Under which the header of a file of this trainer says where the file comes from, as JSON."""
+"""Header entry in the files of this trainer: where the file comes from, as JSON."""
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Element type (as safetensors writes it, `F32`, `BF16`, …) and shape of a tensor."""
+    """Element type and shape of a tensor. The type is written as in the file: `BF16` in
+    safetensors, `bfloat16` in PyTorch state dicts."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -25,10 +26,10 @@ Header = dict[str, TensorInfo]
 
 
 def read_header(path: Path) -> Header:
-    """Tensor name → type and shape, for a safetensors file or a PyTorch state dict.
+    """Read tensor name → type and shape from a safetensors file or a PyTorch state dict.
 
     Raises:
-        WeightsError: the file is missing, cut off, or of another format.
+        WeightsError: the file is missing, truncated, or of another format.
     """
     if not path.is_file():
         raise WeightsError(
@@ -53,10 +54,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _safetensors_header(path: Path) -> tuple[Header, dict[str, str]]:
-    """The tensors and the text entries in the header of a safetensors file, which the library checks:
-    the tensors must fill the file, without a gap or an overlap. Raises `WeightsError`."""
+    """The tensors and text entries in the header of a safetensors file. Raises `WeightsError`."""
     try:
-        with safe_open(path, "numpy") as file:  # no tensor is read, and so no bfloat16 either
+        # safe_open refuses a truncated file: the tensors must fill it without a gap or an overlap.
+        # "numpy" has no bfloat16, which does not matter: no tensor is read.
+        with safe_open(path, "numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             header = {n: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
             return header, file.metadata() or {}
@@ -71,6 +73,7 @@ def _safetensors_header(path: Path) -> tuple[Header, dict[str, str]]:
 def _torch_header(path: Path) -> Header:
     from diffsynth_dagster.weights.torch_file import read_torch_file
 
+    # A state dict has no header; its tensors are memory-mapped, so this reads little.
     tensors = read_torch_file(path)
     return {
         name: TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
@@ -79,16 +82,16 @@ def _torch_header(path: Path) -> Header:
 
 
 def read_headers(paths: Iterable[Path]) -> Header:
-    """The headers of the shards of one model, merged.
+    """Read and merge the headers of the shards of one model.
 
     Raises:
-        WeightsError: see `read_header`; or two shards hold the same tensor.
+        WeightsError: see `read_header`; or two shards have a tensor of the same name.
     """
     merged: Header = {}
     for path in paths:
         header = read_header(path)
         twice = merged.keys() & header.keys()
-        if twice:
+        if twice:  # shards of two models, or one model in two precisions
             raise WeightsError(
                 f"the tensor '{min(twice)}' stands in more than one of the files",
                 where=str(path),

@@ -1,8 +1,8 @@
 """Find model files in local folders and on ModelScope.
 
-`DIFFSYNTH_MODEL_BASE_PATH` is the folder of downloads (`./models` when unset);
-with `DIFFSYNTH_SKIP_DOWNLOAD=True` the hub is not contacted; `MODELSCOPE_ENDPOINT` is read by the
-modelscope package.
+Environment variables: `DIFFSYNTH_MODEL_BASE_PATH` is the folder of downloads (default `./models`);
+`DIFFSYNTH_SKIP_DOWNLOAD=True` turns downloading off; the modelscope package reads
+`MODELSCOPE_ENDPOINT`.
 """
 
 import glob
@@ -19,18 +19,24 @@ from diffsynth_dagster.weights.download import download
 _TRUE = {"1", "true", "yes", "on"}
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _BESIDE = ("config.json", "*.index.json")
+"""Small files that are downloaded with the weights in the same folder."""
 
 
 @dataclass(frozen=True)
 class ModelHub:
-    """Finds the files of an entry, downloading what is missing."""
+    """Finds the files of an entry of the model list, and downloads missing ones.
+
+    Attributes:
+        base_path: folder of downloads; a repository is at `<base_path>/<owner>/<name>`.
+        skip_download: whether the hub is not contacted.
+    """
 
     base_path: Path
     skip_download: bool
 
     @classmethod
     def from_environment(cls) -> "ModelHub":
-        """The hub as the environment variables of the guide set it."""
+        """The hub with the settings of the environment variables."""
         base = Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "./models")
         skip = os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").strip().lower() in _TRUE
         return cls(base, skip)
@@ -40,7 +46,7 @@ class ModelHub:
 
         Raises:
             WeightsError: no file matches, or a shard is missing.
-            DownloadError: the hub did not answer, or lacks the repository.
+            DownloadError: the hub did not answer, or does not have the repository.
         """
         if entry.repository is None:
             found = [file for text in entry.paths for file in _local_files(text, entry.parameter)]
@@ -50,13 +56,14 @@ class ModelHub:
         return found
 
     def _downloaded(self, entry: ModelEntry) -> list[Path]:
-        """The weight files of an entry of the hub. Raises: see `files`."""
+        """The weight files of an entry that names a repository. Raises: see `files`."""
         assert entry.repository is not None
         self._download(entry, tuple(f"*{suffix}" for suffix in _WEIGHTS))
         folder = self.base_path / entry.repository
         if not entry.pattern or entry.pattern.endswith("/"):
             found = _weights_in(folder / entry.pattern)
         else:
+            # `root_dir`: the folder itself may have characters of patterns in its name.
             found = sorted(folder / name for name in glob.glob(entry.pattern, root_dir=folder))
             found = [path for path in found if path.is_file()]
         if not found:
@@ -69,15 +76,17 @@ class ModelHub:
         return found
 
     def folder(self, entry: ModelEntry) -> Path:
-        """The folder that an entry for a folder names (a tokenizer).
+        """The folder that an entry names (for a tokenizer).
 
         Raises:
             WeightsError: it does not exist or is empty.
+            DownloadError: see `files`.
         """
         path = Path(entry.paths[0]) if entry.paths else Path()
         if entry.repository is not None:
             self._download(entry, ("*",))
             path = self.base_path / entry.repository / entry.pattern
+        # os.path: a name that is too long does not exist; `Path.is_dir` raises an OSError.
         if not os.path.isdir(path) or not any(path.iterdir()):
             raise WeightsError(
                 "the folder does not exist or is empty",
@@ -86,14 +95,18 @@ class ModelHub:
             )
         return path
 
-    def _download(self, entry: ModelEntry, of_folder: Iterable[str]) -> None:
-        """Download an entry's files: of a folder those that fit one of the patterns."""
+    def _download(self, entry: ModelEntry, patterns: Iterable[str]) -> None:
+        """Download an entry's files, with the configs and index beside them.
+
+        Args:
+            patterns: the files to download where the entry names a folder.
+        """
         if self.skip_download:
             return
         assert entry.repository is not None
         schedule = "scheduler/scheduler_config.json"  # beside a denoiser's folder
         if not entry.pattern or entry.pattern.endswith("/"):
-            folder, named = PurePosixPath(entry.pattern), [f"{entry.pattern}{n}" for n in of_folder]
+            folder, named = PurePosixPath(entry.pattern), [f"{entry.pattern}{n}" for n in patterns]
         else:
             folder, named = PurePosixPath(entry.pattern).parent, [entry.pattern]
         wanted = [*named, *(str(folder / name) for name in _BESIDE), schedule]
@@ -106,29 +119,29 @@ class ModelHub:
 
 
 class NotDownloaded(WeightsError):
-    """A file of a repository is not there yet."""
+    """A file of a repository has not been downloaded yet."""
 
 
 class Downloads(ModelHub):
-    """A hub that finds what was downloaded before, and downloads nothing."""
+    """A hub that finds earlier downloads, and downloads nothing."""
 
     def __init__(self) -> None:
         super().__init__(ModelHub.from_environment().base_path, skip_download=True)
 
     def files(self, entry: ModelEntry) -> list[Path]:
-        """See `ModelHub`. Raises `NotDownloaded` for what it would download."""
-        with _not_yet(entry):
+        """See `ModelHub`. Raises `NotDownloaded` if a file would have to be downloaded."""
+        with _not_downloaded(entry):
             return super().files(entry)
 
     def folder(self, entry: ModelEntry) -> Path:
-        """See `ModelHub`. Raises `NotDownloaded` for what it would download."""
-        with _not_yet(entry):
+        """See `ModelHub`. Raises `NotDownloaded` if a file would have to be downloaded."""
+        with _not_downloaded(entry):
             return super().folder(entry)
 
 
 @contextmanager
-def _not_yet(entry: ModelEntry) -> Generator[None]:
-    """What is missing of a repository is to be downloaded."""
+def _not_downloaded(entry: ModelEntry) -> Generator[None]:
+    """Raise a `WeightsError` about a repository as `NotDownloaded`: a run would download it."""
     try:
         yield
     except WeightsError as error:
@@ -138,41 +151,42 @@ def _not_yet(entry: ModelEntry) -> Generator[None]:
 
 
 def require_listed(entries: Iterable[ModelEntry]) -> None:
-    """Check that all local files and folders are there, unless none is: then the entries are for
-    another machine.
+    """Check that no local file or folder is missing while others exist.
 
     Raises:
-        WeightsError: some are there, and one is not.
+        WeightsError: some exist, and one does not.
     """
     listed, missing = _listed(entries)
+    # If none exists, the recipe is written for another machine; checking it here is fine.
     if missing and len(missing) < len(listed):
         raise _no_file(*missing[0])
 
 
 def require_there(entries: Iterable[ModelEntry]) -> None:
-    """Check that all local files and folders are there. Raises `WeightsError`: one is not."""
+    """Check that all local files and folders exist. Raises `WeightsError`."""
     _, missing = _listed(entries)
     if missing:
         raise _no_file(*missing[0])
 
 
 def _listed(entries: Iterable[ModelEntry]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Path and parameter of all that is named as local, and of what of it is not there."""
+    """(path, parameter) of every local path of the entries, and of those that do not exist."""
     listed = [(text, entry.parameter) for entry in entries for text in entry.paths]
-    missing = [each for each in listed if not os.path.exists(each[0]) and not _matching(*each)]
+    missing = [local for local in listed if not os.path.exists(local[0]) and not _matching(*local)]
     return listed, missing
 
 
 def _matching(text: str, parameter: str) -> list[Path]:
-    """The files that an entry of the model list stands for as a pattern, sorted; other parameters name
-    one file. Brackets are none of it: they are in the names of folders."""
+    """The files that match an entry of `model_paths` as a pattern, sorted; none for other
+    parameters, which take no patterns."""
     if parameter != "model_paths":
         return []
+    # Brackets are common in folder names, so only `*` and `?` are special.
     return sorted(Path(path) for path in glob.glob(text.replace("[", "[[]")))
 
 
 def _no_file(text: str, parameter: str) -> WeightsError:
-    """The error for a path or a pattern that names none."""
+    """The error for a path or pattern that matches no file."""
     return WeightsError(
         "the model file does not exist",
         where=f"{parameter} = {Path(text).absolute()}",
@@ -181,16 +195,15 @@ def _no_file(text: str, parameter: str) -> WeightsError:
 
 
 def _require_shards(entry: ModelEntry, files: Sequence[Path]) -> None:
-    """Check that every shard is there that the names count, as `-00001-of-00002` does. Raises
-    `WeightsError`."""
-    counted: dict[str, set[int]] = {}
+    """Check that files named like `-00001-of-00002` are all there. Raises `WeightsError`."""
+    found: dict[str, set[int]] = {}
     for match in filter(None, (SHARD.search(path.name) for path in files)):
-        counted.setdefault(match[2], set()).add(int(match[1]))
-    for total, given in counted.items():
-        lacks = sorted(set(range(1, int(total) + 1)) - given)
-        if lacks:
+        found.setdefault(match[2], set()).add(int(match[1]))
+    for total, numbers in found.items():
+        missing = sorted(set(range(1, int(total) + 1)) - numbers)
+        if missing:
             raise WeightsError(
-                f"shard {lacks[0]} of {int(total)} is missing",
+                f"shard {missing[0]} of {int(total)} is missing",
                 where=f"{entry.parameter} = {entry.text}; looked in {files[0].parent}",
                 do="name all shards of the model, or download the others",
             )

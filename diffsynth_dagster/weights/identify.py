@@ -1,4 +1,4 @@
-"""Find the model of a config: its files, its family as the config uses it, tokenizers and LoRAs."""
+"""Find the model of a config: its files, family, tokenizers and preset LoRA."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,6 +42,7 @@ def find_model(config: TrainingConfig, hub: ModelHub) -> ResolvedModel:
     Raises:
         WeightsError: a file is missing or of an unknown kind, or two entries are the same
             component.
+        DownloadError: a file could not be downloaded.
         ParameterError: the files fit several families, or the family refuses the config.
     """
     contents = Contents(again=config.verify_content)
@@ -58,10 +59,11 @@ def find_model(config: TrainingConfig, hub: ModelHub) -> ResolvedModel:
 
 
 def _schedule(family: Family, found: Mapping[str, ComponentFiles]) -> Settings:
-    """What is published of the noising path beside the denoiser. Raises `WeightsError`."""
+    """The published scheduler settings of the denoiser. Raises: see `read_schedule`."""
     if family.denoiser not in found:
         return {}
     denoiser = found[family.denoiser]
+    # `denoiser.header` has the denoiser's tensors only; marks of the scheduler are beside them.
     whole = read_headers(denoiser.files) if denoiser.start else denoiser.header
     return read_schedule(denoiser.files[0].parent, whole, family)
 
@@ -69,10 +71,10 @@ def _schedule(family: Family, found: Mapping[str, ComponentFiles]) -> Settings:
 def _find_components(
     config: TrainingConfig, hub: ModelHub, contents: Contents
 ) -> tuple[Family, dict[str, ComponentFiles]]:
-    """The family as the config uses it, and what each file of the model list is. See
-    `find_model`."""
+    """The family as the config uses it, and component → its files. Raises: see `find_model`."""
     entries = model_entries(config)
     files = {entry: tuple(hub.files(entry)) for entry in entries}
+    # Before any header is read: see `Contents.note`.
     for entry in entries:
         contents.note(files[entry])
         contents.note(filter(Path.is_file, {f.parent / "config.json" for f in files[entry]}))
@@ -90,9 +92,9 @@ def _find_components(
         for entry in entries
         for place in recognise_components(headers[entry], family, entry)
     ]
-    found = _each_once(_told_apart(parts, family))
+    found = _each_once(_assign_experts(parts, family))
     family = _as_used(family, config, found)
-    # The config may change the architecture of a component.
+    # The config may change a component's architecture (more input channels, for example).
     found = {name: replace(f, component=family.component(name)) for name, f in found.items()}
     return family, found
 
@@ -102,12 +104,13 @@ def _as_used(family: Family, config: TrainingConfig, found: Mapping[str, Compone
 
     Raises:
         ParameterError: see `check_trainable`, or the family refuses the config.
-        WeightsError: tensors that the family goes by are missing or have other dimensions.
+        WeightsError: tensors that the family reads settings from are missing or have odd shapes.
     """
     check_trainable(config, family)
     given = {name: f.shapes for name, f in found.items()}
     try:
         return as_used(family, config, given)
+    # A family computes settings from shapes; this is what missing or odd shapes raise there.
     except (LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise WeightsError(
             f"the files are not whole models of {family.name}: {reason_of(error)}",
@@ -116,48 +119,49 @@ def _as_used(family: Family, config: TrainingConfig, found: Mapping[str, Compone
         ) from error
 
 
-def _told_apart(parts: Sequence[ComponentFiles], family: Family) -> list[ComponentFiles]:
-    """The parts of a model; of those that are the same component by their tensors, the ones whose
-    paths say that they are another one are that (the experts of Wan2.2)."""
+def _assign_experts(parts: Sequence[ComponentFiles], family: Family) -> list[ComponentFiles]:
+    """Tell experts apart by their paths: their tensor names are identical (Wan2.2)."""
     counts = Counter(part.component.name for part in parts)
-    told: list[ComponentFiles] = []
+    assigned: list[ComponentFiles] = []
     for part in parts:
-        others = [
+        by_path = [
             component
             for component in family.components
-            if counts[part.component.name] > 1
+            if counts[part.component.name] > 1  # a single expert is the first, whatever its path
             and component.recognition.signatures == part.component.recognition.signatures
             and any(mark in part.entry.text for mark in component.recognition.path_marks)
         ]
-        told.append(replace(part, component=others[0]) if others else part)
-    return told
+        assigned.append(replace(part, component=by_path[0]) if by_path else part)
+    return assigned
 
 
 def _each_once(parts: Sequence[ComponentFiles]) -> dict[str, ComponentFiles]:
-    """Component → its files. One in files of its own takes the place of the one in a whole
-    checkpoint.
+    """Component → its files. Separate files replace the same component in a whole checkpoint.
 
     Raises:
-        WeightsError: two entries are one component.
+        WeightsError: two entries are the same component.
     """
     found: dict[str, ComponentFiles] = {}
     for part in parts:
         name = part.component.name
-        there = found.get(name)
-        if there is not None and bool(there.start) == bool(part.start):
+        earlier = found.get(name)
+        # A component with a `start` is in a whole checkpoint.
+        if earlier is not None and bool(earlier.start) == bool(part.start):
             raise WeightsError(
                 f"two entries are the component '{name}'",
-                where=f"{there.entry.text} and {part.entry.text}",
+                where=f"{earlier.entry.text} and {part.entry.text}",
                 do="name each model once; shards of one model go into one pattern or nested list; "
                 "of two experts, the path of the second says which it is, as low_noise_model does",
             )
-        if there is None or there.start:
+        if earlier is None or earlier.start:
             found[name] = part
     return found
 
 
 def _needed_tokenizers(config: TrainingConfig, model: ResolvedModel) -> list[Tokenizer]:
-    """All of them; those that the training step uses when the captions are already encoded."""
+    """The tokenizers to find: those of the training step if the captions are already encoded, else
+    all of the family."""
+    # Captions of sample images, and an evaluation of the user's own, are encoded during training.
     if not config.reads_encoded or config.sample_texts or config.customized_evaluation:
         return list(model.family.tokenizers)
     used = {name for stage in model.step_stages for name in stage.uses}
@@ -165,18 +169,17 @@ def _needed_tokenizers(config: TrainingConfig, model: ResolvedModel) -> list[Tok
 
 
 def _storage(config: TrainingConfig, found: Mapping[str, ComponentFiles]) -> dict[str, Storage]:
-    """Component → what it is stored as: float8 where `fp8_models` names it. Raises
+    """Component → "float8" if `fp8_models` names its entry, else "full". Raises
     `ParameterError`."""
-    wanted = float8_entries(config)
-    stored = {name for name, files in found.items() if files.entry in wanted}
-    return {name: "float8" if name in stored else "full" for name in found}
+    entries = float8_entries(config)
+    return {name: "float8" if files.entry in entries else "full" for name, files in found.items()}
 
 
 def check_trainable(config: TrainingConfig, family: Family) -> None:
-    """Check that what is trained, or gets a LoRA, are models of the family.
+    """Check that every model that is trained or gets a LoRA is one of the family's.
 
     Raises:
-        ParameterError: a name is none of them.
+        ParameterError: a name is not.
     """
     named = [("trainable_models", name) for name in config.trainable_models]
     named += [("lora_base_model", name) for name in config.lora_base_model]
@@ -194,7 +197,11 @@ def check_trainable(config: TrainingConfig, family: Family) -> None:
 def _presets(
     config: TrainingConfig, family: Family, found: Mapping[str, ComponentFiles]
 ) -> Mapping[str, Preset]:
-    """The component that `preset_lora_path` is fused into."""
+    """The component that `preset_lora_path` is fused into → the LoRA; empty without the parameter.
+
+    Raises:
+        WeightsError: the model list does not have the component, or the LoRA file does not exist.
+    """
     if config.preset_lora_path is None:
         return {}
     trained = config.preset_lora_model or family.denoiser
@@ -216,17 +223,18 @@ def _presets(
 
 
 def guess_model(config: TrainingConfig) -> ResolvedModel:
-    """The model of a config whose files may not be there, without files.
+    """The model of a config whose files may not exist yet: the result has no files.
 
     Raises:
-        ParameterError: its family is not clear, or refuses the config.
+        ParameterError: the family is not clear, or refuses the config.
     """
     return resolve(config, _guess_family(config))
 
 
 def _guess_family(config: TrainingConfig) -> Family:
-    """The family of a config as it uses it, by name, repository or files. Raises `ParameterError`."""
+    """The family as a config uses it, from name, repositories or files. Raises `ParameterError`."""
     entries = model_entries(config)
+    # From the cheapest to the most expensive: a parameter, the repository's name, files' headers.
     if config.family:
         return _guessed(find_family(config.family), config, entries)
     named = family_of(e.repository or e.paths[0] for e in entries)
@@ -244,7 +252,7 @@ def _guess_family(config: TrainingConfig) -> Family:
 
 
 def _guessed(family: Family, config: TrainingConfig, entries: Sequence[ModelEntry]) -> Family:
-    """The family as a config uses it, with the components that the text of its model list names."""
+    """The family as a config uses it, with components guessed from the text of the model list."""
     check_trainable(config, family)
     names = guess_components(entries, family)
     return as_used(family, config, {name: {} for name in names if name is not None})
@@ -253,15 +261,19 @@ def _guessed(family: Family, config: TrainingConfig, entries: Sequence[ModelEntr
 def _find_tokenizer(
     tokenizer: Tokenizer, config: TrainingConfig, found: Mapping[str, ComponentFiles], hub: ModelHub
 ) -> Path:
+    """The folder of a tokenizer: the one that its parameter names, else one beside the model's
+    files, else the published one. Raises `WeightsError` or `DownloadError`."""
     given = getattr(config, tokenizer.parameter)
     if given is not None:
         return hub.folder(folder_entry(given, tokenizer.parameter))
-    # In diffusers' layout beside the folders of the components, in the authors' beside the files.
-    # What is downloaded is asked for again: it may not have been downloaded to its end.
     published = tokenizer.default.partition(":")[2]
-    lie_here = [f for f in found.values() if f.entry.repository is None or hub.skip_download]
-    for own in (item.files[0].parent for item in lie_here):
-        for folder in (own.parent / tokenizer.name, own / tokenizer.name, own / published):
+    # Downloads are not searched while the hub may be contacted: a download may be incomplete, and
+    # `hub.folder` completes it.
+    local = [f for f in found.values() if f.entry.repository is None or hub.skip_download]
+    for beside in (files.files[0].parent for files in local):
+        # In diffusers' layout the tokenizer is beside the component's folder, in the authors'
+        # layout beside its files.
+        for folder in (beside.parent / tokenizer.name, beside / tokenizer.name, beside / published):
             if folder.is_dir():
                 return folder
     return hub.folder(folder_entry(tokenizer.default, tokenizer.parameter))

@@ -1,7 +1,7 @@
-"""Weights of a module in the layout of the files that it was loaded from, so that they load where those do.
+"""Convert trained weights back to the layout of the model's files, so that other tools load them.
 
-A layout's `convert` gives tensors other names and takes them apart by rows. Which row of which tensor
-goes where is found by converting numbers in their place: one for each row.
+`construction.convert` renames the tensors of the files and splits them by rows. To invert it, each
+row of each tensor is replaced by its number. The converted numbers show where each row goes.
 """
 
 from collections.abc import Mapping
@@ -14,85 +14,100 @@ from diffsynth_dagster.weights.resolved import ComponentFiles
 
 
 def from_layout_of(files: ComponentFiles, tensors: Tensors) -> Tensors:
-    """The other way round: tensors as the files of a component have them → by the module's names. Tensors
-    that have these names already stay."""
-    places = _places(files)
-    if all(name in places for name in tensors):
+    """Convert tensors from the layout of a component's files to the module's names and shapes.
+
+    The inverse of `in_layout_of`. Tensors that already have the module's names are not changed.
+    """
+    sources = _sources(files)
+    if all(name in sources for name in tensors):
         return tensors
-    named: Tensors = {}
-    for name, place in places.items():
-        if place.name in tensors:
-            whole = tensors[place.name]
-            rows = whole.reshape(max(whole.shape[:1], default=1), *whole.shape[1:])[place.rows]
-            named[name] = (rows.T if place.turned else rows).reshape(files.shapes[name])
-    return named
+    converted: Tensors = {}
+    for name, source in sources.items():
+        if source.name in tensors:
+            whole = tensors[source.name]
+            # A scalar counts as one row.
+            rows = whole.reshape(max(whole.shape[:1], default=1), *whole.shape[1:])[source.rows]
+            converted[name] = (rows.T if source.transposed else rows).reshape(files.shapes[name])
+    return converted
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Where the rows of a tensor of the module come from: a tensor of the files, and its rows (n,); or, where
-    it is turned over, its columns' places there."""
+class _Source:
+    """Where a tensor of the module comes from.
+
+    Attributes:
+        name: of the tensor in the files.
+        rows: (n,) which of its rows.
+        transposed: whether each of these rows is a column of the module's tensor.
+    """
 
     name: str
     rows: torch.Tensor
-    turned: bool = False
+    transposed: bool = False
 
     @property
-    def is_all(self) -> bool:
-        """Whether the rows are 0, 1, 2, …: with as many as the other tensor has, it is that tensor."""
-        return not self.turned and torch.equal(self.rows, torch.arange(len(self.rows)))
+    def is_in_order(self) -> bool:
+        """Whether the rows are 0, 1, 2, …"""
+        return not self.transposed and torch.equal(self.rows, torch.arange(len(self.rows)))
 
 
 def in_layout_of(files: ComponentFiles, tensors: Tensors) -> Tensors:
-    """Tensors of a component's module as the files have them that it was loaded from: the authors' names, or
-    those of diffusers. All of them stay by the module's names where the layout cannot hold them.
+    """Convert tensors of a component's module to the layout of the files that it was loaded from.
+
+    That layout has the authors' names or diffusers' names. If the tensors do not fit into it (a
+    part of a fused tensor, for example), all of them are returned by the module's names.
 
     Args:
         tensors: the whole module, or a part of it.
     """
-    places = _places(files)
-    if not all(name in places for name in tensors):
+    sources = _sources(files)
+    if not all(name in sources for name in tensors):
         return tensors
-    pieces: dict[str, list[str]] = {}
+    pieces: dict[str, list[str]] = {}  # tensor of the files → tensors of the module made from it
     for name in tensors:
-        pieces.setdefault(places[name].name, []).append(name)
-    written: Tensors = {}
-    for theirs, names in pieces.items():
-        shape = files.header[theirs].shape
+        pieces.setdefault(sources[name].name, []).append(name)
+    converted: Tensors = {}
+    for file_name, names in pieces.items():
+        shape = files.header[file_name].shape
         count = shape[0] if shape else 1
-        if sum(len(places[name].rows) for name in names) != count:
-            return tensors  # a tensor of the files is trained in part
-        if len(names) == 1 and places[names[0]].is_all:
-            written[theirs] = tensors[names[0]].reshape(shape)
+        if sum(len(sources[name].rows) for name in names) != count:
+            return tensors  # only a part of this tensor of the files is given
+        if len(names) == 1 and sources[names[0]].is_in_order:
+            converted[file_name] = tensors[names[0]].reshape(shape)  # no copy
             continue
         whole = torch.empty((count, *shape[1:]), dtype=tensors[names[0]].dtype)
         for name in names:
-            own = tensors[name].T if places[name].turned else tensors[name]
-            whole[places[name].rows] = own.reshape(-1, *shape[1:])
-        written[theirs] = whole.reshape(shape)
-    return written
+            rows = tensors[name].T if sources[name].transposed else tensors[name]
+            whole[sources[name].rows] = rows.reshape(-1, *shape[1:])
+        converted[file_name] = whole.reshape(shape)
+    return converted
 
 
-def _places(files: ComponentFiles) -> Mapping[str, _Rows]:
-    """Tensor of the module → where its rows come from, for those whose rows are found."""
+def _sources(files: ComponentFiles) -> Mapping[str, _Source]:
+    """Tensor of the module → where its rows come from.
+
+    A tensor is left out if its rows are mixed from several tensors or cannot be followed.
+    """
     numbers: Tensors = {}
     names: list[str] = []
-    starts = [0]
+    starts = [0]  # number of the first row of each tensor, and the end
     for name, info in files.header.items():
         count = info.shape[0] if info.shape else 1
         ones = (1,) * max(len(info.shape) - 1, 0)
+        # (rows, 1, 1, …): the number of each row. `convert` expects floating-point tensors, and
+        # float64 holds all of the numbers exactly.
         numbers[name] = torch.arange(starts[-1], starts[-1] + count).reshape(count, *ones).double()
         names.append(name)
         starts.append(starts[-1] + count)
     bounds = torch.tensor(starts)
-    places: dict[str, _Rows] = {}
+    sources: dict[str, _Source] = {}
     for name, tensor in files.component.construction.convert(numbers).items():
         rows = tensor.reshape(-1).long()
-        turned = tensor.ndim == 2 and tensor.shape[0] == 1 < len(rows)
-        if not len(rows) or (tensor.shape[:1] != rows.shape and not turned):
+        transposed = tensor.ndim == 2 and tensor.shape[0] == 1 < len(rows)  # (1, rows)
+        if not len(rows) or (tensor.shape[:1] != rows.shape and not transposed):
             continue
         number = int(torch.searchsorted(bounds, rows[0], right=True)) - 1
         inside = (rows >= starts[number]) & (rows < starts[number + 1])
         if bool(inside.all()):
-            places[name] = _Rows(names[number], rows - starts[number], turned)
-    return places
+            sources[name] = _Source(names[number], rows - starts[number], transposed)
+    return sources

@@ -1,8 +1,7 @@
-"""What the header of a weight file says to other tools, in the fields of Stability AI's ModelSpec.
+"""Write Stability AI's ModelSpec fields, which other tools read, into the headers of weight files.
 
-All of it follows from the provenance in the same header, so that equal trainings give equal bytes: there
-is no date, and the title is made of the training's identity, not of the name of a folder.
-https://github.com/Stability-AI/ModelSpec
+Every field is derived from the provenance in the same header. There is no date and no folder name,
+so equal trainings give equal bytes. https://github.com/Stability-AI/ModelSpec
 """
 
 import json
@@ -27,53 +26,57 @@ _ADAPTER = re.compile(r"lora_|lokr_|oft_R|\.alpha$")
 
 
 def write_described(path: Path, tensors: Tensors, notes: Mapping[str, str]) -> Path:
-    """`files.write_tensors`, with the fields of ModelSpec that follow from the notes. Raises as that does.
+    """Write a safetensors file with ModelSpec fields. Raises: see `files.write_tensors`.
 
     Args:
-        notes: the text entries of the header; a field of ModelSpec among them stays as it is.
+        notes: the text entries of the header; ModelSpec fields among them are kept.
     """
     return write_tensors(path, tensors, {**model_spec(tensors, notes), **notes})
 
 
 def model_spec(names: Iterable[str], notes: Mapping[str, str]) -> dict[str, str]:
-    """The fields of ModelSpec for a file; none where its provenance does not say what they need.
+    """The ModelSpec fields of a file; empty if its provenance lacks what they need.
 
     Args:
-        names: of its tensors.
-        notes: the text entries of its header.
+        names: of the tensors.
+        notes: the text entries of the header.
     """
-    said: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
-    if not said.keys() >= _NEEDED or said["family"] not in family_names():
+    provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
+    if not provenance.keys() >= _NEEDED or provenance["family"] not in family_names():
         return {}
-    family = find_family(said["family"])
+    family, trained = find_family(provenance["family"]), provenance["trained"]
     adapters = [_ADAPTER.search(name) is not None for name in names]
-    method = (said.get("lora") or {}).get("method", "lora")
+    method = (provenance.get("lora") or {}).get("method", "lora")
+    # ModelSpec's architecture ends in "/lora" for an adapter, and in nothing for a whole model.
     if all(adapters):
-        kind, what = f"/{method}", adapter_text(said["lora"])
+        kind, what = f"/{method}", adapter_text(provenance["lora"])
     else:
-        alone = said["trained"] == [family.denoiser]
-        kind, what = "" if alone else f"/{'+'.join(said['trained'])}", "trained in full"
-        what = (
-            f"{adapter_text(said['lora'])}, and weights trained in full," if any(adapters) else what
-        )
-    size, step = said.get("size"), said.get("step")
+        kind = "" if trained == [family.denoiser] else f"/{'+'.join(trained)}"
+        what = "trained in full"
+        if any(adapters):
+            what = f"{adapter_text(provenance['lora'])}, and weights trained in full,"
+    size, step = provenance.get("size"), provenance.get("step")
+    architecture = provenance["architecture"] + kind
     fields = {
         "sai_model_spec": _VERSION,
-        "architecture": said["architecture"] + kind,
-        "implementation": _implementation(said, family),
-        "title": f"{said['architecture']}{kind} {said['identity'][:12]}",
-        "description": f"{', '.join(said['trained'])} of {family.name}: {what}; {said['samples']} samples"
+        "architecture": architecture,
+        "implementation": _implementation(provenance, family),
+        "title": f"{architecture} {provenance['identity'][:12]}",
+        "description": f"{', '.join(trained)} of {family.name}: {what}; "
+        + f"{provenance['samples']} samples"
         + (f", step {step}" if step is not None else "")
-        + f"; diffsynth-dagster {said['version']}",
+        + f"; diffsynth-dagster {provenance['version']}",
         **({} if size is None else {"resolution": f"{size[0]}x{size[1]}"}),
     }
     return {START + name: text for name, text in fields.items()}
 
 
-def _implementation(said: Mapping[str, Any], family: Family) -> str:
-    """Whose names the tensors have: diffusers', or those of the model's authors."""
-    name = said.get("format")
-    rules = next((r for r in (family.part(n).lora for n in said["trained"]) if r is not None), None)
+def _implementation(provenance: Mapping[str, Any], family: Family) -> str:
+    """The code whose tensor names the file uses: "diffusers", or the authors' repository."""
+    name = provenance.get("format")
+    parts = (family.part(n).lora for n in provenance["trained"])
+    rules = next((r for r in parts if r is not None), None)
+    # Formats without names of their own keep diffusers' names.
     if name is None or rules is None or names_in(name, rules) is None:
         return _OF_DIFFUSERS
     return family.authors

@@ -1,4 +1,4 @@
-"""The components of a model: loaded at their first use, kept, and freed on request."""
+"""Load the components of a model when they are first used, keep them, and free them on request."""
 
 import gc
 from collections.abc import Iterable
@@ -22,10 +22,9 @@ class Models:
 
     Args:
         device, dtype: of the loaded weights.
-        float8_later: components of the model list's float8 ones that are loaded into CPU memory in
-            `dtype`: LoRA layers are added to them first, and the caller then stores them in float8;
-            see `store_in_float8`.
-        on_cpu_first: read weights into CPU memory before they are moved to the device.
+        on_cpu_first: whether to read weights into CPU memory before moving them to the device.
+        float8_later: float8 components that stay in CPU memory in `dtype`: the caller adds LoRA
+            layers, and then calls `store_in_float8`.
     """
 
     def __init__(
@@ -45,15 +44,15 @@ class Models:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The components that are loaded."""
+        """The loaded components, without tokenizers."""
         return {n: m for n, m in self._loaded.items() if isinstance(m, nn.Module)}
 
     def get(self, names: Iterable[str]) -> dict[str, Any]:
-        """The components of these names, in the order given.
+        """The components and tokenizers of these names, in the given order; loaded if needed.
 
         Raises:
-            WeightsError: the model list lacks one, or its files are damaged, or no longer what was
-                digested.
+            WeightsError: the model list lacks one, or its files are damaged or have changed since
+                they were digested.
         """
         return {name: self._get(name) for name in names}
 
@@ -61,7 +60,7 @@ class Models:
         if name not in self._loaded:
             self.resolved.require_unchanged(name)
             loaded = self._load(name)
-            self.resolved.require_unchanged(name)  # nor while it was read
+            self.resolved.require_unchanged(name)  # the file may change while it is read
             self._loaded[name] = loaded
         return self._loaded[name]
 
@@ -69,36 +68,38 @@ class Models:
         if name in self.resolved.tokenizers:
             return load_tokenizer(self.resolved, name)
         require_component(self.resolved, name)
-        stored = self.resolved.is_float8(name)
-        where = "cpu" if self._on_cpu_first or stored else self.device
-        moves = self.device.type != "cpu"
+        is_float8 = self.resolved.is_float8(name)
+        # A float8 component may be too large for the device in `dtype`.
+        where = "cpu" if self._on_cpu_first or is_float8 else self.device
+        moves = self.device.type != "cpu"  # then weights need not be copied from the mapped file
         module = load_component(self.resolved.components[name], where, self.dtype, mapped=moves)
+        # Before float8: the LoRA is added in full precision.
         if name in self.resolved.presets:
             preset = self.resolved.presets[name]
             lora = read_lora(preset.path, self.resolved.family, preset.name, "preset_lora_path")
             fuse_lora(module, lora, f"preset_lora_path = {preset.path}")
-        if not stored:
+        if not is_float8:
             return module.to(self.device)
         if name not in self._float8_later:
             store_in_float8(module, self.dtype, self.device)
         return module
 
     def free(self, names: Iterable[str]) -> None:
-        """Drop components, so that their memory is free again."""
+        """Drop components and free their memory."""
         dropped = [self._loaded.pop(name, None) for name in names]
         if not any(module is not None for module in dropped):
             return
         del dropped
-        gc.collect()
+        gc.collect()  # modules have reference cycles, which keep their tensors alive
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # else PyTorch keeps the blocks, in sizes that may not fit
 
 
 def load_tokenizer(model: ResolvedModel, name: str) -> Any:
-    """A tokenizer of a model.
+    """Load a tokenizer of a model.
 
     Raises:
-        WeightsError: it cannot be loaded, or is not whole.
+        WeightsError: it cannot be loaded, or its files are incomplete.
     """
     folder = model.tokenizers[name]
     tokenizer = next(t for t in model.family.tokenizers if t.name == name)
@@ -115,11 +116,13 @@ def load_tokenizer(model: ResolvedModel, name: str) -> Any:
 
 
 def _require_tokens(tokenizer: Tokenizer, loaded: Any, folder: Path) -> None:
-    """Check that a tokenizer knows its markers and common words. One that was loaded from an
-    incomplete folder does not, and would encode every caption as unknown tokens.
+    """Check that a tokenizer knows its markers and common words.
+
+    From an incomplete folder, transformers loads a tokenizer with an empty vocabulary, which
+    encodes every caption as unknown tokens.
 
     Raises:
-        WeightsError: it lacks some.
+        WeightsError: a marker or all words are unknown.
     """
 
     def ids(text: str) -> list[int]:
@@ -127,6 +130,7 @@ def _require_tokens(tokenizer: Tokenizer, loaded: Any, folder: Path) -> None:
 
     if not tokenizer.markers:
         return
+    # A known marker is one token; an unknown one is split like other text.
     split = [marker for marker in tokenizer.markers if len(ids(marker)) != 1]
     if split or not set(ids("a photograph")) - {loaded.unk_token_id}:
         raise WeightsError(
@@ -138,7 +142,7 @@ def _require_tokens(tokenizer: Tokenizer, loaded: Any, folder: Path) -> None:
 
 
 def require_component(model: ResolvedModel, name: str) -> None:
-    """Raise a `WeightsError` when the model list lacks a component."""
+    """Raise `WeightsError` if the model list lacks a component."""
     if name in model.components or name in model.tokenizers:
         return
     have = ", ".join(f"{c} ({f.entry.text})" for c, f in model.components.items())
@@ -150,12 +154,14 @@ def require_component(model: ResolvedModel, name: str) -> None:
 
 
 def component_digest(model: ResolvedModel, name: str, fact_cache: FactCache) -> str:
-    """Digest of what a component or tokenizer computes with: the bytes of its files (whatever their
-    names), of a LoRA that is fused into it, and whether it is stored in float8.
+    """Digest of everything that the outputs of a component or tokenizer depend on.
+
+    That is the bytes of its files and of a fused LoRA, and whether it is stored in float8.
 
     Raises:
         WeightsError: the model list lacks it, or a file changed since it was found.
     """
     require_component(model, name)
+    # File names are not part of it: renaming or moving a model keeps encoded samples valid.
     digests = model.contents.digests(name, model.files(name), fact_cache)
     return digest_of([*digests, "float8"] if model.is_float8(name) else digests)

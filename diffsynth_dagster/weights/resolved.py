@@ -1,4 +1,4 @@
-"""The model of a config: its family as the config uses it, and its files where they are there."""
+"""The model of a config: its family as the config uses it, and its files if they were found."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from diffsynth_dagster.weights.header import Header
 from diffsynth_dagster.weights.recognise import converted_shapes
 
 Storage = Literal["full", "float8"]
-"""What the weights of a component are stored as: in the type that it computes in, or in float8."""
+"""How the weights of a component are stored: in the type that it computes in, or in float8."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class ComponentFiles:
     """The files of one component.
 
     Attributes:
-        entry: the entry of the model list that names them.
-        header: names, types and shapes of its tensors in them, without `start`.
-        config: the config.json beside them, if it is of this component.
-        start: how the names of its tensors start there; empty where the files hold nothing else.
+        entry: the entry of the model list that names the files.
+        header: the component's tensors in the files: name (without `start`) → type and shape.
+        config: the config.json beside the files, if it is this component's.
+        start: prefix of its tensor names in a whole checkpoint; empty in files of its own.
     """
 
     component: Component
@@ -55,7 +55,7 @@ class ComponentFiles:
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """The modules of the component that its files leave out. Raises `WeightsError`."""
+        """The optional modules that the files do not have. Raises `WeightsError`."""
         optional = self.component.construction.optional_modules
         if not optional:
             return ()
@@ -77,18 +77,18 @@ class Preset:
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """The model of a config. What follows from the config for a model is derived here alone.
+    """The model of a config. Everything that the config decides about the model is derived here.
 
     Attributes:
         family: as the config uses it: with the stages, columns and architecture that it needs.
-        trained: the components and parts whose weights change: in full, or through a LoRA.
+        trained: the components and parts whose weights change, in full or through a LoRA.
         noising: how latents are noised.
-        schedule: which timesteps the denoisers at work are trained at.
-        components: component → its files; empty for a model that is guessed before its files are there.
+        schedule: which timesteps each denoiser is trained at.
+        components: component → its files; empty if the model was guessed without files.
         tokenizers: tokenizer → its folder.
-        storage: component → what its weights are stored as.
-        presets: component → the LoRA that is fused into it.
-        contents: what the files hold, by their digests.
+        storage: component → how its weights are stored.
+        presets: component → the LoRA that is fused into it before training.
+        contents: the digests of the files.
     """
 
     family: Family
@@ -99,24 +99,25 @@ class ResolvedModel:
     tokenizers: Mapping[str, Path] = field(default_factory=dict[str, Path])
     storage: Mapping[str, Storage] = field(default_factory=dict[str, Storage])
     presets: Mapping[str, Preset] = field(default_factory=dict[str, Preset])
+    # Not compared: it changes while files are digested.
     contents: Contents = field(default_factory=Contents, compare=False)
 
     @cached_property
     def trained_components(self) -> frozenset[str]:
-        """The components that hold what is trained: a part of a component is in it."""
+        """The components with trained weights. A trained part counts as its component."""
         return frozenset(self.family.part(name).of for name in self.trained)
 
     @cached_property
     def denoisers(self) -> tuple[Denoiser, ...]:
-        """The denoisers that steps go to: see `Family.at_work`."""
+        """The denoisers that training steps use: see `Family.at_work`."""
         return self.family.at_work(self.trained)
 
     @cached_property
     def cached_stages(self) -> tuple[Stage, ...]:
-        """The stages that use, themselves and upstream, nothing that is trained."""
+        """The stages to cache: neither they nor the stages that they need use trained weights."""
         cached: list[Stage] = []
         names: set[str] = set()
-        for stage in self.family.stages:
+        for stage in self.family.stages:  # each stage comes after those that it needs
             if self.trained_components.isdisjoint(stage.uses) and names.issuperset(stage.needs):
                 cached.append(stage)
                 names.add(stage.name)
@@ -129,8 +130,9 @@ class ResolvedModel:
 
     @cached_property
     def step_components(self) -> tuple[str, ...]:
-        """The components and tokenizers that a training step uses: the denoisers first."""
+        """The components and tokenizers that a training step uses, the denoisers first."""
         used = {name for stage in self.step_stages for name in stage.uses}
+        # A trained component may be in no stage of its own: the denoiser, for example.
         used |= self.trained_components
         used |= {name for name in self.family.denoise_uses if name in self.components}
         return tuple(dict.fromkeys([*(d.component for d in self.denoisers), *sorted(used)]))
@@ -140,17 +142,18 @@ class ResolvedModel:
         return self.storage.get(name) == "float8"
 
     def files(self, name: str) -> tuple[Path, ...]:
-        """The files whose content a component or tokenizer depends on, sorted."""
+        """The files that a component or tokenizer is loaded from, in a fixed order: weights,
+        config.json, preset LoRA."""
         if name in self.tokenizers:
             return tuple(sorted(p for p in self.tokenizers[name].rglob("*") if p.is_file()))
-        own = self.components[name]
-        config = own.files[0].parent / "config.json"
+        component = self.components[name]
+        config = component.files[0].parent / "config.json"
         preset = [self.presets[name].path] if name in self.presets else []
-        return (*own.files, *([config] if own.config is not None else []), *preset)
+        return (*component.files, *([config] if component.config is not None else []), *preset)
 
     def require_unchanged(self, name: str) -> None:
-        """Refuse files of a component or tokenizer that are no longer what was digested. Raises
-        `WeightsError`."""
+        """Check that a component's or tokenizer's files have not changed since they were digested.
+        Raises `WeightsError`."""
         self.contents.require_unchanged(name, lambda: self.files(name))
 
 
@@ -160,14 +163,16 @@ def resolve(
     published: Settings | None = None,
     components: Mapping[str, ComponentFiles] | None = None,
 ) -> ResolvedModel:
-    """The model of a config, from its family as the config uses it: see `as_used`.
+    """Derive the model of a config.
 
     Args:
-        published: settings of the scheduler that is published with the denoiser, where there are some.
-        components: their files, if they are there.
+        family: as the config uses it: see `as_used`.
+        published: the published scheduler settings of the denoiser, if there are any.
+        components: component → its files, if they were found.
 
     Raises:
-        ParameterError: the schedule of timesteps is not what the config asks for: see `DenoiserSchedule`.
+        ParameterError: the model cannot be trained at the timesteps of the config: see
+            `DenoiserSchedule`.
     """
     trained = trained_components(config)
     noising = family.noising(config, published or {})
@@ -179,12 +184,13 @@ def as_used(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
     """The family as a config uses it: with the stages, columns and architecture that it needs.
 
     Args:
-        given: component → shapes of its tensors; empty shapes where the files are not there.
+        given: the components of the model list → tensor name → shape; {} if there are no files.
 
     Raises:
         ParameterError: the family refuses this combination of inputs, parameters and models.
     """
     check_refusals(family.refusals, Use(config, given))
+    # The variant first: the steps after it change the stages and losses that it chooses.
     if family.variant is not None:
         family = family.variant(family, config, given)
     if config.caption_lists:
@@ -194,7 +200,7 @@ def as_used(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
 
 
 def _with_caption_lists(family: Family) -> Family:
-    """The family with a caption column that may hold lists."""
+    """The family with caption columns that may hold lists of captions."""
     stages = [
         replace(stage, reads=tuple(replace(i, many=i.many or i.caption) for i in stage.reads))
         for stage in family.stages

@@ -1,4 +1,4 @@
-"""PyTorch state dicts, read without running code that a file may hold."""
+"""Read PyTorch state dicts without running code from the file."""
 
 import zipfile
 from pathlib import Path
@@ -10,13 +10,13 @@ from diffsynth_dagster.errors import WeightsError
 
 
 def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a PyTorch state dict, memory-mapped; nothing but tensors is unpickled.
+    """Read the tensors of a PyTorch state dict, memory-mapped if possible.
 
     Raises:
-        WeightsError: it holds something else than tensors, or is damaged.
+        WeightsError: the file is damaged, or contains something else than tensors.
     """
     try:
-        # Only the zip format can be memory-mapped; the older one is read.
+        # Only the zip format (since PyTorch 1.6) can be memory-mapped.
         mapped = zipfile.is_zipfile(path)
         loaded: Any = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:
@@ -25,6 +25,7 @@ def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
             where=str(path),
             do="get the safetensors form of the model",
         ) from error
+    # Lightning checkpoints have the weights under "state_dict".
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(

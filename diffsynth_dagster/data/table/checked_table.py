@@ -1,8 +1,7 @@
-"""The checked table of a run folder: `metadata.parquet`, made once and read by all that follows.
+"""The checked table of a run folder, `metadata.parquet`: the rows with their status and file facts.
 
-Its header says where it came from and with which parameters it was checked. By this it is
-recognised: a `dataset_metadata_path` that names such a file is taken as it is, and nothing of it is
-made or checked again.
+The file's metadata say where the table comes from and with which parameters it was checked. If
+`dataset_metadata_path` names such a file, it is recognised by them and not checked again.
 """
 
 import json
@@ -19,8 +18,9 @@ from diffsynth_dagster.seal import seal_is_broken, write_sealed
 
 FILE_NAME = "metadata.parquet"
 PINNED = ".metadata.encoded.parquet"
-"""The table that is being encoded: it stays what it is when the other is made anew meanwhile."""
+"""The table that is being encoded. It does not change if `metadata.parquet` is written again."""
 _NOTES = "diffsynth_dagster"
+"""The entry of the file's metadata, and the fields of `CheckedTable` in it, as JSON."""
 _NOTED = ("source", "parameters", "data", "read_as", "published_frame_rate")
 
 
@@ -28,10 +28,10 @@ def write_checked(table: CheckedTable, folder: Path, pinned: bool = False) -> Ch
     """Write `metadata.parquet` (every row) and `rejected.csv` into a run folder.
 
     Args:
-        pinned: whether it is what the owner of the folder goes on with: see `PINNED`.
+        pinned: whether to write it as `PINNED` too: the run that owns the folder will encode it.
 
     Returns:
-        The table as it lies there.
+        The table with rows that are read from the written file.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -40,10 +40,10 @@ def write_checked(table: CheckedTable, folder: Path, pinned: bool = False) -> Ch
     notes = {_NOTES: json.dumps(values)}
     path = write_sealed(
         folder / (PINNED if pinned else FILE_NAME),
-        lambda staged, said: table.rows.sink_parquet(staged, metadata=said),
+        lambda staged, metadata: table.rows.sink_parquet(staged, metadata=metadata),
         notes,
     )
-    if pinned:
+    if pinned:  # one file with two names
         link_whole(path, folder / FILE_NAME)
     rejected = table.rejected.select("row", "status", "message").collect()
     write_whole(folder / "rejected.csv", rejected.write_csv)
@@ -51,10 +51,10 @@ def write_checked(table: CheckedTable, folder: Path, pinned: bool = False) -> Ch
 
 
 def find_checked(path: Path) -> CheckedTable | None:
-    """The checked table that a file is; None for any other metadata table, or no file.
+    """Open a checked table; None if the file is another metadata table, or does not exist.
 
     Raises:
-        MetadataError: it was one, and is damaged, or was made by an older version.
+        MetadataError: it is a checked table, but damaged or from an older version.
     """
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return None
@@ -70,20 +70,21 @@ def find_checked(path: Path) -> CheckedTable | None:
             return None
         table = CheckedTable(scan_parquet(path), **json.loads(notes))
         columns = set(table.rows.collect_schema())
+        # Older versions did not find out which frames of a clip are shown.
         if any(c.endswith(":stride") and f"{c[:-6]}shown" not in columns for c in columns):
             raise MetadataError(
-                "the table was checked by an older version, which did not find out all that is needed to "
-                "read its files as they are shown",
+                "the table was checked by an older version, which did not find out all that is "
+                "needed to read its files as they are shown",
                 where=str(path),
                 do="check the data set again: materialize the metadata, or name the original table",
             )
         return table
     except (OSError, pl.exceptions.PolarsError, ValueError, TypeError):
-        return None  # whoever reads it as a table says what is wrong with it
+        return None  # the caller reads it as a plain table, and reports what is wrong with it
 
 
 def read_checked(folder: Path, name: str = FILE_NAME) -> CheckedTable:
-    """The checked table of a run folder.
+    """Open the checked table of a run folder.
 
     Raises:
         MetadataError: there is none, or it is damaged.
@@ -102,7 +103,7 @@ def read_checked(folder: Path, name: str = FILE_NAME) -> CheckedTable:
 
 
 def pin(folder: Path) -> None:
-    """Keep the checked table of a run folder as it is now under the name `PINNED`.
+    """Link the checked table of a run folder to the name `PINNED`, so that it is kept as it is now.
 
     Raises:
         OutputError: the folder cannot be written.

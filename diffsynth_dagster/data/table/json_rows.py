@@ -1,7 +1,7 @@
-"""Rows of JSON as a frame of text: a list of objects, or one object after the other (JSON lines).
+"""Read JSON rows as a frame of text: a list of objects, or one object after the other (JSON lines).
 
-`ijson` reads them without holding the file in memory. Which of the two forms a file has is seen from
-its first character, not from its name.
+`ijson` reads the rows one by one, so the file need not fit into memory. The first character of the
+file, not its name, decides which of the two forms it has.
 """
 
 import json
@@ -17,19 +17,19 @@ import polars as pl
 from diffsynth_dagster.data.columns import Input
 
 _BATCH = 1 << 15
-"""Rows that are Python objects at a time."""
+"""Number of rows that are held as Python objects at a time."""
 _to_json = json.JSONEncoder(default=str, ensure_ascii=False).encode
 
 
 class _Row(dict[str, Any]):
-    """A JSON object, with the keys that it has twice."""
+    """A JSON object that also keeps the names of repeated keys, in `twice`."""
 
     twice: tuple[str, ...] = ()
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key in self:
             self.twice = (*self.twice, key)
-        dict.__setitem__(self, key, value)  # `super()` takes twice as long
+        dict.__setitem__(self, key, value)  # twice as fast as `super()`
 
 
 def read_json(
@@ -38,11 +38,11 @@ def read_json(
     """Read the columns of a JSON file in UTF-8.
 
     Returns:
-        The columns of `inputs` as text: see `_text`; the names of all columns; and row index → reason
-        and message of the rows that cannot be used.
+        The columns of `inputs` as text: see `_text`; the names of all columns; and row index →
+        reason and message of the rows that cannot be used.
 
     Raises:
-        ValueError: the text is no JSON, or holds something else than objects; it names the row.
+        ValueError: the text is not JSON, or a row is not an object; the message names the row.
     """
     types = {item.column: pl.String() for item in inputs}
     parts = [pl.DataFrame(schema=types)]
@@ -64,7 +64,7 @@ def read_json(
 
 def _rows(text: Path) -> Iterator[_Row]:
     """The objects of a file, one by one. Raises `ValueError`."""
-    number = 1
+    number = 1  # for messages
     with text.open("rb") as source:
         is_list = source.read(4096).lstrip()[:1] == b"["
         source.seek(0)
@@ -80,19 +80,20 @@ def _rows(text: Path) -> Iterator[_Row]:
 
 
 def _why(error: ijson.JSONError | UnicodeDecodeError) -> str:
-    """What is wrong, and the text that ijson shows of it."""
+    """What is wrong, and the text near it, from an error of ijson."""
     if isinstance(error, UnicodeDecodeError):
         return str(error)
-    said = error.args[0]
-    if isinstance(said, bytes):  # where the text is not UTF-8
-        said = said.decode("utf-8", "replace")
-    what, *shown = str(said).split("\n")
+    message = error.args[0]
+    if isinstance(message, bytes):  # if the text is not UTF-8
+        message = message.decode("utf-8", "replace")
+    # The second line is the text near the error; the third marks the place in it.
+    what, *shown = str(message).split("\n")
     near = shown[0].strip() if shown else ""
     return f"{what}, near {near}" if near else what
 
 
 def _problem(row: _Row, inputs: Sequence[Input]) -> tuple[str, str] | None:
-    """Reason and message of a row that cannot be used."""
+    """Reason and message if a row cannot be used, else None."""
     for item in inputs:
         if item.column in row.twice:
             return "repeated_key", f"{item.column}: the row has this key twice"
@@ -102,12 +103,12 @@ def _problem(row: _Row, inputs: Sequence[Input]) -> tuple[str, str] | None:
 
 
 def _text(value: Any, item: Input) -> str | None:
-    """A JSON value as csv has it: a list is its JSON text, and a number that a column of text has keeps
-    its digits."""
+    """A JSON value as text, as it would be in csv. A list is its JSON text; a number in a text
+    column keeps its digits."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, Decimal) and item.kind == "number":
-        return f"{value.normalize():f}"  # 4.0 is 4: keys of samples depend on it
+        return f"{value.normalize():f}"  # 4.0 becomes 4, because samples' keys depend on the text
     if isinstance(value, list | dict | bool):
         return _to_json(value)
     return str(value)

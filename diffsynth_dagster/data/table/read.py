@@ -1,11 +1,11 @@
-"""Metadata tables as Polars frames, one row for each sample.
+"""Read metadata tables as Polars frames, one row for each sample.
 
     csv              every value is text; the first line names the columns
-    jsonl, json      objects of one row each, in a list or one after the other
+    jsonl, json      one object for each row, in a list or one after the other
     parquet          typed columns
 
-Text that is not UTF-8 without a byte-order mark is rewritten into a temporary file. A table that
-cannot be read is refused with the line or row that is to blame.
+Text in another encoding, or with a byte-order mark, is converted to UTF-8 in a temporary file. If a
+table cannot be read, the error names the line or row.
 """
 
 import codecs
@@ -27,20 +27,20 @@ from diffsynth_dagster.errors import MetadataError, ParameterError
 
 INDEX = "row"
 _EXTRA = "\x00extra"
-"""Column of what a csv row has beyond the named columns. No csv header can be called so."""
+"""Column for the first value of a csv row beyond the named columns. No csv header has this name."""
 _CHUNK = 1 << 22
 _DELIMITERS = {";": "';'", "\t": "tabs", "|": "'|'"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table that was read.
+    """A metadata table.
 
     Attributes:
-        rows: the wanted columns, and `INDEX`. Those of csv and json are text: what json has as a list is
-            its JSON text.
-        columns: names of the columns, in order.
-        problems: value of `INDEX` → reason and message of a row that cannot be used.
+        rows: the columns that were asked for, and `INDEX`. From csv and json they are text; a list
+            in json is its JSON text.
+        columns: names of all columns, in order.
+        problems: value of `INDEX` → reason and message, for rows that cannot be used.
     """
 
     rows: pl.DataFrame
@@ -52,8 +52,8 @@ def read_table(path: Path, encoding: str, inputs: Sequence[Input]) -> Table:
     """Read a metadata table.
 
     Args:
-        encoding: of csv, json and jsonl.
-        inputs: the columns to read.
+        encoding: of csv, json and jsonl files.
+        inputs: the columns to read; missing ones are left out.
 
     Raises:
         MetadataError: the file is missing, of another format, damaged, or not of this encoding.
@@ -67,23 +67,24 @@ def read_table(path: Path, encoding: str, inputs: Sequence[Input]) -> Table:
             do="give a " + ", ".join(s[1:] for s in TABLES) + " file",
         )
     require_file(path)
-    wanted = [item.column for item in inputs]
+    names = [item.column for item in inputs]
     with tempfile.TemporaryDirectory(prefix="metadata-") as folder:
         rewritten = Path(folder) / "utf8"
         text = path if suffix == ".parquet" else _as_utf8(path, encoding, rewritten)
         try:
             if suffix == ".parquet":
-                return _read_parquet(path, wanted)
+                return _read_parquet(path, names)
             if suffix == ".csv":
-                return _read_csv(path, text, wanted)
+                return _read_csv(path, text, names)
             rows, columns, problems = read_json(text, inputs)
             return Table(rows.with_row_index(INDEX), columns, problems)
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+            # Polars' messages go on with pages of advice for programmers.
             _refuse(path, " ".join(str(error).split())[:300])
 
 
 def require_folder(base: Path) -> Path:
-    """The folder of the data set. Raises `MetadataError` where it is not there."""
+    """Check that the folder of the data set exists, and return it. Raises `MetadataError`."""
     if not base.is_dir():
         raise MetadataError(
             "the data set's folder does not exist",
@@ -94,7 +95,7 @@ def require_folder(base: Path) -> Path:
 
 
 def require_file(path: Path) -> None:
-    """Refuse a metadata table that is not there. Raises `MetadataError`."""
+    """Check that a metadata table exists and is a regular file. Raises `MetadataError`."""
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
         raise MetadataError(f"the metadata file {what}", where=_where(path), do="correct the path")
@@ -114,10 +115,10 @@ def _refuse(path: Path, why: str, place: str = "") -> NoReturn:
 
 
 def text_codec(encoding: str) -> codecs.CodecInfo:
-    """The codec of an encoding of text. Raises `ParameterError` where there is none."""
+    """The codec of a text encoding. Raises `ParameterError` if Python does not know it."""
     try:
         codec = codecs.lookup(encoding)
-        "a".encode(encoding)  # refuses the codecs that are none of text
+        "a".encode(encoding)  # fails for codecs that are not for text, such as base64
     except (LookupError, ValueError) as error:
         raise ParameterError(
             f"there is no text encoding '{encoding}'",
@@ -128,38 +129,48 @@ def text_codec(encoding: str) -> codecs.CodecInfo:
 
 
 def _as_utf8(path: Path, encoding: str, rewritten: Path) -> Path:
-    """The text of a file in UTF-8 without a byte-order mark: itself, or a rewritten copy."""
+    """A file with the text in plain UTF-8: `path` itself, or the converted copy `rewritten`.
+
+    Raises:
+        MetadataError: the file is not text of this encoding; it names the line.
+        ParameterError: there is no such encoding.
+    """
     codec = text_codec(encoding)
     with path.open("rb") as source:
         if codec.name == "utf-8" and source.read(3) != codecs.BOM_UTF8:
-            return path
+            return path  # wrong bytes in it are found when it is read
         source.seek(0)
         chunks = iter(lambda: source.read(_CHUNK), b"")
         line = 1
         try:
             with rewritten.open("w", encoding="utf-8", newline="") as target:
                 for text in codecs.iterdecode(chunks, encoding):
+                    # U+FEFF is the byte-order mark, which some codecs leave in the text.
                     target.write(text if line > 1 else text.removeprefix("\ufeff"))
                     line += text.count("\n")
         except UnicodeError as error:
             if isinstance(error, UnicodeDecodeError):
+                # `line` is where the chunk begins; the error is further down in it.
                 line += error.object[: error.start].decode(encoding, "ignore").count("\n")
             _refuse(path, f"it is not {encoding} text", f", line {line}")
     return rewritten
 
 
-def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
+def _read_parquet(path: Path, names: Sequence[str]) -> Table:
     rows = scan_parquet(path)
     columns = tuple(rows.collect_schema().names())
-    read = rows.select(column for column in wanted if column in columns)
+    read = rows.select(name for name in names if name in columns)
     return Table(read.with_row_index(INDEX).collect(engine="streaming"), columns)
 
 
 def _records(path: Path, text: Path, strict: bool = False) -> Iterator[tuple[int, list[str]]]:
-    """(line it begins at, values) of each row of csv, the header first, as Python reads them: slower
-    than Polars, but it says where a row is wrong."""
-    csv.field_size_limit(sys.maxsize)
+    """The rows of a csv file, the header first, with the line that each starts at.
+
+    Python's reader is slower than Polars, but its errors say where a row is wrong.
+    """
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is too short for some captions
     with text.open("rb") as source:
+        # Decoded line by line, so that a decoding error belongs to a line.
         reader = csv.reader((line.decode() for line in source), strict=strict)
         start = 1
         try:
@@ -172,64 +183,76 @@ def _records(path: Path, text: Path, strict: bool = False) -> Iterator[tuple[int
             _refuse(path, f"a row is not csv: {why}", f", line {start}")
 
 
-def _read_csv(path: Path, text: Path, wanted: Sequence[str]) -> Table:
+def _read_csv(path: Path, text: Path, names: Sequence[str]) -> Table:
+    """Read the named columns of a csv file.
+
+    Args:
+        path: the user's file, for messages.
+        text: the same in UTF-8.
+    """
     _, header = next(_records(path, text), (1, []))
-    _check_header(path, header, wanted)
-    names = [name if name in wanted else f"\x00{i}" for i, name in enumerate(header)]
+    _check_header(path, header, names)
+    # Polars refuses two columns of one name, so the columns that nobody reads are renamed.
+    columns = [name if name in names else f"\x00{i}" for i, name in enumerate(header)]
+    # Polars neither counts a row's values nor refuses uneven rows: extra values are dropped, and
+    # missing ones are null. The column `_EXTRA` catches the first extra value.
     rows = scan_csv(
         text,
         has_header=False,
         skip_rows=1,
-        schema={**dict.fromkeys(names, pl.String()), _EXTRA: pl.String()},
+        schema={**dict.fromkeys(columns, pl.String()), _EXTRA: pl.String()},
         extra_columns="ignore",
         missing_columns="insert",
         empty_string_is_null=False,
         row_index_name=INDEX,
         raise_if_empty=False,
     )
-    # By the last column and the extra one, a row may be uneven.
-    may_be_uneven = (pl.col(names[-1]).fill_null("") == "") | pl.col(_EXTRA).is_not_null()
-    read = [column for column in wanted if column in header]
+    # Only a row with an empty last value or an extra value can be uneven.
+    may_be_uneven = (pl.col(columns[-1]).fill_null("") == "") | pl.col(_EXTRA).is_not_null()
+    read = [name for name in names if name in header]
     try:
         frame = rows.select(INDEX, *read, may_be_uneven.alias(_EXTRA)).collect(engine="streaming")
     except pl.exceptions.PolarsError:
-        for _ in _records(path, text, strict=True):  # it names the line
+        for _ in _records(path, text, strict=True):  # raises an error that names the line
             pass
         raise
+    # The slow reader counts the values, but only if some row may be uneven.
     uneven = _uneven(path, text, len(header)) if frame[_EXTRA].any() else {}
-    empty = [index for index, why in uneven.items() if not why]
-    problems = {index: ("uneven_row", why) for index, why in uneven.items() if why}
+    empty = [index for index, message in uneven.items() if not message]
+    problems = {index: ("uneven_row", message) for index, message in uneven.items() if message}
     rows = frame.drop(_EXTRA).filter(~pl.col(INDEX).is_in(empty))
     return Table(rows, tuple(header), problems)
 
 
 def _uneven(path: Path, text: Path, columns: int) -> dict[int, str]:
-    """Row index → what is wrong with the number of its values; nothing is said of an empty line.
+    """Row index → message, for rows with too many or too few values; "" for an empty line.
 
-    Empty values after the last column do not count.
+    Empty values after the last column are ignored.
     """
     found: dict[int, str] = {}
     for index, (line, record) in enumerate(_records(path, text)):
         count = len(record)
         while count > columns and not record[count - 1]:
             count -= 1
-        if index and count != columns:
-            why = f"line {line}: {count} values for {columns} columns"
-            found[index - 1] = why if count else ""
+        if index and count != columns:  # record 0 is the header
+            message = f"line {line}: {count} values for {columns} columns"
+            found[index - 1] = message if count else ""
     return found
 
 
-def _check_header(path: Path, header: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuse a first line that names no columns, one of them twice, or separates them by other marks."""
+def _check_header(path: Path, header: Sequence[str], names: Sequence[str]) -> None:
+    """Check the first line: it must name columns, each of `names` at most once, separated by
+    commas. Raises `MetadataError`."""
     if not header:
         _refuse(path, "its first line names no columns", ", line 1")
-    twice = next((name for name in wanted if header.count(name) > 1), None)
+    twice = next((name for name in names if header.count(name) > 1), None)
     if twice is not None:
         _refuse(path, f"two columns are called '{twice}'", ", line 1")
-    line, named = ",".join(header), {*header} & {*wanted}
+    # Another delimiter is recognised if it gives more of the names than the comma does.
+    line, by_comma = ",".join(header), {*header} & {*names}
     for mark, shown in _DELIMITERS.items():
-        names = {name.strip(' "') for name in line.split(mark)}
-        if len(names & {*wanted}) > len(named):
+        by_mark = {name.strip(' "') for name in line.split(mark)} & {*names}
+        if len(by_mark) > len(by_comma):
             raise MetadataError(
                 f"the columns are separated by {shown}, not by ','",
                 where=_where(path, ", line 1"),
