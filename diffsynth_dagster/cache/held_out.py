@@ -141,6 +141,7 @@ def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
             where=str(manifest.path),
             do="encode it again: nothing that the store holds is lost",
         )
+    # Either a data set of its own, which must not overlap, or a part that is split off.
     held_out = held_out_manifest(config, manifest)
     trained = manifest
     if held_out is not None:
@@ -228,6 +229,7 @@ def _require_apart(rows: pl.LazyFrame, held_out: pl.LazyFrame, config: TrainingC
     Raises:
         MetadataError: there are some.
     """
+    # Compared by content, so that a copy under another name is found, too.
     numbered = held_out.select("row", CONTENT_NUMBER)
     both = numbered.join(rows.select(CONTENT_NUMBER).unique(), on=CONTENT_NUMBER, how="semi")
     shared = both.select(pl.col("row").sort()).collect(engine="streaming")["row"].to_list()

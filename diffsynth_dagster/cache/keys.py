@@ -143,6 +143,8 @@ class Keys:
         Raises:
             WeightsError: a component that the stage uses is missing.
         """
+        # Line breaks separate the columns; digests and JSON texts contain none, so that different
+        # rows never give the same text.
         parts = [pl.lit(self._context(stage))]
         for item in all_reads(stage, self._model.family):
             parts += [pl.lit(f"\n{item.column}="), pl.col(CONTENT + item.column)]
@@ -174,6 +176,7 @@ class Keys:
         return digest_of(value)
 
     def _digest(self, component: str) -> str:
+        # The weights of a component are many gigabytes: digest them once for all its stages.
         if component not in self._digests:
             self._digests[component] = component_digest(self._model, component, self._fact_cache)
         return self._digests[component]

@@ -115,6 +115,7 @@ def _sizes(table: CheckedTable) -> dict[str, Any]:
 
 def _read_columns(columns: Columns, sizes: Mapping[str, Any]) -> list[str]:
     """The columns of a checked table that a manifest is made from."""
+    # Everything about the files: the step may read some of them itself.
     parts = [f"{item.column}:{part}" for item in columns.files for part in PARTS]
     return [*sizes, "shape", *(item.column for item in columns.inputs), *parts]
 
@@ -224,6 +225,7 @@ def tokens(columns: Columns) -> pl.Expr:
         return area * ((frames + step - 1) // step)
 
     total: pl.Expr = pl.lit(0, pl.Int64)
+    # Masks that weigh the loss are no input of the model, and sound has few tokens.
     for item in (i for i in columns.files if i.kind != "audio" and not i.weighs):
         target, frames = pl.col(f"{item.column}:target"), pl.col(f"{item.column}:frames")
         if item.many:
