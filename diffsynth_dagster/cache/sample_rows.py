@@ -65,7 +65,7 @@ def plan_sample_rows(
         OutputError: the run folder cannot be written.
     """
     folder = Path(config.output_path) / FOLDER
-    rmtree(folder, ignore_errors=True)  # of the training before, which may have had a table
+    rmtree(folder, ignore_errors=True)  # an earlier training may have left a table
     if config.sample_table is None:
         return None
     family = reduced(model.family)

@@ -73,7 +73,7 @@ class Store:
 
     def _own(self, folder: str) -> list[Path]:
         """The files that the store has written into one of its folders, sorted by name."""
-        # Told by their names: users put other files there, and nothing may read or remove those.
+        # Recognised by name: other files there are the user's, and must not be read or removed.
         files = (self.path / folder).glob("*")
         return sorted(file for file in files if is_of_store(f"{folder}/{file.name}"))
 
@@ -133,7 +133,7 @@ class Store:
             keys: a frame with the column `key`, or a list of keys.
 
         Returns:
-            The missing keys in the order given; of a list each once.
+            The missing keys in the given order; duplicates in a list are dropped.
 
         Raises:
             StoreError: an index file is damaged.
