@@ -1,4 +1,4 @@
-"""Real parts at toy size: a Qwen-Image model with random weights, and a folder of digits."""
+"""What most tests share: a tiny Qwen-Image model with random weights, pictures, and a training."""
 
 import gc
 import os
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Several tests run at once on two cores: threads of libraries would only wait for each other.
+# Before any library is imported. Several tests run at once on two cores, where the libraries'
+# threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("POLARS_MAX_THREADS", "1")
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
@@ -29,7 +30,7 @@ BEGIN_WITH = (
     *("test_dagster_stop.py", "test_soak.py"),
     *("test_resume_kills.py", "test_dagster_failure.py", "test_benchmarks.py"),
 )
-"""Files of tests that wait for processes most of the time: left to the end, others would wait for them."""
+"""Test files that mostly wait for processes: they run first, beside others that compute."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,14 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_collections() -> None:
-    """What the modules have imported is no garbage: looking at it takes a quarter of a second."""
+    """Make garbage collections quick."""
+    # Imported modules stay. Without `freeze`, each collection searches them for a quarter second.
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def places(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Devices of this process's own: tests that run at the same time do not wait for each other."""
+    """Give this test process its own folder of device locks (see `resources.places`)."""
+    # Otherwise tests in parallel would wait until another one's training has freed the CPU.
     os.environ["DIFFSYNTH_DAGSTER_PLACES"] = str(tmp_path_factory.mktemp("places"))
 
 
@@ -53,7 +56,8 @@ LORA = ["to_q", "to_v"]
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of 256 bytes and the special tokens of Qwen's templates."""
+    """Write a byte-level BPE tokenizer: 256 bytes, no merges, the special tokens of Qwen's
+    templates."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
@@ -65,10 +69,10 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_qwen(folder: Path) -> Path:
-    """A Qwen-Image of random weights in the layout of diffusers, whose shapes alone tell it.
-
-    Its text encoder has the 128 channels of a head and the 16 vision heads of every published one.
-    """
+    """Write a tiny Qwen-Image with random weights, in the layout of diffusers."""
+    # Sizes that cannot be computed from the shapes of tensors are those of every published
+    # text encoder: 128 channels per head, and 16 vision heads. So the model can be recognised
+    # without its config.json.
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
     from transformers import (
         Qwen2_5_VLConfig,
@@ -122,7 +126,11 @@ def write_qwen(folder: Path) -> Path:
 
 
 def write_images(folder: Path, count: int, sizes: list[tuple[int, int]] | None = None) -> Path:
-    """Images of random colours with captions of different lengths, and their metadata.csv."""
+    """Write images of random pixels with captions of different lengths, and their metadata.csv.
+
+    Args:
+        sizes: (width, height) of the images, in turn; 32x32 if left out.
+    """
     folder.mkdir(parents=True)
     source = torch.Generator().manual_seed(1)
     lines = ["image,prompt"]
@@ -148,7 +156,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that tests share when they do not look into it."""
+    """A store for all tests that do not look into it, so that the pictures are encoded once."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -162,7 +170,7 @@ def model_files(model: Path) -> list[str]:
 
 
 def lora_values(model: Path, pictures: Path, cache: Path) -> dict[str, Any]:
-    """The parameters of a LoRA training of two steps on eight pictures; where it ends is left out."""
+    """The parameters of a LoRA training of two steps on eight pictures, without `output_path`."""
     return {
         "family": "qwen_image",
         "dataset_base_path": str(pictures),
@@ -183,16 +191,20 @@ Values = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def shared_values(tiny_qwen: Path, pictures: Path, shared_cache: Path) -> dict[str, Any]:
-    """What `values` begins with, for fixtures that tests of a module share."""
+    """The parameters that `values` begins with, for fixtures of a larger scope."""
     return lora_values(tiny_qwen, pictures, shared_cache)
 
 
 @pytest.fixture
 def values(shared_values: dict[str, Any], tmp_path: Path) -> Values:
-    """The parameters of a LoRA training of two steps; keywords override them."""
+    """A function that returns the parameters of a LoRA training of two steps.
+
+    Keywords override parameters; None removes one.
+    """
 
     def make(**overrides: Any) -> dict[str, Any]:
         base = {**shared_values, "output_path": str(tmp_path / "run")}
+        # Full training: parameters of a LoRA would be refused.
         if "trainable_models" in overrides:
             for name in [key for key in base if key.startswith("lora_")]:
                 del base[name]
@@ -208,10 +220,14 @@ def make_config(values: dict[str, Any]) -> TrainingConfig:
 def train(
     values: dict[str, Any], folder: Path, *flags: str, exports: bool = False
 ) -> tuple[int, Path]:
-    """Run the trainer's command line in this process; returns exit code and run folder.
+    """Run the trainer's command line in this process.
 
     Args:
-        exports: whether it writes the exports too, which most tests do not look at.
+        folder: the run folder.
+        exports: whether exports are written, too. Most tests do not look at them.
+
+    Returns:
+        The exit code and the run folder.
     """
     values = {**values, "output_path": str(folder)}
     recipe = folder.with_suffix(".yaml")
@@ -227,13 +243,13 @@ def samples_of(run: Path) -> Samples:
 
 
 def keys_of(run: Path) -> set[str]:
-    """Every key of the store that a run folder names."""
+    """The keys of all samples of a run folder."""
     return set(read_manifest(run).keys.collect()["key"])
 
 
 @pytest.fixture
 def show(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Prints past the capture of what tests print."""
+    """A function that prints to the terminal although pytest captures output."""
 
     def printed(text: str) -> None:
         with capsys.disabled():

@@ -1,4 +1,4 @@
-"""What the tests of the Dagster side share."""
+"""What the tests of the Dagster side share: recipes, jobs, instances, processes to wait for."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ def write_recipe(folder: Path, name: str, values: Mapping[str, Any]) -> Path:
 
 
 def definitions_of(folder: Path) -> dg.Definitions:
-    """The code location as a folder of recipes makes it."""
+    """The definitions of the code location for a folder of recipes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFSYNTH_DAGSTER_RECIPES", str(folder))
         return make_code_location()
@@ -39,14 +39,18 @@ def definitions_of(folder: Path) -> dg.Definitions:
 
 def make_job(folder: str, name: str) -> dg.JobDefinition:
     """A job of a folder of recipes."""
+    # Named as a text in `execute`: Dagster calls it again wherever it needs the job.
     return definitions_of(Path(folder)).resolve_job_def(name)
 
 
 def execute(
     folder: Path, name: str, instance: dg.DagsterInstance, *assets: dg.AssetKey
 ) -> list[dg.DagsterEvent]:
-    """Run a job in this process with its own executor, as `dagster job execute` does; returns what
-    the instance keeps of it."""
+    """Run a job in this process with its own executor, as `dagster job execute` does.
+
+    Returns:
+        The events that the instance has stored.
+    """
     named: Any = (str(folder), name)
     job = dg.build_reconstructable_job("dagster_support", "make_job", named)
     with dg.execute_job(
@@ -58,9 +62,12 @@ def execute(
 
 @dataclass(frozen=True)
 class Told:
-    """What a run's page shows of its errors, first to last: reasons and tracebacks.
+    """The errors that the page of a run shows, from first to last.
 
-    The page opens at its end, so the end of the run repeats the reason of its step.
+    Attributes:
+        reasons: messages. The event of the failed run repeats the one of its step, because the page
+            opens at the end.
+        traces: tracebacks.
     """
 
     reasons: list[str]
@@ -79,6 +86,7 @@ class Told:
 
 
 def told(events: Iterable[dg.DagsterEvent]) -> Told:
+    """Collect the errors of a run's events, with their causes."""
     reasons, traces = list[str](), list[str]()
     for event in events:
         error = getattr(event.event_specific_data, "error", None)
@@ -91,7 +99,7 @@ def told(events: Iterable[dg.DagsterEvent]) -> Told:
 
 
 def home(folder: Path) -> Path:
-    """A DAGSTER_HOME of its own with the project's settings."""
+    """Make a DAGSTER_HOME with the project's settings."""
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "dagster_home" / "dagster.yaml", folder)
     return folder
@@ -103,7 +111,7 @@ def environment(dagster_home: Path, recipes: Path) -> dict[str, str]:
 
 
 def start(arguments: list[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """A Python process in a session of its own, writing to a log file."""
+    """Start a Python process that writes to a log file, in a session of its own."""
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, *arguments],
@@ -124,8 +132,11 @@ def job(name: str, *source: str) -> list[str]:
 
 @contextmanager
 def executed(folder: Path, name: str, values: Mapping[str, Any]) -> Iterator[dg.DagsterInstance]:
-    """Run the job of a recipe to its success, with its training processes forked; the instance that
-    knows what came of it."""
+    """Run the job of a recipe, which must succeed, with forked training processes.
+
+    Yields:
+        The instance with the run's events.
+    """
     write_recipe(folder / "recipes", name, values)
     job_of_recipe = definitions_of(folder / "recipes").resolve_job_def(f"train_{name}")
     with dg.DagsterInstance.from_config(str(home(folder / "home"))) as instance:
@@ -135,6 +146,7 @@ def executed(folder: Path, name: str, values: Mapping[str, Any]) -> Iterator[dg.
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """Wait until a condition returns something true, and return that; fail after some time."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         value = condition()
@@ -145,7 +157,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def processes_about(marker: str) -> list[psutil.Process]:
-    """Living processes that have a text in their command line."""
+    """Running processes that have a text in their command line."""
     found: list[psutil.Process] = []
     for process in psutil.process_iter():
         try:
@@ -157,7 +169,10 @@ def processes_about(marker: str) -> list[psutil.Process]:
 
 
 def endless(values: Mapping[str, Any], encoded: Path, run: Path) -> dict[str, Any]:
-    """A recipe that trains from an encoded folder and never ends; it writes only its metrics."""
+    """A recipe that trains on the data set encoded in a folder and never ends.
+
+    It writes only its metrics.
+    """
     never = 1_000_000
     given = {key: value for key, value in values.items() if key != "dataset_metadata_path"}
     return {
@@ -172,23 +187,32 @@ def endless(values: Mapping[str, Any], encoded: Path, run: Path) -> dict[str, An
 
 def has_stepped(run: Path) -> bool:
     """Whether the training in a run folder has made a step."""
-    metrics = run / "metrics.csv"
+    metrics = run / "metrics.csv"  # its first line holds the names of the columns
     return metrics.is_file() and metrics.read_text().count("\n") > 1
 
 
 def wait_until_training(
     run: Path, starter: subprocess.Popen[bytes], log: Path, seconds: float = 120
 ) -> list[psutil.Process]:
-    """Wait for the first step of the training in a run folder; returns its processes."""
+    """Wait for the first step of the training in a run folder.
+
+    Args:
+        starter: the process that started the training. It must not end meanwhile.
+        log: what it prints.
+
+    Returns:
+        The processes of the training.
+    """
 
     def stepped() -> bool:
         assert starter.poll() is None, log.read_text()
         return has_stepped(run)
 
     wait_for(stepped, seconds, f"the first step in {run}")
+    # Their command lines name the recipe that the launcher has written.
     return processes_about(str(run / ".launch.yaml"))
 
 
 def require_gone(run: Path, seconds: float = STOPPED_WITHIN) -> None:
-    """Fail unless every process of the training in a run folder ends in time."""
+    """Fail if a process of the training in a run folder still runs after some time."""
     wait_for(lambda: not processes_about(str(run / ".launch.yaml")), seconds, "no process is left")

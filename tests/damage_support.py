@@ -1,4 +1,4 @@
-"""What can happen to a file on a disk."""
+"""Ways in which the bytes of a file get damaged on a disk, at a random place."""
 
 import random
 from collections.abc import Callable
@@ -10,7 +10,7 @@ def truncated(content: bytes, source: random.Random) -> bytes:
 
 def zeroed(content: bytes, source: random.Random) -> bytes:
     start = source.randrange(len(content))
-    length = min(len(content) - start, 64)
+    length = min(len(content) - start, 64)  # the file keeps its length
     return content[:start] + bytes(length) + content[start + length :]
 
 

@@ -1,4 +1,4 @@
-"""Dagster as it is deployed: webserver, daemon and code server in processes of their own, killed apart."""
+"""Dagster as it is deployed: webserver, daemon and code server as processes that may be killed."""
 
 import signal
 import subprocess
@@ -19,7 +19,7 @@ SHORT_TIMES = {
     "run_queue": {"user_code_failure_retry_delay": 3, "dequeue_interval_seconds": 1},
     "run_monitoring": {"poll_interval_seconds": 2, "start_timeout_seconds": 60},
 }
-"""What a soak's dagster.yaml has otherwise than ours."""
+"""Settings in which the dagster.yaml of a soak differs from ours."""
 LOCATION = "diffsynth_dagster"
 TESTS = Path(__file__).parent
 STARTS_WITHIN = 180.0
@@ -27,7 +27,7 @@ ENDS_WITHIN = 60.0
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run."""
+    """The processes that still run."""
     found: list[psutil.Process] = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -38,12 +38,15 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 @dataclass
 class Deployment:
-    """The processes of a DAGSTER_HOME of its own, with short times.
+    """The processes of a Dagster deployment with a DAGSTER_HOME of its own and `SHORT_TIMES`.
 
     Attributes:
-        folder: of everything: `home`, `recipes`, `tmp` (TMPDIR), `places`, logs.
-        night: file with the time at which a night begins, beside those of the cron.
-        real: file whose presence lets trainings be launched as ever; see `soak_forks`.
+        folder: holds everything: `home`, `recipes`, `tmp` (TMPDIR), `places` and logs.
+        env: environment variables of all processes.
+        ports: name of a server → its port.
+        processes: name → process.
+        night: file with the time of a further cron tick: see `soak_daemon`.
+        real: while this file exists, trainings are launched by the real launcher: see `soak_forks`.
     """
 
     folder: Path
@@ -66,7 +69,7 @@ class Deployment:
         return Path(self.env["DAGSTER_HOME"])
 
     def start(self, name: str) -> None:
-        """Start one of the processes, unless it runs; the answer of a server is not waited for."""
+        """Start one of the processes if it does not run. This does not wait until it answers."""
         if name in self.processes and self.processes[name].poll() is None:
             return
         port, workspace = str(self.ports.get(name, 0)), str(self.folder / "workspace.yaml")
@@ -87,7 +90,7 @@ class Deployment:
             wait_for(lambda port=port: listens(port), STARTS_WITHIN, f"the {name} listens")
 
     def reload(self) -> None:
-        """What a person does in the UI after an edit of a recipe."""
+        """Reload the definitions, as a person does in the UI after editing a recipe."""
 
         def done() -> bool:
             client = DagsterGraphQLClient("127.0.0.1", port_number=self.ports["webserver"])
@@ -97,7 +100,11 @@ class Deployment:
         wait_for(done, STARTS_WITHIN, "definitions are loaded again")
 
     def stop(self, name: str, by: signal.Signals = signal.SIGTERM) -> None:
-        """End one of the processes; it has a minute."""
+        """End one of the processes.
+
+        Raises:
+            TimeoutExpired: it has not ended within a minute and was killed.
+        """
         process = self.processes.pop(name)
         process.send_signal(by)
         try:
@@ -108,7 +115,7 @@ class Deployment:
             raise
 
     def child_of_code_server(self) -> psutil.Process | None:
-        """The server that has loaded the definitions: `dagster code-server start` stands before it."""
+        """The server with the definitions: a child process of `dagster code-server start`."""
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.processes["code server"].pid).children():
                 if "grpc" in child.cmdline():
@@ -116,7 +123,8 @@ class Deployment:
         return None
 
     def belonging(self) -> list[psutil.Process]:
-        """All living processes with this DAGSTER_HOME in their environment."""
+        """All running processes with this DAGSTER_HOME in their environment."""
+        # By the environment: a run whose parent was killed is nobody's child any more.
         found: list[psutil.Process] = []
         for process in psutil.process_iter():
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -127,7 +135,11 @@ class Deployment:
 
 @contextmanager
 def deployed(folder: Path, **variables: str) -> Generator[Deployment]:
-    """Start all of it on a folder's `recipes`, until it is left."""
+    """Run a deployment with the recipes in `folder / "recipes"` while the block runs.
+
+    Args:
+        variables: further environment variables.
+    """
     dagster_home = home(folder / "home")
     settings: dict[str, Any] = yaml.safe_load((dagster_home / "dagster.yaml").read_text())
     for name, values in SHORT_TIMES.items():
@@ -149,10 +161,12 @@ def deployed(folder: Path, **variables: str) -> Generator[Deployment]:
         **variables,
     }
     env = environment(dagster_home, folder / "recipes") | own
+    # For `soak_location`, which the code server imports.
     env["PYTHONPATH"] = ":".join([str(TESTS), *filter(None, [env.get("PYTHONPATH")])])
     made = Deployment(folder, env, ports)
-    made.night.write_text("0")
+    made.night.write_text("0")  # in 1970: no night
     try:
+        # In this order: the daemon and the webserver ask the code server for the definitions.
         for name in ("forks", "code server"):
             made.start(name)
         wait_for(lambda: listens(ports["code server"]), STARTS_WITHIN, "the code server listens")

@@ -1,4 +1,4 @@
-"""A small file system of memory, mounted in a namespace of a test's own."""
+"""A small file system in memory, to test full disks. Only the test's own processes see it."""
 
 import ctypes
 import os
@@ -10,11 +10,11 @@ import pytest
 from process_support import Done, python
 
 _NEW_MOUNTS, _NEW_USER = 0x00020000, 0x10000000
-"""CLONE_NEWNS and CLONE_NEWUSER of Linux."""
+"""Linux's CLONE_NEWNS and CLONE_NEWUSER."""
 
 
 def can_mount() -> bool:
-    """Whether a test may mount a file system in a namespace of its own."""
+    """Whether tests may mount a file system in a mount namespace of their own."""
     if shutil.which("unshare") is None:
         return False
     return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
@@ -24,8 +24,9 @@ needs_a_disk = pytest.mark.skipif(not can_mount(), reason="a file system cannot 
 
 
 def mount(size: int, disk: Path) -> None:
-    """Make a folder a file system of so many bytes, for this process alone and those that it starts."""
+    """Mount a file system of `size` bytes on a folder, for this process and its children only."""
     user, group = os.getuid(), os.getgid()
+    # A user that is not root may mount only as the root of a user namespace.
     kinds = _NEW_MOUNTS if user == 0 else _NEW_MOUNTS | _NEW_USER
     if ctypes.CDLL(None, use_errno=True).unshare(kinds) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
@@ -33,11 +34,12 @@ def mount(size: int, disk: Path) -> None:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    # Without this, the mount would be visible in the parent namespace, too.
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
 
 
 def on_a_small_disk(size: int, disk: Path, *arguments: str) -> Done:
-    """Run Python with arguments where the folder `disk` is a file system of so many bytes."""
+    """Run Python with the folder `disk` being a file system of `size` bytes."""
     disk.mkdir(exist_ok=True)
     return python(*arguments, first=(mount, size, disk))

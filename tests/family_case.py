@@ -1,4 +1,4 @@
-"""A row of the table of families: a tiny model of random weights in both layouts, and its data."""
+"""A row of the test table of families: a tiny model with random weights, and its data."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,22 +18,24 @@ class Case:
     """A variant of a family.
 
     Attributes:
-        write: makes the tiny model under a folder, with float32 weights: `diffusers/` in the layout
-            of the published pipeline, and `original/` in the single files of the authors (where
-            there are any). Called once for all cases with the same `write`.
-        layouts: layout → what names its files: `model_paths` relative to the model's folder, and
-            the tokenizers' parameters, relative too. The layout "original" has no config.json.
-        rows: writes four rows of data and their metadata into a folder, captions of different
-            lengths, all of one size; returns the metadata file.
-        parameters: of a training, beside models, data and LoRA: sizes, columns, flags.
-        targets: LoRA targets by diffusers' names, for the training of the table.
-        aliases: the same layers by the names that users of other tools know.
-        published: (model's folder, the row's columns with paths made whole, x_t of one sample by
+        name: name of the case.
+        family: name of the family.
+        write: writes the tiny model with float32 weights below a folder: `diffusers/` in the layout
+            of the published pipeline, `original/` as the single files of the authors (if there are
+            any). Called once for all cases with the same `write`.
+        layouts: layout → the parameters that name its files, `model_paths` and tokenizers, with
+            paths relative to the model's folder. The layout "original" has no config.json.
+        rows: writes four rows of data, with captions of different lengths and all of one size, and
+            their metadata into a folder; returns the metadata file.
+        parameters: parameters of a training besides models, data and LoRA: sizes, columns, flags.
+        targets: LoRA targets by the names of diffusers.
+        aliases: the same layers by the names that other tools use.
+        published: (the model's folder, the row's columns with absolute paths, x_t of one sample by
             target, LoRA file or None) → what diffusers' own pipeline, loaded from `diffusers/`,
-            predicts from x_t for this row, by target and without a batch dimension, and the
-            timestep in [0, 1000] at which it did.
-        base: what the LoRA is put into.
-        decoders: files of models that only samples need, relative to the model's folder.
+            predicts from x_t for this row, by target and without batch dimension, and the timestep
+            in [0, 1000] of this prediction.
+        base: the component that the LoRA is for.
+        decoders: model files that only sample images need, relative to the model's folder.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Case:
 
 @contextmanager
 def first_call(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """What a module is called with first, and what it returns: `args`, `kwargs`, `output`."""
+    """While the block runs, record the first call of a module: `args`, `kwargs`, `output`."""
     seen: dict[str, Any] = {}
 
     def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -85,10 +87,11 @@ def first_call(module: nn.Module) -> Iterator[dict[str, Any]]:
 def first_prediction(
     pipeline: Any, x_t: Tensors, lora: Path | None, **arguments: Any
 ) -> tuple[Tensors, float]:
-    """What the transformer of a pipeline of images predicts in its first step, and the timestep.
+    """The prediction of an image pipeline's transformer in its first step, and the timestep.
 
     Args:
-        arguments: further ones of the pipeline's call.
+        x_t: the noisy latents, (C, H, W), by target.
+        arguments: further arguments of the pipeline's call.
     """
     if lora is not None:
         pipeline.load_lora_weights(lora)
@@ -105,4 +108,5 @@ def first_prediction(
             **arguments,
         )
     timestep = float(seen["kwargs"]["timestep"][0]) * 1000
+    # Behind the latents' tokens, the output may hold those of input images.
     return {"image": unpack(seen["output"][:, : height * width // 4], height, width)[0]}, timestep

@@ -1,4 +1,4 @@
-"""LoRA files as tests look at them."""
+"""Reading LoRA files of any format for comparisons."""
 
 from pathlib import Path
 
@@ -12,9 +12,10 @@ from diffsynth_dagster.weights.lora import read_lora
 
 
 def by_module(path: Path, family: str, name: str = "dit") -> Tensors:
-    """The tensors of a checkpoint by the names of the module: A and B of a LoRA, in whatever format it is;
-    else as the file has them."""
+    """The tensors of a checkpoint by the module's names: A and B of a LoRA of any format; the
+    tensors of another file as they are."""
     tensors = load_file(path)
+    # A full checkpoint, not a LoRA.
     if of_loras(tensors).keys() != tensors.keys():
         return tensors
     return with_dots("", read_lora(path, find_family(family), name, "the test"), alphas=False)

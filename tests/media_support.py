@@ -16,7 +16,7 @@ from PIL import Image
 
 
 def picture(index: int = 0, size: tuple[int, int] = (96, 80)) -> Image.Image:
-    """A picture with noise, so that its file does not compress to nothing."""
+    """A picture with noise, so that its file is not tiny."""
     source = np.random.default_rng(index)
     ramp = np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3)
     noisy = ramp + source.normal(0, 20, ramp.shape)
@@ -24,14 +24,19 @@ def picture(index: int = 0, size: tuple[int, int] = (96, 80)) -> Image.Image:
 
 
 def image_bytes(kind: str, **options: object) -> bytes:
-    """An image file of a format of Pillow's."""
+    """The bytes of an image file.
+
+    Args:
+        kind: name of a format in Pillow.
+        options: options of Pillow's `save`.
+    """
     buffer = io.BytesIO()
     picture().save(buffer, format=kind, **options)  # pyright: ignore
     return buffer.getvalue()
 
 
 def animation_bytes(kind: str, frames: int, duration_ms: int = 50) -> bytes:
-    """An animation in a format of Pillow's."""
+    """The bytes of an animated image; `kind` is the name of a format in Pillow."""
     others = [picture(index) for index in range(1, frames)]
     return image_bytes(
         kind, save_all=True, append_images=others, duration=duration_ms, lossless=True
@@ -39,7 +44,8 @@ def animation_bytes(kind: str, frames: int, duration_ms: int = 50) -> bytes:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds a few bytes of pixels."""
+    """A PNG whose header gives this size, but which has only a few bytes of pixels."""
+    # Each chunk here is a type of 4 bytes and its data; the type is not counted in the length.
     chunks = [
         b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
         b"IDAT" + zlib.compress(bytes(100)),
@@ -63,10 +69,13 @@ def real_clip() -> Path:
 def convert(
     target: Path, *options: str, before: tuple[str, ...] = (), source: Path | None = None
 ) -> Path:
-    """The real clip, or another, in another container or codec.
+    """Convert a clip to another container or codec with FFmpeg, without sound.
 
     Args:
-        before: options of reading, which come before the file.
+        target: the new file; its suffix gives the container.
+        options: options of FFmpeg for writing.
+        before: options for reading, which come before the input file.
+        source: the clip; `real_clip` if left out.
     """
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *before]
     command += ["-i", str(source or real_clip())]
@@ -83,14 +92,18 @@ VIDEOS = {
     "x.webm": ("-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8", "-frames:v", "40"),
     "x.avi": ("-c:v", "mpeg4"),
 }
-"""Name → how the real clip is converted to it."""
+"""Name of a file → FFmpeg options that convert the real clip to it."""
 
 
 def write_clip(
     path: Path, frames: int, rate: int, sound: np.ndarray | None = None, late: float = 0.0
 ) -> Path:
-    """A clip of noise, 96x80, with a track of sound where samples (channels, n) of 44,100 Hz are
-    given, which starts so many seconds later than the picture, or earlier."""
+    """Write a clip of noise, 96x80.
+
+    Args:
+        sound: samples of its sound track, int16 (2, n) at 44,100 Hz; None for no track.
+        late: seconds from the start of the picture to the start of the sound; may be negative.
+    """
     with av.open(str(path), "w") as container:
         video: Any = container.add_stream("libx264", rate=rate, options={"qp": "0"})
         video.width, video.height, video.pix_fmt = 96, 80, "yuv444p"
@@ -101,9 +114,10 @@ def write_clip(
             shown = av.VideoFrame.from_image(picture(index))
             shown.pts, shown.time_base = index + round(max(0.0, -late) * rate), Fraction(1, rate)
             container.mux(video.encode(shown))
-        container.mux(video.encode(None))
+        container.mux(video.encode(None))  # None flushes the encoder
         if track is not None:
             assert sound is not None
+            # PyAV takes interleaved samples as one row.
             packed = np.ascontiguousarray(sound.T).reshape(1, -1)
             heard = av.AudioFrame.from_ndarray(packed, "s16", "stereo")
             heard.sample_rate = 44100

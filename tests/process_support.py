@@ -1,4 +1,7 @@
-"""Trainings in processes of their own, forked from one that has imported the large libraries."""
+"""Run trainings in processes that are forked from one that has imported the large libraries.
+
+That saves the imports: about ten seconds for each process.
+"""
 
 import json
 import os
@@ -21,7 +24,7 @@ from soak_support import begin, start_server
 
 @dataclass(frozen=True)
 class Done:
-    """How a job ended: 0, or the code of the process that failed first, and what all printed."""
+    """Output of processes, and the exit code of the one that failed first; 0 if none did."""
 
     returncode: int
     stderr: str
@@ -29,7 +32,11 @@ class Done:
 
 
 def train_in_process(recipe: Path, environment: dict[str, str], log: Path) -> None:
-    """What a process does: the trainer's command line, as a launcher starts it."""
+    """Run the trainer's command line as a launcher would. This is the target of a process.
+
+    Args:
+        log: file for everything that it prints.
+    """
     begin()
     os.environ.update(environment)
     said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -43,7 +50,7 @@ def train_in_process(recipe: Path, environment: dict[str, str], log: Path) -> No
 
 
 def run_python(arguments: Sequence[str], first: tuple[Any, ...], log: Path) -> None:
-    """What `python` does in its process."""
+    """Run Python with arguments. This is the target of the process that `python` starts."""
     begin()
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
@@ -60,10 +67,10 @@ def run_python(arguments: Sequence[str], first: tuple[Any, ...], log: Path) -> N
 
 
 def python(*arguments: str, first: tuple[Any, ...] = (bool,)) -> Done:
-    """Run `python -m module …` or `python -c code …`, forked where the large libraries are imported.
+    """Run `python -m module …` or `python -c code …` in a forked process.
 
     Args:
-        first: a function and its arguments, called in the process before.
+        first: a function and its arguments, which the process calls first.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -76,13 +83,13 @@ def python(*arguments: str, first: tuple[Any, ...] = (bool,)) -> Done:
 
 
 def in_processes(count: int, config: dict[str, Any], recipe: Path, seconds: float = 120) -> Done:
-    """Train with some processes on the CPU, which find each other as torchrun's do.
+    """Train with `count` processes on the CPU, which find each other as those of torchrun do.
 
-    Where one fails, the others are ended.
+    If one fails, the others are killed, because they would wait for it.
     """
     recipe.write_text(json.dumps(config), encoding="utf-8")
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind(("127.0.0.1", 0))  # port 0: the system chooses a free one
         port = free.getsockname()[1]
     server = start_server()
     logs = [recipe.with_name(f"{recipe.name}.{rank}.log") for rank in range(count)]
@@ -106,7 +113,7 @@ def in_processes(count: int, config: dict[str, Any], recipe: Path, seconds: floa
         codes = [job.exitcode for job in jobs]
         code = next((each for each in codes if each), 0)
     for job in jobs:
-        job.join(5 if code else None)
+        job.join(5 if code else None)  # time to print a message of its own
         job.kill()
         job.join()
     return Done(code, "".join(log.read_text(encoding="utf-8") for log in logs))
@@ -118,10 +125,11 @@ def two_processes(config: dict[str, Any], recipe: Path) -> Done:
 
 
 def launched(arguments: Sequence[str], variables: Mapping[str, str], said: Path) -> None:
-    """What a launched process does: the trainer's command line, with the launcher's variables.
+    """Run the trainer's command line with the launcher's environment. This is the target of a
+    process of `ForkedProcesses`.
 
     Args:
-        said: file that gets its standard error.
+        said: file for its standard error.
     """
     begin()
     os.environ.clear()
@@ -135,13 +143,13 @@ def launched(arguments: Sequence[str], variables: Mapping[str, str], said: Path)
 
 
 class ForkedProcesses:
-    """In the place of the launcher's `Processes`: one training process, forked where all is imported.
+    """A replacement for the launcher's `Processes`: one training process, which is forked.
 
-    It is for tests of what a run makes: it saves the ten seconds that `accelerate launch` and the
-    imports take. How processes are started and stopped is tested with the real ones.
+    It is for tests of what a run makes, and saves the ten seconds of `accelerate launch` and the
+    imports. Tests of how processes are started and stopped use the real class.
 
     Attributes:
-        newest: the process that was started last, if any was.
+        newest: the process that was started last; None if there was none.
     """
 
     newest: ClassVar[Any] = None
@@ -156,6 +164,7 @@ class ForkedProcesses:
     ) -> None:
         self._grace = grace
         self._said = scratch / "stderr"
+        # The launcher's own arguments come before the module.
         arguments = command[command.index("diffsynth_dagster.train") + 1 :]
         variables = {**env, "ACCELERATE_MIXED_PRECISION": "no"}
         self._process = start_server().Process(
@@ -167,6 +176,7 @@ class ForkedProcesses:
     def code(self) -> int | None:
         """The exit code; None while the process runs."""
         code = self._process.exitcode
+        # Killed by signal n: -n in `multiprocessing`, 128 + n in a shell and in `Processes`.
         return code if code is None or code >= 0 else 128 - code
 
     def last_words(self) -> str:
@@ -184,7 +194,7 @@ class ForkedProcesses:
 
 @contextmanager
 def forked_launches() -> Iterator[None]:
-    """Let the launcher of this process fork its trainings; see `ForkedProcesses`."""
+    """While the block runs, the launcher forks its trainings: see `ForkedProcesses`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("resources.launcher.Processes", ForkedProcesses)
         yield

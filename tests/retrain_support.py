@@ -14,18 +14,22 @@ CRON = {"cron": "0 3 * * *"}
 
 
 def short(key: dg.AssetKey) -> str:
-    """`metadata`; all weights are one."""
+    """The last part of an asset's key, such as `metadata`; `weights` for the assets of weights."""
     return "weights" if key.path[0] == "weights" else key.path[-1]
 
 
 @dataclass
 class Nights:
-    """Days of an instance, as Dagster's daemon sees them: each sensor evaluates the conditions of its
-    assets every half a minute, and what it asks for is run before the next time.
+    """Simulates Dagster's daemon over days.
+
+    Every half minute, each sensor evaluates the automation conditions of its assets. The requested
+    assets are materialized before the next evaluation.
 
     Attributes:
-        definitions: makes the definitions as they would be loaded now.
+        definitions: returns the definitions as they would be loaded now.
+        now: the simulated time.
         failing: whether runs may fail.
+        events: the events of the runs since the last call of `night`.
     """
 
     definitions: Callable[[], dg.Definitions]
@@ -36,7 +40,14 @@ class Nights:
     _cursors: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def tick(self, run: bool = True) -> list[set[str]]:
-        """Evaluate and run once; what was asked for, a set for each run."""
+        """Evaluate the conditions once.
+
+        Args:
+            run: whether the requested assets are materialized.
+
+        Returns:
+            The requested assets, a set for each run.
+        """
         definitions = self.definitions()
         asked: list[set[dg.AssetKey]] = []
         for sensor in definitions.sensors or ():
@@ -52,6 +63,7 @@ class Nights:
             self._cursors[sensor.name] = found.cursor
             keys = sensor.asset_selection.resolve(definitions.resolve_asset_graph())
             asked.append({key for key in keys if found.get_num_requested(key)})
+        # After all evaluations: in a daemon, too, sensors do not see what others request.
         for keys in filter(None, asked):
             if run:
                 self._run(definitions, keys)
@@ -70,7 +82,7 @@ class Nights:
         self.events += result.all_events
 
     def ticks(self, count: int = 2, run: bool = True) -> list[set[str]]:
-        """What was asked for until nothing is for some ticks."""
+        """Tick until nothing was requested for `count` ticks; returns all that was requested."""
         asked: list[set[str]] = []
         quiet = 0
         while quiet < count:
@@ -80,13 +92,14 @@ class Nights:
         return asked
 
     def noon(self) -> list[set[str]]:
-        """What is asked for in the middle of the day."""
+        """What is requested in the middle of the day."""
         self.now = self.now.replace(hour=12, minute=0, second=0)
         return self.ticks()
 
     def night(self) -> list[set[str]]:
-        """What was asked for in the next night, in its order."""
+        """What is requested in the next night, in order."""
         self.events.clear()
+        # `CRON` ticks at 3:00; begin just before it.
         if self.now.hour >= 3:
             self.now += timedelta(days=1)
         self.now = self.now.replace(hour=2, minute=59, second=40)
@@ -94,7 +107,7 @@ class Nights:
         return self.ticks()
 
     def facts(self, kind: str) -> Mapping[str, Any]:
-        """Metadata of what was made in the night."""
+        """The metadata of the one materialization of an asset in the night, by its `short` name."""
         (found,) = [
             event.step_materialization_data.materialization
             for event in self.events
@@ -105,18 +118,20 @@ class Nights:
 
 
 def nights_of(folder: Path, instance: dg.DagsterInstance) -> Nights:
-    """The nights of a folder of recipes, whose files are read anew each time."""
+    """The nights of a folder of recipes. The recipes are read again before each tick."""
     return Nights(lambda: definitions_of(folder), instance)
 
 
 @dataclass
 class Stubs:
-    """Assets in the place of a recipe folder's, with its keys, edges, code versions and conditions, which
-    make nothing but a data version that follows from what is upstream.
+    """Stubs for the assets of a folder of recipes: same keys, edges, code versions and conditions.
+
+    A stub makes only a data version, which depends on its code version and on the data versions
+    upstream.
 
     Attributes:
-        files, rows: what the data and the metadata are, besides.
-        fails: the assets that fail, by their last part, or that with their recipe.
+        files, rows: the data versions of `data` and of `metadata`, to be changed by tests.
+        fails: the assets that fail, by `short` name or by whole key.
     """
 
     folder: Path
@@ -130,6 +145,7 @@ class Stubs:
 
     def definitions(self) -> dg.Definitions:
         """The definitions as they would be loaded now."""
+        # Definitions are loaded again only after a recipe was edited.
         texts = tuple(path.read_text() for path in sorted(self.folder.iterdir()))
         if texts not in self._loaded:
             self._loaded = {texts: self._load()}
@@ -157,6 +173,7 @@ class Stubs:
             own = {"data": self.files, "metadata": self.rows}.get(short(key))
             parents = [self._made.get(parent) for parent in sorted(node.parent_keys)]
             made = str(own) if own is not None else f"{node.code_version} {parents}"
+            # The same inputs give the same data version, as with the real assets.
             self._made[key] = str(hash(made))
             return dg.MaterializeResult(data_version=dg.DataVersion(self._made[key]))
 

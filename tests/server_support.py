@@ -1,4 +1,4 @@
-"""A webserver with its daemon on loopback, as people use it."""
+"""Dagster's webserver and daemon on loopback (`dagster dev`), used as people use them."""
 
 import subprocess
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ class Server:
 
 @contextmanager
 def serve(folder: Path, env: dict[str, str]) -> Iterator[Server]:
-    """`dagster dev` on a port of its own, until it is left."""
+    """Run `dagster dev` on a free port while the block runs."""
     port = free_port()
     address = ["-h", "127.0.0.1", "-p", str(port), "-w", str(ROOT / "workspace.yaml")]
     log = folder / "log"

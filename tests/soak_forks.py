@@ -1,10 +1,11 @@
-"""Trainings and runs of a soak, forked from processes that have imported the large libraries.
+"""Trainings and runs of a soak, forked from a server that has imported the large libraries.
 
-    python soak_forks.py serve NAME              forks for whoever asks at the sockets of NAME
-    python soak_forks.py NAME -m module args …   has it forked, and stands for it: as `accelerate launch`
+    python soak_forks.py serve NAME              the server: forks on request at the sockets of NAME
+    python soak_forks.py NAME -m module args …   a stand-in for `accelerate launch`
 
-All around a training is as ever: the supervisor starts the second one, which hands signals on, and with
-which the training ends. Runs are forked as `multiprocessing` does it (`fork_runs`). It saves the imports.
+The supervisor starts the stand-in as it would start `accelerate launch`. The stand-in asks the
+server to fork the training, passes signals on to it, and exits with its exit code; if the stand-in
+is killed, the training ends. Runs are forked by a forkserver of `multiprocessing` (`fork_runs`).
 """
 
 import gc
@@ -17,31 +18,37 @@ from collections.abc import Sequence
 from typing import Any
 
 OURS = ("dagster", "dagster._grpc.server", "diffsynth_dagster.component")
+"""Modules that runs import, besides the heavy ones."""
 _MOST_BYTES = 1 << 20
+"""Limit of a request."""
 
 
 def _address(name: str) -> str:
+    """An abstract socket of Linux: it has no file, and vanishes with the server."""
     return f"\0{name}"
 
 
 def stand_for(name: str, arguments: Sequence[str]) -> int:
-    """Have a training forked and wait for it; returns its exit code."""
+    """Let the server fork a training, and wait for it; returns its exit code."""
+    # SEQPACKET keeps messages apart, and the server notices when this process dies.
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asked:
         asked.connect(_address(name))
         request = {"arguments": arguments, "env": dict(os.environ), "cwd": os.getcwd()}
+        # With the open files 1 and 2, so that the training prints to where this process would.
         socket.send_fds(asked, [json.dumps(request).encode()], [1, 2])
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda got, _: asked.send(bytes([got])))
         answer = asked.recv(16)
-    code = int(answer) if answer else 1
+    code = int(answer) if answer else 1  # no answer: the server was killed
     return code if code >= 0 else 1
 
 
 def fork_runs(name: str) -> Any:
-    """A context of `multiprocessing` whose processes are forked where `serve` runs, not here."""
+    """A context of `multiprocessing` whose processes are forked from the server."""
     import multiprocessing
     from multiprocessing import forkserver
 
+    # Pretend that this process has started the server's forkserver, as its own is not needed.
     server: Any = forkserver._forkserver
     server._forkserver_address = _address(f"{name}.runs")
     server._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # children get it, and ignore it
@@ -50,7 +57,7 @@ def fork_runs(name: str) -> Any:
 
 
 def serve(name: str) -> None:
-    """Fork trainings and runs until it is killed."""
+    """Run the server until it is killed."""
     from importlib import import_module
 
     from soak_support import HEAVY
@@ -58,6 +65,8 @@ def serve(name: str) -> None:
     for module in (*HEAVY, *OURS):
         import_module(module)
     gc.freeze()
+    # Nothing is written to the pipe. When this process dies, its end `held` closes: the child's
+    # forkserver sees that and ends.
     ends_with_us, held = os.pipe()
     if os.fork() == 0:
         os.close(held)
@@ -66,6 +75,7 @@ def serve(name: str) -> None:
 
 
 def _serve_runs(name: str, alive: int) -> None:
+    """Run a forkserver of `multiprocessing` until the pipe `alive` is closed."""
     from multiprocessing import forkserver
 
     listener = socket.socket(socket.AF_UNIX)
@@ -75,6 +85,7 @@ def _serve_runs(name: str, alive: int) -> None:
 
 
 def _serve_trainings(name: str) -> None:
+    """Fork a process for each request, which runs and watches one training."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(_address(name))
         listener.listen()
@@ -90,7 +101,7 @@ def _serve_trainings(name: str) -> None:
 
 
 def _watch(asked: socket.socket) -> None:
-    """Run one training; end it with the process that stands for it."""
+    """Run one training. Pass on signals from its stand-in, and kill it if the stand-in dies."""
     import multiprocessing
     from multiprocessing.connection import wait
 
@@ -101,7 +112,7 @@ def _watch(asked: socket.socket) -> None:
     assert process.pid is not None
     while True:
         if asked in wait([process.sentinel, asked]):
-            number = asked.recv(1)
+            number = asked.recv(1)  # empty: the stand-in has died
             if number:
                 os.kill(process.pid, number[0])
                 continue
@@ -112,10 +123,11 @@ def _watch(asked: socket.socket) -> None:
     try:
         asked.send(str(process.exitcode).encode())
     except OSError:
-        return  # killed meanwhile
+        return  # the stand-in was killed meanwhile
 
 
 def _train(request: dict[str, Any], streams: Sequence[int], asked: socket.socket) -> None:
+    """Run the trainer's command line in the stand-in's environment, folder and output files."""
     from soak_support import begin
 
     begin()
@@ -128,7 +140,7 @@ def _train(request: dict[str, Any], streams: Sequence[int], asked: socket.socket
     os.chdir(request["cwd"])
     from diffsynth_dagster.train import main
 
-    code = main(request["arguments"][2:])
+    code = main(request["arguments"][2:])  # without `-m module`
     sys.stderr.flush()
     sys.exit(code)
 

@@ -1,9 +1,9 @@
-"""What the soak kills: the steps of a pipeline, each in a process of its own.
+"""The steps of a pipeline, each in a process that the soak may kill.
 
-A process is forked from a server that has imported the large libraries, so that it starts in a
-second and not in ten. (Not polars, which starts threads that a fork would lose.) A step does what
-the asset of its name does, up to Dagster: it prints one message for a mistake, and its exit code is
-the trainer's.
+The processes are forked from a server that has imported the large libraries, so that they start in
+a second instead of ten. (Not Polars: it starts threads, which a forked process would lack.) A step
+does what the asset of its name does, without Dagster. A failure prints one message and gives the
+trainer's exit code.
 """
 
 import csv
@@ -32,15 +32,15 @@ HEAVY = [
     "transformers.models.qwen2.tokenization_qwen2",
 ]
 SHARD_BYTES = 20_000
-"""Of the soak's stores: several shards for a few pictures."""
+"""Size of a shard in the soak's stores: so small that a few pictures need several shards."""
 MEASURED = (
     *("seconds", "samples_per_second", "peak_memory_bytes", "beside", "digest", "resumed_from"),
 )
 """Fields of the record that differ between two runs of the same training."""
 CHECKPOINTS_ONLY = "--checkpoints_only"
-"""What the launcher gives the trainer: the exports are a step of their own."""
+"""The flag that the launcher gives the trainer, because exports are a step of their own."""
 LONGEST_S = 600.0
-"""A step that takes longer hangs."""
+"""A step that takes longer is regarded as hanging."""
 
 
 def check_table(config: Any) -> int:
@@ -49,6 +49,7 @@ def check_table(config: Any) -> int:
     from diffsynth_dagster.facts import fact_cache_of
     from diffsynth_dagster.weights.identify import guess_model
 
+    # As the metadata asset: the family is guessed, since models may not be downloaded yet.
     config = with_settled(config)
     with fact_cache_of(config.cache_path) as facts:
         prepare_data(config, guess_model(config).family.columns, facts)
@@ -92,7 +93,7 @@ def export(config: Any) -> int:
 
 
 def launch(config: Any, *flags: str) -> int:
-    """The trainer's command line, on a recipe that is written as the launcher writes it."""
+    """Run the trainer's command line on a recipe that is written as the launcher writes it."""
     from diffsynth_dagster.config.recipe import dump_config
     from diffsynth_dagster.files import hidden_beside, write_text
     from diffsynth_dagster.train import main
@@ -117,12 +118,12 @@ STEPS: dict[str, Callable[[Any], int]] = {
 
 @dataclass(frozen=True)
 class Death:
-    """When an attempt is killed, if it is not done before, and how.
+    """When and how an attempt is killed, if it has not ended before.
 
     Attributes:
-        touch: just before it touches files in a folder for the n-th time.
-        folder: within the recipe's folder; that itself when left out.
-        seconds: after so many seconds, where no touch is given.
+        touch: kill it just before it touches files in `folder` for the n-th time.
+        folder: a folder in the recipe's folder; "" for that folder itself.
+        seconds: kill it after this time, if `touch` is None.
         by: the signal.
     """
 
@@ -136,10 +137,10 @@ NO_DEATH = Death()
 
 
 def attempt(step: str, recipe: Path, death: Death, started: Connection) -> None:
-    """The process that makes one attempt at a step.
+    """Make one attempt at a step. This is the target of a process.
 
     Args:
-        started: told when all is imported.
+        started: gets a message when everything is imported.
     """
     begin()
     log = os.open(recipe.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -153,6 +154,7 @@ def attempt(step: str, recipe: Path, death: Death, started: Connection) -> None:
 
     shards.SHARD_BYTES = SHARD_BYTES
     started.send(None)
+    # Only from here on: imports touch files, too, and take a varying time.
     touched = watch(str(recipe.parent / death.folder), death)
     with FailureGuard(PrintedFailures()) as guard:
         guard.code = STEPS[step](read_recipe(recipe).config)
@@ -161,7 +163,11 @@ def attempt(step: str, recipe: Path, death: Death, started: Connection) -> None:
 
 
 def watch(folder: str, death: Death) -> list[int]:
-    """Count, in a list of one number, how often Python touches files in a folder."""
+    """Count how often Python touches files in a folder, and kill this process at `death.touch`.
+
+    Returns:
+        The count, which goes on, as the only element of a list.
+    """
     count = [0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -172,6 +178,7 @@ def watch(folder: str, death: Death) -> list[int]:
                 count[0] += 1  # once: a signal may be survived
                 os.killpg(0, death.by)
 
+    # Python reports every file operation to audit hooks before it is done.
     sys.addaudithook(hook)
     return count
 
@@ -181,9 +188,10 @@ class Attempt:
     """How an attempt ended.
 
     Attributes:
-        code: None where SIGKILL ended it.
+        code: its exit code; None if SIGKILL ended it.
         said: what it printed.
-        seconds, touched: how long it took, and how often it touched files, where it came to its end.
+        seconds: how long it took, if it was not killed.
+        touched: how often it touched files, if it was not killed.
     """
 
     code: int | None
@@ -193,32 +201,32 @@ class Attempt:
 
 
 def start_server() -> Any:
-    """Where attempts are forked; see the module."""
+    """The server from which attempts are forked, as a context of `multiprocessing`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
     return context
 
 
 def begin() -> None:
-    """What every process does first: it leads a session of its own, and what the server has imported is no
-    garbage, which each clean-up would look through."""
-    os.setsid()
-    gc.freeze()
+    """What every forked process does first."""
+    os.setsid()  # a session of its own, so that its children can be killed with it
+    gc.freeze()  # or each garbage collection would search all that the server has imported
 
 
 def make_attempt(server: Any, step: str, recipe: Path, death: Death = NO_DEATH) -> Attempt:
-    """Try a step of a recipe once."""
+    """Try a step of a recipe once, in a process of its own, and kill it as `death` says."""
     (recipe.parent / "touched").unlink(missing_ok=True)
     hears, says = server.Pipe(duplex=False)
     process = server.Process(target=attempt, args=(step, recipe, death, says))
     process.start()
-    says.close()
+    says.close()  # so that `recv` ends if the process dies before it sends
     with suppress(EOFError):
         hears.recv()
     began = time.monotonic()
     if death.seconds is not None and not wait([process.sentinel], death.seconds):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, death.by)
+    # A signal other than SIGKILL may let it end in its own way.
     done = wait([process.sentinel], LONGEST_S)
     seconds = time.monotonic() - began
     if not done:
@@ -234,7 +242,7 @@ def make_attempt(server: Any, step: str, recipe: Path, death: Death = NO_DEATH) 
 
 
 def result(run: Path) -> dict[str, Any]:
-    """What a finished run leaves for its user, without what was measured: name → content."""
+    """What a finished run leaves for its user, without measurements: name → content."""
     patterns = (
         "*.safetensors",
         "samples/*",
@@ -243,6 +251,7 @@ def result(run: Path) -> dict[str, Any]:
         "held_out.csv",
     )
     files = [path for pattern in patterns for path in run.glob(pattern)]
+    # Byte by byte, but for the two files that hold times and speeds.
     found: dict[str, Any] = {str(p.relative_to(run)): p.read_bytes() for p in files}
     for name, read in (("run.json", _facts), ("metrics.csv", _steps)):
         if (run / name).is_file():
@@ -251,6 +260,7 @@ def result(run: Path) -> dict[str, Any]:
 
 
 def _facts(path: Path) -> Any:
+    """The record of a run without measurements; the bytes of a damaged one."""
     content = path.read_bytes()
     try:
         return {k: v for k, v in json.loads(content).items() if k not in MEASURED}
@@ -259,8 +269,10 @@ def _facts(path: Path) -> Any:
 
 
 def _steps(path: Path) -> Any:
+    """The rows of a metrics.csv without measurements."""
     from diffsynth_dagster.run.events import MEASURED as OF_STEPS
 
+    # The file may be damaged: it must compare as unequal, not fail to parse.
     text = path.read_text(encoding="utf-8", errors="replace")
     rows = csv.DictReader(text.replace("\0", "?").splitlines())
     return [{k: v for k, v in row.items() if k not in OF_STEPS} for row in rows]

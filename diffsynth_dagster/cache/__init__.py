@@ -1,1 +1,1 @@
-"""The content-addressed store of encoded samples."""
+"""The store of encoded samples, keyed by content, and the manifests that name its keys."""

@@ -1,10 +1,13 @@
-"""The captions of a row: one, or a list of them, each in several orders of its tags where these are
-shuffled, and the empty one where captions are dropped.
+"""The captions that a sample is trained with, if there may be several.
 
-Where a row has more than one, what depends on the caption is there for each. The manifest then has
-lists in the columns of the stages that read it, themselves or upstream, and of the caption itself,
-all of one length in a row: a text for each caption in the order of the table, its orders next to each
-other, the empty one last.
+There are several if a row lists several captions (`caption_lists`), if the tags of a caption are
+put in several orders (`shuffle_tags`), or if the caption is sometimes replaced by the empty one
+(`caption_dropout_rate`). Then every stage that depends on the caption, directly or through a stage
+it needs, is encoded once for each caption.
+
+In the manifest, the key columns of these stages and the caption's own column then hold lists. All
+lists of a row have the same length and order: the captions as the table lists them, the tag orders
+of a caption next to each other, the empty caption last.
 """
 
 from dataclasses import dataclass
@@ -19,13 +22,13 @@ from diffsynth_dagster.families.contract import Family, Stage
 
 @dataclass(frozen=True)
 class Captions:
-    """How many captions rows have.
+    """Which captions a row is encoded with, and what depends on them.
 
     Attributes:
         column: the column of the caption.
-        stages: names of the stages that depend on it.
-        empty: whether the empty caption stands behind the others.
-        orders: how the tags of a caption are ordered; None for as they are written.
+        stages: names of the stages that depend on the caption.
+        empty: whether the empty caption is added as the last one.
+        orders: the orders of a caption's tags; None keeps captions as they are written.
     """
 
     column: str
@@ -41,30 +44,32 @@ class Captions:
         """The captions of each row as a list of texts.
 
         Args:
-            rows: of a checked table.
-            column: what the column of the caption is called there.
+            rows: rows of a checked table.
+            column: the name of the caption's column in `rows`.
         """
-        listed = isinstance(rows.schema[column], pl.List)
-        own = pl.col(column) if listed else pl.concat_list(column)
+        is_list = isinstance(rows.schema[column], pl.List)
+        captions = pl.col(column) if is_list else pl.concat_list(column)
         if self.orders is not None:
-            own = own.map_batches(
+            captions = captions.map_batches(
                 self.orders.of_lists, return_dtype=pl.List(pl.String), is_elementwise=True
             )
+        # Last, so that the index of every other caption is the same with and without dropout.
         empty = pl.lit([""], dtype=pl.List(pl.String))
-        return (pl.concat_list(own, empty) if self.empty else own).alias(column)
+        return (pl.concat_list(captions, empty) if self.empty else captions).alias(column)
 
     def with_told(self, rows: pl.DataFrame, column: str) -> pl.DataFrame:
-        """The rows with the caption that `caption` counts, in the place of all."""
+        """The rows with one caption each: the one whose index is in the column `caption`."""
         texts = rows.with_columns(self.of_rows(rows, column))
         return texts.with_columns(pl.col(column).list.get(pl.col("caption")))
 
 
 def captions_of(config: TrainingConfig, family: Family) -> Captions | None:
-    """The captions of the rows of a training; None where each has one and is told that always."""
+    """How the rows of a training are captioned; None if every row always has its one caption."""
     caption = family.caption
     several = config.caption_lists or config.caption_dropout_rate > 0.0 or config.shuffle_tags
     if caption is None or not several:
         return None
+    # `all_reads` follows `needs`: a stage may see the caption through another stage's output.
     stages = [s.name for s in family.stages if caption in all_reads(s, family)]
     orders = None
     if config.shuffle_tags:

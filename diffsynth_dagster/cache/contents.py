@@ -1,4 +1,4 @@
-"""What a store holds for a manifest, and whether that is all and sound."""
+"""Check a manifest against the store: whether every sample is stored, and every tensor finite."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,12 @@ class Contents:
     """What a store holds for a manifest.
 
     Attributes:
-        samples, accepted: rows of the manifest, and accepted rows of the checked table.
-        missing: keys that the store lacks.
-        not_finite: keys whose tensors hold NaN or infinity.
+        samples: number of rows of the manifest.
+        accepted: number of accepted rows of the checked table.
+        missing: number of keys that the store lacks.
+        not_finite: number of keys whose tensors hold NaN or infinity.
         bytes: size of the tensors.
-        buckets: width, height and number of the samples of each size.
+        buckets: (width, height, number of samples) of each size.
     """
 
     samples: int
@@ -31,13 +32,14 @@ class Contents:
 
     @property
     def sound(self) -> bool:
-        """Whether every accepted row is there, whole and finite."""
+        """Whether every accepted row is completely stored and finite."""
         return not self.missing and not self.not_finite and self.samples == self.accepted
 
 
 def look_into(manifest: Manifest, table: CheckedTable) -> Contents:
     """Compare a manifest with the table it was made from, and with the store's index."""
     store = Store(Path(manifest.store))
+    # Two writers may have stored the same key: its tensors are counted once.
     held = store.scan().join(manifest.keys, on="key", how="semi").unique(["key", "output"])
     broken = held.filter(~pl.col("finite")).select(pl.col("key").n_unique())
     sizes = manifest.rows.group_by("width", "height").len().sort("width", "height").collect()

@@ -1,4 +1,4 @@
-"""What the two halves of split training must agree in: the family, the models, the trained modules."""
+"""Checks that a data set was encoded for this training: same family, models and trained modules."""
 
 from diffsynth_dagster.cache.keys import stage_digest
 from diffsynth_dagster.cache.manifest import Manifest
@@ -13,12 +13,13 @@ from diffsynth_dagster.weights.resolved import ResolvedModel
 def require_encoded_for(
     config: TrainingConfig, model: ResolvedModel, manifest: Manifest, fact_cache: FactCache
 ) -> None:
-    """Refuse a data set that was encoded for another family, variant or task, or by other weights.
+    """Refuse a data set of another family, variant or task, or encoded with other weights.
 
     Raises:
         ParameterError: it was.
     """
     require_encoded_as(config, model, manifest)
+    # The second half of split training may leave out the models that only encoding needs.
     named = model.components
     now = {n: component_digest(model, n, fact_cache) for n in manifest.weights if n in named}
     for name in Fingerprint(manifest.weights).differs(Fingerprint(now), now):
@@ -30,7 +31,11 @@ def require_encoded_for(
 
 
 def require_encoded_as(config: TrainingConfig, model: ResolvedModel, manifest: Manifest) -> None:
-    """Refuse a data set that was encoded for another family, variant or task. Raises `ParameterError`."""
+    """Refuse a data set that was encoded for another family, variant or task.
+
+    Raises:
+        ParameterError: it was.
+    """
     family = model.family
     if manifest.family != family.name:
         raise _refuse(
@@ -38,6 +43,7 @@ def require_encoded_as(config: TrainingConfig, model: ResolvedModel, manifest: M
             f"the data set was encoded for {manifest.family}",
             f"train {manifest.family}, or encode it for {family.name}",
         )
+    # A new version of a stage has other outputs under other keys: the stored ones are no use.
     now = {s.name: stage_digest(s) for s in family.stages if s.name in manifest.stages}
     for name in Fingerprint(manifest.stages).differs(Fingerprint(now), now):
         raise _refuse(
@@ -45,10 +51,12 @@ def require_encoded_as(config: TrainingConfig, model: ResolvedModel, manifest: M
             f"the data set was encoded by another version of the stage '{name}'",
             "encode it again",
         )
-    wanted = {f"key:{stage.name}" for stage in model.cached_stages}
-    wanted |= {f"input:{i.column}" for s in model.step_stages for i in s.reads}
+    # Training another component moves stages between the cache and the step: the data set then
+    # lacks a key, or an input that the step reads.
+    required = {f"key:{stage.name}" for stage in model.cached_stages}
+    required |= {f"input:{i.column}" for s in model.step_stages for i in s.reads}
     lacks = sorted(
-        name.partition(":")[2] for name in wanted - set(manifest.rows.collect_schema().names())
+        name.partition(":")[2] for name in required - set(manifest.rows.collect_schema().names())
     )
     if lacks:
         raise _refuse(
@@ -61,11 +69,13 @@ def require_encoded_as(config: TrainingConfig, model: ResolvedModel, manifest: M
 def require_planned_weights(
     model: ResolvedModel, manifest: Manifest, fact_cache: FactCache
 ) -> None:
-    """Refuse to encode by other weights than the samples are planned for, which another process may
-    have done: their keys name those.
+    """Refuse to encode with other weights than the samples were planned for.
+
+    The keys of the planned samples contain the digests of the weights, as the process that planned
+    them saw the files.
 
     Raises:
-        WeightsError: the files are others here, or changed since.
+        WeightsError: the files of this machine differ, or have changed since.
     """
     now = {name: component_digest(model, name, fact_cache) for name in manifest.weights}
     for name in Fingerprint(manifest.weights).differs(Fingerprint(now)):

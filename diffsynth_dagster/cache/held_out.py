@@ -1,7 +1,7 @@
-"""Which samples of a data set are held out: none of them is trained on, and all are measured by.
+"""The samples that are held out: they are not trained on, the held-out loss is computed on them.
 
-Their table is checked and encoded in a folder of its own inside the run folder, as another data set;
-or they are a part of the data set's own samples.
+They are either a second data set (`validation_metadata_path`), checked and encoded in a folder
+inside the run folder, or a part of the training's own data set (`validation_split`).
 """
 
 import re
@@ -27,20 +27,22 @@ from diffsynth_dagster.errors import MetadataError, ParameterError, StoreError
 from diffsynth_dagster.files import write_whole
 
 FOLDER = "held_out"
+"""The folder of the held-out data set inside the run folder."""
 _OF_PARTS = re.compile(r"\.(?:trained|held_out|compared)\.(?:parquet|records|bin|captions|json)")
+"""The names of the files that `parts_of` and `resolve` write for the parts."""
 _NUMBERS = 2**64
-"""Of different values of `CONTENT_NUMBER`."""
+"""Number of different values of `CONTENT_NUMBER`."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The samples of a training.
+    """The samples of a training, divided.
 
     Attributes:
-        trained: what it is trained on.
-        held_out: what its held-out loss is measured by; None where nothing is held out.
-        compared: of what it is trained on, as many as are held out, if there are: the difference
-            between the two losses is a sign of memorising.
+        trained: the samples that are trained on.
+        held_out: the samples of the held-out loss; None if nothing is held out.
+        compared: some of the trained samples, as many as are held out if there are enough. If their
+            loss is far below the held-out loss, the model memorises. None if nothing is held out.
     """
 
     trained: Manifest
@@ -49,11 +51,13 @@ class Parts:
 
 
 def held_out_config(config: TrainingConfig) -> TrainingConfig | None:
-    """The config of the data set that is held out as a table of its own; None where there is none."""
+    """The config with which the held-out data set is checked and encoded; None if there is no
+    `validation_metadata_path`."""
     if config.validation_metadata_path is None:
         return None
     folder = str(Path(config.output_path) / FOLDER)
-    own = {
+    # Whatever is about the training's own data set is switched off.
+    changed = {
         "dataset_metadata_path": config.validation_metadata_path,
         "validation_metadata_path": None,
         "customized_dataset": None,
@@ -61,15 +65,18 @@ def held_out_config(config: TrainingConfig) -> TrainingConfig | None:
         "sample_prompts": (),
         "output_path": folder,
     }
-    return config.model_copy(update=own)
+    return config.model_copy(update=changed)
 
 
 def held_out_manifest(config: TrainingConfig, manifest: Manifest) -> Manifest | None:
-    """The manifest of the data set that is held out, beside that of a training; None where none is.
+    """The manifest of the held-out data set; None if there is no `validation_metadata_path`.
+
+    Args:
+        manifest: the manifest of the training's own data set, in whose folder the other one is.
 
     Raises:
-        StoreError: the data set was encoded without it.
-        ParameterError: it was encoded with another table.
+        StoreError: the data set was encoded without a held-out data set.
+        ParameterError: it was encoded with another `validation_metadata_path`.
     """
     path = config.validation_metadata_path
     if path is None:
@@ -80,10 +87,11 @@ def held_out_manifest(config: TrainingConfig, manifest: Manifest) -> Manifest | 
         raise StoreError(
             "the data set was encoded without the samples that are held out",
             where=f"validation_metadata_path = {config.validation_metadata_path}",
-            do="encode it again: materialize the latents, or run the task with :data_process with this "
-            "parameter",
+            do="encode it again: materialize the latents, or run the task with :data_process with "
+            "this parameter",
         ) from error
-    if Path(path).absolute() != (held_out.folder / CHECKED).absolute():  # as it was checked there
+    # The path may also name the checked copy of the table, as `split.first_half` does.
+    if Path(path).absolute() != (held_out.folder / CHECKED).absolute():
         require_same(
             {"validation_metadata_path": str(Path(path).absolute())},
             {"validation_metadata_path": held_out.data["dataset_metadata_path"]},
@@ -96,17 +104,17 @@ def held_out_manifest(config: TrainingConfig, manifest: Manifest) -> Manifest | 
 
 
 def forget_held_out(config: TrainingConfig) -> None:
-    """Let what a run folder holds out no longer belong to its data set, which is encoded anew."""
+    """Remove the held-out data set of a run folder, because its data set is encoded without one."""
     folder = Path(config.output_path) / FOLDER
     for name in (FILE_NAME, PLANNED, CHECKED, PINNED, "rejected.csv", "long_captions.parquet"):
         (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # not there, or files of others are in it
+    with suppress(OSError):  # the folder does not exist, or holds files that are not ours
         folder.rmdir()
 
 
 def forget_parts(config: TrainingConfig, folder: Path) -> None:
-    """Remove from a run folder what `parts_of` and `resolve` wrote there for a training that held samples
-    out, where this one holds none."""
+    """If a training holds nothing out, remove the files that an earlier one, which did, left in the
+    run folder: see `parts_of` and `resolve`."""
     if not config.holds_out:
         for path in folder.glob(".*"):
             if _OF_PARTS.fullmatch(path.name):
@@ -114,11 +122,14 @@ def forget_parts(config: TrainingConfig, folder: Path) -> None:
 
 
 def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
-    """Part the samples of a training; what is a part of a manifest is written into a folder.
+    """Divide the samples of a training into those that are trained on and those that are held out.
+
+    Args:
+        folder: the manifests of the parts are written here.
 
     Raises:
-        ParameterError: nothing would be held out, or nothing be left to train on.
-        MetadataError: something is held out and trained on as well.
+        ParameterError: no sample would be held out, or none be left to train on.
+        MetadataError: a sample is both held out and trained on.
         StoreError: see `held_out_manifest`; or the manifest is of an older version.
         OutputError: the folder cannot be written.
     """
@@ -130,6 +141,7 @@ def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
             where=str(manifest.path),
             do="encode it again: nothing that the store holds is lost",
         )
+    # Either a data set of its own, which must not overlap, or a part that is split off.
     held_out = held_out_manifest(config, manifest)
     trained = manifest
     if held_out is not None:
@@ -140,6 +152,7 @@ def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
         held_out = _part(manifest, is_held_out, folder / ".held_out.parquet")
         trained = _part(manifest, ~is_held_out, folder / ".trained.parquet")
         _require_some(config, held_out.samples, trained.samples)
+    # Those with the smallest content numbers: a random choice that is always the same.
     count = min(held_out.samples, trained.samples)
     numbers = trained.rows.select(pl.col(CONTENT_NUMBER).bottom_k(count).max())
     last = numbers.collect(engine="streaming").item()
@@ -150,11 +163,15 @@ def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
 def rows_apart(
     config: TrainingConfig, rows: pl.LazyFrame, held_out: pl.LazyFrame | None
 ) -> tuple[pl.LazyFrame, pl.LazyFrame | None]:
-    """The rows that are trained on, and those that are held out, if there are any. Nothing is written.
+    """Divide rows as `parts_of` does, without writing anything.
 
     Args:
-        rows: of the data set, with their `CONTENT_NUMBER`.
-        held_out: the same of the data set that is held out as a table of its own.
+        rows: the rows of the data set, with their `CONTENT_NUMBER`.
+        held_out: the rows of the held-out data set, with their `CONTENT_NUMBER`; None if there is
+            no `validation_metadata_path`.
+
+    Returns:
+        The rows that are trained on, and those that are held out; None if nothing is held out.
 
     Raises:
         ParameterError, MetadataError: see `parts_of`.
@@ -171,18 +188,21 @@ def rows_apart(
 
 
 def last_held_out(config: TrainingConfig, rows: pl.LazyFrame) -> int:
-    """The greatest `CONTENT_NUMBER` of a sample that `validation_split` holds out. Equal contents go
-    together."""
+    """The bound of `validation_split`: samples with a `CONTENT_NUMBER` up to it are held out.
+
+    The number depends on the content alone, so equal files are never divided. If the split is a
+    fraction, a sample stays where it is when the table grows.
+    """
     split = config.validation_split
     assert split is not None
-    if split < 1:
+    if split < 1:  # a fraction: content numbers are spread evenly over all 64-bit values
         return min(int(split * _NUMBERS), _NUMBERS - 1)
     numbers = rows.select(pl.col(CONTENT_NUMBER).bottom_k(int(split)).max())
     return numbers.collect(engine="streaming").item()
 
 
 def _part(manifest: Manifest, chosen: pl.Expr, path: Path) -> Manifest:
-    """The part of a manifest whose rows are chosen, written as a file."""
+    """Write the chosen rows of a manifest as a manifest of their own. Raises `OutputError`."""
     rows = manifest.rows.filter(chosen)
     write_whole(path, lambda staged: rows.sink_parquet(staged, compression="lz4"))
     count = scan_parquet(path).select(pl.len()).collect().item()
@@ -203,18 +223,20 @@ def _require_some(config: TrainingConfig, held_out: int, trained: int) -> None:
 
 
 def _require_apart(rows: pl.LazyFrame, held_out: pl.LazyFrame, config: TrainingConfig) -> None:
-    """Refuse a sample that is held out and trained on: its loss would say nothing of others.
+    """Refuse samples that are both held out and trained on: their loss would say nothing about new
+    samples.
 
     Raises:
-        MetadataError: there is one.
+        MetadataError: there are some.
     """
-    mine = held_out.select("row", CONTENT_NUMBER)
-    both = mine.join(rows.select(CONTENT_NUMBER).unique(), on=CONTENT_NUMBER, how="semi")
-    found = both.select(pl.col("row").sort()).collect(engine="streaming")["row"].to_list()
-    if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    # Compared by content, so that a copy under another name is found, too.
+    numbered = held_out.select("row", CONTENT_NUMBER)
+    both = numbered.join(rows.select(CONTENT_NUMBER).unique(), on=CONTENT_NUMBER, how="semi")
+    shared = both.select(pl.col("row").sort()).collect(engine="streaming")["row"].to_list()
+    if shared:
+        more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
         raise MetadataError(
-            f"what rows {', '.join(map(str, found[:5]))}{more} hold out is trained on as well",
+            f"what rows {', '.join(map(str, shared[:5]))}{more} hold out is trained on as well",
             where=f"validation_metadata_path = {config.validation_metadata_path}",
             do="take them out of one of the tables",
         )

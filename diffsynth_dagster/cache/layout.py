@@ -1,8 +1,8 @@
-"""The version of what the store holds."""
+"""The version of the stored samples."""
 
 LAYOUT_VERSION = 4
-"""Raised when stored samples may be wrong or are laid out differently: older ones are not read.
+"""Raised when stored samples may be wrong, or when their layout changes. Older ones are not read.
 
-4: files are compared with what was checked when they are read; before, a picture exchanged between
-the check and the encoding was stored under the key of the old one.
+4: a file is compared with its checked digest when it is read for encoding. Before, a picture that
+was replaced between the check and the encoding was stored under the key of the old picture.
 """

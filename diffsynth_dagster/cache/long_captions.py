@@ -1,8 +1,8 @@
-"""The captions that are longer than the text encoder reads.
+"""Find captions that are longer than the text encoder reads.
 
-What lies behind is cut off when they are encoded, so that the model never sees it. They are counted
-where the tokenizer is known: before samples are encoded, and when the table is checked if the model's
-files are there already.
+The rest of such a caption is cut off when it is encoded, so the model never sees it. Counting needs
+the tokenizer: it is done before samples are encoded, and when the table is checked if the model's
+files have been downloaded already.
 """
 
 import json
@@ -29,20 +29,20 @@ from diffsynth_dagster.weights.resolved import ResolvedModel
 FILE_NAME = "long_captions.parquet"
 _NOTES = "diffsynth_dagster"
 _AT_ONCE = 1 << 13
-"""Captions that are counted together: their tokens lie in Python objects meanwhile."""
+"""Captions per call of the tokenizer, which returns their tokens as Python lists."""
 _SHOWN_ROWS = 20
 
 
 @dataclass(frozen=True)
 class LongCaptions:
-    """What is known of captions that are longer than the text encoder reads.
+    """How many captions are longer than the text encoder reads, and where they are.
 
     Attributes:
-        count: rows with such captions.
+        count: number of rows with such captions.
         longest: tokens of the longest caption.
-        most: tokens that are read.
-        rows: number of the row in the table and tokens of its longest caption, of the first such rows.
-        advice: how more is read.
+        most: tokens that the text encoder reads.
+        rows: (row of the table, tokens of its longest caption) of the first such rows.
+        advice: what the user can do so that more is read.
     """
 
     count: int = 0
@@ -53,13 +53,13 @@ class LongCaptions:
 
     @property
     def warning(self) -> str | None:
-        """What is said of them, and where they are listed, if there are any."""
+        """`said`, and the file that lists them; None if there are none."""
         said = self.said
         return None if said is None else f"{said}. {FILE_NAME} in the run folder lists them"
 
     @property
     def said(self) -> str | None:
-        """A sentence about them, if there are any."""
+        """A sentence about the long captions; None if there are none."""
         if not self.count:
             return None
         first = self.rows[0][0]
@@ -69,13 +69,13 @@ class LongCaptions:
             else f"the captions of {self.count} rows, the first is {first}, are"
         )
         return (
-            f"{which} longer than the {self.most} tokens that the text encoder reads (the longest has "
-            f"{self.longest}): what lies behind is cut off; {self.advice or 'shorten them'}"
+            f"{which} longer than the {self.most} tokens that the text encoder reads (the longest "
+            f"has {self.longest}): what lies behind is cut off; {self.advice or 'shorten them'}"
         )
 
 
 def caption_limit(family: Family) -> TokenLimit | None:
-    """How much is read of the caption, if not all."""
+    """The limit of the stage that reads the caption; None if it reads captions of any length."""
     limits = (stage.limit for stage in family.stages if family.caption in stage.reads)
     return next(filter(None, limits), None)
 
@@ -83,8 +83,9 @@ def caption_limit(family: Family) -> TokenLimit | None:
 def count_long_captions(
     model: ResolvedModel, table: CheckedTable, folder: Path, fact_cache: FactCache
 ) -> LongCaptions:
-    """Count the long captions of a checked table, and list them in its run folder. What was counted
-    before, with the same tokenizer, is not counted again.
+    """Count the long captions of a checked table, and list them in a run folder.
+
+    A count of the same captions with the same tokenizer is read from the run folder instead.
 
     Raises:
         WeightsError: the tokenizer cannot be loaded.
@@ -96,6 +97,7 @@ def count_long_captions(
         (folder / FILE_NAME).unlink(missing_ok=True)
         return LongCaptions()
     tokenizer = component_digest(model, limit.tokenizer, fact_cache)
+    # All that the count depends on. A table of millions of rows is counted once, not at each start.
     known_by = digest_of([digest_rows(suspects.lazy()), tokenizer, limit.most, limit.before])
     known = read_long_captions(folder, known_by)
     if known is not None:
@@ -108,8 +110,11 @@ def count_long_captions(
 
 
 def long_captions_of(model: ResolvedModel, table: CheckedTable) -> LongCaptions:
-    """Count the long captions of a checked table; nothing is written. Raises `WeightsError`: see
-    `count_long_captions`."""
+    """The same as `count_long_captions`, without reading or writing the list in a run folder.
+
+    Raises:
+        WeightsError: the tokenizer cannot be loaded.
+    """
     limit = caption_limit(model.family)
     suspects = None if limit is None else _suspects(table, model.family, limit)
     if limit is None or suspects is None:
@@ -120,20 +125,22 @@ def long_captions_of(model: ResolvedModel, table: CheckedTable) -> LongCaptions:
 def count_if_there(
     config: TrainingConfig, table: CheckedTable, fact_cache: FactCache
 ) -> LongCaptions | None:
-    """The same for the table of a config, if the model's files are there without a download."""
+    """The same as `count_long_captions`; None if the model's files have to be downloaded first."""
     hub = ModelHub(ModelHub.from_environment().base_path, skip_download=True)
     try:
-        found = find_model(config, hub)
-        return count_long_captions(found, table, Path(config.output_path), fact_cache)
+        model = find_model(config, hub)
+        return count_long_captions(model, table, Path(config.output_path), fact_cache)
     except UserError:
-        return None  # what is wrong with the model is said where it is loaded
+        return None  # a problem of the model is reported by the step that loads it
 
 
 def read_long_captions(folder: Path, known_by: str | None = None) -> LongCaptions | None:
-    """What was counted in a run folder; None where nothing was, or only for another table or tokenizer.
+    """Read the count that `count_long_captions` wrote into a run folder; None if there is no such
+    count.
 
     Args:
-        known_by: digest of what it has to be counted of; None takes any.
+        known_by: digest of the captions and the tokenizer that the count has to be of; None accepts
+            any count.
     """
     path = folder / FILE_NAME
     if not path.is_file():
@@ -145,33 +152,39 @@ def read_long_captions(folder: Path, known_by: str | None = None) -> LongCaption
         known["rows"] = tuple((row, tokens) for row, tokens in known["rows"])
         return LongCaptions(**known)
     except (OSError, pl.exceptions.PolarsError, ValueError, TypeError, KeyError):
-        return None  # it is counted again
+        return None  # the file is damaged or of another version: captions are counted again
 
 
 def _suspects(table: CheckedTable, family: Family, limit: TokenLimit) -> pl.DataFrame | None:
-    """`row` and `caption` of those that may be too long, by their bytes; None where there are none."""
+    """`row` and `caption` of the captions that may be too long, judged by their bytes; or None."""
     assert family.caption is not None
     captions = table.accepted.select("row", pl.col(family.caption.column).alias("caption"))
     if isinstance(captions.collect_schema()["caption"], pl.List):
         captions = captions.explode("caption")
+    # A token covers at least one byte, so short captions need no tokenizer: most of a table. But
+    # tokenizers normalise text that is not ASCII, which may make it longer.
     size, always = pl.col("caption").str.len_bytes(), limit.always_read
     is_ascii = size == pl.col("caption").str.len_chars()
-    few = pl.when(is_ascii).then(size <= always).otherwise(size * MOST_BYTES_OF_ONE <= always)
-    suspects = captions.filter(~few).collect(engine="streaming")
+    is_short = pl.when(is_ascii).then(size <= always).otherwise(size * MOST_BYTES_OF_ONE <= always)
+    suspects = captions.filter(~is_short).collect(engine="streaming")
     return suspects if suspects.height else None
 
 
 def _count(suspects: pl.DataFrame, limit: TokenLimit, tokenizer: Any) -> pl.DataFrame:
-    """`row` and `tokens` (of its longest caption) of the rows with a caption that is too long. Each text
-    is counted once."""
-    texts = suspects["caption"].unique(maintain_order=True)
+    """Count tokens.
+
+    Returns:
+        `row` and `tokens` (of its longest caption) of the rows with a caption that is too long, in
+        the order of the table.
+    """
+    texts = suspects["caption"].unique(maintain_order=True)  # each text is counted once
     counts: list[int] = []
     for part in texts.to_frame().iter_slices(_AT_ONCE):
         counts += limit.count(tokenizer, part["caption"].to_list())
     tokens = pl.DataFrame({"caption": texts, "tokens": pl.Series(counts, dtype=pl.UInt32)})
     long = tokens.filter(pl.col("tokens") > limit.most)
-    found = suspects.join(long, on="caption").group_by("row").agg(pl.col("tokens").max())
-    return found.sort("row")
+    longest = suspects.join(long, on="caption").group_by("row").agg(pl.col("tokens").max())
+    return longest.sort("row")
 
 
 def _described(rows: pl.DataFrame, limit: TokenLimit) -> LongCaptions:

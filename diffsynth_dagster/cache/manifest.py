@@ -1,12 +1,17 @@
-"""Which samples a training sees, and under which keys the store holds them.
+"""The manifest: which samples a training sees, and under which keys the store holds them.
 
-`samples.parquet` in a run folder has a row for each sample: `sample` (its identity), `content` (a
-number between 0 and 2 to the 64 that follows from what is trained on alone), `row`,
-`width`, `height`, `frames`, `shape` and, where there is one, `repeat` as the checked table has them, `tokens` (patches of its
-latents), `key:<stage>` for each cached stage, and `input:<column>` for what the stages of the
-training step read: a text, or files as JSON (see `data.samples`). Where a row has several captions,
-some of these are lists (see `cache.captions`). It is read in parts, where it is needed: a manifest may be larger
-than memory.
+It is the file `samples.parquet` in a run folder, with a row for each sample:
+
+    sample          its identity
+    content         a number below 2^64, made from the content of the file that is trained on
+    row, width, height, frames, shape, repeat    as in the checked table; not all have `repeat`
+    tokens          number of patches of its latents
+    key:<stage>     its key in the store, for each cached stage
+    input:<column>  what the stages of the training step read: a text, or files as JSON (see
+                    `data.samples`)
+
+If rows may have several captions, some of these columns hold lists (see `cache.captions`). The file
+is read in batches, since it may be larger than memory.
 """
 
 import json
@@ -25,15 +30,16 @@ from diffsynth_dagster.seal import seal_is_broken, write_sealed
 
 FILE_NAME = "samples.parquet"
 PLANNED = ".samples.planned.parquet"
-"""The manifest of samples of which the store may still lack some."""
+"""The manifest before its samples are encoded: the store may lack some of them."""
 CONTENT_NUMBER = "content"
 _NOTES = "diffsynth_dagster"
-_OF_A_TABLE: dict[str, Any] = {
+_WITHOUT_TABLE: dict[str, Any] = {
     "sample_rows": [],
     "unprompted_rows": [],
     "sample_table": "",
     "negative_prompt": None,
 }
+"""The notes that are not written if `sample_prompts` names no table."""
 _DO = (
     "encode it first: materialize the recipe's latents, or run the task sft:data_process with this "
     "folder as output_path"
@@ -41,8 +47,13 @@ _DO = (
 
 
 class SampleRow(TypedDict):
-    """A row of the table of `sample_prompts`: the size of what is made of it (0 where its files have
-    none), stage → key, and column → text or files as JSON, for the stages of the training step."""
+    """A row of the table that `sample_prompts` names.
+
+    Attributes:
+        width, height, frames: the size of the sample; 0 if its files determine none.
+        keys: stage → key in the store.
+        inputs: column → text, or files as JSON, for the stages of the training step.
+    """
 
     width: int
     height: int
@@ -53,24 +64,24 @@ class SampleRow(TypedDict):
 
 @dataclass(frozen=True)
 class Notes:
-    """What a manifest says about all of its samples.
+    """What a manifest says about all of its samples. It is stored as JSON in the file's metadata.
 
     Attributes:
         store: folder of the store.
         family: name of the model family.
-        digest: identity of what is trained on: the samples, their keys and order.
-        samples: how many there are.
+        digest: identity of the data set: its samples, their keys and their order.
+        samples: number of samples.
         outputs: cached stage → name of its first output, by which the store's index is searched.
-        prompts: sample prompt → stage → key, for the images made during training.
-        sample_rows: what they are made of where a table names them.
-        unprompted_rows: the same rows with the negative prompt, where there is guidance.
-        negative_prompt: of these rows.
-        sample_table: digest of this table.
+        prompts: prompt → stage → key, for the sample images that are made during training.
         weights: component → digest of the files that it was encoded with.
-        parameters: what encoding has settled: see `config.affects.settled_by_encoding`.
+        parameters: what encoding has fixed: see `config.affects.settled_by_encoding`.
         data: the data set, as absolute paths: see `config.inherited.named_data`.
-        stages: cached stage → digest of its version and outputs.
+        stages: cached stage → digest of its version and outputs: see `keys.stage_digest`.
         layout: `LAYOUT_VERSION` of the keys.
+        sample_rows: the rows of the table that `sample_prompts` names, if it names one.
+        unprompted_rows: the same rows with the negative prompt, if there is guidance.
+        sample_table: digest of this table.
+        negative_prompt: the negative prompt of `unprompted_rows`.
     """
 
     store: str
@@ -92,7 +103,12 @@ class Notes:
 
 @dataclass(frozen=True)
 class SampleRows:
-    """What samples are made of where `sample_prompts` names a table: see `Notes`."""
+    """The rows of the table that `sample_prompts` names.
+
+    Attributes:
+        rows, unprompted, table, negative_prompt: `sample_rows`, `unprompted_rows`, `sample_table`
+            and `negative_prompt` of `Notes`.
+    """
 
     rows: list[SampleRow]
     unprompted: list[SampleRow]
@@ -100,8 +116,9 @@ class SampleRows:
     negative_prompt: str | None = None
 
     def noted(self, notes: Notes) -> Notes:
-        """The notes with these rows: what is trained on is another data set with others."""
+        """Add these rows to the notes."""
         rows = {"sample_rows": self.rows, "unprompted_rows": self.unprompted}
+        # Other sample rows make it another data set for `run.up_to_date`.
         digest = digest_of([notes.digest, rows])
         about = {"sample_table": self.table, "negative_prompt": self.negative_prompt}
         return replace(notes, digest=digest, **about, **rows)
@@ -124,7 +141,7 @@ class Manifest(Notes):
 
     @property
     def frame(self) -> pl.DataFrame:
-        """The same in memory."""
+        """`rows` in memory."""
         return self.rows.collect()
 
     @property
@@ -134,9 +151,10 @@ class Manifest(Notes):
 
     @property
     def keys(self) -> pl.LazyFrame:
-        """Every key of the store that the training reads, each once: a column `key`."""
+        """Every key of the store that the training reads, once: a frame with the column `key`."""
         columns = [c for c in self.rows.collect_schema().names() if c.startswith("key:")]
         listed = self.listed
+        # Prompts and sample rows are not samples, but their keys must be stored and kept, too.
         prompts = [key for stages in self.prompts.values() for key in stages.values()]
         for row in (*self.sample_rows, *self.unprompted_rows):
             prompts += row["keys"].values()
@@ -149,29 +167,29 @@ class Manifest(Notes):
 
     @property
     def listed(self) -> list[str]:
-        """The columns that have a text for each caption of a row: see `cache.captions`."""
-        kinds = self.rows.collect_schema()
-        return [name for name, kind in kinds.items() if isinstance(kind, pl.List)]
+        """The columns with a list of one text for each caption: see `cache.captions`."""
+        schema = self.rows.collect_schema()
+        return [name for name, kind in schema.items() if isinstance(kind, pl.List)]
 
     def publish(self) -> "Manifest":
-        """Put the planned manifest in the place of the run folder's: its samples are encoded.
+        """Rename the planned manifest to `samples.parquet`, now that its samples are encoded.
 
-        Does nothing where another node that shares the folder did it. Raises `OutputError`.
+        Raises:
+            OutputError: another process took the folder over.
         """
-        require_held(self.folder)
+        require_held(self.folder)  # encoding may have taken hours
         path = self.folder / FILE_NAME
-        if self.path.exists():
+        if self.path.exists():  # or another node that shares the folder was faster
             self.path.replace(path)
         return replace(self, path=path)
 
 
 def write_manifest(rows: pl.LazyFrame, notes: Notes, path: Path) -> Manifest:
-    """Write a manifest whole, its rows in batches. Raises `OutputError`."""
+    """Write a manifest atomically, its rows in batches. Raises `OutputError`."""
     values: dict[str, Any] = asdict(notes)
-    of_none = _OF_A_TABLE.items()
-    said = {n: value for n, value in values.items() if (n, value) not in of_none}
-    text = {_NOTES: json.dumps(said)}
-    write_sealed(path, lambda staged, said: rows.sink_parquet(staged, metadata=said), text)
+    written = {n: value for n, value in values.items() if (n, value) not in _WITHOUT_TABLE.items()}
+    text = {_NOTES: json.dumps(written)}
+    write_sealed(path, lambda staged, notes: rows.sink_parquet(staged, metadata=notes), text)
     return Manifest(**values, path=path)
 
 
@@ -179,22 +197,23 @@ def read_manifest(folder: Path, name: str = FILE_NAME, any_layout: bool = False)
     """Read the `samples.parquet` of a run folder.
 
     Args:
-        any_layout: read one of another version too. Its keys are named; its samples may be wrong.
+        any_layout: read a manifest of another layout too. Its samples may be wrong.
 
     Raises:
-        StoreError: it is missing or damaged, or older than files are compared with what was
-            checked when they are read.
+        StoreError: the manifest is missing, damaged, or of another layout.
     """
     path = folder / name
     try:
+        # Before parsing: a flipped bit may leave a valid file with another order or caption.
         if path.is_file() and seal_is_broken(path):
             raise StoreError(
                 "the list of encoded samples is damaged: its bytes have changed",
                 where=str(path),
                 do=_DO,
             )
-        given: dict[str, Any] = json.loads(read_notes(path)[_NOTES])
-        notes: dict[str, Any] = {"digest": "", "samples": 0, **given}
+        written: dict[str, Any] = json.loads(read_notes(path)[_NOTES])
+        # Manifests of older layouts may lack these; they can be read with `any_layout`.
+        notes: dict[str, Any] = {"digest": "", "samples": 0, **written}
         manifest = Manifest(**notes, path=path)
     except (OSError, pl.exceptions.PolarsError, KeyError, ValueError, TypeError) as error:
         raise StoreError(

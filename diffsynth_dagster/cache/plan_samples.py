@@ -1,7 +1,6 @@
-"""From a checked table to a manifest: which key each sample has, before anything is encoded.
+"""Make the manifest of a checked table: compute the keys of all samples before any is encoded.
 
-The table is read in batches and the manifest written in batches: ten million rows need no more
-memory than a hundred thousand, but for a number each.
+The table is read and the manifest is written in batches; only one integer per row stays in memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,8 +43,9 @@ from diffsynth_dagster.files import hidden_folder, write_whole
 from diffsynth_dagster.weights.resolved import ResolvedModel
 
 _NUMBER = "\x00number"
+"""A column with the number of the row, while its captions have rows of their own."""
 _AT_ONCE = 1 << 14
-"""Rows whose captions are taken apart together."""
+"""Rows whose captions are processed together: each caption is a row meanwhile."""
 _SIZES = {"row": pl.UInt32, "width": pl.Int64, "height": pl.Int64, "frames": pl.Int64}
 
 
@@ -56,7 +56,7 @@ def plan_samples(
     keys: Keys,
     sampled: SampleRows | None = None,
 ) -> Manifest:
-    """Write the planned manifest of a checked table into the run folder: nothing is encoded yet.
+    """Write the planned manifest of a checked table into the run folder. Nothing is encoded yet.
 
     Args:
         sampled: the rows of the table that `sample_prompts` names, if it names one.
@@ -70,19 +70,22 @@ def plan_samples(
     step_inputs = list(dict.fromkeys(i for stage in model.step_stages for i in stage.reads))
     captions = captions_of(config, family)
     output = Path(config.output_path)
+    # A draft goes to disk first: identities must all be known to number the equal ones.
     with hidden_folder(output / "plan") as folder:
         draft = folder / "draft.parquet"
         sizes = _sizes(table)
         make_rows = _row_maker(family.columns, cached, step_inputs, keys, captions, sizes)
-        made = table.accepted.select(_read_columns(family.columns, sizes)).map_batches(
+        planned = table.accepted.select(_read_columns(family.columns, sizes)).map_batches(
             make_rows,
             schema=_schema(cached, step_inputs, captions, sizes),
             streamable=True,
+            # Polars cannot see that `make_rows` returns other columns than it is given.
             predicate_pushdown=False,
             projection_pushdown=False,
         )
-        write_whole(draft, lambda staged: made.sink_parquet(staged, compression="lz4"))
+        write_whole(draft, lambda staged: planned.sink_parquet(staged, compression="lz4"))
         rows = _with_occurrence(scan_parquet(draft))
+        # Not the inputs of the step: their text may contain paths, which say nothing of content.
         identity = [*sizes, "shape", "sample", *(f"key:{s.name}" for s in cached)]
         prompts = _prompts(config, family.sampling)
         text_stages = [s for s in family.text_stages if s in cached]
@@ -105,19 +108,20 @@ def plan_samples(
 
 
 def _sizes(table: CheckedTable) -> dict[str, Any]:
-    """The columns of numbers that a manifest takes over from a checked table."""
+    """The numeric columns that a manifest takes over from a checked table, with their types."""
     names = table.rows.collect_schema().names()
     return {**_SIZES, **({REPEAT: pl.UInt32} if REPEAT in names else {})}
 
 
 def _read_columns(columns: Columns, sizes: Mapping[str, Any]) -> list[str]:
-    """The columns of a checked table that a manifest is made of."""
+    """The columns of a checked table that a manifest is made from."""
+    # Everything about the files: the step may read some of them itself.
     parts = [f"{item.column}:{part}" for item in columns.files for part in PARTS]
     return [*sizes, "shape", *(item.column for item in columns.inputs), *parts]
 
 
 def _prompts(config: TrainingConfig, sampling: Sampling) -> list[str]:
-    """The prompts of sample images, and the negative one where guidance needs it."""
+    """The prompts of sample images, and the negative prompt if guidance needs it."""
     prompts, guidance = list(config.sample_texts), guidance_of(config, sampling)
     return [*prompts, guidance.negative_prompt] if prompts and guidance.is_on else prompts
 
@@ -128,6 +132,7 @@ def _schema(
     captions: Captions | None,
     sizes: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """The columns of a manifest with their types, in order."""
     texts = [
         "shape",
         *(f"key:{s.name}" for s in cached),
@@ -135,14 +140,15 @@ def _schema(
     ]
     listed = dict.fromkeys(_listed(cached, step_inputs, captions), pl.List(pl.String))
     plain = dict.fromkeys(texts, pl.String)
-    own = {"sample": pl.String, CONTENT_NUMBER: pl.UInt64}
-    return {**own, **sizes, "tokens": pl.Int64, **plain, **listed}
+    first = {"sample": pl.String, CONTENT_NUMBER: pl.UInt64}
+    # `listed` replaces the types of columns in `plain`; their place stays.
+    return {**first, **sizes, "tokens": pl.Int64, **plain, **listed}
 
 
 def _listed(
     cached: Sequence[Stage], step_inputs: Sequence[Input], captions: Captions | None
 ) -> list[str]:
-    """The columns of a manifest that have a text for each caption of a row."""
+    """The columns of a manifest that hold a list of one text for each caption."""
     if captions is None:
         return []
     keys = [f"key:{stage.name}" for stage in cached if captions.told(stage)]
@@ -157,9 +163,9 @@ def _row_maker(
     captions: Captions | None,
     sizes: Mapping[str, Any],
 ) -> Any:
-    """Makes rows of a manifest from rows of a checked table."""
+    """A function that makes rows of a manifest from rows of a checked table."""
     identity = sample_identity(columns.inputs).alias("sample")
-    said = [
+    others = [
         content_number(columns.inputs).alias(CONTENT_NUMBER),
         *(pl.col(name).cast(kind) for name, kind in sizes.items()),
         tokens(columns).alias("tokens"),
@@ -174,37 +180,40 @@ def _row_maker(
     listed = _listed(cached, step_inputs, captions)
 
     def make(rows: pl.DataFrame) -> pl.DataFrame:
-        return with_contents(rows, columns.inputs).select(identity, *said)
+        return with_contents(rows, columns.inputs).select(identity, *others)
 
-    def make_told(rows: pl.DataFrame) -> pl.DataFrame:
+    def make_with_captions(rows: pl.DataFrame) -> pl.DataFrame:
         assert captions is not None
-        # A row for each caption, and then one with a list of what differs between them.
+        # Give each caption a row of its own, compute its keys, and gather them as lists again.
         texts = captions.of_rows(rows, captions.column)
-        each = rows.with_row_index(_NUMBER).with_columns(texts).explode(captions.column)
+        exploded = rows.with_row_index(_NUMBER).with_columns(texts).explode(captions.column)
         contents = [pl.col(CONTENT + i.column) for i in columns.inputs]
         read = pl.col("^" + READ_AS + ".*$")
-        each = with_contents(each, columns.inputs).select(_NUMBER, *contents, read, *said)
-        own = pl.col(CONTENT + captions.column)
+        exploded = with_contents(exploded, columns.inputs).select(_NUMBER, *contents, read, *others)
+        # The identity of a sample includes all its captions, except for the empty one: caption
+        # dropout does not change the noise.
+        caption_digests = pl.col(CONTENT + captions.column)
         if captions.empty:
-            own = own.head(pl.len() - 1)
-        together = each.group_by(_NUMBER, maintain_order=True).agg(
-            own.str.join(",").alias(CONTENT + captions.column),
+            caption_digests = caption_digests.head(pl.len() - 1)
+        gathered = exploded.group_by(_NUMBER, maintain_order=True).agg(
+            caption_digests.str.join(",").alias(CONTENT + captions.column),
             pl.col(listed),
             pl.exclude(_NUMBER, CONTENT + captions.column, *listed).first(),
         )
-        return together.with_columns(identity).select(names)
+        return gathered.with_columns(identity).select(names)
 
-    def make_all_told(rows: pl.DataFrame) -> pl.DataFrame:
-        parts = [make_told(part) for part in rows.iter_slices(_AT_ONCE)]
-        return pl.concat(parts) if parts else make_told(rows)
+    def make_in_parts(rows: pl.DataFrame) -> pl.DataFrame:
+        parts = [make_with_captions(part) for part in rows.iter_slices(_AT_ONCE)]
+        return pl.concat(parts) if parts else make_with_captions(rows)
 
-    return make if captions is None else make_all_told
+    return make if captions is None else make_in_parts
 
 
 def tokens(columns: Columns) -> pl.Expr:
-    """How many patches the latents of a row's files have together: what a step costs grows with it.
+    """Number of patches of the latents of a row's files, in total: a measure of a step's cost.
 
-    A patch covers `side_factor` pixels each way, and of a clip the `step` of its frame rule.
+    A patch covers `side_factor` x `side_factor` pixels; in a clip it also covers as many frames as
+    the `step` of the frame rule.
     """
     geometry = columns.geometry
     step = geometry.frames.step if geometry.frames is not None else 1
@@ -216,10 +225,11 @@ def tokens(columns: Columns) -> pl.Expr:
         return area * ((frames + step - 1) // step)
 
     total: pl.Expr = pl.lit(0, pl.Int64)
+    # Masks that weigh the loss are no input of the model, and sound has few tokens.
     for item in (i for i in columns.files if i.kind != "audio" and not i.weighs):
         target, frames = pl.col(f"{item.column}:target"), pl.col(f"{item.column}:frames")
         if item.many:
-            # Files of a column that takes many are pictures, of one frame each.
+            # A column that takes many files holds pictures, of one frame each.
             total += target.list.eval(patches(pl.element(), pl.lit(1))).list.sum()
         else:
             total += patches(target, frames)
@@ -227,16 +237,18 @@ def tokens(columns: Columns) -> pl.Expr:
 
 
 def _with_occurrence(rows: pl.LazyFrame) -> pl.LazyFrame:
-    """The rows with `sample` made unique: `<identity>-<n>` for the n-th row of this identity.
+    """Make `sample` unique: `<identity>-<n>` for the n-th row with this identity.
 
-    Rows that may be alike are found by the first 64 bits of their identities.
+    Equal rows are different samples of the data set, each with noise of its own.
     """
+    # Compare the first 64 bits as integers, a quarter of the memory of the texts, and the whole
+    # identity only of rows in which these are equal.
     start = pl.col("sample").str.slice(0, 16).str.to_integer(base=16, dtype=pl.UInt64)
     suspects = rows.select(start).collect(engine="streaming").to_series().is_duplicated()
-    counted = pl.Series("n", [1], dtype=pl.UInt32).new_from_index(0, len(suspects))
+    occurrence = pl.Series("n", [1], dtype=pl.UInt32).new_from_index(0, len(suspects))
     if suspects.any():
-        alike = rows.select("sample").collect(engine="streaming").filter(suspects)
-        number = alike.select(pl.int_range(1, pl.len() + 1).over("sample").cast(pl.UInt32))
-        counted = counted.scatter(suspects.arg_true(), number.to_series())
-    together = pl.concat([rows, counted.to_frame().lazy()], how="horizontal")
-    return together.with_columns(pl.format("{}-{}", "sample", "n").alias("sample")).drop("n")
+        equal = rows.select("sample").collect(engine="streaming").filter(suspects)
+        number = equal.select(pl.int_range(1, pl.len() + 1).over("sample").cast(pl.UInt32))
+        occurrence = occurrence.scatter(suspects.arg_true(), number.to_series())
+    numbered = pl.concat([rows, occurrence.to_frame().lazy()], how="horizontal")
+    return numbered.with_columns(pl.format("{}-{}", "sample", "n").alias("sample")).drop("n")

@@ -1,14 +1,16 @@
-"""The manifest as a training reads it: where each sample lies, in files of fixed-size records.
+"""The manifest in the form that a training reads: files of fixed-size records.
 
     .samples.records  a record for each sample, samples of equal shape next to each other
     .samples.bin      the texts and lists of files that the training step reads, one after another
-    .samples.captions a record for each caption of each sample, where samples may have several
+    .samples.captions a record for each caption of each sample, if samples may have several
     .samples.json     buckets, shards, columns
 
-Those of held-out samples are called after them.
+For the held-out samples and those compared with them, the files have the names `.held_out.…` and
+`.compared.…`.
 
-The keys are looked up in the store once, for all samples together. The files are mapped into memory
-by every process and worker of a node: a sample costs none of them a Python object.
+`resolve` looks up the shards of all samples in the store once, and writes these files. The
+processes and data-loading workers of a node map them into memory. So they share one copy, and no
+sample is a Python object until it is read.
 """
 
 import json
@@ -40,16 +42,16 @@ from diffsynth_dagster.files import write_text, write_whole
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the records do not say.
+    """The content of `.samples.json`.
 
     Attributes:
         store: folder of the store.
-        digest: of the manifest.
+        digest: digest of the manifest.
         buckets: number of samples of each bucket, in the order of the records.
-        pixels: of a picture or frame of each shape.
-        shards: names, by the numbers that the records hold.
-        columns: what the records hold.
-        repeats: how often each bucket is taken in a pass over the data set; empty where each is once.
+        pixels: number of pixels of a picture or frame of each bucket.
+        shards: names of the shards; the records hold indices into this list.
+        columns: the stages and columns of the records.
+        repeats: how often each bucket is visited in an epoch; empty if each is visited once.
     """
 
     store: str
@@ -63,7 +65,7 @@ class _Facts:
 
 @dataclass(frozen=True)
 class Told:
-    """What of a sample depends on the caption that it is told: see `Sample`."""
+    """The part of a sample that depends on its caption; for the attributes see `Sample`."""
 
     places: Mapping[str, tuple[str, str]]
     inputs: Mapping[str, str]
@@ -71,15 +73,15 @@ class Told:
 
 @dataclass(frozen=True)
 class Sample:
-    """Where one sample lies.
+    """What a training needs to know in order to read a sample.
 
     Attributes:
         sample: its identity.
-        row: its number in the metadata, from 1.
-        place: where it is in the order of the records.
-        places: stage → shard and key.
+        row: its row in the metadata, from 1.
+        place: the number of its record.
+        places: stage → shard and key of its outputs.
         inputs: column → text, or files as JSON.
-        captions: where samples may have several captions: what depends on them, for each.
+        captions: if samples may have several captions: what depends on each of them.
     """
 
     sample: str
@@ -90,19 +92,20 @@ class Sample:
     captions: tuple[Told, ...] = ()
 
     def told(self, number: int) -> "Sample":
-        """The sample with one of its captions, counted from 0; itself where samples have one alone."""
+        """The sample with only one of its captions, counted from 0. A sample of a data set with one
+        caption each is returned as it is."""
         if not self.captions:
             return self
-        told = self.captions[number]
-        places, inputs = {**self.places, **told.places}, {**self.inputs, **told.inputs}
+        caption = self.captions[number]
+        places, inputs = {**self.places, **caption.places}, {**self.inputs, **caption.inputs}
         return replace(self, places=places, inputs=inputs, captions=())
 
 
 class Samples:
-    """The resolved samples in a run folder. Copies for worker processes map the files anew.
+    """The resolved samples in a run folder.
 
     Args:
-        name: of the files; see the module.
+        name: the name of the files, without dot and suffix; see the module.
     """
 
     def __init__(self, folder: Path, name: str = "samples") -> None:
@@ -117,42 +120,42 @@ class Samples:
             kind = place_type(len(columns.told_stages), len(columns.told_inputs))
             self._captions: Any = np.memmap(captions, kind, mode="r")
         with texts.open("rb") as file:
-            empty = file.seek(0, 2) == 0
+            empty = file.seek(0, 2) == 0  # which `mmap` refuses
             self._texts: Any = b"" if empty else mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         self.store = Path(self._facts.store)
         self.buckets: Sequence[int] = self._facts.buckets
         self.repeats: Sequence[int] = self._facts.repeats
-        self._starts = np.cumsum([0, *self.buckets])
+        self._starts = np.cumsum([0, *self.buckets])  # number of the first record of each bucket
 
     def __len__(self) -> int:
         return len(self._records)
 
     def tokens(self) -> NDArray[np.uint32]:
-        """Patches of each sample's latents, in the order of the records."""
+        """Number of patches of each sample's latents, (samples,), in the order of the records."""
         return cast("NDArray[np.uint32]", self._records["tokens"])
 
     def pixels(self, bucket: int) -> int:
-        """Pixels of the pictures of a bucket, or of a frame of its clips."""
+        """Number of pixels of a bucket's pictures, or of a frame of its clips."""
         return self._facts.pixels[bucket]
 
     def rows(self) -> NDArray[np.uint32]:
-        """Number of each sample in the metadata, in the order of the records."""
+        """Row of each sample in the metadata, (samples,), in the order of the records."""
         return cast("NDArray[np.uint32]", self._records["row"])
 
     def tokens_at(self, bucket: int, index: int) -> int:
-        """Patches of a sample's latents, by its bucket and its place in it."""
+        """Number of patches of a sample's latents, by its bucket and its index in the bucket."""
         return int(self._records["tokens"][int(self._starts[bucket]) + index])
 
     def at(self, bucket: int, index: int) -> Sample:
-        """A sample by its bucket and its place in it."""
+        """A sample, by its bucket and its index in the bucket."""
         columns, place = self._facts.columns, int(self._starts[bucket]) + index
         record = self._records[place]
         captions: list[Told] = []
         if columns.has_captions:
             first, count = int(record["captions_at"]), int(record["captions"])
             captions = [
-                Told(*self._places(own, columns.told_stages, columns.told_inputs))
-                for own in self._captions[first : first + count]
+                Told(*self._places(caption, columns.told_stages, columns.told_inputs))
+                for caption in self._captions[first : first + count]
             ]
         places, inputs = self._places(record, columns.stages, columns.inputs)
         return Sample(
@@ -162,7 +165,7 @@ class Samples:
     def _places(
         self, record: Any, stages: Sequence[str], inputs: Sequence[str]
     ) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
-        """Shard and key of each stage, and the text of each input, of a record."""
+        """From a record, `places` and `inputs` as `Sample` has them."""
         texts: dict[str, str] = {}
         for number, column in enumerate(inputs):
             start, length = int(record["at"][number]), int(record["length"][number])
@@ -174,6 +177,7 @@ class Samples:
         return places, texts
 
     def __reduce__(self) -> Any:
+        # A worker process maps the files itself: memory maps cannot be pickled.
         return Samples, (self._folder, self._name)
 
 
@@ -182,10 +186,11 @@ def _files(folder: Path, name: str) -> list[Path]:
 
 
 def resolve(manifest: Manifest, folder: Path, name: str = "samples") -> Samples:
-    """Look up where the samples of a manifest lie, and write it into the folder of a training.
+    """Look up the shards of a manifest's samples, and write the files that a training reads.
 
     Args:
-        name: of the files; see the module.
+        folder: the files are written here.
+        name: the name of the files, without dot and suffix; see the module.
 
     Raises:
         StoreError: the store lacks a sample, or holds one with NaN or infinity.
@@ -204,14 +209,15 @@ def resolve(manifest: Manifest, folder: Path, name: str = "samples") -> Samples:
 
     records_file, texts, captions_file, facts_file = _files(folder, name)
 
+    # One pass over the manifest fills all the files, so the calls of `write_whole` are nested.
     def write(records: Path, captions: Path | None = None) -> None:
         fill = partial(write_records, manifest, columns, places, buckets, records, captions)
         write_whole(texts, fill)
 
-    def write_both(records: Path) -> None:
+    def write_with_captions(records: Path) -> None:
         write_whole(captions_file, lambda captions: write(records, captions))
 
-    write_whole(records_file, write_both if columns.has_captions else write)
+    write_whole(records_file, write_with_captions if columns.has_captions else write)
     pixels: list[int] = (buckets["width"] * buckets["height"]).to_list()
     repeats: list[int] = buckets[REPEAT].to_list() if REPEAT in buckets.columns else []
     facts = _Facts(manifest.store, manifest.digest, sizes, pixels, shards, columns, repeats)
@@ -222,25 +228,29 @@ def resolve(manifest: Manifest, folder: Path, name: str = "samples") -> Samples:
 def _shard_numbers(
     manifest: Manifest, store: Store, stage: str, shards: Sequence[str]
 ) -> NDArray[np.uint32]:
-    """For each row of the manifest, or each of its captions where the stage depends on them, the number
-    of the shard that holds its outputs of a stage.
+    """Find the shards that hold a stage's outputs.
+
+    Returns:
+        An index into `shards` for each row of the manifest, or, if the stage depends on the
+        caption, for each caption of each row.
 
     Raises:
-        StoreError: the store lacks some.
+        StoreError: the store lacks some outputs.
     """
     stored = store.scan().filter(pl.col("output") == manifest.outputs[stage])
+    # Numbers instead of names: 4 bytes for each sample instead of a string of 32 characters.
     numbered = pl.LazyFrame(
         {"shard": shards, "number": range(len(shards))},
         schema={"shard": pl.String, "number": pl.UInt32},
     )
     places = stored.select("key", "shard").join(numbered, on="shard").select("key", "number")
-    own = pl.col(f"key:{stage}")
+    key = pl.col(f"key:{stage}")
     keys = manifest.rows.select(
-        (own.explode() if own.meta.output_name() in manifest.listed else own).alias("key")
+        (key.explode() if key.meta.output_name() in manifest.listed else key).alias("key")
     ).with_row_index("index")
-    found = keys.join(places, on="key", how="left", maintain_order="left")
-    numbers = store.collect(found.select("index", "number"))
-    # Of keys that two writers wrote either will do.
+    joined = keys.join(places, on="key", how="left", maintain_order="left")
+    numbers = store.collect(joined.select("index", "number"))
+    # If two writers stored the same key, the join has two rows for it: either shard will do.
     if not numbers["index"].is_unique().all():
         numbers = numbers.unique("index", keep="first", maintain_order=True)
     if numbers["number"].has_nulls():
@@ -249,8 +259,8 @@ def _shard_numbers(
 
 
 def _require_finite(manifest: Manifest, store: Store) -> None:
-    """Refuse samples whose encoded inputs hold NaN or infinity. (Those that are encoded now are
-    refused before they are stored.) Raises `StoreError`."""
+    """Refuse stored samples with NaN or infinity. Raises `StoreError`."""
+    # Encoding refuses them today, but a store may hold some from before it did.
     broken = store.collect(store.scan().filter(~pl.col("finite")).select("key").unique())
     if not broken.height:
         return
@@ -269,10 +279,10 @@ def _require_finite(manifest: Manifest, store: Store) -> None:
 
 
 def lacking(missing: int, wanted: int, store: str) -> StoreError:
-    """The error for a store that lacks inputs of a training."""
+    """The error for a store that lacks encoded samples of a training."""
     return StoreError(
         f"the store lacks {missing} of {wanted} encoded inputs",
         where=store,
-        do="encode it first: materialize the latents, or run the task with :data_process and the same "
-        "parameters",
+        do="encode it first: materialize the latents, or run the task with :data_process and the "
+        "same parameters",
     )

@@ -1,4 +1,4 @@
-"""Shards: safetensors files of encoded samples, each with an index that says what every tensor is."""
+"""Shards: safetensors files of encoded samples, each with an index file that lists its tensors."""
 
 import time
 import uuid
@@ -20,10 +20,13 @@ from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.seal import seal_is_broken, write_sealed
 
 SHARD_BYTES = 256 * 1024 * 1024
+"""A shard is written when its tensors have this many bytes."""
 SHARD_SECONDS = 60.0
+"""A shard is written at the latest after this time: a killed run loses no more work than that."""
 POLARS_ERRORS = (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException)
-"""What polars raises for a damaged file."""
+"""The exceptions that Polars raises for a damaged file."""
 _LAYOUT = "layout"
+"""The entry of an index file's metadata with its `LAYOUT_VERSION`."""
 INDEX_SCHEMA = {
     "key": pl.String,
     "output": pl.String,
@@ -37,25 +40,26 @@ INDEX_SCHEMA = {
 
 
 def damaged(file: Path, why: str) -> StoreError:
-    """The error for a file of a store that cannot be used.
+    """The error for a damaged file of a store.
 
     Args:
-        file: in a folder of the store.
+        file: a file in a folder of the store.
+        why: what is wrong with it.
     """
     store = file.parent.parent
     return StoreError(
         f"the store is damaged: {why}",
         where=str(file),
-        do=f"run `python -m diffsynth_dagster.cache verify --drop --cache_path {store}`, and encode "
-        "again: only what was lost is",
+        do=f"run `python -m diffsynth_dagster.cache verify --drop --cache_path {store}`, and "
+        "encode again: only what was lost is",
     )
 
 
 def require_whole(file: Path) -> None:
-    """Compare an index file with its seal.
+    """Check an index file against its seal: see `seal.py`.
 
     Raises:
-        StoreError: it has other bytes than those that were written.
+        StoreError: its bytes are not those that were written.
     """
     try:
         broken = seal_is_broken(file)
@@ -66,12 +70,12 @@ def require_whole(file: Path) -> None:
 
 
 def read_index(file: Path) -> pl.DataFrame:
-    """The rows of an index file.
+    """Read and check an index file.
 
     Raises:
         StoreError: it is damaged.
     """
-    require_whole(file)
+    require_whole(file)  # indices of older versions have no seal, hence the checks below
     try:
         rows = read_parquet(file)
     except POLARS_ERRORS as error:
@@ -88,7 +92,7 @@ def read_index(file: Path) -> pl.DataFrame:
 
 
 def index_layout(file: Path) -> int:
-    """The `LAYOUT_VERSION` that an index file was written with; 0 where it does not say so.
+    """The `LAYOUT_VERSION` that an index file was written with; 0 if the file does not say.
 
     Raises:
         StoreError: the file is damaged.
@@ -100,13 +104,14 @@ def index_layout(file: Path) -> int:
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """BLAKE3 of a tensor's bytes (contiguous, on the CPU)."""
+    """BLAKE3 digest of the bytes of a tensor on the CPU."""
+    # As bytes, since numpy has no bfloat16.
     data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return blake3(data).hexdigest()
 
 
 def index_row(key: str, output: str, shard: str, tensor: torch.Tensor) -> dict[str, Any]:
-    """What the index says of a tensor."""
+    """The row of a tensor in the index: see `INDEX_SCHEMA`."""
     return {
         "key": key,
         "output": output,
@@ -120,10 +125,9 @@ def index_row(key: str, output: str, shard: str, tensor: torch.Tensor) -> dict[s
 
 
 class OpenShard:
-    """A shard that is read, each tensor compared with its digest in the file's header.
+    """An open shard. Every tensor that is read is compared with its digest in the file's header.
 
-    (Not with that in the index: what reads Parquet cannot be used in worker processes. Shards that
-    were written before they had digests are read as they are.)
+    Shards of older versions have no digests there; their tensors are not compared.
 
     Raises:
         OSError, SafetensorError: the shard is damaged.
@@ -131,17 +135,20 @@ class OpenShard:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        # Entered and never left: the file stays mapped as long as this object lives.
         self._file: Any = safe_open(path, framework="pt", device="cpu").__enter__()
-        # Sorted arrays: an index of many small tensors takes 100 bytes for each, and no object.
+        # Digests are taken from the header and not from the index, because data-loading workers
+        # read shards, and Polars does not work in forked processes. They are kept as sorted arrays
+        # of about 100 bytes per tensor, without a Python object for each of them.
         digests: list[tuple[str, str]] = sorted((self._file.metadata() or {}).items())
         self._names: Any = np.array([name for name, _ in digests], dtype=bytes)
         self._digests: Any = np.array([digest for _, digest in digests], dtype=bytes)
 
     def read(self, key: str, output: str) -> torch.Tensor:
-        """A tensor of the shard.
+        """Read a tensor of the shard.
 
         Raises:
-            StoreError: it is not what was written.
+            StoreError: its bytes are not those that were written.
             OSError, SafetensorError: it cannot be read.
         """
         name = f"{key}.{output}"
@@ -155,11 +162,11 @@ class OpenShard:
 
 
 class ShardWriter:
-    """Collects encoded samples and writes them as shards: when one is full, when it was filled for
-    a minute, and when this context manager is left, also by an exception.
+    """A context manager that collects encoded samples and writes them as shards.
 
-    What is added in one call lies in one shard, so that a batch is in the store as a whole or not at
-    all.
+    A shard is written after `SHARD_BYTES` or `SHARD_SECONDS`, and when the context is left, also
+    after an exception. The samples of one call are in the same shard, so a batch is stored as a
+    whole or not at all.
     """
 
     def __init__(self, path: Path) -> None:
@@ -170,14 +177,23 @@ class ShardWriter:
         self._started = time.monotonic()
 
     def add(self, key: str, outputs: Mapping[str, torch.Tensor]) -> None:
-        """Put the outputs of a sample under a key. Raises `OutputError` when a shard is written."""
+        """Store the outputs of a sample under a key.
+
+        Raises:
+            OutputError: a shard is due and cannot be written.
+        """
         self.add_batch({key: outputs})
 
     def add_batch(self, samples: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Put samples into one shard: key → the outputs under it. Raises `OutputError` when a shard is
-        written."""
+        """Store the outputs of several samples (key → outputs) in the same shard.
+
+        Raises:
+            OutputError: a shard is due and cannot be written.
+        """
         for key, outputs in samples.items():
             for output, tensor in outputs.items():
+                # A copy: a view would keep its whole batch in memory, and safetensors refuses
+                # tensors that share memory.
                 stored = tensor.detach().to("cpu").contiguous().clone()
                 self._tensors[f"{key}.{output}"] = stored
                 self._rows.append(index_row(key, output, "", stored))
@@ -186,12 +202,13 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was collected as one shard. Raises `OutputError`."""
+        """Write the collected samples as one shard. Raises `OutputError`."""
         if not self._tensors:
             return
-        shard = uuid.uuid4().hex
+        shard = uuid.uuid4().hex  # so that writers need not agree on names
         tensors, rows = self._tensors, [{**row, "shard": shard} for row in self._rows]
         digests = {f"{row['key']}.{row['output']}": row["digest"] for row in rows}
+        # The shard before its index: readers only use shards that have an index.
         write_whole(
             self._path / "shards" / f"{shard}.safetensors",
             lambda staged: save_file(tensors, staged, metadata=digests),
@@ -210,6 +227,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # What was added is whole, whatever came after; only a full disk stays a full disk.
+        # The samples added so far are whole, whatever the exception is. But after an `OutputError`,
+        # such as a full disk, a second attempt to write would fail, too.
         if kind is None or not issubclass(kind, OutputError):
             self.flush()

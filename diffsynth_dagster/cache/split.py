@@ -1,6 +1,6 @@
-"""Split training: the config of each half, and what the second takes over from the first.
+"""Split training: the config of each half, and the parameters that the second takes from the first.
 
-Nothing of torch's libraries is imported here: Dagster's process asks for the configs alone.
+Dagster's process imports this module, so it must not import torch or the libraries built on it.
 """
 
 from pathlib import Path
@@ -21,14 +21,14 @@ from diffsynth_dagster.data.table.validate import CheckedTable
 
 
 def with_settled(config: TrainingConfig) -> TrainingConfig:
-    """The config, with what earlier steps have settled in place of what it leaves out.
+    """The config with the parameters that an earlier step has fixed, where it leaves them out.
 
-    The second half of split training takes over what the first encoded; a config that names a
-    checked table takes over what that was checked with.
+    The second half of split training takes them from the encoded data set. A config that names a
+    checked table takes them from that table.
 
     Raises:
         StoreError: there is no encoded data set.
-        ParameterError: the config asks for something else.
+        ParameterError: the config gives another value than the earlier step had.
     """
     if config.reads_encoded:
         where = f"dataset_base_path = {config.dataset_base_path}"
@@ -45,48 +45,52 @@ def with_settled(config: TrainingConfig) -> TrainingConfig:
 
 
 def _checked_with(table: CheckedTable) -> dict[str, Any]:
-    """What a table was checked with; parameters that are younger than it were off."""
+    """The parameters that a table was checked with; those added to this program since were off."""
     return {**off_values("rows"), **table.parameters}
 
 
 def _encoded_with(manifest: Manifest) -> dict[str, Any]:
-    """What a data set was encoded with; parameters that are younger than it were off."""
+    """The parameters that a data set was encoded with; those added since were off."""
     return {**off_values("rows", "latents"), **manifest.parameters}
 
 
 def first_half(config: TrainingConfig) -> TrainingConfig:
-    """The config of encoding the checked table of its run folder.
+    """The config with which the checked table in the run folder is encoded.
 
     Raises:
-        MetadataError: there is none.
-        ParameterError: it is of another data set, or was checked with other parameters.
+        MetadataError: the run folder has no checked table.
+        ParameterError: its table is of another data set, or was checked with other parameters.
     """
     config = with_settled(config)
     folder = Path(config.output_path)
     checked = read_checked(folder)
+    # The recipe may have been edited since the table was checked.
     given = {**named_data(config), **settled_by_checking(config)}
     settled = {**checked.data, **_checked_with(checked)}
     where, do = str(folder / CHECKED_TABLE), "check it again: materialize the metadata first"
     require_same(given, settled, "the table was checked", where, do)
+    # With a checked table as its table, encoding does not check the rows a second time.
     tables = {"dataset_metadata_path": str(folder / CHECKED_TABLE)}
-    own = held_out_config(config)
-    if own is not None:
-        path = Path(own.output_path) / CHECKED_TABLE
+    held_out = held_out_config(config)
+    if held_out is not None:
+        path = Path(held_out.output_path) / CHECKED_TABLE
         checked = read_checked(path.parent)
-        require_same(named_data(own), checked.data, "the table was checked", str(path), do)
+        require_same(named_data(held_out), checked.data, "the table was checked", str(path), do)
         tables["validation_metadata_path"] = str(path)
     task = config.task.split(":")[0] + ":data_process"
     return config.model_copy(update={"task": task, **tables})
 
 
 def second_half(config: TrainingConfig) -> TrainingConfig:
-    """The config of training on what lies encoded in its run folder, or where it says.
+    """The config with which the encoded data set in the run folder is trained on. If the config
+    names an encoded data set itself, only the task changes.
 
     Raises:
         StoreError: the run folder holds no encoded data set.
-        ParameterError: it is of another data set, or was encoded with other parameters.
+        ParameterError: its data set is another one, or was encoded with other parameters.
     """
     task = config.task.split(":")[0] + ":train"
+    # Without a table, `dataset_base_path` names an encoded data set.
     if config.dataset_metadata_path is None:
         return config.model_copy(update={"task": task})
     config = with_settled(config)
@@ -95,6 +99,6 @@ def second_half(config: TrainingConfig) -> TrainingConfig:
     settled = {**manifest.data, **_encoded_with(manifest)}
     do = "encode it again: materialize the latents first"
     require_same(given, settled, "the data set was encoded", str(manifest.path), do)
-    held_out_manifest(config, manifest)
+    held_out_manifest(config, manifest)  # only for its checks
     encoded = {"dataset_metadata_path": None, "dataset_base_path": config.output_path}
     return config.model_copy(update={"task": task, **encoded})

@@ -3,11 +3,12 @@
     <store>/shards/<shard>.safetensors     tensors named `<key>.<output>`
     <store>/index/<shard>.parquet          one row for each tensor of the shard
     <store>/users/<digest>.json            a run folder whose samples the store holds
-    <store>/lock                           held by whoever uses the store, alone by the clean-up
+    <store>/lock                           shared by all who use the store, exclusive for a clean-up
 
-A shard is staged and renamed, then its index is; readers use only what an index names, so an
-interrupted writer leaves nothing that is read. Writers never touch each other's files: any number
-of processes may write at once. Where two wrote the same key, the first by name is read.
+A writer first renames a finished shard into place, then its index. Readers use only what an index
+names, so they never see what an interrupted writer left. Writers never touch each other's files, so
+any number of processes may write at once. If two have written the same key, readers take the shard
+whose name is first.
 """
 
 import contextlib
@@ -42,41 +43,42 @@ from diffsynth_dagster.files import remove_leftovers, write_text
 from diffsynth_dagster.own_names import is_of_store
 
 LOST = ".lost"
-"""How the name of a damaged note ends after it was put aside."""
+"""The suffix of a damaged note of a user that was put aside by `verify --drop`."""
 _OPEN_SHARDS = 64
+"""Shards kept open for reading, the last used ones; each takes a file descriptor and a mapping."""
 _LOOK_EVERY_S, _SAY_EVERY_S = 0.2, 60.0
-"""While a clean-up is waited for."""
+"""While waiting for a clean-up: how often the lock is tried, and how often a message is given."""
 
 
 class Store:
-    """A store, read and written.
+    """A store of encoded samples.
 
-    Where a key lies is looked up in the index files for many keys at once; no key is kept in
-    memory.
+    Keys are looked up in the index files, for many keys at once. The index is not kept in memory.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
-        self._whole: set[Path] = set()
+        self._whole: set[Path] = set()  # index files whose seals have been checked
 
     @property
     def index_files(self) -> list[Path]:
-        """The index files, sorted."""
+        """The index files, sorted by name."""
         return self._own("index")
 
     @property
     def shard_files(self) -> list[Path]:
-        """The shards, also those that no index names, sorted."""
+        """The shards, including those without an index, sorted by name."""
         return self._own("shards")
 
     def _own(self, folder: str) -> list[Path]:
-        """The files of a folder of the store that have the names of the store's own, sorted."""
+        """The files that the store has written into one of its folders, sorted by name."""
+        # Recognised by name: other files there are the user's, and must not be read or removed.
         files = (self.path / folder).glob("*")
         return sorted(file for file in files if is_of_store(f"{folder}/{file.name}"))
 
     def scan(self) -> pl.LazyFrame:
-        """Every row of every index file, lazily: to be collected with `collect`.
+        """All rows of all index files, as a lazy frame. Collect it with `collect`.
 
         Raises:
             StoreError: an index file is damaged.
@@ -86,12 +88,12 @@ class Store:
             if file not in self._whole:
                 require_whole(file)
                 self._whole.add(file)
-        # With the schema given, no file is looked into before the frame is collected.
+        # The schema is given so that Polars opens no file before the frame is collected.
         none = pl.LazyFrame(schema=INDEX_SCHEMA)
         return scan_parquet(files, INDEX_SCHEMA) if files else none
 
     def collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
-        """A frame that was made from `scan`.
+        """Collect a frame that was made from `scan`.
 
         Raises:
             StoreError: an index file is damaged.
@@ -99,32 +101,42 @@ class Store:
         try:
             return frame.collect(engine="streaming")
         except POLARS_ERRORS:
+            # Polars does not say which file it was: read them one by one to name it.
             for file in self.index_files:
                 read_index(file)
             raise
 
     def index(self) -> pl.DataFrame:
-        """Every row of every index file. Raises `StoreError`."""
+        """All rows of all index files, in memory. Raises `StoreError`."""
         return self.collect(self.scan())
 
     def places(self, keys: pl.LazyFrame) -> pl.DataFrame:
-        """Where keys lie. Raises `StoreError`.
+        """Find the shards that hold keys.
 
         Args:
-            keys: a column `key`, each once.
+            keys: a frame with the column `key`, every key once.
 
         Returns:
-            `key` and `shard` of those that the store holds, in no order.
+            `key` and `shard` of the keys that the store holds, in no particular order.
+
+        Raises:
+            StoreError: an index file is damaged.
         """
         stored = self.scan().select("key", "shard").join(keys, on="key", how="semi")
+        # `min`: all processes choose the same one of two shards with the same key.
         return self.collect(stored.group_by("key").agg(pl.col("shard").min()))
 
     def missing(self, keys: pl.LazyFrame | Iterable[str]) -> pl.Series:
-        """Those of the keys that are not in the store, each once; in order where a list is given.
-        Raises `StoreError`.
+        """The keys that the store lacks.
 
         Args:
-            keys: a column `key`, or texts.
+            keys: a frame with the column `key`, or a list of keys.
+
+        Returns:
+            The missing keys in the given order; duplicates in a list are dropped.
+
+        Raises:
+            StoreError: an index file is damaged.
         """
         if isinstance(keys, pl.LazyFrame):
             wanted = keys
@@ -135,7 +147,7 @@ class Store:
         return self.collect(absent.select("key")).to_series()
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
-        """The outputs stored under a key; see `read_from`. Looks through the index for it.
+        """Read all outputs of a key. This searches the index; `read_from` does not.
 
         Raises:
             StoreError: the key is not in the store, or its shard is damaged.
@@ -151,8 +163,10 @@ class Store:
         return self.read_from(first, key, rows.filter(pl.col("shard") == first)["output"])
 
     def read_from(self, shard: str, key: str, outputs: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Outputs stored under a key in a shard: views of the memory-mapped shard where alignment
-        allows. Each is what was written: its digest says so.
+        """Read outputs of a key from a shard; their digests are checked.
+
+        Returns:
+            Output → tensor: a view of the memory-mapped shard where alignment allows it.
 
         Raises:
             StoreError: the shard is damaged.
@@ -164,6 +178,7 @@ class Store:
             raise damaged(self.path / "shards" / f"{shard}.safetensors", str(error)) from error
 
     def _shard(self, shard: str) -> OpenShard:
+        """A shard, opened if it is not open; the least recently used one is closed for it."""
         if shard not in self._open:
             path = self.path / "shards" / f"{shard}.safetensors"
             self._open[shard] = OpenShard(path)
@@ -176,14 +191,16 @@ class Store:
     def in_use(
         self, alone: bool = False, waiting: Callable[[str], object] = lambda text: None
     ) -> Generator[None]:
-        """Hold the store: together with others, after waiting for a clean-up to end; or `alone`,
-        as the clean-up does. What killed writers left in it is removed.
+        """Lock the store while the block runs, and remove what killed writers left in it.
 
         Args:
-            waiting: called with what is waited for: at once, and every minute.
+            alone: take the lock exclusively, as a clean-up does. Otherwise it is shared with other
+                trainings, after a running clean-up has ended.
+            waiting: called with a message while a clean-up is waited for: at once, then every
+                minute.
 
         Raises:
-            StoreError: `alone`, while others hold it.
+            StoreError: `alone`, and others hold the lock.
             OutputError: the folder cannot be written.
         """
         with self._open_lock() as lock:
@@ -196,7 +213,9 @@ class Store:
                     do="try again when the other run is done",
                 )
             else:
-                with contextlib.suppress(OSError):  # a full disk is what a clean-up is for
+                # Say who holds the lock, for the message of those that wait. On a full disk this
+                # fails; then a clean-up is needed all the more.
+                with contextlib.suppress(OSError):
                     lock.truncate(0)
                     os.write(
                         lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode()
@@ -206,10 +225,11 @@ class Store:
             yield
 
     def _open_lock(self) -> IO[str]:
-        """The file that is locked. Raises `OutputError`."""
+        """Open the file that is locked; closing it releases the lock. Raises `OutputError`."""
         path = self.path / "lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # Not "w+", which would erase the name of the holder.
             return path.open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise OutputError(
@@ -219,18 +239,22 @@ class Store:
             ) from error
 
     def _wait_for(self, lock: IO[str], waiting: Callable[[str], object]) -> None:
-        """Wait until no clean-up holds the store."""
-        said = None
+        """Take the shared lock; wait while a clean-up holds the exclusive one."""
+        told_at = None
         while not _taken(lock, fcntl.LOCK_SH):
-            if said is None or time.monotonic() - said > _SAY_EVERY_S:
+            if told_at is None or time.monotonic() - told_at > _SAY_EVERY_S:
                 lock.seek(0)
                 owner = lock.read(200) or "another process"
                 waiting(f"waiting for the clean-up of the store {self.path} by {owner}")
-                said = time.monotonic()
+                told_at = time.monotonic()
             time.sleep(_LOOK_EVERY_S)
 
     def add_user(self, folder: Path) -> None:
-        """Note that a run folder's samples lie here. Raises `OutputError`."""
+        """Note that a run folder uses this store, so that a clean-up keeps its samples.
+
+        Raises:
+            OutputError: the note cannot be written.
+        """
         text = str(folder.absolute())
         path = self.path / "users" / f"{digest_text(text)[:32]}.json"
         if not path.is_file():
@@ -239,33 +263,33 @@ class Store:
 
     @property
     def notes(self) -> list[Path]:
-        """The files that note run folders, sorted."""
+        """The notes of `add_user`, sorted by name."""
         return self._own("users")
 
     @property
     def lost_notes(self) -> list[Path]:
-        """Damaged notes that were put aside, sorted."""
+        """Damaged notes that were put aside, sorted by name."""
         return sorted((self.path / "users").glob(f"*{LOST}"))
 
     def users(self) -> list[Path]:
-        """The run folders that were noted, sorted.
+        """The run folders that use this store, sorted; some may not exist any more.
 
         Raises:
-            StoreError: a note is damaged, so that it is not known what the store is used for.
+            StoreError: a note is damaged.
         """
         return sorted(map(read_note, self.notes))
 
     def writer(self) -> ShardWriter:
-        """A writer of its own shards."""
+        """A writer that adds shards to this store."""
         return ShardWriter(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Worker processes open their own shards."""
+        """Pickle without the open shards: a worker process opens its own."""
         return {**self.__dict__, "_open": OrderedDict()}
 
 
 def read_note(file: Path) -> Path:
-    """The run folder in a note of `Store.add_user`. Raises `StoreError`."""
+    """The run folder that a note of `Store.add_user` names. Raises `StoreError`: it is damaged."""
     try:
         return Path(json.loads(file.read_text(encoding="utf-8"))["run_folder"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -273,9 +297,9 @@ def read_note(file: Path) -> Path:
 
 
 def _taken(lock: IO[str], how: int) -> bool:
-    """Take a lock, if others leave it. Raises `OSError`."""
-    # Not filelock's: its lock of many readers and one writer is an SQLite database. A store's lock would
-    # need another name, which older versions do not look at, and a file of its own for who holds it.
+    """Try to take a lock without waiting; whether it was taken. Raises `OSError`."""
+    # `filelock` would need an SQLite database for a shared lock, and so a lock file of another
+    # name, which older versions of this program would not respect.
     try:
         fcntl.flock(lock, how | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Captions that are tags, in several orders."""
+"""Captions that are lists of tags, in several orders of the tags."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from blake3 import blake3
 
 @dataclass(frozen=True)
 class TagOrders:
-    """How the tags of a caption are ordered: a function of the caption alone.
+    """The orders in which the tags of a caption are encoded. They depend on the caption alone.
 
     Attributes:
-        count: orders of each caption; the first is the caption as it is written.
-        kept: tags that stay where they are, at the beginning.
-        prefix: text before the tags, with a space between, that stays; see `caption_prefix`.
+        count: number of orders of each caption; the first is the caption as it is written.
+        kept: number of tags at the beginning that are not shuffled.
+        prefix: a text before the tags, followed by a space, that stays there: see `caption_prefix`.
     """
 
     count: int
@@ -21,16 +21,17 @@ class TagOrders:
     prefix: str | None = None
 
     def of(self, caption: str) -> list[str]:
-        """The orders of a caption. Of few tags, or none, some are equal."""
+        """The `count` orders of a caption. If it has few tags, some of them are equal."""
         head = f"{self.prefix} " if self.prefix is not None else ""
-        if not caption.startswith(head):  # the prefix alone, without a tag
+        if not caption.startswith(head):  # the caption is the prefix alone, without a tag
             return [caption] * self.count
         tags = [tag.strip() for tag in caption.removeprefix(head).split(",")]
         tags = [tag for tag in tags if tag]
         first, others = tags[: self.kept], tags[self.kept :]
         orders = [caption]
         for number in range(1, self.count):
-            # A number of 64 bits for each tag, to sort them by.
+            # Draw 64 bits for each tag from a digest of the caption, and sort the tags by them:
+            # the same on every machine and in every version of the libraries.
             source = blake3(f"{number}\x1f{caption}".encode()).digest(length=8 * len(others))
             drawn = [source[place * 8 : place * 8 + 8] for place in range(len(others))]
             shuffled = [
@@ -40,6 +41,6 @@ class TagOrders:
         return orders
 
     def of_lists(self, captions: pl.Series) -> pl.Series:
-        """Lists of captions → lists of the orders of all of them."""
-        made = [[order for text in texts for order in self.of(text)] for texts in captions]
-        return pl.Series(captions.name, made, dtype=pl.List(pl.String))
+        """For each list of captions, a list of the orders of all its captions."""
+        orders = [[order for text in texts for order in self.of(text)] for texts in captions]
+        return pl.Series(captions.name, orders, dtype=pl.List(pl.String))

@@ -1,4 +1,4 @@
-"""Looking after a store: check every tensor, list what uses what, drop what nothing uses."""
+"""Maintenance of a store: check every tensor, measure what is used, remove what is not used."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,17 +23,18 @@ from diffsynth_dagster.files import is_leftover, remove
 from diffsynth_dagster.older import MOVING, TABLES, older_runs
 
 PART_OF_SHARD_KEPT = 0.5
-"""A shard is written anew when less of it than this is still used."""
+"""A clean-up rewrites a shard if less than this part of its bytes is used."""
 
 
 @dataclass
 class Verified:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
-        outdated: shards of another layout: their samples may not be those that were checked. Nothing
-            reads them any more.
-        damaged: file of the store → what is wrong with it or its shard.
+        shards: number of shards.
+        outdated: number of shards of another `LAYOUT_VERSION`, which nothing reads any more.
+        tensors: number of tensors that the indices list.
+        damaged: index file or note → what is wrong with it or with its shard.
     """
 
     shards: int = 0
@@ -43,13 +44,11 @@ class Verified:
 
 
 def verify(store: Store, drop: bool = False) -> Verified:
-    """Read all that trainings read of a store: every index, every tensor that it names, by its bytes,
-    type and shape, and the notes of the run folders.
+    """Check every index, the bytes, type and shape of every tensor, and the notes of run folders.
 
     Args:
-        drop: remove what is damaged: the indices of such shards, so that their samples are encoded
-            again. Such notes are put aside, until the next training in the run folder writes them
-            again.
+        drop: remove the index of each damaged shard, so that its samples are encoded again, and
+            put damaged notes aside. The next training in the run folder writes its note again.
 
     Raises:
         StoreError: `drop`, and the store is in use.
@@ -74,6 +73,7 @@ def verify(store: Store, drop: bool = False) -> Verified:
             found.damaged[file] = error.what
     if drop and found.damaged:
         with store.in_use(alone=True):
+            # Only the index of a shard: without it the shard is a stray file for `collect`.
             for file in found.damaged:
                 if file in store.notes:
                     file.replace(file.with_suffix(LOST))
@@ -83,6 +83,7 @@ def verify(store: Store, drop: bool = False) -> Verified:
 
 
 def _check_shard(path: Path, rows: pl.DataFrame) -> str | None:
+    """What is wrong with a shard, given the rows of its index; None if nothing is."""
     try:
         opened = OpenShard(path)
         for row in rows.iter_rows(named=True):
@@ -98,7 +99,13 @@ def _check_shard(path: Path, rows: pl.DataFrame) -> str | None:
 
 @dataclass(frozen=True)
 class Use:
-    """What one run folder uses: encoded inputs, and bytes of them that no other uses."""
+    """What a run folder uses of a store.
+
+    Attributes:
+        keys: number of encoded inputs.
+        bytes: their size.
+        own_bytes: size of those that no other run folder uses.
+    """
 
     folder: Path
     keys: int
@@ -108,7 +115,16 @@ class Use:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a store holds, in bytes of tensors and files."""
+    """What a store holds.
+
+    Attributes:
+        keys: number of encoded inputs.
+        bytes: their size, each counted once.
+        used_bytes: size of those that a run folder uses.
+        duplicate_bytes: size of what is stored more than once.
+        stray_files: number of files that no index names.
+        uses: what each run folder uses.
+    """
 
     keys: int
     bytes: int
@@ -119,18 +135,21 @@ class Statistics:
 
 
 def used_keys(store: Store) -> dict[Path, pl.LazyFrame]:
-    """Run folder → the keys that its samples need, a column `key`; a folder that is gone uses
-    nothing. Older trainings (see `older.py`) are run folders too.
+    """The keys that the users of a store need.
 
-    A store that was moved keeps its users: keys are content, so what they name is the same.
+    Returns:
+        Run folder, or folder of an older training (see `older.py`) → frame with the column `key`,
+        every key once. Folders that do not exist any more are left out.
 
     Raises:
-        StoreError: a `samples.parquet` is damaged, so that it is not known what it uses.
+        StoreError: a note or a `samples.parquet` is damaged, so it is not known what it uses.
     """
+    # The store's path in a manifest is not compared: a store may have been moved, and keys are
+    # digests of content, so they mean the same in any store.
     used: dict[Path, pl.LazyFrame] = {}
     for folder, paths in _manifests(store).items():
         manifests = [read_manifest(p.parent, p.name, any_layout=True) for p in paths]
-        # No training reads a manifest of another layout.
+        # No training reads a manifest of another layout: it needs nothing.
         keys = [m.keys for m in manifests if m.layout == LAYOUT_VERSION]
         none = pl.LazyFrame(schema={"key": pl.String})
         used[folder] = pl.concat([none, *keys]).unique()
@@ -138,21 +157,21 @@ def used_keys(store: Store) -> dict[Path, pl.LazyFrame]:
 
 
 def _manifests(store: Store) -> dict[Path, list[Path]]:
-    """Run folder → its manifests that are there; and so the folders of its older trainings, which may be
-    gone on with."""
-    found: dict[Path, list[Path]] = {}
+    """Run folder, or folder of an older training → its manifests that exist."""
+    manifests: dict[Path, list[Path]] = {}
     for folder in store.users():
-        own = [folder, folder / TABLES, folder / TABLES / HELD_OUT]
-        places = {folder: own}
+        # The tables of the newest training are linked in `TABLES`: the run folder may already hold
+        # those of the next. (The held-out data set is a user of its own.)
+        places = {folder: [folder, folder / TABLES, folder / TABLES / HELD_OUT]}
         for run in (folder / MOVING, *older_runs(folder)):
             places[run] = [run, run / HELD_OUT]
         for run, folders in places.items():
-            # A planned manifest is that of an encoding that goes on, or was interrupted.
+            # There is a planned manifest while samples are encoded, or if that was interrupted.
             paths = [place / name for place in folders for name in (FILE_NAME, PLANNED)]
-            there = [path for path in paths if path.is_file()]
-            if there:
-                found[run] = list(dict.fromkeys([*found.get(run, []), *there]))
-    return found
+            existing = [path for path in paths if path.is_file()]
+            if existing:
+                manifests[run] = list(dict.fromkeys([*manifests.get(run, []), *existing]))
+    return manifests
 
 
 def statistics(store: Store) -> Statistics:
@@ -161,6 +180,7 @@ def statistics(store: Store) -> Statistics:
     Raises:
         StoreError: see `used_keys`.
     """
+    # Two writers may have stored the same key: it is counted once, and again as a duplicate.
     sizes = store.collect(
         store.scan().unique(["key", "output"]).group_by("key").agg(pl.col("bytes").sum())
     )
@@ -170,6 +190,7 @@ def statistics(store: Store) -> Statistics:
         for number, keys in enumerate(users.values())
     ]
     none = pl.LazyFrame(schema={"key": pl.String, "user": pl.UInt32})
+    # A row for each key of each user. Keys that are not stored yet count as 0 bytes.
     uses = (
         pl.concat([none, *named])
         .join(sizes.lazy(), on="key", how="left")
@@ -181,7 +202,7 @@ def statistics(store: Store) -> Statistics:
         .agg(pl.len(), pl.col("bytes").sum(), own.sum().alias("own"))
         .collect(engine="streaming")
     )
-    found = {user: counts for user, *counts in table.iter_rows()}
+    by_user = {user: counts for user, *counts in table.iter_rows()}
     total = int(sizes["bytes"].sum())
     used = uses.unique("key").select(pl.col("bytes").sum()).collect().item()
     stored = store.collect(store.scan().select(pl.col("bytes").sum())).item()
@@ -191,13 +212,13 @@ def statistics(store: Store) -> Statistics:
         used_bytes=int(used),
         duplicate_bytes=int(stored) - total,
         stray_files=len(_stray(store)),
-        uses=[Use(f, *found.get(number, (0, 0, 0))) for number, f in enumerate(users)],
+        uses=[Use(f, *by_user.get(number, (0, 0, 0))) for number, f in enumerate(users)],
     )
 
 
 def _stray(store: Store) -> list[Path]:
-    """What no index names: shards of interrupted writers, and what is half written. Files of other names
-    are not the store's."""
+    """Shards without an index, and half-written files that interrupted writers left."""
+    # Both are recognised by their names: other files in the folders are not the store's.
     indexed = {file.stem for file in store.index_files}
     shards = [path for path in store.shard_files if path.stem not in indexed]
     hidden = [p for place in ("shards", "index", "users") for p in (store.path / place).glob(".*")]
@@ -206,7 +227,7 @@ def _stray(store: Store) -> list[Path]:
 
 @dataclass(frozen=True)
 class Collected:
-    """What `collect` did."""
+    """The result of `collect`. `removed_files` counts shards, index files and stray files."""
 
     removed_keys: int
     removed_files: int
@@ -214,25 +235,28 @@ class Collected:
 
 
 def collect(store: Store) -> Collected:
-    """Drop what no run folder uses, and every stray file.
+    """Remove what no run folder uses, and all stray files.
 
-    A shard of which little is used is written anew without the rest; one of which much is used
-    stays as it is.
+    A shard is rewritten with its used part if that is smaller than `PART_OF_SHARD_KEPT`; otherwise
+    it stays as it is.
 
     Raises:
-        StoreError: the store is in use; or none of its run folders is there; or damage leaves open
-            what they use: see `used_keys`; or what is used is damaged.
+        StoreError: the store is in use; none of its run folders exists; a note or manifest is
+            damaged, so it is not known what is used; or a used sample is damaged.
         OutputError: the store cannot be written.
     """
     with store.in_use(alone=True):
         before = _size(store)
         users = used_keys(store)
+        # Rather refuse than remove what a run folder needs that is unknown or not mounted.
         if store.lost_notes:
             raise StoreError(
-                "it is not known of every run folder what it uses of this store: notes were damaged",
+                "it is not known of every run folder what it uses of this store: notes were "
+                "damaged",
                 where=", ".join(str(path) for path in store.lost_notes),
-                do="start the trainings of its run folders once more, which writes the notes again; "
-                "remove those that are left when every run folder is among the users in `stats`",
+                do="start the trainings of its run folders once more, which writes the notes "
+                "again; remove those that are left when every run folder is among the users in "
+                "`stats`",
             )
         if store.users() and not users:
             raise StoreError(
@@ -250,6 +274,7 @@ def collect(store: Store) -> Collected:
         for file in store.index_files:
             rows = read_index(file)
             kept = rows.join(used, on="key", how="semi", maintain_order="left")
+            # `kept.height`: a shard of empty tensors would pass as used with 0 of 0 bytes.
             if (
                 int(rows["bytes"].sum()) * PART_OF_SHARD_KEPT <= int(kept["bytes"].sum())
                 and kept.height
@@ -257,31 +282,38 @@ def collect(store: Store) -> Collected:
                 continue
             _rewrite(store, file.stem, kept)
             removed.append(rows.join(used, on="key", how="anti")["key"].unique())
-            files += 2
+            files += 2  # the shard and its index
         keys = pl.concat(removed).n_unique() if removed else 0
         return Collected(keys, files, before - _size(store))
 
 
 def _rewrite(store: Store, shard: str, kept: pl.DataFrame) -> None:
-    """Write what is kept of a shard as a new one, then remove the old one."""
+    """Write the kept rows of a shard as a new shard, then remove the old one.
+
+    Raises:
+        StoreError: the shard is damaged.
+        OutputError: the new one cannot be written.
+    """
     path = store.path / "shards" / f"{shard}.safetensors"
     if kept.height:
         try:
             opened = OpenShard(path)
             with store.writer() as writer:
-                for key, *named in kept.group_by("key").agg("output", "digest").iter_rows():
-                    outputs = {output: opened.read(key, output) for output in named[0]}
-                    # Or damage would get a digest of its own.
-                    if [tensor_digest(tensor) for tensor in outputs.values()] != named[1]:
+                for key, names, digests in kept.group_by("key").agg("output", "digest").iter_rows():
+                    outputs = {output: opened.read(key, output) for output in names}
+                    # The writer computes new digests: without this check, damaged tensors would
+                    # get valid ones.
+                    if [tensor_digest(tensor) for tensor in outputs.values()] != digests:
                         raise damaged(path, f"the index says something else of {key[:16]}…")
                     writer.add(key, outputs)
         except (OSError, SafetensorError) as error:
             raise damaged(path, f"the shard cannot be read: {error}") from error
-    # Without its index a shard is not read: so first the index.
+    # First the index: a shard without an index is not read, an index without a shard is damage.
     (store.path / "index" / f"{shard}.parquet").unlink()
     path.unlink(missing_ok=True)
 
 
 def _size(store: Store) -> int:
+    """Size of the shards and index files in bytes."""
     folders = [store.path / "shards", store.path / "index"]
     return sum(p.stat().st_size for folder in folders for p in folder.rglob("*") if p.is_file())

@@ -32,7 +32,7 @@ def take_over(
         if name in MARKS and not _is_ambiguous(name, value)
     }
     asked = settled_by_encoding(config)
-    # A parameter at its default counts as left out.
+    # A parameter at its default counts as left out, since a config does not show which were given.
     given = [n for n in asked if n in known and (_is_given(config, n) or asked[n] != default[n])]
     do = "leave it out, or do that step again with it"
     require_same({name: asked[name] for name in given}, known, what, where, do)
@@ -40,18 +40,18 @@ def take_over(
 
 
 def _is_ambiguous(name: str, value: object) -> bool:
-    """Whether a value is written in two cases: when it was given, and when it was left out."""
+    """Whether this value is recorded both when it was given and when it was left out."""
     return MARKS[name].left_out_as is not None and value == MARKS[name].left_out_as
 
 
 def _is_given(config: TrainingConfig, name: str) -> bool:
-    """Whether a config certainly gives a value: only parameters with `left_out_as` show that, since
-    they are None when left out."""
+    """Whether a config certainly gives a value. Only parameters with `left_out_as` show that: they
+    are None when left out."""
     return MARKS[name].left_out_as is not None and getattr(config, name) is not None
 
 
 def named_data(config: TrainingConfig) -> dict[str, str]:
-    """The data set that a config names, as absolute paths."""
+    """The data set that a config names: parameter name → absolute path."""
     table = config.dataset_metadata_path
     paths = {"dataset_base_path": config.dataset_base_path, "dataset_metadata_path": table}
     return {name: str(Path(path).absolute()) for name, path in paths.items() if path is not None}
