@@ -94,6 +94,7 @@ def refuse_particular(known: Known) -> None:
 def check_expert_offload(known: Known) -> None:
     """Refuse `offload_idle_denoiser` if no frozen expert is ever idle. Raises `ParameterError`."""
     config, experts = known.config, [d.component for d in known.model.denoisers]
+    # Experts that take turns: one is at work at a timestep, the others wait.
     if not config.offload_idle_denoiser:
         return
     if len(experts) < 2:
@@ -116,6 +117,7 @@ def check_samples(known: Known) -> None:
     without guidance. Raises `ParameterError`."""
     config, family = known.config, known.model.family
     if (config.sample_texts or config.customized_evaluation) and not family.samples_from_text:
+        # Sizes are known without a table: see `sampling`.
         reads = (i for stage in family.sample_stages for i in stage.reads)
         needed = dict.fromkeys(i.column for i in reads if i.kind not in ("text", "sizes"))
         listed = ", ".join(needed)
@@ -153,6 +155,7 @@ def check_removed_prefix(known: Known) -> None:
 def check_sizes(known: Known) -> None:
     """Check that the family supports this size and number of frames. Raises `ParameterError`."""
     config, family = known.config, known.model.family
+    # Only a value other than the default was surely given.
     default = TrainingConfig.model_fields["max_pixels"].default
     if config.height is not None and config.max_pixels != default:
         raise ParameterError(
@@ -189,6 +192,7 @@ def require_components(known: Known) -> None:
     `WeightsError`."""
     config, model = known.config, known.model
     names: list[str] = []
+    # What is encoded already needs no encoder, and without training no denoiser is loaded.
     if not config.reads_encoded:
         names += [name for stage in model.cached_stages for name in stage.uses]
     if not config.encodes_only:
@@ -229,6 +233,7 @@ def check_full_training(known: Known) -> None:
         WeightsError: the checkpoint does not fit.
     """
     config, model = known.config, known.model
+    # On the meta device: shapes are enough, and no weight is read.
     for part, module, entry in _with_modules(known, config.trainable_models):
         held = _held(part, module, f"trainable_models; {entry}")
         known.checkpoint_bytes += sum(p.numel() for p in held) * known.trained_dtype.itemsize
@@ -278,6 +283,7 @@ def check_loras(known: Known) -> None:
         if isinstance(start, LoraFile):
             _warn_of_rest(known, start, config.lora_checkpoint, base)
         if config.lora_method in ("lora", "dora"):
+            # Only these two are written in formats of other tools.
             layers = {name: module.get_submodule(name) for name in targets}
             check_formats(config, model.family, base, model.components[part.of], layers)
         # Last, since it adds the adapter to the module and so renames its layers.
@@ -309,6 +315,7 @@ def require_encoded(known: Known) -> None:
     config, model = known.config, known.model
     assert known.fact_cache is not None
     for manifest in known.manifests:
+        # All compatibility first: it explains more than a count of missing samples.
         require_encoded_for(config, model, manifest, known.fact_cache)
     for manifest in known.manifests:
         require_stored(manifest)
@@ -322,6 +329,7 @@ CHECKS: tuple[Check, ...] = (
     Check("config", check_expert_offload),
     Check("config", check_samples),
     Check("config", lambda known: check_optimizer(known.config, known.model)),
+    # Raises if `fp8_models` names a model that is not in the list.
     Check("config", lambda known: float8_entries(known.config)),
     Check("config", check_functions),
     Check("config", check_removed_prefix),
@@ -341,6 +349,7 @@ CHECKS: tuple[Check, ...] = (
     Check("headers", check_full_training),
     Check("headers", check_presets),
     Check("headers", check_loras),
+    # After the checks that add up the size of a checkpoint.
     Check("headers", require_checkpoint_space),
     Check("encoded", require_encoded),
 )
@@ -403,6 +412,7 @@ def check_encoded(
 
 
 def _run(needs: Needs, known: Known) -> None:
+    # The first mistake ends the run: later checks may rely on earlier ones.
     for check in CHECKS:
         if check.needs == needs:
             check.run(known)
