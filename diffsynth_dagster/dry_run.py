@@ -124,11 +124,13 @@ def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
     """
     config = with_settled(config)
     require_named(config)
+    # Refuses a tracker that is not installed.
     trackers_of(config)
     resolved, warnings = look_at_models(config)
     values: dict[str, Any] = {"models": _DOWNLOADED_LATER if resolved is None else _FIT}
     # Without the files, as far as the config tells.
     model = guess_model(config) if resolved is None else resolved
+    # A user's function may take hours, or download data: a dry run does not call it.
     if _is_to_be_made(config, model.family):
         if not config.encodes_only:
             require_going_on(config)
@@ -138,6 +140,7 @@ def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
     values["data"] = {**rows.source, **_counted(rows)}
     if not config.encodes_only:
         buckets = buckets_of(rows.trained)
+        # As a function, since a state may have been written on another number of processes.
         order_on = partial(_order, config, buckets)
         require_going_on(config, _record(config, rows.manifest, resolved), order_on, processes)
         values["course"] = _schedule(config, buckets, processes or 1)
@@ -251,10 +254,12 @@ def _counted(rows: _Rows) -> dict[str, Any]:
     """The number of samples, in all and of each size, the most frequent size first."""
     buckets = buckets_of(rows.trained)
     sides = ("width", "height", "frames")
+    # Samples of one size are in several buckets if their repeats differ.
     by_size = buckets.group_by(sides).agg(pl.col("len").sum())
     by_size = by_size.sort("len", *sides, descending=[True, False, False, False])
     sizes: dict[str, int] = {}
     for width, height, frames, count in by_size.head(_SHOWN_SIZES).iter_rows():
+        # An image has one frame, which is not shown.
         sizes[f"{width}x{height}" + (f"x{frames}" if frames > 1 else "")] = count
     more = by_size.slice(_SHOWN_SIZES)
     if more.height:

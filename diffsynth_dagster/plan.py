@@ -25,6 +25,7 @@ def describe(config: TrainingConfig, model: ResolvedModel) -> dict[str, Any]:
     sources = _sources(config, family)
     stored = [entry.text for entry in float8_entries(config)]
     asked = config.checkpoints_gradients
+    # Without `save_steps`, each epoch leaves a checkpoint.
     file = "epoch-{n}" if config.save_steps is None else "step-{n}"
     return {
         "family": family.name,
@@ -85,6 +86,7 @@ def _lora(config: TrainingConfig, family: Family) -> dict[str, Any] | None:
     }
     return {
         "base_model": ", ".join(targets),
+        # One component is shown without its name, as in a recipe.
         "target_modules": targets if len(targets) > 1 else next(iter(targets.values())),
         **config.adapter,
     }
@@ -92,6 +94,7 @@ def _lora(config: TrainingConfig, family: Family) -> dict[str, Any] | None:
 
 def _geometry(config: TrainingConfig, family: Family) -> dict[str, int | float | None]:
     """The size in pixels, or the parameters that decide it; for videos, the frames too."""
+    # The sides follow from these if they are not given.
     size: dict[str, int | float | None] = {
         "max_pixels": config.max_pixels,
         "side_factor": family.geometry.side_factor,
@@ -116,6 +119,7 @@ def _objective(config: TrainingConfig, model: ResolvedModel) -> str:
         + (f" by {s.component}" if len(shares) > 1 else "")
         for s in shares
     ]
+    # Only a part of the schedule, or several experts, is worth naming.
     whole = len(shares) == 1 and (shares[0].low, shares[0].high) == (0, len(noising.timesteps))
     described = noising.description
     # The config file of a scheduler is not looked at here.

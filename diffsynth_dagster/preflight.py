@@ -99,6 +99,7 @@ def refuse_particular(known: Known) -> None:
 def check_expert_offload(known: Known) -> None:
     """Refuse `offload_idle_denoiser` if no frozen expert is ever idle. Raises `ParameterError`."""
     config, experts = known.config, [d.component for d in known.model.denoisers]
+    # Experts that take turns: one is at work at a timestep, the others wait.
     if not config.offload_idle_denoiser:
         return
     if len(experts) < 2:
@@ -121,6 +122,7 @@ def check_samples(known: Known) -> None:
     without guidance. Raises `ParameterError`."""
     config, family = known.config, known.model.family
     if (config.sample_texts or config.customized_evaluation) and not family.samples_from_text:
+        # Sizes are known without a table: see `sampling`.
         reads = (i for stage in family.sample_stages for i in stage.reads)
         needed = dict.fromkeys(i.column for i in reads if i.kind not in ("text", "sizes"))
         listed = ", ".join(needed)
@@ -174,6 +176,7 @@ def check_removed_prefix(known: Known) -> None:
 def check_sizes(known: Known) -> None:
     """Check that the family supports this size and number of frames. Raises `ParameterError`."""
     config, family = known.config, known.model.family
+    # Only a value other than the default was surely given.
     default = TrainingConfig.model_fields["max_pixels"].default
     if config.height is not None and config.max_pixels != default:
         raise ParameterError(
@@ -214,6 +217,7 @@ def require_encoded(known: Known) -> None:
     config, model = known.config, known.model
     assert known.fact_cache is not None
     for manifest in known.manifests:
+        # All compatibility first: it explains more than a count of missing samples.
         require_encoded_for(config, model, manifest, known.fact_cache)
     for manifest in known.manifests:
         require_stored(manifest)
@@ -240,6 +244,7 @@ CHECKS: tuple[Check, ...] = (
     Check("config", refuse_lost_preset),
     Check("config", check_samples, again="headers"),
     Check("config", lambda known: check_optimizer(known.config, known.model), again="headers"),
+    # Raises if `fp8_models` names a model that is not in the list.
     Check("config", lambda known: float8_entries(known.config)),
     Check("config", check_functions),
     Check("config", check_removed_prefix, again="headers"),
@@ -260,6 +265,7 @@ CHECKS: tuple[Check, ...] = (
     Check("headers", count_full_training),
     Check("headers", lambda known: check_presets(known.model, known.warn)),
     Check("headers", count_loras),
+    # After the checks that add up the size of a checkpoint.
     Check("disk", require_checkpoint_space),
     Check("encoded", require_encoded),
 )
@@ -331,6 +337,7 @@ def check_encoded(
 
 
 def _run(needs: Needs, known: Known) -> None:
+    # The first mistake ends the run: later checks may rely on earlier ones.
     for check in CHECKS:
         if needs in (check.needs, check.again):
             check.run(known)

@@ -155,6 +155,7 @@ def _require_rotatable(name: str, layer: Any, block: int) -> None:
             where=where,
             do="leave it out of lora_target_modules, or train it by another lora_method",
         )
+    # A rotation is made of square blocks along the inputs.
     if width % block:
         raise TargetError(
             f"a width of {width} is no multiple of oft_block_size = {block}",

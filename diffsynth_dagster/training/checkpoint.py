@@ -51,6 +51,7 @@ def checkpoint_files(
     at_work = [
         d.component for d in family.at_work(frozenset(trained)) if d.component in owners.values()
     ]
+    # One denoiser, or parts beside it: everything fits into one file.
     if len(at_work) < 2:
         return [CheckpointFile(f"{name}.safetensors", tuple(trained), removed)]
     prefixes = [family.prefix(component) for component in at_work]
@@ -122,6 +123,7 @@ def content_of(
     if name is None or not loras:
         return Spelled(plain, notes)
     assert record.lora is not None
+    # All LoRAs of a training have one scale.
     scale = record.lora["alpha"] / record.lora["rank"]
     prefixes = {part: family.prefix(part).removeprefix(file.removed) for part in loras}
     written = (Guide(prefixes) if name == "guide" else find_format(name)).write(

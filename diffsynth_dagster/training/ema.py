@@ -108,6 +108,7 @@ class PowerAverage(Average):
 
     def _swap(self) -> None:
         for parameter, average in zip(self._trained.values(), self.weights.values(), strict=True):
+            # Both keep their identity: the optimizer and the prepared module refer to them.
             parameter.data, average.data = average.data, parameter.data
 
 
@@ -128,6 +129,7 @@ class AverageOfOptimizer(Average):
     def in_place(self) -> Generator[None]:
         """See `Average`. Keeps a copy of the weights meanwhile, since the optimizer restores them
         only up to rounding."""
+        # It computes the averaged weights in place, by a linear map and its inverse.
         before = [parameter.detach().clone() for parameter in self._trained.values()]
         self._optimizer.eval()
         try:

@@ -76,6 +76,7 @@ def checked_table(
     if config.dataset_metadata_path is None:
         return None
     with parallel.node_main_first():
+        # The main process of the node entered first and has written the table.
         if not parallel.is_node_main:
             return read_checked(Path(config.output_path), PINNED)
         held_out = held_out_config(config)
@@ -145,6 +146,7 @@ def _encode(
     with parallel.node_main_first():
         table = read_checked(output, PINNED)
         if parallel.is_node_main:
+            # Keys need digests of the model files: one process of a node computes them.
             keys = Keys(models.resolved, fact_cache, models.dtype)
             rows = plan_sample_rows(config, models.resolved, keys, fact_cache)
             plan_samples(config, models.resolved, table, keys, rows)
@@ -153,6 +155,7 @@ def _encode(
             warning = count_long_captions(models.resolved, table, output, fact_cache).warning
             if warning is not None:
                 reporter.warn(warning)
+        # The rows that `sample_prompts` names: encoded with the data set, not trained on.
         sampled = planned_sample_rows(output)
     if parallel.is_main_process:
         # Before encoding, so that a clean-up also spares what an interrupted run encoded.
@@ -163,6 +166,7 @@ def _encode(
         for manifest in [planned] if sampled is None else [planned, sampled.manifest]:
             require_planned_weights(models.resolved, manifest, fact_cache)
 
+        # Called after each batch.
         def progress(stage: str, done: int, total: int) -> None:
             reporter.report(Encoding(stage, done, total))
             if stop_asked():

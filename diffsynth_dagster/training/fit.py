@@ -48,6 +48,7 @@ def require_components(config: TrainingConfig, model: ResolvedModel) -> None:
     """Check that the model list has every component that encoding or a step uses. Raises
     `WeightsError`."""
     names: list[str] = []
+    # What is encoded already needs no encoder, and without training no denoiser is loaded.
     if not config.reads_encoded:
         names += [name for stage in model.cached_stages for name in stage.uses]
     if not config.encodes_only:
@@ -89,6 +90,7 @@ def check_full_training(
         WeightsError: the checkpoint does not fit.
     """
     size = 0
+    # On the meta device: shapes are enough, and no weight is read.
     for part, module, entry in _with_modules(model, config.trainable_models):
         held = _held(part, module, f"trainable_models; {entry}")
         size += sum(p.numel() for p in held) * trained_dtype.itemsize
@@ -128,6 +130,7 @@ def check_loras(config: TrainingConfig, model: ResolvedModel, warn: Warn) -> int
         if isinstance(start, LoraFile):
             _warn_of_rest(warn, start, config.lora_checkpoint, base)
         if config.lora_method in ("lora", "dora"):
+            # Only these two are written in formats of other tools.
             layers = {name: module.get_submodule(name) for name in targets}
             check_formats(config, model.family, base, model.components[part.of], layers)
         # Last, since it adds the adapter to the module and so renames its layers.

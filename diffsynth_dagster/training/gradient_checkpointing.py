@@ -39,4 +39,5 @@ def saved_tensors(config: TrainingConfig, device: torch.device) -> AbstractConte
     """
     if not config.use_gradient_checkpointing_offload:
         return nullcontext()
+    # Pinned memory lets copies run beside the computation.
     return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")

@@ -169,6 +169,7 @@ def looks_of(training: TrainingState, samples: Samples) -> list[Look]:
     denoiser_at = {i: share.component for share in shares for i in range(share.low, share.high)}
     # Distillation has no timesteps to draw, so one look says all.
     count = 1 if config.distills else min(config.validation_timesteps, len(indices))
+    # Equal ranges of the indices that any denoiser is trained at.
     bounds = [round(len(indices) * k / count) for k in range(count + 1)]
     looks: list[Look] = []
     for bucket, size in enumerate(samples.buckets):

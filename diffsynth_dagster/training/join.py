@@ -44,6 +44,7 @@ def start_parallel(config: TrainingConfig) -> Parallel:
             InitProcessGroupKwargs(timeout=_PATIENCE),
         ],
     )
+    # Only the Accelerator knows what the configuration file or the launcher says.
     _require_whole_weights(accelerator)
     return Parallel(accelerator)
 
@@ -73,6 +74,7 @@ def precision(asked: str | None, gpu_has_bf16: bool) -> str | None:
     (None), but bf16 instead of float32 on a GPU that has it. In float32 the published models rarely
     fit."""
     if asked is None and gpu_has_bf16:
+        # The launcher passes its configuration in this variable.
         given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         return "bf16" if given == "no" else None
     return asked

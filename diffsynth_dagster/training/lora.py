@@ -35,6 +35,7 @@ def add_lora(config: TrainingConfig, family: Family, module: nn.Module, base: st
     start = read_start(config, family, module, base, targets)
     add_adapter(config, module, targets)
     if isinstance(start, LoraFile):
+        # Files may have another alpha: their scale is folded into the weights.
         start_lora(module, start, config.alpha / config.lora_rank)
     elif start is not None:
         trained = {saved_name(n): p for n, p in module.named_parameters() if is_adapter(n)}

@@ -65,6 +65,7 @@ def check_formats(
     formats: list[LoraFormat] = [*export_formats(config, family)]
     native = checkpoint_format(config, family)
     if native is not None and native not in formats:
+        # Checkpoints may be in another format than the exports.
         formats.append(native)
     shapes = {name: tuple(tensor.shape) for name, tensor in lora.up.items()}
     # A model is built for each try, so that each combination is tried once.

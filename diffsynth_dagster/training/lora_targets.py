@@ -64,6 +64,7 @@ def lora_targets(config: TrainingConfig, family: Family, module: nn.Module, base
     if not targets:
         return [name for name in _automatic_targets(module) if part.holds(name)]
     aliases = family.lora_rules(base).aliases
+    # Each target must match: a misspelt one would silently train less.
     for target in targets:
         if not any(_matches(name, target, aliases) for name in layers):
             # The last one or two parts of the names, as people write targets: to_q, attn.to_q.

@@ -116,6 +116,7 @@ class Memory:
         training = self.training
         modules: list[nn.Module] = [*self._models.modules.values()]
         if training is not None:
+            # Mostly the same modules: `tensor_bytes` counts a tensor once.
             modules.append(training.step_module)
         weights = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         gradients = [t.grad for t in weights if t.grad is not None]
@@ -149,6 +150,7 @@ class Memory:
         try:
             yield
         except Exception as error:
+            # It may be explained already, by an inner block.
             cause = None if isinstance(error, OutOfMemory) else says_short(error)
             if cause is None:
                 raise

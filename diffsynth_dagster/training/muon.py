@@ -78,5 +78,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for uses_muon, part in self._parts:
             # Loading a state replaces the groups of this object: hand its parts the current ones.
             part.param_groups = [g for g in self.param_groups if g[_MUON] == uses_muon]
+            # One state for both, so that it is saved and loaded as one.
             part.state = self.state
             part.step()

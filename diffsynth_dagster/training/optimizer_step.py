@@ -81,6 +81,7 @@ def train_step(
     loss = torch.zeros((), device=parallel.device)
     for index, batch in enumerate(batches):
         batch = batch.to(parallel.device)
+        # Only the last one reduces gradients over the processes.
         losses = differentiate(training, batch, last=index == len(batches) - 1)
         loss += losses.sum() * batch.scale
         training.losses.add(batch, losses, training.step_module.row_weights(batch))
@@ -98,6 +99,7 @@ def train_step(
     # One reduction for all three, since each makes the processes wait for each other.
     mean, *fractions = parallel.mean(torch.stack([loss, *asked]))
     numbers = Numbers(torch.stack([mean, norm, *fractions]))
+    # `data` counts steps from 0, the metrics from 1.
     samples, tokens = training.data.counts(step - 1)
     known = StepMetrics(
         step=step,
@@ -165,6 +167,7 @@ class MadeSteps:
         while len(self._unread) > newest:
             made = self._unread.pop(0)
             metrics = made.metrics()
+            # Reported before it is judged, so that the log shows the loss that failed.
             inputs.reporter.report(metrics)
             _require_finite(inputs, metrics, made.skipped)
             inputs.run_file.stepped(metrics.loss)

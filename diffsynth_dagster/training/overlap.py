@@ -114,6 +114,7 @@ def _inputs(config: TrainingConfig) -> Iterator[tuple[str, Path]]:
             yield parameter, Path(getattr(config, parameter))
     if config.sample_table is not None:
         yield "sample_prompts", Path(config.sample_table)
+    # Where the files would be, without downloading them.
     hub = ModelHub(ModelHub.from_environment().base_path, skip_download=True)
 
     def folder(entry: ModelEntry) -> list[Path]:
@@ -131,6 +132,7 @@ def _inputs(config: TrainingConfig) -> Iterator[tuple[str, Path]]:
 def _writes(config: TrainingConfig) -> Callable[[str], bool]:
     """Returns a function that says whether the config replaces, moves or removes a file, given its
     path relative to the run folder."""
+    # Encoding leaves alone what trainings wrote, and older and promoted files.
     if config.encodes_only:
         return lambda name: (
             is_own(name) and not (is_trained(name) or is_older(name) or is_promoted(name))
@@ -150,6 +152,7 @@ def _writes(config: TrainingConfig) -> Callable[[str], bool]:
         kind, number = checkpoint["kind"], int(checkpoint["number"])
         # The number of samples is unknown, so the steps of an epoch are too: refuse any name that
         # could be written.
+        # Checkpoints are named by epochs, or by steps with `save_steps`.
         if kind == "epoch":
             return not by_steps and number < (config.max_train_steps or config.num_epochs)
         if kind == "best-step":
@@ -162,6 +165,7 @@ def _writes(config: TrainingConfig) -> Callable[[str], bool]:
 def _names_in(path: Path, folder: Path) -> list[str]:
     """The paths of a file relative to a folder: under its own name, and under the name that a link
     leads to. Empty if it is not in the folder."""
+    # Links of folders are resolved, but not a link in place of the file.
     named = Path(os.path.realpath(path.parent), path.name)
     places = (_place(named, folder), _place(Path(os.path.realpath(path)), folder))
     return [place for place in places if place is not None]

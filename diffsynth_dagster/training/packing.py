@@ -44,6 +44,7 @@ def unpack(packed: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     """
     if not isinstance(packed, dict):
         return packed
+    # Each JSON object has one key, which says what it stands for.
     ((kind, content),) = cast(dict[str, Any], packed).items()
     if kind == "tensor":
         return tensors[content]

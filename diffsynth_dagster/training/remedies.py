@@ -41,6 +41,7 @@ def remedies(config: TrainingConfig, models: Models, moment: Moment) -> list[Rem
     """
     found = [*_of_weights(config, models)]
     if moment == "while samples were encoded":
+        # Encoding has no optimizer, and sampling has no batches of the training.
         found = [*_of_batches(config), *_of_sizes(config, models), *found]
     elif moment == "while samples were made":
         found = [*_of_samples(config), *_of_sizes(config, models), *found]
@@ -129,6 +130,7 @@ def _of_weights(config: TrainingConfig, models: Models) -> Iterator[Remedy]:
 
 
 def _of_optimizer(config: TrainingConfig) -> Iterator[Remedy]:
+    # These have small states already.
     small = config.optimizer in ("adamw8bit", "adafactor")
     if config.customized_optimizer is None and not small:
         yield Remedy("optimizer", "optimizer: adamw8bit")

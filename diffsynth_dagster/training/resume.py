@@ -66,11 +66,10 @@ def choose_state(
     can_restore: bool,
     warn: Callable[[str], None],
 ) -> WrittenState | None:
-    """The newest whole state of the run folder to go on from; None to train from the beginning, as
-    after a finished training with other parameters.
+    """The newest whole state of the run folder to go on from; None to train from the beginning.
 
-    Checkpoints that were removed are not written again. If one was changed, an older state from
-    before that checkpoint is used, if there is one.
+    A finished training with other parameters is not resumed. Checkpoints that were removed are
+    not written again. If one was changed, an older state from before it is used, if there is one.
 
     Args:
         record: of the training that is about to start.
@@ -80,9 +79,10 @@ def choose_state(
     Raises:
         ParameterError: the state belongs to another, unfinished training; or there is no whole
             state, and `resume` says that there must be one.
-        OutputError: a state cannot be read, for another reason than damage.
+        OutputError: a state cannot be read.
     """
     output = Path(config.output_path)
+    # A killed move to older/ is finished first, so that no state is half moved.
     finish_moving(output, warn)
     if config.resume == "never":
         return None
@@ -94,6 +94,7 @@ def choose_state(
         try:
             state = read_state(folder)
         except DamagedError as error:
+            # A kill cannot cause this, but a full or failing disk can.
             warn(f"{error.what}; where: {folder}; an older state is looked for")
             continue
         names = _differing_values(config, state.identity, identity_of(record))
@@ -227,6 +228,7 @@ def _differing_steps(config: TrainingConfig, state: Notes, order: StepOrder) -> 
             "of processes)"
         )
     steps = total_steps(config, order.steps_per_epoch)
+    # Cosine and others end at the last step: another length changes every step.
     planned = state.record.get("total_steps", steps)
     if config.lr_scheduler not in _SAME_COURSE and steps != planned:
         names.append(
@@ -314,6 +316,7 @@ class Logs:
                     file.seek(size)
                     more = file.read()
                 digest.update(more)
+                # Only what is new is read: logs of long trainings are large.
                 self._read[path] = (size + len(more), digest)
         return {
             path.name: {"bytes": size, "digest": digest.hexdigest()}

@@ -48,15 +48,18 @@ class Pictures:
             OutputError: the run folder cannot be written.
             Stopped: the run was asked to stop. All samples of the step are made again later.
         """
+        # Other processes need not load a decoder: one makes all pictures.
         if self._config.sample_prompts:
             self._on_main(lambda: self._sample(step))
 
     def _sample(self, step: int) -> None:
         images: list[Image.Image] = []
         with evaluated_weights(self._training), evaluating(self._module):
+            # The seed of the training in each step, so that pictures differ only by the weights.
             clips = self._sampler.named(self._module.loaded, self._config.seed)
             for index, clip in enumerate(clips):
                 images.append(strip(clip.frames))
+                # An image is in the picture of the step; a video is also a file of its own.
                 if len(clip.frames) > 1:
                     file = self._write_clip(f"step-{step}-{index}", clip)
                     self._reporter.report(Sampled(step, str(file)))
@@ -91,6 +94,7 @@ class Pictures:
                 make()
             except Stopped:
                 stopped = True
+        # The others learn of a stop here, and so wait until the main process is done.
         if self._parallel.any(stopped):
             raise Stopped
 
@@ -98,6 +102,7 @@ class Pictures:
         """Given to a user's evaluation; see `sampling.Generate`."""
         with evaluated_weights(self._training), evaluating(self._module):
             clips = self._sampler(self._module.loaded, prompts, seed)
+            # A list, since clips are made lazily and need the averaged weights in place.
             return [strip(clip.frames) for clip in clips]
 
     def _write(self, name: str, picture: Image.Image) -> Path:

@@ -98,6 +98,7 @@ def make_clips(
         prediction = predictions[0]
         if len(predictions) > 1:
             scale = request.cfg_scales.get(name, request.cfg_scale)
+            # Experts may have scales of their own.
             prediction = sampling.guide(*predictions, scale)
         x = solver.step(prediction, x, index)
     return sampling.decode(loaded, request, _with_given(x, request))
@@ -239,6 +240,7 @@ class Sampler:
         # Encoded first, and together: the text encoder is freed before the denoisers are loaded.
         encoded = self._encode(live, [*items, *(negative or [])])
         denoisers = [denoiser.component for denoiser in self._family.denoisers]
+        # `denoise_uses` may name components that this model list does not have.
         beside = [n for n in self._family.denoise_uses if n in self._models.resolved.components]
         names = (*self._family.decoder, *denoisers, *beside)
         loaded = {**self._models.get([name for name in names if name not in live]), **live}
@@ -284,6 +286,7 @@ class Sampler:
 
         for _, places in groupby(range(len(items)), shape_of):
             listed = list(places)
+            # Images are small; the latents of two clips may not fit.
             size = SAMPLE_BATCH if items[listed[0]].frames == 1 else 1
             yield from (listed[at : at + size] for at in range(0, len(listed), size))
 
@@ -315,6 +318,7 @@ class Sampler:
             if fresh:
                 results = self._run(stage, live, [(items[i], encoded[i]) for i in fresh])
                 for place, made in zip(fresh, results, strict=True):
+                    # In CPU memory, since all prompts are encoded before the first is used.
                     encoded[place] |= {name: tensor.cpu() for name, tensor in made.items()}
         return encoded
 

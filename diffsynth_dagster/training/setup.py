@@ -112,6 +112,7 @@ def set_up(inputs: Inputs) -> TrainingState:
     # Before `prepare`: DDP and DeepSpeed wrap the module, which changes the names.
     trainable = {n: p for n, p in step_module.named_parameters() if p.requires_grad}
     groups = parameter_groups(config, inputs.models.resolved.family, trainable)
+    # Muon leaves these to AdamW.
     tables = [m.weight for m in step_module.modules() if isinstance(m, nn.Embedding)]
     optimizer = make_optimizer(config, groups, tables)
     samples, data = inputs.samples, inputs.data
@@ -124,6 +125,7 @@ def set_up(inputs: Inputs) -> TrainingState:
     model, prepared = parallel.prepare(config, step_module, optimizer)
     step_module.find_compute_dtypes()  # DeepSpeed casts whole modules
     trained = parallel.trained(model, trainable)
+    # From the prepared parameters, which are those that the optimizer updates.
     average = make_average(config, trained, optimizer)
     losses = SampleLosses(samples.trained, len(inputs.models.resolved.noising.timesteps))
     return TrainingState(
@@ -160,5 +162,6 @@ def _who_gets_gradients(
         step_module(batch).sum().backward()
     trained = {n: p for n, p in step_module.named_parameters() if p.requires_grad}
     got_one = {name: parameter.grad is not None for name, parameter in trained.items()}
+    # To none, so that no gradient of this batch is left for the first step.
     step_module.zero_grad(set_to_none=True)
     return got_one

@@ -110,6 +110,7 @@ class PackedState:
         def write(folder: Path) -> None:
             tensors = write_tensors(folder / _TENSORS, self._tensors, {"format": "pt"})
             digests = {"tensors": digest_file(tensors), "digest": digest_of(self._packed)}
+            # The digest of the JSON values, too: a damaged number would still be valid JSON.
             manifest = {**digests, "state": self._packed}
             write_text(folder / _MANIFEST, json.dumps(manifest) + "\n")
 
@@ -133,10 +134,12 @@ def read_state(folder: Path) -> WrittenState:
         packed: dict[str, Any] = manifest["state"]
         if digest_of(packed) != manifest["digest"]:
             raise ValueError(f"{_MANIFEST} has changed")
+        # Older or newer versions: refused by name later, not called damaged.
         if packed.keys() != {field.name for field in fields(State)}:
             return _of_another_version(packed, folder)
         notes = {field.name: unpack(packed.pop(field.name), {}) for field in fields(Notes)}
         return WrittenState(**notes, folder=folder, packed=packed)
+    # JSON errors are ValueErrors.
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(
             f"a state of the training is damaged: {error}",

@@ -36,6 +36,7 @@ class States:
             )
         self._parallel = parallel
         self._thread: threading.Thread | None = None
+        # Filled by the thread, and reported by the main thread: listeners are not thread-safe.
         self._failed: list[str] = []
         self._reporter = training.inputs.reporter
         self._output = Path(config.output_path)
@@ -76,6 +77,7 @@ class States:
             OutputError: a person removed or renamed the run folder. (A state that cannot be written
                 only causes a warning.)
         """
+        # A stop may come right after a state of the same step.
         if not self._writes or step == self._newest:
             return
         inputs = training.inputs
@@ -85,6 +87,7 @@ class States:
             self.close()  # two copies of a state may not fit into memory
         # On every process: gathering is collective. Only the main process keeps the result.
         pieces = self._parallel.state(training.optimizer, training.schedule)
+        # Beside the optimizer's: what this project itself carries from step to step.
         pieces["losses"] = training.losses.pieces(self._parallel)
         pieces["average"] = training.average.weights
         weights = dict(self._parallel.whole_weights(training.model, training.trained))
@@ -104,6 +107,7 @@ class States:
         )
         try:
             packed = PackedState(state)
+        # The optimizer may be a user's own class, whose state may hold anything.
         except TypeError as error:
             inputs.reporter.warn(f"the state after step {step} is not written: {error}")
             return
@@ -114,8 +118,10 @@ class States:
             except OutputError as error:
                 self._failed.append(f"the state after step {step} is not written: {error.what}")
             else:
+                # Only now, so that there is a whole state at every moment.
                 self._keep(inputs.config.state_keep)
 
+        # No daemon: at the end of the program, Python waits until the state is whole.
         self._thread = threading.Thread(target=write, name=f"state-{step}")
         self._thread.start()
 
