@@ -1,4 +1,4 @@
-"""A component is a module of a model that has its own weights: a transformer, a VAE, a text encoder.
+"""Components: the modules of a model that have their own weights (transformer, VAE, text encoder).
 
 A family declares three things for each of its components: how to recognise its files
 (`Recognition`), how to build the module (`Construction`), and what other tools call it

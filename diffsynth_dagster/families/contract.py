@@ -68,7 +68,7 @@ class Output:
             "start": the noise from which a teacher made the target `of`.
             "steps": the number of steps that the teacher took.
             "weight": (), a factor for the loss of the sample.
-            "mask": a factor for the loss of each element of the target `of`; broadcast to its shape.
+            "mask": a factor for the loss of each element of the target `of`, broadcast to it.
         ragged: the first dimension differs between samples. A batch is padded with zeros and gets a
             boolean mask (B, L) called name + "_mask".
         of: the target that this tensor belongs to.
@@ -203,8 +203,8 @@ class Family:
     warnings: tuple[str, ...] = ()
 
     def at_work(self, trained: frozenset[str]) -> tuple[Denoiser, ...]:
-        """The denoisers that training steps use: the trained ones, or all of them if none is trained
-        (a training of the VAE or a text encoder alone)."""
+        """The denoisers that training steps use: the trained ones, or all if none is trained
+        (when only a text encoder is trained)."""
         components = {self.part(name).of for name in trained}
         return tuple(d for d in self.denoisers if d.component in components) or self.denoisers
 
@@ -227,7 +227,7 @@ class Family:
         return tuple(c.name for c in self.components) + tuple(p.name for p in self.parts)
 
     def part(self, name: str) -> Part:
-        """The tensors that a trainable name stands for: a part, or a component without its parts."""
+        """The tensors that a trainable name means: a part, or a component without its parts."""
         for part in self.parts:
             if part.name == name:
                 return part

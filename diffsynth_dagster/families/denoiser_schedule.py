@@ -107,12 +107,14 @@ class DenoiserSchedule:
     def _shares(
         self, config: TrainingConfig, noising: Noising, denoisers: Sequence[Denoiser]
     ) -> tuple[Share, ...]:
+        # Boundaries are fractions of the schedule, which starts with the most noise.
         count = len(noising.timesteps)
         low = int(config.min_timestep_boundary * count)
         high = int(config.max_timestep_boundary * count)
         if self._reference_pixels and len(denoisers) > 1:
             raise ParameterError(
-                "the denoisers would share the steps otherwise for every size of a sample",
+                "with several denoisers the shift cannot depend on the size of a sample: each size "
+                "would divide the training steps differently among them",
                 where="timestep_shift = resolution",
                 do="give a number, or train one of them",
             )

@@ -22,6 +22,7 @@ from diffsynth_dagster.families.contract import (
     Tensors,
 )
 
+# Tables of floats write whole numbers as `7.0`, so the patterns accept that.
 COLUMNS = (
     Input("seed", "number", pattern=r"^\s*\d{1,19}(?:\.0*)?\s*$", wants="a whole number"),
     Input("rand_device", "text"),

@@ -1,5 +1,5 @@
-"""What a LoRA is, and what a component declares about its LoRAs: which layers get one, and what other
-tools call these layers."""
+"""What a LoRA is, and what a component declares about its LoRAs: which layers get one, and what
+other tools call these layers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -63,7 +63,7 @@ class LayerNames(Protocol):
         ...
 
     def theirs(self, layer: str) -> str | None:
-        """Their layer that contains one of our layers, with dots; None if they have no name for it."""
+        """Their layer that contains one of our layers, with dots; None if they do not name it."""
         ...
 
     def to_theirs(self, lora: Lora) -> Lora:

@@ -1,4 +1,4 @@
-"""Weights of whole samples in the loss, and masks of their parts: stages that read them from the row."""
+"""Stages that read a sample's weight in the loss, and a mask of its parts, from the row."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +28,7 @@ def with_counted(family: Family, config: TrainingConfig) -> Family:
         column: str | None = getattr(config, parameter)
         if column is None:
             continue
+        # Our own columns may contain a colon, such as `image:digest`.
         if ":" in column or column in (*_RESERVED, *(item.column for item in family.inputs)):
             raise ParameterError(
                 f"the column '{column}' is read as something else",
@@ -65,7 +66,7 @@ def _mask_stage(family: Family, column: str) -> Stage:
     encoders = [s for s in family.stages if main in s.reads and _target(s) is not None]
     if main.kind not in ("image", "video") or main.many or not encoders:
         raise ParameterError(
-            f"{family.name} is trained on no picture that could be masked",
+            f"{family.name} has no picture or video that a mask could apply to",
             where="loss_mask_column",
             do="leave it out",
         )
@@ -85,10 +86,10 @@ def _target(stage: Stage) -> str | None:
 def _read_masks(
     loaded: Loaded, samples: Sequence[Sample], column: str, target: str
 ) -> list[Tensors]:
-    """Pictures (3, H, W) in [-1, 1] and latents (C, …, h, w) → `loss_mask` (1, …, 1, h, w) in [0, 1].
+    """Pictures (3, H, W) in [-1, 1] and latents (C, …, h, w) → `loss_mask` (1, …, 1, h, w).
 
-    Each element is the mean grey of the pixels that its latent covers. A row without a picture gets
-    a mask of ones.
+    Each element is the mean grey, in [0, 1], of the pixels that its latent covers. A row without a
+    picture gets a mask of ones.
     """
     masks: list[Tensors] = []
     for sample in samples:

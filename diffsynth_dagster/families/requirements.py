@@ -133,8 +133,8 @@ _Measure = tuple[str, Callable[[Shapes], int]]
 class Refusal:
     """A combination that is refused if every condition in `when` holds and none in `unless`.
 
-    An unknown condition (None) prevents the refusal, in `when` and in `unless`. So nothing is refused
-    before the facts are known.
+    An unknown condition (None) prevents the refusal, in `when` and in `unless`. So nothing is
+    refused before the facts are known.
 
     Attributes:
         what, do, where: the message; see `UserError`.

@@ -99,7 +99,7 @@ Guide = Callable[[Tensors, Tensors, float], Tensors]
 
 
 def guide(prompted: Tensors, unprompted: Tensors, scale: float) -> Tensors:
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598). A scale of 1 means none."""
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598). 1 means no guidance."""
     return {n: unprompted[n] + scale * (prompted[n] - unprompted[n]) for n in prompted}
 
 
@@ -119,8 +119,8 @@ class Sampling:
         cfg_scale: the published guidance scale; 1 for none.
         cfg_scales: denoiser → its published guidance scale, if it differs from `cfg_scale`.
         negative_prompt: the published negative prompt.
-        distilled: substrings (lower case) of the file names of models that were distilled to need no
-            guidance.
+        distilled: substrings (lower case) of the file names of models that were distilled to need
+            no guidance.
     """
 
     shapes: Callable[[Mapping[str, Any], SampleRequest], dict[str, tuple[int, ...]]]

@@ -67,6 +67,7 @@ FAMILY = Family(
     ),
     stages=(
         prompt_stage(stages.encode_pooled, "pooled_prompt", output="pooled_prompt_embeds"),
+        # CLIP's limit of 77 tokens is not declared above, because T5 reads the rest of the caption.
         prompt_stage(
             stages.encode_prompt,
             uses=("tokenizer_2", "text_encoder_2"),
@@ -77,7 +78,7 @@ FAMILY = Family(
     denoisers=(Denoiser("dit"),),
     denoise=stages.denoise,
     noising=noising,
-    geometry=Geometry(side_factor=16),
+    geometry=Geometry(side_factor=16),  # the VAE's factor of 8, times patches of 2x2
     sampling=Sampling(
         image_shapes, euler(SIGMAS), decode_images, constants={stages.GUIDANCE: SAMPLING_GUIDANCE}
     ),

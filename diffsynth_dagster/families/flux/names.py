@@ -6,6 +6,7 @@ model. The tests compare our tables with them at those widths.
 
 from diffsynth_dagster.families.shared.fused_names import AuthorsNames
 
+# Layers of a double-stream block (image and text apart): the authors' names → diffusers'.
 _DOUBLE = {
     "img_mod.lin": ("norm1.linear",),
     "txt_mod.lin": ("norm1_context.linear",),
@@ -27,6 +28,7 @@ _DOUBLE = {
     "processor.proj_lora1": ("attn.to_out.0",),
     "processor.proj_lora2": ("attn.to_add_out",),
 }
+# Layers of a single-stream block (image and text together).
 _SINGLE = {
     "modulation.lin": ("norm.linear",),
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
@@ -64,6 +66,7 @@ NAMES = AuthorsNames(
     kinds={"scale": "weight"},
 )
 
+# DiffSynth-Studio calls the image stream `a` and the text stream `b`.
 GUIDE = AuthorsNames(
     blocks={
         "blocks": (

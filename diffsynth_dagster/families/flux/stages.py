@@ -13,7 +13,7 @@ from diffsynth_dagster.families.shared.stages import encode_column
 from diffsynth_dagster.families.shared.t5 import encode_padded
 
 MAX_T5_TOKENS = 512
-# FLUX.1-dev is guidance-distilled. At 1 it predicts without guidance, so the training target needs none.
+# FLUX.1-dev is guidance-distilled. With 1 it predicts without guidance, like the training target.
 TRAINING_GUIDANCE = 1.0
 GUIDANCE = "guidance"
 """The condition with the embedded guidance, if it is not `TRAINING_GUIDANCE` (in samples)."""

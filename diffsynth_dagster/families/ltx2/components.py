@@ -86,6 +86,7 @@ _BLOCK = (
     ),
     *(f"{feed}.net.{layer}" for feed in ("ff", "audio_ff") for layer in ("0.proj", "2")),
 )
+# Timestep embeddings outside the blocks: the authors' names → diffusers'.
 _MODULATIONS = {
     "adaln_single": "time_embed",
     "audio_adaln_single": "audio_time_embed",

@@ -124,6 +124,7 @@ FAMILY = Family(
     denoisers=(Denoiser("dit"),),
     denoise=partial(stages.denoise, frame_rate=stages.FRAME_RATE),
     noising=noising,
+    # 32: the VAE's factor alone. Every latent is a token.
     geometry=Geometry(
         32, FrameRule(stages.FRAMES_PER_LATENT, 1), 121, stages.FRAME_RATE, (768, 512)
     ),

@@ -84,8 +84,8 @@ PROCESSOR = Tokenizer(
 
 
 def resized(picture: Image.Image, area: int) -> Image.Image:
-    """Resize a picture to about this area in pixels. Its sides become multiples of 32, which keeps the
-    aspect ratio approximately."""
+    """Resize a picture to about this area in pixels, to sides that are multiples of 32. The aspect
+    ratio is kept approximately."""
     size = area_size(picture.width, picture.height, area)
     return picture.resize(size, Image.Resampling.LANCZOS)
 

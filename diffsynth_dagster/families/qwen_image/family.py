@@ -1,4 +1,4 @@
-"""Qwen-Image (Wu et al. 2025, arXiv:2508.02324): text to image, and image editing with `edit_image`.
+"""Qwen-Image (Wu et al. 2025, arXiv:2508.02324): text to image, and editing with `edit_image`.
 
 Reads the files of Qwen/Qwen-Image, -2512, -Edit, -Edit-2509 and -Edit-2511, and of
 FireRedTeam/FireRed-Image-Edit-1.0 and -1.1.
@@ -71,7 +71,7 @@ FAMILY = Family(
     denoisers=(Denoiser("dit"),),
     denoise=stages.denoise,
     noising=noising,
-    geometry=Geometry(side_factor=16),
+    geometry=Geometry(side_factor=16),  # the VAE's factor of 8, times patches of 2x2
     sampling=Sampling(
         stages.shapes,
         euler(SIGMAS),

@@ -1,9 +1,9 @@
 """Finds out which release of Qwen-Image-Edit is trained.
 
 All releases have the same tensor names and shapes, so the release must follow from file names or
-from the config files beside the weights. It matters for a single edit image, which the first release
+from the config files beside the weights. It matters for a single edit image: the first release
 (Qwen-Image-Edit) and the later ones (-2509, -2511, FireRed-Image-Edit; diffusers'
-`QwenImageEditPlusPipeline`) show to the text encoder differently: see `edit.py`.
+`QwenImageEditPlusPipeline`) show it to the text encoder differently. See `edit.py`.
 """
 
 import json
@@ -19,8 +19,8 @@ from diffsynth_dagster.families.requirements import MODEL_LIST
 
 _LATER = re.compile(r"qwen[-_]image[-_]edit[-_](plus|\d{4})|firered[-_]image[-_]edit", re.I)
 _FIRST = re.compile(r"qwen[-_]image[-_]edit([-_](bf16|fp16|fp8\w*))?(\.\w+)?", re.I)
-"""Must match the whole name of a repository, folder or file. A longer name may be a fine-tune of any
-release."""
+"""Must match the whole name of a repository, folder or file. A longer name may be a fine-tune of
+any release."""
 _PIPELINES = {"QwenImageEditPlusPipeline": True, "QwenImageEditPipeline": False}
 _ENCODER = re.compile(
     r"(.*[-_])?(text_encoders?|vae|tokenizer|processor)(\.\w+)?|qwen[-_.\d]*vl.*", re.I
@@ -39,7 +39,7 @@ def decide(config: TrainingConfig, first: str, later: str) -> tuple[bool, tuple[
 
     Raises:
         ParameterError: the release does not follow from a parameter, the names in the model list,
-            the model's files or the encoded data set; or the data set was encoded for the other way.
+            the model's files or the encoded data set; or the data set was encoded the other way.
     """
     # Only later releases have `zero_cond_t`.
     from_models = True if config.zero_cond_t else _release_of_models(config)
@@ -52,8 +52,9 @@ def decide(config: TrainingConfig, first: str, later: str) -> tuple[bool, tuple[
         answer = False  # only the models are looked at, and no stage runs: any answer will do
     if answer is None:
         raise ParameterError(
-            "it is not clear which release of Qwen-Image-Edit is trained: the first is shown an edit "
-            "image in another way than the later ones, and no name in the model list says which it is",
+            "it is not clear which release of Qwen-Image-Edit is trained: the first and the later "
+            "releases show an edit image to the text encoder differently, and no name in the model "
+            "list tells which one it is",
             where=MODEL_LIST,
             do="give edit_plus: true (--edit_plus) for Qwen-Image-Edit-2509 and later and "
             "FireRed-Image-Edit, or what was made from them; false (--no-edit_plus) for the first "
@@ -65,7 +66,8 @@ def decide(config: TrainingConfig, first: str, later: str) -> tuple[bool, tuple[
             f"the edit images were encoded as {ways[encoded]}, and this training is of "
             f"{'a later' if answer else 'the first'} one",
             where=f"dataset_base_path = {config.dataset_base_path}",
-            do="encode the data set again for this release, or correct edit_plus and the model list",
+            do="encode the data set again for this release, or correct edit_plus and the model "
+            "list",
         )
     # A warning, not an error: `edit_plus` used to be false by default, and names took precedence.
     # Older config.yaml files contain that false and are still used, as recipes and by
@@ -76,9 +78,9 @@ def decide(config: TrainingConfig, first: str, later: str) -> tuple[bool, tuple[
 
 
 _OVERRULED = (
-    "edit_plus: false has no effect: zero_cond_t, or the names in the model list or files beside the "
-    "model, say that it is a later release than the first Qwen-Image-Edit, and edit images are shown "
-    "as to that one; leave edit_plus out, or, if it is the first release, rename its folder or file"
+    "edit_plus: false has no effect, because zero_cond_t, the names in the model list or the files "
+    "beside the model show that this is a later release of Qwen-Image-Edit; leave edit_plus out, "
+    "or, if it is the first release, rename its folder or file"
 )
 
 
@@ -104,8 +106,8 @@ def _is_encoder(entry: ModelEntry) -> bool:
 
 
 def _release_of(entry: ModelEntry) -> bool | None:
-    """Whether an entry is of a later release, by its names or the config files beside it; None if it
-    is not clear."""
+    """Whether an entry is of a later release, by its names or the config files beside it; None if
+    it is not clear."""
     names = _names(entry)
     if any(_LATER.search(name) for name in names):
         return True
@@ -127,8 +129,8 @@ def _names(entry: ModelEntry) -> list[str]:
 
 
 def _published(paths: Sequence[str]) -> bool | None:
-    """Whether diffusers' config files beside local weights are of a later release; None if there are
-    none.
+    """Whether diffusers' config files beside local weights are of a later release; None if there
+    are none.
 
     `zero_cond_t` in config.json exists only in later releases, and model_index.json names the
     pipeline.
@@ -146,8 +148,10 @@ def _published(paths: Sequence[str]) -> bool | None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file; empty if it does not exist or is damaged. Loading the model reports
-    a damaged file."""
+    """The settings in a JSON file; empty if it does not exist or is damaged.
+
+    Loading the model reports a damaged file.
+    """
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

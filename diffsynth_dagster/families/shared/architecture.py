@@ -6,7 +6,7 @@ from diffsynth_dagster.families.contract import Settings, Shapes
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
-    """The number of numbered blocks under a prefix such as `transformer_blocks.`; 0 if there are none."""
+    """The number of numbered blocks under a prefix such as `transformer_blocks.`"""
     depth = prefix.count(".")
     return len({name.split(".")[depth] for name in names if name.startswith(prefix)})
 

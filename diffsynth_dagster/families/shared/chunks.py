@@ -61,6 +61,7 @@ def chunk_rows(tokenizer: Any, prompt: str, length: int, chunks: int) -> list[li
     size = length - 2
     # `verbose=False`: the tokenizer would warn about every prompt that is longer than CLIP reads.
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids[: size * chunks]
+    # `max`: an empty prompt is one chunk of no tokens.
     parts = [ids[at : at + size] for at in range(0, max(1, len(ids)), size)]
     begin, end, padding = (
         tokenizer.bos_token_id,

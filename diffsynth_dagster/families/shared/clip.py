@@ -68,8 +68,9 @@ def clip_text_encoder(*checkpoint_prefixes: str, lora: LoraRules | None = None) 
     return Component(
         name="text_encoder",
         recognition=Recognition(
+            # Published files have the prefix; transformers' own module has none.
             signatures=tuple(
-                tuple(start + name for name in _NAMES) for start in ("text_model.", "")
+                tuple(prefix + name for name in _NAMES) for prefix in ("text_model.", "")
             ),
             checkpoint_prefixes=checkpoint_prefixes,
         ),
@@ -83,10 +84,10 @@ def clip_text_encoder(*checkpoint_prefixes: str, lora: LoraRules | None = None) 
 def projected_text_encoder(
     name: str, *checkpoint_prefixes: str, lora: LoraRules | None = None
 ) -> Component:
-    """CLIP's text tower with its projection, as OpenCLIP trained it. Reads the names of transformers
-    or OpenCLIP.
+    """CLIP's text tower with its projection, as OpenCLIP trained it.
 
-    A family must list it before an encoder without a projection, whose names are a subset of its own.
+    Reads the names of transformers or OpenCLIP. A family must list it before an encoder without a
+    projection, whose names are a subset of this one's.
 
     Args:
         name: name of the component and of its folder.
@@ -118,7 +119,7 @@ def _text_settings(shapes: Shapes) -> Settings:
         "vocab_size": shapes["embeddings.token_embedding.weight"][0],
         "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
         "bos_token_id": 0,
-        # As published. transformers then pools at the highest token id, which is the real end token.
+        # As published, though wrong: transformers then pools at the highest id, the real end token.
         "eos_token_id": 2,
     }
 

@@ -27,6 +27,7 @@ from diffsynth_dagster.families.shared.unet import cross_attention
 
 COLUMN = "controlnet_image"
 _UNION = ("control_add_embedding.", "task_embedding")
+"""Prefixes of tensors that only unions of several ControlNets have."""
 
 
 def control_refusals(name: str, told_sizes: bool) -> tuple[Refusal, ...]:

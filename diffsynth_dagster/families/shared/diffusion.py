@@ -27,8 +27,8 @@ SCHEDULER_MARKS: Mapping[str, Settings] = {
     "edm_vpred.sigma_max": {"_class_name": "EDMEulerScheduler"},
     "edm_mean": {"_class_name": "EDMDPMSolverMultistepScheduler"},
 }
-"""Marker tensors in whole checkpoints → scheduler settings. The last two are in CosXL and Playground
-2.5, whose noise is not supported: `noising` refuses their schedulers."""
+"""Marker tensors in whole checkpoints → scheduler settings. The last two are in CosXL and
+Playground 2.5. Their noise is not supported: `noising` refuses these schedulers."""
 
 
 class _Published(BaseModel):
@@ -44,6 +44,7 @@ class _Published(BaseModel):
     beta_end: float = Field(0.012, gt=0.0, lt=1.0)
     prediction_type: Prediction = "epsilon"
     rescale_betas_zero_snr: bool = False
+    # These must have their defaults: other values mean another kind of noise.
     num_train_timesteps: Literal[1000] = 1000
     trained_betas: None = None
     use_flow_sigmas: Literal[False] = False
@@ -53,6 +54,7 @@ class _Published(BaseModel):
     def _has_betas(cls, name: str) -> str:
         """Check that the scheduler class has a schedule of betas."""
         kind = getattr(diffusers, name, None)
+        # Flow-matching and EDM schedulers have no such parameter.
         if not isinstance(kind, type) or "beta_schedule" not in signature(kind).parameters:
             raise ValueError("its noise is not that of a schedule of betas")
         return name
@@ -82,6 +84,7 @@ def noising(config: TrainingConfig, published: Settings) -> DDPMPath:
         ) from None
     prediction = config.prediction_type or settings.prediction_type
     zero = config.zero_terminal_snr or settings.rescale_betas_zero_snr
+    # With an SNR of zero, x_t is the noise itself: predicting it is trivial and says nothing of x_0.
     if zero and prediction == "epsilon":
         raise ParameterError(
             "the last timestep is nothing but noise (zero terminal SNR), and the model predicts "

@@ -37,7 +37,12 @@ def know_first_frame(loaded: Loaded, samples: Sequence[Sample], stride: int) -> 
 
 
 def known_frame_stage(video: Input, stride: int) -> Stage:
-    """The stage that marks the first frame of the target `video` as known: see `know_first_frame`."""
+    """The stage that marks the first frame of the target `video` as known.
+
+    Args:
+        video: the column of the videos.
+        stride: see `know_first_frame`.
+    """
     known = Output("first_frame", "known", of="video")
     run = partial(know_first_frame, stride=stride)
     return Stage("known_frame", (video,), ("vae",), (known,), run)

@@ -1,8 +1,8 @@
 """Layer names of a model's authors, whose layers may fuse several of diffusers' layers.
 
-`AuthorsNames` is a table that says which diffusers layers ("ours") are stacked along the rows of one
-layer of the authors ("theirs"), such as Q, K and V in `qkv`. It converts weights to diffusers' names,
-and LoRAs in both directions.
+`AuthorsNames` is a table that says which diffusers layers ("ours") are stacked along the rows of
+one layer of the authors ("theirs"), such as Q, K and V in `qkv`. It converts weights to diffusers'
+names, and LoRAs in both directions.
 """
 
 import re
@@ -29,12 +29,12 @@ def _numberless(name: str, dot: str) -> str:
 
 
 def _numbered(pattern: str, name: str, dot: str) -> str:
-    """Replace the `*` of a pattern with the block number of `name`: the inverse of `_numberless`."""
+    """Replace the `*` of a pattern with the block number of `name`."""
     return pattern.replace("*", _first_number(name, dot)[1] or "")
 
 
 def _first_number(name: str, dot: str) -> tuple[str, str | None, str]:
-    """Split a name into the parts before, at and after its block number; None if it has no number."""
+    """Split a name into the parts before, at and after its block number, or (name, None, "")."""
     match = re.fullmatch(rf"([a-z_]+?){re.escape(dot)}(\d+){re.escape(dot)}(.+)", name)
     return (name, None, "") if match is None else (match[1], match[2], match[3])
 
@@ -44,8 +44,8 @@ class AuthorsNames:
     """How the authors of a model name the layers of its denoiser.
 
     Attributes:
-        blocks: their list of numbered blocks → (our list, their layer → our layers, stacked from top
-            to bottom). If several of their layers contain one of ours, the first name is written.
+        blocks: their list of numbered blocks → (our list, their layer → our layers, stacked from
+            top to bottom). If several of their layers contain one of ours, the first is written.
         outside: their layer outside the blocks → our layer.
         heights: suffix of our layer's name → its number of rows, as a multiple of the other layers
             that it is stacked with. The default is 1.
@@ -85,8 +85,12 @@ class AuthorsNames:
         return renamed
 
     def ours(self, name: str) -> tuple[str, ...]:
-        """Our layers that a layer contains; empty if it is unknown. Accepts the authors' name or our
-        own, which some training scripts write, with dots or with underscores."""
+        """Our layers that a layer contains; empty if it is unknown.
+
+        Args:
+            name: the authors' name or ours, which some training scripts write, with dots or
+                underscores.
+        """
         layers = self._layers(self._dotted(name))
         if layers:
             return layers
@@ -155,7 +159,7 @@ class AuthorsNames:
         return a.contiguous(), torch.block_diag(*ups)
 
     def to_ours(self, lora: Lora) -> Lora:
-        """Convert a LoRA from the authors' names, with dots or in kohya's form, to diffusers' names.
+        """Convert a LoRA from the authors' names (dotted or in kohya's form) to diffusers' names.
 
         A fused layer becomes one LoRA per layer. If its B is block diagonal, each gets its own part
         of A, otherwise the whole A.
@@ -179,7 +183,7 @@ class AuthorsNames:
 
     @cached_property
     def _block(self) -> re.Pattern[str]:
-        """Matches one of their layers in a block. Groups: list, separator (`.` or `_`), number, layer."""
+        """Matches their layer in a block. Groups: list, separator (`.` or `_`), number, layer."""
         return re.compile(rf"({'|'.join(map(re.escape, self.blocks))})([._])(\d+)\2(.+)")
 
     @cached_property

@@ -20,7 +20,7 @@ from diffsynth_dagster.families.shared.names import with_new_starts
 
 
 def text_encoder_settings(shapes: Shapes) -> Settings:
-    """The settings of Gemma 3. Constants that no shape shows are those of the published models."""
+    """The settings of Gemma 3. Constants that no shape shows are as published."""
     text, vision = "model.language_model.", "model.vision_tower."
     vocabulary, hidden = shapes[f"{text}embed_tokens.weight"]
     layer, head = f"{text}layers.0.", shapes[f"{text}layers.0.self_attn.q_norm.weight"][0]

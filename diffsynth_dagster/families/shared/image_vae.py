@@ -49,7 +49,7 @@ def image_vae(
         construction=Construction(
             kind=AutoencoderKL,
             settings=settings,
-            # The config.json of VAEs without a shift leaves it out or has None, and we need a number.
+            # Without a shift, config.json leaves it out or has None, but we need a number.
             fixed={} if shift_factor else {"shift_factor": 0.0},
             convert=convert_vae,
         ),

@@ -26,12 +26,14 @@ _WITH_UNDERSCORE = (
     *("out_proj", "text_projection"),
 )
 """Parts of names that contain a real `_`. Every other `_` in kohya's files stands for a `.`."""
+# Layers inside a residual block: the authors' names → diffusers'.
 _RESNET = {
     "in_layers.2": "conv1",
     "out_layers.3": "conv2",
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
 }
+# Layers outside the numbered levels: the authors' names → diffusers'.
 _OUTSIDE = {
     "input_blocks.0.0": "conv_in",
     "out.2": "conv_out",

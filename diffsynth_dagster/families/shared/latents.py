@@ -38,7 +38,7 @@ def encode_standardised(
 
 
 def decode_scaled(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, h, w) from `encode_scaled` → images (B, 3, H, W) in about [-1, 1]."""
+    """Latents (B, C, h, w) from `encode_scaled` → images (B, 3, H, W)."""
     config: Any = vae.config
     unscaled = latents / config.scaling_factor + config.shift_factor
     decoder: Any = vae
@@ -48,7 +48,7 @@ def decode_scaled(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 def decode_standardised(
     vae: AutoencoderKLWan | AutoencoderKLQwenImage, latents: torch.Tensor
 ) -> torch.Tensor:
-    """Latents (B, C, F', h, w) from `encode_standardised` → videos (B, 3, F, H, W) in about [-1, 1]."""
+    """Latents (B, C, F', h, w) from `encode_standardised` → videos (B, 3, F, H, W)."""
     config: Any = vae.config
     mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
     std = torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)

@@ -28,7 +28,7 @@ GEMMA_STATES = 49
 """The number of hidden states of Gemma 3 12B that the connectors read: one before the first of 48
 layers, and one after each."""
 HEAD, AUDIO_HEAD = 128, 64
-"""Channels of an attention head of the connectors. From 2.3 on the sound connector has AUDIO_HEAD."""
+"""Channels of an attention head of the connectors. In 2.3 the sound connector has AUDIO_HEAD."""
 
 
 def connector_settings(shapes: Shapes) -> Settings:
@@ -71,7 +71,7 @@ _CONNECTORS = {
 
 
 def convert_connectors(tensors: Tensors) -> Tensors:
-    """Rename the authors' tensors to diffusers' names, and drop other tensors of a whole checkpoint."""
+    """Rename the authors' tensors to diffusers' names, and drop those of other components."""
     if "video_connector.learnable_registers" in tensors:
         return tensors
     connectors = {n: t for n, t in tensors.items() if n.startswith(tuple(_CONNECTORS))}

@@ -194,7 +194,7 @@ def encode_sound(vae: Any, sound: torch.Tensor) -> torch.Tensor:
 
 
 def decode_clips(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Latents from `encode_clips` → videos (B, 3, F, H, W) in about [-1, 1]."""
+    """Latents from `encode_clips` → videos (B, 3, F, H, W)."""
     mean, std = (t.float().view(-1, 1, 1, 1) for t in (vae.latents_mean, vae.latents_std))
     clean = latents * std / vae.config.scaling_factor + mean
     # Some decoders are conditioned on a timestep. 0 means that the latents are clean.

@@ -18,6 +18,7 @@ def grid_of(latents: torch.Tensor) -> Grid:
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """Latents (B, C, H, W) → tokens of 2x2 patches (B, H W / 4, 4 C)."""
     b, c, h, w = latents.shape
+    # (B, C, rows, 2, columns, 2) → (B, rows, columns, C, 2, 2): a token is C x 2 x 2 flattened.
     patches = latents.view(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // PATCH**2, c * PATCH**2)
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as a text encoder: its component, and prompts with or without pictures → embeddings."""
+"""Qwen2.5-VL as a text encoder: its component, and prompts (with pictures) → embeddings."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -29,12 +29,12 @@ PICTURE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
 HEAD = 128  # channels of an attention head in every published size; no shape shows them
 _TEXT, _VISION = "model.language_model.", "model.visual."
 _NAMES = {"visual.": _VISION, _VISION: _VISION, _TEXT: _TEXT, "model.": _TEXT}
-"""Prefixes in the published files (`visual.…`, `model.layers.…`) → in transformers. The new prefixes
-come before `model.`, which they start with too."""
+"""Prefixes in the published files (`visual.…`, `model.layers.…`) → in transformers. The new
+prefixes are listed before `model.`, because the first match wins."""
 
 
 def qwen_vl_settings(shapes: Shapes) -> Settings:
-    """The settings of Qwen2.5-VL. Constants that no shape shows are those of the published models."""
+    """The settings of Qwen2.5-VL. Constants that no shape shows are as published."""
     vocabulary, hidden = shapes[f"{_TEXT}embed_tokens.weight"]
     layer, block = f"{_TEXT}layers.0.", f"{_VISION}blocks.0."
     text_config = {
@@ -99,6 +99,7 @@ def encode_templated(
         length: the most tokens of a prompt with the template's suffix.
     """
     tokenizer, encoder = loaded["tokenizer"], loaded["text_encoder"]
+    # The prefix is encoded with the prompt and dropped afterwards, so it does not count in `length`.
     drop = count_before(tokenizer, template)
     rows = tokens(tokenizer, [template.format(prompt) for prompt in prompts], length + drop)
 

@@ -28,8 +28,11 @@ def dynamic_sigmas(settings: Mapping[str, object], steps: int, x_0: Tensors) -> 
 
 
 def sigmas_at(settings: Mapping[str, object], steps: int, tokens: int) -> torch.Tensor:
-    """The sigmas of a published sampler for a sequence of `tokens` tokens: float32 (steps + 1,), from
-    1 to 0."""
+    """The sigmas of a published sampler whose shift grows with the number of tokens.
+
+    Returns:
+        float32 (steps + 1,), from 1 to 0.
+    """
     scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(settings))
     published = scheduler.config
     mu = calculate_shift(
@@ -39,6 +42,7 @@ def sigmas_at(settings: Mapping[str, object], steps: int, tokens: int) -> torch.
         published.base_shift,
         published.max_shift,
     )
+    # As diffusers' pipelines call it. The scheduler appends the last sigma, 0.
     scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
     # diffusers divides by zero when it stretches a single sigma to the terminal one.
     return scheduler.sigmas if steps > 1 else torch.tensor([1.0, 0.0])

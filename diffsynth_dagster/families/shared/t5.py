@@ -125,8 +125,10 @@ def umt5_tokenizer(name: str, parameter: str, default: str) -> Tokenizer:
 def encode_padded(
     tokenizer: Any, encoder: Any, samples: Sequence[Sample], length: int
 ) -> torch.Tensor:
-    """The prompts of samples, truncated or padded → hidden states (B, length, hidden). For models that
-    attend to the padding."""
+    """The prompts of samples, truncated or padded → hidden states (B, length, hidden).
+
+    For models that attend to the padding.
+    """
     ids = padded_tokens(tokenizer, samples, length).to(encoder.device)
     return encoder(ids).last_hidden_state
 

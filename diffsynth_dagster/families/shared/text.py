@@ -9,8 +9,10 @@ from diffsynth_dagster.families.contract import Sample
 
 
 def padded_tokens(tokenizer: Any, samples: Sequence[Sample], length: int) -> torch.Tensor:
-    """The tokens of the prompts of samples (B, length), truncated or padded. For models that attend to
-    the padding."""
+    """The tokens of the prompts of samples (B, length), truncated or padded.
+
+    For models that attend to the padding.
+    """
     prompts = [sample["prompt"] for sample in samples]
     return tokenizer(
         prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"

@@ -76,7 +76,7 @@ CONTROLNET = Component(
 
 
 def _down_settings(shapes: Shapes) -> Settings:
-    """The settings that the UNet and a ControlNet have in common: downward half and middle block."""
+    """The settings that UNet and ControlNet have in common: downward half and middle block."""
     levels = range(count_blocks(shapes, "down_blocks."))
     widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in levels]
     attends = [count_blocks(shapes, f"down_blocks.{i}.attentions.") > 0 for i in levels]

@@ -57,7 +57,7 @@ def convert_vision(tensors: Tensors) -> Tensors:
     """Rename the tensors of open_clip's file, or of older transformers files (`vision_model.…`), to
     transformers' names.
 
-    open_clip's file has both towers. The text tower, the projection and the temperature are dropped.
+    open_clip's file has both towers. Text tower, projection and temperature are dropped.
     """
     if not any(name.startswith("visual.") for name in tensors):
         return with_new_starts(tensors, {"vision_model.": ""})
@@ -81,8 +81,8 @@ def convert_vision(tensors: Tensors) -> Tensors:
 
 
 def vision_tower(name: str) -> Component:
-    """The component of CLIP's vision tower. Reads the names of transformers, or of open_clip in Wan's
-    files.
+    """The component of CLIP's vision tower. Reads the names of transformers, or of open_clip as in
+    Wan's files.
 
     Args:
         name: name of the component and of its folder.
@@ -107,8 +107,8 @@ def vision_tower(name: str) -> Component:
 def penultimate_states(tower: Any, frames: torch.Tensor) -> torch.Tensor:
     """Frames (N, 3, H, W) in [-1, 1] → CLIP's penultimate hidden states (N, tokens, hidden).
 
-    The whole frame is resized to CLIP's square, with bicubic interpolation and without antialiasing,
-    as Wan's authors do (`CLIPModel.visual`). CLIP's own image processor, which is published with the
+    The whole frame is resized to CLIP's square, with bicubic interpolation and no antialiasing, as
+    Wan's authors do (`CLIPModel.visual`). CLIP's own image processor, which is published with the
     weights, would crop a wide frame.
     """
     side: int = tower.config.image_size

@@ -1,5 +1,5 @@
-"""The components of the causal video VAEs of Wan 2.1 and 2.2, and of Qwen-Image's VAE, which derives
-from them."""
+"""The components of the causal video VAEs of Wan 2.1 and 2.2, and of Qwen-Image's VAE, which was
+made from the former."""
 
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from diffusers.loaders import single_file_utils
@@ -99,7 +99,7 @@ def wan_vae_settings(shapes: Shapes) -> Settings:
 
 
 def qwen_vae_settings(shapes: Shapes) -> Settings:
-    """The settings of Qwen-Image's VAE. The class's defaults have the published mean and deviation."""
+    """The settings of Qwen-Image's VAE. The class has the published mean and deviation itself."""
     return {
         "base_dim": shapes["encoder.conv_in.weight"][0],
         "z_dim": shapes["post_quant_conv.weight"][0],

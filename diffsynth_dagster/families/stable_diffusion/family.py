@@ -61,8 +61,7 @@ def denoise(
 
 
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
-    """Stable Diffusion 1.5 with a ControlNet's column, and with captions in chunks, if the config asks
-    for them: see `Family.variant`."""
+    """Stable Diffusion 1.5, with a control image and caption chunks if the config asks for them."""
     return with_chunks(controlnet.with_control(family, config, given), config, ("prompt_embeds",))
 
 
@@ -81,6 +80,7 @@ FAMILY = Family(
                 targets=unet.LORA_TARGETS,
                 authors=kohya.UNET,
                 kohya_names=kohya.UNET_OF_DIFFUSERS,
+                # DiffSynth-Studio reads its own format only for this family.
                 native="guide",
                 exports=("diffusers", "kohya"),
                 read_by_guide=("guide",),

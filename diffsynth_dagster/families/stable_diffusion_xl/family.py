@@ -138,8 +138,7 @@ def _encoder_lora(folder: str, kohya_prefix: str, projected: bool = False) -> Lo
 
 
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
-    """Stable Diffusion XL with a ControlNet's column, and with captions in chunks, if the config asks
-    for them: see `Family.variant`."""
+    """Stable Diffusion XL, with a control image and caption chunks if the config asks for them."""
     return with_chunks(controlnet.with_control(family, config, given), config, EMBEDS)
 
 
@@ -153,6 +152,7 @@ FAMILY = Family(
                 partial(kohya.load_unet, StableDiffusionXLPipeline),
                 targets=unet.LORA_TARGETS,
                 authors=kohya.UNET,
+                # The format that most tools read for this family.
                 native="kohya",
                 read_by_guide=("guide", "kohya"),
             ),
@@ -160,7 +160,7 @@ FAMILY = Family(
         # Listed before `text_encoder`, whose tensor names are a subset of this one's.
         clip.projected_text_encoder(
             "text_encoder_2",
-            "conditioner.embedders.1.model.",
+            "conditioner.embedders.1.model.",  # in whole checkpoints
             lora=_encoder_lora("text_encoder_2", "lora_te2_", projected=True),
         ),
         clip.clip_text_encoder(

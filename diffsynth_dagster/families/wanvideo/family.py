@@ -74,7 +74,7 @@ FAMILY = Family(
     denoise=stages.denoise,
     noising=noising,
     geometry=Geometry(
-        16,
+        16,  # the VAE's factor of 8, times patches of 2x2
         FrameRule(stages.FRAMES_PER_LATENT, 1),
         sample_size=(832, 480),
         published_frame_rate=stages.RATE,

@@ -43,7 +43,7 @@ NAMES = AuthorsNames(
 
 
 def convert_dit(tensors: Tensors) -> Tensors:
-    """Rename the tensors of the authors' `diffusion_pytorch_model*.safetensors` to diffusers' names."""
+    """Rename the tensors of the authors' files to diffusers' names."""
     if not any(".self_attn." in name for name in tensors):
         return tensors
     named = single_file_utils.convert_wan_transformer_to_diffusers(dict(tensors))

@@ -92,6 +92,7 @@ _EXPERT = (
 _VACE_NAMED = EntryNamed("(?i)vace")
 _SAMPLES = ("sample_prompts", "customized_evaluation")
 
+# The first that applies is shown. In order: unsupported models, given frames, experts, VACE, CLIP.
 REFUSALS = (
     column_needs("end_image", "input_image"),
     refused_model(
@@ -133,11 +134,11 @@ REFUSALS = (
     ),
     *(
         Refusal(
-            "one expert of Wan2.2 A14B alone denoises in its own part of the schedule only, and samples "
-            "need all of it",
-            "name the files of the other expert in the model list too, which is not trained then and "
-            f"loaded for samples (that of low noise is called dit2 beside the other); or leave {samples} "
-            "out",
+            "one expert of Wan2.2 A14B alone denoises in its own part of the schedule only, and "
+            "samples need all of it",
+            "name the files of the other expert in the model list too: it is loaded for samples, "
+            "not trained (the high-noise expert is then called dit, the low-noise one dit2); or "
+            f"leave {samples} out",
             when=(ParameterSet(samples), expert),
             unless=(_SECOND, _VACE_NAMED),
             where=samples,
@@ -147,8 +148,8 @@ REFUSALS = (
     ),
     *(
         Refusal(
-            "one expert of Wan2.2 VACE A14B alone denoises in its own part of the schedule only, and "
-            "samples need all of it",
+            "one expert of Wan2.2 VACE A14B alone denoises in its own part of the schedule only, "
+            "and samples need all of it",
             f"leave {samples} out",
             when=(ParameterSet(samples), expert, _VACE_NAMED),
             where=samples,
