@@ -218,42 +218,42 @@ def test_an_incomplete_file_names_what_is_missing(
     place: Place, layout: str, tmp_path: Path
 ) -> None:
     found = place.found(layout)
+    denoiser = found.components[found.family.denoiser]
     broken = tmp_path / "model"
     shutil.copytree(place.model, broken)
-    source = found.components[found.family.denoiser].files[0]
+    source = denoiser.files[0]
     target = broken / source.relative_to(place.model)
-    marks = {
-        n
-        for marks in found.family.component(found.family.denoiser).recognition.signatures
-        for n in marks
-    }
+    marks = {name for names in denoiser.component.recognition.signatures for name in names}
     if source.suffix == ".safetensors":
         tensors = load_file(source)
     else:
         tensors = torch.load(source, weights_only=True)
-    start = found.components[found.family.denoiser].start
-    own = [name.removeprefix(start) for name in tensors if name.startswith(start)]
-    lost = start + max(name for name in own if name not in marks)
+    names = [n.removeprefix(denoiser.start) for n in tensors if n.startswith(denoiser.start)]
+    lost = denoiser.start + max(name for name in names if name not in marks)
     del tensors[lost]
     if source.suffix == ".safetensors":
         save_file(tensors, target)
     else:
         torch.save(tensors, target)
     config = make_config(place.values(layout) | place.case.models(broken, layout))
-    with pytest.raises(
-        WeightsError, match=f"not a whole '{found.family.denoiser}': missing: "
-    ) as error:
+    message = f"not a whole '{found.family.denoiser}': missing: "
+    with pytest.raises(WeightsError, match=message) as error:
         build_empty(find_model(config, HUB).components[found.family.denoiser])
     assert str(target) in str(error.value)
 
 
+@every_case
+def test_the_repeated_blocks_of_denoisers_and_controlnets_are_known(place: Place) -> None:
+    family, components = place.found().family, place.found().components
+    for name in {d.component for d in family.denoisers} | {*family.denoise_uses} & {*components}:
+        classes = {type(module).__name__ for module in build_empty(components[name]).modules()}
+        assert classes & {*components[name].component.construction.repeated_blocks}, name
+
+
 def first_batch(place: Place) -> tuple[TrainingConfig, ResolvedModel, Batch]:
     config, found, data = place.encoded()
-    return (
-        config,
-        found,
-        data._batch([v for micro in data.order.step(0) for v in micro], found.family.denoiser, 1.0),
-    )
+    visits = [visit for micro in data.order.step(0) for visit in micro]
+    return config, found, data._batch(visits, found.family.denoiser, 1.0)
 
 
 def predict(

@@ -248,7 +248,7 @@ def test_what_a_family_cannot_is_refused() -> None:
     with pytest.raises(ParameterError, match="no sigmas that are shifted"):
         resolve(make_config(unet), find_family("stable_diffusion"))
     config = TrainingConfig(timestep_shift="resolution", lora_base_model=("dit", "dit2"))
-    with pytest.raises(ParameterError, match="otherwise for every size"):
+    with pytest.raises(ParameterError, match="cannot depend on the size of a sample"):
         resolve(config, two_experts())
     far = TrainingConfig(
         timestep_sampling="logit_normal",

@@ -8,8 +8,8 @@ from diffsynth_dagster.config.unsupported import FAMILIES
 from diffsynth_dagster.errors import ParameterError, nearest
 from diffsynth_dagster.families.contract import Family
 
-# diffusers imports image processors by names that transformers has only with torchvision, and for
-# each of them a warning says that another one is taken. None of them is used here.
+# diffusers imports image processors that transformers only has with torchvision installed. For each
+# of them transformers warns that it falls back to another one. We use none of them.
 logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
 
 _MODULES: dict[str, str] = {}
@@ -17,11 +17,13 @@ _REPOSITORIES: dict[str, tuple[str, ...]] = {}
 
 
 def register(name: str, *repositories: str) -> None:
-    """Register a family: `families/<name>/family.py` defines `FAMILY`, and is imported at its first use.
+    """Register the family that `families/<name>/family.py` defines as `FAMILY`.
+
+    The module is imported at its first use, because it imports diffusers and transformers.
 
     Args:
-        repositories: how the names of its repositories on the hub start. They show the family of a
-            model list before any file is there, and before any family is imported.
+        repositories: prefixes of the names of its repositories on the hub. They identify the family
+            of a model list before anything is downloaded or imported.
     """
     if name in _MODULES:
         raise AssertionError(f"the family '{name}' is registered twice")
@@ -29,6 +31,7 @@ def register(name: str, *repositories: str) -> None:
     _REPOSITORIES[name] = repositories
 
 
+# `family_of` returns the first match, so a prefix must not match another family's repository.
 register("qwen_image", "Qwen/Qwen-Image", "FireRedTeam/FireRed-Image-Edit")
 register("flux", "black-forest-labs/FLUX.1")
 register("wanvideo", "Wan-AI/Wan2", "PAI/Wan2", "krea/krea-realtime-video")
@@ -43,28 +46,27 @@ def family_names() -> tuple[str, ...]:
 
 
 def repositories_of(name: str) -> tuple[str, ...]:
-    """How the names of a registered family's repositories on the hub start."""
+    """The prefixes of the names of a family's repositories on the hub."""
     return _REPOSITORIES[name]
 
 
 def family_of(texts: Iterable[str]) -> str | None:
-    """The first family one of whose repositories is named in a model list; None where none is. No
-    family is imported.
+    """The family whose repository a model list names; None if it names none. Imports no family.
 
     Args:
         texts: the repository of each entry, or its path.
     """
-    given = tuple(texts)
-    named = (
+    entries = tuple(texts)
+    matches = (
         name
-        for name, starts in _REPOSITORIES.items()
-        if starts and any(text.startswith(starts) for text in given)
+        for name, prefixes in _REPOSITORIES.items()
+        if prefixes and any(text.startswith(prefixes) for text in entries)
     )
-    return next(named, None)
+    return next(matches, None)
 
 
 def find_family(name: str) -> Family:
-    """The family of this name.
+    """The family with this name, imported on demand.
 
     Raises:
         ParameterError: there is no family of this name, or it is not supported yet.

@@ -1,7 +1,8 @@
-"""What a family declares of its components: the modules of the model that have weights of their own.
+"""Components: the modules of a model that have their own weights (transformer, VAE, text encoder).
 
-A component says three things: how its files are recognised, how its module is built, and what its files
-are called elsewhere.
+A family declares three things for each of its components: how to recognise its files
+(`Recognition`), how to build the module (`Construction`), and what other tools call it
+(`ComponentNames`).
 """
 
 from collections.abc import Callable, Mapping
@@ -15,24 +16,24 @@ from diffsynth_dagster.families.requirements import Shapes
 from diffsynth_dagster.families.sampling_types import Tensors
 
 Settings = dict[str, object]
-"""Keyword arguments of a class of diffusers, or of the config of a class of transformers."""
+"""Keyword arguments of a diffusers class, or of the config of a transformers class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recognition:
-    """How the files of a component are recognised.
+    """How to recognise the files of a component.
 
     Attributes:
-        signatures: for each accepted layout a few tensor names. Files that hold all names of one
-            signature are this component; no other component's files hold them.
-        checkpoint_prefixes: how the names of its tensors start in a file that holds several components
-            (a whole checkpoint), or in one whose writer put something before all names. Behind that
-            they are in one of the layouts of `signatures`.
-        original_globs: its files in the repositories of the original layout. They show which
-            component an entry of the model list is before any file is there.
-        path_marks: what the path of its files contains, for a component whose tensors have the names
-            and shapes of another's (the experts of Wan2.2). Where the model list has one of the
-            two alone, it is taken for the other one, which has no such mark.
+        signatures: a few tensor names for each accepted layout. A file that contains all names of
+            one signature belongs to this component, and no file of another component does.
+        checkpoint_prefixes: prefixes of the tensor names in a file with several components (a whole
+            checkpoint), or in a file whose writer added a prefix. After the prefix is removed, the
+            names follow one of the layouts in `signatures`.
+        original_globs: file names in the authors' repositories. They identify the component of a
+            model list entry before the file is downloaded.
+        path_marks: parts of the path that identify this component when another one has the same
+            tensor names and shapes (the experts of Wan2.2). A model list with only one of the two
+            is read as the one without marks.
     """
 
     signatures: tuple[tuple[str, ...], ...]
@@ -43,21 +44,21 @@ class Recognition:
 
 @dataclass(frozen=True, kw_only=True)
 class Construction:
-    """How the module of a component is built from its files.
+    """How to build the module of a component from its files.
 
     Attributes:
-        kind: its class in diffusers or transformers.
-        other_kinds: start of tensor names → the class of modules that have such tensors, where
-            that is not `kind`.
+        kind: the module's class in diffusers or transformers.
+        other_kinds: prefix of tensor names → the class to build instead of `kind` when the files
+            contain tensors with this prefix.
         settings: shapes of the converted tensors → settings of the class, for files without a
             config.json.
-        fixed: settings that hold whatever the config.json or the shapes say.
-        convert: tensors of any accepted layout → the names (and tensors) of the built module.
-            Works on meta tensors too, and leaves tensors that have the module's names alone.
-        optional_modules: modules of it that its files may leave out altogether, such as the decoder
-            of a VAE that only encodes. The built module then has None in their place.
-        blocks: names of the classes of its repeated blocks, where neither diffusers
-            (`_repeated_blocks`) nor transformers (`_no_split_modules`) knows them.
+        fixed: settings that override the config.json and the shapes.
+        convert: tensors in any accepted layout → tensors under the names of the built module. Works
+            on meta tensors too, and returns tensors that already have these names unchanged.
+        optional_modules: submodules that the files may omit, such as the decoder of a VAE that only
+            encodes. The built module then has None in their place.
+        blocks: class names of the repeated blocks, for classes where neither diffusers
+            (`_repeated_blocks`) nor transformers (`_no_split_modules`) declares them.
     """
 
     kind: type[nn.Module]
@@ -69,37 +70,41 @@ class Construction:
     blocks: tuple[str, ...] = ()
 
     def kind_of(self, shapes: Shapes) -> type[nn.Module]:
-        """The class of the module with these tensors."""
-        for start, kind in self.other_kinds.items():
-            if any(name.startswith(start) for name in shapes):
+        """The class to build for these tensors."""
+        for prefix, kind in self.other_kinds.items():
+            if any(name.startswith(prefix) for name in shapes):
                 return kind
         return self.kind
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """What its config.json may call the architecture. A config.json beside the files that
-        names another one is not this component's, and the settings come from the shapes."""
+        """The class names that its config.json may give. A config.json with another class name
+        belongs to another component; then the settings come from the shapes."""
         return tuple(kind.__name__ for kind in (self.kind, *self.other_kinds.values()))
 
     @property
     def repeated_blocks(self) -> tuple[str, ...]:
-        """Names of the classes of its repeated blocks, the units to compile, offload and shard by."""
-        known = ("_repeated_blocks", "_no_split_modules")
+        """Class names of the repeated blocks: the units to compile, offload and shard by."""
+        attributes = ("_repeated_blocks", "_no_split_modules")
         kinds = (self.kind, *self.other_kinds.values())
-        named = [
-            block for kind in kinds for name in known for block in getattr(kind, name, None) or ()
+        # The base classes leave these attributes out, empty or None.
+        declared = [
+            block
+            for kind in kinds
+            for name in attributes
+            for block in getattr(kind, name, None) or ()
         ]
-        return self.blocks or tuple(dict.fromkeys(named))
+        return self.blocks or tuple(dict.fromkeys(declared))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentNames:
-    """What a component is called in files.
+    """What files call a component.
 
     Attributes:
-        folder: its folder in the diffusers layout, which is also its prefix in diffusers' LoRAs.
-        prefix: how the names of its tensors start in checkpoints; `pipe.<name>.` when left out.
-        lora: what its LoRAs are called; None where no tool loads one into it.
+        folder: its folder in the diffusers layout, and its prefix in diffusers' LoRA files.
+        prefix: prefix of its tensor names in checkpoints; `pipe.<name>.` if empty.
+        lora: how its LoRAs are named; None if no tool loads a LoRA into this component.
     """
 
     folder: str
@@ -109,10 +114,10 @@ class ComponentNames:
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """A module of the model that has weights of its own.
+    """A module of a model that has its own weights.
 
     Attributes:
-        name: what `trainable_models` and `lora_base_model` call it (`dit`, `vae`, …).
+        name: its name in `trainable_models` and `lora_base_model` (`dit`, `vae`, …).
     """
 
     name: str
@@ -123,12 +128,12 @@ class Component:
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors of a component that are trained under a name of their own (VACE in Wan).
+    """A subset of a component's tensors that can be trained under its own name (VACE in Wan).
 
     Attributes:
-        of: the component that holds them.
-        starts: how their names in the module start.
-        without: starts of names that do not belong to the part.
+        of: the component that contains the tensors.
+        starts: prefixes of the tensors' names in the module.
+        without: prefixes to exclude again.
         lora: see `ComponentNames`.
     """
 
@@ -145,17 +150,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Files that turn text into tokens: no weights, but part of what a cached sample depends on.
+    """A tokenizer or image processor. It has no weights, but cached samples depend on its files.
 
     Attributes:
-        name: key in `Loaded`.
-        parameter: the parameter that names its folder.
-        default: `repository:folder/` on ModelScope where the parameter is left out and no folder
-            of this name lies beside the model files.
+        name: its key in `Loaded`.
+        parameter: the parameter that gives its folder.
+        default: `repository:folder/` on ModelScope. Used when the parameter is not given and no
+            folder called `name` lies beside the model files.
         load: folder → tokenizer.
-        markers: special tokens that the family's prompts contain, such as `<|im_start|>`. The
-            tokenizer must turn each into exactly one token; one that splits a marker was loaded
-            from an incomplete folder, and is refused. Empty for an image processor.
+        markers: special tokens that the family's prompts contain, such as `<|im_start|>`. Each must
+            become exactly one token. A tokenizer that splits a marker was loaded from an incomplete
+            folder and is refused. Empty for an image processor.
     """
 
     name: str

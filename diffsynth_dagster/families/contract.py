@@ -1,8 +1,8 @@
 """What a model family declares. All other code is shared and never asks which family it serves.
 
-A family is data and a few pure functions: how its files are recognised and its modules are built,
-the stages that turn a row of the data set into tensors, the noising path, and one call of its
-denoiser.
+A family is data and a few pure functions: its components (how to recognise their files and build
+their modules), the stages that turn a row of the data set into tensors, the noising path, and one
+call of its denoiser.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ from diffsynth_dagster.families.sampling_types import Clip, SampleRequest, Sampl
 from diffsynth_dagster.objective.noising import Noising
 
 Loaded = Mapping[str, Any]
-"""Component name → the module or tokenizer that was loaded."""
+"""Component or tokenizer name → the loaded module or tokenizer."""
 
 __all__ = [
     "Clip",
@@ -60,19 +60,21 @@ class Output:
 
     Attributes:
         name: unique in the family.
-        role: "target": clean latents that are noised and predicted; "condition": passed to
-            `denoise`; "known": mask of the elements of the target called `of` that are given,
-            not predicted (1 = known): there x_t = x_0 and the loss does not count, and the mask
-            is passed to `denoise` as well; "start": the noise from which a teacher made the target
-            called `of`; "steps": how many steps the teacher took; "weight": () what the loss of the
-            sample is multiplied by; "mask": how much each element of the target called `of` counts
-            in the loss, of its shape or broadcast to it.
-        ragged: the first dimension differs between samples: a batch is padded with zeros and gets
-            a boolean mask (B, L) under the name + "_mask".
-        of: the target that a mask belongs to.
+        role: what the tensor is used for:
+            "target": clean latents x_0, which are noised and predicted.
+            "condition": passed to `denoise`.
+            "known": mask of the elements of the target `of` that are given, not predicted
+            (1 = known). There x_t = x_0, and the loss leaves them out. Also passed to `denoise`.
+            "start": the noise from which a teacher made the target `of`.
+            "steps": the number of steps that the teacher took.
+            "weight": (), a factor for the loss of the sample.
+            "mask": a factor for the loss of each element of the target `of`, broadcast to it.
+        ragged: the first dimension differs between samples. A batch is padded with zeros and gets a
+            boolean mask (B, L) called name + "_mask".
+        of: the target that this tensor belongs to.
         optional: a sample may lack it (the sound of a silent clip). Samples of a batch have equal
-            shapes, so that all of them have it or none has.
-        weight: targets only: the parameter that its share of the loss is multiplied by.
+            shapes, so either all of them have it or none.
+        weight: for targets: the parameter that scales this target's loss.
     """
 
     name: str
@@ -84,24 +86,26 @@ class Output:
 
 
 Sample = Mapping[str, Any]
-"""Inputs of one sample: column → value, and output name → tensor of the stages upstream."""
+"""Inputs of one sample: column → value, and output name of an earlier stage → tensor."""
 
 
 @dataclass(frozen=True)
 class Stage:
     """A named step from a sample's inputs to tensors.
 
-    It is cached when neither it nor a stage it needs uses a component that is trained; otherwise
-    it runs inside the training step.
+    The outputs are cached if neither this stage nor a stage in `needs` uses a trained component.
+    Otherwise the stage runs inside the training step.
 
     Attributes:
-        run: (loaded components, samples of equal shape) → for each sample its outputs, on the
-            device of the component. Must give each sample the tensors that it would get alone.
-        version: raised when `run` yields something else for the same inputs.
+        reads: the columns that it reads.
+        uses: the components and tokenizers that it uses.
+        run: (loaded components, samples of equal shape) → the outputs of each sample, on the
+            device of the component. A sample's outputs must not depend on the rest of the batch.
+        version: increase it when `run` yields different outputs for the same inputs.
         needs: stages whose outputs it reads.
-        settings: parameters of the config that `run` was made with; stored samples are told apart by
-            them too. None of them is at its default.
-        limit: how much it reads of a caption, if not all.
+        settings: non-default parameters of the config that `run` depends on. They are part of the
+            cache key.
+        limit: how much of a caption it reads; None if it reads all.
     """
 
     name: str
@@ -115,22 +119,26 @@ class Stage:
     limit: TokenLimit | None = None
 
     def to_store(self, outputs: Tensors) -> Tensors:
-        """The outputs of a sample as they are stored: one that it lacks is an empty tensor."""
-        lacking = [o.name for o in self.yields if o.optional and o.name not in outputs]
-        return {**outputs, **{name: torch.empty(0) for name in lacking}}
+        """The outputs of a sample as the cache stores them.
+
+        A missing optional output becomes an empty tensor, so that every stored sample has the same
+        names.
+        """
+        missing = [o.name for o in self.yields if o.optional and o.name not in outputs]
+        return {**outputs, **{name: torch.empty(0) for name in missing}}
 
     def from_store(self, stored: Tensors) -> Tensors:
-        """The outputs of a sample as `run` yielded them."""
+        """The outputs of a stored sample, as `run` yielded them: the inverse of `to_store`."""
         optional = {o.name for o in self.yields if o.optional}
         return {n: tensor for n, tensor in stored.items() if n not in optional or tensor.numel()}
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A component whose prediction is trained, and its share of the schedule.
+    """A component that predicts the targets, and the timesteps that it is used at.
 
     Attributes:
-        low, high: it is at work at timesteps t, low <= t < high.
+        low, high: it is used at timesteps low <= t < high, t in [0, 1000].
     """
 
     component: str
@@ -140,36 +148,35 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family. See `families/qwen_image/` for the example to copy.
+    """A model family. To add one, copy `families/qwen_image/`.
 
     Attributes:
-        denoisers: the components whose prediction is trained: one, or several that share the schedule.
-        denoise: (the denoiser at work, loaded components, conditions, x_t by target, t (B,) in
-            [0, 1000]) → prediction by target.
-        noising: (config, settings of the scheduler that is published with the denoiser; empty where
-            there are none) → the noising path. Raises `ParameterError`.
+        denoisers: one component that predicts the targets, or several that share the schedule.
+        denoise: (denoiser, loaded components, conditions, x_t by target, t (B,) in [0, 1000]) →
+            prediction by target.
+        noising: (config, settings of the published scheduler; empty if unknown) → the noising path.
+            Raises `ParameterError`.
         inference_sigmas: (number of steps, clean latents by target) → sigmas of the published
-            sampler, float32 (steps + 1,) from the most noise down to 0. None: the family cannot be
+            sampler, float32 (steps + 1,), from pure noise down to 0. None: the family cannot be
             distilled.
-        sampling: how samples are made of noise: their sizes, the published sampler, the decoder.
-        denoise_uses: components that `denoise` uses beside the denoiser where they are given:
-            conditioners that see x_t and t, such as a ControlNet.
-        parts: tensors of a component that are trained under a name of their own.
-        parameters: the parameters for single families (see `config.parameters`) that it takes.
-        extra_inputs: what may be named in `extra_inputs` beside columns.
-        refusals: combinations of inputs, parameters and models that are not trained.
-        variant: (the family, config, component → shapes) → the family as this config uses it: its
-            stages and columns, its components' architecture. Shapes are empty for a component that
-            is named but whose files are not there. The columns must depend on the config alone.
-            Called after `refusals` were checked.
-        checkpoints_gradients: whether activations are recomputed where the config leaves it open.
-        decoder: components that `sampling` decodes with.
-        architecture: what ModelSpec's `architecture` calls the model in the header of what is written.
-        authors: the code of the model's authors, whose names its files may have; ModelSpec's
-            `implementation` of those.
-        scheduler_marks: name of a tensor in a whole checkpoint that nothing computes with → what
-            it says about the scheduler.
-        warnings: what a variant tells about the config that it does not refuse.
+        sampling: how to make samples: their sizes, the published sampler, the decoder.
+        denoise_uses: optional components that `denoise` uses beside the denoiser: conditioners that
+            see x_t and t, such as a ControlNet.
+        parts: subsets of a component's tensors that can be trained under their own names.
+        parameters: the family-specific parameters that it accepts (see `config.parameters`).
+        extra_inputs: optional columns that `extra_inputs` may list.
+        refusals: combinations of inputs, parameters and models that cannot be trained.
+        variant: (the family, config, component → shapes) → the family as this config uses it, with
+            other stages, columns or settings. Called after `refusals` were checked. The shapes of a
+            component are empty if it is listed but its files are not there yet. The columns must
+            depend on the config only: they are needed before the files are there.
+        checkpoints_gradients: the default for recomputing activations in the backward pass.
+        decoder: the components that `sampling` decodes with.
+        architecture: ModelSpec's `architecture`, written into file headers.
+        authors: URL of the authors' code. ModelSpec's `implementation` for files with their names.
+        scheduler_marks: name of a marker tensor in a whole checkpoint → the scheduler settings that
+            it stands for. No computation uses these tensors.
+        warnings: warnings of `variant` about the config.
     """
 
     name: str
@@ -196,90 +203,95 @@ class Family:
     warnings: tuple[str, ...] = ()
 
     def at_work(self, trained: frozenset[str]) -> tuple[Denoiser, ...]:
-        """The denoisers that the steps of a training go to: those that are trained, or all of them
-        where none is."""
-        changed = {self.part(name).of for name in trained}
-        return tuple(d for d in self.denoisers if d.component in changed) or self.denoisers
+        """The denoisers that training steps use: the trained ones, or all if none is trained
+        (when only a text encoder is trained)."""
+        components = {self.part(name).of for name in trained}
+        return tuple(d for d in self.denoisers if d.component in components) or self.denoisers
 
     @property
     def denoiser(self) -> str:
-        """The component that is meant where a denoiser is meant and none is named."""
+        """The default denoiser: the first one."""
         return self.denoisers[0].component
 
     def component(self, name: str) -> Component:
-        """The component of this name (which exists)."""
+        """The component of this name, which must exist."""
         return next(c for c in self.components if c.name == name)
 
     def stage(self, name: str) -> Stage:
-        """The stage of this name (which exists)."""
+        """The stage of this name, which must exist."""
         return next(s for s in self.stages if s.name == name)
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """The names of what can be trained: components and parts."""
+        """The names that can be trained: components and parts."""
         return tuple(c.name for c in self.components) + tuple(p.name for p in self.parts)
 
     def part(self, name: str) -> Part:
-        """The tensors of a trainable name: a part, or a component without its parts."""
+        """The tensors that a trainable name means: a part, or a component without its parts."""
         for part in self.parts:
             if part.name == name:
                 return part
-        inside = tuple(start for p in self.parts if p.of == name for start in p.starts)
+        excluded = tuple(start for p in self.parts if p.of == name for start in p.starts)
         component = self.component(name)
-        return Part(component.name, name, ("",), inside, component.names.lora)
+        # Every name starts with "", so this takes all tensors that are in no part.
+        return Part(component.name, name, ("",), excluded, component.names.lora)
 
     def lora_rules(self, name: str) -> LoraRules:
-        """What LoRAs of a component or part, which may get one, are called."""
+        """The LoRA rules of a component or part that can get a LoRA."""
         rules = self.part(name).lora
         assert rules is not None, f"no tool loads a LoRA into '{name}'"
         return rules
 
     def prefix(self, name: str) -> str:
-        """How the checkpoint names of a trainable name start."""
-        own = {c.name: c.names.prefix for c in self.components}
-        return own.get(name) or f"pipe.{name}."
+        """The prefix of tensor names in checkpoints of a component or part."""
+        declared = {c.name: c.names.prefix for c in self.components}
+        return declared.get(name) or f"pipe.{name}."
 
     @property
     def text_stages(self) -> tuple[Stage, ...]:
-        """The stages that read nothing but text."""
+        """The stages that read only text."""
         return tuple(s for s in self.stages if all(i.kind == "text" for i in s.reads) and s.reads)
 
     @property
     def sample_stages(self) -> tuple[Stage, ...]:
-        """The stages of what `denoise` needs for a sample, and of targets that are given in part."""
-        given = {o.of for s in self.stages for o in s.yields if o.role == "known"}
-        wanted: set[str] = set()
-        for stage in reversed(self.stages):  # a stage stands behind those that it needs
-            handed = (o.role in ("condition", "known") or o.name in given for o in stage.yields)
-            if stage.name in wanted or any(handed):
-                wanted |= {stage.name, *stage.needs}
-        return tuple(s for s in self.stages if s.name in wanted)
+        """The stages needed to make a sample: they yield the conditions, the known masks, and the
+        targets that are partly given (a first frame)."""
+        partly_given = {o.of for s in self.stages for o in s.yields if o.role == "known"}
+        needed: set[str] = set()
+        # Stages are listed after the stages that they need, so one backward pass is enough.
+        for stage in reversed(self.stages):
+            is_input = (
+                o.role in ("condition", "known") or o.name in partly_given for o in stage.yields
+            )
+            if stage.name in needed or any(is_input):
+                needed |= {stage.name, *stage.needs}
+        return tuple(s for s in self.stages if s.name in needed)
 
     @property
     def samples_from_text(self) -> bool:
-        """Whether everything that `denoise` needs can be made from a prompt alone. Size facts are:
-        those of the sample that is made."""
+        """Whether a prompt alone is enough to make a sample."""
         reads = (i.kind for stage in self.sample_stages for i in stage.reads)
+        # Size facts are known too: they are those of the sample that is made.
         return all(kind in ("text", "sizes") for kind in reads)
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """Every column that a stage reads, once."""
+        """All columns that the stages read, without repetition."""
         return tuple(dict.fromkeys(i for stage in self.stages for i in stage.reads))
 
     @property
     def caption(self) -> Input | None:
-        """The column that says what a sample shows."""
+        """The caption column; None if no stage reads one."""
         captions = [i for i in self.inputs if i.caption]
-        assert len(captions) <= 1, "a visit of a sample is told one caption"
+        assert len(captions) <= 1, "a family reads at most one caption column"
         return captions[0] if captions else None
 
     @property
     def file_inputs(self) -> tuple[Input, ...]:
-        """Every column that names files, once; the size of a sample is that of the first."""
+        """All columns that contain files. The first one determines the size of a sample."""
         return tuple(i for i in self.inputs if i.is_file)
 
     @property
     def columns(self) -> Columns:
-        """What is read of a row, and at which sizes."""
+        """The columns that are read from a row, and the size rules for their files."""
         return Columns(self.name, self.inputs, self.extra_inputs, self.geometry)

@@ -1,7 +1,8 @@
 """Direct distillation: the stage that draws the noise from which the teacher made each row.
 
-The rows are samples of the teacher. Each names the seed, the device of the random generator and the
-number of steps in which the student is to make the same sample from the same noise.
+The rows are samples of the teacher. Each row gives the seed and the device of the teacher's random
+generator, and the number of steps. The student learns to make the same sample from the same noise
+in that number of steps.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from diffsynth_dagster.families.contract import (
     Tensors,
 )
 
+# Tables of floats write whole numbers as `7.0`, so the patterns accept that.
 COLUMNS = (
     Input("seed", "number", pattern=r"^\s*\d{1,19}(?:\.0*)?\s*$", wants="a whole number"),
     Input("rand_device", "text"),
@@ -37,7 +39,7 @@ COLUMNS = (
         wants="1, since a student samples without guidance",
     ),
 )
-_ALWAYS = ("seed", "num_inference_steps")
+_REQUIRED = ("seed", "num_inference_steps")
 _START = "{}_start"
 STEPS = "teacher_steps"
 
@@ -45,8 +47,8 @@ STEPS = "teacher_steps"
 def with_teacher(family: Family, config: TrainingConfig) -> Family:
     """The family with a stage that draws the teacher's noise.
 
-    `seed` and `num_inference_steps` are read from every row; `rand_device` (else the CPU) and
-    `cfg_scale` (which must be 1) where `extra_inputs` names them.
+    Every row must have `seed` and `num_inference_steps`. `rand_device` (the default is the CPU) and
+    `cfg_scale` (which must be 1) are read if `extra_inputs` lists them.
 
     Raises:
         ParameterError: the family cannot be distilled.
@@ -57,25 +59,26 @@ def with_teacher(family: Family, config: TrainingConfig) -> Family:
             where=f"task = {config.task}",
             do="train it with the task sft",
         )
-    makers = [s for s in family.stages if any(o.role == "target" for o in s.yields)]
-    targets = [o.name for s in makers for o in s.yields if o.role == "target"]
+    target_stages = [s for s in family.stages if any(o.role == "target" for o in s.yields)]
+    targets = [o.name for s in target_stages for o in s.yields if o.role == "target"]
 
     def run(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-        return [_begin(sample, targets) for sample in samples]
+        return [_teacher_noise(sample, targets) for sample in samples]
 
     stage = Stage(
         "teacher",
-        tuple(c for c in COLUMNS if c.column in (*_ALWAYS, *config.extra_inputs)),
+        tuple(c for c in COLUMNS if c.column in (*_REQUIRED, *config.extra_inputs)),
         (),
         (*(Output(_START.format(t), "start", of=t) for t in targets), Output(STEPS, "steps")),
         run,
-        needs=tuple(maker.name for maker in makers),
+        # The latents of the targets give the noise its shape.
+        needs=tuple(stage.name for stage in target_stages),
     )
     return replace(family, stages=(*family.stages, stage))
 
 
-def _begin(sample: Sample, targets: Sequence[str]) -> Tensors:
-    """Noise for each target in the shape of its latents, and the number of steps."""
+def _teacher_noise(sample: Sample, targets: Sequence[str]) -> Tensors:
+    """The noise of each target, in the shape of its latents, and the number of steps."""
     device = sample.get("rand_device", "cpu").strip()
     try:
         source = torch.Generator(device)
@@ -87,6 +90,7 @@ def _begin(sample: Sample, targets: Sequence[str]) -> Tensors:
         ) from error
     drawn: Tensors = {STEPS: torch.tensor(sample["num_inference_steps"])}
     for target in targets:
+        # Seeded again for each target, so the noise does not depend on the order of the targets.
         source.manual_seed(sample["seed"])
         shape = (1, *sample[target].shape)
         drawn[_START.format(target)] = torch.randn(shape, generator=source, device=device)[0]

@@ -7,14 +7,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TokenLimit:
-    """The most that a stage reads of a caption: what lies behind is cut off.
+    """How many tokens of a caption a stage reads. The rest of the caption is cut off.
 
     Attributes:
-        tokenizer: its name; it is among what the stage uses.
-        most: tokens, those counted that stand around the caption.
-        prepared: caption → what the tokenizer is given.
-        before: what this begins with for every caption; it is read beside `most`.
-        advice: how more of a caption is read, where that is possible.
+        tokenizer: name of the tokenizer, which the stage must list in `uses`.
+        most: the maximum number of tokens, with special tokens and the template's suffix.
+        prepared: caption → the text that is tokenized, such as the caption in a template.
+        before: the prefix that `prepared` adds. Its tokens do not count towards `most`.
+        advice: what the user can do about long captions; empty for the usual advice.
     """
 
     tokenizer: str
@@ -25,24 +25,26 @@ class TokenLimit:
 
     @property
     def always_read(self) -> int:
-        """Bytes of UTF-8 that never are more than `most` tokens, if they are ASCII: a token stands for a
-        byte at least. A few are set aside for what the tokenizer and `prepared` add."""
-        added = len(self.prepared("").encode()) - len(self.before.encode())
-        return max(0, self.most - added - _ADDED)
+        """The length in bytes up to which an ASCII caption never exceeds `most` tokens.
+
+        Every token covers at least one byte, so short captions need not be tokenized to be checked.
+        """
+        template = len(self.prepared("").encode()) - len(self.before.encode())
+        return max(0, self.most - template - _SPECIAL_TOKENS)
 
     def count(self, tokenizer: Any, captions: Sequence[str]) -> list[int]:
-        """Tokens of each caption, as `most` counts them."""
+        """The number of tokens of each caption, counted as for `most`."""
 
         def lengths(texts: list[str]) -> list[int]:
             rows = tokenizer(texts, return_attention_mask=False, verbose=False).input_ids
             return [len(row) for row in rows]
 
-        before = lengths([self.before])[0] if self.before else 0
-        return [n - before for n in lengths([self.prepared(text) for text in captions])]
+        prefix = lengths([self.before])[0] if self.before else 0
+        return [n - prefix for n in lengths([self.prepared(text) for text in captions])]
 
 
-_ADDED = 4
-"""Tokens for begin, end, and a space in front."""
+_SPECIAL_TOKENS = 4
+"""Tokens reserved for begin, end, and a space in front, rounded up."""
 MOST_BYTES_OF_ONE = 6
-"""How much longer a normalised text may be, where it is not ASCII: one character of three bytes can
-stand for eighteen letters (U+FDFA)."""
+"""How much longer text that is not ASCII can become when the tokenizer normalises it: U+FDFA has
+three bytes and becomes eighteen letters."""

@@ -1,5 +1,5 @@
-"""What a LoRA is, and what a component declares of its own: which layers get one, and their names in
-the files of other tools."""
+"""What a LoRA is, and what a component declares about its LoRAs: which layers get one, and what
+other tools call these layers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,16 +27,20 @@ class Lora:
     scale: Mapping[str, float]
 
     def alpha(self, layer: str) -> float:
-        """alpha of a layer: s times its rank."""
+        """alpha of a layer: s times the rank."""
         return self.scale[layer] * len(self.down[layer])
 
     def folded(self) -> "Lora":
-        """The same change of the weights with s = 1 everywhere: B is multiplied by s."""
+        """The same update of the weights with s = 1 everywhere: B is multiplied by s."""
         up = {n: b if self.scale[n] == 1 else b * self.scale[n] for n, b in self.up.items()}
         return Lora(self.down, up, dict.fromkeys(self.down, 1.0))
 
     def part(self, layers: Mapping[str, str]) -> "Lora":
-        """Some of its layers under other names: layer → new name."""
+        """Some of the layers, renamed.
+
+        Args:
+            layers: layer → new name.
+        """
         return Lora(
             {new: self.down[old] for old, new in layers.items()},
             {new: self.up[old] for old, new in layers.items()},
@@ -45,59 +49,62 @@ class Lora:
 
 
 class LayerNames(Protocol):
-    """The names that somebody else gives the layers of a component."""
+    """Maps the layer names of our modules (diffusers', "ours") to those of another tool ("theirs").
+
+    One of their layers may contain several of ours, stacked along the rows (Q, K and V in `qkv`).
+    """
 
     def ours(self, name: str) -> tuple[str, ...]:
-        """The layers here that one of theirs holds, one above another; none where it is unknown.
+        """Our layers that one of their layers contains, from top to bottom; empty if it is unknown.
 
         Args:
-            name: with dots, or with underscores for them as in kohya's files.
+            name: their layer, with dots, or with underscores instead of dots as in kohya's files.
         """
         ...
 
     def theirs(self, layer: str) -> str | None:
-        """The layer there that holds a layer of here, with dots; None where it has no name there."""
+        """Their layer that contains one of our layers, with dots; None if they do not name it."""
         ...
 
     def to_theirs(self, lora: Lora) -> Lora:
-        """A LoRA by the names here → by theirs, in which several layers may be one.
+        """Convert a LoRA from our names to theirs. Several of our layers may become one.
 
         Raises:
-            KeyError: a layer has no name there.
+            KeyError: they have no name for a layer.
         """
         ...
 
     def to_ours(self, lora: Lora) -> Lora:
-        """A LoRA by their names (that `ours` knows) → by those here.
+        """Convert a LoRA from their names, which `ours` must know, to ours.
 
         Raises:
-            RuntimeError: a layer that is several here cannot have its size.
+            RuntimeError: a layer has a size that cannot be split into our layers.
         """
         ...
 
 
 @dataclass(frozen=True)
 class LoraRules:
-    """What a component declares of its LoRAs.
+    """What a component declares about its LoRAs. "The guide" is DiffSynth-Studio.
 
     Attributes:
-        folder: how the names of its layers start in diffusers' files, without the dot.
-        load: (its meta module, tensors, header) loads a file the way the family's pipeline of
-            diffusers does; raises what that raises.
-        targets: the layers that get a LoRA when none are named.
-        aliases: name of a layer in other tools → globs of its names here.
-        authors: the names that the model's authors give its layers, and ComfyUI; None where they are
-            those of diffusers.
-        guide: the names in DiffSynth-Studio; None where they are those of diffusers.
-        comfyui: how names start in ComfyUI's files, without the dot.
-        kohya: how names start in the files of kohya's scripts: the first is written, all are read.
-        kohya_names: the layers' names there, where they are not the authors'.
-        native: the format of checkpoints: of those that DiffSynth-Studio reads, the one that most other
-            tools read.
-        exports: the formats of exports where none are asked for.
+        folder: prefix of the layer names in diffusers' files, without the dot.
+        load: (module on the meta device, tensors, file header) → loads a file the way the family's
+            diffusers pipeline does, and raises the same exceptions.
+        targets: the layers that get a LoRA by default.
+        aliases: layer name in other tools → globs of our layer names.
+        authors: layer names of the model's authors, which ComfyUI uses too; None if they are the
+            same as diffusers'.
+        guide: layer names in DiffSynth-Studio; None if they are the same as diffusers'.
+        comfyui: prefix in ComfyUI's files, without the dot.
+        kohya: prefixes in the files of kohya's scripts. The first is written, all are read.
+        kohya_names: layer names in kohya's files; None if they are the same as the authors'.
+        native: the format of checkpoints. Of the formats that DiffSynth-Studio reads, the one that
+            most other tools read too.
+        exports: the formats of an export by default.
         read_by_comfyui, read_by_guide: the formats that ComfyUI and DiffSynth-Studio read.
-        folds: whether a tool that reads the native format takes alpha = rank whatever the file says:
-            then B is multiplied by s in every file, and alpha is the rank.
+        folds: True if a reader of the native format ignores alpha and assumes alpha = rank. Then
+            every file has B multiplied by s, and alpha = rank.
     """
 
     folder: str

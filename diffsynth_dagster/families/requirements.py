@@ -1,7 +1,7 @@
-"""Combinations of inputs, parameters and models that a family does not train, declared as data.
+"""Combinations of inputs, parameters and models that a family cannot train, declared as data.
 
-A family lists `Refusal`s. One holds conditions about a config and its model list, and the message
-for the user. `check_refusals` raises the first one that applies.
+A family lists `Refusal`s. Each has conditions on the config and its models, and the message for the
+user. `check_refusals` raises the first refusal that applies.
 """
 
 import re
@@ -16,15 +16,15 @@ from diffsynth_dagster.errors import ParameterError
 MODEL_LIST = "model_paths, model_id_with_origin_paths"
 """The parameters that list the model files, for messages."""
 Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor name of a built module → shape."""
+"""Tensor name in the built module → shape."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """A config, and what is known of the models that it lists.
+    """A config, and what is known so far about its models.
 
     Attributes:
-        given: component → shapes of its tensors; empty shapes where the files are not there yet.
+        given: component → shapes of its tensors; empty if its files are not there yet.
     """
 
     config: TrainingConfig
@@ -32,22 +32,22 @@ class Use:
 
     @property
     def knows_every_model(self) -> bool:
-        """Whether the component of every entry of the model list is known."""
+        """Whether every entry of the model list was recognised as a component."""
         entries = len(self.config.model_paths) + len(self.config.model_id_with_origin_paths)
         return len(self.given) == entries
 
 
 class Condition(Protocol):
-    """Something that is so, or not, in the use of a family."""
+    """A yes-or-no question about a config and its models."""
 
     def holds(self, use: Use) -> bool | None:
-        """Whether it is so; None where that is not known before the model files are there."""
+        """The answer; None if it depends on model files that are not there yet."""
         ...
 
 
 @dataclass(frozen=True)
 class InputNamed:
-    """A parameter that lists columns lists this one."""
+    """The column is listed in `extra_inputs` or `data_file_keys`."""
 
     column: str
     parameter: Literal["extra_inputs", "data_file_keys"] = "extra_inputs"
@@ -59,12 +59,12 @@ class InputNamed:
 
 @dataclass(frozen=True)
 class ParameterSet:
-    """A parameter is given another value than its default; or a property of the config is true."""
+    """A parameter has another value than its default, or a property of the config is true."""
 
     name: str
 
     def holds(self, use: Use) -> bool:
-        """Whether it is."""
+        """Whether it is set or true."""
         if self.name in TrainingConfig.model_fields:
             return use.config.sets(self.name)
         return bool(getattr(use.config, self.name))
@@ -72,12 +72,12 @@ class ParameterSet:
 
 @dataclass(frozen=True)
 class ModelListed:
-    """The model list has files of a component."""
+    """The model list contains a component."""
 
     component: str
 
     def holds(self, use: Use) -> bool | None:
-        """Whether it has; None where it may be an entry that is not recognised yet."""
+        """Whether it does; None if an entry that is not recognised yet could be the component."""
         if self.component in use.given:
             return True
         return False if use.knows_every_model else None
@@ -85,55 +85,56 @@ class ModelListed:
 
 @dataclass(frozen=True)
 class EntryNamed:
-    """An entry of the model list has this in its text: a regular expression."""
+    """The text of an entry of the model list matches a regular expression."""
 
     pattern: str
 
     def holds(self, use: Use) -> bool:
-        """Whether one has."""
+        """Whether one matches."""
         return any(re.search(self.pattern, entry.text) for entry in model_entries(use.config))
 
 
 @dataclass(frozen=True)
 class ModelHas:
-    """The tensors of a component are of a certain kind: `test` is given their shapes."""
+    """The shapes of a component's tensors pass a test."""
 
     component: str
     test: Callable[[Shapes], bool]
 
     def holds(self, use: Use) -> bool | None:
-        """What `test` returns; None where the shapes are not known."""
+        """The result of `test`; None if the shapes are not known."""
         shapes = use.given.get(self.component)
         return self.test(shapes) if shapes else None
 
 
 @dataclass(frozen=True)
 class ModelsDiffer:
-    """Two components have different numbers for what must be the same in both."""
+    """Two components disagree about a size that must be the same in both."""
 
     one: "_Measure"
     other: "_Measure"
 
     def holds(self, use: Use) -> bool | None:
-        """Whether they have; None where the shapes of one are not known."""
-        numbers: list[int] = []
+        """Whether they do; None if the shapes of either are not known."""
+        sizes: list[int] = []
         for component, measure in (self.one, self.other):
             shapes = use.given.get(component)
             if not shapes:
                 return None
-            numbers.append(measure(shapes))
-        return numbers[0] != numbers[1]
+            sizes.append(measure(shapes))
+        return sizes[0] != sizes[1]
 
 
 _Measure = tuple[str, Callable[[Shapes], int]]
-"""A component, and what its number is by its shapes."""
+"""A component, and a function that reads the size from its shapes."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A combination that is refused: every condition of `when` holds, and none of `unless`.
+    """A combination that is refused if every condition in `when` holds and none in `unless`.
 
-    A condition that is not known yet counts as neither, so that nothing is refused by mistake.
+    An unknown condition (None) prevents the refusal, in `when` and in `unless`. So nothing is
+    refused before the facts are known.
 
     Attributes:
         what, do, where: the message; see `UserError`.
@@ -146,22 +147,23 @@ class Refusal:
     where: str = "extra_inputs"
 
     def applies(self, use: Use) -> bool:
-        """Whether the use is refused."""
+        """Whether this combination is refused."""
+        # `is`, because None (unknown) is neither True nor False.
         return all(c.holds(use) is True for c in self.when) and all(
             c.holds(use) is False for c in self.unless
         )
 
 
 def refused_model(component: str, test: Callable[[Shapes], bool], what: str, do: str) -> Refusal:
-    """Models of a component are refused by the shapes of their tensors."""
+    """Refuse the models of a component whose shapes pass `test`."""
     return Refusal(what, do, when=(ModelHas(component, test),), where=MODEL_LIST)
 
 
 def models_differ(one: _Measure, other: _Measure, shared: str) -> Refusal:
-    """Two components that do not fit together.
+    """Refuse two components that do not fit together.
 
     Args:
-        shared: what both must have, for the message.
+        shared: what both must have in common, for the message.
     """
     return Refusal(
         f"'{one[0]}' and '{other[0]}' are of different models: both must have {shared}",
@@ -172,7 +174,7 @@ def models_differ(one: _Measure, other: _Measure, shared: str) -> Refusal:
 
 
 def column_needs(column: str, other: str) -> Refusal:
-    """A column that says something about another one is not named alone."""
+    """Refuse a column that makes no sense without the other one."""
     return Refusal(
         f"{column} is given but not {other}",
         f"name {other} as well",
@@ -182,16 +184,16 @@ def column_needs(column: str, other: str) -> Refusal:
 
 
 def columns_exclude(one: str, other: str) -> Refusal:
-    """Two columns are not named together."""
+    """Refuse two columns in one config."""
     named = (InputNamed(one), InputNamed(other))
     return Refusal(f"{one} and {other} do not go together", "name one of them", when=named)
 
 
 def column_and_model(column: str, component: str, called: str) -> tuple[Refusal, Refusal]:
-    """A column and the component that reads it are not named without each other.
+    """Refuse a column without the component that reads it, and the component without the column.
 
     Args:
-        called: the component in messages.
+        called: the component's name in messages.
     """
     named, listed = InputNamed(column), ModelListed(component)
     return (
@@ -199,6 +201,7 @@ def column_and_model(column: str, component: str, called: str) -> tuple[Refusal,
             f"{column} is given but no {called}",
             "add its files to the model list",
             when=(named,),
+            # The first half of a split training encodes the column without the component.
             unless=(listed, ParameterSet("encodes_only")),
         ),
         Refusal(
@@ -211,7 +214,7 @@ def column_and_model(column: str, component: str, called: str) -> tuple[Refusal,
 
 
 def has_start(start: str) -> Callable[[Shapes], bool]:
-    """A test for `ModelHas`: whether the name of a tensor starts like this."""
+    """A test for `ModelHas`: whether any tensor name has this prefix."""
     return lambda shapes: any(name.startswith(start) for name in shapes)
 
 

@@ -1,7 +1,7 @@
-"""What is asked of a model while it is trained, and what it makes: images, and clips with sound.
+"""Samples that are made during training: the request, and the resulting images or clips with sound.
 
-A family says what it makes samples of (`Sampling`); `training.sampling` goes from noise to data with
-it, by the same `denoise` and with the same conditions as a training step.
+A family declares how it makes samples (`Sampling`). `training.sampling` denoises with it, using the
+same `denoise` and the same conditions as a training step.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,18 +17,25 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.objective.noising import Noising
 
 Tensors = dict[str, torch.Tensor]
+"""Name → tensor."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Images or clips to make with the model in its present state, of one size.
+    """Images or clips to make with the model's current weights, all of one size.
 
-    `conditions` are what `denoise` is handed, stacked (B, …), and `negative` the same with
-    `negative_prompt` where there is guidance: of `cfg_scale`, or for a denoiser that has one in
-    `cfg_scales` of that. `known` are masks of what is given of a target, and `given` the
-    clean latents of these targets. `num_frames` is 1 and `frame_rate` None for a family without
-    videos. `noising` is the noising path that the model is trained on: its sampler has to undo the
-    same.
+    Attributes:
+        conditions: the conditions of `denoise`, stacked (B, …).
+        negative: the conditions of the negative prompt; None without guidance.
+        num_frames: 1 for a family without videos.
+        frame_rate: frames per second; None for a family without videos.
+        cfg_scale: guidance scale; 1 means no guidance.
+        generators: one for each sample.
+        noising: the noising path that the model is trained on, which the sampler must invert.
+        known: masks of the given elements, by target.
+        given: the clean latents of these targets.
+        cfg_scales: denoiser → its guidance scale, if it differs from `cfg_scale`.
+        negative_prompt: the prompt of `negative`.
     """
 
     conditions: Tensors
@@ -49,12 +56,12 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Clip:
-    """What is made of a prompt: a video, with or without sound. An image is a clip of one frame.
+    """A finished sample: a video, with or without sound. An image is a clip of one frame.
 
     Attributes:
         frame_rate: frames per second; None for an image.
         sound: float32 (channels, samples) in [-1, 1]; None for a silent clip.
-        sound_rate: samples of each channel per second.
+        sound_rate: samples per second and channel.
     """
 
     frames: list[Image.Image]
@@ -64,26 +71,26 @@ class Clip:
 
 
 class Solver(Protocol):
-    """Solves the differential equation that leads from noise to data, step by step.
+    """Solves the differential equation from noise to data step by step.
 
-    What it carries from step to step is called x here: x_t, or x_t on another scale.
+    Its state is called x. It is x_t itself, or x_t on another scale.
     """
 
     @property
     def timesteps(self) -> torch.Tensor:
-        """t of each step, (steps,) in [0, 1000], falling."""
+        """t of each step, (steps,) in [0, 1000], decreasing."""
         ...
 
     def start(self, noise: Tensors) -> Tensors:
-        """x of the first step, from standard normal noise (B, …)."""
+        """The first x, from standard normal noise (B, …)."""
         ...
 
     def seen(self, x: Tensors, index: int) -> Tensors:
-        """x_t, as the denoiser sees x in a step."""
+        """x_t, the denoiser's input, from the x of a step."""
         ...
 
     def step(self, prediction: Tensors, x: Tensors, index: int) -> Tensors:
-        """x of the next step; after the last one, the clean latents."""
+        """The x of the next step. After the last step, x is the clean latents."""
         ...
 
 
@@ -92,7 +99,7 @@ Guide = Callable[[Tensors, Tensors, float], Tensors]
 
 
 def guide(prompted: Tensors, unprompted: Tensors, scale: float) -> Tensors:
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598), with a scale of 1 for none."""
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598). 1 means no guidance."""
     return {n: unprompted[n] + scale * (prompted[n] - unprompted[n]) for n in prompted}
 
 
@@ -101,19 +108,19 @@ class Sampling:
     """How a family makes samples.
 
     Attributes:
-        shapes: (loaded components, request) → target → shape of the latents of one sample.
+        shapes: (loaded components, request) → latent shape of one sample, by target.
         solver: (request, noise by target (B, …)) → the published sampler.
-        decode: (loaded components, request, clean latents by target (B, …)) → a clip for each sample.
-        guide: how guidance combines two predictions.
-        unprompted: (conditions with the empty prompt) → those that guidance leads away from, where no
-            other negative prompt is given.
-        constants: name → number: conditions that `denoise` takes and that the training has at another
-            value, such as the guidance that a distilled model is told.
-        cfg_scale: guidance that the authors publish; 1 for none.
-        cfg_scales: denoiser → the guidance that they publish for it, where that is another one.
-        negative_prompt: that they publish.
-        distilled: what the files of models contain in their names, in small letters, that were
-            distilled to samples without guidance.
+        decode: (loaded components, request, clean latents by target (B, …)) → one clip per sample.
+        guide: how guidance combines the two predictions.
+        unprompted: (conditions of the empty prompt) → the negative conditions to use if there is no
+            negative prompt.
+        constants: name → value of conditions that have another value in training, such as the
+            guidance embedding of a distilled model.
+        cfg_scale: the published guidance scale; 1 for none.
+        cfg_scales: denoiser → its published guidance scale, if it differs from `cfg_scale`.
+        negative_prompt: the published negative prompt.
+        distilled: substrings (lower case) of the file names of models that were distilled to need
+            no guidance.
     """
 
     shapes: Callable[[Mapping[str, Any], SampleRequest], dict[str, tuple[int, ...]]]
@@ -130,7 +137,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the samples of a training are guided: see `Sampling`."""
+    """The guidance of a training's samples: see `Sampling`.
+
+    Attributes:
+        scale: `cfg_scale` of the samples.
+        scales: `cfg_scales` of the samples.
+    """
 
     scale: float
     scales: Mapping[str, float]
@@ -138,21 +150,23 @@ class Guidance:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is any."""
+        """Whether any denoiser is guided."""
+        # The 1.0 makes `max` work without any `scales`.
         return max(self.scale, *self.scales.values(), 1.0) > 1.0
 
 
 def guidance_of(config: TrainingConfig, sampling: Sampling) -> Guidance:
-    """The guidance of a config: its own, or what is published. A given scale holds for all denoisers.
+    """The guidance that the config asks for, or else the published one.
 
-    What is or was distilled, or has such a LoRA fused in, is sampled without: it was trained to need
-    none.
+    A scale in the config applies to all denoisers. A model that is being distilled, was distilled,
+    or has a distillation LoRA fused in is sampled without guidance: it is trained to need none.
     """
-    own = config.sample_negative_prompt
-    negative = sampling.negative_prompt if own is None else own
+    prompt = config.sample_negative_prompt
+    negative = sampling.negative_prompt if prompt is None else prompt
     if config.sample_cfg_scale is not None:
         return Guidance(config.sample_cfg_scale, {}, negative)
     fused = config.preset_lora_path
+    # Weights do not show whether a model was distilled. Only file names do.
     names = [entry.text.lower() for entry in model_entries(config)]
     names += [] if fused is None else [PurePath(fused).name.lower()]
     if config.distills or any(mark in name for mark in sampling.distilled for name in names):

@@ -1,1 +1,1 @@
-"""FLUX.1, with reference images or a ControlNet."""
+"""FLUX.1: text to image, with reference images (Kontext) or a ControlNet."""

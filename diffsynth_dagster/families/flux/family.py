@@ -1,8 +1,8 @@
-"""FLUX.1, text to image, with reference images (Kontext) or a ControlNet (Black Forest Labs 2024;
+"""FLUX.1: text to image, with reference images (Kontext) or a ControlNet (Black Forest Labs 2024;
 Batifol et al. 2025, arXiv:2506.15742).
 
-Modules come from diffusers and transformers. Files are those of FLUX.1-dev, FLUX.1-Krea-dev and
-FLUX.1-Kontext-dev: the folders of diffusers, or `flux1-*.safetensors` and `ae.safetensors`.
+Reads the files of FLUX.1-dev, FLUX.1-Krea-dev and FLUX.1-Kontext-dev: the diffusers folders, or
+`flux1-*.safetensors` and `ae.safetensors`.
 """
 
 from functools import partial
@@ -32,6 +32,7 @@ from diffsynth_dagster.families.shared.t5 import t5_tokenizer
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift
 
 REPOSITORY = "black-forest-labs/FLUX.1-dev"
+# scheduler/scheduler_config.json of FLUX.1-dev. Only samples use it: training has a constant shift.
 SCHEDULER = {
     "base_image_seq_len": 256,
     "base_shift": 0.5,
@@ -42,13 +43,15 @@ SCHEDULER = {
     "use_dynamic_shifting": True,
 }
 SIGMAS = partial(dynamic_sigmas, SCHEDULER)
+# Shift and last sigma are those of DiffSynth-Studio's FLUX schedule.
 TRAINING_SHIFT = 3.0
 LAST_SIGMA = 0.003 / 1.002
+# The embedded guidance that the authors publish. Training uses 1: see `stages.TRAINING_GUIDANCE`.
 SAMPLING_GUIDANCE = 3.5
 
 
 def noising(config: TrainingConfig, published: Settings) -> FlowPath:
-    """Shift 3, over sigmas from 1 to 0.003 / 1.002."""
+    """Flow matching with a shift of 3, over sigmas from 1 to 0.003 / 1.002."""
     sigmas = torch.linspace(1.0, LAST_SIGMA, 1000, dtype=torch.float64)
     return flow_path(
         linear_shift(sigmas, TRAINING_SHIFT), f"flow matching, shift {TRAINING_SHIFT:g}"
@@ -64,6 +67,7 @@ FAMILY = Family(
     ),
     stages=(
         prompt_stage(stages.encode_pooled, "pooled_prompt", output="pooled_prompt_embeds"),
+        # CLIP's limit of 77 tokens is not declared above, because T5 reads the rest of the caption.
         prompt_stage(
             stages.encode_prompt,
             uses=("tokenizer_2", "text_encoder_2"),
@@ -74,7 +78,7 @@ FAMILY = Family(
     denoisers=(Denoiser("dit"),),
     denoise=stages.denoise,
     noising=noising,
-    geometry=Geometry(side_factor=16),
+    geometry=Geometry(side_factor=16),  # the VAE's factor of 8, times patches of 2x2
     sampling=Sampling(
         image_shapes, euler(SIGMAS), decode_images, constants={stages.GUIDANCE: SAMPLING_GUIDANCE}
     ),

@@ -1,4 +1,4 @@
-"""FLUX.1's LoRAs, on the transformer and on CLIP's text encoder."""
+"""FLUX.1's LoRAs: on the transformer and on CLIP's text encoder."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,12 +20,13 @@ def load_lora(
     """Load a LoRA the way `FluxPipeline.load_lora_weights` does.
 
     Args:
-        folder: of the component.
+        folder: the component's folder in the diffusers layout.
 
     Raises:
-        ValueError: the pipeline would leave layers out.
+        ValueError: the pipeline would ignore some layers.
     """
     state, alphas = FluxPipeline.lora_state_dict(dict(tensors), return_alphas=True)
+    # The pipeline skips other prefixes without a word. A LoRA must not lose layers that way.
     left_out = [n for n in state if not n.startswith(("transformer.", "text_encoder."))]
     if left_out:
         raise ValueError(f"FluxPipeline leaves {', '.join(left_out[:3])} out")

@@ -1,11 +1,12 @@
-"""FLUX.1's layers by the names of its authors: in their single files, and in LoRAs for other tools.
+"""FLUX.1's layer names in the authors' single files and in other tools' LoRAs.
 
-diffusers' own converters know the same names, but only the widths of the published model; the tests
-compare with them at those widths.
+diffusers has converters for the same names, but they only work at the widths of the published
+model. The tests compare our tables with them at those widths.
 """
 
 from diffsynth_dagster.families.shared.fused_names import AuthorsNames
 
+# Layers of a double-stream block (image and text apart): the authors' names → diffusers'.
 _DOUBLE = {
     "img_mod.lin": ("norm1.linear",),
     "txt_mod.lin": ("norm1_context.linear",),
@@ -21,12 +22,13 @@ _DOUBLE = {
     "img_mlp.2": ("ff.net.2",),
     "txt_mlp.0": ("ff_context.net.0.proj",),
     "txt_mlp.2": ("ff_context.net.2",),
-    # As XLabs' scripts call a LoRA of them.
+    # Names of the same layers in LoRAs from XLabs' training scripts.
     "processor.qkv_lora1": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "processor.qkv_lora2": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "processor.proj_lora1": ("attn.to_out.0",),
     "processor.proj_lora2": ("attn.to_add_out",),
 }
+# Layers of a single-stream block (image and text together).
 _SINGLE = {
     "modulation.lin": ("norm.linear",),
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
@@ -55,12 +57,16 @@ NAMES = AuthorsNames(
         "single_blocks": ("single_transformer_blocks", _SINGLE),
     },
     outside=_OUTSIDE,
+    # `linear1` stacks Q, K, V and the MLP, whose inner width is four times the model's.
     heights={"proj_mlp": 4},
+    # The authors store (shift, scale), diffusers' AdaLayerNormContinuous stores (scale, shift).
     swaps=("final_layer.adaLN_modulation.1",),
     prefix=PREFIX,
+    # The authors' RMSNorm calls its weight `scale`.
     kinds={"scale": "weight"},
 )
 
+# DiffSynth-Studio calls the image stream `a` and the text stream `b`.
 GUIDE = AuthorsNames(
     blocks={
         "blocks": (
@@ -100,8 +106,8 @@ GUIDE = AuthorsNames(
     },
     heights={"proj_mlp": 4},
 )
-"""The layers by DiffSynth-Studio's names, but for the last norm, whose halves may be the other way round
-there."""
+"""DiffSynth-Studio's layer names. The last norm is missing: it is not certain in which order
+DiffSynth-Studio stores its shift and scale."""
 
 _IN_DOUBLE, _IN_SINGLE = "transformer_blocks.*.", "single_transformer_blocks.*."
 LORA_ALIASES = {
@@ -119,4 +125,4 @@ LORA_ALIASES = {
     "norm1_b.linear": (f"{_IN_DOUBLE}norm1_context.linear",),
     "to_qkv_mlp": (*(f"{_IN_SINGLE}attn.to_{x}" for x in "qkv"), f"{_IN_SINGLE}proj_mlp"),
 }
-"""What users of DiffSynth-Studio call the layers → globs of diffusers' names."""
+"""DiffSynth-Studio's names of LoRA targets → globs of diffusers' layer names."""

@@ -13,28 +13,29 @@ from diffsynth_dagster.families.shared.stages import encode_column
 from diffsynth_dagster.families.shared.t5 import encode_padded
 
 MAX_T5_TOKENS = 512
+# FLUX.1-dev is guidance-distilled. With 1 it predicts without guidance, like the training target.
 TRAINING_GUIDANCE = 1.0
 GUIDANCE = "guidance"
-"""What the model is told of the guidance that it was distilled from, where a sample says it."""
+"""The condition with the embedded guidance, if it is not `TRAINING_GUIDANCE` (in samples)."""
 KONTEXT, CONTROL, MODE = "kontext_images", "controlnet_image", "controlnet_processor_id"
 MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")
-"""What the image of a union ControlNet shows, in the order of its modes."""
+"""The kinds of control image of a union ControlNet, in the order of its mode numbers."""
 
 
 def encode_pooled(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Prompt → `pooled_prompt_embeds` (hidden,) of CLIP."""
+    """Prompt → CLIP's `pooled_prompt_embeds` (hidden,)."""
     _, outputs = encode_text(loaded, samples, "tokenizer", "text_encoder", hidden=False)
     return [{"pooled_prompt_embeds": embeds} for embeds in outputs.pooler_output]
 
 
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Prompt → `prompt_embeds` (512, hidden) of T5."""
+    """Prompt → T5's `prompt_embeds` (512, hidden)."""
     tokenizer, t5 = loaded["tokenizer_2"], loaded["text_encoder_2"]
     return [{"prompt_embeds": e} for e in encode_padded(tokenizer, t5, samples, MAX_T5_TOKENS)]
 
 
 def encode_control(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """`controlnet_image` → `control` (C, H/8, W/8); its mode's name → `control_mode` ()."""
+    """`controlnet_image` → `control` (C, H/8, W/8); the name of its mode → `control_mode` ()."""
     encoded = encode_column(loaded, samples, encode_scaled, CONTROL, "control")
     for sample, tensors in zip(samples, encoded, strict=True):
         if MODE in sample:
@@ -43,23 +44,24 @@ def encode_control(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
 
 
 def encode_kontext(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Reference images → `kontext` (L, 4 C), the tokens of all one after another, and their
-    `kontext_ids` (L, 3), whose first axis counts the images from 1.
+    """Reference images → `kontext` (L, 4 C), the tokens of all images in order, and their positions
+    `kontext_ids` (L, 3).
 
-    A token of the i-th image has the position (i, h, w), and one of the sample (0, h, w) (Black
-    Forest Labs 2025, arXiv:2506.15742, section 3). DiffSynth-Studio gives (1, h, w) to all of them.
+    A token of the i-th reference image has the position (i, row, column), i from 1. A token of the
+    trained image has (0, row, column) (Black Forest Labs 2025, arXiv:2506.15742, section 3).
+    DiffSynth-Studio gives all reference images the position (1, row, column).
     """
-    # The n-th images of samples of equal shape are of equal size.
-    numbered = zip(*(sample[KONTEXT] for sample in samples), strict=True)
-    latents = (encode_scaled(loaded["vae"], torch.stack(images)) for images in numbered)
+    # Samples have equal shapes, so their n-th images have equal sizes and can be stacked.
+    by_position = zip(*(sample[KONTEXT] for sample in samples), strict=True)
+    latents = (encode_scaled(loaded["vae"], torch.stack(images)) for images in by_position)
     tokens, grids = pack_several(latents)
     ids = [position_ids(grid, tokens.device, number) for number, grid in enumerate(grids, 1)]
-    together = torch.cat(ids)
-    return [{"kontext": own, "kontext_ids": together} for own in tokens]
+    all_ids = torch.cat(ids)
+    return [{"kontext": sample_tokens, "kontext_ids": all_ids} for sample_tokens in tokens]
 
 
 def position_ids(grid: Grid, device: torch.device, number: int = 0) -> torch.Tensor:
-    """Rotary positions of the tokens of the image of this number: number, row, column (L, 3)."""
+    """The rotary positions (L, 3) of an image's tokens: image number, row, column."""
     axes = [torch.arange(n, device=device) for n in grid]
     rows, columns = torch.meshgrid(*axes, indexing="ij")
     return torch.stack([torch.full_like(rows, number), rows, columns], -1).view(-1, 3)
@@ -74,8 +76,8 @@ def denoise(
     tokens, ids = pack(latents), position_ids(grid_of(latents), latents.device)
     embeds = conditions["prompt_embeds"]
     guidance = conditions.get(GUIDANCE, torch.full_like(t, TRAINING_GUIDANCE)).to(t)
-    more: dict[str, Any] = {
-        "timestep": t / 1000,
+    shared: dict[str, Any] = {
+        "timestep": t / 1000,  # diffusers' FLUX modules multiply it by 1000 again
         "encoder_hidden_states": embeds,
         "pooled_projections": conditions["pooled_prompt_embeds"],
         "txt_ids": ids.new_zeros(embeds.shape[1], 3),
@@ -91,11 +93,11 @@ def denoise(
             controlnet_mode=None if mode is None else mode[:, None],
             img_ids=ids,
             guidance=guidance if controlnet.config.guidance_embeds else None,
-            **more,
+            **shared,
         )
     count = tokens.shape[1]
     if "kontext" in conditions:
-        # Samples of a batch have reference images of equal sizes.
+        # Samples of a batch have reference images of equal sizes: the ids of one fit all.
         tokens = torch.cat([tokens, conditions["kontext"]], 1)
         ids = torch.cat([ids, conditions["kontext_ids"][0]])
     velocity = dit(
@@ -104,6 +106,7 @@ def denoise(
         guidance=guidance if dit.config.guidance_embeds else None,
         controlnet_block_samples=double,
         controlnet_single_block_samples=single,
-        **more,
+        **shared,
     )[0]
+    # The model predicts the reference tokens too. They come last and are dropped.
     return {"image": unpack(velocity[:, :count], height, width)}

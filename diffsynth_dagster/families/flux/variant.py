@@ -1,4 +1,4 @@
-"""FLUX.1 with reference images (Kontext) or a ControlNet: the columns of `extra_inputs`."""
+"""FLUX.1 with reference images (Kontext) or a ControlNet, as `extra_inputs` asks."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -54,7 +54,7 @@ REFUSALS = (
         "not supported",
         "give one that reads an image alone",
     ),
-    # Patches of 2x2 latents.
+    # A token of the transformer is a patch of 2x2 latents.
     models_differ(
         ("dit", lambda shapes: shapes["proj_out.weight"][0]),
         ("vae", lambda shapes: 4 * latent_channels(shapes)),
@@ -102,7 +102,7 @@ UNION_STAGE = replace(
 
 
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
-    """FLUX.1 with the stages of the columns that `extra_inputs` names."""
+    """FLUX.1 with a stage for each column in `extra_inputs`."""
     stages = list(family.stages)
     if KONTEXT in config.extra_inputs:
         stages.append(KONTEXT_STAGE)

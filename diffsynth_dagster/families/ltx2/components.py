@@ -1,7 +1,7 @@
-"""The modules of LTX-2 and 2.3: their files and their settings.
+"""The components of LTX-2 and 2.3: how to recognise their files, and their settings from shapes.
 
-Files are the folders of diffusers; the one file of the authors, which holds all but the text encoder;
-or the same tensors in files of their own, whose VAEs may be their encoders alone.
+Reads the diffusers folders; the authors' single file, which contains all but the text encoder; or
+the same tensors split into one file per component. The VAEs of split files may lack their decoders.
 """
 
 from functools import partial
@@ -28,12 +28,12 @@ from diffsynth_dagster.families.shared.names import with_new_starts
 from diffsynth_dagster.families.shared.pipeline import load_into_transformer
 
 HEAD, AUDIO_HEAD = 128, 64
-"""Channels of an attention head of the published models, over the video and over the sound."""
+"""Channels of an attention head for video and for sound, as published. No shape shows them."""
 _ROTARY: Settings = {"rope_type": "split", "rope_double_precision": True}
 
 
 def dit_settings(shapes: Shapes) -> Settings:
-    """The transformer over video and sound."""
+    """The settings of the transformer over video and sound."""
     block = "transformer_blocks.0."
     inner, in_channels = shapes["proj_in.weight"]
     audio_inner, audio_in_channels = shapes["audio_proj_in.weight"]
@@ -52,7 +52,7 @@ def dit_settings(shapes: Shapes) -> Settings:
         "num_layers": count_blocks(shapes, "transformer_blocks."),
         "use_prompt_embeddings": caption is not None,
         **({"caption_channels": caption[1]} if caption else {}),
-        # What 2.3 has beside 2.0.
+        # New in 2.3.
         "gated_attn": f"{block}attn1.to_gate_logits.weight" in shapes,
         "audio_gated_attn": f"{block}audio_attn1.to_gate_logits.weight" in shapes,
         "cross_attn_mod": f"{block}prompt_scale_shift_table" in shapes,
@@ -68,7 +68,8 @@ _PROMPT = {
 
 
 def convert_dit(tensors: Tensors) -> Tensors:
-    """The authors' names → diffusers'."""
+    """Rename the authors' tensors to diffusers' names."""
+    # diffusers' converter does not know these two modules of 2.3.
     named = with_new_starts(tensors, _PROMPT)
     return single_file_utils.convert_ltx2_transformer_to_diffusers(named)
 
@@ -85,6 +86,7 @@ _BLOCK = (
     ),
     *(f"{feed}.net.{layer}" for feed in ("ff", "audio_ff") for layer in ("0.proj", "2")),
 )
+# Timestep embeddings outside the blocks: the authors' names → diffusers'.
 _MODULATIONS = {
     "adaln_single": "time_embed",
     "audio_adaln_single": "audio_time_embed",
@@ -115,7 +117,7 @@ NAMES = AuthorsNames(
         },
     },
 )
-"""The layers by the authors' names."""
+"""The authors' layer names."""
 
 COMPONENTS = (
     Component(
@@ -139,7 +141,7 @@ COMPONENTS = (
                 targets=("to_k", "to_q", "to_v", "to_out.0"),
                 authors=NAMES,
                 guide=NAMES,
-                folds=True,  # diffusers leaves the alphas of this family out
+                folds=True,  # diffusers ignores the alphas of this family
             ),
         ),
     ),

@@ -1,10 +1,13 @@
-"""LTX-2 and 2.3, video with sound from text, from its first frame, and from other videos (HaCohen
-et al. 2026, arXiv:2601.03233).
+"""LTX-2 and 2.3: video with sound, from text, a first frame, or reference videos (HaCohen et al.
+2026, arXiv:2601.03233).
 
-`input_audio` in `extra_inputs` names a column with the sound of each clip, a file or the clip
-itself; a cell left empty is a silent clip. `input_image` gives the first frame of the video.
-`first_frame_crf` compresses that frame, as the authors do when a video is made.
-`in_context_videos` are videos beside it (IC-LoRA).
+`extra_inputs` may list:
+
+- `input_audio`: a column with the sound of each clip, either an audio file or the clip itself. An
+  empty cell means a silent clip.
+- `input_image`: the first frame of the video is given. `first_frame_crf` compresses it, as the
+  authors do when they make a video.
+- `in_context_videos`: reference videos (IC-LoRA).
 """
 
 import re
@@ -50,6 +53,7 @@ from diffsynth_dagster.objective.flow import (
     stretch_to,
 )
 
+# scheduler/scheduler_config.json of LTX-2. Only samples use it: training has a constant shift.
 SCHEDULER = {
     "base_image_seq_len": 1024,
     "base_shift": 0.95,
@@ -58,13 +62,14 @@ SCHEDULER = {
     "shift_terminal": 0.1,
     "use_dynamic_shifting": True,
 }
+# The published max_shift and shift_terminal: the shift of the longest sequences.
 TRAINING_MU, TERMINAL = 2.05, 0.1
 FACTOR = Input(stages.FACTOR, "number", pattern=r"^\s*[1-9]\d*(?:\.0*)?\s*$", wants="1, 2, 3, …")
 CONTEXT = Input(stages.CONTEXT, "video", many=True, same_size=True, divided_by=stages.FACTOR)
 
 
 def noising(config: TrainingConfig, published: Settings) -> FlowPath:
-    """Exponential shift with mu = 2.05, stretched so that the last sigma is 0.1."""
+    """Flow matching, exponential shift with mu = 2.05, stretched so that the last sigma is 0.1."""
     sigmas = stretch_to(exponential_shift(linear_sigmas(), TRAINING_MU), TERMINAL)
     return flow_path(
         sigmas, f"flow matching, exponential shift mu={TRAINING_MU}, terminal {TERMINAL}"
@@ -72,38 +77,40 @@ def noising(config: TrainingConfig, published: Settings) -> FlowPath:
 
 
 def inference_sigmas(steps: int, noise: Tensors) -> torch.Tensor:
-    """The sigmas of the published sampler, whose shift grows with the tokens of the video."""
+    """The sigmas of the published sampler. Its shift grows with the number of video tokens."""
+    # One channel of one sample has one element per token.
     return sigmas_at(SCHEDULER, steps, noise["video"][0, 0].numel())
 
 
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
-    """LTX-2 with the stages of what `extra_inputs` names."""
-    extra, wanted = config.extra_inputs, list(family.stages)
-    crf, at = config.first_frame_crf, wanted.index(VIDEO_STAGE)
+    """LTX-2 with a stage for each input in `extra_inputs`."""
+    extra, steps = config.extra_inputs, list(family.stages)
+    crf, video = config.first_frame_crf, steps.index(VIDEO_STAGE)
     if crf is not None:
         run, settings = partial(stages.encode_from_compressed, crf=crf), (("first_frame_crf", crf),)
-        wanted[at] = replace(VIDEO_STAGE, run=run, settings=settings)
+        steps[video] = replace(VIDEO_STAGE, run=run, settings=settings)
     frame_rate = config.frame_rate or stages.FRAME_RATE
     if SOUND.column in extra:
-        wanted.append(SOUND_STAGE)
+        steps.append(SOUND_STAGE)
     if "input_image" in extra:
-        wanted.append(known_frame_stage(VIDEO, stages.FRAMES_PER_LATENT))
+        steps.append(known_frame_stage(VIDEO, stages.FRAMES_PER_LATENT))
     if CONTEXT.column in extra:
         names = ("context", "context_grids", "context_factor")
         outputs = tuple(Output(name, "condition") for name in names)
-        wanted.append(Stage("context", (CONTEXT, FACTOR), ("vae",), outputs, stages.encode_context))
+        steps.append(Stage("context", (CONTEXT, FACTOR), ("vae",), outputs, stages.encode_context))
     if stages.RATE in extra:
-        # A clip would be trained as longer or shorter than it is at another rate.
+        # All clips are trained at one frame rate. A row with another rate is rejected: its clip
+        # would be trained as if it were longer or shorter.
         rate = f"{frame_rate:.10g}"
         pattern, wants = rf"^\s*{re.escape(rate)}(?:\.0*)?\s*$", f"{rate}, the rate of the clips"
         column = Input(stages.RATE, "number", pattern=pattern, wants=wants)
-        wanted[at] = replace(wanted[at], reads=(*VIDEO_STAGE.reads, column))
-    # Beside a first frame that is given there must be one to predict.
+        steps[video] = replace(steps[video], reads=(*VIDEO_STAGE.reads, column))
+    # If the first frame is given, a second latent frame is needed: there must be one to predict.
     least = 1 + stages.FRAMES_PER_LATENT if "input_image" in extra else 1
     frames = FrameRule(stages.FRAMES_PER_LATENT, 1, least)
     denoise = partial(stages.denoise, frame_rate=frame_rate)
     geometry = replace(family.geometry, frames=frames)
-    return replace(family, stages=tuple(wanted), denoise=denoise, geometry=geometry)
+    return replace(family, stages=tuple(steps), denoise=denoise, geometry=geometry)
 
 
 FAMILY = Family(
@@ -117,6 +124,7 @@ FAMILY = Family(
     denoisers=(Denoiser("dit"),),
     denoise=partial(stages.denoise, frame_rate=stages.FRAME_RATE),
     noising=noising,
+    # 32: the VAE's factor alone. Every latent is a token.
     geometry=Geometry(
         32, FrameRule(stages.FRAMES_PER_LATENT, 1), 121, stages.FRAME_RATE, (768, 512)
     ),
@@ -149,6 +157,7 @@ FAMILY = Family(
         column_needs(FACTOR.column, CONTEXT.column),
         refused_model(
             "dit",
+            # A tensor that LTX-2 and 2.3 do not have.
             lambda shapes: "keyframes_abs_pos_embedding" in shapes,
             "the transformer is that of LTX-2.5, which is not supported",
             "give one of LTX-2 or 2.3",

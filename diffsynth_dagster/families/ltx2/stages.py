@@ -22,51 +22,58 @@ CONTEXT, FACTOR, RATE = "in_context_videos", "in_context_downsample_factor", "fr
 
 
 def encode_from_compressed(loaded: Loaded, samples: Sequence[Sample], crf: int) -> list[Tensors]:
-    """Video (3, F, H, W) → `video` (C, F', H', W'), whose first latent frame is that of the
-    compressed first frame. The others are those of the video as it is."""
+    """Video (3, F, H, W) → `video` (C, F', H', W') with a compressed first frame.
+
+    The first latent frame is encoded from the compressed first frame, the others from the original
+    video.
+    """
     vae, videos = loaded["vae"], stacked(samples, "video")
-    given = torch.stack([compressed(video[:, 0], crf) for video in videos])
+    first_frames = torch.stack([compressed(video[:, 0], crf) for video in videos])
     latents = encode_clips(vae, videos)
-    latents[:, :, :1] = encode_clips(vae, given.unsqueeze(2))
-    return [{"video": own} for own in latents]
+    latents[:, :, :1] = encode_clips(vae, first_frames.unsqueeze(2))
+    return [{"video": latent} for latent in latents]
 
 
 def encode_context(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Videos beside the sample → `context` (L, C), the tokens of all one after another; their
-    `context_grids` (N, 3) and the `context_factor` () that their sides were divided by."""
-    # The n-th clips of samples of equal shape are of equal size.
-    numbered = zip(*(sample[CONTEXT] for sample in samples), strict=True)
-    latents = [encode_clips(loaded["vae"], torch.stack(clips)) for clips in numbered]
-    grids = torch.tensor([list(each.shape[2:]) for each in latents])
-    together = torch.cat([pack(each) for each in latents], dim=1)
+    """N reference videos of a sample → three conditions.
+
+    `context` (L, C) has the tokens of all videos in order, `context_grids` (N, 3) their latent
+    frames, rows and columns, and `context_factor` () the number that their sides were divided by.
+    """
+    # Samples have equal shapes, so their n-th videos have equal sizes and can be stacked.
+    by_position = zip(*(sample[CONTEXT] for sample in samples), strict=True)
+    latents = [encode_clips(loaded["vae"], torch.stack(videos)) for videos in by_position]
+    grids = torch.tensor([list(latent.shape[2:]) for latent in latents])
+    tokens = torch.cat([pack(latent) for latent in latents], dim=1)
     return [
         {
-            "context": own,
+            "context": sample_tokens,
             "context_grids": grids,
             "context_factor": torch.tensor(int(sample[FACTOR])),
         }
-        for own, sample in zip(together, samples, strict=True)
+        for sample_tokens, sample in zip(tokens, samples, strict=True)
     ]
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, F, H, W) → a token for each place (B, F H W, C)."""
+    """Latents (B, C, F, H, W) → tokens (B, F H W, C), one for each position."""
     return latents.flatten(2).transpose(1, 2)
 
 
 def coordinates(
     dit: Any, grid: Sequence[int], frame_rate: float, factor: torch.Tensor
 ) -> torch.Tensor:
-    """Where the tokens of a clip begin and end, (B, 3, F H W, 2): in seconds, and in pixels of the
-    sample.
+    """The start and end of each token of a clip on three axes, (B, 3, F H W, 2): time in seconds,
+    height and width in pixels of the sample.
 
     Args:
         grid: F, H, W.
-        factor: (B,), what the sides were divided by.
+        factor: (B,), the number that the clip's sides were divided by.
     """
     batch, (frames, height, width) = len(factor), grid
-    places = dit.rope.prepare_video_coords(batch, frames, height, width, factor.device, fps=1.0)
-    return torch.cat([places[:, :1] / frame_rate, places[:, 1:] * factor.view(-1, 1, 1, 1)], dim=1)
+    # At 1 frame per second diffusers returns the time axis in frames.
+    coords = dit.rope.prepare_video_coords(batch, frames, height, width, factor.device, fps=1.0)
+    return torch.cat([coords[:, :1] / frame_rate, coords[:, 1:] * factor.view(-1, 1, 1, 1)], dim=1)
 
 
 def denoise(
@@ -77,53 +84,57 @@ def denoise(
     t: torch.Tensor,
     frame_rate: float,
 ) -> Tensors:
-    """The transformer's velocity for `video` (B, C, F, H, W), and for `audio` (B, L, C) where the
-    clips have sound, at timesteps t (B,) in [0, 1000].
+    """The transformer's velocity at timesteps t (B,) in [0, 1000]: for `video` (B, C, F, H, W), and
+    for `audio` (B, L, C) if the clips have sound.
 
-    Tokens of a first frame that is given, and of clips beside the sample, have the timestep 0.
+    Clean tokens (a given first frame, reference videos) have the timestep 0.
 
     Args:
         frame_rate: frames per second of the clips.
     """
     latents, sound = x_t["video"], x_t.get("audio")
     grid, tokens = latents.shape[2:], pack(latents)
-    count, places = tokens.shape[1], coordinates(dit, grid, frame_rate, torch.ones_like(t))
-    # A timestep for each token only where they differ.
-    some = "first_frame" in conditions or "context" in conditions
-    each = t[:, None].expand(-1, count) if some else t
+    count, coords = tokens.shape[1], coordinates(dit, grid, frame_rate, torch.ones_like(t))
+    # One timestep per token is needed only if some tokens are clean.
+    has_clean = "first_frame" in conditions or "context" in conditions
+    timestep = t[:, None].expand(-1, count) if has_clean else t
     if "first_frame" in conditions:
-        each = each * pack(1 - conditions["first_frame"].to(t).expand_as(latents[:, :1]))[..., 0]
+        noisy = pack(1 - conditions["first_frame"].to(t).expand_as(latents[:, :1]))[..., 0]
+        timestep = timestep * noisy
     if "context" in conditions:
-        tokens = torch.cat([tokens, conditions["context"]], dim=1)
-        each = torch.cat([each, torch.zeros_like(conditions["context"][..., 0], dtype=t.dtype)], 1)
-        # Samples of a batch have clips of equal sizes.
-        beside = conditions["context_grids"][0].tolist()
+        context = conditions["context"]
+        tokens = torch.cat([tokens, context], dim=1)
+        timestep = torch.cat([timestep, torch.zeros_like(context[..., 0], dtype=t.dtype)], dim=1)
+        # Samples of a batch have reference videos of equal sizes: the grids of one fit all.
+        grids = conditions["context_grids"][0].tolist()
         factor = conditions["context_factor"].to(t)
-        others = [coordinates(dit, g, frame_rate, factor) for g in beside]
-        places = torch.cat([places, *others], dim=2)
+        context_coords = [coordinates(dit, g, frame_rate, factor) for g in grids]
+        coords = torch.cat([coords, *context_coords], dim=2)
     video, audio = dit(
         hidden_states=tokens,
-        # A silent clip has one token of silence, which its picture does not see.
+        # The transformer needs some audio. A silent clip gets one zero token, which
+        # `isolate_modalities` hides from the video.
         audio_hidden_states=tokens.new_zeros(len(t), 1, dit.config.audio_in_channels)
         if sound is None
         else sound,
         encoder_hidden_states=conditions["prompt_embeds"],
         audio_encoder_hidden_states=conditions["audio_prompt_embeds"],
-        timestep=each,
+        timestep=timestep,
         audio_timestep=t,
         sigma=t,
         audio_num_frames=1 if sound is None else sound.shape[1],
-        video_coords=places,
+        video_coords=coords,
         isolate_modalities=sound is None,
         use_cross_timestep=True,
         return_dict=False,
     )
+    # The tokens of the reference videos come last and are dropped.
     velocity = {"video": video[:, :count].transpose(1, 2).unflatten(2, grid)}
     return velocity if sound is None else velocity | {"audio": audio}
 
 
 def shapes(loaded: Loaded, request: SampleRequest) -> dict[str, tuple[int, ...]]:
-    """The latents of `video` and the tokens of `audio`: see `Sampling.shapes`."""
+    """The shapes of `video` latents and `audio` tokens: see `Sampling.shapes`."""
     vae, sound = loaded["vae"], loaded["audio_vae"]
     frames = 1 + (request.num_frames - 1) // FRAMES_PER_LATENT
     factor = vae.spatial_compression_ratio
@@ -135,7 +146,7 @@ def shapes(loaded: Loaded, request: SampleRequest) -> dict[str, tuple[int, ...]]
 
 
 def decode(loaded: Loaded, request: SampleRequest, latents: Tensors) -> list[Clip]:
-    """Videos with sound: see `Sampling.decode`."""
+    """Decode videos with sound: see `Sampling.decode`."""
     videos = decode_clips(loaded["vae"], latents["video"])
     sounds = loaded["vocoder"](decode_sound(loaded["audio_vae"], latents["audio"]))
     sound_rate = loaded["vocoder"].config.output_sampling_rate

@@ -1,1 +1,1 @@
-"""Qwen-Image and its editing releases."""
+"""Qwen-Image: text to image, and its editing releases."""

@@ -1,7 +1,8 @@
-"""The modules of Qwen-Image and its editing variants: their files and their settings.
+"""The components of Qwen-Image and its editing releases: how to recognise their files, and their
+settings from shapes.
 
-Modules come from diffusers and transformers. The published single files already carry diffusers'
-tensor names, but for the text encoder's older ones.
+The published files already have diffusers' tensor names. Only the text encoder's are older names of
+transformers, which `QWEN_VL` converts.
 """
 
 from functools import partial
@@ -41,11 +42,11 @@ NAMES = AuthorsNames(
     {"transformer_blocks": ("transformer_blocks", {name: (name,) for name in _BLOCK})},
     {name: name for name in _OUTSIDE},
 )
-"""The layers: diffusers has the authors' names."""
+"""The layer names: the authors' and diffusers' are the same."""
 
 
 def dit_settings(shapes: Shapes) -> Settings:
-    """The transformer."""
+    """The settings of the transformer."""
     return {
         **joint_transformer_settings(shapes, "img_in", "txt_in"),
         "patch_size": PATCH,

@@ -1,16 +1,16 @@
 """Qwen-Image-Edit, -2509, -2511 and FireRed-Image-Edit: Qwen-Image with pictures beside the prompt.
 
-The column `edit_image` names one picture or several. The text encoder looks at them with the
-prompt, and their latents stand behind the noisy ones in the transformer's sequence.
+The column `edit_image` has one picture or several. They are used twice: the text encoder reads them
+with the prompt, and their latents follow the noisy latents in the transformer's sequence.
 
-The releases show their pictures to the text encoder in two ways:
+The first release and the later ones prompt the text encoder differently:
 
-    Qwen-Image-Edit    one picture, as the VAE gets it, without a name
+    Qwen-Image-Edit    one picture, at the size that the VAE gets, without a name
     later (the "Plus"  each picture is called "Picture 1", "Picture 2", … and has at most
     pipeline)          384 x 384 pixels
 
-Several pictures are always shown in the later way. How a single one is shown follows from the
-release, not from how many a row has: see `release.py`.
+Several pictures always use the later way. For a single picture it depends on the release that is
+trained: see `release.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,8 @@ from diffsynth_dagster.families.shared.stages import PROMPT
 
 COLUMN = "edit_image"
 FIRST, LATER = "edit_prompt", "edit_prompt_later"
-"""The stages of the prompt, of which a release has one: their outputs have keys of their own."""
+"""The prompt stage of the first and of the later releases. They have different names so that their
+outputs have different cache keys."""
 TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, "
     "texture, objects, background), then explain how the user's text instruction should alter or "
@@ -53,12 +54,13 @@ TEMPLATE = (
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 AREA = 1024 * 1024
-"""Pixels of a picture for the VAE, whatever `max_pixels` bounds the trained image to."""
+"""Pixels of a picture for the VAE. `max_pixels` does not apply: it is for the trained image."""
 SHOWN_AREA = 384 * 384
-"""Pixels of a picture for the text encoder, in the later way."""
+"""Pixels of a picture for the text encoder in later releases."""
 
 _EDITS = InputNamed(COLUMN)
-_ABOUT_EDITS = {
+# Each of these is a mistake in a training without edit images.
+_NEEDS_EDITS = {
     "data_file_keys": InputNamed(COLUMN, "data_file_keys"),
     **{name: ParameterSet(name) for name in ("processor_path", "zero_cond_t", "edit_plus")},
 }
@@ -70,7 +72,7 @@ REFUSALS = tuple(
         unless=(_EDITS,),
         where=name,
     )
-    for name, given in _ABOUT_EDITS.items()
+    for name, given in _NEEDS_EDITS.items()
 )
 
 PROCESSOR = Tokenizer(
@@ -82,19 +84,20 @@ PROCESSOR = Tokenizer(
 
 
 def resized(picture: Image.Image, area: int) -> Image.Image:
-    """A picture at this area in pixels, with its aspect as nearly as multiples of 32 allow."""
+    """Resize a picture to about this area in pixels, to sides that are multiples of 32. The aspect
+    ratio is kept approximately."""
     size = area_size(picture.width, picture.height, area)
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def shown(pictures: Sequence[Image.Image], later: bool) -> tuple[str, list[Image.Image]]:
-    """How the text encoder is shown a row's pictures.
+    """Prepare the pictures of a row for the text encoder.
 
     Args:
-        later: whether a single picture is shown in the way of the later releases.
+        later: whether to use the later releases' way for a single picture.
 
     Returns:
-        What stands before the prompt, with one `PICTURE` for each, and the pictures.
+        The text before the prompt, with one `PICTURE` for each picture, and the resized pictures.
     """
     if len(pictures) == 1 and not later:
         return PICTURE, [resized(pictures[0], AREA)]
@@ -106,33 +109,33 @@ def encode_prompt(loaded: Loaded, samples: Sequence[Sample], later: bool) -> lis
     """Prompt and pictures → `prompt_embeds` (L, hidden): the last hidden states after the
     template's prefix. For `later` see `shown`.
 
-    Each sample has a forward pass of its own: the sequences are long and differ in length.
+    Encodes one sample at a time, because the sequences are long and differ in length.
     """
     results: list[Tensors] = []
     for sample in samples:
-        before, pictures = shown(sample[COLUMN], later)
-        states = encode_with_pictures(loaded, before + sample["prompt"], pictures, TEMPLATE)
+        prefix, pictures = shown(sample[COLUMN], later)
+        states = encode_with_pictures(loaded, prefix + sample["prompt"], pictures, TEMPLATE)
         results.append({"prompt_embeds": states})
     return results
 
 
 def encode_pictures(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Pictures → `edit_tokens` (L, 4 C): the latents of all, packed one after the other; and
-    `edit_grids` (N, 2): rows and columns of tokens of each of the N.
+    """N pictures → `edit_tokens` (L, 4 C), the packed latents of all pictures in order, and
+    `edit_grids` (N, 2), the rows and columns of tokens of each picture.
     """
-    # The n-th pictures of samples of equal shape are of equal size.
-    numbered = zip(*(sample[COLUMN] for sample in samples), strict=True)
-    pixels = (torch.stack([to_tensor(resized(p, AREA)) for p in pictures]) for pictures in numbered)
-    tokens, grids = pack_several(encode_pixels(loaded["vae"], each) for each in pixels)
+    # Samples have equal shapes, so their n-th pictures have equal sizes and can be stacked.
+    by_position = zip(*(sample[COLUMN] for sample in samples), strict=True)
+    batches = (torch.stack([to_tensor(resized(p, AREA)) for p in nth]) for nth in by_position)
+    tokens, grids = pack_several(encode_pixels(loaded["vae"], pixels) for pixels in batches)
     sizes = torch.tensor(grids, device=tokens.device)
-    return [{"edit_tokens": own, "edit_grids": sizes} for own in tokens]
+    return [{"edit_tokens": sample_tokens, "edit_grids": sizes} for sample_tokens in tokens]
 
 
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
-    """Qwen-Image, or its editing releases where `extra_inputs` names the edit image.
+    """Qwen-Image, or an editing release if `extra_inputs` lists the edit image.
 
     Raises:
-        ParameterError: it is not clear which release.
+        ParameterError: it is not clear which release is trained.
     """
     if COLUMN not in config.extra_inputs:
         return family
@@ -154,11 +157,11 @@ def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes])
     )
     components = family.components
     if config.zero_cond_t:
-        # All images but the first have the timestep zero, whatever the config.json says.
+        # The transformer gives the edit images the timestep 0. The parameter overrides config.json.
         denoiser = family.component(family.denoiser)
         construction = replace(denoiser.construction, fixed={"zero_cond_t": True})
-        own = replace(denoiser, construction=construction)
-        components = tuple(own if c is denoiser else c for c in components)
+        with_zero = replace(denoiser, construction=construction)
+        components = tuple(with_zero if c is denoiser else c for c in components)
     return replace(
         family,
         architecture="qwen-image-edit",

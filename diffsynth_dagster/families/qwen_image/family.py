@@ -1,7 +1,7 @@
-"""Qwen-Image (Wu et al. 2025, arXiv:2508.02324): text to image, and with `edit_image` editing.
+"""Qwen-Image (Wu et al. 2025, arXiv:2508.02324): text to image, and editing with `edit_image`.
 
-Files are those of the repositories Qwen/Qwen-Image, -2512, and -Edit, -Edit-2509, -Edit-2511, and
-of FireRedTeam/FireRed-Image-Edit-1.0 and -1.1.
+Reads the files of Qwen/Qwen-Image, -2512, -Edit, -Edit-2509 and -Edit-2511, and of
+FireRedTeam/FireRed-Image-Edit-1.0 and -1.1.
 """
 
 from functools import partial
@@ -30,6 +30,7 @@ from diffsynth_dagster.objective.flow import (
     stretch_to,
 )
 
+# scheduler/scheduler_config.json of Qwen-Image. Only samples use it: training has a constant shift.
 SCHEDULER = {
     "base_image_seq_len": 256,
     "base_shift": 0.5,
@@ -42,11 +43,11 @@ SCHEDULER = {
     "use_dynamic_shifting": True,
 }
 SIGMAS = partial(dynamic_sigmas, SCHEDULER)
-TRAINING_MU = 0.8
+TRAINING_MU = 0.8  # as DiffSynth-Studio trains, whatever the image size
 
 
 def noising(config: TrainingConfig, published: Settings) -> FlowPath:
-    """Exponential shift with mu = 0.8, stretched so that the last sigma is 0.02."""
+    """Flow matching, exponential shift with mu = 0.8, stretched so that the last sigma is 0.02."""
     sigmas = stretch_to(exponential_shift(linear_sigmas(), TRAINING_MU), 0.02)
     return flow_path(sigmas, f"flow matching, exponential shift mu={TRAINING_MU}, terminal 0.02")
 
@@ -70,7 +71,7 @@ FAMILY = Family(
     denoisers=(Denoiser("dit"),),
     denoise=stages.denoise,
     noising=noising,
-    geometry=Geometry(side_factor=16),
+    geometry=Geometry(side_factor=16),  # the VAE's factor of 8, times patches of 2x2
     sampling=Sampling(
         stages.shapes,
         euler(SIGMAS),

@@ -1,4 +1,4 @@
-"""Settings of a module's class from the shapes of its tensors: what several architectures share."""
+"""Settings that several architectures read from the shapes of their tensors."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ from diffsynth_dagster.families.contract import Settings, Shapes
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
-    """How many numbered blocks there are under a prefix such as `transformer_blocks.`."""
+    """The number of numbered blocks under a prefix such as `transformer_blocks.`"""
     depth = prefix.count(".")
     return len({name.split(".")[depth] for name in names if name.startswith(prefix)})
 
@@ -14,13 +14,12 @@ def count_blocks(names: Iterable[str], prefix: str) -> int:
 def joint_transformer_settings(shapes: Shapes, image: str, text: str) -> Settings:
     """The settings that transformers with joint attention over image and text have in common.
 
-    The rotary axes take the published shares of a head: 1/8 for the first, 7/16 for each side.
-
     Args:
-        image, text: names of the layers that embed the image's tokens and the prompt's.
+        image, text: names of the layers that embed the image tokens and the prompt tokens.
     """
     head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
     inner, in_channels = shapes[f"{image}.weight"]
+    # The rotary axes divide a head as published: 1/8 for the first axis, 7/16 for each side.
     side = (head - head // 8) // 2
     return {
         "in_channels": in_channels,
@@ -36,7 +35,7 @@ def clip_settings(shapes: Shapes, head: int) -> Settings:
     """The settings that CLIP's text and vision towers have in common.
 
     Args:
-        head: channels of an attention head, which no shape shows.
+        head: channels of an attention head, which does not follow from any shape.
     """
     intermediate, hidden = shapes["encoder.layers.0.mlp.fc1.weight"]
     return {

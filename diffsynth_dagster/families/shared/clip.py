@@ -1,4 +1,4 @@
-"""CLIP's text encoders: from their files to components, and from prompts to embeddings."""
+"""CLIP's text encoders: their components, and prompts → embeddings."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,7 +31,7 @@ LIMIT = TokenLimit(
     advice="shorten them, or let more be read in chunks of 75 tokens with caption_chunks",
 )
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""The layers of the attention."""
+"""The attention layers."""
 _NAMES = (
     "embeddings.token_embedding.weight",
     "encoder.layers.0.self_attn.q_proj.weight",
@@ -42,18 +42,18 @@ _NAMES = (
 def lora(
     folder: str, load: Callable[..., None], kohya: tuple[str, ...], projected: bool = False
 ) -> LoraRules:
-    """What a text encoder's LoRAs are called.
+    """The LoRA rules of a text encoder.
 
     Args:
         folder, load, kohya: see `LoraRules`.
-        projected: whether it has its projection here.
+        projected: whether our module includes the projection.
     """
     names = PROJECTED_CLIP if projected else CLIP
     return LoraRules(folder, load, targets=LORA_TARGETS, authors=names, comfyui=folder, kohya=kohya)
 
 
 def clip_tokenizer(name: str, parameter: str, default: str) -> Tokenizer:
-    """A tokenizer of CLIP: see `Tokenizer`."""
+    """CLIP's tokenizer: see `Tokenizer`."""
     load = CLIPTokenizer.from_pretrained
     return Tokenizer(name, parameter, default, load, ("<|endoftext|>",))
 
@@ -68,8 +68,9 @@ def clip_text_encoder(*checkpoint_prefixes: str, lora: LoraRules | None = None) 
     return Component(
         name="text_encoder",
         recognition=Recognition(
+            # Published files have the prefix; transformers' own module has none.
             signatures=tuple(
-                tuple(start + name for name in _NAMES) for start in ("text_model.", "")
+                tuple(prefix + name for name in _NAMES) for prefix in ("text_model.", "")
             ),
             checkpoint_prefixes=checkpoint_prefixes,
         ),
@@ -83,11 +84,13 @@ def clip_text_encoder(*checkpoint_prefixes: str, lora: LoraRules | None = None) 
 def projected_text_encoder(
     name: str, *checkpoint_prefixes: str, lora: LoraRules | None = None
 ) -> Component:
-    """CLIP's text tower with its projection, as OpenCLIP trained it: in the names of transformers
-    or OpenCLIP. To be listed before an encoder without a projection, whose names are among its own.
+    """CLIP's text tower with its projection, as OpenCLIP trained it.
+
+    Reads the names of transformers or OpenCLIP. A family must list it before an encoder without a
+    projection, whose names are a subset of this one's.
 
     Args:
-        name: of the component and its folder.
+        name: name of the component and of its folder.
         checkpoint_prefixes: see `Recognition`.
         lora: see `ComponentNames`.
     """
@@ -110,47 +113,50 @@ def projected_text_encoder(
 
 
 def _text_settings(shapes: Shapes) -> Settings:
-    """A head has the 64 channels of every published size."""
+    """The settings of a text tower."""
     return {
-        **clip_settings(shapes, head=64),
+        **clip_settings(shapes, head=64),  # as in every published size
         "vocab_size": shapes["embeddings.token_embedding.weight"][0],
         "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
         "bos_token_id": 0,
-        "eos_token_id": 2,  # as published: pools at the highest token
+        # As published, though wrong: transformers then pools at the highest id, the real end token.
+        "eos_token_id": 2,
     }
 
 
 def _projected_settings(shapes: Shapes) -> Settings:
+    """The settings of a text tower with its projection."""
     tower = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
     projection = shapes["text_projection.weight"][0]
     return {**_text_settings(tower), "hidden_act": "gelu", "projection_dim": projection}
 
 
 def _convert_text_encoder(tensors: Tensors) -> Tensors:
-    """The names of the published files (`text_model.…`) → those of transformers."""
+    """Rename the tensors of published files (`text_model.…`) to transformers' names."""
     return {n.removeprefix("text_model."): t for n, t in _without_positions(tensors).items()}
 
 
 def _convert_projected(tensors: Tensors) -> Tensors:
-    """OpenCLIP's names → those of transformers."""
+    """Rename OpenCLIP's tensors to transformers' names."""
     if "positional_embedding" in tensors:
         return convert_open_clip_checkpoint(None, tensors, prefix="")
     return _without_positions(tensors)
 
 
 def _without_positions(tensors: Tensors) -> Tensors:
-    """Without the numbers 0, 1, …, 76, which older versions of transformers saved."""
+    """Drop the position ids 0, 1, …, 76, which older versions of transformers saved as a tensor."""
     return {n: t for n, t in tensors.items() if not n.endswith("embeddings.position_ids")}
 
 
 def encode_text(
     loaded: Loaded, samples: Sequence[Sample], tokenizer: str, encoder: str, hidden: bool
 ) -> tuple[torch.Tensor, Any]:
-    """Prompts → embeddings (B, 77, width), cut or padded as the tokenizer does, and all outputs.
+    """Prompts → embeddings (B, 77, width), truncated or padded, and all outputs of the encoder.
 
     Args:
         tokenizer, encoder: names of the components.
-        hidden: whether the embeddings are those before the last layer, without the last norm.
+        hidden: whether to return the penultimate hidden states, without the final norm, instead of
+            the last ones.
     """
     clip: Any = loaded[encoder]
     tokens = padded_tokens(loaded[tokenizer], samples, clip.config.max_position_embeddings)

@@ -27,14 +27,16 @@ from diffsynth_dagster.families.shared.unet import cross_attention
 
 COLUMN = "controlnet_image"
 _UNION = ("control_add_embedding.", "task_embedding")
+"""Prefixes of tensors that only unions of several ControlNets have."""
 
 
 def control_refusals(name: str, told_sizes: bool) -> tuple[Refusal, ...]:
-    """A ControlNet without its column, the reverse, and ControlNets that are not supported.
+    """Refuse a ControlNet without its column, the column without a ControlNet, and ControlNets that
+    are not supported.
 
     Args:
-        name: of the model that is trained, for messages.
-        told_sizes: whether its UNet is told the sizes of the picture, as SDXL's is.
+        name: name of the trained model, for messages.
+        told_sizes: whether its UNet reads the sizes of the picture, as SDXL's does.
     """
     return (
         *column_and_model(COLUMN, "controlnet", "ControlNet"),
@@ -66,7 +68,8 @@ def control_refusals(name: str, told_sizes: bool) -> tuple[Refusal, ...]:
 
 
 def _encode(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """`controlnet_image` (3, H, W) → `control` (3, H, W), its bytes."""
+    """`controlnet_image` (3, H, W) in [-1, 1] → `control` (3, H, W) uint8 in [0, 255]."""
+    # Cached as bytes: a quarter of float32, and exact, because the image had 8 bits.
     return [{"control": ((s[COLUMN] + 1.0) * 127.5).round().to(torch.uint8)} for s in samples]
 
 
@@ -80,7 +83,7 @@ _STAGE = Stage(
 
 
 def with_control(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
-    """The family with the stage of the column, where `extra_inputs` names it: see
+    """The family with the stage of the control image, if `extra_inputs` lists it: see
     `Family.variant`."""
     if COLUMN not in config.extra_inputs:
         return family
@@ -90,7 +93,9 @@ def with_control(family: Family, config: TrainingConfig, given: Mapping[str, Sha
 def residuals(
     loaded: Loaded, conditions: Tensors, x_t: torch.Tensor, **more: Any
 ) -> dict[str, Any]:
-    """What a ControlNet adds inside the UNet, as arguments of its call; none without a ControlNet.
+    """The residuals that a ControlNet adds inside the UNet, as arguments of the UNet's call.
+
+    Empty without a control image.
 
     Args:
         x_t: noisy latents (B, C, H/8, W/8).
@@ -98,6 +103,6 @@ def residuals(
     """
     if "control" not in conditions:
         return {}
-    image = conditions["control"].to(x_t.dtype) / 255.0
+    image = conditions["control"].to(x_t.dtype) / 255.0  # ControlNets read images in [0, 1]
     down, middle = loaded["controlnet"](x_t, controlnet_cond=image, return_dict=False, **more)
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}

@@ -27,11 +27,16 @@ SCHEDULER_MARKS: Mapping[str, Settings] = {
     "edm_vpred.sigma_max": {"_class_name": "EDMEulerScheduler"},
     "edm_mean": {"_class_name": "EDMDPMSolverMultistepScheduler"},
 }
-"""Tensors by which whole checkpoints say what they are: CosXL and Playground 2.5 are the last two."""
+"""Marker tensors in whole checkpoints → scheduler settings. The last two are in CosXL and
+Playground 2.5. Their noise is not supported: `noising` refuses these schedulers."""
 
 
 class _Published(BaseModel):
-    """What a scheduler of diffusers says about the noise. Without one: as every published model."""
+    """The settings of a diffusers scheduler that describe the noise.
+
+    The defaults are those of the published models. The types accept only what we can train:
+    another value raises `ValidationError`.
+    """
 
     scheduler: str = Field("DDPMScheduler", alias="_class_name")
     beta_schedule: BetaSchedule = "scaled_linear"
@@ -39,6 +44,7 @@ class _Published(BaseModel):
     beta_end: float = Field(0.012, gt=0.0, lt=1.0)
     prediction_type: Prediction = "epsilon"
     rescale_betas_zero_snr: bool = False
+    # These must have their defaults: other values mean another kind of noise.
     num_train_timesteps: Literal[1000] = 1000
     trained_betas: None = None
     use_flow_sigmas: Literal[False] = False
@@ -46,23 +52,26 @@ class _Published(BaseModel):
     @field_validator("scheduler")
     @classmethod
     def _has_betas(cls, name: str) -> str:
+        """Check that the scheduler class has a schedule of betas."""
         kind = getattr(diffusers, name, None)
+        # Flow-matching and EDM schedulers have no such parameter.
         if not isinstance(kind, type) or "beta_schedule" not in signature(kind).parameters:
             raise ValueError("its noise is not that of a schedule of betas")
         return name
 
 
 def noising(config: TrainingConfig, published: Settings) -> DDPMPath:
-    """The path that the model was trained on.
+    """The noising path that the model was trained on.
 
     Args:
-        published: settings of a scheduler of diffusers. The parameters go before them.
+        published: settings of a diffusers scheduler. The config's parameters override them.
 
     Raises:
-        WeightsError: the settings are of another kind of noise.
+        WeightsError: the settings describe another kind of noise.
         ParameterError: the terminal SNR is zero and the model predicts the noise.
     """
     try:
+        # Schedulers write None for settings that are not in use.
         given = {name: value for name, value in published.items() if value is not None}
         settings = _Published.model_validate(given)
     except ValidationError as error:
@@ -75,6 +84,7 @@ def noising(config: TrainingConfig, published: Settings) -> DDPMPath:
         ) from None
     prediction = config.prediction_type or settings.prediction_type
     zero = config.zero_terminal_snr or settings.rescale_betas_zero_snr
+    # With an SNR of zero, x_t is the noise itself: predicting it is trivial and says nothing of x_0.
     if zero and prediction == "epsilon":
         raise ParameterError(
             "the last timestep is nothing but noise (zero terminal SNR), and the model predicts "
@@ -94,8 +104,10 @@ def noising(config: TrainingConfig, published: Settings) -> DDPMPath:
 
 
 class EulerDDPM:
-    """Euler's method as `EulerDiscreteScheduler` takes its steps; x has the variance 1 + sigma^2
-    (Karras et al. 2022, arXiv:2206.00364)."""
+    """Euler's method with diffusers' `EulerDiscreteScheduler`.
+
+    x is x_t scaled to the variance 1 + sigma^2 (Karras et al. 2022, arXiv:2206.00364).
+    """
 
     def __init__(self, scheduler: Any, steps: int) -> None:
         scheduler.set_timesteps(steps)
@@ -108,35 +120,39 @@ class EulerDDPM:
 
     def start(self, noise: Tensors) -> Tensors:
         """See `Solver`."""
-        return {name: each * self._scheduler.init_noise_sigma for name, each in noise.items()}
+        scale = self._scheduler.init_noise_sigma
+        return {name: tensor * scale for name, tensor in noise.items()}
 
     def seen(self, x: Tensors, index: int) -> Tensors:
         """See `Solver`."""
+        # What `scale_model_input` does, without the scheduler's own step counter.
         scale = (1 + self._scheduler.sigmas[index] ** 2) ** 0.5
-        return {name: each / scale for name, each in x.items()}
+        return {name: state / scale for name, state in x.items()}
 
     def step(self, prediction: Tensors, x: Tensors, index: int) -> Tensors:
         """See `Solver`."""
         (name,) = x
         t = self.timesteps[index]
-        self._scheduler.is_scale_input_called = True  # `seen` scaled it
+        self._scheduler.is_scale_input_called = True  # avoids a warning: `seen` scaled x
         return {name: self._scheduler.step(prediction[name], t, x[name], return_dict=False)[0]}
 
 
 def solver(request: SampleRequest, noise: Tensors) -> EulerDDPM:
-    """The published sampler for the path of a request: see `Sampling.solver`."""
+    """The published sampler for the noising path of a request: see `Sampling.solver`."""
     return EulerDDPM(sampler(request.noising), request.num_inference_steps)
 
 
 def sampler(noising: Noising) -> EulerDiscreteScheduler:
-    """The sampler that is published with Stable Diffusion XL, for what `path` returned."""
+    """The sampler published with Stable Diffusion XL, for the path that `noising` returned."""
     path = cast(DDPMPath, noising)
+    # The path starts with the most noise, diffusers with the least. beta_t follows from
+    # alpha_bar_t = alpha_bar_{t-1} (1 - beta_t), with alpha_bar = 1 before the first step.
     alpha_bar = path.signal.flip(0).double() ** 2
-    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     return EulerDiscreteScheduler(
-        trained_betas=(1.0 - alpha_bar / before).tolist(),
+        trained_betas=(1.0 - alpha_bar / previous).tolist(),
         prediction_type=path.prediction,
-        # A sampler that leaves the last timestep out never sees what zero terminal SNR is for.
+        # "leading" skips the last timestep, the one that zero terminal SNR changes.
         timestep_spacing="trailing" if path.zero_terminal_snr else "leading",
         rescale_betas_zero_snr=path.zero_terminal_snr,
         steps_offset=1,

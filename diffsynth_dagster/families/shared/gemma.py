@@ -1,4 +1,4 @@
-"""Gemma 3 as a text encoder: its component, and all of its hidden states."""
+"""Gemma 3 as a text encoder: its component and tokenizer, and the hidden states of all layers."""
 
 from typing import Any
 
@@ -20,13 +20,12 @@ from diffsynth_dagster.families.shared.names import with_new_starts
 
 
 def text_encoder_settings(shapes: Shapes) -> Settings:
-    """Gemma 3. What the shapes do not show is as published: six layers with a window for each
-    without, and the constants of the rotary positions."""
+    """The settings of Gemma 3. Constants that no shape shows are as published."""
     text, vision = "model.language_model.", "model.vision_tower."
     vocabulary, hidden = shapes[f"{text}embed_tokens.weight"]
     layer, head = f"{text}layers.0.", shapes[f"{text}layers.0.self_attn.q_norm.weight"][0]
     width, _, patch, _ = shapes[f"{vision}embeddings.patch_embedding.weight"]
-    places = shapes[f"{vision}embeddings.position_embedding.weight"][0]
+    positions = shapes[f"{vision}embeddings.position_embedding.weight"][0]
     return {
         "text_config": {
             "vocab_size": vocabulary,
@@ -52,7 +51,7 @@ def text_encoder_settings(shapes: Shapes) -> Settings:
             "intermediate_size": shapes[f"{vision}encoder.layers.0.mlp.fc1.weight"][0],
             "num_hidden_layers": count_blocks(shapes, f"{vision}encoder.layers."),
             "num_attention_heads": 16,
-            "image_size": int(places**0.5) * patch,
+            "image_size": int(positions**0.5) * patch,
             "patch_size": patch,
             "vision_use_head": False,
         },
@@ -88,8 +87,12 @@ GEMMA_3 = Component(
 def all_states(
     tokenizer: Any, encoder: Any, sample: Sample, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden states of a prompt after each layer and before the first, (1, L, hidden layers),
-    padded at the left to `length`; and which of the L are tokens of the prompt (1, L)."""
+    """Encode a prompt, padded at the left to L = `length` tokens.
+
+    Returns:
+        The hidden states before the first layer and after each, concatenated per token
+        (1, L, hidden * states), and the attention mask (1, L).
+    """
     tokens = tokenizer(
         sample["prompt"].strip(),
         padding="max_length",
@@ -104,7 +107,7 @@ def all_states(
 
 
 def _load_tokenizer(folder: str) -> Any:
-    """The tokenizer of a folder, by the class that its files name."""
+    """Load a tokenizer with the class that its files name, but never with code from the folder."""
     make: Any = AutoTokenizer
     return make.from_pretrained(folder, trust_remote_code=False)
 

@@ -1,4 +1,4 @@
-"""The image VAE of the Stable Diffusion models and FLUX.1: from its files to a component."""
+"""The component of the image VAE of the Stable Diffusion models and FLUX.1."""
 
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
@@ -15,7 +15,7 @@ from diffsynth_dagster.families.contract import (
 from diffsynth_dagster.families.shared.architecture import count_blocks
 
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""What diffusers called the layers of the attention before version 0.17 → what it calls them."""
+"""diffusers' names of the attention layers before version 0.17 → today's names."""
 
 
 def image_vae(
@@ -24,15 +24,15 @@ def image_vae(
     original_globs: tuple[str, ...] = (),
     checkpoint_prefixes: tuple[str, ...] = ("first_stage_model.",),
 ) -> Component:
-    """The component `vae`, in diffusers' names (old and new) or its authors'.
+    """The component `vae`. Reads diffusers' names (old and new) or the authors'.
 
     Args:
-        scaling_factor, shift_factor: of its latents, which no shape shows. A shift of 0 holds even
-            where a config.json has none.
+        scaling_factor, shift_factor: scale and shift of the latents, which no shape shows.
         original_globs, checkpoint_prefixes: see `Recognition`.
     """
 
     def settings(shapes: Shapes) -> Settings:
+        """The settings for files without a config.json."""
         scale = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
         return {**_vae_settings(shapes), **scale}
 
@@ -49,6 +49,7 @@ def image_vae(
         construction=Construction(
             kind=AutoencoderKL,
             settings=settings,
+            # Without a shift, config.json leaves it out or has None, but we need a number.
             fixed={} if shift_factor else {"shift_factor": 0.0},
             convert=convert_vae,
         ),
@@ -57,12 +58,12 @@ def image_vae(
 
 
 def latent_channels(shapes: Shapes) -> int:
-    """Channels of the latents of a VAE."""
+    """The number of latent channels of a VAE."""
     return shapes["decoder.conv_in.weight"][1]
 
 
 def _vae_settings(shapes: Shapes) -> Settings:
-    """Everything but the scale and shift of the latents."""
+    """All settings except the scale and shift of the latents."""
     levels = count_blocks(shapes, "encoder.down_blocks.")
     return {
         "in_channels": shapes["encoder.conv_in.weight"][1],
@@ -80,14 +81,15 @@ def _vae_settings(shapes: Shapes) -> Settings:
 
 
 def convert_vae(tensors: Tensors) -> Tensors:
-    """The authors' names, or diffusers' old ones → diffusers' names."""
+    """Rename the authors' tensors, or tensors with diffusers' old names, to diffusers' names."""
     if "encoder.down.0.block.0.conv1.weight" in tensors:
+        # The converter only asks how many blocks there are.
         blocks = range(count_blocks(tensors, "encoder.down."))
         config = {"down_block_types": blocks, "up_block_types": blocks}
         return convert_ldm_vae_checkpoint(tensors, config)
     renamed: Tensors = {}
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
-        start, _, last = layer.rpartition(".")
-        renamed[f"{start}.{_ATTENTION[last]}.{kind}" if last in _ATTENTION else name] = tensor
+        parent, _, last = layer.rpartition(".")
+        renamed[f"{parent}.{_ATTENTION[last]}.{kind}" if last in _ATTENTION else name] = tensor
     return renamed

@@ -1,7 +1,8 @@
-"""LoRAs of the Stable Diffusion models: in kohya's and the authors' names, and in diffusers'.
+"""Layer names in LoRAs of the Stable Diffusion models: kohya's and the authors', to and from ours
+(diffusers').
 
-kohya's scripts write the names of layers with `_` for `.`, behind a prefix for each component:
-those of diffusers for Stable Diffusion 1, those of the authors for the UNet of SDXL.
+kohya's scripts write layer names with `_` instead of `.`, after a prefix for each component. The
+layer names are diffusers' for Stable Diffusion 1, and the authors' for the UNet of SDXL.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,13 +25,15 @@ _WITH_UNDERSCORE = (
     *("time_embed", "label_emb", "text_model", "self_attn", "q_proj", "k_proj", "v_proj"),
     *("out_proj", "text_projection"),
 )
-"""Parts of names in which a `_` is not a `.` that kohya's scripts replaced."""
+"""Parts of names that contain a real `_`. Every other `_` in kohya's files stands for a `.`."""
+# Layers inside a residual block: the authors' names → diffusers'.
 _RESNET = {
     "in_layers.2": "conv1",
     "out_layers.3": "conv2",
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
 }
+# Layers outside the numbered levels: the authors' names → diffusers'.
 _OUTSIDE = {
     "input_blocks.0.0": "conv_in",
     "out.2": "conv_out",
@@ -44,36 +47,40 @@ _OUTSIDE = {
 }
 
 
-def _places(levels: int = 4, per_level: int = 2) -> dict[str, str]:
-    """How layers of the UNet start by its authors' names → by diffusers'.
+def _prefixes(levels: int = 4, per_level: int = 2) -> dict[str, str]:
+    """Prefixes of the UNet's layer names: the authors' → diffusers'.
 
     Args:
-        per_level: blocks of each level on the way down, as in every published UNet; on the way up
-            there is one more.
+        levels: four is enough for all published UNets; prefixes that a UNet lacks do no harm.
+        per_level: blocks of each level of the downward half, as in every published UNet. The upward
+            half has one more.
     """
-    places = dict(_OUTSIDE)
+    prefixes = dict(_OUTSIDE)
+    # The authors number the blocks of a half consecutively, with the resampling layers in between.
+    # `input_blocks.0` is `conv_in`, so the downward blocks start at 1.
     for level in range(levels):
         first = level * (per_level + 1)
         last = first + per_level
         for kind, name in enumerate(("resnets", "attentions")):
             for block in range(per_level):
                 theirs = f"input_blocks.{first + block + 1}.{kind}"
-                places[theirs] = f"down_blocks.{level}.{name}.{block}"
+                prefixes[theirs] = f"down_blocks.{level}.{name}.{block}"
             for block in range(per_level + 1):
                 theirs = f"output_blocks.{first + block}.{kind}"
-                places[theirs] = f"up_blocks.{level}.{name}.{block}"
-        places[f"input_blocks.{last + 1}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
-        places[f"output_blocks.{last}.2.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
-    return places
+                prefixes[theirs] = f"up_blocks.{level}.{name}.{block}"
+        prefixes[f"input_blocks.{last + 1}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        prefixes[f"output_blocks.{last}.2.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+    return prefixes
 
 
-_PLACES = _places()
-_BACK = {ours: theirs for theirs, ours in _PLACES.items()}
+_TO_OURS = _prefixes()
+_TO_THEIRS = {ours: theirs for theirs, ours in _TO_OURS.items()}
 
 
 def unet_name(layer: str) -> str:
-    """A layer of the UNet by its authors' name → by diffusers'; other names stay."""
-    layer = with_new_start(layer, _PLACES)
+    """The authors' name of a UNet layer → diffusers' name. Other names stay."""
+    layer = with_new_start(layer, _TO_OURS)
+    # Elsewhere `conv1` or `in_layers.2` may be parts of other names.
     if ".resnets." in layer:
         for theirs, ours in _RESNET.items():
             layer = layer.replace(theirs, ours)
@@ -81,36 +88,36 @@ def unet_name(layer: str) -> str:
 
 
 def authors_unet_name(layer: str) -> str:
-    """The other way round."""
+    """diffusers' name of a UNet layer → the authors' name: the inverse of `unet_name`."""
     if ".resnets." in layer:
         for theirs, ours in _RESNET.items():
             layer = layer.replace(ours, theirs)
-    return with_new_start(layer, _BACK)
+    return with_new_start(layer, _TO_THEIRS)
 
 
 def clip_name(layer: str) -> str:
-    """A layer of CLIP's text tower by the name in published files → by that of transformers."""
+    """The name of a CLIP layer in published files → its name in transformers."""
     return layer.removeprefix("text_model.")
 
 
 def published_clip_name(layer: str) -> str:
-    """The other way round."""
+    """The name of a CLIP layer in transformers → its name in published files."""
     return f"text_model.{layer}"
 
 
 def same_name(layer: str) -> str:
-    """For layers that have one name everywhere."""
+    """The same name, for layers that are called the same everywhere."""
     return layer
 
 
 @dataclass(frozen=True)
 class RenamedLayers:
-    """Layers that have one name each elsewhere, by two functions: see `families.lora.LayerNames`.
+    """Layer names that map one to one, given by two functions: see `families.lora.LayerNames`.
 
     Attributes:
-        to_our_name: a layer by the name there → by that here; names of here stay.
-        to_their_name: the other way round.
-        starts: how the names of layers start here.
+        to_our_name: their name → our name. Our names stay.
+        to_their_name: our name → their name.
+        starts: prefixes of our names.
     """
 
     to_our_name: Rename
@@ -118,25 +125,26 @@ class RenamedLayers:
     starts: tuple[str, ...]
 
     def ours(self, name: str) -> tuple[str, ...]:
-        """The layer here of a name there; none where it is no layer of such a module."""
+        """Our layer for one of their names; empty if the module has no such layer."""
         layer = self.to_our_name(name if "." in name else _dotted(name))
         return (layer,) if layer.startswith(self.starts) else ()
 
     def theirs(self, layer: str) -> str | None:
-        """The name there of a layer here."""
+        """Their name of one of our layers."""
         return self.to_their_name(layer)
 
     def to_theirs(self, lora: Lora) -> Lora:
-        """A LoRA by the names here → by those there."""
+        """Convert a LoRA from our names to theirs."""
         return lora.part({layer: self.to_their_name(layer) for layer in lora.down})
 
     def to_ours(self, lora: Lora) -> Lora:
-        """A LoRA by the names there → by those here."""
+        """Convert a LoRA from their names, which `ours` must know, to ours."""
         return lora.part({name: self.ours(name)[0] for name in lora.down})
 
 
 def _dotted(name: str) -> str:
-    """A name in kohya's form → with its dots."""
+    """Turn the underscores of a name in kohya's form back into dots."""
+    # Replace all of them, then restore those that belong to a word.
     name = name.replace("_", ".")
     for word in _WITH_UNDERSCORE:
         name = name.replace(word.replace("_", "."), word)
@@ -146,11 +154,12 @@ def _dotted(name: str) -> str:
 def load_unet(
     pipeline: Any, module: nn.Module, tensors: Tensors, metadata: Mapping[str, object]
 ) -> None:
-    """Load a LoRA into the UNet the way the pipelines of Stable Diffusion do.
+    """Load a LoRA into the UNet the way diffusers' Stable Diffusion pipelines do.
 
     Args:
-        pipeline: its class.
+        pipeline: the pipeline class.
     """
+    # With `unet_config` the pipeline can convert the authors' block numbers in kohya's files.
     state, alphas = pipeline.lora_state_dict(dict(tensors), unet_config=module.config)
     more: dict[str, Any] = {"metadata": dict(metadata) or None, "low_cpu_mem_usage": True}
     pipeline.load_lora_into_unet(state, alphas, module, **more)
@@ -163,11 +172,11 @@ def load_text_encoder(
     tensors: Tensors,
     metadata: Mapping[str, object],
 ) -> None:
-    """Load a LoRA into a text encoder the way the pipelines of Stable Diffusion do.
+    """Load a LoRA into a text encoder the way diffusers' Stable Diffusion pipelines do.
 
     Args:
-        pipeline: its class.
-        folder: of the text encoder.
+        pipeline: the pipeline class.
+        folder: the text encoder's folder in the diffusers layout.
     """
     state, alphas = pipeline.lora_state_dict(dict(tensors))
     more: dict[str, Any] = {"metadata": dict(metadata) or None, "low_cpu_mem_usage": True}
@@ -180,12 +189,12 @@ _IN_UNET = (
 )
 _IN_CLIP = ("encoder.layers.",)
 UNET = RenamedLayers(unet_name, authors_unet_name, _IN_UNET)
-"""The UNet's layers by its authors' names."""
+"""The authors' layer names of the UNet."""
 UNET_OF_DIFFUSERS = RenamedLayers(unet_name, same_name, _IN_UNET)
-"""The same by diffusers' names, which kohya's scripts write for Stable Diffusion 1; both are read."""
+"""The UNet's layer names in kohya's files for Stable Diffusion 1: writes diffusers', reads both."""
 CLIP = RenamedLayers(clip_name, published_clip_name, _IN_CLIP)
-"""The layers of a text tower that has no projection here."""
+"""The layer names of a text tower whose module has no projection."""
 PROJECTED_CLIP = RenamedLayers(
     same_name, same_name, ("text_model.encoder.layers.", "text_projection")
 )
-"""Those of one with its projection, which have one name everywhere."""
+"""The layer names of a text tower with its projection, which are the same everywhere."""

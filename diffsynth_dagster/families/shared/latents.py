@@ -1,5 +1,7 @@
-"""Pictures and videos → latents: the mode of the VAE's posterior, brought to the model's scale; and
-latents → pictures and videos."""
+"""Pictures and videos → latents, and back.
+
+Latents are the mode of the VAE's posterior, scaled as the denoiser expects.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +14,13 @@ from diffsynth_dagster.families.contract import Clip, Loaded, Sample, SampleRequ
 
 
 def stacked(samples: Sequence[Sample], column: str) -> torch.Tensor:
-    """The tensors of a column, of equal shape, as one batch (B, …)."""
+    """Stack the tensors of a column, which have equal shapes, to a batch (B, …)."""
     return torch.stack([sample[column] for sample in samples])
 
 
 def encode_scaled(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) in [-1, 1] → latents (B, C, H/8, W/8) float32, moved and scaled by one
-    shift and one factor for all channels."""
+    """Images (B, 3, H, W) in [-1, 1] → latents (B, C, H/8, W/8) float32, shifted and scaled by the
+    same two numbers for all channels."""
     config: Any = vae.config
     return (_mode(vae, pixels) - config.shift_factor) * config.scaling_factor
 
@@ -27,7 +29,7 @@ def encode_standardised(
     vae: AutoencoderKLWan | AutoencoderKLQwenImage, pixels: torch.Tensor
 ) -> torch.Tensor:
     """Videos (B, 3, F, H, W) in [-1, 1] → latents (B, C, F', H', W') float32, F' = 1 + (F - 1) / 4,
-    less the mean and divided by the deviation of each channel."""
+    standardised with a mean and standard deviation for each channel."""
     config: Any = vae.config
     latents = _mode(vae, pixels)
     mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
@@ -36,17 +38,17 @@ def encode_standardised(
 
 
 def decode_scaled(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, h, w) as `encode_scaled` gives them → images (B, 3, H, W)."""
+    """Latents (B, C, h, w) from `encode_scaled` → images (B, 3, H, W)."""
     config: Any = vae.config
-    scaled = latents / config.scaling_factor + config.shift_factor
+    unscaled = latents / config.scaling_factor + config.shift_factor
     decoder: Any = vae
-    return decoder.decode(scaled.to(vae.dtype), return_dict=False)[0]
+    return decoder.decode(unscaled.to(vae.dtype), return_dict=False)[0]
 
 
 def decode_standardised(
     vae: AutoencoderKLWan | AutoencoderKLQwenImage, latents: torch.Tensor
 ) -> torch.Tensor:
-    """Latents (B, C, F', h, w) as `encode_standardised` gives them → videos (B, 3, F, H, W)."""
+    """Latents (B, C, F', h, w) from `encode_standardised` → videos (B, 3, F, H, W)."""
     config: Any = vae.config
     mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
     std = torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
@@ -55,25 +57,27 @@ def decode_standardised(
 
 
 def pictures(pixels: torch.Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] → pictures of 8 bits."""
-    bytes_ = ((pixels.float() / 2 + 0.5).clamp(0.0, 1.0) * 255).round().to(torch.uint8)
-    return [Image.fromarray(each.numpy()) for each in bytes_.permute(0, 2, 3, 1).cpu()]
+    """Images (B, 3, H, W) in [-1, 1] → 8-bit RGB pictures."""
+    values = ((pixels.float() / 2 + 0.5).clamp(0.0, 1.0) * 255).round().to(torch.uint8)
+    return [Image.fromarray(picture.numpy()) for picture in values.permute(0, 2, 3, 1).cpu()]
 
 
 def image_shapes(loaded: Loaded, request: SampleRequest) -> dict[str, tuple[int, ...]]:
-    """The latents of `image` in a VAE of images: see `Sampling.shapes`."""
+    """The shape of `image` latents of an image VAE: see `Sampling.shapes`."""
     config: Any = loaded["vae"].config
+    # Every level but the last halves the sides.
     factor = 2 ** (len(config.block_out_channels) - 1)
     sides = request.height // factor, request.width // factor
     return {"image": (config.latent_channels, *sides)}
 
 
 def decode_images(loaded: Loaded, request: SampleRequest, latents: Tensors) -> list[Clip]:
-    """Images by a VAE of images: see `Sampling.decode`."""
+    """Decode images with an image VAE: see `Sampling.decode`."""
     images = pictures(decode_scaled(loaded["vae"], latents["image"]))
     return [Clip([image]) for image in images]
 
 
 def _mode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """The mode of the posterior, float32."""
+    """The mode of the VAE's posterior, float32."""
+    # The mode, not a sample: cached latents must not depend on random numbers.
     return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()

@@ -1,4 +1,4 @@
-"""Prompts of LTX-2: Gemma 3 and the connectors behind it, one for the video and one for the sound."""
+"""LTX-2's prompts: Gemma 3, followed by two connectors, one for the video and one for the sound."""
 
 from collections.abc import Sequence
 
@@ -25,25 +25,28 @@ from diffsynth_dagster.families.shared.stages import PROMPT
 
 PROMPT_TOKENS = 1024
 GEMMA_STATES = 49
-"""Hidden states of Gemma 3 12B, one after each layer and one before, that the connectors read."""
+"""The number of hidden states of Gemma 3 12B that the connectors read: one before the first of 48
+layers, and one after each."""
 HEAD, AUDIO_HEAD = 128, 64
-"""Channels of an attention head of the connectors, the latter of that of the sound from 2.3 on."""
+"""Channels of an attention head of the connectors. In 2.3 the sound connector has AUDIO_HEAD."""
 
 
 def connector_settings(shapes: Shapes) -> Settings:
-    """The connectors between the text encoder and the transformer: one for the video, one for the
-    sound. Those of 2.3 project the prompt for each of them."""
-    apart = "video_text_proj_in.weight" in shapes
-    projected, states = shapes["video_text_proj_in.weight" if apart else "text_proj_in.weight"]
+    """The settings of the connectors between the text encoder and the transformer."""
+    # 2.0 has one projection of the prompt for both connectors, 2.3 has two.
+    is_2_3 = "video_text_proj_in.weight" in shapes
+    projected, states = shapes["video_text_proj_in.weight" if is_2_3 else "text_proj_in.weight"]
     settings: Settings = {
-        "caption_channels": states // GEMMA_STATES if apart else projected,
-        "text_proj_in_factor": GEMMA_STATES if apart else states // projected,
-        "per_modality_projections": apart,
+        # 2.0 projects to Gemma's width, which its number of states follows from. 2.3 projects to
+        # another width, so the number of states must be known.
+        "caption_channels": states // GEMMA_STATES if is_2_3 else projected,
+        "text_proj_in_factor": GEMMA_STATES if is_2_3 else states // projected,
+        "per_modality_projections": is_2_3,
         "proj_bias": any(name.endswith("text_proj_in.bias") for name in shapes),
         "rope_type": "split",
         "rope_double_precision": True,
     }
-    for kind, head in (("video", HEAD), ("audio", AUDIO_HEAD if apart else HEAD)):
+    for kind, head in (("video", HEAD), ("audio", AUDIO_HEAD if is_2_3 else HEAD)):
         registers, inner = shapes[f"{kind}_connector.learnable_registers"]
         blocks = f"{kind}_connector.transformer_blocks."
         settings |= {
@@ -53,7 +56,7 @@ def connector_settings(shapes: Shapes) -> Settings:
             f"{kind}_connector_num_learnable_registers": registers,
             f"{kind}_gated_attn": f"{blocks}0.attn1.to_gate_logits.weight" in shapes,
         }
-        if apart:
+        if is_2_3:
             settings[f"{kind}_hidden_dim"] = shapes[f"{kind}_text_proj_in.weight"][0]
     return settings
 
@@ -68,18 +71,18 @@ _CONNECTORS = {
 
 
 def convert_connectors(tensors: Tensors) -> Tensors:
-    """The authors' names → diffusers'; other tensors of a whole checkpoint are left out."""
+    """Rename the authors' tensors to diffusers' names, and drop those of other components."""
     if "video_connector.learnable_registers" in tensors:
         return tensors
-    own = {n: t for n, t in tensors.items() if n.startswith(tuple(_CONNECTORS))}
-    swaps = (
+    connectors = {n: t for n, t in tensors.items() if n.startswith(tuple(_CONNECTORS))}
+    new_parts = (
         ("transformer_1d_blocks", "transformer_blocks"),
         ("q_norm", "norm_q"),
         ("k_norm", "norm_k"),
     )
     renamed: Tensors = {}
-    for name, tensor in with_new_starts(own, _CONNECTORS).items():
-        for old, new in swaps:
+    for name, tensor in with_new_starts(connectors, _CONNECTORS).items():
+        for old, new in new_parts:
             name = name.replace(old, new)
         renamed[name] = tensor
     return renamed
@@ -102,10 +105,13 @@ LTX2_CONNECTORS = Component(
 
 
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Prompt → `prompt_embeds` and `audio_prompt_embeds` (1024, hidden): all hidden states of the
-    text encoder through the connectors, which put learned tokens in the place of the padding."""
+    """Prompt → `prompt_embeds` and `audio_prompt_embeds` (1024, hidden).
+
+    The connectors read all hidden states of the text encoder, and replace the padding with learned
+    tokens. So the outputs need no mask.
+    """
     results: list[Tensors] = []
-    # One by one: the states of a prompt of the published model take 400 MB.
+    # One prompt at a time: its hidden states take 400 MB in the published model.
     for sample in samples:
         encoder = loaded["text_encoder"]
         states, mask = all_states(loaded["tokenizer"], encoder, sample, PROMPT_TOKENS)

@@ -1,5 +1,4 @@
-"""The VAEs of LTX-2, of video and of sound, and its vocoder: from their files to components, and what
-they encode."""
+"""LTX-2's VAEs of video and sound, and its vocoder: their components, encoding and decoding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,18 +27,19 @@ from diffsynth_dagster.families.shared.architecture import count_blocks
 from diffsynth_dagster.families.shared.latents import stacked
 
 _SAMPLE = 32, 8
-"""Pixels and frames to a latent one."""
+"""Pixels per side and frames of a latent."""
 SOUND_RATE, SOUND_CHANNELS = 16000, 2
-"""Samples of a channel per second, and channels, that the VAE of sound was trained on."""
+"""Samples per second and channels of the sound that the audio VAE was trained on."""
 FFT, HOP, MEL_BINS, QUIET = 1024, 160, 64, 1e-5
-"""Samples of a window and between two, bins, and the least magnitude of its spectrograms."""
+"""Of the audio VAE's spectrograms: samples of a window, samples between two windows, mel bins, and
+the smallest magnitude."""
 
 
 def vae_settings(shapes: Shapes) -> Settings:
-    """The video VAE.
+    """The settings of the video VAE.
 
     Raises:
-        ValueError: its decoder is not that of 2.0; without a config.json the shapes do not tell it.
+        ValueError: the decoder is not 2.0's. The shapes do not show the settings of other decoders.
     """
     down = count_blocks(shapes, "encoder.down_blocks.")
     levels = [f"encoder.down_blocks.{i}." for i in range(down)] + ["encoder.mid_block."]
@@ -54,12 +54,12 @@ def vae_settings(shapes: Shapes) -> Settings:
         "temporal_compression_ratio": _SAMPLE[1],
     }
     up = count_blocks(shapes, "decoder.up_blocks.")
-    if not up:
+    if not up:  # a file with the encoder alone
         return settings
     if up != down - 1:
         raise ValueError(f"a decoder of {up} levels needs its config.json")
     rising = ["decoder.mid_block.", *(f"decoder.up_blocks.{i}." for i in range(up))]
-    # Each level halves the channels as it doubles the sides.
+    # Each level halves the channels, and the settings want the number before it.
     widths = [2 * shapes[f"{level}resnets.0.conv1.conv.weight"][0] for level in rising[1:]]
     return settings | {
         "decoder_block_out_channels": tuple(widths[::-1]),
@@ -70,7 +70,7 @@ def vae_settings(shapes: Shapes) -> Settings:
 
 
 def audio_vae_settings(shapes: Shapes) -> Settings:
-    """The VAE of sound, over spectrograms of 64 mel bins."""
+    """The settings of the audio VAE, which encodes spectrograms of 64 mel bins."""
     levels = range(count_blocks(shapes, "encoder.down."))
     base, channels = shapes["encoder.conv_in.conv.weight"][:2]
     widths = [shapes[f"encoder.down.{i}.block.0.conv2.conv.weight"][0] for i in levels]
@@ -78,6 +78,7 @@ def audio_vae_settings(shapes: Shapes) -> Settings:
         "base_channels": base,
         "in_channels": channels,
         "output_channels": channels,
+        # The encoder predicts mean and variance of each channel.
         "latent_channels": shapes["encoder.conv_out.conv.weight"][0] // 2,
         "ch_mult": tuple(width // base for width in widths),
         "num_res_blocks": count_blocks(shapes, "encoder.down.0.block."),
@@ -85,14 +86,14 @@ def audio_vae_settings(shapes: Shapes) -> Settings:
 
 
 def convert_vae(tensors: Tensors) -> Tensors:
-    """The authors' names → diffusers'."""
+    """Rename the authors' tensors of the video VAE to diffusers' names."""
     if "latents_mean" in tensors:
         return tensors
     return single_file_utils.convert_ltx2_vae_to_diffusers(dict(tensors))
 
 
 def convert_audio_vae(tensors: Tensors) -> Tensors:
-    """The authors' names → diffusers'."""
+    """Rename the authors' tensors of the audio VAE to diffusers' names."""
     return single_file_utils.convert_ltx2_audio_vae_to_diffusers(dict(tensors))
 
 
@@ -148,9 +149,10 @@ _VOCODER = {
 
 
 def convert_vocoder(tensors: Tensors) -> Tensors:
-    """The authors' names → diffusers'."""
+    """Rename the authors' tensors of the vocoder to diffusers' names."""
     named: Tensors = {}
     for name, tensor in tensors.items():
+        # diffusers has no `lowpass` module around the filter of a downsampler.
         parts = [_VOCODER.get(part, part) for part in name.split(".") if part != "lowpass"]
         named[".".join(parts)] = tensor
     return named
@@ -170,7 +172,7 @@ LTX2_VOCODER = Component(
     construction=Construction(
         kind=LTX2Vocoder,
         other_kinds={"bwe_generator.": LTX2VocoderWithBWE},
-        settings=lambda shapes: {},
+        settings=lambda shapes: {},  # the classes' defaults are the published sizes
         convert=convert_vocoder,
     ),
     names=ComponentNames(folder="vocoder"),
@@ -185,24 +187,26 @@ def encode_clips(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def encode_sound(vae: Any, sound: torch.Tensor) -> torch.Tensor:
-    """Sound (B, 2, samples) at 16 kHz → tokens (B, L, C) float32, 25 a second."""
+    """Sound (B, 2, samples) at 16 kHz → tokens (B, L, C) float32, 25 per second."""
     mel = log_mel(sound.to(vae.device)).to(vae.dtype)
     tokens = vae.encode(mel).latent_dist.mode().float().transpose(1, 2).flatten(2)
     return (tokens - vae.latents_mean.float()) / vae.latents_std.float()
 
 
 def decode_clips(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Latents as `encode_clips` gives them → videos (B, 3, F, H, W)."""
+    """Latents from `encode_clips` → videos (B, 3, F, H, W)."""
     mean, std = (t.float().view(-1, 1, 1, 1) for t in (vae.latents_mean, vae.latents_std))
     clean = latents * std / vae.config.scaling_factor + mean
-    # A decoder that takes a timestep is told that nothing of the noise is left.
-    asks = vae.config.timestep_conditioning
-    timestep = torch.zeros(len(latents), device=vae.device, dtype=vae.dtype) if asks else None
+    # Some decoders are conditioned on a timestep. 0 means that the latents are clean.
+    conditioned = vae.config.timestep_conditioning
+    timestep = (
+        torch.zeros(len(latents), device=vae.device, dtype=vae.dtype) if conditioned else None
+    )
     return vae.decode(clean.to(vae.dtype), timestep, return_dict=False)[0]
 
 
 def decode_sound(vae: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens as `encode_sound` gives them → log-mel spectrograms (B, 2, T, 64)."""
+    """Tokens from `encode_sound` → log-mel spectrograms (B, 2, T, 64)."""
     clean = tokens * vae.latents_std.float() + vae.latents_mean.float()
     bins = MEL_BINS // vae.mel_compression_ratio
     mel = clean.unflatten(2, (-1, bins)).transpose(1, 2)
@@ -210,8 +214,10 @@ def decode_sound(vae: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def log_mel(sound: torch.Tensor) -> torch.Tensor:
-    """Sound (B, 2, samples) at 16 kHz → its log-mel spectrogram (B, 2, 1 + samples / 160, 64): of
-    magnitudes, by the mel scale and with the filters of Slaney's auditory toolbox (1998)."""
+    """Sound (B, 2, samples) at 16 kHz → log-mel spectrogram (B, 2, 1 + samples / 160, 64).
+
+    Log of magnitudes, with the mel scale and filters of Slaney's auditory toolbox (1998).
+    """
     window = torch.hann_window(FFT, device=sound.device)
     spectrum = torch.stft(
         sound.flatten(0, 1), FFT, HOP, window=window, pad_mode="reflect", return_complex=True
@@ -225,15 +231,17 @@ def log_mel(sound: torch.Tensor) -> torch.Tensor:
 
 def encode_video(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
     """Video (3, F, H, W) → `video` (C, F', H', W')."""
-    return [{"video": own} for own in encode_clips(loaded["vae"], stacked(samples, "video"))]
+    latents = encode_clips(loaded["vae"], stacked(samples, "video"))
+    return [{"video": latent} for latent in latents]
 
 
 def encode_audio(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """Sound (2, samples) → `audio` (L, C), 25 tokens a second; nothing for a silent clip."""
+    """Sound (2, samples) → `audio` (L, C), 25 tokens per second; no output for a silent clip."""
+    # Samples of a batch have equal shapes, so all of them are silent or none is.
     if samples[0]["input_audio"] is None:
         return [{} for _ in samples]
     sound = stacked(samples, "input_audio")
-    return [{"audio": own} for own in encode_sound(loaded["audio_vae"], sound)]
+    return [{"audio": tokens} for tokens in encode_sound(loaded["audio_vae"], sound)]
 
 
 VIDEO = Input("video", "video")
@@ -241,7 +249,7 @@ SOUND = Input("input_audio", "audio", optional=True, rate=SOUND_RATE, channels=S
 VIDEO_STAGE = Stage("video", (VIDEO,), ("vae",), (Output("video", "target"),), encode_video)
 SOUND_STAGE = Stage(
     "audio",
-    (VIDEO, SOUND),
+    (VIDEO, SOUND),  # the video determines how long the sound is
     ("audio_vae",),
     (Output("audio", "target", optional=True, weight="audio_loss_weight"),),
     encode_audio,

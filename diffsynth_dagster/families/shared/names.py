@@ -1,7 +1,7 @@
-"""Tables that rename tensors: how names start in one layout → how they start in another.
+"""Renaming of tensors by prefix, from one layout to another.
 
-A `*` stands for a number, which goes over to the `*` in the same place of the new name, if there is
-one: `blocks.*.attn.` → `layers.*.attention.`.
+A `*` in the old prefix matches a number. The number replaces the corresponding `*` in the new
+prefix, if there is one: `blocks.*.attn.` → `layers.*.attention.`.
 """
 
 import re
@@ -13,12 +13,12 @@ from diffsynth_dagster.families.contract import Tensors
 
 @cache
 def _pattern(start: str) -> re.Pattern[str]:
-    """What fits the start of a name."""
+    """A regular expression for a prefix with `*`."""
     return re.compile(re.escape(start).replace(r"\*", r"(\d+)"))
 
 
 def with_new_start(name: str, starts: Mapping[str, str]) -> str:
-    """A name with its start replaced by the first entry that fits; unchanged where none does."""
+    """Replace the prefix of a name by the first entry that matches. Other names stay."""
     for old, new in starts.items():
         match = _pattern(old).match(name)
         if match is not None:
@@ -29,5 +29,5 @@ def with_new_start(name: str, starts: Mapping[str, str]) -> str:
 
 
 def with_new_starts(tensors: Tensors, starts: Mapping[str, str]) -> Tensors:
-    """Tensors whose names get new starts: see `with_new_start`."""
+    """Rename tensors by prefix: see `with_new_start`."""
     return {with_new_start(name, starts): tensor for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Loading LoRAs as the pipelines of diffusers do."""
+"""Loading LoRAs like diffusers' pipelines, which is how exports are checked."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ def load_into_transformer(
     tensors: Tensors,
     metadata: Mapping[str, object],
 ) -> None:
-    """Load an exported LoRA the way a pipeline of diffusers with one transformer does."""
+    """Load an exported LoRA the way a diffusers pipeline with one transformer does."""
     pipeline.load_lora_into_transformer(
         pipeline.lora_state_dict(dict(tensors)),
         module,

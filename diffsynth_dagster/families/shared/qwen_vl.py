@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as the encoder of prompts, alone or with pictures: its files, settings and stages."""
+"""Qwen2.5-VL as a text encoder: its component, and prompts (with pictures) → embeddings."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,18 +23,18 @@ from diffsynth_dagster.families.shared.text import encode_by_length, tokens
 
 IMAGE_PAD = "<|image_pad|>"
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", IMAGE_PAD, "<|vision_end|>")
-"""Tokens of a conversation and of the pictures in it."""
+"""Special tokens of a conversation and of pictures in it."""
 PICTURE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
-"""A picture in a text."""
-HEAD = 128
+"""The placeholder of a picture in a prompt."""
+HEAD = 128  # channels of an attention head in every published size; no shape shows them
 _TEXT, _VISION = "model.language_model.", "model.visual."
 _NAMES = {"visual.": _VISION, _VISION: _VISION, _TEXT: _TEXT, "model.": _TEXT}
-"""How names start in the published files (`visual.…`, `model.layers.…`) → in transformers."""
+"""Prefixes in the published files (`visual.…`, `model.layers.…`) → in transformers. The new
+prefixes are listed before `model.`, because the first match wins."""
 
 
 def qwen_vl_settings(shapes: Shapes) -> Settings:
-    """A head has the 128 channels of every published size, and the rotary sections and the vision
-    tower's constants are the published ones."""
+    """The settings of Qwen2.5-VL. Constants that no shape shows are as published."""
     vocabulary, hidden = shapes[f"{_TEXT}embed_tokens.weight"]
     layer, block = f"{_TEXT}layers.0.", f"{_VISION}blocks.0."
     text_config = {
@@ -85,20 +85,21 @@ QWEN_VL = Component(
 
 
 def count_before(tokenizer: Any, template: str) -> int:
-    """How many tokens of a template stand before the prompt, at `{}`."""
+    """The number of tokens of a template before its `{}`, where the prompt goes."""
     return len(tokenizer(template.split("{}")[0]).input_ids)
 
 
 def encode_templated(
     loaded: Loaded, prompts: Sequence[str], template: str, length: int
 ) -> list[torch.Tensor]:
-    """Prompts in a template → for each its last hidden states (L, hidden), less those of what
-    stands before it.
+    """Prompts in a template → the last hidden states (L, hidden) of each, without those of the
+    template's prefix.
 
     Args:
-        length: the most tokens of a prompt and what stands behind it.
+        length: the most tokens of a prompt with the template's suffix.
     """
     tokenizer, encoder = loaded["tokenizer"], loaded["text_encoder"]
+    # The prefix is encoded with the prompt and dropped afterwards, so it does not count in `length`.
     drop = count_before(tokenizer, template)
     rows = tokens(tokenizer, [template.format(prompt) for prompt in prompts], length + drop)
 
@@ -112,13 +113,17 @@ def encode_templated(
 def encode_with_pictures(
     loaded: Loaded, prompt: str, pictures: Sequence[Image.Image], template: str
 ) -> torch.Tensor:
-    """A prompt that begins with a `PICTURE` for each picture, in a template → its last hidden states
-    (L, hidden), less those of what stands before it."""
+    """A prompt in a template → its last hidden states (L, hidden), without those of the template's
+    prefix.
+
+    Args:
+        prompt: contains `PICTURE` once for each picture.
+    """
     tokenizer, encoder = loaded["tokenizer"], loaded["text_encoder"]
     processor: Any = loaded["processor"]
     seen = processor(images=list(pictures), return_tensors="pt").to(encoder.device)
     counts = seen["image_grid_thw"].prod(-1) // processor.merge_size**2
-    # Each picture has a token for every patch that the vision tower makes of it.
+    # Each picture needs one IMAGE_PAD token for every embedding that the vision tower makes of it.
     first, *parts = template.format(prompt).split(IMAGE_PAD, len(pictures))
     padded = [IMAGE_PAD * count + part for count, part in zip(counts.tolist(), parts, strict=True)]
     text = "".join([first, *padded])
@@ -128,7 +133,7 @@ def encode_with_pictures(
         attention_mask=torch.ones_like(ids),
         pixel_values=seen["pixel_values"],
         image_grid_thw=seen["image_grid_thw"],
-        # Without this the tokens of a picture lose their rows and columns.
+        # Without the token types, the pictures' tokens get text positions, not rows and columns.
         mm_token_type_ids=(ids == encoder.config.image_token_id).int(),
         use_cache=False,
     )

@@ -1,4 +1,4 @@
-"""The sigmas of published samplers, and the one that follows them."""
+"""The sigmas of published flow-matching samplers, and Euler's method along them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ def dynamic_sigmas(settings: Mapping[str, object], steps: int, x_0: Tensors) -> 
     """The sigmas of a published sampler whose shift grows with the size of the image.
 
     Args:
-        settings: of diffusers' flow-matching Euler scheduler, as published.
-        x_0: the clean latents, `image` (B, C, H, W).
+        settings: the published settings of diffusers' flow-matching Euler scheduler.
+        x_0: latents `image` (B, C, H, W), of which only the size matters.
 
     Returns:
         float32 (steps + 1,), from 1 to 0.
@@ -28,7 +28,11 @@ def dynamic_sigmas(settings: Mapping[str, object], steps: int, x_0: Tensors) -> 
 
 
 def sigmas_at(settings: Mapping[str, object], steps: int, tokens: int) -> torch.Tensor:
-    """The same for a sequence of so many tokens: float32 (steps + 1,), from 1 to 0."""
+    """The sigmas of a published sampler whose shift grows with the number of tokens.
+
+    Returns:
+        float32 (steps + 1,), from 1 to 0.
+    """
     scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(settings))
     published = scheduler.config
     mu = calculate_shift(
@@ -38,8 +42,9 @@ def sigmas_at(settings: Mapping[str, object], steps: int, tokens: int) -> torch.
         published.base_shift,
         published.max_shift,
     )
+    # As diffusers' pipelines call it. The scheduler appends the last sigma, 0.
     scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
-    # A single step has nothing to stretch to the terminal sigma: diffusers divides by zero.
+    # diffusers divides by zero when it stretches a single sigma to the terminal one.
     return scheduler.sigmas if steps > 1 else torch.tensor([1.0, 0.0])
 
 
@@ -48,7 +53,7 @@ class EulerSteps:
     """Euler's method for a model that predicts the velocity dx / d sigma.
 
     Attributes:
-        sigmas: (steps + 1,), from 1 down to 0.
+        sigmas: (steps + 1,), decreasing from 1 to 0.
     """
 
     sigmas: torch.Tensor
@@ -75,5 +80,5 @@ class EulerSteps:
 def euler(
     sigmas: Callable[[int, Tensors], torch.Tensor],
 ) -> Callable[[SampleRequest, Tensors], EulerSteps]:
-    """The solver of `Sampling` for the sigmas of a sampler: see `Family.inference_sigmas`."""
+    """A `Sampling.solver` that takes Euler steps along `sigmas`: see `Family.inference_sigmas`."""
     return lambda request, noise: EulerSteps(sigmas(request.num_inference_steps, noise))

@@ -1,4 +1,4 @@
-"""Stages that several families declare: a prompt's embeddings, an image's latents."""
+"""Stages that several families declare: prompt embeddings and image latents."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,11 +25,11 @@ def prompt_stage(
     ragged: bool = False,
     limit: TokenLimit | None = None,
 ) -> Stage:
-    """The stage of a text encoder: `prompt` → one condition.
+    """A stage that encodes the column `prompt` to one condition.
 
     Args:
         run: see `Stage`.
-        uses: the tokenizer and the encoder.
+        uses: names of the tokenizer and the encoder.
         ragged: whether the length of the output differs between prompts.
         limit: see `Stage`.
     """
@@ -38,7 +38,7 @@ def prompt_stage(
 
 
 def image_stage(encode: Encode) -> Stage:
-    """The stage of the VAE: the column `image` → the target `image`."""
+    """A stage that encodes the column `image` to the target `image`."""
     run = partial(encode_column, encode=encode, column="image", name="image")
     return Stage("image", (Input("image", "image"),), ("vae",), (Output("image", "target"),), run)
 
@@ -46,5 +46,5 @@ def image_stage(encode: Encode) -> Stage:
 def encode_column(
     loaded: Loaded, samples: Sequence[Sample], encode: Encode, column: str, name: str
 ) -> list[Tensors]:
-    """Images (3, H, W) of a column → the output `name`, their latents (C, h, w)."""
+    """Images (3, H, W) of a column → latents (C, h, w), as the output `name`."""
     return [{name: latents} for latents in encode(loaded["vae"], stacked(samples, column))]

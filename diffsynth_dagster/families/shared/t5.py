@@ -1,4 +1,4 @@
-"""The encoders of T5 and UMT5: their files, settings and tokenizers, and prompts through them."""
+"""The encoders of T5 and UMT5: their components and tokenizers, and prompts → embeddings."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -27,7 +27,7 @@ from diffsynth_dagster.families.shared.names import with_new_starts
 from diffsynth_dagster.families.shared.text import encode_by_length, padded_tokens, tokens
 
 END = "</s>"
-"""The token behind a prompt."""
+"""The token at the end of a prompt."""
 _BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
 _BLOCKS = {
     "norm1.": "layer.0.layer_norm.",
@@ -44,7 +44,7 @@ _UMT5_NAMES = {
     "norm.": "encoder.final_layer_norm.",
     **{f"blocks.*.{old}": f"encoder.block.*.{new}" for old, new in _BLOCKS.items()},
 }
-"""The names of `models_t5_umt5-xxl-enc-bf16.pth` → those of transformers."""
+"""Prefixes in `models_t5_umt5-xxl-enc-bf16.pth` → in transformers."""
 
 
 def umt5_settings(shapes: Shapes) -> Settings:
@@ -69,11 +69,13 @@ def t5_settings(shapes: Shapes) -> Settings:
 
 
 def t5_encoder(name: str) -> Component:
-    """T5's encoder, whose blocks share one table of positions.
+    """The component of T5's encoder.
 
     Args:
-        name: of the component and its folder.
+        name: name of the component and of its folder.
     """
+    # UMT5's files have these tensors too, and a position table in every block. A family lists one
+    # of the two.
     marks = ("shared.weight", _BIAS.format(0), "encoder.final_layer_norm.weight")
     return Component(
         name=name,
@@ -84,15 +86,16 @@ def t5_encoder(name: str) -> Component:
 
 
 def umt5_encoder(name: str) -> Component:
-    """UMT5's encoder, by the names of transformers or those of Wan's authors.
+    """The component of UMT5's encoder. Reads the names of transformers or of Wan's authors.
 
     Args:
-        name: of the component and its folder.
+        name: name of the component and of its folder.
     """
     return Component(
         name=name,
         recognition=Recognition(
             signatures=(
+                # T5 has a position table in block 0 alone, UMT5 in every block.
                 ("shared.weight", _BIAS.format(0), _BIAS.format(1)),
                 ("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),
             ),
@@ -108,12 +111,12 @@ def umt5_encoder(name: str) -> Component:
 
 
 def t5_tokenizer(name: str, parameter: str, default: str) -> Tokenizer:
-    """A tokenizer of T5: see `Tokenizer`."""
+    """T5's tokenizer: see `Tokenizer`."""
     return Tokenizer(name, parameter, default, T5TokenizerFast.from_pretrained, (END,))
 
 
 def umt5_tokenizer(name: str, parameter: str, default: str) -> Tokenizer:
-    """A tokenizer of UMT5, of the class that its files name: see `Tokenizer`."""
+    """UMT5's tokenizer, of the class that its files name: see `Tokenizer`."""
     make: Any = AutoTokenizer
     load = partial(make.from_pretrained, trust_remote_code=False)
     return Tokenizer(name, parameter, default, load, (END,))
@@ -122,8 +125,10 @@ def umt5_tokenizer(name: str, parameter: str, default: str) -> Tokenizer:
 def encode_padded(
     tokenizer: Any, encoder: Any, samples: Sequence[Sample], length: int
 ) -> torch.Tensor:
-    """The prompts of samples, cut or padded → hidden states (B, length, hidden), for models that
-    attend to the padding."""
+    """The prompts of samples, truncated or padded → hidden states (B, length, hidden).
+
+    For models that attend to the padding.
+    """
     ids = padded_tokens(tokenizer, samples, length).to(encoder.device)
     return encoder(ids).last_hidden_state
 
@@ -131,7 +136,7 @@ def encode_padded(
 def encode_unpadded(
     tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int
 ) -> list[torch.Tensor]:
-    """Prompts → hidden states (L, hidden) of each, L at most `length`."""
+    """Prompts → the hidden states (L, hidden) of each, L at most `length`."""
 
     def encode(ids: torch.Tensor) -> torch.Tensor:
         return encoder(ids, torch.ones_like(ids)).last_hidden_state

@@ -9,8 +9,10 @@ from diffsynth_dagster.families.contract import Sample
 
 
 def padded_tokens(tokenizer: Any, samples: Sequence[Sample], length: int) -> torch.Tensor:
-    """The prompts of samples as tokens (B, length), cut or padded, for models that attend to the
-    padding."""
+    """The tokens of the prompts of samples (B, length), truncated or padded.
+
+    For models that attend to the padding.
+    """
     prompts = [sample["prompt"] for sample in samples]
     return tokenizer(
         prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -18,7 +20,7 @@ def padded_tokens(tokenizer: Any, samples: Sequence[Sample], length: int) -> tor
 
 
 def tokens(tokenizer: Any, prompts: Sequence[str], length: int) -> list[list[int]]:
-    """The tokens of each prompt, cut at `length` and not padded."""
+    """The tokens of each prompt, truncated to `length`, not padded."""
     return [tokenizer(text, truncation=True, max_length=length).input_ids for text in prompts]
 
 
@@ -27,15 +29,17 @@ def encode_by_length(
     encode: Callable[[torch.Tensor], torch.Tensor],
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """Encode tokenized prompts; those of equal length share a forward pass, so none is padded.
+    """Encode tokenized prompts without padding. Prompts of equal length share a forward pass.
+
+    So the embeddings of a prompt do not depend on the other prompts of the batch.
 
     Args:
         rows: the tokens of each prompt.
         encode: tokens (b, L) → hidden states (b, L, hidden).
-        device: of the tokens.
+        device: the encoder's device.
 
     Returns:
-        For each prompt its hidden states (L, hidden), in the order of `rows`.
+        The hidden states (L, hidden) of each prompt, in the order of `rows`.
     """
     states: dict[int, torch.Tensor] = {}
     for length in sorted({len(row) for row in rows}):

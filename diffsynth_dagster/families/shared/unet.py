@@ -1,4 +1,4 @@
-"""The UNet of Stable Diffusion and its ControlNets: from their files to components."""
+"""The components of Stable Diffusion's UNet and of its ControlNets."""
 
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
@@ -18,17 +18,17 @@ from diffsynth_dagster.families.shared.architecture import count_blocks
 from diffsynth_dagster.families.shared.image_vae import latent_channels
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-"""The layers of the attention."""
-_INSIDE = "model.diffusion_model."
+"""The attention layers."""
+_CHECKPOINT_PREFIX = "model.diffusion_model."
 _SIZE_CHANNELS = 256
-"""Channels that each number of SDXL's size facts is embedded in; no shape shows them."""
+"""Channels of the embedding of each of SDXL's size facts. No shape shows them."""
 
 
 def unet(*marks: tuple[str, str], lora: LoraRules) -> Component:
-    """The component `unet`, in diffusers' names or its authors'.
+    """The component `unet`. Reads diffusers' names or the authors'.
 
     Args:
-        marks: names by diffusers and by the authors of tensors that tell it from other UNets.
+        marks: tensors that other UNets do not have, each as (diffusers' name, the authors' name).
         lora: see `ComponentNames`.
     """
     ours, theirs = zip(*marks, strict=True)
@@ -39,7 +39,7 @@ def unet(*marks: tuple[str, str], lora: LoraRules) -> Component:
                 ("conv_in.weight", "conv_norm_out.weight", *ours),
                 ("input_blocks.0.0.weight", "out.0.weight", *theirs),
             ),
-            checkpoint_prefixes=(_INSIDE,),
+            checkpoint_prefixes=(_CHECKPOINT_PREFIX,),
         ),
         construction=Construction(
             kind=UNet2DConditionModel, settings=_unet_settings, convert=_convert_unet
@@ -64,17 +64,19 @@ CONTROLNET = Component(
                 shapes["controlnet_cond_embedding.conv_in.weight"][0],
                 *(
                     shapes[f"controlnet_cond_embedding.blocks.{i}.weight"][0]
+                    # Blocks come in pairs. The second of each sets the next width.
                     for i in range(1, count_blocks(shapes, "controlnet_cond_embedding.blocks."), 2)
                 ),
             ),
         },
+        blocks=("BasicTransformerBlock",),  # diffusers declares them for the UNet only
     ),
     names=ComponentNames(folder="controlnet", prefix="pipe.controlnet.models.0."),
 )
 
 
 def _down_settings(shapes: Shapes) -> Settings:
-    """What the UNet and a ControlNet have in common: the half that goes down, and the middle."""
+    """The settings that UNet and ControlNet have in common: downward half and middle block."""
     levels = range(count_blocks(shapes, "down_blocks."))
     widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in levels]
     attends = [count_blocks(shapes, f"down_blocks.{i}.attentions.") > 0 for i in levels]
@@ -82,12 +84,13 @@ def _down_settings(shapes: Shapes) -> Settings:
         count_blocks(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.") or 1
         for i in levels[:-1]
     ]
-    # The middle is as deep as the last level would be with attention. Small models have none.
+    # diffusers has one setting for the depth of the last level and of the middle block. The middle
+    # block shows it even if the last level has no attention. Small models have no middle block.
     middle = count_blocks(shapes, "mid_block.attentions.0.transformer_blocks.")
-    # Models with linear layers around their attention have heads of 64 channels; the others, of
-    # Stable Diffusion 1, have 8 heads. `attention_head_dim` is diffusers' word for the number.
-    inward = next((s for n, s in shapes.items() if n.endswith(".attentions.0.proj_in.weight")), ())
-    linear = len(inward) == 2
+    # SDXL has linear layers around its attention, and heads of 64 channels. Stable Diffusion 1 has
+    # convolutions, and 8 heads. diffusers' `attention_head_dim` is the number of heads.
+    proj_in = next((s for n, s in shapes.items() if n.endswith(".attentions.0.proj_in.weight")), ())
+    linear = len(proj_in) == 2
     sizes = shapes.get("add_embedding.linear_1.weight")
     return {
         "in_channels": shapes["conv_in.weight"][1],
@@ -106,6 +109,7 @@ def _down_settings(shapes: Shapes) -> Settings:
 
 
 def _unet_settings(shapes: Shapes) -> Settings:
+    """The settings of the UNet."""
     down = _down_settings(shapes)
     attends = [
         count_blocks(shapes, f"up_blocks.{i}.attentions.") > 0
@@ -119,22 +123,25 @@ def _unet_settings(shapes: Shapes) -> Settings:
 
 
 def _convert_unet(tensors: Tensors) -> Tensors:
-    """The authors' names → diffusers'."""
+    """Rename the authors' tensors to diffusers' names."""
     if "input_blocks.0.0.weight" not in tensors:
         return tensors
-    down = [name for name in tensors if name.endswith(".0.op.weight")]
+    downsamplers = [name for name in tensors if name.endswith(".0.op.weight")]
     config = {
-        "layers_per_block": count_blocks(tensors, "input_blocks.") // (len(down) + 1) - 1,
+        # `input_blocks` has `conv_in`, then the blocks of each level, with a downsampler between
+        # levels. So there is one module more per level than blocks.
+        "layers_per_block": count_blocks(tensors, "input_blocks.") // (len(downsamplers) + 1) - 1,
         "addition_embed_type": "text_time" if "label_emb.0.0.weight" in tensors else None,
     }
-    named = {_INSIDE + name: tensor for name, tensor in tensors.items()}
+    # The converter expects the names of a whole checkpoint.
+    named = {_CHECKPOINT_PREFIX + name: tensor for name, tensor in tensors.items()}
     converted = convert_ldm_unet_checkpoint(named, config)
-    # The bias of a layer whose weight is there, but not the bias, is None.
+    # It returns None for the bias of a layer that has none.
     return {name: tensor for name, tensor in converted.items() if tensor is not None}
 
 
 def cross_attention(shapes: Shapes) -> int:
-    """The width of the prompt's embeddings that a UNet or ControlNet reads."""
+    """The width of the prompt embeddings that a UNet or ControlNet reads; 0 if it reads none."""
     return next((s[1] for name, s in shapes.items() if name.endswith(".attn2.to_k.weight")), 0)
 
 
@@ -146,10 +153,10 @@ SAME_LATENTS = models_differ(
 
 
 def refuse_inpainting(name: str) -> Refusal:
-    """Refuse UNets that read a mask and an image beside the noisy latents.
+    """Refuse UNets that read a mask or an image in addition to the noisy latents.
 
     Args:
-        name: of the model that is trained, for the message.
+        name: name of the trained model, for the message.
     """
     return refused_model(
         "unet",

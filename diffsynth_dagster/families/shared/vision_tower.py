@@ -1,4 +1,4 @@
-"""The vision tower of CLIP's ViT-H/14: its files, its settings, and what it makes of pictures."""
+"""The vision tower of CLIP's ViT-H/14: its component, and pictures → hidden states."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from diffsynth_dagster.families.contract import (
 from diffsynth_dagster.families.shared.architecture import clip_settings
 from diffsynth_dagster.families.shared.names import with_new_start, with_new_starts
 
-HEAD = 80
+HEAD = 80  # channels of an attention head of ViT-H/14; no shape shows them
 _LAYERS = {
     "norm1.": "layer_norm1.",
     "attn.to_qkv.": "self_attn.to_qkv.",
@@ -37,12 +37,12 @@ _NAMES = {
     "post_norm.": "post_layernorm.",
     **{f"transformer.*.{old}": f"encoder.layers.*.{new}" for old, new in _LAYERS.items()},
 }
-"""The names in `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, behind `visual.` → those
-of transformers."""
+"""Prefixes in `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, after `visual.` → in
+transformers, which spells `pre_layrnorm` like this."""
 
 
 def vision_settings(shapes: Shapes) -> Settings:
-    """A head has the 80 channels and the activation is that of the published ViT-H/14."""
+    """The settings of the vision tower. The activation is that of the published ViT-H/14."""
     patch = shapes["embeddings.patch_embedding.weight"][2]
     positions = shapes["embeddings.position_embedding.weight"][0]
     return {
@@ -54,9 +54,11 @@ def vision_settings(shapes: Shapes) -> Settings:
 
 
 def convert_vision(tensors: Tensors) -> Tensors:
-    """The names of open_clip's file with both towers, or of transformers' older files
-    (`vision_model.…`) → those of transformers. The text tower, the projection and the temperature
-    are left out."""
+    """Rename the tensors of open_clip's file, or of older transformers files (`vision_model.…`), to
+    transformers' names.
+
+    open_clip's file has both towers. Text tower, projection and temperature are dropped.
+    """
     if not any(name.startswith("visual.") for name in tensors):
         return with_new_starts(tensors, {"vision_model.": ""})
     renamed: Tensors = {}
@@ -65,6 +67,7 @@ def convert_vision(tensors: Tensors) -> Tensors:
         if tower != "visual" or rest == "head":
             continue
         new = with_new_start(rest, _NAMES)
+        # The two embeddings have extra dimensions of size 1 there.
         if rest == "cls_embedding":
             renamed[new] = tensor.flatten()
         elif rest == "pos_embedding":
@@ -78,10 +81,11 @@ def convert_vision(tensors: Tensors) -> Tensors:
 
 
 def vision_tower(name: str) -> Component:
-    """CLIP's vision tower, by the names of transformers or those of open_clip in Wan's files.
+    """The component of CLIP's vision tower. Reads the names of transformers, or of open_clip as in
+    Wan's files.
 
     Args:
-        name: of the component and its folder.
+        name: name of the component and of its folder.
     """
     return Component(
         name=name,
@@ -101,18 +105,17 @@ def vision_tower(name: str) -> Component:
 
 
 def penultimate_states(tower: Any, frames: torch.Tensor) -> torch.Tensor:
-    """Frames (N, 3, H, W) in [-1, 1] → CLIP's hidden states before the last layer (N, tokens,
-    hidden).
+    """Frames (N, 3, H, W) in [-1, 1] → CLIP's penultimate hidden states (N, tokens, hidden).
 
-    A frame is resized whole to the square that CLIP reads, with bicubic interpolation and without
-    antialiasing, as the authors of Wan do (`CLIPModel.visual`). CLIP's own processor, which is
-    published beside the weights, would cut the sides of a wide frame off.
+    The whole frame is resized to CLIP's square, with bicubic interpolation and no antialiasing, as
+    Wan's authors do (`CLIPModel.visual`). CLIP's own image processor, which is published with the
+    weights, would crop a wide frame.
     """
     side: int = tower.config.image_size
     square = functional.interpolate(frames.float(), (side, side), mode="bicubic")
     mean, std = (
-        torch.tensor(each, device=square.device).view(3, 1, 1)
-        for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        torch.tensor(channels, device=square.device).view(3, 1, 1)
+        for channels in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     )
     inputs = ((square * 0.5 + 0.5 - mean) / std).to(tower.device, tower.dtype)
     return tower(pixel_values=inputs, output_hidden_states=True).hidden_states[-2]

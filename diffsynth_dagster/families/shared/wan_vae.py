@@ -1,4 +1,5 @@
-"""The causal VAE of videos of Wan 2.1 and 2.2, and the one for images that Qwen made of it."""
+"""The components of the causal video VAEs of Wan 2.1 and 2.2, and of Qwen-Image's VAE, which was
+made from the former."""
 
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from diffusers.loaders import single_file_utils
@@ -15,16 +16,18 @@ from diffsynth_dagster.families.contract import (
 from diffsynth_dagster.families.shared.names import with_new_starts
 
 FOLD = 2
+"""Sides of the patches of pixels that Wan2.2's VAE folds into channels before it encodes."""
 WIDE_LATENTS = 48
-"""Latent channels of Wan2.2's VAE of 16x16x4, which first folds patches of 2x2 pixels."""
+"""Latent channels of Wan2.2's VAE, which compresses 16x16 pixels and 4 frames to a latent."""
 
 
 def _numbers(text: str) -> list[float]:
-    """Numbers that are separated by spaces."""
+    """Parse numbers separated by white space."""
     return [float(number) for number in text.split()]
 
 
-# Wan2.2_VAE.pth does not hold these; they are those of Wan-AI/Wan2.2-TI2V-5B-Diffusers.
+# Wan2.2_VAE.pth does not contain these. Copied from vae/config.json of
+# Wan-AI/Wan2.2-TI2V-5B-Diffusers.
 WIDE_MEAN = _numbers("""
     -0.2289 -0.0052 -0.1323 -0.2339 -0.2799  0.0174  0.1838  0.1557 -0.1382  0.0542  0.2813  0.0891
      0.1570 -0.0098  0.0375 -0.1825 -0.2246 -0.1207 -0.0698  0.5109  0.2665 -0.2108 -0.2158  0.2502
@@ -49,26 +52,32 @@ _RESNET = {
 
 
 def _nested(side: str, way: str) -> dict[str, str]:
-    """The names of `Wan2.2_VAE.pth` inside its nested blocks, where the residual blocks come first,
-    and then what changes the size → those of diffusers."""
+    """Prefixes inside the nested blocks of `Wan2.2_VAE.pth` → in diffusers.
+
+    Args:
+        side, way: "encoder" and "down", or "decoder" and "up".
+    """
     old, new = f"{side}.{way}samples.*.{way}samples.*.", f"{side}.{way}_blocks.*."
-    sizes = {f"{old}{n}.": f"{new}{way}sampler.{n}." for n in ("resample", "time_conv")}
-    return sizes | {f"{old}{o}": f"{new}resnets.*.{n}" for o, n in _RESNET.items()}
+    # In the file, residual blocks and the resampler are one numbered list. diffusers keeps the
+    # resampler apart, without a number: its new prefix has one `*` less.
+    resampler = {f"{old}{n}.": f"{new}{way}sampler.{n}." for n in ("resample", "time_conv")}
+    return resampler | {f"{old}{o}": f"{new}resnets.*.{n}" for o, n in _RESNET.items()}
 
 
 _NESTED = _nested("encoder", "down") | _nested("decoder", "up")
 
 
 def convert_wan_vae(tensors: Tensors) -> Tensors:
-    """The names of `Wan2.1_VAE.pth` and `Wan2.2_VAE.pth` → those of diffusers."""
+    """Rename the tensors of `Wan2.1_VAE.pth` and `Wan2.2_VAE.pth` to diffusers' names."""
+    # diffusers' converter does not know the nested blocks of 2.2.
     return single_file_utils.convert_wan_vae_to_diffusers(with_new_starts(tensors, _NESTED))
 
 
 def wan_vae_settings(shapes: Shapes) -> Settings:
-    """The video VAE. The mean and deviation of the latents are the published ones.
+    """The settings of Wan's VAE. The mean and deviation of the latents are the published ones.
 
     Raises:
-        ValueError: none are published for this number of channels.
+        ValueError: none are published for this number of latent channels.
     """
     base, in_channels = shapes["encoder.conv_in.weight"][:2]
     channels = shapes["post_quant_conv.weight"][0]
@@ -84,13 +93,13 @@ def wan_vae_settings(shapes: Shapes) -> Settings:
     }
     if channels == WIDE_LATENTS:
         settings |= {"latents_mean": WIDE_MEAN, "latents_std": WIDE_STD}
-    if in_channels > 3:
+    if in_channels > 3:  # the channels of folded patches
         settings |= {"patch_size": FOLD, "scale_factor_spatial": 16}
     return settings
 
 
 def qwen_vae_settings(shapes: Shapes) -> Settings:
-    """The image VAE. The mean and deviation of the latents are the published ones."""
+    """The settings of Qwen-Image's VAE. The class has the published mean and deviation itself."""
     return {
         "base_dim": shapes["encoder.conv_in.weight"][0],
         "z_dim": shapes["post_quant_conv.weight"][0],

@@ -1,1 +1,1 @@
-"""Stable Diffusion 1.5, with or without a ControlNet."""
+"""Stable Diffusion 1.5: text to image, with or without a ControlNet."""

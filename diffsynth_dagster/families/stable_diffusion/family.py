@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 (Rombach et al. 2022, arXiv:2112.10752): text to image, and ControlNets.
 
-Files are the folders of diffusers, or one file such as `v1-5-pruned-emaonly.safetensors`.
+Reads the diffusers folders, or a whole checkpoint such as `v1-5-pruned-emaonly.safetensors`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,9 +44,9 @@ REPOSITORY = "AI-ModelScope/stable-diffusion-v1-5"
 
 
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample], chunks: int = 1) -> list[Tensors]:
-    """Prompt → `prompt_embeds` (77 n, hidden) of CLIP, of up to `chunks` chunks."""
+    """Prompt → CLIP's `prompt_embeds` (77 n, hidden) of n chunks, at most `chunks`."""
     embeds, _, _ = encode_chunks(loaded, samples, "tokenizer", "text_encoder", False, chunks)
-    return [{"prompt_embeds": own} for own in embeds]
+    return [{"prompt_embeds": sample_embeds} for sample_embeds in embeds]
 
 
 def denoise(
@@ -55,19 +55,20 @@ def denoise(
     """The UNet's prediction for `image` (B, C, H/8, W/8) at timesteps t (B,) in [0, 1000]."""
     (embeds,) = of_one_length(conditions, "prompt_embeds")
     call = {"timestep": t, "encoder_hidden_states": embeds}
-    added = controlnet.residuals(loaded, conditions, x_t["image"], **call)
-    return {"image": model(x_t["image"], **call, **added).sample}
+    # Empty without a ControlNet.
+    residuals = controlnet.residuals(loaded, conditions, x_t["image"], **call)
+    return {"image": model(x_t["image"], **call, **residuals).sample}
 
 
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
-    """Stable Diffusion 1.5 with a ControlNet's column, and captions in chunks: see `Family.variant`."""
+    """Stable Diffusion 1.5, with a control image and caption chunks if the config asks for them."""
     return with_chunks(controlnet.with_control(family, config, given), config, ("prompt_embeds",))
 
 
 FAMILY = Family(
     name="stable_diffusion",
     components=(
-        # Stable Diffusion XL has no attention in its first level.
+        # The mark tells it from Stable Diffusion XL, which has no attention in its first level.
         unet.unet(
             (
                 "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
@@ -79,6 +80,7 @@ FAMILY = Family(
                 targets=unet.LORA_TARGETS,
                 authors=kohya.UNET,
                 kohya_names=kohya.UNET_OF_DIFFUSERS,
+                # DiffSynth-Studio reads its own format only for this family.
                 native="guide",
                 exports=("diffusers", "kohya"),
                 read_by_guide=("guide",),
@@ -111,6 +113,7 @@ FAMILY = Family(
     parameters=("tokenizer_path", "align_to_opensource_format", PARAMETER, *diffusion.PARAMETERS),
     extra_inputs=(controlnet.COLUMN,),
     refusals=(
+        # The tensors of Stable Diffusion 2 have the same names. Only widths tell it apart.
         refused_model(
             "unet",
             lambda shapes: unet.cross_attention(shapes) == 1024,

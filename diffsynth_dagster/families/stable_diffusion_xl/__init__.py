@@ -1,1 +1,1 @@
-"""Stable Diffusion XL, with or without a ControlNet."""
+"""Stable Diffusion XL: text to image, with or without a ControlNet."""

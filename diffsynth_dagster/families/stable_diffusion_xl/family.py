@@ -1,6 +1,6 @@
 """Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952): text to image, and ControlNets.
 
-Files are the folders of diffusers, or one file such as `sd_xl_base_1.0.safetensors`.
+Reads the diffusers folders, or a whole checkpoint such as `sd_xl_base_1.0.safetensors`.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -52,46 +52,51 @@ SIZES = Input("image_sizes", "sizes")
 
 
 def encode_prompt(loaded: Loaded, samples: Sequence[Sample], chunks: int = 1) -> list[Tensors]:
-    """Prompt → `prompt_embeds` (77 n, hidden) of the first CLIP, of up to `chunks` chunks."""
+    """Prompt → the first CLIP's `prompt_embeds` (77 n, hidden) of n chunks, at most `chunks`."""
     embeds, _, _ = encode_chunks(loaded, samples, "tokenizer", "text_encoder", True, chunks)
-    return [{"prompt_embeds": own} for own in embeds]
+    return [{"prompt_embeds": sample_embeds} for sample_embeds in embeds]
 
 
 def encode_prompt_2(loaded: Loaded, samples: Sequence[Sample], chunks: int = 1) -> list[Tensors]:
-    """Prompt → `prompt_embeds_2` (77 n, hidden) of the second CLIP, and `pooled_prompt_embeds`
-    (projection,), which is that of the first chunk."""
+    """Prompt → the second CLIP's `prompt_embeds_2` (77 n, hidden), and the `pooled_prompt_embeds`
+    (projection,) of the first chunk."""
     embeds, outputs, first = encode_chunks(
         loaded, samples, "tokenizer_2", "text_encoder_2", True, chunks
     )
-    together = zip(embeds, outputs.text_embeds[first], strict=True)
-    return [{"prompt_embeds_2": own, "pooled_prompt_embeds": pooled} for own, pooled in together]
+    pairs = zip(embeds, outputs.text_embeds[first], strict=True)
+    return [{"prompt_embeds_2": states, "pooled_prompt_embeds": pooled} for states, pooled in pairs]
 
 
 def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) → latents (B, C, H/8, W/8), in float32 where the VAE would overflow in
-    float16, as the published one does."""
+    """Images (B, 3, H, W) → latents (B, C, H/8, W/8). Computed in float32 if the VAE would overflow
+    in float16, as the published one does."""
     with _upcast(vae):
         return encode_scaled(vae, pixels)
 
 
 @contextmanager
 def _upcast(vae: AutoencoderKL) -> Generator[None]:
-    """The VAE in float32, whatever is computed in around it, where it would overflow in float16."""
+    """Run the VAE in float32 if it would overflow in float16, even inside an autocast.
+
+    The VAE stays in float32 afterwards.
+    """
     config: Any = vae.config
     if config.force_upcast and vae.dtype == torch.float16:
         vae.float()
-    is_whole = vae.dtype == torch.float32
-    with torch.autocast(vae.device.type, enabled=False) if is_whole else nullcontext():
+    # Without this, an autocast to float16 around the call would bring the overflow back.
+    is_float32 = vae.dtype == torch.float32
+    with torch.autocast(vae.device.type, enabled=False) if is_float32 else nullcontext():
         yield
 
 
 def encode_sizes(loaded: Loaded, samples: Sequence[Sample]) -> list[Tensors]:
-    """The size facts of a sample → `time_ids` (6,), integers, which no element type rounds."""
+    """The size facts of a sample → `time_ids` (6,), integers."""
+    # Integers, because a cast of all conditions to bfloat16 would round sizes above 256.
     return [{"time_ids": torch.tensor(sample[SIZES.column])} for sample in samples]
 
 
 def _both(embeds: Tensors) -> torch.Tensor:
-    """The embeddings of both encoders, side by side (B, 77 n, hidden + hidden)."""
+    """The embeddings of both encoders, concatenated per token (B, 77 n, hidden + hidden)."""
     return torch.cat(of_one_length(embeds, *EMBEDS), dim=-1)
 
 
@@ -105,31 +110,35 @@ def denoise(
         "encoder_hidden_states": _both(conditions),
         "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes},
     }
-    added = controlnet.residuals(loaded, conditions, x_t["image"], **call)
-    return {"image": model(x_t["image"], **call, **added).sample}
+    # Empty without a ControlNet.
+    residuals = controlnet.residuals(loaded, conditions, x_t["image"], **call)
+    return {"image": model(x_t["image"], **call, **residuals).sample}
 
 
 def decode(loaded: Loaded, request: SampleRequest, latents: Tensors) -> list[Clip]:
-    """Images, by the VAE in float32 where it would overflow: see `encode_pixels`."""
+    """Decode images, in float32 if the VAE would overflow in float16: see `encode_pixels`."""
     with _upcast(loaded["vae"]):
         return decode_images(loaded, request, latents)
 
 
 def unprompted(conditions: Tensors) -> Tensors:
-    """The conditions of the empty prompt with zeros for it: the model was trained on these, and the
-    published pipeline gives it them."""
+    """The conditions of the empty prompt, with its embeddings replaced by zeros.
+
+    The model was trained this way, and the published pipeline does the same.
+    """
     embeds = (*EMBEDS, "pooled_prompt_embeds")
     return {n: torch.zeros_like(t) if n in embeds else t for n, t in conditions.items()}
 
 
-def _encoder_lora(folder: str, kohya_start: str, projected: bool = False) -> LoraRules:
+def _encoder_lora(folder: str, kohya_prefix: str, projected: bool = False) -> LoraRules:
+    """The LoRA rules of a text encoder: see `clip.lora`."""
     load = partial(kohya.load_text_encoder, StableDiffusionXLPipeline, folder)
-    rules = clip.lora(folder, load, (kohya_start,), projected)
+    rules = clip.lora(folder, load, (kohya_prefix,), projected)
     return replace(rules, native="kohya")
 
 
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
-    """Stable Diffusion XL with a ControlNet's column, and captions in chunks: see `Family.variant`."""
+    """Stable Diffusion XL, with a control image and caption chunks if the config asks for them."""
     return with_chunks(controlnet.with_control(family, config, given), config, EMBEDS)
 
 
@@ -143,13 +152,15 @@ FAMILY = Family(
                 partial(kohya.load_unet, StableDiffusionXLPipeline),
                 targets=unet.LORA_TARGETS,
                 authors=kohya.UNET,
+                # The format that most tools read for this family.
                 native="kohya",
                 read_by_guide=("guide", "kohya"),
             ),
         ),
+        # Listed before `text_encoder`, whose tensor names are a subset of this one's.
         clip.projected_text_encoder(
             "text_encoder_2",
-            "conditioner.embedders.1.model.",
+            "conditioner.embedders.1.model.",  # in whole checkpoints
             lora=_encoder_lora("text_encoder_2", "lora_te2_", projected=True),
         ),
         clip.clip_text_encoder(
@@ -197,6 +208,7 @@ FAMILY = Family(
     ),
     extra_inputs=(controlnet.COLUMN,),
     refusals=(
+        # The base model reads 768 + 1280 channels, the refiner the second encoder's alone.
         refused_model(
             "unet",
             lambda shapes: unet.cross_attention(shapes) == 1280,

@@ -1,4 +1,4 @@
-"""The modules of Wan: their files and their settings."""
+"""The components of Wan: how to recognise their files, and their settings from shapes."""
 
 from dataclasses import replace
 from functools import partial
@@ -21,13 +21,12 @@ from diffsynth_dagster.families.shared.vision_tower import vision_tower
 from diffsynth_dagster.families.shared.wan_vae import WAN_VAE
 from diffsynth_dagster.families.wanvideo.names import NAMES, convert_dit, lora_aliases
 
-PATCH = 2
-HEAD = 128
+PATCH = 2  # the sides of a token's patch, in latents
+HEAD = 128  # channels of an attention head in every published size; no shape shows them
 
 
 def dit_settings(shapes: Shapes) -> Settings:
-    """The transformer, with VACE's blocks where there are any. A head has the 128 channels of every
-    published size, and VACE's blocks stand beside evenly spread layers."""
+    """The settings of the transformer, with VACE blocks if the files have any."""
     inner, in_channels = shapes["patch_embedding.weight"][:2]
     layers, vace = count_blocks(shapes, "blocks."), count_blocks(shapes, "vace_blocks.")
     embedder = "condition_embedder."
@@ -48,7 +47,9 @@ def dit_settings(shapes: Shapes) -> Settings:
         settings["added_kv_proj_dim"] = inner
         settings["pos_embed_seq_len"] = positions[1] if positions else None
     if vace:
+        # VACE blocks belong to evenly spaced layers. The division is rounded up.
         settings["vace_layers"] = list(range(0, layers, -(-layers // vace)))
+        # Latents of the controlled and of the free part, and a mask of 8x8 pixels per latent.
         settings["vace_in_channels"] = 2 * in_channels + 64
     return settings
 
@@ -60,7 +61,7 @@ _LORA = LoraRules(
     aliases=lora_aliases("blocks"),
     authors=NAMES,
     guide=NAMES,
-    folds=True,  # diffusers reads the alphas of the self attention alone
+    folds=True,  # diffusers reads the alphas of the self-attention layers only
 )
 _DIT = Component(
     name="dit",
@@ -79,7 +80,7 @@ _DIT = Component(
                 "head.modulation",
             ),
         ),
-        checkpoint_prefixes=("model.",),  # krea-realtime-video
+        checkpoint_prefixes=("model.",),  # in krea-realtime-video
         original_globs=(
             *("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
             "krea-realtime-video-*",
@@ -97,6 +98,7 @@ VACE_LORA = replace(_LORA, aliases=lora_aliases("vace_blocks"))
 
 COMPONENTS = (
     _DIT,
+    # The low-noise expert of Wan2.2 A14B. Its tensors look like those of `dit`; its path tells.
     replace(
         _DIT,
         name="dit2",

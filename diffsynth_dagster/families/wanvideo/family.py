@@ -1,20 +1,21 @@
-"""Wan 2.1 and 2.2, video from text, from its first (and last) frame, and VACE (arXiv:2503.20314,
+"""Wan 2.1 and 2.2: video from text, from its first (and last) frame, and VACE (arXiv:2503.20314,
 arXiv:2503.07598).
 
-Which of them a config trains follows from the tensors of its transformer and from `extra_inputs`:
+The transformer's tensors and `extra_inputs` determine which model a config trains:
 
-- in_channels = out_channels = 16: video from text. With VACE's blocks, controlled by `vace_video`
-  and `vace_reference_image`.
-- in_channels = 36: `input_image`, and `end_image` where it is given. The frames of the video that
-  are given, the others grey, are encoded and stand beside x_t, with a mask of 4 channels. Wan2.1
-  takes CLIP's features of these frames as well.
-- in_channels = out_channels = 48 (TI2V-5B): the first latent frame of the video is given and not
-  predicted; its tokens have the timestep 0.
+- in_channels = out_channels = 16: video from text. With VACE blocks, `vace_video` and
+  `vace_reference_image` control it.
+- in_channels = 36: video from a first frame (`input_image`) and optionally a last one
+  (`end_image`). A video with all other frames grey is encoded and concatenated to x_t, with a mask
+  of 4 channels. Wan2.1 also reads CLIP's features of the given frames.
+- in_channels = out_channels = 48 (TI2V-5B): the first latent frame of the video is given, not
+  predicted. Its tokens have the timestep 0.
 
-Of the two experts of Wan2.2 A14B the model list names one, and `min_timestep_boundary` and
-`max_timestep_boundary` its share of the schedule; or both, `dit` (high noise) and `dit2` (low
-noise), each with its published share. All frames that are given are those of `video`, so that they
-are no columns.
+Wan2.2 A14B has two experts. The model list may have one of them, with its part of the schedule in
+`min_timestep_boundary` and `max_timestep_boundary`; or both, `dit` (high noise) and `dit2` (low
+noise), each with its published part of the schedule.
+
+The given frames are taken from `video`, so `input_image` and `end_image` are not columns.
 """
 
 import torch
@@ -39,7 +40,7 @@ from diffsynth_dagster.families.wanvideo.components import COMPONENTS, VACE_LORA
 from diffsynth_dagster.objective.flow import FlowPath, flow_path, linear_shift, linear_sigmas
 
 SHIFT = 5.0
-# One text over several lines, as the authors' configs have it for all models.
+# The authors' configs have the same text for all models.
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
@@ -48,12 +49,12 @@ NEGATIVE_PROMPT = (
 
 
 def noising(config: TrainingConfig, published: Settings) -> FlowPath:
-    """Shift 5."""
+    """Flow matching with a shift of 5."""
     return flow_path(linear_shift(linear_sigmas(), SHIFT), f"flow matching, shift {SHIFT:g}")
 
 
 def inference_sigmas(steps: int, x_0: Tensors) -> torch.Tensor:
-    """The sigmas of the published sampler, whatever the size of `x_0`."""
+    """The sigmas of the published sampler, which do not depend on the size of `x_0`."""
     return linear_shift(torch.linspace(1.0, 0.0, steps + 1), SHIFT)
 
 
@@ -73,7 +74,7 @@ FAMILY = Family(
     denoise=stages.denoise,
     noising=noising,
     geometry=Geometry(
-        16,
+        16,  # the VAE's factor of 8, times patches of 2x2
         FrameRule(stages.FRAMES_PER_LATENT, 1),
         sample_size=(832, 480),
         published_frame_rate=stages.RATE,

@@ -1,4 +1,4 @@
-"""The names that Wan's authors give the tensors and layers of the transformer → diffusers' names."""
+"""Maps the authors' names of the transformer's tensors and layers to diffusers' names."""
 
 from collections.abc import Mapping
 
@@ -39,21 +39,23 @@ NAMES = AuthorsNames(
         "head.head": "proj_out",
     },
 )
-"""The layers by the authors' names."""
+"""The authors' layer names. DiffSynth-Studio uses the same."""
 
 
 def convert_dit(tensors: Tensors) -> Tensors:
-    """The names of `diffusion_pytorch_model*.safetensors` of the authors → those of diffusers."""
+    """Rename the tensors of the authors' files to diffusers' names."""
     if not any(".self_attn." in name for name in tensors):
         return tensors
     named = single_file_utils.convert_wan_transformer_to_diffusers(dict(tensors))
+    # diffusers' converter does not know the position embedding of first-and-last-frame models.
     positions = "condition_embedder.image_embedder.pos_embed"
     return {name.replace("img_emb.emb_pos", positions): t for name, t in named.items()}
 
 
 def lora_aliases(blocks: str) -> Mapping[str, tuple[str, ...]]:
-    """The authors' names of the layers in `blocks` → globs of diffusers' names."""
+    """The authors' names of LoRA targets → globs of diffusers' names in `blocks`."""
     attention = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+    # The authors' `q` means the layers of both attentions, self and cross.
     layers = {
         name: tuple(f"{blocks}.*.{attn}.{layer}" for attn in ("attn1", "attn2"))
         for name, layer in attention.items()
