@@ -102,7 +102,7 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
             return
         from diffsynth_dagster.cache.split import second_half
         from diffsynth_dagster.run.up_to_date import (
-            changed_beside,
+            changed_exports,
             say_changed,
             why_train,
         )
@@ -127,7 +127,7 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
             else:
                 context.log.info("nothing that the training depends on has changed")
             record = _finished_record(settings)
-            changed = changed_beside(Path(settings.output_path), record)
+            changed = changed_exports(Path(settings.output_path), record)
             if changed:
                 context.log.warning(say_changed(changed))
             check = _check(record)

@@ -49,7 +49,7 @@ class Look:
     def marked(self) -> Mapping[str, str]:
         """The tags of a materialization after the step's work, `SEEN` included. Only for one whose
         checks passed: a failed check must be repeated."""
-        # Looked at again: if an input changed while the step worked, nobody knows which one it
+        # FileReport at again: if an input changed while the step worked, nobody knows which one it
         # read. (Files that the step itself made, such as downloads, may have been added.)
         read, now = self.read, _known(self.again)
         if read is None or now is None or not read.has_grown_to(now):

@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from tqdm import tqdm
 
-from diffsynth_dagster.cache.held_out import held_out_config, rows_apart
+from diffsynth_dagster.cache.held_out import held_out_config, split_rows
 from diffsynth_dagster.cache.keys import with_content_numbers
 from diffsynth_dagster.cache.long_captions import long_captions_of
 from diffsynth_dagster.cache.manifest import FILE_NAME, Manifest
@@ -60,7 +60,7 @@ _DOWNLOADED_LATER = "not all are there: the training downloads them when it begi
 
 
 @dataclass(frozen=True)
-class Looked:
+class FileReport:
     """What the files show.
 
     Attributes:
@@ -106,7 +106,7 @@ def make_plan(config: TrainingConfig) -> dict[str, Any]:
     return describe(config, model)
 
 
-def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
+def look_at_files(config: TrainingConfig, processes: int | None) -> FileReport:
     """Check the model files and the data of a config.
 
     Args:
@@ -135,7 +135,7 @@ def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
         if not config.encodes_only:
             require_going_on(config)
         values["data"] = f"made by {config.customized_dataset} when the training begins"
-        return Looked(values, warnings)
+        return FileReport(values, warnings)
     rows = _encoded_rows(config, model) if config.reads_encoded else _checked_rows(config, model)
     values["data"] = {**rows.source, **_counted(rows)}
     if not config.encodes_only:
@@ -144,7 +144,7 @@ def look_at_files(config: TrainingConfig, processes: int | None) -> Looked:
         order_on = partial(_order, config, buckets)
         require_going_on(config, _record(config, rows.manifest, resolved), order_on, processes)
         values["course"] = _schedule(config, buckets, processes or 1)
-    return Looked(values, [*rows.warnings, *warnings])
+    return FileReport(values, [*rows.warnings, *warnings])
 
 
 def look_at_models(config: TrainingConfig) -> tuple[ResolvedModel | None, list[str]]:
@@ -213,7 +213,7 @@ def _checked_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
     # Equal content gets equal numbers, so that copies of a sample are held out together.
     numbered = [with_content_numbers(table.accepted, columns.inputs) for table in tables]
     second = numbered[1] if held_out_data is not None else None
-    trained, held_out = rows_apart(config, numbered[0], second)
+    trained, held_out = split_rows(config, numbered[0], second)
     source = _statuses(tables[0])
     if held_out_data is not None:
         source["held_out_rows"] = _statuses(tables[1])
@@ -234,7 +234,7 @@ def _encoded_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
     manifest, *held_out = manifests = encoded_before(config)
     with fact_cache_of(config.cache_path) as facts:
         check_encoded(config, model, manifests, facts)
-    apart = rows_apart(config, manifest.rows, held_out[0].rows if held_out else None)
+    apart = split_rows(config, manifest.rows, held_out[0].rows if held_out else None)
     return _Rows({"encoded": str(manifest.folder)}, *apart, manifest=manifest)
 
 

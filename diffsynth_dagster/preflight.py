@@ -15,7 +15,7 @@ from diffsynth_dagster.cache.encoded_for import require_encoded_for
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.sample_rows import require_sample_rows
 from diffsynth_dagster.config.entries import float8_entries
-from diffsynth_dagster.config.family_specific import ParticularParameters
+from diffsynth_dagster.config.family_specific import FamilySpecificParameters
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.geometry import clip_rule, size_rule
 from diffsynth_dagster.data.table.validate import CheckedTable, check_columns
@@ -84,10 +84,10 @@ class Check:
     again: Needs | None = None
 
 
-def refuse_particular(known: Known) -> None:
+def refuse_family_specific(known: Known) -> None:
     """Refuse family-specific parameters that this family does not take. Raises `ParameterError`."""
     family = known.model.family
-    for name in ParticularParameters.model_fields:
+    for name in FamilySpecificParameters.model_fields:
         if known.config.sets(name) and name not in family.parameters:
             raise ParameterError(
                 f"{family.name} takes no {name}",
@@ -239,7 +239,7 @@ def count_loras(known: Known) -> None:
 
 CHECKS: tuple[Check, ...] = (
     # `again`: the files may show another variant of the family than their names.
-    Check("config", refuse_particular, again="headers"),
+    Check("config", refuse_family_specific, again="headers"),
     Check("config", check_expert_offload, again="headers"),
     Check("config", refuse_lost_preset),
     Check("config", check_samples, again="headers"),

@@ -19,7 +19,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError, Stopped, UserError
 from diffsynth_dagster.run.failure import process_number, recognised
 from diffsynth_dagster.run.guard import FailureGuard, failure_reporter
-from diffsynth_dagster.run.resume_point import say_where_it_goes_on
+from diffsynth_dagster.run.resume_point import resume_sentence
 from diffsynth_dagster.run.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -75,12 +75,12 @@ def export(config: TrainingConfig, record: "RunRecord", model: "ResolvedModel") 
     Raises:
         OutputError: the export failed; the message says that the training is finished.
     """
-    from diffsynth_dagster.export import export_held, how_to_load
+    from diffsynth_dagster.export import export_locked, how_to_load
 
     folder = Path(config.output_path).absolute()
     finished = f"the training is finished and its checkpoints are whole, in {folder}"
     try:
-        exported = export_held(config, record, model)
+        exported = export_locked(config, record, model)
         for problem in exported.problems:
             raise problem
     # Whatever it is, it is raised again, with a note that nothing of the training is lost.
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except (Stopped, KeyboardInterrupt):
                 if process_number() != 0:  # the main process has written the state, and says where
                     raise
-                where = say_where_it_goes_on(arguments.config)
+                where = resume_sentence(arguments.config)
                 raise Stopped(f"stopped; with the same command {where}") from None
     return guard.code
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.run.failure import EXIT_STOPPED, read_failures, read_silent
-from diffsynth_dagster.run.resume_point import newest_step, say_where_it_goes_on
+from diffsynth_dagster.run.resume_point import newest_step, resume_sentence
 from resources.failing import StepFailure
 
 _KILLED = (
@@ -85,7 +85,7 @@ def took_too_long(told: str, config: TrainingConfig) -> StepFailure:
 
 
 def _go_on(config: TrainingConfig) -> str:
-    return f"run it again: {say_where_it_goes_on(config)}"
+    return f"run it again: {resume_sentence(config)}"
 
 
 def _message(what: str, where: str | None, do: str) -> str:

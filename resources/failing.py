@@ -16,7 +16,7 @@ from dagster_shared.error import SerializableErrorInfo
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.run.failure import Failure
-from diffsynth_dagster.run.resume_point import say_where_it_goes_on
+from diffsynth_dagster.run.resume_point import resume_sentence
 
 
 class StepFailure(DagsterUserCodeProcessError, dg.Failure):
@@ -78,7 +78,7 @@ def cancelled(config: TrainingConfig | None = None) -> Cancelled:
     """
     again = "a training goes on from its newest state"
     if config is not None:
-        again = say_where_it_goes_on(config)
+        again = resume_sentence(config)
     return Cancelled(
         str(
             UserError(

@@ -15,7 +15,7 @@ import dagster as dg
 from dagster._core.errors import DagsterUserCodeProcessError, DagsterUserCodeUnreachableError
 from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
 
-from resources.run_locks import lock_state, locks_folder, process_of, said_to_hold
+from resources.run_locks import has_announced, lock_state, locks_folder, process_of
 
 if TYPE_CHECKING:
     from dagster._core.launcher import LaunchRunContext
@@ -91,7 +91,7 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
         if time.monotonic() - since < _GONE_SECONDS:
             return False
         # Only now, since this reads the run's log: a run that never had a lock is not missing one.
-        return said_to_hold(self._instance, run_id, path)
+        return has_announced(self._instance, run_id, path)
 
 
 def _start_code_server(context: "LaunchRunContext") -> None:

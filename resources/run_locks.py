@@ -70,7 +70,7 @@ def process_of(path: Path) -> int | None:
     return int(text) if text else None
 
 
-def said_to_hold(instance: dg.DagsterInstance, run_id: str, path: Path) -> bool:
+def has_announced(instance: dg.DagsterInstance, run_id: str, path: Path) -> bool:
     """Whether a run has reported that it holds this lock on this machine.
 
     Runs of other executors hold no lock, and those of other machines hold another one.

@@ -66,7 +66,7 @@ def train(config: Any) -> int:
     from diffsynth_dagster.cache.split import second_half
     from diffsynth_dagster.run.record import read_record
     from diffsynth_dagster.run.up_to_date import (
-        changed_beside,
+        changed_exports,
         say_changed,
         why_train,
     )
@@ -77,7 +77,7 @@ def train(config: Any) -> int:
         return launch(config, CHECKPOINTS_ONLY)
     record = read_record(Path(config.output_path))
     assert record is not None
-    changed = changed_beside(Path(config.output_path), record)
+    changed = changed_exports(Path(config.output_path), record)
     if changed:
         print(f"warning: {say_changed(changed)}", file=sys.stderr)
     return 0

@@ -28,9 +28,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.lora import Lora
-from diffsynth_dagster.formats import FORMATS, LoraFormat, Spelled, find_format
+from diffsynth_dagster.formats import FORMATS, LoraFormat, NamedTensors, find_format
 from diffsynth_dagster.formats.change import change_norms, difference
-from diffsynth_dagster.formats.contract import Unread
+from diffsynth_dagster.formats.contract import UnreadableLora
 from diffsynth_dagster.formats.reading import read_all
 from diffsynth_dagster.training.lora_targets import lora_targets
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_loads_in_every_tool(
     for tool, loader in LOADERS.items():
         try:
             loaded = find_format(loader).try_load(written, name, empty(place), rules)
-        except Unread as error:
+        except UnreadableLora as error:
             assert (family, tool) in NOT_READ
             lines.append(f"{family:20} {native:10} {tool:17} {error}")
             continue
@@ -360,7 +360,7 @@ HALVES = {
 def test_what_is_half_understood_is_refused_with_its_key(more: Tensors, words: str) -> None:
     rules = {"dit": find_family("wanvideo").lora_rules("dit")}
     assert list(read_all(HALVES, rules)) == ["dit"]
-    with pytest.raises(Unread, match=words):
+    with pytest.raises(UnreadableLora, match=words):
         read_all({**HALVES, **more}, rules)
 
 
@@ -370,13 +370,13 @@ def test_a_tool_that_leaves_keys_out_is_noticed() -> None:
     lora = some_lora(place)
     in_diffusers = find_format("diffusers").write({"dit": lora}, rules)
     for tool in ("comfyui", "guide"):
-        with pytest.raises(Unread, match="transformer"):
+        with pytest.raises(UnreadableLora, match="transformer"):
             find_format(tool).try_load(in_diffusers, "dit", empty(place), rules)
     less = dict(in_diffusers.tensors)
     less["transformer.blocks.9.attn1.to_q.lora_A.weight"] = torch.ones(4, 128)
     less["transformer.blocks.9.attn1.to_q.lora_B.weight"] = torch.ones(128, 4)
-    with pytest.raises(Unread):
-        find_format("diffusers").try_load(Spelled(less), "dit", empty(place), rules)
+    with pytest.raises(UnreadableLora):
+        find_format("diffusers").try_load(NamedTensors(less), "dit", empty(place), rules)
 
 
 def test_norms_of_a_change_are_those_of_the_product() -> None:

@@ -37,7 +37,7 @@ from diffsynth_dagster.config.affects import (
     values_that_affect,
 )
 from diffsynth_dagster.config.declare import marks_of, parameter
-from diffsynth_dagster.config.family_specific import ParticularParameters
+from diffsynth_dagster.config.family_specific import FamilySpecificParameters
 from diffsynth_dagster.config.inherited import take_over
 from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.errors import UserError
@@ -141,7 +141,7 @@ def test_a_file_counts_by_its_content(place: Place, name: str) -> None:
 def refusal(place: Place, name: str) -> str | None:
     """Words of the message with which a case refuses a parameter; None if it takes it."""
     family = find_family(place.case.family)
-    if name in ParticularParameters.model_fields and name not in family.parameters:
+    if name in FamilySpecificParameters.model_fields and name not in family.parameters:
         return f"{family.name} takes no {name}"
     return REFUSED.get(place.case.name, {}).get(name)
 

@@ -145,7 +145,7 @@ def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
     held_out = held_out_manifest(config, manifest)
     trained = manifest
     if held_out is not None:
-        _require_apart(manifest.rows, held_out.rows, config)
+        _require_disjoint(manifest.rows, held_out.rows, config)
     else:
         last = last_held_out(config, manifest.rows)
         is_held_out = pl.col(CONTENT_NUMBER) <= last
@@ -160,7 +160,7 @@ def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
     return Parts(trained, held_out, compared)
 
 
-def rows_apart(
+def split_rows(
     config: TrainingConfig, rows: pl.LazyFrame, held_out: pl.LazyFrame | None
 ) -> tuple[pl.LazyFrame, pl.LazyFrame | None]:
     """Divide rows as `parts_of` does, without writing anything.
@@ -177,7 +177,7 @@ def rows_apart(
         ParameterError, MetadataError: see `parts_of`.
     """
     if held_out is not None:
-        _require_apart(rows, held_out, config)
+        _require_disjoint(rows, held_out, config)
     if held_out is not None or not config.holds_out:
         return rows, held_out
     is_held_out = pl.col(CONTENT_NUMBER) <= last_held_out(config, rows)
@@ -222,7 +222,7 @@ def _require_some(config: TrainingConfig, held_out: int, trained: int) -> None:
     )
 
 
-def _require_apart(rows: pl.LazyFrame, held_out: pl.LazyFrame, config: TrainingConfig) -> None:
+def _require_disjoint(rows: pl.LazyFrame, held_out: pl.LazyFrame, config: TrainingConfig) -> None:
     """Refuse samples that are both held out and trained on: their loss would say nothing about new
     samples.
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from diffsynth_dagster.config.declare import ModelFolder, parameter
 
 
-class ParticularParameters(BaseModel):
+class FamilySpecificParameters(BaseModel):
     """Parameters that only some families have; the others refuse them."""
 
     tokenizer_path: ModelFolder | None = parameter(

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
 
 from diffsynth_dagster.config.dataset import DatasetParameters, SizeParameters
 from diffsynth_dagster.config.declare import is_text, mark_of, marks_of
-from diffsynth_dagster.config.family_specific import ParticularParameters
+from diffsynth_dagster.config.family_specific import FamilySpecificParameters
 from diffsynth_dagster.config.learning import LearningParameters
 from diffsynth_dagster.config.models import LoraParameters, ModelParameters
 from diffsynth_dagster.config.objective import ObjectiveParameters
@@ -24,7 +24,7 @@ from diffsynth_dagster.config.validation import ValidationParameters
 class TrainingConfig(
     DatasetParameters,
     ModelParameters,
-    ParticularParameters,
+    FamilySpecificParameters,
     TrainingParameters,
     ObjectiveParameters,
     LearningParameters,
@@ -145,7 +145,7 @@ class TrainingConfig(
 GROUPS: tuple[type[BaseModel], ...] = (
     DatasetParameters,
     ModelParameters,
-    ParticularParameters,
+    FamilySpecificParameters,
     TrainingParameters,
     ObjectiveParameters,
     LearningParameters,

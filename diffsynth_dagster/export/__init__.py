@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from diffsynth_dagster.export.card import Card
     from diffsynth_dagster.export.chosen import chosen_checkpoint
     from diffsynth_dagster.export.exported import Exported
-    from diffsynth_dagster.export.folder import Exports, export_folder, export_held
+    from diffsynth_dagster.export.folder import Exports, export_folder, export_locked
     from diffsynth_dagster.export.loading import how_to_load
     from diffsynth_dagster.export.run import export_run, verify_export
 
@@ -20,7 +20,7 @@ __all__ = [
     "Exports",
     "chosen_checkpoint",
     "export_folder",
-    "export_held",
+    "export_locked",
     "export_run",
     "how_to_load",
     "verify_export",
@@ -31,7 +31,7 @@ _MODULES = {
     "Exports": "folder",
     "chosen_checkpoint": "chosen",
     "export_folder": "folder",
-    "export_held": "folder",
+    "export_locked": "folder",
     "export_run": "run",
     "how_to_load": "loading",
     "verify_export": "run",

@@ -24,7 +24,7 @@ from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.own_names import OLDER
 from diffsynth_dagster.run.record import PICTURES, RunRecord
-from diffsynth_dagster.run.up_to_date import changed_beside
+from diffsynth_dagster.run.up_to_date import changed_exports
 from diffsynth_dagster.weights.header import read_header
 from diffsynth_dagster.weights.resolved import ResolvedModel
 
@@ -84,7 +84,7 @@ def write_card(
     """
     folder = Path(config.output_path)
     recipe = _recipe(folder, config)
-    changed = changed_beside(folder, record)
+    changed = changed_exports(folder, record)
     metrics = folder / "metrics.csv"
     curve = None if metrics in changed else loss_svg(metrics)
     parts = [

@@ -13,7 +13,7 @@ from diffsynth_dagster.families.lora import Lora
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.formats import LoraFormat, find_format, peft
 from diffsynth_dagster.formats.change import difference
-from diffsynth_dagster.formats.contract import Unread
+from diffsynth_dagster.formats.contract import UnreadableLora
 from diffsynth_dagster.formats.diffusers import ADAPTER_KEY
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
@@ -46,7 +46,7 @@ def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None)
     of = _family_of(tensors, notes, family, where)
     try:
         loras, _ = loras_in(tensors, notes, of, [of.denoiser], strict=True)
-    except (Unread, *NONSENSE) as error:
+    except (UnreadableLora, *NONSENSE) as error:
         raise _not_understood(of, str(error), where) from error
     # The main denoiser first: its name may have no prefix in the file.
     loras = dict(sorted(loras.items(), key=lambda item: item[0] != of.denoiser))

@@ -54,10 +54,10 @@ def export_folder(config: TrainingConfig, hub: ModelHub) -> Exports:
     found = find_model(config, hub)
     with owned(folder, "exporting"):
         # Read again under the lock: a training may have begun in the meantime.
-        return export_held(config, _require_record(folder), found)
+        return export_locked(config, _require_record(folder), found)
 
 
-def export_held(config: TrainingConfig, record: RunRecord, model: ResolvedModel) -> Exports:
+def export_locked(config: TrainingConfig, record: RunRecord, model: ResolvedModel) -> Exports:
     """Export the checkpoint of a run folder that the caller has locked: write the files, load each
     the way its tool does, and write the model card.
 

@@ -27,9 +27,9 @@ from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.lora import Lora, LoraFormat
 from diffsynth_dagster.files import write_text
-from diffsynth_dagster.formats import FORMATS, Spelled, find_format, peft
+from diffsynth_dagster.formats import FORMATS, NamedTensors, find_format, peft
 from diffsynth_dagster.formats.change import difference
-from diffsynth_dagster.formats.contract import Unread
+from diffsynth_dagster.formats.contract import UnreadableLora
 from diffsynth_dagster.formats.diffusers import ADAPTER_KEY, REFUSALS, dora_settings
 from diffsynth_dagster.formats.reading import of_loras
 from diffsynth_dagster.run.record import RunRecord
@@ -127,7 +127,7 @@ def _loras_of(
     """The LoRAs in a checkpoint. Raises `WeightsError`."""
     try:
         return loras_in(tensors, read_metadata(path), family, names)[0]
-    except Unread as error:
+    except UnreadableLora as error:
         raise WeightsError(
             f"the LoRAs of the checkpoint cannot be read: {error}",
             where=str(path.absolute()),
@@ -280,13 +280,13 @@ def verify_export(exported: Exported, model: ResolvedModel) -> None:
         return
     config = exported.path.parent / peft.CONFIG
     more = {peft.CONFIG: config.read_text(encoding="utf-8")} if exported.format == "peft" else {}
-    spelled = Spelled(tensors, {**notes, **more})
+    spelled = NamedTensors(tensors, {**notes, **more})
     rules = {name: model.family.lora_rules(name) for name in exported.components}
     for name in exported.components:
         module = build_empty(model.components[name])
         try:
             loaded = find_format(exported.format).try_load(spelled, name, module, rules)
-        except Unread as error:
+        except UnreadableLora as error:
             raise unloadable(exported, str(error)) from error
         trained = exported.trained.get(name, loaded)
         # ΔW = s B A is compared, not A and B: a format may move the scale into them.

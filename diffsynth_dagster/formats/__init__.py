@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import get_args
 
 from diffsynth_dagster.families.lora import LoraFormat
-from diffsynth_dagster.formats.contract import Format, Spelled
+from diffsynth_dagster.formats.contract import Format, NamedTensors
 
 FORMATS: tuple[LoraFormat, ...] = get_args(LoraFormat)
 
@@ -16,4 +16,4 @@ def find_format(name: LoraFormat) -> Format:
     return import_module(f"diffsynth_dagster.formats.{name}").FORMAT
 
 
-__all__ = ["FORMATS", "Format", "LoraFormat", "Spelled", "find_format"]
+__all__ = ["FORMATS", "Format", "LoraFormat", "NamedTensors", "find_format"]

@@ -5,7 +5,7 @@ from torch import nn
 
 from diffsynth_dagster.families.lora import Lora, LoraFormat
 from diffsynth_dagster.families.sampling_types import Tensors
-from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled, Unread
+from diffsynth_dagster.formats.contract import AllRules, Loras, NamedTensors, UnreadableLora
 from diffsynth_dagster.formats.names import renamed, with_dots
 from diffsynth_dagster.formats.reading import read_all, read_as
 
@@ -13,22 +13,24 @@ from diffsynth_dagster.formats.reading import read_all, read_as
 class ComfyUI:
     """See `Format`."""
 
-    def write(self, loras: Loras, rules: AllRules) -> Spelled:
+    def write(self, loras: Loras, rules: AllRules) -> NamedTensors:
         tensors: Tensors = {}
         for name, lora in loras.items():
             theirs = renamed("comfyui", lora, rules[name])
             tensors |= with_dots(f"{rules[name].comfyui}.", theirs, alphas=True)
-        return Spelled(tensors)
+        return NamedTensors(tensors)
 
     def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
         return read_as("comfyui", tensors, rules)
 
-    def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
+    def try_load(
+        self, spelled: NamedTensors, name: str, module: nn.Module, rules: AllRules
+    ) -> Lora:
         return loaded_by_names(spelled, name, module, rules, rules[name].read_by_comfyui)
 
 
 def loaded_by_names(
-    spelled: Spelled,
+    spelled: NamedTensors,
     name: str,
     module: nn.Module,
     rules: AllRules,
@@ -42,16 +44,16 @@ def loaded_by_names(
         formats: the formats whose names the tool knows.
 
     Raises:
-        Unread: the tool would skip some keys.
+        UnreadableLora: the tool would skip some keys.
     """
     found = read_all(spelled.tensors, rules, formats).get(name)
     if found is None:
-        raise Unread(f"it finds no layer of {name}")
+        raise UnreadableLora(f"it finds no layer of {name}")
     # A name may follow the rules of the format and still not be a layer of this model.
     layers = dict(module.named_modules())
     unknown = next((layer for layer in found.lora.down if layer not in layers), None)
     if unknown is not None:
-        raise Unread(f"it finds no layer '{unknown}'")
+        raise UnreadableLora(f"it finds no layer '{unknown}'")
     return found.lora
 
 

@@ -11,7 +11,7 @@ from diffsynth_dagster.families.sampling_types import Tensors
 
 
 # Not a `UserError`: whoever reads a file knows its path and what to tell the user.
-class Unread(ValueError):
+class UnreadableLora(ValueError):
     """Some key of a file is not understood, or a tool would not apply all of the file."""
 
 
@@ -22,7 +22,7 @@ AllRules = Mapping[str, LoraRules]
 
 
 @dataclass(frozen=True)
-class Spelled:
+class NamedTensors:
     """The content of a LoRA file in some format.
 
     Attributes:
@@ -36,7 +36,7 @@ class Spelled:
 class Format(Protocol):
     """A LoRA format: how a tool names the tensors of a file."""
 
-    def write(self, loras: Loras, rules: AllRules) -> Spelled:
+    def write(self, loras: Loras, rules: AllRules) -> NamedTensors:
         """Convert the LoRAs of components to the content of one file.
 
         Raises:
@@ -48,11 +48,13 @@ class Format(Protocol):
         """Component → its LoRA, from the tensors of a file of this format.
 
         Raises:
-            Unread: a key is not understood.
+            UnreadableLora: a key is not understood.
         """
         ...
 
-    def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
+    def try_load(
+        self, spelled: NamedTensors, name: str, module: nn.Module, rules: AllRules
+    ) -> Lora:
         """The LoRA of a component as the tool that the format is made for would apply it.
 
         An export is verified this way: the result must equal the LoRA that was trained.
@@ -61,6 +63,6 @@ class Format(Protocol):
             module: the module of the component, possibly on the meta device. It is modified.
 
         Raises:
-            Unread: the tool refuses the file or skips some of its keys.
+            UnreadableLora: the tool refuses the file or skips some of its keys.
         """
         ...

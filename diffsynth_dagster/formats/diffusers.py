@@ -8,7 +8,7 @@ from torch import nn
 
 from diffsynth_dagster.families.lora import Lora
 from diffsynth_dagster.families.sampling_types import Tensors
-from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled, Unread
+from diffsynth_dagster.formats.contract import AllRules, Loras, NamedTensors, UnreadableLora
 from diffsynth_dagster.formats.reading import read_all, read_as
 
 ADAPTER_KEY = "lora_adapter_metadata"
@@ -20,7 +20,7 @@ REFUSALS = (ValueError, KeyError, RuntimeError, TypeError, AssertionError, Attri
 class Diffusers:
     """See `Format`."""
 
-    def write(self, loras: Loras, rules: AllRules) -> Spelled:
+    def write(self, loras: Loras, rules: AllRules) -> NamedTensors:
         tensors: Tensors = {}
         settings: dict[str, object] = {}
         for name, lora in loras.items():
@@ -30,23 +30,25 @@ class Diffusers:
                 tensors[f"{folder}.{layer}.lora_A.weight"] = a
                 tensors[f"{folder}.{layer}.lora_B.weight"] = folded.up[layer]
             settings |= {f"{folder}.{key}": value for key, value in peft_settings(folded).items()}
-        return Spelled(tensors, {ADAPTER_KEY: json.dumps(settings, sort_keys=True)})
+        return NamedTensors(tensors, {ADAPTER_KEY: json.dumps(settings, sort_keys=True)})
 
     def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
         return read_as("diffusers", tensors, rules)
 
-    def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
+    def try_load(
+        self, spelled: NamedTensors, name: str, module: nn.Module, rules: AllRules
+    ) -> Lora:
         settings = json.loads(spelled.notes.get(ADAPTER_KEY, "{}"))
         wanted = read_all(spelled.tensors, rules)[name].lora.down
         try:
-            rules[name].load(hollow(module), dict(spelled.tensors), settings)
+            rules[name].load(without_weights(module), dict(spelled.tensors), settings)
         except REFUSALS as error:
-            raise Unread(str(error)) from error
+            raise UnreadableLora(str(error)) from error
         # The loaders skip layers that they do not find, some without an error.
         taken = applied(module)
         left_out = [layer for layer in wanted if layer not in taken.down]
         if left_out:
-            raise Unread(
+            raise UnreadableLora(
                 f"it leaves {len(left_out)} of {len(wanted)} layers out, such as {left_out[0]}"
             )
         return taken
@@ -76,7 +78,7 @@ def peft_settings(lora: Lora) -> dict[str, Any]:
     return {"r": rank, "lora_alpha": rank, "target_modules": sorted(ranks), **patterns}
 
 
-def hollow(module: nn.Module) -> nn.Module:
+def without_weights(module: nn.Module) -> nn.Module:
     """Replace weights on the meta device by zeros that take almost no memory; returns the module.
 
     peft puts a LoRA on the device of its layer. On the meta device the LoRA would have no values.

@@ -9,7 +9,7 @@ from torch import nn
 from diffsynth_dagster.families.lora import Lora
 from diffsynth_dagster.families.sampling_types import Tensors
 from diffsynth_dagster.formats.comfyui import loaded_by_names
-from diffsynth_dagster.formats.contract import AllRules, Loras, Spelled
+from diffsynth_dagster.formats.contract import AllRules, Loras, NamedTensors
 from diffsynth_dagster.formats.names import renamed, with_dots
 from diffsynth_dagster.formats.reading import read_as
 
@@ -25,18 +25,20 @@ class Guide:
 
     starts: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    def write(self, loras: Loras, rules: AllRules) -> Spelled:
+    def write(self, loras: Loras, rules: AllRules) -> NamedTensors:
         tensors: Tensors = {}
         for number, (name, lora) in enumerate(loras.items()):
             theirs = renamed("guide", lora.folded(), rules[name])
             start = self.starts.get(name, f"pipe.{name}." if number else "")
             tensors |= with_dots(start, theirs, alphas=False, infix=".default")
-        return Spelled(tensors)
+        return NamedTensors(tensors)
 
     def read(self, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
         return read_as("guide", tensors, rules)
 
-    def try_load(self, spelled: Spelled, name: str, module: nn.Module, rules: AllRules) -> Lora:
+    def try_load(
+        self, spelled: NamedTensors, name: str, module: nn.Module, rules: AllRules
+    ) -> Lora:
         return loaded_by_names(spelled, name, module, rules, rules[name].read_by_guide)
 
 

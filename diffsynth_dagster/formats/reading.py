@@ -12,7 +12,7 @@ import torch
 
 from diffsynth_dagster.families.lora import LayerNames, Lora, LoraFormat, LoraRules
 from diffsynth_dagster.families.sampling_types import Tensors
-from diffsynth_dagster.formats.contract import AllRules, Unread
+from diffsynth_dagster.formats.contract import AllRules, UnreadableLora
 
 _HALVES = tuple(
     re.compile(rf"(?P<layer>.+){end}\.weight")
@@ -86,10 +86,10 @@ class ReadLora:
     unknown: str | None = None
 
     def add(self, ours: Lora, has_alpha: bool) -> None:
-        """Add layers. Raises `Unread`: one of them is present already."""
+        """Add layers. Raises `UnreadableLora`: one of them is present already."""
         twice = next((name for name in ours.down if name in self.lora.down), None)
         if twice is not None:
-            raise Unread(f"the layer '{twice}' is there twice, under two names")
+            raise UnreadableLora(f"the layer '{twice}' is there twice, under two names")
         before = self.lora
         self.lora = Lora(
             {**before.down, **ours.down},
@@ -113,7 +113,7 @@ def read_all(
             `pipe.<component>.` if left out.
 
     Raises:
-        Unread: a key is not understood (the message names the first one), or the file holds no
+        UnreadableLora: a key is not understood (the message names the first one), or the file holds no
             LoRA, or half of one.
     """
     starts = _starts(rules, formats, prefixes or {})
@@ -123,11 +123,11 @@ def read_all(
         # The prefixes are sorted by length, so the first match is the longest.
         start = next((s for s in starts if name.startswith(s.text)), None)
         if start is None:
-            raise Unread(f"its names start in a way that is not known: {layer.key}")
+            raise UnreadableLora(f"its names start in a way that is not known: {layer.key}")
         read = found.setdefault(start.component, ReadLora(start.text, layer.key))
         # Two prefixes would mean that two files were mixed, or that one is misunderstood.
         if read.start != start.text and not (start.saved and read.start in saved):
-            raise Unread(
+            raise UnreadableLora(
                 f"the names of layers start in two ways, '{read.start}' ({read.key}) and "
                 f"'{start.text}' ({layer.key})"
             )
@@ -136,7 +136,7 @@ def read_all(
 
 
 def read_as(name: LoraFormat, tensors: Tensors, rules: AllRules) -> dict[str, Lora]:
-    """Component → its LoRA in a file of one format. Raises `Unread`."""
+    """Component → its LoRA in a file of one format. Raises `UnreadableLora`."""
     return {component: read.lora for component, read in read_all(tensors, rules, [name]).items()}
 
 
@@ -144,7 +144,7 @@ def _add(read: ReadLora, name: str, layer: _Layer, start: _Start, strict: bool) 
     """Add a layer to a LoRA, renamed by the first naming that knows it.
 
     Raises:
-        Unread: no naming knows it, and it cannot be a name of diffusers.
+        UnreadableLora: no naming knows it, and it cannot be a name of diffusers.
     """
     if start.own and not start.underscores:
         # `attn.processor.to_out` is the layer `attn.to_out.0` of today's diffusers.
@@ -152,7 +152,7 @@ def _add(read: ReadLora, name: str, layer: _Layer, start: _Start, strict: bool) 
     naming = next((n for n in start.names if n.ours(name)), None)
     if naming is None:
         if strict and (start.underscores or not start.own):
-            raise Unread(f"the layer is not known: {layer.key}")
+            raise UnreadableLora(f"the layer is not known: {layer.key}")
         # It may be a name of diffusers: whoever has the module can tell.
         read.unknown = read.unknown or layer.key
     assert layer.down is not None
@@ -162,7 +162,7 @@ def _add(read: ReadLora, name: str, layer: _Layer, start: _Start, strict: bool) 
     try:
         read.add(lora if naming is None else naming.to_ours(lora), layer.alpha is not None)
     except RuntimeError as error:  # stacked layers (such as qkv) cannot be split to their sizes
-        raise Unread(f"the layer is of another size: {layer.key}: {error}") from error
+        raise UnreadableLora(f"the layer is of another size: {layer.key}: {error}") from error
 
 
 def _starts(
@@ -242,7 +242,7 @@ def _layers_of(tensors: Tensors) -> dict[str, _Layer]:
     """Name of a layer in a file → its tensors.
 
     Raises:
-        Unread: a key is neither a half of a LoRA nor an alpha, or a layer lacks one of its halves,
+        UnreadableLora: a key is neither a half of a LoRA nor an alpha, or a layer lacks one of its halves,
             or these differ in rank.
     """
     layers: dict[str, _Layer] = {}
@@ -262,16 +262,16 @@ def _layers_of(tensors: Tensors) -> dict[str, _Layer]:
         # `x_lora.alpha` is the alpha of layer `x`, as `x_lora.down.weight` is a half of it.
         name = name if name in layers else name.removesuffix("_lora")
         if name == key or name not in layers:
-            raise Unread(f"it changes weights in another way than by a plain LoRA: {key}")
+            raise UnreadableLora(f"it changes weights in another way than by a plain LoRA: {key}")
         if tensors[key].numel() != 1:
-            raise Unread(f"an alpha is no number: {key}")
+            raise UnreadableLora(f"an alpha is no number: {key}")
         # An alpha of 0 counts as none, as in kohya's scripts.
         layers[name].alpha = tensors[key] if float(tensors[key]) else None
     for layer in layers.values():
         if not _are_halves(layer.down, layer.up):
-            raise Unread(f"it holds half of a LoRA, or halves of two ranks: {layer.key}")
+            raise UnreadableLora(f"it holds half of a LoRA, or halves of two ranks: {layer.key}")
     if not layers:
-        raise Unread("it holds no LoRA")
+        raise UnreadableLora("it holds no LoRA")
     return layers
 
 

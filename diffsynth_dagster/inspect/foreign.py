@@ -14,7 +14,7 @@ from diffsynth_dagster.families import each_family, find_family
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.families.lora import Lora
 from diffsynth_dagster.formats import FORMATS
-from diffsynth_dagster.formats.contract import AllRules, Unread
+from diffsynth_dagster.formats.contract import AllRules, UnreadableLora
 from diffsynth_dagster.formats.reading import of_loras, read_all
 from diffsynth_dagster.weights.header import Header
 from diffsynth_dagster.weights.lora import families_of, rules_of_file
@@ -104,7 +104,7 @@ def _formats(tensors: Tensors, rules: AllRules) -> list[str]:
     for name in FORMATS:
         try:
             read_all(tensors, rules, [name])
-        except Unread:
+        except UnreadableLora:
             continue
         known.append(name)
     return known

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from diffsynth_dagster.objective.devices import sent
+from diffsynth_dagster.objective.devices import to_device
 
 
 class Noising(Protocol):
@@ -46,4 +46,4 @@ class Noising(Protocol):
 def at_index(values: torch.Tensor, index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The values (n,) of a schedule at an index (B,), in a shape (B, 1, …) that broadcasts with
     `like` (B, …), on its device."""
-    return sent(values[index], like.device).view(-1, *(1,) * (like.ndim - 1))
+    return to_device(values[index], like.device).view(-1, *(1,) * (like.ndim - 1))

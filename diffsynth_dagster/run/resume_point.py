@@ -25,7 +25,7 @@ def newest_step(run_folder: Path) -> int | None:
     return next((step for step, _ in state_folders(run_folder)), None)
 
 
-def say_where_it_goes_on(config: TrainingConfig) -> str:
+def resume_sentence(config: TrainingConfig) -> str:
     """A sentence that says where a run goes on when it is started again."""
     if config.encodes_only:
         return "the encoding goes on with what the store lacks"

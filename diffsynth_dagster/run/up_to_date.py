@@ -15,7 +15,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.facts import digest_file, fact_cache_of
 from diffsynth_dagster.run.record import STARTS, RunRecord, read_record
-from diffsynth_dagster.run.resume_point import say_where_it_goes_on
+from diffsynth_dagster.run.resume_point import resume_sentence
 from diffsynth_dagster.weights.hub import ModelHub
 
 
@@ -51,7 +51,7 @@ def why_train(
         why.append(f"on {processes} processes instead of {len(record.devices)}")
     # Only if nothing has changed does it go on from a state; else it begins again.
     if not record.finished and not changed:
-        why.append(say_where_it_goes_on(config))
+        why.append(resume_sentence(config))
     if why:
         return "; ".join(why)
     # Last, because it reads whole files.
@@ -86,7 +86,7 @@ def _record_of(
         return start_record(config, find_model(config, hub), manifest, fact_cache, starts=starts)
 
 
-def changed_beside(folder: Path, record: RunRecord) -> list[Path]:
+def changed_exports(folder: Path, record: RunRecord) -> list[Path]:
     """The logs, pictures and clips of a finished training that are missing or were changed. That is
     no reason to train again, because nothing is made from them."""
     paths = {folder / name: digest for name, digest in record.beside.items()}
@@ -94,7 +94,7 @@ def changed_beside(folder: Path, record: RunRecord) -> list[Path]:
 
 
 def say_changed(paths: Sequence[Path]) -> str:
-    """The message for the files of `changed_beside`."""
+    """The message for the files of `changed_exports`."""
     error = OutputError(
         "files that the training wrote for people to look at are missing or were changed since",
         where=", ".join(map(str, paths)),

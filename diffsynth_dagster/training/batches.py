@@ -17,7 +17,7 @@ from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families.contract import Output, Tensors
 from diffsynth_dagster.families.denoiser_schedule import share_of_step
 from diffsynth_dagster.objective.captions import caption_index
-from diffsynth_dagster.objective.devices import sent
+from diffsynth_dagster.objective.devices import to_device
 from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
@@ -50,7 +50,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on a device."""
-        move = {name: sent(tensor, device) for name, tensor in self.outputs.items()}
+        move = {name: to_device(tensor, device) for name, tensor in self.outputs.items()}
         return replace(self, outputs=move)
 
 

@@ -14,7 +14,7 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.families.contract import Part
 from diffsynth_dagster.run.start import require_starts
 from diffsynth_dagster.training.adapters import is_adapter
-from diffsynth_dagster.training.expert_offload import take_turns
+from diffsynth_dagster.training.expert_offload import keep_one_on_device
 from diffsynth_dagster.training.gradient_checkpointing import checkpoint_gradients
 from diffsynth_dagster.training.lora import add_lora
 from diffsynth_dagster.training.step import TrainingStep
@@ -100,7 +100,7 @@ def offload_idle_experts(building: Building) -> None:
     """Keep the frozen weights of idle experts in CPU memory, if the config asks for it."""
     if building.config.offload_idle_denoiser:
         experts = [building.modules[d.component] for d in building.model.denoisers]
-        take_turns(experts, building.device)
+        keep_one_on_device(experts, building.device)
 
 
 Transform = Callable[[Building], None]

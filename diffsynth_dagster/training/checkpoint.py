@@ -10,7 +10,7 @@ from diffsynth_dagster.config.parameters import OutputParameters
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.lora import LoraFormat
-from diffsynth_dagster.formats import Spelled, find_format
+from diffsynth_dagster.formats import NamedTensors, find_format
 from diffsynth_dagster.formats.guide import Guide
 from diffsynth_dagster.formats.names import lora_of
 from diffsynth_dagster.run.record import RunRecord
@@ -91,7 +91,7 @@ def content_of(
     file: CheckpointFile,
     record: RunRecord,
     name: LoraFormat | None,
-) -> Spelled:
+) -> NamedTensors:
     """The content of a checkpoint file: LoRAs in their format, and fully trained weights in the
     layout of the files that they were loaded from.
 
@@ -121,7 +121,7 @@ def content_of(
             weights = laid_out
         plain |= {(prefix + n).removeprefix(file.removed): t for n, t in weights.items()}
     if name is None or not loras:
-        return Spelled(plain, notes)
+        return NamedTensors(plain, notes)
     assert record.lora is not None
     # All LoRAs of a training have one scale.
     scale = record.lora["alpha"] / record.lora["rank"]
@@ -130,7 +130,7 @@ def content_of(
         {part: lora_of(weights, scale) for part, weights in loras.items()},
         {part: family.lora_rules(part) for part in loras},
     )
-    return Spelled({**plain, **written.tensors}, {**notes, **written.notes})
+    return NamedTensors({**plain, **written.tensors}, {**notes, **written.notes})
 
 
 def check_prefix(prefix: str, family: Family, trained: frozenset[str]) -> None:
@@ -155,7 +155,7 @@ def check_prefix(prefix: str, family: Family, trained: frozenset[str]) -> None:
     )
 
 
-def write_checkpoint(path: Path, content: Spelled, provenance: Mapping[str, Any]) -> Path:
+def write_checkpoint(path: Path, content: NamedTensors, provenance: Mapping[str, Any]) -> Path:
     """Write a safetensors file atomically, with its provenance as JSON in the header.
 
     Equal tensors and provenance give equal bytes.

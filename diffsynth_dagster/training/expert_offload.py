@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-class IdleWeights:
+class OffloadedWeights:
     """The frozen weights of a module: kept in CPU memory, and copied to the device for use.
 
     Trained weights (a LoRA) stay on the device. Nothing is copied back: frozen weights do not
@@ -44,15 +44,15 @@ class IdleWeights:
         self._on_device = True
 
 
-def take_turns(modules: Sequence[nn.Module], device: torch.device) -> None:
+def keep_one_on_device(modules: Sequence[nn.Module], device: torch.device) -> None:
     """Keep only the last-called module's frozen weights on the device; before a first call, none.
 
     Calls are those of training steps and of samples.
     """
     # One after another: each gives up the device's memory before the next one is pinned.
-    weights = [IdleWeights(module, device) for module in modules]
+    weights = [OffloadedWeights(module, device) for module in modules]
 
-    def activate(chosen: IdleWeights) -> None:
+    def activate(chosen: OffloadedWeights) -> None:
         # The others first: there may be no room for two.
         for other in weights:
             if other is not chosen:

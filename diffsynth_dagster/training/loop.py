@@ -17,7 +17,7 @@ from diffsynth_dagster.training.batches import Batch, steps_of
 from diffsynth_dagster.training.device_values import Moment
 from diffsynth_dagster.training.held_out import HeldOut
 from diffsynth_dagster.training.lora import weight_norms
-from diffsynth_dagster.training.optimizer_step import MadeSteps, peak_memory, train_step
+from diffsynth_dagster.training.optimizer_step import PendingSteps, peak_memory, train_step
 from diffsynth_dagster.training.periodic import (
     Checkpoints,
     Periodic,
@@ -148,7 +148,7 @@ def _make_steps(
     parallel, asked = training.inputs.parallel, training.inputs.stop_asked
     # Several processes must stop at the same step: each tells its signal with the step's loss.
     alone = parallel.num_processes == 1
-    made, last = MadeSteps(training.inputs), None
+    made, last = PendingSteps(training.inputs), None
     waiting = Moment(parallel.device)
     for step, batches in steps:
         if held_out.stops:

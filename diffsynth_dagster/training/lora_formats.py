@@ -12,7 +12,7 @@ from diffsynth_dagster.facts import digest_of
 from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.lora import Lora, LoraFormat
 from diffsynth_dagster.formats import find_format
-from diffsynth_dagster.formats.contract import Unread
+from diffsynth_dagster.formats.contract import UnreadableLora
 from diffsynth_dagster.formats.diffusers import REFUSALS, dora_settings
 from diffsynth_dagster.weights.load import architecture_of, build_empty
 from diffsynth_dagster.weights.resolved import ComponentFiles
@@ -87,7 +87,7 @@ def check_formats(
             find_format(name).try_load(spelled, base, build_empty(files), rules)
         except KeyError as error:
             raise _not_loadable(name, f"it has no name for {error.args[0]}") from error
-        except Unread as error:
+        except UnreadableLora as error:
             raise _not_loadable(name, str(error)) from error
     _LOADABLE.add(digest)
 

@@ -17,7 +17,7 @@ from diffsynth_dagster.training.setup import Inputs, TrainingState
 
 
 @dataclass(frozen=True)
-class MadeStep:
+class PendingStep:
     """An optimizer step that was queued on the device, which may still be working on it.
 
     Attributes:
@@ -67,7 +67,7 @@ def train_step(
     batches: list[Batch],
     waiting: Moment,
     flags: Callable[[], tuple[bool, bool]],
-) -> MadeStep:
+) -> PendingStep:
     """Queue one optimizer step over the micro-batches of this process. Collective.
 
     Args:
@@ -113,7 +113,7 @@ def train_step(
         learning_rates={name: rate for name, rate in rates.items() if name},
         peak_memory_bytes=peak_memory(parallel.device),
     )
-    return MadeStep(known, numbers, waiting, began, differentiated, skipped)
+    return PendingStep(known, numbers, waiting, began, differentiated, skipped)
 
 
 def differentiate(training: TrainingState, batch: Batch, last: bool) -> torch.Tensor:
@@ -129,7 +129,7 @@ def differentiate(training: TrainingState, batch: Batch, last: bool) -> torch.Te
     return losses.detach()
 
 
-class MadeSteps:
+class PendingSteps:
     """The steps that are queued and not reported yet: on a GPU the newest one, on a CPU none.
 
     Attributes:
@@ -139,10 +139,10 @@ class MadeSteps:
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
-        self._unread: list[MadeStep] = []
+        self._unread: list[PendingStep] = []
         self.stop = self.late = False
 
-    def add(self, made: MadeStep) -> None:
+    def add(self, made: PendingStep) -> None:
         """Add a step, and report the one before it; on a CPU, the step itself.
 
         Raises:

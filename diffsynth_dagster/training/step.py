@@ -10,7 +10,7 @@ from torch import nn
 
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.families.contract import Output, Tensors
-from diffsynth_dagster.objective.devices import sent
+from diffsynth_dagster.objective.devices import to_device
 from diffsynth_dagster.objective.flow import NUM_TRAIN_TIMESTEPS
 from diffsynth_dagster.objective.loss import sample_losses
 from diffsynth_dagster.objective.noise import noise
@@ -95,9 +95,9 @@ class TrainingStep(nn.Module):
             # In float32: rounded to bf16 first, small noise would be lost.
             x_t[name] = self._noising.noised(clean.float(), epsilon[name], index)
         x_t = _with_known(x_t, x_0, known)
-        t = sent(self._noising.timesteps[index], device)
+        t = to_device(self._noising.timesteps[index], device)
         prediction = self._denoise(batch.denoiser, conditions, x_t, t)
-        weight = sent(self._noising.weights[index], device)
+        weight = to_device(self._noising.weights[index], device)
         losses = [
             sample_losses(
                 prediction[name],
@@ -163,7 +163,7 @@ class TrainingStep(nn.Module):
                 for index, inputs in enumerate(batch.inputs)
             ]
             stacked = collate(stage.yields, stage.run(self.loaded, samples))
-            outputs |= {name: sent(tensor, device) for name, tensor in stacked.items()}
+            outputs |= {name: to_device(tensor, device) for name, tensor in stacked.items()}
         return outputs
 
     def _by_role(self, outputs: Tensors) -> tuple[Tensors, Tensors, Tensors]:
@@ -193,7 +193,7 @@ class TrainingStep(nn.Module):
             noise(batch.seed, sample, visit, name, shape)
             for sample, visit in zip(batch.samples, batch.visits, strict=True)
         ]
-        return sent(torch.stack(drawn), clean.device)
+        return to_device(torch.stack(drawn), clean.device)
 
 
 def _with_known(x_t: Tensors, x_0: Tensors, known: Tensors) -> Tensors:

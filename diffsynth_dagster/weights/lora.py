@@ -19,7 +19,7 @@ from diffsynth_dagster.errors import WeightsError, reason_of
 from diffsynth_dagster.families import each_family
 from diffsynth_dagster.families.contract import Family, Tensors
 from diffsynth_dagster.families.lora import Lora, LoraRules
-from diffsynth_dagster.formats.contract import Unread
+from diffsynth_dagster.formats.contract import UnreadableLora
 from diffsynth_dagster.formats.diffusers import ADAPTER_KEY
 from diffsynth_dagster.formats.reading import ReadLora, of_loras, read_all
 from diffsynth_dagster.weights.header import PROVENANCE_KEY as PROVENANCE_KEY
@@ -100,7 +100,7 @@ def loras_in(
         Component → its LoRA, and the family that the header names.
 
     Raises:
-        Unread: a key is not understood.
+        UnreadableLora: a key is not understood.
         the errors of `NONSENSE`: the notes are malformed, or an alpha is not a number.
     """
     prefixes: dict[str, list[str]] = {}
@@ -111,7 +111,7 @@ def loras_in(
     found = read_all(tensors, rules_of_file(family, [*prefixes]), prefixes=prefixes)
     unknown = unknown_in(found) if strict else None
     if unknown is not None:
-        raise Unread(unknown)
+        raise UnreadableLora(unknown)
     made_for: str | None = None
     loras: dict[str, Lora] = {}
     for name, read in found.items():
@@ -140,7 +140,7 @@ def families_of(tensors: Tensors) -> tuple[dict[str, dict[str, ReadLora]], dict[
     for family in each_family():
         try:
             found = read_all(tensors, rules_of_file(family))
-        except Unread as error:
+        except UnreadableLora as error:
             why[family.name] = str(error)
             continue
         unknown = unknown_in(found)
@@ -197,8 +197,8 @@ def read_lora(path: Path, family: Family, name: str, parameter: str) -> LoraFile
         found, made_for = loras_in(tensors, notes, family, [name])
         lora = found.pop(owner, None)
         if lora is None:
-            raise Unread(f"it holds no LoRA of '{name}', but of {', '.join(sorted(found))}")
-    except Unread as error:
+            raise UnreadableLora(f"it holds no LoRA of '{name}', but of {', '.join(sorted(found))}")
+    except UnreadableLora as error:
         raise WeightsError(
             f"the LoRA file cannot be read whole as one of {family.name}: {error}",
             where=where,

@@ -30,7 +30,7 @@ from diffsynth_dagster.families import find_family
 from diffsynth_dagster.families.qwen_image import edit
 from diffsynth_dagster.families.qwen_image.edit import PROCESSOR, resized, shown
 from diffsynth_dagster.families.qwen_image.family import FAMILY
-from diffsynth_dagster.preflight import Known, refuse_particular
+from diffsynth_dagster.preflight import Known, refuse_family_specific
 from diffsynth_dagster.run.start import config_digest
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
@@ -288,7 +288,7 @@ def test_a_release_that_is_left_out_counts_as_the_switch_that_was_off() -> None:
     assert config_digest(one) == config_digest(other)
     for family in ("flux", "qwen_image"):
         used = as_used(find_family(family), other, {})
-        refuse_particular(Known(other, resolve(other, used)))
+        refuse_family_specific(Known(other, resolve(other, used)))
 
 
 def test_the_reference_keeps_its_area_whatever_the_image_is_bounded_to() -> None:
