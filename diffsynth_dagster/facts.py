@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 from blake3 import blake3
+from filelock import FileLock, Timeout
 
 from diffsynth_dagster.errors import OutputError
 
@@ -87,15 +88,33 @@ class FactCache:
         """
         self._path = path
         self._lock = Lock()
+        self._database: sqlite3.Connection | None = None
+        self._inode: int | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = self._connect()
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             raise self._unusable(error) from error
-        self._run(lambda: None)
+        self._run(lambda database: None)
 
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, timeout=_LOOK_EVERY_S, check_same_thread=False)
+    def _alone(self) -> FileLock:
+        """The lock under which the database is opened, and removed where it is damaged: SQLite finds
+        the files `-wal` and `-shm` by their names, so they must not change in between."""
+        return FileLock(self._path.with_name(f".{self._path.name}.lock"), timeout=_LOOK_EVERY_S)
+
+    def _open(self) -> sqlite3.Connection:
+        """Open the database. A damaged one is removed, and the error raised."""
+        with self._alone():
+            database = sqlite3.connect(self._path, timeout=_LOOK_EVERY_S, check_same_thread=False)
+            try:
+                database.execute("PRAGMA journal_mode=WAL")
+                database.execute(_TABLE)
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                if _is_damage(error):
+                    self._remove()
+                database.close()
+                raise
+            self._database, self._inode = database, _inode(self._path)
+        return database
 
     def _unusable(self, error: Exception) -> OutputError:
         if _is_busy(error):
@@ -112,7 +131,7 @@ class FactCache:
             "be deleted",
         )
 
-    def _run(self, work: Callable[[], _Result]) -> _Result:
+    def _run(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
         """Do something with the database: again while another process holds it, for a minute (SQLite
         itself would wait without hearing a signal), and once more in a new one where it is damaged.
 
@@ -123,12 +142,10 @@ class FactCache:
         with self._lock:
             while True:
                 try:
-                    self._database.execute("PRAGMA journal_mode=WAL")
-                    self._database.execute(_TABLE)
-                    return work()
+                    return work(self._database or self._open())
                 except sqlite3.ProgrammingError:
                     raise
-                except (sqlite3.Error, UnicodeDecodeError) as error:
+                except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
                     waited = time.monotonic() - began
                     if _is_damage(error) and not is_new:
                         self._renew()
@@ -139,18 +156,26 @@ class FactCache:
                         warnings.warn(f"waiting for {self._path}: {error}", stacklevel=2)
 
     def _renew(self) -> None:
-        """Remove a damaged database. Raises `OutputError`."""
+        """Remove a damaged database, unless another process did so already. Raises `OutputError`."""
+        if self._database is None:
+            return  # it was removed when it was opened
+        try:
+            with self._alone():
+                # While it is open, no other file is given its number.
+                if _inode(self._path) == self._inode:
+                    self._remove()
+                self._database.close()
+                self._database = None
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _remove(self) -> None:
         warnings.warn(
             f"{self._path} is damaged, and is made anew: what it knew of files is found out again",
-            stacklevel=3,
+            stacklevel=4,
         )
-        self._database.close()
-        try:
-            for end in ("", "-wal", "-shm"):
-                self._path.with_name(self._path.name + end).unlink(missing_ok=True)
-            self._database = self._connect()
-        except (OSError, sqlite3.Error) as error:
-            raise self._unusable(error) from error
+        for end in ("", "-wal", "-shm"):
+            self._path.with_name(self._path.name + end).unlink(missing_ok=True)
 
     def look_up(
         self,
@@ -172,7 +197,7 @@ class FactCache:
             progress: called with the number of files done since the last call.
         """
         states = {path: _state(path) for path in dict.fromkeys(paths)}
-        known = {} if again else self._run(lambda: self._read(kind, states))
+        known = {} if again else self._run(lambda database: self._read(database, kind, states))
         progress(len(known))
         missing = [path for path in states if path not in known]
         found: dict[Path, Facts] = {}
@@ -193,10 +218,12 @@ class FactCache:
             for path, facts in (known | found).items()
         }
 
-    def _read(self, kind: str, states: dict[Path, FileState | None]) -> dict[Path, Facts]:
+    def _read(
+        self, connection: sqlite3.Connection, kind: str, states: dict[Path, FileState | None]
+    ) -> dict[Path, Facts]:
         """Facts about the files that look as they did."""
         by_name = {_name(path): path for path, state in states.items() if state is not None}
-        with self._database as database:
+        with connection as database:
             # Two short queries: how many files are asked for does not change their number.
             database.execute("CREATE TEMP TABLE IF NOT EXISTS asked (path TEXT PRIMARY KEY)")
             database.execute("DELETE FROM asked")
@@ -230,10 +257,16 @@ class FactCache:
             and "status" not in facts
         ]
         summed = [(*row, _sum(*row)) for row in rows]
-        self._run(lambda: self._write(kind, failed, summed))
+        self._run(lambda database: self._write(database, kind, failed, summed))
 
-    def _write(self, kind: str, failed: list[tuple[str, str]], rows: list[tuple[Any, ...]]) -> None:
-        with self._database as database:
+    def _write(
+        self,
+        connection: sqlite3.Connection,
+        kind: str,
+        failed: list[tuple[str, str]],
+        rows: list[tuple[Any, ...]],
+    ) -> None:
+        with connection as database:
             database.executemany("DELETE FROM known WHERE kind = ? AND path = ?", failed)
             database.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?, ?)", rows)
 
@@ -245,7 +278,8 @@ class FactCache:
 
     def close(self) -> None:
         """Close the database."""
-        self._database.close()
+        if self._database is not None:
+            self._database.close()
 
     def __enter__(self) -> "FactCache":
         return self
@@ -263,12 +297,14 @@ def fact_cache_of(cache_path: str | Path) -> FactCache:
 def _is_busy(error: Exception) -> bool:
     """Whether an error says that another process holds the database."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    return isinstance(error, Timeout) or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def _is_damage(error: Exception) -> bool:
     """Whether an error says that the content of the database is wrong: one of names in its schema
     too, or, without a code, of text that is none."""
+    if isinstance(error, OSError):
+        return False
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     return code in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -301,4 +337,12 @@ def _state(path: Path) -> FileState | None:
     try:
         return FileState.of(path)
     except (OSError, ValueError):
+        return None
+
+
+def _inode(path: Path) -> int | None:
+    """The number of a file on its disk; None where there is none."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
         return None

@@ -47,16 +47,3 @@ def scan_csv(path: Path, **options: Any) -> pl.LazyFrame:
 def read_csv(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     """The named columns of a csv file."""
     return pl.read_csv(path.absolute(), columns=columns, glob=False)
-
-
-def scan_lines(path: Path, schema: Mapping[str, Any], row_index_name: str) -> pl.LazyFrame:
-    """The rows of a jsonl file, as a lazy frame.
-
-    Args:
-        schema: the columns and their types.
-        row_index_name: name of an added column with the number of each row, from 0.
-    """
-    # `scan_ndjson` cannot turn patterns off for a path, so it gets an open file. Polars duplicates
-    # the descriptor: the frame stays valid after the file is closed here.
-    with path.open("rb") as file:
-        return pl.scan_ndjson(file, schema=schema, row_index_name=row_index_name)

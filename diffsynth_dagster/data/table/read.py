@@ -229,7 +229,8 @@ def _check_header(path: Path, header: Sequence[str], wanted: Sequence[str]) -> N
     line, named = ",".join(header), {*header} & {*wanted}
     for mark, shown in _DELIMITERS.items():
         names = {name.strip(' "') for name in line.split(mark)}
-        if len(names & {*wanted}) > len(named):
+        is_one = len(header) == 1 < len(names) and not named
+        if is_one or len(names & {*wanted}) > len(named):
             raise MetadataError(
                 f"the columns are separated by {shown}, not by ','",
                 where=_where(path, ", line 1"),
