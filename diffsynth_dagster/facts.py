@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 from blake3 import blake3
+from filelock import FileLock, Timeout
 
 from diffsynth_dagster.errors import OutputError
 
@@ -91,16 +92,33 @@ class FactCache:
         """
         self._path = path
         self._lock = Lock()
+        self._database: sqlite3.Connection | None = None
+        self._inode: int | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = self._connect()
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             raise self._unusable(error) from error
-        self._run(lambda: None)
+        self._run(lambda database: None)
 
-    def _connect(self) -> sqlite3.Connection:
-        # Threads may share the connection, because `_run` holds a lock.
-        return sqlite3.connect(self._path, timeout=_LOOK_EVERY_S, check_same_thread=False)
+    def _alone(self) -> FileLock:
+        """The lock under which the database is opened, and removed where it is damaged: SQLite finds
+        the files `-wal` and `-shm` by their names, so they must not change in between."""
+        return FileLock(self._path.with_name(f".{self._path.name}.lock"), timeout=_LOOK_EVERY_S)
+
+    def _open(self) -> sqlite3.Connection:
+        """Open the database. A damaged one is removed, and the error raised."""
+        with self._alone():
+            database = sqlite3.connect(self._path, timeout=_LOOK_EVERY_S, check_same_thread=False)
+            try:
+                database.execute("PRAGMA journal_mode=WAL")
+                database.execute(_TABLE)
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                if _is_damage(error):
+                    self._remove()
+                database.close()
+                raise
+            self._database, self._inode = database, _inode(self._path)
+        return database
 
     def _unusable(self, error: Exception) -> OutputError:
         if _is_busy(error):
@@ -117,11 +135,9 @@ class FactCache:
             "may be deleted",
         )
 
-    def _run(self, work: Callable[[], _Result]) -> _Result:
-        """Call `work` on the database.
-
-        While another process holds the database, this tries again for a minute. If the database is
-        damaged, it is replaced by a new one, once.
+    def _run(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
+        """Do something with the database: again while another process holds it, for a minute (SQLite
+        itself would wait without hearing a signal), and once more in a new one where it is damaged.
 
         Raises:
             OutputError: the database cannot be read or written.
@@ -131,13 +147,10 @@ class FactCache:
         with self._lock:
             while True:
                 try:
-                    # With WAL, readers do not wait for a writer.
-                    self._database.execute("PRAGMA journal_mode=WAL")
-                    self._database.execute(_TABLE)
-                    return work()
-                except sqlite3.ProgrammingError:  # a closed database: our own mistake
+                    return work(self._database or self._open())
+                except sqlite3.ProgrammingError:
                     raise
-                except (sqlite3.Error, UnicodeDecodeError) as error:
+                except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
                     waited = time.monotonic() - began
                     if _is_damage(error) and not is_new:
                         self._renew()
@@ -148,18 +161,26 @@ class FactCache:
                         warnings.warn(f"waiting for {self._path}: {error}", stacklevel=2)
 
     def _renew(self) -> None:
-        """Replace a damaged database by a new one. Raises `OutputError`."""
+        """Remove a damaged database, unless another process did so already. Raises `OutputError`."""
+        if self._database is None:
+            return  # it was removed when it was opened
+        try:
+            with self._alone():
+                # While it is open, no other file is given its number.
+                if _inode(self._path) == self._inode:
+                    self._remove()
+                self._database.close()
+                self._database = None
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _remove(self) -> None:
         warnings.warn(
             f"{self._path} is damaged, and is made anew: what it knew of files is found out again",
-            stacklevel=3,
+            stacklevel=4,
         )
-        self._database.close()
-        try:
-            for end in ("", "-wal", "-shm"):  # SQLite's own files beside the database
-                self._path.with_name(self._path.name + end).unlink(missing_ok=True)
-            self._database = self._connect()
-        except (OSError, sqlite3.Error) as error:
-            raise self._unusable(error) from error
+        for end in ("", "-wal", "-shm"):
+            self._path.with_name(self._path.name + end).unlink(missing_ok=True)
 
     def look_up(
         self,
@@ -183,7 +204,7 @@ class FactCache:
         """
         # States before reading: if a file changes while it is read, its facts are not cached.
         states = {path: _state(path) for path in dict.fromkeys(paths)}
-        known = {} if again else self._run(lambda: self._read(kind, states))
+        known = {} if again else self._run(lambda database: self._read(database, kind, states))
         progress(len(known))
         missing = [path for path in states if path not in known]
         found: dict[Path, Facts] = {}
@@ -204,11 +225,13 @@ class FactCache:
             for path, facts in (known | found).items()
         }
 
-    def _read(self, kind: str, states: dict[Path, FileState | None]) -> dict[Path, Facts]:
-        """The cached facts of the files whose state is unchanged."""
+    def _read(
+        self, connection: sqlite3.Connection, kind: str, states: dict[Path, FileState | None]
+    ) -> dict[Path, Facts]:
+        """Facts about the files that look as they did."""
         by_name = {_name(path): path for path, state in states.items() if state is not None}
-        with self._database as database:
-            # A temporary table keeps the number of queries the same for any number of files.
+        with connection as database:
+            # Two short queries: how many files are asked for does not change their number.
             database.execute("CREATE TEMP TABLE IF NOT EXISTS asked (path TEXT PRIMARY KEY)")
             database.execute("DELETE FROM asked")
             database.executemany("INSERT INTO asked VALUES (?)", ((name,) for name in by_name))
@@ -242,10 +265,16 @@ class FactCache:
             and "status" not in facts
         ]
         summed = [(*row, _sum(*row)) for row in rows]
-        self._run(lambda: self._write(kind, failed, summed))
+        self._run(lambda database: self._write(database, kind, failed, summed))
 
-    def _write(self, kind: str, failed: list[tuple[str, str]], rows: list[tuple[Any, ...]]) -> None:
-        with self._database as database:
+    def _write(
+        self,
+        connection: sqlite3.Connection,
+        kind: str,
+        failed: list[tuple[str, str]],
+        rows: list[tuple[Any, ...]],
+    ) -> None:
+        with connection as database:
             database.executemany("DELETE FROM known WHERE kind = ? AND path = ?", failed)
             database.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?, ?)", rows)
 
@@ -257,7 +286,8 @@ class FactCache:
 
     def close(self) -> None:
         """Close the database."""
-        self._database.close()
+        if self._database is not None:
+            self._database.close()
 
     def __enter__(self) -> "FactCache":
         return self
@@ -273,14 +303,15 @@ def fact_cache_of(cache_path: str | Path) -> FactCache:
 
 def _is_busy(error: Exception) -> bool:
     """Whether an error says that another process holds the database."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest is SQLite's extended code
-    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return isinstance(error, Timeout) or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error says that the content of the database is damaged."""
-    # SQLITE_ERROR: a damaged schema lacks a table or column. A UnicodeDecodeError, from damaged
-    # text, has no code.
+    """Whether an error says that the content of the database is wrong: one of names in its schema
+    too, or, without a code, of text that is none."""
+    if isinstance(error, OSError):
+        return False
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     return code in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -313,4 +344,12 @@ def _state(path: Path) -> FileState | None:
     try:
         return FileState.of(path)
     except (OSError, ValueError):  # ValueError: a null byte in the path
+        return None
+
+
+def _inode(path: Path) -> int | None:
+    """The number of a file on its disk; None where there is none."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
         return None

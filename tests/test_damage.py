@@ -3,7 +3,11 @@
 import os
 import random
 import shutil
+import sqlite3
+import warnings
 from collections.abc import Callable, Iterable
+from contextlib import closing
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +196,15 @@ def texts(tmp_path: Path) -> dict[Path, int]:
     return files
 
 
-def lengths(
-    cache: FactCache, files: Iterable[Path], find_out: Any = lambda p: {"length": p.stat().st_size}
-) -> dict[Path, int]:
+def length(path: Path) -> dict[str, int]:
+    return {"length": path.stat().st_size}
+
+
+def never(path: Path) -> dict[str, int]:
+    raise AssertionError(f"{path.name} is looked at again")
+
+
+def lengths(cache: FactCache, files: Iterable[Path], find_out: Any = length) -> dict[Path, int]:
     return {p: facts["length"] for p, facts in cache.look_up("test", files, find_out).items()}
 
 
@@ -202,11 +212,19 @@ def lengths(
 def test_nothing_of_a_damaged_cache_of_facts_is_believed(
     tmp_path: Path, texts: dict[Path, int]
 ) -> None:
-    """And it stops no run: also where the damage is in the first page, in the names of the columns."""
+    """And it stops no run: also where the damage is in the first page, in the names of the columns.
+
+    After two runs no file is looked at again, but where the only damage is in the index: SQLite does
+    not notice all of that.
+    """
     database, source = tmp_path / "facts.sqlite", random.Random(0)
     with FactCache(database) as cache:
         assert lengths(cache, texts) == texts
+    with closing(sqlite3.connect(database)) as opened:
+        query = "SELECT (rootpage - 1) * 4096 FROM sqlite_master WHERE type = 'index'"
+        ((index,),) = opened.execute(query).fetchall()
     whole = database.read_bytes()
+    assert len(whole) == index + 4096, "its last page"
     damaged = [source.choice(DAMAGE)(whole, source) for _ in range(EXAMPLES // 2)]
     damaged.append(whole.replace(b'{"length": 7}', b'{"length": 9}'))
     for start, end in ((0, 100), (3700, 4096)):
@@ -214,8 +232,10 @@ def test_nothing_of_a_damaged_cache_of_facts_is_believed(
             damaged.append(whole[:start] + flipped(whole[start:end], source) + whole[end:])
     for number, content in enumerate(damaged):
         database.write_bytes(content)
-        with FactCache(database) as cache:
-            assert lengths(cache, texts) == texts, number
+        in_index = len(content) == len(whole) and content[:index] == whole[:index]
+        for find_out in (length, length, length if in_index else never):
+            with FactCache(database) as cache:
+                assert lengths(cache, texts, find_out) == texts, number
 
 
 def test_a_damaged_cache_is_made_anew_with_a_warning(
@@ -227,11 +247,44 @@ def test_a_damaged_cache_is_made_anew_with_a_warning(
         lengths(cache, texts)
     with FactCache(database) as first, FactCache(database) as second:
         database.write_bytes(b"this is no database at all" * 500)
-        for cache in (first, second):
-            with pytest.warns(UserWarning, match="is damaged, and is made anew"):
-                assert lengths(cache, texts) == texts
+        with pytest.warns(UserWarning, match="is damaged, and is made anew"):
+            assert lengths(first, texts) == texts
+        assert lengths(second, texts, never) == texts
     with FactCache(database) as cache:
-        assert lengths(cache, texts, pytest.fail) == texts
+        assert lengths(cache, texts, never) == texts
+
+
+def look_up_at_once(database: Path, files: list[Path], barrier: Any) -> None:
+    """In a process of its own: what fails ends it with another exit code than 0."""
+    warnings.simplefilter("ignore")
+    barrier.wait(30)
+    with FactCache(database) as cache:
+        barrier.wait(30)
+        assert lengths(cache, files) == {path: path.stat().st_size for path in files}
+
+
+def test_a_damaged_cache_is_made_anew_once_by_several_processes(
+    tmp_path: Path, texts: dict[Path, int]
+) -> None:
+    """What one of them writes into the new one is not removed by another."""
+    database, files, many = tmp_path / "facts.sqlite", [*texts], get_context("fork")
+    with FactCache(database) as cache:
+        lengths(cache, files)
+    first_page = database.read_bytes()[:4096]
+    for damage in (b"no database" * 2000, first_page + b"x" * 8192) * 2:
+        database.write_bytes(damage)
+        barrier = many.Barrier(3)
+        parts = (files[:7], files[7:14], files[14:])
+        workers = [
+            many.Process(target=look_up_at_once, args=(database, part, barrier)) for part in parts
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+        assert [worker.exitcode for worker in workers] == [0, 0, 0]
+        with FactCache(database) as cache:
+            assert lengths(cache, files, never) == texts
 
 
 def test_a_cache_that_cannot_be_written_is_not_called_damaged(tmp_path: Path) -> None:

@@ -95,6 +95,9 @@ def test_encodings(tmp_path: Path, encoding: str, written: str, mark: bytes) -> 
         ("t.csv", "note;image;prompt, or text\na;b;c\n", "utf-8", "separated by ';'"),
         ("t.csv", '"image"\t"prompt"\na.png\tx\n', "utf-8", "separated by tabs"),
         ("t.csv", "image | prompt\na.png | x\n", "utf-8", r"separated by '\|'"),
+        ("t.csv", "file;caption\na.png;x\n", "utf-8", "separated by ';', not by ','.*line 1"),
+        ("t.csv", "file\tcaption\na.png\tx\n", "utf-8", "separated by tabs"),
+        ("t.csv", "caption of the file\nx\n", "utf-8", "no column 'image'"),
         ("t.csv", "images,prompt\na.png,x\n", "utf-8", "no column 'image'.*mean 'images'"),
         ("t.csv", "image,text;prompt\na.png,x\n", "utf-8", "no column 'prompt'"),
         ("t.csv", "", "utf-8", "names no columns"),
@@ -110,7 +113,8 @@ def test_encodings(tmp_path: Path, encoding: str, written: str, mark: bytes) -> 
             "utf-8",
             "row 1 is not JSON: 'utf-8' codec",
         ),
-        ("t.jsonl", "\n\n", "utf-8", "no rows|row 1"),
+        ("t.jsonl", "", "utf-8", "the metadata has no rows"),
+        ("t.jsonl", "\r\n" * 5000, "utf-8", "the metadata has no rows"),
         ("t.json", '[{"image":"a","prompt":"x"},\n{"image":}]', "utf-8", "row 2 is not JSON"),
         ("t.json", '[{"image":"a"}\n{"image":"b"}]', "utf-8", "row 2 is not JSON.*I expect ','"),
         ("t.json", '[{"image":"a","prompt":"x"}', "utf-8", "row 2 is not JSON.*premature EOF"),
@@ -271,6 +275,15 @@ def test_any_lists(tmp_path: Path, values: list[list[Any]]) -> None:
         assert check(path, MANY)["edits"].to_list() == texts(Decimal)
 
 
+def test_a_string_of_json_is_one_text_whatever_it_looks_like(tmp_path: Path) -> None:
+    values = ["[1, 2]", '["q"]', ' ["a"]', "\x1f[]", "[cat] dog", '["a\\', ["[1]", "b"]]
+    rows = [json.dumps({"prompt": value, "seed": 1}) for value in values]
+    for path in tables(tmp_path, rows):
+        frame = check(path, *SEVERAL)
+        assert frame["prompt"].to_list() == [*([v] for v in values[:-1]), values[-1]]
+        assert set(frame["status"]) == {"ok"}
+
+
 def test_lists_of_other_types(tmp_path: Path) -> None:
     rows = [json.dumps({"edits": value}) for value in ({"a": 1}, True, 5, [["a"]])]
     frame = check(tables(tmp_path, rows)[0], MANY)
@@ -289,7 +302,8 @@ def test_a_column_that_begins_late(tmp_path: Path) -> None:
 def test_lines_in_a_file_called_json_are_read(tmp_path: Path) -> None:
     """And a list in one called jsonl."""
     rows = ['{"image":"a","prompt":"x"}', '{"image":"b","prompt":"y"}']
-    for name, text in (("t.json", "\n".join(rows)), ("t.jsonl", f" [{','.join(rows)}]")):
+    space = " \n" * 4000
+    for name, text in (("t.json", "\n".join(rows)), ("t.jsonl", f"{space}[{','.join(rows)}]")):
         assert check(write(tmp_path, name, text))["prompt"].to_list() == ["x", "y"]
 
 

@@ -66,7 +66,11 @@ def _rows(text: Path) -> Iterator[_Row]:
     """The objects of a file, one by one. Raises `ValueError`."""
     number = 1  # for messages
     with text.open("rb") as source:
-        is_list = source.read(4096).lstrip()[:1] == b"["
+        parts = iter(lambda: source.read(4096), b"")
+        start = next((part for part in parts if not part.isspace()), b"").lstrip()
+        if not start:
+            return
+        is_list = start.startswith(b"[")
         source.seek(0)
         options = {"prefix": "item"} if is_list else {"prefix": "", "multiple_values": True}
         try:
@@ -105,6 +109,8 @@ def _problem(row: _Row, inputs: Sequence[Input]) -> tuple[str, str] | None:
 def _text(value: Any, item: Input) -> str | None:
     """A JSON value as text, as it would be in csv. A list is its JSON text; a number in a text
     column keeps its digits."""
+    if isinstance(value, str) and item.many and value.lstrip().startswith("["):
+        return _to_json([value])  # one text that looks like a list
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, Decimal) and item.kind == "number":

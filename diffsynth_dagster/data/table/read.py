@@ -251,8 +251,9 @@ def _check_header(path: Path, header: Sequence[str], names: Sequence[str]) -> No
     # Another delimiter is recognised if it gives more of the names than the comma does.
     line, by_comma = ",".join(header), {*header} & {*names}
     for mark, shown in _DELIMITERS.items():
-        by_mark = {name.strip(' "') for name in line.split(mark)} & {*names}
-        if len(by_mark) > len(by_comma):
+        by_mark = {name.strip(' "') for name in line.split(mark)}
+        is_one_column = len(header) == 1 < len(by_mark) and not by_comma
+        if is_one_column or len(by_mark & {*names}) > len(by_comma):
             raise MetadataError(
                 f"the columns are separated by {shown}, not by ','",
                 where=_where(path, ", line 1"),
