@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Values, make_config, model_files, train
+from conftest import Values, make_config, model_files, train_to_end, why_refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_families import HUB
@@ -38,8 +38,7 @@ def files() -> dict[str, Path]:
 def checkpoint(values: Values, files: dict[str, Path], folder: Path, **method: Any) -> Path:
     name = str(method.get("lora_method", "lora"))
     if name not in files:
-        code, run = train(values(**method), folder / "made" / name)
-        assert code == 0
+        run = train_to_end(values(**method), folder / "made" / name)
         files[name] = run / "epoch-0.safetensors"
     return files[name]
 
@@ -70,11 +69,10 @@ def test_what_means_nothing_for_a_method_is_refused(
     assert said in str(error.value)
 
 
-def refusal(config: dict[str, Any], capsys: pytest.CaptureFixture[str], folder: Path) -> str:
+def refusal(config: dict[str, Any], folder: Path) -> str:
     """What is said of a training that is refused before it encodes anything."""
     store = folder / "store"
-    assert train({**config, "cache_path": str(store)}, folder / "run")[0] == 2
-    said = capsys.readouterr().err
+    said = why_refused({**config, "cache_path": str(store)}, folder / "run")
     assert said.count("error: ") == 1
     assert "Traceback" not in said
     assert not list(store.rglob("*.safetensors"))
@@ -179,8 +177,7 @@ def test_a_start_of_another_scale_is_brought_to_that_of_the_training(
     """As rank-stabilised DoRA, and as LoKr with whole and with low-rank factors."""
     for method in ({**DORA, "use_rslora": True}, {"lora_method": "lokr"}):
         given: dict[str, Any] = {**method, "lora_rank": rank}
-        code, run = train(values(**given, lora_alpha=3.0), tmp_path / given["lora_method"])
-        assert code == 0
+        run = train_to_end(values(**given, lora_alpha=3.0), tmp_path / given["lora_method"])
         file = run / "epoch-0.safetensors"
         with safe_open(file, "pt") as opened:
             said = json.loads(opened.metadata()["diffsynth_dagster"])["lora"]
@@ -253,8 +250,7 @@ def test_a_stopped_training_ends_with_the_same_files(
     values: Values, tmp_path: Path, method: dict[str, Any]
 ) -> None:
     given = {**LONG, **method}
-    code, run = train(values(**given), tmp_path / "undisturbed")
-    assert code == 0
+    run = train_to_end(values(**given), tmp_path / "undisturbed")
     config = values(**given, output_path=str(tmp_path / "run"))
     stop_after({**config, "output_path": str(tmp_path / "run")}, 3, 2)
     assert run_training(make_config({**config, "output_path": str(tmp_path / "run")}), never)

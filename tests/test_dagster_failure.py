@@ -13,7 +13,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from conftest import ROOT, Values, train, write_images
+from conftest import ROOT, Values, train, train_to_end, write_images
 from dagster_support import Told, execute, has_stepped, told, write_recipe
 from process_support import forked_launches
 
@@ -125,8 +125,7 @@ def require_printed_once(told: Told, printed: str) -> None:
 
 @pytest.fixture
 def place(values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    code, encoded = train(values(), tmp_path / "encoded", "--task", "sft:data_process")
-    assert code == 0
+    encoded = train_to_end(values(), tmp_path / "encoded", "--task", "sft:data_process")
     (tmp_path / "code").mkdir()
     code = FAILING.replace("{tries}", str(tmp_path / "tries"))
     (tmp_path / "code" / "failing.py").write_text(code, encoding="utf-8")

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT, Values, train
+from conftest import ROOT, Values, train_to_end
 from dagster_support import (
     definitions_of,
     endless,
@@ -362,8 +362,7 @@ class Night:
 @pytest.fixture
 def night(values: Values, tmp_path: Path, monkeypatch: Patch) -> Iterator[Night]:
     monkeypatch.setenv(VARIABLE, "gpu=0,1")
-    code, encoded = train(values(), tmp_path / "encoded", "--task", "sft:data_process")
-    assert code == 0
+    encoded = train_to_end(values(), tmp_path / "encoded", "--task", "sft:data_process")
     for name in "abcd":
         recipe = endless(values(), encoded, tmp_path / name)
         write_recipe(tmp_path / "recipes", name, {**recipe, "gpus": 1})

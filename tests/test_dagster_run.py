@@ -8,14 +8,13 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
-from conftest import lora_values, write_images
+from conftest import lora_values, record_of, write_images
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 from dagster_support import definitions_of, write_recipe
 from process_support import forked_launches
 
 from assets.common import KINDS, Kind, asset_key
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
 from resources import Launcher
 
@@ -222,11 +221,9 @@ def test_run_config_retrains_with_other_parameters(
     assert facts["trained_because"].value == "retrain was asked for"
     assert facts["overrides"].value == {**parameters, "num_processes": 1}
     assert why_stale(place, "checkpoints", "tiny") == ["has a new code version"]
-    record = read_record(Path(folder))
-    assert record is not None
+    record = record_of(Path(folder))
     assert record.steps == 4
-    before = read_record(place.folder / "tiny")
-    assert before is not None
+    before = record_of(place.folder / "tiny")
     assert before.steps == 2
 
 
@@ -348,8 +345,7 @@ def test_ten_damaged_files_of_two_hundred(place: Place, tmp_path: Path) -> None:
     place.recipe("spared", **table, **short, max_rejected_fraction=0.1)
     result = place.run("spared")
     assert result.success
-    record = read_record(place.folder / "spared")
-    assert record is not None
+    record = record_of(place.folder / "spared")
     assert record.samples == 190
 
 

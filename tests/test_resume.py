@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Values, make_config, train, write_images
+from conftest import Values, make_config, train, train_to_end, write_images
 from damage_support import DAMAGE
 from safetensors.torch import load_file
 from soak_support import result
@@ -61,8 +61,7 @@ def undisturbed_run(
     shared_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The run folder of a training that was not stopped. Nobody changes it."""
-    code, run = train({**shared_values, **LONG}, tmp_path_factory.mktemp("undisturbed") / "run")
-    assert code == 0
+    run = train_to_end({**shared_values, **LONG}, tmp_path_factory.mktemp("undisturbed") / "run")
     return run
 
 
@@ -184,7 +183,7 @@ def test_what_affects_no_result_may_change(
 
 def test_more_epochs_go_on_where_fewer_ended(values: Values, tmp_path: Path) -> None:
     long = {**LONG, "lr_scheduler": "constant", "save_steps": None}
-    assert train(values(**long), tmp_path / "whole")[0] == 0
+    train_to_end(values(**long), tmp_path / "whole")
     config = values(**{**long, "num_epochs": 2}, output_path=str(tmp_path / "run"))
     run_training(make_config(config), never)
     record = run_training(make_config({**config, "num_epochs": 4}), never)
