@@ -102,14 +102,13 @@ def test_a_start_of_another_kind_is_refused_before_anything_is_encoded(
     files: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     made: dict[str, Any],
     given: dict[str, Any],
     said: str,
 ) -> None:
     file = checkpoint(values, files, tmp_path_factory.mktemp("made"), **made)
     config = values(**given, lora_checkpoint=str(file))
-    error = refusal(config, capsys, tmp_path)
+    error = refusal(config, tmp_path)
     assert said in error
     assert f"where: lora_checkpoint = {file}" in error
 
@@ -120,11 +119,10 @@ def test_only_a_plain_lora_is_fused(
     files: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     made: dict[str, Any],
 ) -> None:
     file = checkpoint(values, files, tmp_path_factory.mktemp("made"), **made)
-    error = refusal(values(preset_lora_path=str(file)), capsys, tmp_path)
+    error = refusal(values(preset_lora_path=str(file)), tmp_path)
     assert "another way than by a plain LoRA" in error
     assert f"where: preset_lora_path = {file}" in error
 
@@ -137,16 +135,11 @@ def test_only_a_plain_lora_is_fused(
     ],
 )
 def test_layers_that_a_method_cannot_change_are_refused(
-    values: Values,
-    tiny_qwen: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    given: dict[str, Any],
-    said: str,
+    values: Values, tiny_qwen: Path, tmp_path: Path, given: dict[str, Any], said: str
 ) -> None:
     if "fp8_models" in given:
         given = {**given, "fp8_models": [model_files(tiny_qwen)[0]]}
-    assert said in refusal(values(**given), capsys, tmp_path)
+    assert said in refusal(values(**given), tmp_path)
 
 
 def test_a_lokr_of_lycoris_is_scaled_as_there(values: Values, tmp_path: Path) -> None:

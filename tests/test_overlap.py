@@ -267,10 +267,7 @@ def failure_of(kind: str, **given: Any) -> str:
     job = definitions_of(Path("recipes")).resolve_job_def("train_own")
     key = dg.AssetKey(["own", kind])
     result = job.execute_in_process(raise_on_error=False, asset_selection=[key])
-    failure = result.failure_data_for_node(f"own__{kind}")
-    assert failure is not None
-    assert failure.user_failure_data is not None
-    return failure.user_failure_data.description or ""
+    return failure_of(result, f"own__{kind}")
 
 
 def test_trainer_dry_run_and_dagster_refuse_before_they_write(

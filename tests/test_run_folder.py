@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import yaml
 from conftest import ROOT, Values, make_config, train_to_end, why_refused
-from dagster_support import definitions_of, endless, has_stepped, wait_for, write_recipe
+from dagster_support import definitions_of, endless, failure_of, has_stepped, wait_for, write_recipe
 from process_support import forked_launches, train_in_process, two_processes
 from soak_support import start_server
 
@@ -89,10 +89,7 @@ def test_dagster_is_refused_what_a_command_line_holds(values: Values, tmp_path: 
     job = definitions_of(tmp_path / "recipes").resolve_job_def("train_tiny")
     with forked_launches(), owned(tmp_path / "run", "a training on the command line"):
         done = job.execute_in_process(raise_on_error=False)
-    failure = done.failure_data_for_node("tiny__latents")
-    assert failure is not None
-    assert failure.user_failure_data is not None
-    words = failure.user_failure_data.description or ""
+    words = failure_of(done, "tiny__latents")
     assert f"in use: a training on the command line by process {os.getpid()}" in words
 
 

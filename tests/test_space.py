@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Values, make_config, train_to_end, write_images
-from dagster_support import definitions_of, write_recipe
+from dagster_support import definitions_of, failure_of, write_recipe
 from disk_support import needs_a_disk, on_a_small_disk
 from process_support import forked_launches
 from safetensors.torch import load_file
@@ -125,7 +125,4 @@ def test_dagster_logs_the_warning(
         done = job.execute_in_process(raise_on_error=False)
     said = capsys.readouterr().err
     assert "tiny/checkpoints: warning: the 1000000000000 checkpoints and 2 states of the" in said
-    failure = done.failure_data_for_node("tiny__checkpoints")
-    assert failure is not None
-    assert failure.user_failure_data is not None
-    assert failure.user_failure_data.description == "it ends here"
+    assert failure_of(done, "tiny__checkpoints") == "it ends here"

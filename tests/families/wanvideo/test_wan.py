@@ -51,13 +51,13 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def values(
     case: Case, model: Path, clips: Path, folder: Path, layout: str = "diffusers", **overrides: Any
 ) -> dict[str, Any]:
-    """A LoRA training of a case; None takes a parameter out."""
+    """A LoRA training of a case, or a full one of `trainable_models`; None takes a parameter out."""
+    lora = {} if "trainable_models" in overrides else {"lora_base_model": case.base, "lora_rank": 4}
     given = {
         "family": "wanvideo",
         "dataset_base_path": str(clips.parent),
         "dataset_metadata_path": str(clips),
-        "lora_base_model": case.base,
-        "lora_rank": 4,
+        **lora,
         "remove_prefix_in_ckpt": f"pipe.{case.base}.",
         "cache_path": str(folder / "cache"),
         "output_path": str(folder / "run"),
@@ -148,8 +148,6 @@ def test_vace_is_trained_alone_and_exported_whole(model: Path, clips: Path, tmp_
         model,
         clips,
         tmp_path,
-        lora_base_model=None,
-        lora_rank=None,
         trainable_models="vace",
         use_gradient_checkpointing=True,
     )
@@ -174,8 +172,6 @@ def test_parts_of_one_component_make_one_file(model: Path, clips: Path, tmp_path
     """With a config.json of the architecture, whatever lies beside the authors' files."""
     case = WAN["wan_vace"]
     given = values(case, model, clips, tmp_path, "original", trainable_models="dit,vace")
-    for name in [key for key in given if key.startswith("lora_")]:
-        del given[name]
     given |= {"remove_prefix_in_ckpt": ""}
     run = train_to_end(given, tmp_path / "run")
     config = make_config({**given, "output_path": str(run)})
@@ -220,8 +216,6 @@ def test_loras_of_two_parts_of_a_component_are_gone_on_from(
 
 def test_a_part_that_the_model_lacks_is_refused(model: Path, clips: Path, tmp_path: Path) -> None:
     given = values(WAN["wan_t2v"], model, clips, tmp_path, trainable_models="vace")
-    for name in [key for key in given if key.startswith("lora_")]:
-        del given[name]
     assert "the model has no 'vace'" in why_refused(
         given | {"remove_prefix_in_ckpt": "pipe.vace."}, tmp_path / "run"
     )
@@ -232,8 +226,6 @@ def test_stages_of_the_step_read_pixels_not_latents(
 ) -> None:
     """`video` is a column as well as a target: with the VAE trained, frames are frames still."""
     given = values(WAN["wan_i2v"], model, clips, tmp_path, trainable_models="vae,image_encoder")
-    for name in [key for key in given if key.startswith("lora_")]:
-        del given[name]
     train_to_end(given | {"remove_prefix_in_ckpt": ""}, tmp_path / "run")
 
 
