@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import yaml
 from conftest import Values, make_config, why_refused
-from dagster_support import definitions_of, write_recipe
+from dagster_support import definitions_of, failure_of, write_recipe
 
 from diffsynth_dagster.cache.__main__ import main as maintain
 from diffsynth_dagster.config import TrainingConfig
@@ -261,7 +261,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def failure_of(kind: str, **given: Any) -> str:
+def step_failure(kind: str, **given: Any) -> str:
     """How the asset of a recipe fails."""
     write_recipe(Path("recipes"), "own", given)
     job = definitions_of(Path("recipes")).resolve_job_def("train_own")
@@ -285,14 +285,14 @@ def test_trainer_dry_run_and_dagster_refuse_before_they_write(
     assert words in why_refused(given, data)
     with pytest.raises(ParameterError, match=words):
         make_plan(make_config(given))
-    assert words in failure_of("metadata", **given)
+    assert words in step_failure("metadata", **given)
     assert contents(data) == before
     assert not (tmp_path / "cache").exists()
 
     given["output_path"] = "run"
     write_record("run", checkpoints={"epoch-0.safetensors": "d"}, finished=True)
     start = {"lora_checkpoint": "run/epoch-0.safetensors"}
-    assert "'epoch-0.safetensors' of the run folder" in failure_of("exports", **given, **start)
+    assert "'epoch-0.safetensors' of the run folder" in step_failure("exports", **given, **start)
 
     Path("run/config.yaml").write_text("# mine\n" + yaml.safe_dump(given))
     for flags in ([], ["--dry_run"]):
