@@ -89,64 +89,82 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
         diffsynth_hub: Hub,
         diffsynth_launcher: Launcher,
     ) -> Iterator[dg.MaterializeResult]:
-        with user_errors():
-            ran = launched(context, recipe, diffsynth_parameters, diffsynth_launcher)
-            options = recipe.options
-            processes = diffsynth_launcher.num_processes or options.num_processes or options.gpus
-            warm = options.retrain is not None and options.retrain.warm_start
-            # Both change the result: the size of a step, and the weights at its start.
-            seen = look(context, "checkpoints", ran, [processes, warm])
-            same = None if config.retrain else seen.unchanged()
-        if same is not None:
-            yield same
-            return
-        from diffsynth_dagster.cache.split import second_half
-        from diffsynth_dagster.run.up_to_date import (
-            changed_exports,
-            say_changed,
-            why_train,
+        result = _train(
+            context, recipe, config, diffsynth_parameters, diffsynth_hub, diffsynth_launcher
         )
-
-        with tried_again(context, recipe.options.retries), user_errors():
-            settings = second_half(ran.config)
-            began = _began(context, recipe, Path(settings.output_path))
-            moved = older_runs(Path(settings.output_path))
-            why = "retrain was asked for"
-            if began or not config.retrain:  # a retry goes on with what the first try began
-                why = why_train(settings, diffsynth_hub.open(), processes, warm)
-            if why is not None:
-                context.log.info(f"it trains, because: {why}")
-                settings = with_warm_start(settings) if warm else settings
-                progress = Progress(context)
-                resume = _resume(settings, config.retrain, began)
-                settings = settings.model_copy(update={"resume": resume})
-                with user_errors(settings):
-                    for event in diffsynth_launcher.run(context, settings, recipe.options):
-                        progress.hear(event)
-                progress.last()
-            else:
-                context.log.info("nothing that the training depends on has changed")
-            record = _finished_record(settings)
-            changed = changed_exports(Path(settings.output_path), record)
-            if changed:
-                context.log.warning(say_changed(changed))
-            check = _check(record)
-            moved = [run for run in older_runs(Path(settings.output_path)) if run not in moved]
-        yield dg.MaterializeResult(
-            metadata={
-                "trained_in_this_run": why is not None,
-                **({} if why is None else {"trained_because": why}),
-                **_describe(settings, record, changed),
-                **({"moved_to": dg.MetadataValue.path(str(moved[-1].absolute()))} if moved else {}),
-                **ran.facts,
-            },
-            data_version=dg.DataVersion(record.chosen_digest),
-            tags=seen.marked if check.passed and not changed else seen.tags,
-            check_results=[check],
-        )
-        require_passed(check)
+        yield result
+        require_passed(result)
 
     return checkpoints
+
+
+def _train(
+    context: dg.AssetExecutionContext,
+    recipe: Recipe,
+    config: CheckpointsConfig,
+    parameters: Parameters,
+    hub: Hub,
+    launcher: Launcher,
+) -> dg.MaterializeResult:
+    """The work of the step: train if something changed, then describe the training in the folder."""
+    with user_errors():
+        ran = launched(context, recipe, parameters, launcher)
+        options = recipe.options
+        processes = launcher.num_processes or options.num_processes or options.gpus
+        warm = options.retrain is not None and options.retrain.warm_start
+        # Both change the result: the size of a step, and the weights at its start.
+        seen = look(context, "checkpoints", ran, [processes, warm])
+        same = None if config.retrain else seen.unchanged()
+    if same is not None:
+        return same
+    from diffsynth_dagster.cache.split import second_half
+    from diffsynth_dagster.run.up_to_date import changed_exports, say_changed, why_train
+
+    with tried_again(context, recipe.options.retries), user_errors():
+        settings = second_half(ran.config)
+        folder = Path(settings.output_path)
+        began = _began(context, recipe, folder)
+        before = older_runs(folder)
+        why = "retrain was asked for"
+        if began or not config.retrain:  # a retry goes on with what the first try began
+            why = why_train(settings, hub.open(), processes, warm)
+        if why is not None:
+            context.log.info(f"it trains, because: {why}")
+            settings = with_warm_start(settings) if warm else settings
+            resume = _resume(settings, config.retrain, began)
+            settings = settings.model_copy(update={"resume": resume})
+            _launch(context, recipe, settings, launcher)
+        else:
+            context.log.info("nothing that the training depends on has changed")
+        record = _finished_record(settings)
+        changed = changed_exports(folder, record)
+        if changed:
+            context.log.warning(say_changed(changed))
+        check = _check(record)
+        moved = [run for run in older_runs(folder) if run not in before]
+    return dg.MaterializeResult(
+        metadata={
+            "trained_in_this_run": why is not None,
+            **({} if why is None else {"trained_because": why}),
+            **_describe(settings, record, changed),
+            **({"moved_to": dg.MetadataValue.path(str(moved[-1].absolute()))} if moved else {}),
+            **ran.facts,
+        },
+        data_version=dg.DataVersion(record.chosen_digest),
+        tags=seen.marked if check.passed and not changed else seen.tags,
+        check_results=[check],
+    )
+
+
+def _launch(
+    context: dg.AssetExecutionContext, recipe: Recipe, config: TrainingConfig, launcher: Launcher
+) -> None:
+    """Run the training processes to their end, and show their progress."""
+    progress = Progress(context)
+    with user_errors(config):
+        for event in launcher.run(context, config, recipe.options):
+            progress.hear(event)
+    progress.last()
 
 
 def _began(context: dg.AssetExecutionContext, recipe: Recipe, folder: Path) -> bool:

@@ -43,16 +43,17 @@ def user_errors(config: TrainingConfig | None = None) -> Generator[None]:
         raise StepFailure.of(failure_of(recognised(error))) from error
 
 
-def require_passed(check: dg.AssetCheckResult) -> None:
-    """Fail the step if its blocking check failed. Called after the result was yielded to Dagster.
+def require_passed(result: dg.MaterializeResult) -> None:
+    """Fail the step if a blocking check failed. Called after the result was yielded to Dagster.
 
     Dagster would fail the step too, but without the reason.
 
     Raises:
-        StepFailure: the check failed; it has the check's description.
+        StepFailure: a check failed; it has the check's description.
     """
-    if not check.passed:
-        raise StepFailure(check.description or "")
+    for check in result.check_results or ():
+        if not check.passed:
+            raise StepFailure(check.description or "")
 
 
 @contextmanager

@@ -40,61 +40,70 @@ def make_exports(recipe: Recipe) -> dg.AssetsDefinition:
     def exports(
         context: dg.AssetExecutionContext, diffsynth_parameters: Parameters, diffsynth_hub: Hub
     ) -> dg.MaterializeResult:
-        with user_errors():
-            ran = launched(context, recipe, diffsynth_parameters)
-            seen = look(context, "exports", ran)
-            same = seen.unchanged()
-        if same is not None:
-            return same
-        # Only now: these import torch, which takes seconds.
-        from diffsynth_dagster.export import export_folder
-        from diffsynth_dagster.facts import digest_of
-
-        with user_errors():
-            exported = export_folder(ran.config, diffsynth_hub.open())
-        effect = exported.effect
-        if effect is not None and effect.is_nothing:
-            context.log.warning(f"the LoRA: {effect}")
-        card = exported.card
-        if card is not None and card.kept:
-            context.log.info(f"{card.path} was edited, and stays as it is")
-        if exported.unfinished is not None:
-            context.log.warning(
-                f"the training is unfinished: its checkpoint of {exported.unfinished} was exported"
-            )
-        files = exported.files
-        return dg.MaterializeResult(
-            metadata={
-                **({} if exported.unfinished is None else {"unfinished": exported.unfinished}),
-                "files": table(
-                    {
-                        "file": str(item.path),
-                        "format": item.format,
-                        "component": ", ".join(item.components),
-                        "tensors": item.tensors,
-                        "bytes": item.bytes,
-                        "blake3": item.digest,
-                    }
-                    for item in files
-                ),
-                **({} if exported.effect is None else {"change_of_weights": str(exported.effect)}),
-                **({} if card is None else _card_facts(card)),
-                "folder": dg.MetadataValue.path(str(files[0].path.parent.absolute())),
-                **ran.facts,
-            },
-            data_version=dg.DataVersion(digest_of([item.digest for item in files])),
-            # The export of an unfinished training gets a code version that no recipe has, so that
-            # it is stale until the training ends. A change upstream would not do: the training may
-            # end in a checkpoint that the asset checkpoints already had before.
-            tags={CODE_VERSION: "unfinished"}
-            if exported.unfinished is not None
-            else seen.tags
-            if exported.problems
-            else seen.marked,
-            check_results=[_check(exported)],
-        )
+        return _export(context, recipe, diffsynth_parameters, diffsynth_hub)
 
     return exports
+
+
+def _export(
+    context: dg.AssetExecutionContext, recipe: Recipe, parameters: Parameters, hub: Hub
+) -> dg.MaterializeResult:
+    """The work of the step: export the newest checkpoint, then describe the files."""
+    with user_errors():
+        ran = launched(context, recipe, parameters)
+        seen = look(context, "exports", ran)
+        same = seen.unchanged()
+    if same is not None:
+        return same
+    # Only now: these import torch, which takes seconds.
+    from diffsynth_dagster.export import export_folder
+    from diffsynth_dagster.facts import digest_of
+
+    with user_errors():
+        exported = export_folder(ran.config, hub.open())
+    effect, card, unfinished = exported.effect, exported.card, exported.unfinished
+    if effect is not None and effect.is_nothing:
+        context.log.warning(f"the LoRA: {effect}")
+    if card is not None and card.kept:
+        context.log.info(f"{card.path} was edited, and stays as it is")
+    if unfinished is None:
+        tags = seen.tags if exported.problems else seen.marked
+    else:
+        context.log.warning(
+            f"the training is unfinished: its checkpoint of {unfinished} was exported"
+        )
+        # The export of an unfinished training gets a code version that no recipe has, so that it is
+        # stale until the training ends. A change upstream would not do: the training may end in a
+        # checkpoint that the asset checkpoints already had before.
+        tags = {CODE_VERSION: "unfinished"}
+    return dg.MaterializeResult(
+        metadata={
+            **({} if unfinished is None else {"unfinished": unfinished}),
+            "files": _files(exported),
+            **({} if effect is None else {"change_of_weights": str(effect)}),
+            **({} if card is None else _card_facts(card)),
+            "folder": dg.MetadataValue.path(str(exported.files[0].path.parent.absolute())),
+            **ran.facts,
+        },
+        data_version=dg.DataVersion(digest_of([item.digest for item in exported.files])),
+        tags=tags,
+        check_results=[_check(exported)],
+    )
+
+
+def _files(exported: "Exports") -> dg.TableMetadataValue:
+    """The exported files as a table."""
+    return table(
+        {
+            "file": str(item.path),
+            "format": item.format,
+            "component": ", ".join(item.components),
+            "tensors": item.tensors,
+            "bytes": item.bytes,
+            "blake3": item.digest,
+        }
+        for item in exported.files
+    )
 
 
 def _card_facts(card: "Card") -> dict[str, dg.MetadataValue]:

@@ -18,7 +18,7 @@ from assets.common import (
 from assets.launched import launched, step_tags
 from assets.rows import long_captions_facts
 from assets.unchanged import look
-from diffsynth_dagster.config import Recipe
+from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.run.events import Encoded, Encoding
 from resources import Launcher, Parameters, pool_of
 
@@ -60,59 +60,74 @@ def make_latents(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefini
         diffsynth_parameters: Parameters,
         diffsynth_launcher: Launcher,
     ) -> Iterator[dg.MaterializeResult]:
-        with user_errors():
-            ran = launched(context, recipe, diffsynth_parameters, diffsynth_launcher)
-            seen = look(context, "latents", ran)
-            same = seen.unchanged()
-        if same is not None:
-            yield same
-            return
-        from diffsynth_dagster.cache.contents import look_into
-        from diffsynth_dagster.cache.held_out import held_out_config
-        from diffsynth_dagster.cache.long_captions import read_long_captions
-        from diffsynth_dagster.cache.manifest import read_manifest
-        from diffsynth_dagster.cache.split import first_half
-        from diffsynth_dagster.data.table.checked_table import read_checked
-        from diffsynth_dagster.facts import digest_of
-
-        report = Encoded({}, {})
-        with tried_again(context, recipe.options.retries), user_errors():
-            config = first_half(ran.config)
-            checked = read_checked(Path(config.output_path))
-            with user_errors(config):
-                for event in diffsynth_launcher.run(context, config, recipe.options):
-                    match event:
-                        case Encoding(stage, done, total):
-                            context.log.info(f"{stage}: {done} of {total} encoded")
-                        case Encoded():
-                            report = event
-                        case _:
-                            pass
-            manifest = read_manifest(Path(config.output_path))
-            contents = [look_into(manifest, checked)]
-            version, holdout = manifest.digest, held_out_config(config)
-            # A held-out table has its own manifest, in a folder inside the run folder.
-            if holdout is not None:
-                folder = Path(holdout.output_path)
-                held_out = read_manifest(folder)
-                contents.append(look_into(held_out, read_checked(folder)))
-                version = digest_of([manifest.digest, held_out.digest])
-            facts, check = _describe(manifest, contents)
-            facts |= long_captions_facts(read_long_captions(Path(config.output_path)))
-        # Hits were in the store already, misses were encoded in this run.
-        for kind, counts in (("hits", report.hits), ("misses", report.misses)):
-            facts |= {f"{kind}/{stage}": count for stage, count in counts.items()}
-            context.log.info(f"{kind}: {counts}")
-        yield dg.MaterializeResult(
-            metadata={**facts, **ran.facts},
-            data_version=dg.DataVersion(version),
-            # Without the mark, the next run does the work again instead of repeating this result.
-            tags=seen.marked if check.passed else seen.tags,
-            check_results=[check],
-        )
-        require_passed(check)
+        result = _encode(context, recipe, diffsynth_parameters, diffsynth_launcher)
+        yield result
+        require_passed(result)
 
     return latents
+
+
+def _encode(
+    context: dg.AssetExecutionContext, recipe: Recipe, parameters: Parameters, launcher: Launcher
+) -> dg.MaterializeResult:
+    """The work of the step: encode what the store lacks, then describe what it holds."""
+    with user_errors():
+        ran = launched(context, recipe, parameters, launcher)
+        seen = look(context, "latents", ran)
+        same = seen.unchanged()
+    if same is not None:
+        return same
+    from diffsynth_dagster.cache.contents import look_into
+    from diffsynth_dagster.cache.held_out import held_out_config
+    from diffsynth_dagster.cache.long_captions import read_long_captions
+    from diffsynth_dagster.cache.manifest import read_manifest
+    from diffsynth_dagster.cache.split import first_half
+    from diffsynth_dagster.data.table.checked_table import read_checked
+    from diffsynth_dagster.facts import digest_of
+
+    with tried_again(context, recipe.options.retries), user_errors():
+        config = first_half(ran.config)
+        checked = read_checked(Path(config.output_path))
+        report = _launch(context, recipe, config, launcher)
+        manifest = read_manifest(Path(config.output_path))
+        contents = [look_into(manifest, checked)]
+        version, holdout = manifest.digest, held_out_config(config)
+        # A held-out table has its own manifest, in a folder inside the run folder.
+        if holdout is not None:
+            folder = Path(holdout.output_path)
+            held_out = read_manifest(folder)
+            contents.append(look_into(held_out, read_checked(folder)))
+            version = digest_of([manifest.digest, held_out.digest])
+        facts, check = _describe(manifest, contents)
+        facts |= long_captions_facts(read_long_captions(Path(config.output_path)))
+    # Hits were in the store already, misses were encoded in this run.
+    for kind, counts in (("hits", report.hits), ("misses", report.misses)):
+        facts |= {f"{kind}/{stage}": count for stage, count in counts.items()}
+        context.log.info(f"{kind}: {counts}")
+    return dg.MaterializeResult(
+        metadata={**facts, **ran.facts},
+        data_version=dg.DataVersion(version),
+        # Without the mark, the next run does the work again instead of repeating this result.
+        tags=seen.marked if check.passed else seen.tags,
+        check_results=[check],
+    )
+
+
+def _launch(
+    context: dg.AssetExecutionContext, recipe: Recipe, config: TrainingConfig, launcher: Launcher
+) -> Encoded:
+    """Run the encoding processes to their end, and log their progress; returns what they encoded."""
+    report = Encoded({}, {})
+    with user_errors(config):
+        for event in launcher.run(context, config, recipe.options):
+            match event:
+                case Encoding(stage, done, total):
+                    context.log.info(f"{stage}: {done} of {total} encoded")
+                case Encoded():
+                    report = event
+                case _:
+                    pass
+    return report
 
 
 def _describe(

@@ -21,6 +21,7 @@ from diffsynth_dagster.config import Recipe, TrainingConfig
 from resources import Parameters
 
 if TYPE_CHECKING:
+    from diffsynth_dagster.cache.long_captions import LongCaptions
     from diffsynth_dagster.data.table.validate import CheckedTable
 
 CHECK = "every_row_valid"
@@ -58,65 +59,78 @@ def make_metadata(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDefin
     def metadata(
         context: dg.AssetExecutionContext, diffsynth_parameters: Parameters
     ) -> Iterator[dg.MaterializeResult]:
-        from diffsynth_dagster.cache.held_out import held_out_config
-        from diffsynth_dagster.cache.split import with_settled
-        from diffsynth_dagster.data.prepare import make_data, prepare_data, require_named
-        from diffsynth_dagster.facts import fact_cache_of
-        from diffsynth_dagster.training.overlap import (
-            refuse_overlap,
-            refuse_own_recipe,
-            refuse_replaced_rows,
-        )
-
-        with user_errors():
-            ran = launched(context, recipe, diffsynth_parameters)
-            config = with_settled(ran.config)
-            refuse_overlap(config)
-            refuse_own_recipe(config, recipe.path)
-            require_named(config)
-            if config.dataset_metadata_path is not None:  # before the look at its files
-                make_data(config)
-            seen = look(context, "metadata", ran)
-            same = seen.unchanged()
-        if same is not None:
-            yield same
-            return
-        # Only now: these import torch, which takes seconds.
-        from diffsynth_dagster.cache.long_captions import count_if_there
-        from diffsynth_dagster.weights.identify import guess_model
-
-        with user_errors():
-            columns = guess_model(config).family.columns
-            holdout = held_out_config(config)
-            with fact_cache_of(config.cache_path) as fact_cache:
-                checked = prepare_data(config, columns, fact_cache, made=True)
-                held_out = None if holdout is None else prepare_data(holdout, columns, fact_cache)
-                long_captions = count_if_there(config, checked, fact_cache)
-            refuse_replaced_rows(config, [checked] if held_out is None else [checked, held_out])
-            counts = checked.counts
-            context.log.info(f"rows by status: {counts}")
-            warnings = checked.warnings()
-            if long_captions is not None and long_captions.warning is not None:
-                warnings.append(long_captions.warning)
-            for warning in warnings:
-                context.log.warning(warning)
-            facts = {
-                **_describe(config, checked, counts),
-                **long_captions_facts(long_captions),
-                **_held_out_counts(held_out),
-                **ran.facts,
-            }
-            version = _version(checked, held_out)
-            check = _check(config, checked, held_out, warnings)
-        yield dg.MaterializeResult(
-            metadata=facts,
-            data_version=version,
-            tags=seen.marked if check.passed else seen.tags,
-            check_results=[check],
-        )
-        require_passed(check)
+        result = _check_rows(context, recipe, diffsynth_parameters)
+        yield result
+        require_passed(result)
 
     return metadata
+
+
+def _check_rows(
+    context: dg.AssetExecutionContext, recipe: Recipe, parameters: Parameters
+) -> dg.MaterializeResult:
+    """The work of the step: make the data set if the recipe says how, check and describe its rows."""
+    from diffsynth_dagster.cache.split import with_settled
+    from diffsynth_dagster.data.prepare import make_data, require_named
+    from diffsynth_dagster.training.overlap import refuse_overlap, refuse_own_recipe
+
+    with user_errors():
+        ran = launched(context, recipe, parameters)
+        config = with_settled(ran.config)
+        refuse_overlap(config)
+        refuse_own_recipe(config, recipe.path)
+        require_named(config)
+        if config.dataset_metadata_path is not None:  # before the look at its files
+            make_data(config)
+        seen = look(context, "metadata", ran)
+        same = seen.unchanged()
+    if same is not None:
+        return same
+    with user_errors():
+        checked, held_out, long_captions = _read_tables(config)
+        counts = checked.counts
+        context.log.info(f"rows by status: {counts}")
+        warnings = checked.warnings()
+        if long_captions is not None and long_captions.warning is not None:
+            warnings.append(long_captions.warning)
+        for warning in warnings:
+            context.log.warning(warning)
+        facts = {
+            **_describe(config, checked, counts),
+            **long_captions_facts(long_captions),
+            **_held_out_counts(held_out),
+            **ran.facts,
+        }
+        version = _version(checked, held_out)
+        check = _check(config, checked, held_out, warnings)
+    return dg.MaterializeResult(
+        metadata=facts,
+        data_version=version,
+        tags=seen.marked if check.passed else seen.tags,
+        check_results=[check],
+    )
+
+
+def _read_tables(
+    config: TrainingConfig,
+) -> "tuple[CheckedTable, CheckedTable | None, LongCaptions | None]":
+    """The checked table, the held-out one if there is one, and which captions are too long."""
+    # Only here: these import torch, which takes seconds.
+    from diffsynth_dagster.cache.held_out import held_out_config
+    from diffsynth_dagster.cache.long_captions import count_if_there
+    from diffsynth_dagster.data.prepare import prepare_data
+    from diffsynth_dagster.facts import fact_cache_of
+    from diffsynth_dagster.training.overlap import refuse_replaced_rows
+    from diffsynth_dagster.weights.identify import guess_model
+
+    columns = guess_model(config).family.columns
+    holdout = held_out_config(config)
+    with fact_cache_of(config.cache_path) as fact_cache:
+        checked = prepare_data(config, columns, fact_cache, made=True)
+        held_out = None if holdout is None else prepare_data(holdout, columns, fact_cache)
+        long_captions = count_if_there(config, checked, fact_cache)
+    refuse_replaced_rows(config, [checked] if held_out is None else [checked, held_out])
+    return checked, held_out, long_captions
 
 
 def _version(checked: "CheckedTable", held_out: "CheckedTable | None") -> dg.DataVersion:

@@ -84,14 +84,15 @@ def make_promoted(recipe: Recipe) -> dg.AssetsDefinition:
         # Stale until the training is finished, like the exports: see there.
         if outcome.unfinished:
             tags = {CODE_VERSION: "unfinished"}
-        yield dg.MaterializeResult(
+        result = dg.MaterializeResult(
             metadata={**_describe(outcome, Path(ran.config.output_path)), **ran.facts},
             # The current version: what is made from it becomes stale only when that changes.
             data_version=dg.DataVersion(outcome.current.version),
             tags=tags,
             check_results=[check],
         )
-        require_passed(check)
+        yield result
+        require_passed(result)
 
     return promoted
 

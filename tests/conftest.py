@@ -1,8 +1,10 @@
 """What most tests share: a tiny Qwen-Image model with random weights, pictures, and a training."""
 
 import gc
+import io
 import os
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from PIL import Image
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.resolve import Samples, resolve
 from diffsynth_dagster.config import TrainingConfig, read_config
+from diffsynth_dagster.run.record import RunRecord, read_record
 from diffsynth_dagster.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -235,6 +238,29 @@ def train(
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
     less = [] if exports else ["--checkpoints_only"]
     return main(["--recipe", str(recipe), *flags, *less]), folder
+
+
+def train_to_end(values: dict[str, Any], folder: Path, *flags: str, exports: bool = False) -> Path:
+    """Run the trainer's command line, which succeeds; returns the run folder."""
+    code, run = train(values, folder, *flags, exports=exports)
+    assert code == 0
+    return run
+
+
+def why_refused(values: dict[str, Any], folder: Path, *flags: str, exports: bool = False) -> str:
+    """What the command line says of a training that it refuses."""
+    said = io.StringIO()
+    with redirect_stderr(said):
+        assert train(values, folder, *flags, exports=exports)[0] == 2
+    assert "Traceback" not in said.getvalue()
+    return said.getvalue()
+
+
+def record_of(run: Path) -> RunRecord:
+    """The record in a run folder, which has one."""
+    record = read_record(run)
+    assert record is not None
+    return record
 
 
 def samples_of(run: Path) -> Samples:

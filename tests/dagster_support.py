@@ -98,6 +98,14 @@ def told(events: Iterable[dg.DagsterEvent]) -> Told:
     return Told(reasons, traces)
 
 
+def failure_of(result: dg.ExecuteInProcessResult, node: str) -> str:
+    """The message with which a step failed."""
+    failure = result.failure_data_for_node(node)
+    assert failure is not None
+    assert failure.user_failure_data is not None, failure.error
+    return failure.user_failure_data.description or ""
+
+
 def home(folder: Path) -> Path:
     """Make a DAGSTER_HOME with the project's settings."""
     folder.mkdir(parents=True)

@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from conftest import record_of
+
 HEAVY = [
     *("accelerate", "av", "blake3", "dagster_pipes", "decord", "diffusers", "numpy", "peft"),
     *("PIL.Image", "pydantic", "safetensors.torch", "torch", "transformers", "yaml"),
@@ -64,7 +66,6 @@ def encode(config: Any) -> int:
 
 def train(config: Any) -> int:
     from diffsynth_dagster.cache.split import second_half
-    from diffsynth_dagster.run.record import read_record
     from diffsynth_dagster.run.up_to_date import (
         changed_exports,
         say_changed,
@@ -75,8 +76,7 @@ def train(config: Any) -> int:
     config = second_half(config)
     if why_train(config, ModelHub.from_environment(), None) is not None:
         return launch(config, CHECKPOINTS_ONLY)
-    record = read_record(Path(config.output_path))
-    assert record is not None
+    record = record_of(Path(config.output_path))
     changed = changed_exports(Path(config.output_path), record)
     if changed:
         print(f"warning: {say_changed(changed)}", file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Values, make_config, model_files, train
+from conftest import Values, make_config, model_files, train_to_end, why_refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_families import HUB
@@ -38,8 +38,7 @@ def files() -> dict[str, Path]:
 def checkpoint(values: Values, files: dict[str, Path], folder: Path, **method: Any) -> Path:
     name = str(method.get("lora_method", "lora"))
     if name not in files:
-        code, run = train(values(**method), folder / "made" / name)
-        assert code == 0
+        run = train_to_end(values(**method), folder / "made" / name)
         files[name] = run / "epoch-0.safetensors"
     return files[name]
 
@@ -70,11 +69,10 @@ def test_what_means_nothing_for_a_method_is_refused(
     assert said in str(error.value)
 
 
-def refusal(config: dict[str, Any], capsys: pytest.CaptureFixture[str], folder: Path) -> str:
+def refusal(config: dict[str, Any], folder: Path) -> str:
     """What is said of a training that is refused before it encodes anything."""
     store = folder / "store"
-    assert train({**config, "cache_path": str(store)}, folder / "run")[0] == 2
-    said = capsys.readouterr().err
+    said = why_refused({**config, "cache_path": str(store)}, folder / "run")
     assert said.count("error: ") == 1
     assert "Traceback" not in said
     assert not list(store.rglob("*.safetensors"))
@@ -104,14 +102,13 @@ def test_a_start_of_another_kind_is_refused_before_anything_is_encoded(
     files: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     made: dict[str, Any],
     given: dict[str, Any],
     said: str,
 ) -> None:
     file = checkpoint(values, files, tmp_path_factory.mktemp("made"), **made)
     config = values(**given, lora_checkpoint=str(file))
-    error = refusal(config, capsys, tmp_path)
+    error = refusal(config, tmp_path)
     assert said in error
     assert f"where: lora_checkpoint = {file}" in error
 
@@ -122,11 +119,10 @@ def test_only_a_plain_lora_is_fused(
     files: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     made: dict[str, Any],
 ) -> None:
     file = checkpoint(values, files, tmp_path_factory.mktemp("made"), **made)
-    error = refusal(values(preset_lora_path=str(file)), capsys, tmp_path)
+    error = refusal(values(preset_lora_path=str(file)), tmp_path)
     assert "another way than by a plain LoRA" in error
     assert f"where: preset_lora_path = {file}" in error
 
@@ -139,16 +135,11 @@ def test_only_a_plain_lora_is_fused(
     ],
 )
 def test_layers_that_a_method_cannot_change_are_refused(
-    values: Values,
-    tiny_qwen: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    given: dict[str, Any],
-    said: str,
+    values: Values, tiny_qwen: Path, tmp_path: Path, given: dict[str, Any], said: str
 ) -> None:
     if "fp8_models" in given:
         given = {**given, "fp8_models": [model_files(tiny_qwen)[0]]}
-    assert said in refusal(values(**given), capsys, tmp_path)
+    assert said in refusal(values(**given), tmp_path)
 
 
 def test_a_lokr_of_lycoris_is_scaled_as_there(values: Values, tmp_path: Path) -> None:
@@ -179,8 +170,7 @@ def test_a_start_of_another_scale_is_brought_to_that_of_the_training(
     """As rank-stabilised DoRA, and as LoKr with whole and with low-rank factors."""
     for method in ({**DORA, "use_rslora": True}, {"lora_method": "lokr"}):
         given: dict[str, Any] = {**method, "lora_rank": rank}
-        code, run = train(values(**given, lora_alpha=3.0), tmp_path / given["lora_method"])
-        assert code == 0
+        run = train_to_end(values(**given, lora_alpha=3.0), tmp_path / given["lora_method"])
         file = run / "epoch-0.safetensors"
         with safe_open(file, "pt") as opened:
             said = json.loads(opened.metadata()["diffsynth_dagster"])["lora"]
@@ -253,8 +243,7 @@ def test_a_stopped_training_ends_with_the_same_files(
     values: Values, tmp_path: Path, method: dict[str, Any]
 ) -> None:
     given = {**LONG, **method}
-    code, run = train(values(**given), tmp_path / "undisturbed")
-    assert code == 0
+    run = train_to_end(values(**given), tmp_path / "undisturbed")
     config = values(**given, output_path=str(tmp_path / "run"))
     stop_after({**config, "output_path": str(tmp_path / "run")}, 3, 2)
     assert run_training(make_config({**config, "output_path": str(tmp_path / "run")}), never)

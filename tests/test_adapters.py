@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import make_config, train
+from conftest import make_config, record_of, train, train_to_end
 from families.flux.cases import CASES as FLUX
 from families.qwen_image.cases import CASES as QWEN
 from families.stable_diffusion.cases import CASES as SD
@@ -27,7 +27,6 @@ from diffsynth_dagster.errors import TargetError
 from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.preflight import check_headers
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.identify import find_model
@@ -202,8 +201,7 @@ def test_initial_values_depend_on_the_seed_alone(place: Trained) -> None:
     # A rotation starts as none, and a length as that of the weights.
     differ = [name for name in one if not torch.equal(one[name], other[name])]
     assert bool(differ) == (place.kind != "oft")
-    record = read_record(place.run_folder)
-    assert record is not None
+    record = record_of(place.run_folder)
     assert (record.trained_tensors, record.changed_tensors) == (len(one), len(one))
 
 
@@ -280,8 +278,7 @@ def test_the_file_says_what_the_model_computes_and_is_gone_on_from(place: Traine
 @every_row
 def test_the_export_predicts_the_same_where_it_is_loaded(place: Trained) -> None:
     config, found, step = place.step(lora_checkpoint=str(place.file))
-    record = read_record(place.run_folder)
-    assert record is not None
+    record = record_of(place.run_folder)
     config = place.config(output_path=str(place.run_folder))
     exported = export_run(config, record, found)
     with_kohya = place.kind == "lora" and config.align_to_opensource_format
@@ -327,16 +324,14 @@ def test_several_models_get_their_own(case: Case, bases: str, method: str, tmp_p
     place = Trained(case, tmp_path / "model", case.rows(tmp_path / "data"), tmp_path, method)
     values = place.values(lora_base_model=bases, lora_target_modules=None, num_epochs=1)
     values["remove_prefix_in_ckpt"] = ""
-    code, run = train(values, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(values, tmp_path / "run")
     config = make_config({**values, "output_path": str(run)})
     found = find_model(config, HUB)
     tensors = load_file(run / "epoch-0.safetensors")
     assert {name.split(".")[1] for name in tensors} == set(bases.split(","))
     told = check_headers(config, found, torch.float32)
     assert told == sum(tensor.nbytes for tensor in tensors.values())
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     exported = export_run(config, record, found)
     assert sum(item.tensors for item in exported) == len(tensors)
     for item in exported:
@@ -354,8 +349,7 @@ def test_windows_of_convolutions_are_not_rotated(place: Trained) -> None:
 
 @each_method
 def test_an_export_is_gone_on_from_as_the_checkpoint_is(place: Trained) -> None:
-    record = read_record(place.run_folder)
-    assert record is not None
+    record = record_of(place.run_folder)
     config = place.config(output_path=str(place.run_folder))
     (exported, *_) = export_run(config, record, find_model(config, HUB))
     tensors = tensors_of(place)

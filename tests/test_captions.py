@@ -1,9 +1,7 @@
 """The caption that a visit of a sample is told: one of several, or the empty one."""
 
-import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from conftest import Values, make_config, samples_of, train, write_images
+from conftest import Values, make_config, samples_of, train_to_end, why_refused, write_images
 from families.qwen_image.cases import CASES as QWEN
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,8 +95,7 @@ class Encoded:
 
 
 def encoded(values: dict[str, Any], tmp_path: Path) -> Encoded:
-    code, run = train(values, tmp_path / "encoded", "--task", "sft:data_process")
-    assert code == 0
+    run = train_to_end(values, tmp_path / "encoded", "--task", "sft:data_process")
     config = make_config({**values, "output_path": str(run)})
     return Encoded(config, find_model(config, ModelHub(tmp_path, skip_download=True)), run)
 
@@ -244,10 +241,9 @@ def test_rows_without_a_caption_are_rejected(listed: dict[str, Any], tmp_path: P
 def test_a_list_is_refused_where_it_is_not_asked_for(
     listed: dict[str, Any], tmp_path: Path
 ) -> None:
-    said = io.StringIO()
-    with redirect_stderr(said):
-        assert train({**listed, "caption_lists": False}, tmp_path / "run")[0] == 2
-    assert "prompt: the value is of another type than the column's" in said.getvalue()
+    assert "prompt: the value is of another type than the column's" in why_refused(
+        {**listed, "caption_lists": False}, tmp_path / "run"
+    )
 
 
 def test_one_caption_is_trained_as_without_lists(values: Values, tmp_path: Path) -> None:
@@ -255,8 +251,7 @@ def test_one_caption_is_trained_as_without_lists(values: Values, tmp_path: Path)
     changes nothing either."""
     ends: list[dict[str, torch.Tensor]] = []
     for number, more in enumerate(({}, {"caption_lists": True}, {"caption_dropout_rate": 1e-9})):
-        code, run = train(values(**more), tmp_path / str(number))
-        assert code == 0
+        run = train_to_end(values(**more), tmp_path / str(number))
         ends.append(load_file(run / "epoch-0.safetensors"))
     for other in ends[1:]:
         assert all(torch.equal(other[name], tensor) for name, tensor in ends[0].items())
@@ -272,7 +267,7 @@ def test_captions_are_dropped_in_front_of_a_text_encoder_that_is_trained(
     for row, handed in place.visits(place.data(), 20):
         told.setdefault(row, set()).add(handed["prompt"])
     assert told == {row: {*own, ""} for row, own in enumerate(CAPTIONS, 1)}
-    assert train({**given, "num_epochs": 1}, tmp_path / "run")[0] == 0
+    train_to_end({**given, "num_epochs": 1}, tmp_path / "run")
 
 
 def test_an_edit_keeps_its_picture_where_the_text_is_dropped(tmp_path: Path) -> None:
@@ -342,8 +337,7 @@ def test_a_stopped_training_goes_on_with_the_same_captions(
 ) -> None:
     config = {**listed, "caption_dropout_rate": 0.3, "dataset_num_workers": 1}
     config |= {"shuffle_tags": True, "tag_orders": 2}
-    code, whole = train(config, tmp_path / "whole")
-    assert code == 0
+    whole = train_to_end(config, tmp_path / "whole")
     config["output_path"] = str(tmp_path / "run")
     stop_after(config, 1, 2)
     run_training(make_config(config), never)
@@ -357,8 +351,7 @@ def test_two_processes_encode_and_train_on_them(listed: dict[str, Any], tmp_path
     config |= {"shuffle_tags": True, "tag_orders": 2}
     config |= {"batch_size": 1, "output_path": str(tmp_path / "run")}
     one = {**config, "gradient_accumulation_steps": 2, "cache_path": str(tmp_path / "own")}
-    code, alone = train(one, tmp_path / "alone")
-    assert code == 0
+    alone = train_to_end(one, tmp_path / "alone")
     done = two_processes(config, tmp_path / "recipe.json")
     assert done.returncode == 0, done.stderr
     losses = [pl.read_csv(run / "metrics.csv")["loss"] for run in (alone, tmp_path / "run")]
@@ -367,25 +360,23 @@ def test_two_processes_encode_and_train_on_them(listed: dict[str, Any], tmp_path
 
 def test_the_second_half_takes_the_captions_over(listed: dict[str, Any], tmp_path: Path) -> None:
     config = {**listed, "caption_dropout_rate": 0.3, "num_epochs": 2}
-    code, whole = train(config, tmp_path / "whole")
-    assert code == 0
-    assert train(config, tmp_path / "encoded", "--task", "sft:data_process")[0] == 0
+    whole = train_to_end(config, tmp_path / "whole")
+    train_to_end(config, tmp_path / "encoded", "--task", "sft:data_process")
     second = {k: v for k, v in config.items() if not k.startswith(("caption_", "dataset_meta"))}
     second |= {"task": "sft:train", "dataset_base_path": str(tmp_path / "encoded")}
     second["model_paths"] = config["model_paths"][:1]
-    assert train(second, tmp_path / "split")[0] == 0
+    train_to_end(second, tmp_path / "split")
     ends = [load_file(tmp_path / n / "epoch-1.safetensors") for n in ("whole", "split")]
     assert all(torch.equal(ends[1][name], tensor) for name, tensor in ends[0].items())
-    said = io.StringIO()
-    with redirect_stderr(said):
-        assert train({**second, "caption_dropout_rate": 0.2}, tmp_path / "other")[0] == 2
-    assert "encoded with caption_dropout_rate = 0.3, and now it is 0.2" in said.getvalue()
+    assert "encoded with caption_dropout_rate = 0.3, and now it is 0.2" in why_refused(
+        {**second, "caption_dropout_rate": 0.2}, tmp_path / "other"
+    )
     assert whole.is_dir()
 
 
 def test_what_was_encoded_without_is_refused(values: Values, tmp_path: Path) -> None:
     """Also by a program that does not know the parameter."""
-    assert train(values(), tmp_path / "encoded", "--task", "sft:data_process")[0] == 0
+    train_to_end(values(), tmp_path / "encoded", "--task", "sft:data_process")
     path = tmp_path / "encoded" / "samples.parquet"
     notes = json.loads(pl.read_parquet_metadata(path)["diffsynth_dagster"])
     for name in [n for n in notes["parameters"] if n.startswith("caption_")]:
@@ -394,8 +385,7 @@ def test_what_was_encoded_without_is_refused(values: Values, tmp_path: Path) -> 
     second = values(
         task="sft:train", dataset_metadata_path=None, dataset_base_path=str(tmp_path / "encoded")
     )
-    said = io.StringIO()
-    with redirect_stderr(said):
-        assert train({**second, "caption_dropout_rate": 0.2}, tmp_path / "run")[0] == 2
-    assert "encoded with caption_dropout_rate = 0.0, and now it is 0.2" in said.getvalue()
-    assert train(second, tmp_path / "run")[0] == 0
+    assert "encoded with caption_dropout_rate = 0.0, and now it is 0.2" in why_refused(
+        {**second, "caption_dropout_rate": 0.2}, tmp_path / "run"
+    )
+    train_to_end(second, tmp_path / "run")

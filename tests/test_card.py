@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import dagster as dg
 import pytest
 import yaml
-from conftest import Values, make_config, train
+from conftest import Values, make_config, train_to_end
 from dagster_support import definitions_of, write_recipe
 from PIL import Image
 
@@ -33,8 +33,7 @@ SAMPLED = {"sample_prompts": [PROMPT], "sample_num_inference_steps": 1, "height"
 @pytest.fixture
 def run(values: Values, tmp_path: Path) -> Path:
     """The run folder of a finished LoRA training with samples and exports."""
-    code, run = train(values(**SAMPLED, lora_alpha=8), tmp_path / "my_[run]", exports=True)
-    assert code == 0
+    run = train_to_end(values(**SAMPLED, lora_alpha=8), tmp_path / "my_[run]", exports=True)
     return run
 
 
@@ -102,7 +101,7 @@ def test_what_the_card_says_and_links_to(values: Values, run: Path, tiny_qwen: P
 
 def test_equal_trainings_have_equal_cards(values: Values, run: Path, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere" / run.name
-    assert train(values(**SAMPLED, lora_alpha=8), other, exports=True)[0] == 0
+    train_to_end(values(**SAMPLED, lora_alpha=8), other, exports=True)
     assert card_of(other) == card_of(run)
     assert (other / "exports" / "loss.svg").read_text() == (
         run / "exports" / "loss.svg"
@@ -125,8 +124,7 @@ def test_a_repository_is_the_base_model(values: Values, run: Path) -> None:
 
 def test_a_module_trained_in_full(values: Values, tmp_path: Path) -> None:
     given = values(trainable_models=["dit"])
-    code, run = train(given, tmp_path / "run", exports=True)
-    assert code == 0
+    run = train_to_end(given, tmp_path / "run", exports=True)
     card = card_of(run)
     assert "full-training" in front_matter(card)["tags"]
     assert "\n- Trained: `dit` in full\n" in card
@@ -161,7 +159,7 @@ def test_an_edited_card_is_kept(
         assert path.read_text(encoding="utf-8") == text
     path.write_bytes(b"\xff\xfe")
     capsys.readouterr()
-    assert train(values(**SAMPLED, lora_alpha=8), run, exports=True)[0] == 0
+    train_to_end(values(**SAMPLED, lora_alpha=8), run, exports=True)
     assert capsys.readouterr().out.count(f"{path} was edited, and stays as it is") == 1
     assert path.read_bytes() == b"\xff\xfe"
     path.unlink()
@@ -177,7 +175,7 @@ def test_damaged_pictures_and_losses_are_not_shown(values: Values, run: Path) ->
 
 def test_the_card_is_shown_in_dagster(values: Values, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train(values(**SAMPLED), run)[0] == 0
+    train_to_end(values(**SAMPLED), run)
     write_recipe(tmp_path / "recipes", "tiny", {**values(**SAMPLED), "output_path": str(run)})
     key = dg.AssetKey(["tiny", "exports"])
     with dg.DagsterInstance.ephemeral() as instance:

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import Values, train
+from conftest import Values, record_of, train_to_end
 from families.ltx2.cases import CASES as LTX2
 from families.ltx2.cases import FRAMES, SIDE, rows, write
 from media_support import picture
@@ -21,7 +21,6 @@ from PIL import Image, ImageSequence
 from assets.pictures import MAX_ANIMATION_BYTES, MAX_ANIMATION_FRAMES, animation
 from diffsynth_dagster.errors import OutputError
 from diffsynth_dagster.families.contract import Clip
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training import sample_pictures
 from diffsynth_dagster.training.clips import read_frames, write_clip
 from diffsynth_dagster.training.sampling import Sampler, grid, strip
@@ -172,16 +171,14 @@ def test_the_picture_of_images_is_what_it_was(
     config = values(
         sample_prompts=["a", "another"], sample_num_inference_steps=2, height=32, width=48
     )
-    code, run = train(config, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(config, tmp_path / "run")
     for step, images in zip((0, 2), made, strict=True):
         expected = tmp_path / "expected.png"
         grid(images, columns=2).save(expected)
         assert (run / "samples" / f"step-{step}.png").read_bytes() == expected.read_bytes()
         assert [strip([image]).tobytes() for image in images] == [i.tobytes() for i in images]
     assert {file.suffix for file in (run / "samples").iterdir()} == {".png"}
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     assert record.clips == {}
     assert record.pictures == {"step-0": "step-0.png", "step-2": "step-2.png"}
 
@@ -206,10 +203,8 @@ def test_a_training_writes_clips_with_sound(tmp_path: Path) -> None:
         "model_paths": [*models["model_paths"], str(vocoder)],
         "save_steps": 4,
     }
-    code, run = train(config, tmp_path / "run")
-    assert code == 0
-    record = read_record(run)
-    assert record is not None
+    run = train_to_end(config, tmp_path / "run")
+    record = record_of(run)
     names = [f"step-{step}-{prompt}" for step in (0, 4) for prompt in (0, 1)]
     assert record.clips == {name: f"{name}.mp4" for name in names}
     sounds: list[np.ndarray] = []

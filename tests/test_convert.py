@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Values, make_config, train
+from conftest import Values, make_config, record_of, train_to_end
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.errors import WeightsError
@@ -18,7 +18,6 @@ from diffsynth_dagster.export.__main__ import main
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.formats import FORMATS
 from diffsynth_dagster.formats.change import difference
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
@@ -29,15 +28,13 @@ from diffsynth_dagster.weights.lora import read_lora
 def trained(shared_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a LoRA with alpha / rank = 3/4, exported in every format."""
     given = {**shared_values, "lora_alpha": 3.0, "export_formats": [*FORMATS]}
-    code, run = train(given, tmp_path_factory.mktemp("converted") / "run", exports=True)
-    assert code == 0
+    run = train_to_end(given, tmp_path_factory.mktemp("converted") / "run", exports=True)
     return run
 
 
 @pytest.fixture
 def checkpoint(trained: Path) -> Path:
-    record = read_record(trained)
-    assert record is not None
+    record = record_of(trained)
     return trained / record.newest[0]
 
 
@@ -70,7 +67,7 @@ def test_every_format_becomes_every_other(
     assert "layers of dit of qwen_image in the names of kohya; the change of each layer is" in said
 
 
-def test_a_layer_that_is_several_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layer_that_is_several_here(tmp_path: Path) -> None:
     """Whose B is not block-diagonal: each of the layers has the whole A."""
     start = "lora_unet_double_blocks_0_img_attn_qkv"
     fused = {
@@ -89,9 +86,7 @@ def test_a_layer_that_is_several_here(tmp_path: Path, capsys: pytest.CaptureFixt
         torch.testing.assert_close(own, rows)
 
 
-def test_the_denoiser_is_what_a_file_of_the_guide_names_without_a_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_denoiser_is_what_a_file_of_the_guide_names_without_a_start(tmp_path: Path) -> None:
     layers = {
         "lora_te_text_model_encoder_layers_0_self_attn_q_proj": 4,
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q": 8,
@@ -185,16 +180,14 @@ def re_up(name: str) -> bool:
 def test_what_a_lora_changes_is_said(
     values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, run = train(values(), tmp_path / "run", exports=True)
-    assert code == 0
+    run = train_to_end(values(), tmp_path / "run", exports=True)
     said = re.search(
         r"the LoRA: it changes (\d+) of \1 layers, by 0\.0\d+", capsys.readouterr().out
     )
     assert said is not None
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     (norms,) = record.weight_norms.values()
     assert len(norms) == int(said[1])
     assert all(norm > 0 for norm in norms.values())
-    assert train(values(learning_rate=1e-30), tmp_path / "none", exports=True)[0] == 0
+    train_to_end(values(learning_rate=1e-30), tmp_path / "none", exports=True)
     assert "the LoRA: it changes next to nothing: at most" in capsys.readouterr().out

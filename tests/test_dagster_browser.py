@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from browser import INSTALL, Browser, browsing, look
-from conftest import lora_values, train
+from conftest import lora_values, train_to_end
 from dagster import DagsterRunStatus
 from dagster_support import (
     endless,
@@ -68,12 +68,11 @@ def window(
     values = lora_values(tiny_qwen, pictures, folder / "cache")
     write_recipe(recipes, "tiny", {**values, "output_path": str(folder / "tiny")})
     write_recipe(recipes, "broken", {**values, "learning_rat": 0.1})
-    code, encoded = train(values, folder / "encoded", "--task", "sft:data_process")
-    assert code == 0
+    encoded = train_to_end(values, folder / "encoded", "--task", "sft:data_process")
     write_recipe(recipes, "endless", endless(values, encoded, folder / "endless"))
     finished = {**endless(values, encoded, folder / "finished"), "num_epochs": 1}
     write_recipe(recipes, "finished", finished)
-    assert train(finished, folder / "finished")[0] == 0
+    train_to_end(finished, folder / "finished")
     env = environment(home(folder / "home"), recipes)
     kept = Path(os.environ.get("BROWSER_PICTURES", folder))
     with ExitStack() as leaving:

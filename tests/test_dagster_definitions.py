@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 import pytest
 from conftest import ROOT
-from dagster_support import definitions_of, write_recipe
+from dagster_support import definitions_of, failure_of, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from diffsynth_dagster.config import TrainingConfig, read_config
 from diffsynth_dagster.config.recipe import RecipeOptions
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.versions import VERSIONS
-from resources import Parameters, load_recipes, recipes_folder
+from resources import load_recipes, recipes_folder
 
 HUB = "Qwen/Qwen-Image"
 SCRIPT = """
@@ -243,10 +243,7 @@ def test_broken_recipe_fails_by_itself(
     job = definitions.resolve_job_def("train_with_typo")
     done = job.execute_in_process(raise_on_error=False)
     assert not done.success
-    failure = done.failure_data_for_node("with_typo__metadata")
-    assert failure is not None
-    assert failure.user_failure_data is not None
-    message = failure.user_failure_data.description or ""
+    message = failure_of(done, "with_typo__metadata")
     assert str(path) in message
     assert all(word in message for word in words)
     assert not done.get_step_success_events()
@@ -286,10 +283,7 @@ def test_no_recipe_hides_the_others(tmp_path: Path, content: str | bytes) -> Non
     dg.Definitions.validate_loadable(definitions)
     assert {"sound/checkpoints", "bad/checkpoints"} <= keys(definitions)
     done = definitions.resolve_job_def("train_bad").execute_in_process(raise_on_error=False)
-    failure = done.failure_data_for_node("bad__metadata")
-    assert failure is not None
-    assert failure.user_failure_data is not None
-    message = failure.user_failure_data.description or ""
+    message = failure_of(done, "bad__metadata")
     assert str(bad) in message
     assert len(message) < 2000
     assert "cannot be used" not in message, "it was foreseen"
@@ -390,34 +384,3 @@ def test_code_version_is_that_of_what_matters() -> None:
     other = config(lora_checkpoint="a.safetensors")
     assert code_version(other, "checkpoints") != code_version(plain, "checkpoints")
     assert config_digest(other) == config_digest(plain)
-
-
-def test_run_config_overrides_a_recipe() -> None:
-    plain = config()
-    assert Parameters().apply(plain) == plain
-    changed = Parameters(
-        num_epochs=7,
-        lora_target_modules=["to_q", "to_k"],
-        model_paths='["a.safetensors", ["b-1.safetensors", "b-2.safetensors"]]',
-        lr_scheduler="cosine",
-    ).apply(plain)
-    assert changed.num_epochs == 7
-    assert changed.lora_target_modules == ("to_q", "to_k")
-    assert changed.model_paths == ("a.safetensors", ("b-1.safetensors", "b-2.safetensors"))
-    assert changed.lr_scheduler == "cosine"
-    assert changed.dataset_base_path == plain.dataset_base_path
-    with pytest.raises(ParameterError, match="num_epochs") as caught:
-        Parameters(num_epochs=0).apply(plain)
-    assert caught.value.where == "the run config"
-
-
-def test_run_config_has_every_parameter_that_a_run_may_set() -> None:
-    planned = {
-        name
-        for name, field in TrainingConfig.model_fields.items()
-        if (field.json_schema_extra or {}).get("planned")  # pyright: ignore
-    }
-    shown = set(Parameters.model_fields)
-    assert shown == (set(TrainingConfig.model_fields) - planned - {"task"}) | {"left_out"}
-    field = Parameters.model_fields["num_epochs"]
-    assert (field.description or "").startswith("Number of epochs.")

@@ -13,7 +13,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from conftest import ROOT, Values, train, write_images
+from conftest import ROOT, Values, train, train_to_end, write_images
 from dagster_support import Told, execute, has_stepped, told, write_recipe
 from process_support import forked_launches
 
@@ -91,6 +91,8 @@ with FailureGuard(failure_reporter()):
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 """
 
+NO_TABLE = {"dataset_metadata_path": "none.csv", "task": "sft"}
+
 
 @dataclass
 class Place:
@@ -123,10 +125,14 @@ def require_printed_once(told: Told, printed: str) -> None:
     assert "Stack Trace" not in printed
 
 
+@pytest.fixture(scope="module")
+def encoded(shared_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoded") / "run"
+    return train_to_end(shared_values, folder, "--task", "sft:data_process")
+
+
 @pytest.fixture
-def place(values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    code, encoded = train(values(), tmp_path / "encoded", "--task", "sft:data_process")
-    assert code == 0
+def place(values: Values, encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     (tmp_path / "code").mkdir()
     code = FAILING.replace("{tries}", str(tmp_path / "tries"))
     (tmp_path / "code" / "failing.py").write_text(code, encoding="utf-8")
@@ -176,19 +182,9 @@ def test_rejected_rows(place: Place, tmp_path: Path, capfd: pytest.CaptureFixtur
     require_printed_once(said, capfd.readouterr().err)
 
 
-def test_table_that_cannot_be_read(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    said = place.failure("metadata", dataset_metadata_path="none.csv", task="sft")
-    assert said.reason.startswith(
-        f"the metadata file does not exist\n  where: dataset_metadata_path = {Path('none.csv').absolute()}"
-    )
-    assert not said.trace
-    require_printed_once(said, capfd.readouterr().err)
-
-
 def test_error_in_the_users_function(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     """All of the user's own traceback, from where their code begins, also with what led to it."""
-    table = {"dataset_metadata_path": "none.csv", "task": "sft"}
-    said = place.failure("metadata", customized_dataset="failing.make_table", **table)
+    said = place.failure("metadata", customized_dataset="failing.make_table", **NO_TABLE)
     file = place.folder / "code" / "failing.py"
     line = FAILING.splitlines().index("    return 1 / depth") + 1
     assert said.reason.splitlines() == [
@@ -204,15 +200,11 @@ def test_error_in_the_users_function(place: Place, capfd: pytest.CaptureFixture[
 
 def test_cancel(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     """A run that is interrupted is cancelled, not broken. (From the UI: see `test_dagster_ui.py`.)"""
-    table = {"dataset_metadata_path": "none.csv", "task": "sft"}
-    said = place.failure("metadata", customized_dataset="failing.interrupt", **table)
+    said = place.failure("metadata", customized_dataset="failing.interrupt", **NO_TABLE)
     assert said.reason.startswith("cancelled: the run was asked to stop, in the UI or by Ctrl-C\n")
     assert not said.trace
     printed = capfd.readouterr().err
-    assert (
-        len(re.findall(r"^train_failing: cancelled after \d+ s: failing/metadata$", printed, re.M))
-        == 1
-    )
+    (_,) = re.findall(r"^train_failing: cancelled after \d+ s: failing/metadata$", printed, re.M)
     assert "Traceback" not in printed
     assert "failed" not in printed
 
@@ -353,9 +345,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_bad_flag_is_data_not_print(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--lora_rnk", "4"]) == 2
     (failure,) = read_failures(folder)
-    assert failure.kind == "mistake"
+    assert (failure.kind, failure.where) == ("mistake", "the command line")
     assert failure.what == "unknown parameter --lora_rnk; did you mean 'lora_rank'?"
-    assert failure.where == "the command line"
     assert not failure.may_retry
     assert capsys.readouterr().err == ""
 
@@ -397,13 +388,11 @@ def test_download_may_be_tried_again(folder: Path) -> None:
     assert failure.may_retry
 
 
-def test_no_launcher_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_that_no_launcher_reads_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with FailureGuard(PrintedFailures()) as guard:
         raise ParameterError("wrong", where="here", do="mend it")
     assert guard.code == 2
     assert capsys.readouterr().err == "error: wrong\n  where: here\n  what to do: mend it\n"
-
-
-def test_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    # The folder of the launcher cannot be written:
     WrittenFailures(Path("/dev/null/none")).report(Failure("mistake", "wrong"))
     assert capsys.readouterr().err == "error: wrong\n"

@@ -218,3 +218,34 @@ def test_assets_picked_in_the_graph(definitions: dg.Definitions) -> None:
     changes = nested(lr_scheduler="linear", export_formats=["guide"], left_out=["lora_alpha"])
     ran = applied(job, changes, config_of({**RECIPE, "lora_alpha": 4}))
     assert ran == config_of({**RECIPE, "lr_scheduler": "linear", "export_formats": ["guide"]})
+
+
+def test_run_config_overrides_a_recipe() -> None:
+    plain = read_config(RECIPE, "the test")
+    assert Parameters().apply(plain) == plain
+    changed = Parameters(
+        num_epochs=7,
+        lora_target_modules=["to_q", "to_k"],
+        model_paths='["a.safetensors", ["b-1.safetensors", "b-2.safetensors"]]',
+        lr_scheduler="linear",
+    ).apply(plain)
+    assert changed.num_epochs == 7
+    assert changed.lora_target_modules == ("to_q", "to_k")
+    assert changed.model_paths == ("a.safetensors", ("b-1.safetensors", "b-2.safetensors"))
+    assert changed.lr_scheduler == "linear"
+    assert changed.dataset_base_path == plain.dataset_base_path
+    with pytest.raises(ParameterError, match="num_epochs") as caught:
+        Parameters(num_epochs=0).apply(plain)
+    assert caught.value.where == "the run config"
+
+
+def test_run_config_has_every_parameter_that_a_run_may_set() -> None:
+    planned = {
+        name
+        for name, field in TrainingConfig.model_fields.items()
+        if (field.json_schema_extra or {}).get("planned")  # pyright: ignore
+    }
+    shown = set(Parameters.model_fields)
+    assert shown == (set(TrainingConfig.model_fields) - planned - {"task"}) | {"left_out"}
+    field = Parameters.model_fields["num_epochs"]
+    assert (field.description or "").startswith("Number of epochs.")

@@ -7,11 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -19,7 +17,7 @@ import psutil
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT, Values, train
+from conftest import ROOT, Values, train_to_end
 from dagster_support import (
     definitions_of,
     endless,
@@ -37,9 +35,7 @@ from test_dagster_ui import STARTS_WITHIN
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.recipe import RecipeOptions
 from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.run.events import Saved, Warned, message_of
 from resources import Launcher, load_recipes
-from resources.messages import FileMessages, MessageReader, told
 from resources.places import Holder, Place, holder, take
 from resources.pools import VARIABLE, devices_of, how_many, pool_of, pools_set, warn_of_waiting
 from resources.run_launcher import WatchedRunLauncher
@@ -213,52 +209,6 @@ def test_a_configuration_of_accelerate_does_not_take_other_devices(tmp_path: Pat
     assert (plain.gpu_ids, plain.num_processes, plain.multi_gpu) == ("all", 2, True)
 
 
-class OtherReader(dg.PipesMessageReader):
-    """Messages that come in another way than through a file."""
-
-    @contextmanager
-    def read_messages(self, handler: Any) -> Iterator[dict[str, str]]:
-        event = message_of(Saved(step=1, path="a"))
-        handler.handle_message({"method": "report_custom_message", "params": {"payload": event}})
-        warning = {"payload": message_of(Warned("hot"))}
-        handler.handle_message({"method": "report_custom_message", "params": warning})
-        handler.handle_message({"method": "log", "params": {}})
-        yield {"where": "elsewhere"}
-
-    def no_messages_debug_text(self) -> str:
-        return "elsewhere"
-
-
-def test_messages_may_come_any_way() -> None:
-    """From a job on a cluster, for example."""
-    reader, rest, warned = MessageReader(OtherReader()), list[str](), list[str]()
-    handler: Any = SimpleNamespace(handle_message=lambda message: rest.append(message["method"]))
-    context: Any = SimpleNamespace(log=SimpleNamespace(warning=warned.append))
-    with reader.read_messages(handler) as parameters:
-        assert parameters == {"where": "elsewhere"}
-        assert list(told(context, reader)) == [Saved(step=1, path="a")]
-    assert list(told(context, reader)) == []
-    assert (rest, warned) == (["log"], ["hot"])
-    assert reader.no_messages_debug_text() == "elsewhere"
-
-
-def test_a_message_that_is_still_being_written_is_waited_for(tmp_path: Path) -> None:
-    reader, got = FileMessages(tmp_path / "messages"), list[Any]()
-    handler: Any = SimpleNamespace(handle_message=got.append)
-    with (
-        reader.read_messages(handler) as parameters,
-        open(parameters["path"], "a", encoding="utf-8", buffering=1) as file,
-    ):
-        file.write('{"method": "a"}\n{"meth')
-        file.flush()
-        wait_for(lambda: got, 10, "the first message")
-        time.sleep(0.2)
-        file.write('od": "ü"}\n')
-        wait_for(lambda: len(got) == 2, 10, "the second one")
-        file.write('{"method": "last"}\n')
-    assert got == [{"method": "a"}, {"method": "ü"}, {"method": "last"}]
-
-
 @pytest.fixture
 def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
     with dg.DagsterInstance.from_config(str(home(tmp_path / "home"))) as instance:
@@ -362,8 +312,7 @@ class Night:
 @pytest.fixture
 def night(values: Values, tmp_path: Path, monkeypatch: Patch) -> Iterator[Night]:
     monkeypatch.setenv(VARIABLE, "gpu=0,1")
-    code, encoded = train(values(), tmp_path / "encoded", "--task", "sft:data_process")
-    assert code == 0
+    encoded = train_to_end(values(), tmp_path / "encoded", "--task", "sft:data_process")
     for name in "abcd":
         recipe = endless(values(), encoded, tmp_path / name)
         write_recipe(tmp_path / "recipes", name, {**recipe, "gpus": 1})

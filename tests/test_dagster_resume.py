@@ -10,7 +10,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from conftest import Values, make_config, train
+from conftest import Values, make_config, train_to_end
 from dagster_support import (
     environment,
     execute,
@@ -64,8 +64,7 @@ def test_a_training_that_dies_before_it_begins_is_not_taken_for_done(
     values: Values, tmp_path: Path
 ) -> None:
     """`retrain`: what the older run left is there still when the retry looks."""
-    code, run = train(values(num_epochs=2), tmp_path / "run")
-    assert code == 0
+    run = train_to_end(values(num_epochs=2), tmp_path / "run")
     config = {**values(num_epochs=2), "output_path": str(run)}
     hub = ModelHub.from_environment()
     assert why_train(second_half(make_config(config)), hub, None) is None
@@ -93,12 +92,10 @@ def test_killed_trainings_go_on(
     values: Values, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """First all of `dagster job execute` is killed, then the training of the next run."""
-    code, encoded = train(values(), tmp_path / "encoded", "--task", "sft:data_process")
-    assert code == 0
+    encoded = train_to_end(values(), tmp_path / "encoded", "--task", "sft:data_process")
     given = {k: v for k, v in values(**LONG).items() if k != "dataset_metadata_path"}
     given |= {"dataset_base_path": str(encoded), "task": "sft:train"}
-    code, undisturbed = train(given, tmp_path / "undisturbed")
-    assert code == 0
+    undisturbed = train_to_end(given, tmp_path / "undisturbed")
     folder, run = tmp_path / "b", tmp_path / "b" / "run"
     write_recipe(folder / "recipes", "tiny", {**given, "output_path": str(run)})
     env, log = environment(home(folder / "home"), folder / "recipes"), folder / "log"

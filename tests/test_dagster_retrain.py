@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 import pytest
 from conftest import lora_values
-from dagster_support import definitions_of, write_recipe
+from dagster_support import definitions_of, failure_of, write_recipe
 from process_support import forked_launches
 from retrain_support import CRON, Nights, Stubs, nights_of
 
@@ -25,6 +25,9 @@ VALUES: dict[str, Any] = {
     "lora_base_model": "dit",
     "retrain": CRON,
 }
+MADE = {"customized_dataset": "conftest.write_images"}
+SCHEDULE = {"schedule": "0 4 * * *"}
+ENCODED = {"task": "sft:train", "dataset_metadata_path": None}
 
 
 @pytest.mark.soak
@@ -177,8 +180,7 @@ def test_one_training_for_several_changes(made: Place) -> None:
 
 def test_what_a_person_makes_by_day_waits_for_the_night(made: Place) -> None:
     made.stubs.files, made.stubs.rows = 1, 1
-    definitions = made.stubs.definitions()
-    job = definitions.resolve_implicit_global_asset_job_def()
+    job = made.stubs.definitions().resolve_implicit_global_asset_job_def()
     by_hand = [dg.AssetKey(["a", kind]) for kind in ("data", "metadata")]
     assert job.execute_in_process(instance=made.nights.instance, asset_selection=by_hand).success
     assert made.nights.noon() == []
@@ -210,10 +212,9 @@ def test_a_recipe_that_fails_holds_up_no_other(place: Place) -> None:
 @pytest.mark.soak
 def test_encoded_samples_of_another_recipe(place: Place) -> None:
     """A recipe without a data set looks at its times at what it depends on."""
-    encoded = {"task": "sft:train", "dataset_metadata_path": None}
     place.recipe("a", task="sft:data_process")
     place.recipe(
-        "b", **encoded, dataset_base_path=str(place.folder / "a"), retrain={"cron": "0 4 * * *"}
+        "b", **ENCODED, dataset_base_path=str(place.folder / "a"), retrain={"cron": "0 4 * * *"}
     )
     nights = place.nights
     assert nights.night() == [{"data"}, {"weights"}, {"metadata"}, {"latents"}]
@@ -230,7 +231,7 @@ def test_encoded_samples_of_another_recipe(place: Place) -> None:
 
 @pytest.mark.soak
 def test_a_data_set_that_is_made_is_made_each_night(place: Place) -> None:
-    place.recipe(customized_dataset="conftest.write_images")
+    place.recipe(**MADE)
     assert place.nights.night()[-1] == ALL
     assert place.nights.night() == [{"data"}, {"metadata"}]
 
@@ -282,48 +283,33 @@ def test_sensors_are_on(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("retrain", "message"),
+    ("retrain", "others", "message"),
     [
-        ("0 3 * * *", "'retrain' is not a mapping"),
-        ({}, "neither 'cron' nor 'files'"),
-        ({"crom": "0 3 * * *"}, "unknown key 'crom' in 'retrain'; did you mean 'cron'"),
-        ({"cron": "often"}, "'cron' = 'often' in 'retrain' is no cron expression"),
-        ({**CRON, "timezone": "Mars"}, "'timezone' = 'Mars' in 'retrain' is no time zone"),
-        ({**CRON, "timezone": "Europe"}, "is no time zone"),
-        ({**CRON, "when": "often"}, "'when' = 'often'"),
-        ({**CRON, "when": "always", "files": True}, "whether files have changed or not"),
-        ({**CRON, "settle_minutes": 1}, "no 'files: true'"),
-        ({"files": True, "timezone": "Asia/Tokyo"}, "'timezone' and no 'cron'"),
-        ({"files": True, "settle_minutes": -1}, "'settle_minutes' = '?-1'?"),
+        ("0 3 * * *", {}, "'retrain' is not a mapping"),
+        ({}, {}, "neither 'cron' nor 'files'"),
+        ({"crom": "0 3 * * *"}, {}, "unknown key 'crom' in 'retrain'; did you mean 'cron'"),
+        ({**CRON, "timezone": "Mars"}, {}, "'timezone' = 'Mars' in 'retrain' is no time zone"),
+        ({**CRON, "timezone": "Europe"}, {}, "is no time zone"),
+        ({**CRON, "when": "often"}, {}, "'when' = 'often'"),
+        ({**CRON, "when": "always", "files": True}, {}, "whether files have changed or not"),
+        ({**CRON, "settle_minutes": 1}, {}, "no 'files: true'"),
+        ({"files": True, "timezone": "Asia/Tokyo"}, {}, "'timezone' and no 'cron'"),
+        ({"files": True, "settle_minutes": -1}, {}, "'settle_minutes' = '?-1'?"),
+        (None, SCHEDULE, "(?s)'schedule' is now `retrain: .* write `retrain: {cron: \"0 4 "),
+        ({"files": True}, MADE, "'customized_dataset' writes the files in each run"),
+        ({"files": True}, ENCODED, "the recipe has no data set"),
     ],
 )
-def test_wrong_times_are_refused(place: Place, retrain: object, message: str) -> None:
-    path = place.recipe(retrain=retrain)
+def test_wrong_times_are_refused(
+    place: Place, retrain: object, others: dict[str, Any], message: str
+) -> None:
+    path = place.recipe(retrain=retrain, **others)
     (broken,) = load_recipes(place.folder / "recipes")[1]
     with pytest.raises(type(broken.error), match=message):
         raise broken.error
     assert str(path) in str(broken.error)
     definitions = definitions_of(place.folder / "recipes")
     assert [schedule.name for schedule in definitions.schedules or ()] == ["forget_old_runs"]
-
-
-def test_the_key_of_before_is_refused(place: Place) -> None:
-    place.recipe(retrain=None, schedule="0 4 * * *")
-    (broken,) = load_recipes(place.folder / "recipes")[1]
-    assert "'schedule' is now `retrain: {cron: …}`" in str(broken.error)
-    assert 'write `retrain: {cron: "0 4 * * *"}` in its place' in str(broken.error)
-
-
-def test_files_that_each_run_writes_are_not_watched(place: Place) -> None:
-    place.recipe(customized_dataset="conftest.write_images", retrain={"files": True})
-    (broken,) = load_recipes(place.folder / "recipes")[1]
-    assert "'customized_dataset' writes the files in each run" in str(broken.error)
-
-
-def test_files_of_encoded_samples_are_not_watched(place: Place) -> None:
-    place.recipe(task="sft:train", dataset_metadata_path=None, retrain={"files": True})
-    (broken,) = load_recipes(place.folder / "recipes")[1]
-    assert "the recipe has no data set" in str(broken.error)
 
 
 @pytest.mark.parametrize("wrong", [{"batch_sise": 4}, {"batch_size": "many"}])
@@ -337,12 +323,10 @@ def test_a_recipe_that_breaks_keeps_its_times(
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 4 * * *", "Asia/Tokyo")
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
     (request,) = tick_of(schedule, definitions, kept).run_requests or []
-    job = definitions.resolve_job_def(schedule.job_name)
-    result = job.execute_in_process(run_config=request.run_config, raise_on_error=False)
-    failure = result.failure_data_for_node("a__metadata")
-    assert failure is not None
-    assert failure.user_failure_data is not None
-    assert next(iter(wrong)) in (failure.user_failure_data.description or "")
+    result = definitions.resolve_job_def(schedule.job_name).execute_in_process(
+        request.run_config, raise_on_error=False
+    )
+    assert next(iter(wrong)) in failure_of(result, "a__metadata")
 
 
 def watch(place: Place, cursor: str | None) -> dg.SensorResult:

@@ -8,14 +8,13 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
-from conftest import lora_values, write_images
+from conftest import lora_values, record_of, write_images
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
-from dagster_support import definitions_of, write_recipe
+from dagster_support import definitions_of, failure_of, write_recipe
 from process_support import forked_launches
 
 from assets.common import KINDS, Kind, asset_key
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
 from resources import Launcher
 
@@ -69,18 +68,8 @@ def checks_of(result: dg.ExecuteInProcessResult) -> dict[str, bool]:
     return {e.check_name: e.passed for e in result.get_asset_check_evaluations()}
 
 
-def failure_of(result: dg.ExecuteInProcessResult, node: str) -> str:
-    failure = result.failure_data_for_node(node)
-    assert failure is not None
-    assert failure.user_failure_data is not None, failure.error
-    return failure.user_failure_data.description or ""
-
-
-def version(place: Place, kind: str, name: str) -> str:
-    event = place.instance.get_latest_materialization_event(dg.AssetKey([name, kind]))
-    assert event is not None
-    assert event.asset_materialization is not None
-    return (event.asset_materialization.tags or {})["dagster/data_version"]
+def table_in(data: Path) -> dict[str, str]:
+    return {"dataset_base_path": str(data), "dataset_metadata_path": str(data / "metadata.csv")}
 
 
 def why_stale(place: Place, kind: Kind, name: str) -> list[str]:
@@ -132,13 +121,12 @@ def test_every_asset_says_what_a_person_wants_to_see(
         "tokenizer",
     }
     table = metadata_of(first, "metadata", "tiny")
-    assert table["dagster/row_count"].value == 8
-    assert table["status/ok"].value == 8
-    assert table["duplicates"].value == 0
+    names = ("dagster/row_count", "status/ok", "duplicates")
+    assert [table[name].value for name in names] == [8, 8, 0]
     assert "picture number" in table["rows"].value
     latents = metadata_of(first, "latents", "tiny")
-    assert latents["misses/image"].value == 8
-    assert latents["misses/prompt"].value == 10  # with the prompt of the samples, and the empty one
+    # With the prompt of the samples, and the empty one.
+    assert (latents["misses/image"].value, latents["misses/prompt"].value) == (8, 10)
     assert latents["hits/image"].value == 0
     assert latents["store_bytes"].value > 0
     training = metadata_of(first, "checkpoints", "tiny")
@@ -222,11 +210,9 @@ def test_run_config_retrains_with_other_parameters(
     assert facts["trained_because"].value == "retrain was asked for"
     assert facts["overrides"].value == {**parameters, "num_processes": 1}
     assert why_stale(place, "checkpoints", "tiny") == ["has a new code version"]
-    record = read_record(Path(folder))
-    assert record is not None
+    record = record_of(Path(folder))
     assert record.steps == 4
-    before = read_record(place.folder / "tiny")
-    assert before is not None
+    before = record_of(place.folder / "tiny")
     assert before.steps == 2
 
 
@@ -234,23 +220,37 @@ def unchanged(result: dg.ExecuteInProcessResult, name: str) -> list[Kind]:
     return [k for k in KINDS[:-1] if "unchanged" in metadata_of(result, k, name)]
 
 
-def test_only_what_is_not_as_it_was_is_made_again(place: Place) -> None:
-    """And nothing is shown as stale after it."""
+def test_only_what_is_not_as_it_was_is_made_again(
+    place: Place, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing is shown as stale after it. Losses and pictures that are not as the training left them are
+    named, not shown, and no reason to train again."""
     data = write_images(place.folder / "own", 3)
-    table = {"dataset_base_path": str(data), "dataset_metadata_path": str(data / "metadata.csv")}
-    place.recipe("edited", **table, sample_prompts=None)
+    place.recipe("edited", **table_in(data))
     assert place.run("edited").success
-    place.recipe("edited", **table, sample_prompts=None, export_formats=["comfyui"])
+    place.recipe("edited", **table_in(data), export_formats=["comfyui"])
     exported = place.run("edited")
     assert unchanged(exported, "edited") == ["metadata", "latents", "checkpoints"]
     assert not [cause for kind in KINDS for cause in why_stale(place, kind, "edited")]
-    file = next((place.folder / "edited" / "exports" / "comfyui").rglob("*.safetensors"))
+    run = place.folder / "edited"
+    file = next((run / "exports" / "comfyui").rglob("*.safetensors"))
     damaged = file.read_bytes()[:-1]
     file.unlink()  # what is promoted has a second name of it
     file.write_bytes(damaged)
+    looked_at = [run / "metrics.csv", *sorted((run / "samples").iterdir())]
+    for path in looked_at:
+        path.write_bytes(bytes(8) + path.read_bytes()[8:])
+    capfd.readouterr()
     mended = place.run("edited")
-    assert unchanged(mended, "edited") == ["metadata", "latents", "checkpoints"]
-    assert version(place, "exports", "edited") == tags_of(exported, "exports", "edited")[DATA]
+    assert mended.success
+    assert unchanged(mended, "edited") == ["metadata", "latents"]
+    facts = metadata_of(mended, "checkpoints", "edited")
+    assert facts["trained_in_this_run"].value is False
+    assert not {"loss_curve", "samples"} & facts.keys()
+    said = capfd.readouterr().err
+    assert all(str(path) in said for path in looked_at)
+    tags = [tags_of(result, "exports", "edited") for result in (exported, mended)]
+    assert tags[0][DATA] == tags[1][DATA]
 
 
 def test_a_recipe_for_each_half(place: Place) -> None:
@@ -261,96 +261,59 @@ def test_a_recipe_for_each_half(place: Place) -> None:
     second = {"task": "sft:train", "height": None, "width": None, "dataset_metadata_path": None}
     encoded = str(place.folder / "first_half")
     place.recipe("second_half", **plain, **second, dataset_base_path=encoded)
-    assert place.run("first_half").success
+    first_half = place.run("first_half")
+    assert first_half.success
+    made = tags_of(first_half, "latents", "first_half")[DATA]
     for trains in (True, False):
         result = place.run("second_half")
         assert result.success
         assert not result.asset_materializations_for_node("first_half__latents")
         taken = tags_of(result, "checkpoints", "second_half")
-        assert taken["dagster/input_data_version/first_half/latents"] == version(
-            place, "latents", "first_half"
-        )
+        assert taken["dagster/input_data_version/first_half/latents"] == made
         metadata = metadata_of(result, "checkpoints", "second_half")
         assert metadata["trained_in_this_run"].value is trains
-
-
-def test_what_is_looked_at_may_be_damaged(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    """Losses and pictures that are not as the training left them are named, not shown, and no reason to
-    train again."""
-    place.recipe("looked_at")
-    assert place.run("looked_at").success
-    run = place.folder / "looked_at"
-    damaged = [run / "metrics.csv", *sorted((run / "samples").iterdir())]
-    for path in damaged:
-        path.write_bytes(bytes(8) + path.read_bytes()[8:])
-    capfd.readouterr()
-    result = place.run("looked_at")
-    assert result.success
-    facts = metadata_of(result, "checkpoints", "looked_at")
-    assert facts["trained_in_this_run"].value is False
-    assert not {"loss_curve", "samples"} & facts.keys()
-    said = capfd.readouterr().err
-    assert all(str(path) in said for path in damaged)
 
 
 def refuse_to_launch(*arguments: Any, **options: Any) -> Any:
     raise AssertionError("nothing may be launched")
 
 
-def test_rejected_row_stops_before_the_gpu(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Launcher, "run", refuse_to_launch)
-    data = write_images(tmp_path / "data", 3)
-    (data / "1.png").write_bytes((data / "1.png").read_bytes()[:100])
-    with (data / "metadata.csv").open("a", encoding="utf-8") as file:
-        file.write('none.png,"not | there"\n')
-    place.recipe(
-        "rejected",
-        dataset_base_path=str(data),
-        dataset_metadata_path=str(data / "metadata.csv"),
-    )
-    result = place.run("rejected")
-    assert not result.success
-    assert checks_of(result) == {"every_row_valid": False}
-    facts = metadata_of(result, "metadata", "rejected")
-    counts = {key: facts[f"status/{key}"].value for key in ("ok", "unreadable", "file_missing")}
-    assert counts == {"ok": 2, "unreadable": 1, "file_missing": 1}
-    lines = facts["rows"].value.splitlines()
-    assert "file_missing" in lines[2] + lines[3]
-    assert r"not \| there" in facts["rows"].value
-    (check,) = result.get_asset_check_evaluations()
-    assert "2 of 4 rows are usable; 2 are rejected: 1 " in (check.description or "")
-
-
 def test_ten_damaged_files_of_two_hundred(place: Place, tmp_path: Path) -> None:
-    """They stop the run before a model file is read, and are shown; if allowed, 190 are trained."""
+    """They stop the run before a model file is read, and are shown, as is a file that is not there; if
+    allowed, 190 are trained."""
     data = write_images(tmp_path / "data", 200)
     damaged = range(7, 200, 20)
     for index in damaged:
         path = data / f"{index}.png"
         path.write_bytes(path.read_bytes()[: 100 + index])
-    table = {"dataset_base_path": str(data), "dataset_metadata_path": str(data / "metadata.csv")}
+    with (data / "metadata.csv").open("a", encoding="utf-8") as file:
+        file.write('none.png,"not | there"\n')
+    table = table_in(data)
     place.recipe("damaged", **table)
-    result = place.run("damaged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Launcher, "run", refuse_to_launch)
+        result = place.run("damaged")
     assert not result.success
+    assert checks_of(result) == {"every_row_valid": False}
     materialized = [e.asset_key.path[-1] for e in result.all_events if e.is_step_materialization]
     assert materialized[0] == "metadata"
     assert not {"latents", "checkpoints", "exports"} & set(materialized)
     facts = metadata_of(result, "metadata", "damaged")
-    assert facts["status/unreadable"].value == 10
+    counts = {key: facts[f"status/{key}"].value for key in ("ok", "unreadable", "file_missing")}
+    assert counts == {"ok": 190, "unreadable": 10, "file_missing": 1}
     assert facts["rows"].value.count("not a readable image") == 10
+    assert r"not \| there" in facts["rows"].value
     assert facts["contact_sheet"].value.startswith("![")
     rejected = pl.read_csv(place.folder / "damaged" / "rejected.csv")
-    assert rejected["row"].to_list() == [index + 1 for index in damaged]
+    assert rejected["row"].to_list() == [*(index + 1 for index in damaged), 201]
+    (check,) = result.get_asset_check_evaluations()
+    assert "190 of 201 rows are usable; 11 are rejected: " in (check.description or "")
 
     short = {"batch_size": 32, "height": 16, "width": 16, "sample_prompts": []}
     place.recipe("spared", **table, **short, max_rejected_fraction=0.1)
     result = place.run("spared")
     assert result.success
-    record = read_record(place.folder / "spared")
-    assert record is not None
-    assert record.samples == 190
+    assert record_of(place.folder / "spared").samples == 190
 
 
 def test_allowed_rejects_pass_the_check(
@@ -359,14 +322,7 @@ def test_allowed_rejects_pass_the_check(
     monkeypatch.setattr(Launcher, "run", refuse_to_launch)
     data = write_images(tmp_path / "data", 3)
     (data / "1.png").unlink()
-    place.recipe(
-        "allowed",
-        dataset_base_path=str(data),
-        dataset_metadata_path=str(data / "metadata.csv"),
-        max_rejected_fraction=0.5,
-        height=64,
-        width=64,
-    )
+    place.recipe("allowed", **table_in(data), max_rejected_fraction=0.5, height=64, width=64)
     result = place.run("allowed", asset_selection=[dg.AssetKey(["allowed", "metadata"])])
     assert result.success
     assert checks_of(result) == {"every_row_valid": True}
@@ -380,20 +336,12 @@ def test_allowed_rejects_pass_the_check(
     ("overrides", "node", "words"),
     [
         ({"dataset_metadata_path": "none.csv"}, "bad__metadata", "metadata file does not exist"),
-        (
-            {"model_paths": ["none.safetensors"]},
-            "weights__none",
-            "the model file does not exist",
-        ),
+        ({"model_paths": ["none.safetensors"]}, "weights__none", "the model file does not exist"),
         ({"output_path": "/dev/null/run"}, "bad__metadata", "cannot be written"),
     ],
 )
 def test_mistake_is_one_message_without_retry(
-    place: Place,
-    monkeypatch: pytest.MonkeyPatch,
-    overrides: dict[str, Any],
-    node: str,
-    words: str,
+    place: Place, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], node: str, words: str
 ) -> None:
     monkeypatch.setattr(Launcher, "run", refuse_to_launch)
     place.recipe("bad", **overrides)
@@ -422,18 +370,6 @@ def test_download_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) 
     assert not result.success
     assert len(tries) == 3
     assert failure_of(result, "weights__a__b__c") == "the hub did not answer"
-
-
-def test_failure_of_the_training_is_told_in_its_words(place: Place) -> None:
-    """The trainer refuses a LoRA target that matches nothing; accelerate is in between."""
-    place.recipe("target", lora_target_modules=["to_qq"])
-    result = place.run("target")
-    assert not result.success
-    message = failure_of(result, "target__latents")
-    assert "the LoRA target 'to_qq' matches no layer of 'dit'" in message
-    assert "what to do: its layers end with" in message
-    assert "Traceback" not in message
-    assert not [e for e in result.all_events if e.event_type_value == "STEP_UP_FOR_RETRY"]
 
 
 def test_manifest_is_checked_against_the_store(place: Place, first: Any) -> None:

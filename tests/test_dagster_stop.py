@@ -4,7 +4,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from conftest import Values, train
+from conftest import Values, train_to_end
 from dagster_support import (
     endless,
     environment,
@@ -34,8 +34,7 @@ definitions = dg.Definitions(
 def test_kill_of_job_execute_is_the_end_of_the_training(
     values: Values, tmp_path: Path, executor: str
 ) -> None:
-    code, encoded = train(values(), tmp_path / "encoded", "--task", "sft:data_process")
-    assert code == 0
+    encoded = train_to_end(values(), tmp_path / "encoded", "--task", "sft:data_process")
     run = tmp_path / "run"
     write_recipe(tmp_path / "recipes", "endless", endless(values(), encoded, run))
     source: tuple[str, ...] = ()

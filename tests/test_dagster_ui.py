@@ -8,7 +8,7 @@ import dagster as dg
 import pytest
 import yaml
 from browser import INSTALL, Browser, browsing, look
-from conftest import lora_values, train
+from conftest import lora_values, train_to_end
 from dagster import DagsterRunStatus
 from dagster_graphql import DagsterGraphQLClientError
 from dagster_support import (
@@ -47,8 +47,7 @@ def server(
     again = {key: value for key, value in values.items() if key != "dataset_metadata_path"}
     again |= {"dataset_base_path": str(folder / "line"), "task": "sft:train"}
     write_recipe(folder / "recipes", "again", {**again, "output_path": str(folder / "ui")})
-    code, encoded = train(values, folder / "encoded", "--task", "sft:data_process")
-    assert code == 0
+    encoded = train_to_end(values, folder / "encoded", "--task", "sft:data_process")
     endless_values = endless(values, encoded, folder / "endless")
     write_recipe(folder / "recipes", "endless", endless_values)
     values |= {"dataset_metadata_path": "none.csv", "output_path": str(folder / "next")}

@@ -8,12 +8,11 @@ from pathlib import Path
 import av
 import dagster as dg
 import pytest
+from conftest import record_of
 from dagster_support import executed
 from families.wanvideo.cases import CASES
 from media_support import real_clip
 from PIL import Image
-
-from diffsynth_dagster.run.record import read_record
 
 CLIPS = {
     "carphone_pristine.mp4": "a man in a car talks",
@@ -70,8 +69,7 @@ def test_real_clips_become_a_lora(tmp_path: Path) -> None:
     assert training["clip/0"] == dg.MetadataValue.path(str(clip))
     with av.open(str(clip)) as container:
         assert len(list(container.decode(video=0))) == 9
-    record = read_record(tmp_path / "run")
-    assert record is not None
+    record = record_of(tmp_path / "run")
     assert list(record.clips.values()) == ["step-0-0.mp4", "step-3-0.mp4", "step-6-0.mp4"]
     (file,) = exports["files"].records
     assert Path(file.data["file"]).is_file()

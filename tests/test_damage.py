@@ -14,7 +14,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from conftest import Values, model_files, train
+from conftest import Values, model_files, train, train_to_end, why_refused
 from damage_support import DAMAGE, flipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,18 +88,17 @@ def test_a_flipped_byte_is_not_trained_on(
     values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = values(cache_path=str(tmp_path / "store"))
-    assert train(config, tmp_path / "run", "--task", "sft:data_process")[0] == 0
+    train_to_end(config, tmp_path / "run", "--task", "sft:data_process")
     for shard in (tmp_path / "store" / "shards").iterdir():
         content = bytearray(shard.read_bytes())
         content[-1] ^= 1
         shard.write_bytes(content)
     capsys.readouterr()
-    assert train(config, tmp_path / "run")[0] == 2
-    error = capsys.readouterr().err
+    error = why_refused(config, tmp_path / "run")
     assert "the store is damaged: the bytes of" in error
     assert "cache verify --drop --cache_path" in error
     assert maintain(["verify", "--drop", "--cache_path", str(tmp_path / "store")]) == 0
-    assert train(config, tmp_path / "run")[0] == 0
+    train_to_end(config, tmp_path / "run")
 
 
 @pytest.fixture
@@ -155,7 +154,7 @@ def test_encoded_samples_with_nan_are_not_trained_on(
 ) -> None:
     """Those of a store that was filled before they were refused."""
     config = values(cache_path=str(tmp_path / "store"))
-    assert train(config, tmp_path / "run", "--task", "sft:data_process")[0] == 0
+    train_to_end(config, tmp_path / "run", "--task", "sft:data_process")
     store = Store(tmp_path / "store")
     index = store.index()
     outputs = {key: store.read(key) for key in index["key"].unique()}
@@ -168,8 +167,7 @@ def test_encoded_samples_with_nan_are_not_trained_on(
         for key, tensors in outputs.items():
             writer.add(key, tensors)
     capsys.readouterr()
-    assert train(config, tmp_path / "run")[0] == 2
-    assert f"what rows {row} are encoded to holds NaN" in capsys.readouterr().err
+    assert f"what rows {row} are encoded to holds NaN" in why_refused(config, tmp_path / "run")
 
 
 def test_numbers_are_found() -> None:

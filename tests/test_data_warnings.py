@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from conftest import Values, make_config, train
+from conftest import Values, make_config, train_to_end
 from media_support import write_clip
 from PIL import Image
 from video_family import video_family
@@ -118,7 +118,7 @@ def test_the_command_line_shows_them(
     values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = values(height=32, width=64, task="sft:data_process")
-    assert train(given, tmp_path / "run")[0] == 0
+    train_to_end(given, tmp_path / "run")
     said = capsys.readouterr().err
     assert "warning: 8 rows, the first is 1, have pictures or clips that are smaller" in said
     assert "warning: 8 rows, the first is 1, have pictures or clips of which more than a" in said

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Values, train, write_images
+from conftest import Values, train, train_to_end, why_refused, write_images
 from PIL import Image
 
 from diffsynth_dagster.run.record import read_record
@@ -62,7 +62,7 @@ def trained(shared_values: dict[str, Any], tmp_path_factory: pytest.TempPathFact
         "num_epochs": 2,
         "cache_path": str(place / "cache"),
     }
-    assert train(given, place / "run")[0] == 0
+    train_to_end(given, place / "run")
     return Trained(given, place / "run")
 
 
@@ -129,7 +129,7 @@ def test_steps_are_those_of_as_many_processes(
     short = plan_of({**given, "max_train_steps": 3}, tmp_path / "run", capsys)[0]["course"]
     assert (short["steps"], short["epochs"], short["visits_of_a_sample"]) == (3, 1.5, 1.5)
     monkeypatch.setenv("RANK", "1")
-    assert train(given, tmp_path / "run", "--dry_run")[0] == 0
+    train_to_end(given, tmp_path / "run", "--dry_run")
     assert capsys.readouterr().out == ""  # one process speaks for all
 
 
@@ -139,7 +139,7 @@ def test_too_many_rejected_rows_are_refused(
     given = {**trained.given, "max_rejected_fraction": 0.0}
     error = refusal_of(given, tmp_path / "run", capsys)
     assert "9 of 10 rows are usable; 1 is rejected: 1 file missing" in error
-    assert train(given, tmp_path / "run", "--dry_run", "--no_files")[0] == 0
+    train_to_end(given, tmp_path / "run", "--dry_run", "--no_files")
     assert "data" not in json.loads(capsys.readouterr().out)
 
 
@@ -215,7 +215,8 @@ def test_models_that_are_not_there_are_named_or_downloaded_later(
 def test_no_files_is_said_of_a_dry_run(
     values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(values(), tmp_path / "run", "--no_files")[0] == 2
-    assert "--no_files is given but no --dry_run" in capsys.readouterr().err
+    assert "--no_files is given but no --dry_run" in why_refused(
+        values(), tmp_path / "run", "--no_files"
+    )
     assert main(["--dry_run", "--no_file"]) == 2
     assert "did you mean 'no_files'" in capsys.readouterr().err

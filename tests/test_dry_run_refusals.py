@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Values, make_config, train, write_images
+from conftest import Values, make_config, train, train_to_end, write_images
 from safetensors.torch import load_file, save_file
 from test_resume import stop_after
 
@@ -52,10 +52,9 @@ def both(answer: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
 def encoded(shared_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set that was encoded with one prompt, for samples without guidance."""
     given = {**shared_values, **SAMPLES, "sample_prompts": ["a picture"], "sample_cfg_scale": 1}
-    code, run = train(
+    run = train_to_end(
         {**given, "task": "sft:data_process"}, tmp_path_factory.mktemp("encoded") / "run"
     )
-    assert code == 0
     return run
 
 
@@ -91,8 +90,7 @@ def test_a_table_of_before_was_encoded_with_the_empty_negative_prompt(
     table = tmp_path / "samples.csv"
     table.write_text("prompt\na picture\n")
     given = values(sample_prompts=str(table), sample_cfg_scale=3)
-    code, run = train({**given, **SAMPLES, "task": "sft:data_process"}, tmp_path / "table")
-    assert code == 0
+    run = train_to_end({**given, **SAMPLES, "task": "sft:data_process"}, tmp_path / "table")
     family = find_family("qwen_image")
 
     def require(manifest: Manifest, **more: Any) -> None:
@@ -138,7 +136,7 @@ def test_a_model_that_is_half_downloaded(
     save_file(first, folder / "diffusion_pytorch_model-00001-of-00002.safetensors")
     hub = "Qwen/Qwen-Image:transformer/*.safetensors"
     given = values(model_paths=values()["model_paths"][1:], model_id_with_origin_paths=hub)
-    assert train(given, tmp_path / "run", "--dry_run")[0] == 0
+    train_to_end(given, tmp_path / "run", "--dry_run")
     assert json.loads(capsys.readouterr().out)["models"] == LATER
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_text("nonsense")
@@ -156,13 +154,13 @@ def test_an_empty_folder_that_a_function_fills(
     (folder / "README.md").write_text("filled each night")
     made = {"customized_dataset": "test_dry_run_files.make_none", "dataset_metadata_path": None}
     given = values(**made, dataset_base_path=str(folder))
-    assert train(given, tmp_path / "run", "--dry_run")[0] == 0
+    train_to_end(given, tmp_path / "run", "--dry_run")
     assert json.loads(capsys.readouterr().out)["data"].startswith("made by test_dry_run_files.")
     shutil.copytree(write_images(tmp_path / "pictures", 2), folder, dirs_exist_ok=True)
     (folder / "metadata.csv").unlink()
     for picture in folder.glob("*.png"):
         picture.with_suffix(".txt").write_text("a caption")
-    assert train(given, tmp_path / "run", "--dry_run")[0] == 0
+    train_to_end(given, tmp_path / "run", "--dry_run")
     assert json.loads(capsys.readouterr().out)["data"]["rows"] == {"ok": 2}
 
 

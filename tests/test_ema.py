@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Values, make_config, train
+from conftest import Values, make_config, train_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -129,9 +129,9 @@ def averaged(run: Path, steps: int, sigma_rel: float) -> dict[str, np.ndarray[An
 def test_checkpoints_are_the_average(
     values: Values, tmp_path: Path, trained: dict[str, Any]
 ) -> None:
-    assert train(values(**EVERY_STEP, **trained), tmp_path / "plain")[0] == 0
+    train_to_end(values(**EVERY_STEP, **trained), tmp_path / "plain")
     given = values(**EVERY_STEP, **trained, ema_sigma_rel=0.25)
-    assert train(given, tmp_path / "average")[0] == 0
+    train_to_end(given, tmp_path / "average")
     for step in (1, 3, STEPS):
         found = load_file(tmp_path / "average" / f"step-{step}.safetensors")
         for name, expected in averaged(tmp_path / "plain", step, 0.25).items():
@@ -149,7 +149,7 @@ def test_pictures_show_the_average(values: Values, tmp_path: Path) -> None:
     long = {**LONG, "learning_rate": 0.1, "lr_scheduler": "constant"}
     found: dict[str, dict[str, Any]] = {}
     for name, more in runs.items():
-        assert train(values(**long, **more), tmp_path / name)[0] == 0
+        train_to_end(values(**long, **more), tmp_path / name)
         found[name] = contents(tmp_path / name)
     pictures = [f"samples/step-{step}.png" for step in (0, 3, 6, 8)]
     assert all(found["plain"][p] == found["narrow"][p] for p in pictures)
@@ -162,7 +162,7 @@ def test_a_stopped_training_ends_with_the_same_average(
     values: Values, tmp_path: Path, steps: list[int]
 ) -> None:
     given = values(**LONG, ema_sigma_rel=0.2)
-    assert train(given, tmp_path / "undisturbed")[0] == 0
+    train_to_end(given, tmp_path / "undisturbed")
     config = {**given, "output_path": str(tmp_path / "run")}
     stop_after(config, *steps)
     run_training(make_config(config), never)

@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from conftest import Values, make_config, train
+from conftest import Values, make_config, record_of, train, train_to_end, why_refused
 from dagster._utils.test.data_versions import get_stale_status_resolver
 from dagster_support import definitions_of, write_recipe
 
@@ -58,7 +58,7 @@ def test_dagster_exports_an_unfinished_training_and_then_the_finished_one(
     with dg.DagsterInstance.ephemeral() as instance:
         for finished in (False, True):
             if finished:
-                assert train(values(save_steps=1), broken)[0] == 0
+                train_to_end(values(save_steps=1), broken)
             job = definitions.resolve_job_def("train_tiny")
             result = job.execute_in_process(instance=instance, asset_selection=[key])
             assert {e.check_name: e.passed for e in result.get_asset_check_evaluations()} == {
@@ -111,10 +111,8 @@ def test_the_newest_whole_checkpoint_of_an_unfinished_training(
 def test_the_recipe_says_which_checkpoint_is_exported(values: Values, tmp_path: Path) -> None:
     held_out = {"validation_split": 2, "validation_steps": 1, "keep_best": True}
     given = values(save_steps=1, num_epochs=2, **held_out)
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
-    record = read_record(run)
-    assert record is not None
+    run = train_to_end(given, tmp_path / "run")
+    record = record_of(run)
     steps = {name: provenance(run / name)["step"] for name in record.checkpoints}
     best, last = steps[record.best[0]], max(steps.values())
     for asked, step in {"best": best, "last": last, "1": 1, None: best}.items():
@@ -144,15 +142,13 @@ def test_an_export_that_fails_loses_no_training(
     run = tmp_path / "run"
     run.mkdir()
     (run / "exports").write_text("in the way")
-    assert train(values(), run, exports=True)[0] == 2
-    error = capsys.readouterr().err
+    error = why_refused(values(), run, exports=True)
     assert f"the training is finished and its checkpoints are whole, in {run}; " in error
     assert "give the same command again: it exports them" in error
     assert "Traceback" not in error
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     assert record.finished
     (run / "exports").unlink()
-    assert train(values(), run, exports=True)[0] == 0
+    train_to_end(values(), run, exports=True)
     assert "going on after step 2" in capsys.readouterr().out
     assert provenance(run / FILE)["checkpoint"] == record.chosen_digest

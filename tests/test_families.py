@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from conftest import make_config, samples_of, train
+from conftest import make_config, record_of, samples_of, train_to_end
 from families.flux.cases import CASES as FLUX
 from families.ltx2.cases import CASES as LTX
 from families.qwen_image.cases import CASES as QWEN
@@ -25,7 +25,6 @@ from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.errors import WeightsError
 from diffsynth_dagster.export import export_run, verify_export
 from diffsynth_dagster.families.contract import Tensors
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.batches import Batch, StepDataset
 from diffsynth_dagster.training.lora_targets import lora_targets
 from diffsynth_dagster.training.step import TrainingStep
@@ -95,8 +94,7 @@ class Place:
         else:
             first.write_text(json.dumps(json.loads(self.data.read_text())[:1]))
         values = self.values(dataset_metadata_path=str(first), **SOME)
-        code, run = train(values, self.folder / "some")
-        assert code == 0
+        run = train_to_end(values, self.folder / "some")
         return run
 
     @property
@@ -109,7 +107,7 @@ class Place:
         """The rows as micro-batches, from the store."""
         folder = self.folder / "encoded"
         values = self.values(task="sft:data_process", **overrides)
-        assert train(values, folder)[0] == 0
+        train_to_end(values, folder)
         config = make_config({**values, "output_path": str(folder)})
         found = find_model(config, HUB)
         return config, found, dataset(config, found, folder)
@@ -327,10 +325,10 @@ def test_a_batch_equals_its_samples(place: Place) -> None:
 @each_kind
 def test_cached_equals_online(place: Place, tmp_path: Path) -> None:
     values = place.values(batch_size=2, cache_path=str(tmp_path / "a"))
-    assert train(values, tmp_path / "online")[0] == 0
+    train_to_end(values, tmp_path / "online")
     values["cache_path"] = str(tmp_path / "b")
-    assert train(values | {"task": "sft:data_process"}, tmp_path / "split")[0] == 0
-    assert train(values | {"task": "sft:train"}, tmp_path / "split")[0] == 0
+    train_to_end(values | {"task": "sft:data_process"}, tmp_path / "split")
+    train_to_end(values | {"task": "sft:train"}, tmp_path / "split")
     names = sorted(path.name for path in (tmp_path / "online").glob("*.safetensors"))
     assert names
     for name in names:
@@ -374,8 +372,7 @@ def test_aliases_reach_the_same_layers(place: Place) -> None:
 def test_the_exported_lora_predicts_the_same_in_the_pipeline(place: Place) -> None:
     config = place.config(output_path=str(place.run), **SOME)
     found = find_model(config, HUB)
-    record = read_record(place.run)
-    assert record is not None
+    record = record_of(place.run)
     owner = found.family.part(place.case.base).of
     every = export_run(config, record, found)
     for exported in every:

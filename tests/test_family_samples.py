@@ -7,13 +7,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import make_config, train
+from conftest import make_config, record_of, train
 from PIL import Image
 from test_families import HUB, Place, each_kind, place, places
 
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.families.contract import Clip, Family
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.sampling import Sampler, strip
 from diffsynth_dagster.weights.identify import find_model
 from diffsynth_dagster.weights.models import Models
@@ -76,8 +75,7 @@ def test_samples_before_during_and_after(
         assert "one expert of Wan2.2 A14B alone" in capsys.readouterr().err
         return
     assert code == 0
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     assert list(record.pictures) == ["step-0", "step-1", "step-2"]
     for name in record.pictures.values():
         assert pixels(Image.open(run / "samples" / name)).std() > 1

@@ -1,16 +1,14 @@
 """A folder as a data set: pictures with captions in text files beside them, and no table."""
 
-import io
 import shutil
 from collections import Counter
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-from conftest import Values, make_config, samples_of, train, write_images
+from conftest import Values, make_config, samples_of, train_to_end, why_refused, write_images
 from families.ltx2.cases import CASES as LTX2
 from media_support import write_clip
 from PIL import Image
@@ -72,8 +70,7 @@ def test_a_folder_trains_as_the_table_of_its_captions(
     ends: list[bytes] = []
     for number, path in enumerate((None, folder, table)):
         named = {} if path is None else {"dataset_metadata_path": str(path)}
-        code, run = train({**given, **named}, tmp_path / f"run{number}")
-        assert code == 0
+        run = train_to_end({**given, **named}, tmp_path / f"run{number}")
         ends.append((run / "epoch-0.safetensors").read_bytes())
     assert ends[0] == ends[1] == ends[2]
 
@@ -169,10 +166,7 @@ def test_a_training_whose_folder_is_wrong_leaves_nothing(
     given: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
     (folder / "1.txt").unlink()
-    said = io.StringIO()
-    with redirect_stderr(said):
-        assert train(given, tmp_path / "run")[0] == 2
-    assert "row 2: there is no caption file '1.txt'" in said.getvalue()
+    assert "row 2: there is no caption file '1.txt'" in why_refused(given, tmp_path / "run")
 
 
 @pytest.fixture
@@ -192,7 +186,7 @@ def folders(folder: Path) -> Path:
 
 def visits_of(values: dict[str, Any], run: Path, **more: Any) -> list[tuple[int, int]]:
     """Row and number of every visit of an epoch."""
-    assert train(values, run, "--task", "sft:data_process")[0] == 0
+    train_to_end(values, run, "--task", "sft:data_process")
     config = make_config({**values, "output_path": str(run), **more})
     found = find_model(config, ModelHub(run, skip_download=True))
     data = StepDataset(config, found, samples_of(run), 0, 1)
@@ -231,8 +225,7 @@ def test_repeats_are_said_by_the_recipe(folders: Path) -> None:
 def test_repeats_hold_where_samples_are_held_out(
     given: dict[str, Any], folders: Path, tmp_path: Path
 ) -> None:
-    code, run = train({**given, "validation_split": 1, "batch_size": 1}, tmp_path / "run")
-    assert code == 0
+    run = train_to_end({**given, "validation_split": 1, "batch_size": 1}, tmp_path / "run")
     trained = pl.read_parquet(run / ".trained.parquet")
     assert trained.height == 2
     assert pl.read_csv(run / "metrics.csv")["step"].max() == trained["repeat"].sum()
@@ -242,8 +235,7 @@ def test_repeats_do_not_depend_on_processes_or_stops(
     given: dict[str, Any], folders: Path, tmp_path: Path
 ) -> None:
     given |= {"batch_size": 1, "shuffle_tags": True, "caption_prefix": "sks"}
-    code, whole = train(given, tmp_path / "whole")
-    assert code == 0
+    whole = train_to_end(given, tmp_path / "whole")
     config = make_config({**given, "output_path": str(whole)})
     found = find_model(config, ModelHub(whole, skip_download=True))
 
@@ -296,8 +288,7 @@ def test_repeats_of_the_training_are_none_of_what_is_held_out(
     with Image.open(held / "other.png") as picture:
         picture.rotate(90).save(held / "other.png")
     more = {"validation_metadata_path": str(held.parent), "folder_repeats": {"2_dog": 4}}
-    code, run = train({**given, **more, "batch_size": 1}, tmp_path / "run")
-    assert code == 0
+    run = train_to_end({**given, **more, "batch_size": 1}, tmp_path / "run")
     assert pl.read_parquet(run / "metadata.parquet")["repeat"].to_list() == [1, 4, 1]
     lines = trained_on(read_subject(run / "epoch-0.safetensors"))
     assert [line for line in lines if "changed" in line] == ["  changed since: nothing"] * 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Values, make_config, train
+from conftest import Values, make_config, record_of, train_to_end
 from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
 from families.stable_diffusion.cases import CASES as SD
 from families.wanvideo.cases import CASES, rows, write
@@ -57,8 +57,7 @@ def test_shards_load_with_from_pretrained(
     values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = values(trainable_models=["dit"], learning_rate=1e-3)
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(given, tmp_path / "run")
     trained = load_file(run / "epoch-0.safetensors")
     (whole,), _ = exports_of(given, run)
     folder = whole.path.parent
@@ -107,8 +106,7 @@ def test_a_text_encoder_in_shards(
 
     monkeypatch.setattr(full, "MAX_SHARD", SHARD)
     given = {**values(), "trainable_models": ["text_encoder"]}
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(given, tmp_path / "run")
     (lora, exported, published), found = exports_of(given, run)
     assert (lora.kind, exported.format, published.format) == ("lora", "diffusers", "authors")
     for item in (lora, exported, published):
@@ -130,8 +128,7 @@ def test_what_is_missing_or_damaged_is_refused(
 ) -> None:
     monkeypatch.setattr(full, "MAX_SHARD", SHARD)
     given = values(trainable_models=["dit"])
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(given, tmp_path / "run")
     (exported,), found = exports_of(given, run)
     first, second, *_ = sorted(exported.path.parent.glob("*.safetensors"))
 
@@ -186,8 +183,7 @@ def test_what_came_from_the_authors_files_is_written_in_their_names_too(
         **case.models(wan / "model", layout),
         **{n: v for n, v in case.parameters.items() if not n.startswith("lora_")},
     }
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(given, tmp_path / "run")
     exported, found = exports_of(given, run)
     for item in exported:
         verify_export(item, found)
@@ -210,8 +206,7 @@ def test_what_came_from_the_authors_files_is_written_in_their_names_too(
     assert_equal(written, load_file(run / "epoch-0.safetensors"))
     assert how_to_load(theirs, found.family).startswith(f"# {theirs.path} has the authors' names")
 
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     config = make_config({**given, "output_path": str(run)})
     chosen = chosen_checkpoint(config, record, found.family)
     card = write_card(config, record, found, chosen, exported).text
@@ -240,8 +235,7 @@ def test_what_came_from_a_whole_checkpoint_is_a_file_of_its_own(tmp_path: Path) 
     given["remove_prefix_in_ckpt"] = ""
     for name in ("lora_target_modules", "lora_rank", "align_to_opensource_format"):
         given.pop(name)
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(given, tmp_path / "run")
     exported, found = exports_of(given, run)
     for item in exported:
         verify_export(item, found)

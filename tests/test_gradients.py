@@ -5,12 +5,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from conftest import Values, make_config, samples_of, train, write_images
+from conftest import Values, make_config, record_of, samples_of, train, train_to_end, write_images
 from process_support import two_processes
 from safetensors.torch import load_file
 
 from diffsynth_dagster.cache.manifest import read_manifest
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
@@ -28,10 +27,9 @@ def relative(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
 
 def one_step(values: Values, folder: Path, **overrides: object) -> dict[str, torch.Tensor]:
     """The LoRA after one step of plain SGD: since lora_B starts at 0, it is -lr times its gradient."""
-    code, run = train(
+    run = train_to_end(
         values(customized_optimizer="torch.optim.SGD", weight_decay=0, **overrides), folder
     )
-    assert code == 0
     steps = pl.read_csv(run / "metrics.csv").height
     assert steps == 1
     tensors = load_file(run / "epoch-0.safetensors")
@@ -72,7 +70,7 @@ def test_parameters_without_gradient_need_no_flag(values: Values, tmp_path: Path
     """The last block's text half gets none. The others get that of one process with all samples."""
     given = {"lora_target_modules": ["to_add_out", "to_q"], "learning_rate": 1e-2, "num_epochs": 2}
     alone = values(**given, batch_size=1, gradient_accumulation_steps=2)
-    assert train(alone, tmp_path / "alone")[0] == 0
+    train_to_end(alone, tmp_path / "alone")
     for flag in (False, True):
         run = tmp_path / f"flag-{flag}"
         config = values(
@@ -104,8 +102,7 @@ def test_two_processes_give_the_same_gradient(values: Values, tmp_path: Path) ->
     tensors = load_file(tmp_path / "b" / "epoch-0.safetensors")
     together = {name: tensor for name, tensor in tensors.items() if "lora_B" in name}
     assert relative(alone, together) < 1e-5
-    record = read_record(tmp_path / "b")
-    assert record is not None
+    record = record_of(tmp_path / "b")
     assert record.devices == ["cpu", "cpu"]
 
 
@@ -117,7 +114,7 @@ def test_uneven_data_over_two_processes(values: Values, tmp_path: Path) -> None:
     config = values(
         dataset_base_path=str(data), dataset_metadata_path=str(data / "metadata.csv"), batch_size=2
     )
-    assert train(config, tmp_path / "run")[0] == 0
+    train_to_end(config, tmp_path / "run")
     settings = make_config(config)
     found = find_model(settings, ModelHub.from_environment())
     run = tmp_path / "run"

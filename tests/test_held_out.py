@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from conftest import Values, make_config, train, write_images
+from conftest import Values, make_config, train_to_end, write_images
 from process_support import two_processes
 from safetensors.torch import load_file
 from soak_support import result
@@ -39,8 +39,7 @@ def test_samples_that_are_held_out_are_not_trained_on(
     values: Values, tmp_path: Path, split: float, count: int | None
 ) -> None:
     config = values(validation_split=split, num_epochs=2)
-    code, run = train(config, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(config, tmp_path / "run")
     out, others = rows_of(run, config)
     assert out.isdisjoint(others)
     assert len(out | others) == 8
@@ -61,8 +60,7 @@ def test_which_samples_are_held_out_stays_when_others_are_added(
             validation_split=0.3,
             cache_path=str(tmp_path / "store"),
         )
-        code, run = train(config, tmp_path / f"run-{name}")
-        assert code == 0
+        run = train_to_end(config, tmp_path / f"run-{name}")
         return rows_of(run, config)[0]
 
     few, more = choose("few", 8), choose("more", 14)
@@ -81,8 +79,7 @@ def test_copies_of_a_picture_are_held_out_together(values: Values, tmp_path: Pat
         validation_split=2,
         cache_path=str(tmp_path / "store"),
     )
-    code, run = train(config, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(config, tmp_path / "run")
     out, _ = rows_of(run, config)
     assert len(out) == 2
     chosen = read_manifest(run).frame.filter(pl.col("sample").is_in(out))
@@ -144,9 +141,8 @@ def test_a_table_of_its_own_changes_nothing_of_the_training(
     values: Values, with_table: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     long = {"num_epochs": 4, "lora_dropout": 0.3}
-    assert train(values(**long), tmp_path / "without")[0] == 0
-    code, run = train(with_table(**long), tmp_path / "with")
-    assert code == 0
+    train_to_end(values(**long), tmp_path / "without")
+    run = train_to_end(with_table(**long), tmp_path / "with")
     assert len(held_out(run)) == 5
     for n in range(4):
         one, other = (
@@ -161,8 +157,7 @@ def test_the_loss_is_the_same_however_it_is_measured(
     """Before the training: not the seed, nor the size of the batch."""
     found: list[float] = []
     for n, change in enumerate([{}, {"seed": 3}, {"batch_size": 1}, {"num_epochs": 2}]):
-        code, run = train(with_table(**change), tmp_path / f"run-{n}")
-        assert code == 0
+        run = train_to_end(with_table(**change), tmp_path / f"run-{n}")
         found.append(held_out(run)[0]["loss"])
     # A LoRA starts at zero, whatever its seed.
     assert found == pytest.approx([found[0]] * 4, rel=1e-6)
@@ -172,8 +167,7 @@ def test_the_loss_is_the_same_however_it_is_measured(
 def test_the_losses_of_ranges_add_up(
     with_table: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    code, run = train(with_table(validation_timesteps=5), tmp_path / "run")
-    assert code == 0
+    run = train_to_end(with_table(validation_timesteps=5), tmp_path / "run")
     for row in held_out(run):
         ranges = [value for name, value in row.items() if name.startswith("loss_")]
         assert len(ranges) == 5
@@ -194,8 +188,7 @@ LONG = {
 @pytest.fixture(scope="module")
 def whole(shared_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a long training that was not stopped."""
-    code, run = train({**shared_values, **LONG}, tmp_path_factory.mktemp("whole") / "run")
-    assert code == 0
+    run = train_to_end({**shared_values, **LONG}, tmp_path_factory.mktemp("whole") / "run")
     return run
 
 
@@ -207,16 +200,14 @@ def test_the_best_weights_are_kept(values: Values, tmp_path: Path, whole: Path) 
     assert [p.name for p in run.glob("best-*")] == record["best"]
     assert measured[-1]["best_step"] == best
     every = {"save_steps": 1, "keep_best": None, "validation_steps": 24}
-    code, until = train(values(**{**LONG, **every}), tmp_path / "until")
-    assert code == 0
+    until = train_to_end(values(**{**LONG, **every}), tmp_path / "until")
     kept, same = load_file(run / record["best"][0]), load_file(until / f"step-{best}.safetensors")
     assert all(bool((kept[name] == same[name]).all()) for name in same)
 
 
 def test_a_training_without_progress_ends_early(values: Values, tmp_path: Path) -> None:
     config = values(**LONG, early_stopping_patience=2, seed=2, output_path=str(tmp_path / "run"))
-    code, run = train(config, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(config, tmp_path / "run")
     measured = held_out(run)
     last = int(measured[-1]["step"])
     assert last < 24
@@ -244,8 +235,7 @@ def test_a_stopped_training_measures_the_same(
 
 
 def test_the_losses_of_samples_are_those_of_their_visits(values: Values, tmp_path: Path) -> None:
-    code, run = train(values(num_epochs=6, dataset_repeat=2), tmp_path / "run")
-    assert code == 0
+    run = train_to_end(values(num_epochs=6, dataset_repeat=2), tmp_path / "run")
     found = pl.read_parquet(run / "sample_losses.parquet")
     assert sorted(found["row"]) == list(range(1, 9))
     assert found["visits"].to_list() == [12] * 8
@@ -261,23 +251,23 @@ def test_the_second_half_takes_no_other_held_out_table(
     run, trained = tmp_path / "run", tmp_path / "trained"
     split = {k: v for k, v in first.items() if k != "dataset_metadata_path"}
     second = {**split, "dataset_base_path": str(run), "task": "sft:train"}
-    assert train({**first, "task": "sft:data_process"}, run)[0] == 0
+    train_to_end({**first, "task": "sft:data_process"}, run)
     other = Path(first["validation_metadata_path"]).with_name("other.csv")
     said = refusal({**second, "validation_metadata_path": str(other), "output_path": str(trained)})
     assert "the data set was encoded with validation_metadata_path = " in said
     assert "held.csv, and now it is " in said
-    assert train(second, trained)[0] == 0
+    train_to_end(second, trained)
     assert held_out(trained)
     # Encoded anew without it, the folder has none any more.
     without = {**first, "validation_metadata_path": None, "task": "sft:data_process"}
-    assert train(without, run)[0] == 0
+    train_to_end(without, run)
     said = refusal({**second, "output_path": str(trained)})
     assert "the data set was encoded without the samples that are held out" in said
 
 
 def test_two_processes_keep_the_same_best_weights(values: Values, tmp_path: Path) -> None:
     alone = {**LONG, "num_epochs": 4, "learning_rate": 1e-2, "batch_size": 2}
-    assert train(values(**alone, gradient_accumulation_steps=2), tmp_path / "alone")[0] == 0
+    train_to_end(values(**alone, gradient_accumulation_steps=2), tmp_path / "alone")
     run = tmp_path / "run"
     config = values(**alone, output_path=str(run))
     done = two_processes(config, tmp_path / "recipe.json")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Values, lora_values, train, write_images
+from conftest import Values, lora_values, record_of, train, train_to_end, write_images
 from safetensors.torch import load_file, save_file
 
 from diffsynth_dagster.families import each_family
@@ -39,14 +39,12 @@ def said(capsys: pytest.CaptureFixture[str]) -> Said:
 @pytest.fixture(scope="module")
 def run(shared_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a training with exports, which no test changes."""
-    code, folder = train(shared_values, tmp_path_factory.mktemp("inspect") / "run", exports=True)
-    assert code == 0
+    folder = train_to_end(shared_values, tmp_path_factory.mktemp("inspect") / "run", exports=True)
     return folder
 
 
 def test_a_file_says_what_it_is(run: Path, said: Said) -> None:
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     for name in (Path(CHECKPOINT), EXPORT):
         text = said(run / name)
         assert "qwen_image" in text
@@ -134,12 +132,11 @@ def test_rows_that_changed_since(
 
 def test_an_older_training_has_its_own_tables(values: Values, said: Said, tmp_path: Path) -> None:
     train(values(validation_split=2), tmp_path / "run")
-    assert train(values(seed=1), tmp_path / "run", "--resume", "never")[0] == 0
+    train_to_end(values(seed=1), tmp_path / "run", "--resume", "never")
     (older,) = (tmp_path / "run" / "older").iterdir()
     text = said(older / CHECKPOINT, "--dataset")
     assert f"as it was checked: {older}" in text
-    record = read_record(older)
-    assert record is not None
+    record = record_of(older)
     assert record.samples == 6
     rows = text.split("trained on: rows ")[1].splitlines()[0]
     spans = [[int(n) for n in part.split("-")] for part in rows.split(", ")]
@@ -168,7 +165,7 @@ def test_two_files_differ_for_named_reasons(
         "batch_size": 2,
         "model_paths": [*values()["model_paths"][:2], str(weights)],
     }
-    assert train(values(**overrides), tmp_path / "other")[0] == 0
+    train_to_end(values(**overrides), tmp_path / "other")
     text = said("--diff", run / CHECKPOINT, tmp_path / "other" / CHECKPOINT)
     assert "tensors: " in text
     assert " of 12 differ" in text
@@ -199,8 +196,7 @@ def test_libraries_are_compared_and_old_records_read(run: Path, said: Said, tmp_
         del facts["digest"], facts["libraries"], facts["architecture"]
         more = {} if versions is None else {"libraries": versions}
         (copy / FILE_NAME).write_text(json.dumps({**facts, **more}))
-    record = read_record(copies[0])
-    assert record is not None
+    record = record_of(copies[0])
     assert record.libraries == {}
     assert "  libraries" not in said(copies[0] / CHECKPOINT)
     text = said("--diff", run / CHECKPOINT, copies[1] / CHECKPOINT)
@@ -237,8 +233,7 @@ def test_a_rebuilt_recipe_gives_the_same_bytes(
         lora_dropout=0.1,
         num_epochs=2,
     )
-    code, run = train(given, Path("runs/tiny"), exports=True)
-    assert code == 0
+    run = train_to_end(given, Path("runs/tiny"), exports=True)
     expected = {name: (run / name).read_bytes() for name in ("epoch-1.safetensors", str(EXPORT))}
     (data / "metadata.csv").write_text("image,prompt\n0.png,other\n")
     (data / "3.png").unlink()
@@ -247,8 +242,7 @@ def test_a_rebuilt_recipe_gives_the_same_bytes(
     text = said(work / run / "epoch-1.safetensors", "--rebuild", out)
     assert f"as {tmp_path / 'again' / 'epoch-1.safetensors'}" in text
     assert f"warning: row 4: image {data / '3.png'}: it is gone" in text
-    record = read_record(work / run)
-    assert record is not None
+    record = record_of(work / run)
     assert all(f"  {name} {digest}\n" in text for name, digest in record.base.items())
     assert trainer(["--recipe", str(out)]) == 0
     for name, content in expected.items():
@@ -262,10 +256,9 @@ def test_the_second_half_of_split_training_is_rebuilt(
     values: Values, said: Said, tmp_path: Path, place: str
 ) -> None:
     """With what lies encoded in its own run folder, as in Dagster, and elsewhere."""
-    assert train(values(), tmp_path / place, "--task", "sft:data_process")[0] == 0
+    train_to_end(values(), tmp_path / place, "--task", "sft:data_process")
     second = values(dataset_base_path=str(tmp_path / place), dataset_metadata_path=None)
-    code, run = train(second, tmp_path / "run", "--task", "sft:train")
-    assert code == 0
+    run = train_to_end(second, tmp_path / "run", "--task", "sft:train")
     assert "trained on: rows 1-8" in said(run / CHECKPOINT, "--dataset")
     said(run / CHECKPOINT, "--rebuild", tmp_path / "again.yaml")
     assert (tmp_path / "again.metadata.parquet").exists() == (place == "run")
@@ -285,8 +278,7 @@ def test_rebuilding_names_weights_that_changed(
     save_file({n: t + 1 for n, t in load_file(weights).items()}, weights)
     text = said(copy / EXPORT, "--rebuild", tmp_path / "a.yaml")
     assert f"as {tmp_path / 'a' / EXPORT}" in text
-    record = read_record(copy)
-    assert record is not None
+    record = record_of(copy)
     assert "warning: vae: its files have the digest" in text
     assert f"  dit {record.base['dit']}\n" in text
     shutil.rmtree(model)
@@ -305,8 +297,7 @@ def test_headers_have_the_fields_of_modelspec(run: Path, values: Values, tmp_pat
         start = "modelspec."
         return {n.removeprefix(start): t for n, t in notes.items() if n.startswith(start)}
 
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     lora = fields(run / CHECKPOINT)
     assert lora["sai_model_spec"] == "1.0.1"
     assert lora["architecture"] == "qwen-image/lora"

@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
-from conftest import Values, make_config, train, write_tokenizer
+from conftest import Values, make_config, train_to_end, write_tokenizer
 from dagster_support import execute, home, write_recipe
 from families.stable_diffusion import cases as sd15
 from hypothesis import HealthCheck, given, settings
@@ -113,7 +113,7 @@ def test_long_captions_are_said_once_counted(
         "the captions of 2 rows, the first is 3, are longer than the 1024 tokens that the text "
         "encoder reads (the longest has "
     )
-    assert train(given, run)[0] == 0
+    train_to_end(given, run)
     assert says in capfd.readouterr().err
     listed = pl.read_parquet(run / FILE_NAME)
     assert listed["row"].to_list() == [3, 6]
@@ -123,7 +123,7 @@ def test_long_captions_are_said_once_counted(
     assert known.rows == tuple(listed.iter_rows())
     with monkeypatch.context() as patch:
         patch.setattr(TokenLimit, "count", None)  # it is not counted again
-        assert train(given, run)[0] == 0
+        train_to_end(given, run)
     assert says in capfd.readouterr().err
 
     table = read_checked(run)
@@ -134,7 +134,7 @@ def test_long_captions_are_said_once_counted(
     assert count_if_there(gone, table, facts) is None
 
     write_data(pictures, data, ())
-    assert train(given, run)[0] == 0
+    train_to_end(given, run)
     assert "longer than" not in capfd.readouterr().err
     assert not (run / FILE_NAME).exists()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import train
+from conftest import train_to_end, why_refused
 from families.wanvideo.cases import CASES, rows, write
 from families.wanvideo.original import DIT_NAMES, renamed
 from safetensors.torch import load_file, save_file
@@ -57,8 +57,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Values:
 @pytest.fixture(scope="module")
 def checkpoint(values: Values, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA of all usual layers, alpha / rank = 1/2, with its alphas in the tensors."""
-    code, run = train(values(num_epochs=5), tmp_path_factory.mktemp("lora") / "run")
-    assert code == 0
+    run = train_to_end(values(num_epochs=5), tmp_path_factory.mktemp("lora") / "run")
     read = read_lora(run / "epoch-4.safetensors", find_family("wanvideo"), "dit", "the test")
     assert set(read.scale.values()) == {1.0}  # s is in B
     own = Lora(read.down, {n: b * 2 for n, b in read.up.items()}, dict.fromkeys(read.down, 0.5))
@@ -159,14 +158,12 @@ def test_a_file_of_another_tool_is_a_start_and_a_base(
     for spelling, prefix in zip(SPELLINGS, PREFIXES[1:], strict=True):
         files[spelling] = tmp_path / f"{spelling}.safetensors"
         save_file(respelled(ours, prefix, spelling, True, 2.0), files[spelling])
-    code, run = train(values(), tmp_path / "without")
-    assert code == 0
+    run = train_to_end(values(), tmp_path / "without")
     without = load_file(run / "epoch-0.safetensors")
     for parameter in ("lora_checkpoint", "preset_lora_path"):
         trained: dict[str, Tensors] = {}
         for name, file in files.items():
-            code, run = train(values(**{parameter: str(file)}), tmp_path / parameter / name)
-            assert code == 0
+            run = train_to_end(values(**{parameter: str(file)}), tmp_path / parameter / name)
             trained[name] = load_file(run / "epoch-0.safetensors")
         for name in SPELLINGS:
             assert trained[name].keys() == trained["ours"].keys()
@@ -267,7 +264,6 @@ def test_a_lora_that_does_not_fit_is_refused_before_anything_is_encoded(
     values: Values,
     checkpoint: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     task: str,
     parameter: str,
     kind: str,
@@ -277,13 +273,12 @@ def test_a_lora_that_does_not_fit_is_refused_before_anything_is_encoded(
     file = checkpoint if kind == "fits" else unfit(kind, checkpoint, tmp_path)
     cache = tmp_path / "cache"
     given = values(cache_path=str(cache), task=task, **{parameter: str(file)}, **overrides)
-    assert train(given, tmp_path / "run")[0] == 2
-    said = capsys.readouterr().err
+    said = why_refused(given, tmp_path / "run")
     assert message in said
     assert f"where: {parameter} = {file}" in said
     assert said.count("error: ") == 1
     assert not list(cache.rglob("*.safetensors"))
     # The same store is filled where the LoRA fits.
     if kind == "no file" and task == "sft":
-        assert train(given | {parameter: str(checkpoint)}, tmp_path / "run")[0] == 0
+        train_to_end(given | {parameter: str(checkpoint)}, tmp_path / "run")
         assert list(cache.rglob("*.safetensors"))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Values, make_config
+from conftest import Values, make_config, record_of
 from safetensors.torch import load_file
 from soak_support import result
 from test_resume import never, refusal, stop_after
@@ -61,8 +61,7 @@ def test_it_ends_within_an_epoch_and_goes_on_as_undisturbed(values: Values, tmp_
     """The schedule, the held-out loss, samples and the last checkpoint are of the last step."""
     config = values(**GIVEN, max_train_steps=5)
     whole = trained(config, tmp_path / "whole")
-    record = read_record(whole)
-    assert record is not None
+    record = record_of(whole)
     assert (record.total_steps, record.steps) == (5, 5)
     assert list(record.checkpoints) == [
         "epoch-0.safetensors",
@@ -84,8 +83,7 @@ def test_a_longer_training_goes_on_where_a_shorter_one_ended(
     config = values(**{**GIVEN, "lr_scheduler": "constant"}, output_path=str(tmp_path / "run"))
     trained(config, tmp_path / "run", max_train_steps=3)
     trained(config, tmp_path / "run", max_train_steps=5)
-    record = read_record(tmp_path / "run")
-    assert record is not None
+    record = record_of(tmp_path / "run")
     assert record.resumed_from == [3]
     whole = trained(config, tmp_path / "whole", num_epochs=3)
     assert same_weights(tmp_path / "run" / "epoch-1.safetensors", whole / "epoch-1.safetensors")

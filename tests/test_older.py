@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import Values, keys_of, make_config, train, write_images
+from conftest import Values, keys_of, make_config, record_of, train_to_end, write_images
 from test_resume import after, never, refusal, stop_after
 
 from diffsynth_dagster.cache.store import Store
@@ -253,7 +253,7 @@ def test_two_trainings_in_one_folder(
     size = {"height": 32, "width": 32, "cache_path": str(tmp_path / "cache")}
     first = values(**more, **size, validation_split=2)
     run = tmp_path / "run"
-    assert train(first, run, exports=True)[0] == 0
+    train_to_end(first, run, exports=True)
     (run / "notes.txt").write_text("mine")
     before, config_before = own_files(run), (run / "config.yaml").read_bytes()
     del before["notes.txt"]
@@ -262,9 +262,9 @@ def test_two_trainings_in_one_folder(
     data = write_images(tmp_path / "others", 5)
     of_others = {"dataset_base_path": str(data), "dataset_metadata_path": f"{data}/metadata.csv"}
     second = values(**size, **of_others)
-    assert train(second, tmp_path / "alone")[0] == 0
+    train_to_end(second, tmp_path / "alone")
     capsys.readouterr()
-    assert train(second, run)[0] == 0
+    train_to_end(second, run)
 
     (older,) = older_runs(run)
     text = capsys.readouterr().err
@@ -273,8 +273,7 @@ def test_two_trainings_in_one_folder(
     assert re.search(rf"warning: the training of [\d-]+ [\d:]+ is now in {older}\n", text)
     assert own_files(older) == before
     assert (older / "config.yaml").read_bytes() == config_before
-    record = read_record(older)
-    assert record is not None
+    record = record_of(older)
     assert record.finished
     assert keys_of(older) == keys
     # The second lies as it does alone.

@@ -10,7 +10,15 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
-from conftest import Values, keys_of, lora_values, make_config, train, write_images
+from conftest import (
+    Values,
+    keys_of,
+    lora_values,
+    make_config,
+    train_to_end,
+    why_refused,
+    write_images,
+)
 from dagster_support import definitions_of, write_recipe
 from PIL import Image
 from process_support import forked_launches
@@ -179,7 +187,7 @@ def test_a_table_of_other_columns_or_an_older_stage_is_refused(
     values: Values, tmp_path: Path
 ) -> None:
     config = values(cache_path=str(tmp_path / "store"))
-    assert train(config, tmp_path / "one", "--task", "sft:data_process")[0] == 0
+    train_to_end(config, tmp_path / "one", "--task", "sft:data_process")
     family = find_family("qwen_image")
     config = make_config(
         {**config, "dataset_metadata_path": str(tmp_path / "one/metadata.parquet")}
@@ -197,16 +205,15 @@ def test_a_table_of_other_columns_or_an_older_stage_is_refused(
         require_encoded_for(config, newer, manifest, cache)
 
 
-def test_the_data_sets_own_table_is_not_replaced(
-    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_data_sets_own_table_is_not_replaced(values: Values, tmp_path: Path) -> None:
     data = write_images(tmp_path / "run", 2)
     table = data / "metadata.parquet"
     pl.read_csv(data / "metadata.csv").write_parquet(table)
     before = table.read_bytes()
     config = values(dataset_base_path=str(tmp_path), dataset_metadata_path=str(table))
-    assert train(config, tmp_path / "run")[0] == 2
-    assert "by what is written: 'metadata.parquet' of the run folder" in capsys.readouterr().err
+    assert "by what is written: 'metadata.parquet' of the run folder" in why_refused(
+        config, tmp_path / "run"
+    )
     assert table.read_bytes() == before
 
 
@@ -225,18 +232,19 @@ def test_a_checked_table_is_taken_as_it_is(
     own: dict[str, Any] = {"dataset_base_path": str(data), "cache_path": str(tmp_path / "store")}
     table = str(data / "metadata.csv")
     config = values(**own, dataset_metadata_path=table, max_pixels=256)
-    assert train(config, tmp_path / "one", "--task", "sft:data_process")[0] == 0
+    train_to_end(config, tmp_path / "one", "--task", "sft:data_process")
     checked = str(tmp_path / "one" / "metadata.parquet")
     (data / "metadata.csv").unlink()
     again = values(**own, dataset_metadata_path=checked)
-    assert train(again, tmp_path / "two")[0] == 0
+    train_to_end(again, tmp_path / "two")
     assert read_manifest(tmp_path / "two").digest == read_manifest(tmp_path / "one").digest
     for run in ("one", "two"):
         assert read_checked(tmp_path / run).parameters["max_pixels"] == 256
     capsys.readouterr()
     other = values(**own, dataset_metadata_path=checked, max_pixels=1024)
-    assert train(other, tmp_path / "three")[0] == 2
-    assert "was checked with max_pixels = 256, and now it is 1024" in capsys.readouterr().err
+    assert "was checked with max_pixels = 256, and now it is 1024" in why_refused(
+        other, tmp_path / "three"
+    )
 
 
 def test_what_an_older_version_encoded_is_recognised(
@@ -244,7 +252,7 @@ def test_what_an_older_version_encoded_is_recognised(
 ) -> None:
     store = tmp_path / "store"
     config = values(cache_path=str(store))
-    assert train(config, tmp_path / "old", "--task", "sft:data_process")[0] == 0
+    train_to_end(config, tmp_path / "old", "--task", "sft:data_process")
     for file in (store / "index").iterdir():
         pl.read_parquet(file).write_parquet(file)
     manifest = tmp_path / "old" / "samples.parquet"
@@ -257,7 +265,6 @@ def test_what_an_older_version_encoded_is_recognised(
     assert "of an older version" in capsys.readouterr().out
     second = values(cache_path=str(store), dataset_metadata_path=None)
     second["dataset_base_path"] = str(tmp_path / "old")
-    assert train(second, tmp_path / "run", "--task", "sft:train")[0] == 2
-    assert "encode it again" in capsys.readouterr().err
+    assert "encode it again" in why_refused(second, tmp_path / "run", "--task", "sft:train")
     assert maintain(["gc", "--cache_path", str(store)]) == 0
     assert Store(store).index().height == 0

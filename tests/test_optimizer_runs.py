@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Values, make_config, train
+from conftest import Values, make_config, train_to_end
 from families.flux.cases import write as write_flux
 from families.flux.training import make_values as make_flux
 from lora_support import by_module
@@ -25,7 +25,7 @@ def test_a_stopped_training_ends_with_the_same_files(
     values: Values, tmp_path: Path, name: str
 ) -> None:
     given = values(**{**LONG, "learning_rate": 1e-2, **TABLE[name]}, optimizer=name)
-    assert train(given, tmp_path / "undisturbed")[0] == 0
+    train_to_end(given, tmp_path / "undisturbed")
     config = {**given, "output_path": str(tmp_path / "run")}
     stop_after(config, 2, 2)
     run_training(make_config(config), never)
@@ -37,7 +37,7 @@ def test_a_stopped_training_ends_with_the_same_files(
 def test_the_default_is_adamw_of_torch(values: Values, tmp_path: Path) -> None:
     other = {"customized_optimizer": "torch.optim.AdamW"}
     for name, more in (("default", {}), ("named", {"optimizer": "adamw"}), ("dotted", other)):
-        assert train(values(**more), tmp_path / name)[0] == 0
+        train_to_end(values(**more), tmp_path / name)
     default, named, dotted = (tmp_path / n for n in ("default", "named", "dotted"))
     file = "epoch-0.safetensors"
     assert (default / file).read_bytes() == (named / file).read_bytes()
@@ -48,8 +48,7 @@ def test_the_default_is_adamw_of_torch(values: Values, tmp_path: Path) -> None:
 def test_schedule_free_checkpoints_are_the_average(values: Values, tmp_path: Path) -> None:
     """x, of y = (1-β) z + β x (Defazio et al. 2024, arXiv:2405.15682); a state keeps y and z."""
     given = values(num_epochs=4, optimizer="adamw_schedule_free", learning_rate=1e-2)
-    code, run = train({**given, "optimizer_arguments": {"betas": [0.8, 0.99]}}, tmp_path / "run")
-    assert code == 0
+    run = train_to_end({**given, "optimizer_arguments": {"betas": [0.8, 0.99]}}, tmp_path / "run")
     written = read_state(state_folders(run)[0][1])
     state = written.whole(load_file(written.tensors))
     saved = list(by_module(run / "epoch-3.safetensors", "qwen_image").values())
@@ -83,7 +82,7 @@ def test_each_model_has_its_learning_rate(of_two: Values, tmp_path: Path) -> Non
     for name, more in rates.items():
         given = of_two(**more, batch_size=8, learning_rate=1e-3, lr_scheduler="linear")
         given |= {"customized_optimizer": "torch.optim.SGD", "weight_decay": 0}
-        assert train(given, tmp_path / name)[0] == 0
+        train_to_end(given, tmp_path / name)
         files[name] = load_file(tmp_path / name / "epoch-0.safetensors")
     changed = {n: t for n, t in files["plain"].items() if "lora_B" in n}
     assert len({name.startswith("text_encoder.") for name in changed}) == 2
@@ -109,7 +108,7 @@ def test_each_model_has_its_learning_rate(of_two: Values, tmp_path: Path) -> Non
 def test_groups_of_two_learning_rates_resume(of_two: Values, tmp_path: Path, name: str) -> None:
     more = {**TABLE[name], "optimizer": name, "learning_rates": {"text_encoder": 1e-3}}
     given = of_two(**{**LONG, "num_epochs": 3, "sample_prompts": [], **more})
-    assert train(given, tmp_path / "undisturbed")[0] == 0
+    train_to_end(given, tmp_path / "undisturbed")
     config = {**given, "output_path": str(tmp_path / "run")}
     stop_after(config, 2)
     run_training(make_config(config), never)
@@ -125,12 +124,12 @@ def test_two_processes_then_one(values: Values, tmp_path: Path) -> None:
     """Muon and an average, of two processes and then of one: as one process alone, up to sums."""
     long = {"optimizer": "muon", "ema_sigma_rel": 0.25, "batch_size": 2, "learning_rate": 1e-2}
     accumulated = {**long, "gradient_accumulation_steps": 2}
-    assert train(values(**accumulated, num_epochs=3), tmp_path / "alone")[0] == 0
+    train_to_end(values(**accumulated, num_epochs=3), tmp_path / "alone")
     run = tmp_path / "run"
     config = values(**long, num_epochs=2, output_path=str(run))
     done = two_processes(config, tmp_path / "recipe.json")
     assert done.returncode == 0, done.stderr
-    assert train(values(**accumulated, num_epochs=3), run)[0] == 0
+    train_to_end(values(**accumulated, num_epochs=3), run)
     for epoch in range(3):
         name = f"epoch-{epoch}.safetensors"
         one, other = load_file(tmp_path / "alone" / name), load_file(run / name)

@@ -11,8 +11,8 @@ import dagster as dg
 import polars as pl
 import pytest
 import yaml
-from conftest import Values, make_config, train
-from dagster_support import definitions_of, write_recipe
+from conftest import Values, make_config, why_refused
+from dagster_support import definitions_of, failure_of, write_recipe
 
 from diffsynth_dagster.cache.__main__ import main as maintain
 from diffsynth_dagster.config import TrainingConfig
@@ -261,16 +261,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def failure_of(kind: str, **given: Any) -> str:
+def step_failure(kind: str, **given: Any) -> str:
     """How the asset of a recipe fails."""
     write_recipe(Path("recipes"), "own", given)
     job = definitions_of(Path("recipes")).resolve_job_def("train_own")
     key = dg.AssetKey(["own", kind])
     result = job.execute_in_process(raise_on_error=False, asset_selection=[key])
-    failure = result.failure_data_for_node(f"own__{kind}")
-    assert failure is not None
-    assert failure.user_failure_data is not None
-    return failure.user_failure_data.description or ""
+    return failure_of(result, f"own__{kind}")
 
 
 def test_trainer_dry_run_and_dagster_refuse_before_they_write(
@@ -285,18 +282,17 @@ def test_trainer_dry_run_and_dagster_refuse_before_they_write(
         cache_path=str(tmp_path / "cache"),
     )
     before, words = contents(data), "the run folder is that of the data set"
-    assert train(given, data)[0] == 2
-    assert words in capsys.readouterr().err
+    assert words in why_refused(given, data)
     with pytest.raises(ParameterError, match=words):
         make_plan(make_config(given))
-    assert words in failure_of("metadata", **given)
+    assert words in step_failure("metadata", **given)
     assert contents(data) == before
     assert not (tmp_path / "cache").exists()
 
     given["output_path"] = "run"
     write_record("run", checkpoints={"epoch-0.safetensors": "d"}, finished=True)
     start = {"lora_checkpoint": "run/epoch-0.safetensors"}
-    assert "'epoch-0.safetensors' of the run folder" in failure_of("exports", **given, **start)
+    assert "'epoch-0.safetensors' of the run folder" in step_failure("exports", **given, **start)
 
     Path("run/config.yaml").write_text("# mine\n" + yaml.safe_dump(given))
     for flags in ([], ["--dry_run"]):

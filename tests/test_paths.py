@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from conftest import ROOT, Values, make_config, train
+from conftest import ROOT, Values, make_config, record_of, train, train_to_end
 
 from assets.losses import hardest_facts
 from assets.pictures import loss_curve
@@ -22,7 +22,6 @@ from diffsynth_dagster.data.table.read import read_table
 from diffsynth_dagster.errors import MetadataError, WeightsError
 from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.own_names import is_own
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.run.up_to_date import why_train
 from diffsynth_dagster.weights.hub import ModelHub, require_listed
 
@@ -127,11 +126,9 @@ def test_a_training_in_folders_of_such_names(
         height=32,
         width=32,
     )
-    code, run = train(given, place / "o[1]")
-    assert code == 0
+    run = train_to_end(given, place / "o[1]")
     assert train({**given, "num_epochs": 2}, run)[0] == 0, "it goes on from its state"
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     assert {"epoch-0.safetensors", "epoch-1.safetensors"} < {*record.checkpoints}
     left = [str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()]
     assert [name for name in left if not is_own(name)] == [], "a new output: see `own_names`"

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import random
 import re
 import shutil
@@ -14,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Values, make_config, train, write_images
+from conftest import Values, make_config, train_to_end, why_refused, write_images
 from damage_support import DAMAGE
 from safetensors.torch import load_file
 from soak_support import result
 
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.older import older_runs
-from diffsynth_dagster.run.record import RunFile
+from diffsynth_dagster.run.record import RunFile, RunRecord
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.training.sampling import Evaluation, Generate
@@ -61,8 +60,7 @@ def undisturbed_run(
     shared_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The run folder of a training that was not stopped. Nobody changes it."""
-    code, run = train({**shared_values, **LONG}, tmp_path_factory.mktemp("undisturbed") / "run")
-    assert code == 0
+    run = train_to_end({**shared_values, **LONG}, tmp_path_factory.mktemp("undisturbed") / "run")
     return run
 
 
@@ -114,14 +112,16 @@ def test_numbers_that_are_read_late_change_no_result(
     assert read[1:8] == [2, 3, 3, 3, 3, 3, 4]
 
 
-def refusal(config: dict[str, Any], *flags: str) -> str:
+def refused(config: dict[str, Any]) -> str:
     """What the command line says of a training that it refuses."""
-    folder = Path(config["output_path"])
-    error = io.StringIO()
-    with contextlib.redirect_stderr(error):
-        assert train(config, folder, *flags)[0] == 2
-    assert "Traceback" not in error.getvalue()
-    return error.getvalue()
+    return why_refused(config, Path(config["output_path"]))
+
+
+def go_on(config: dict[str, Any]) -> RunRecord:
+    """Train to the end; returns the record."""
+    record = run_training(make_config(config), never)
+    assert record is not None
+    return record
 
 
 @pytest.mark.parametrize(
@@ -144,12 +144,12 @@ def test_a_state_of_another_training_is_refused_and_stays(
     config = values(**LONG, output_path=str(tmp_path / "run"))
     stop_after(config, 3)
     before = {p: p.read_bytes() for p in (tmp_path / "run" / "state").rglob("*") if p.is_file()}
-    said = refusal({**config, **change})
+    said = refused({**config, **change})
     assert re.search(words, said), said
     assert "never" in said
     assert {p: p.read_bytes() for p in before} == before
     if "num_epochs" not in change:  # what it would take: the same again
-        run_training(make_config(config), never)
+        go_on(config)
 
 
 def test_the_precision_is_compared_wherever_it_was_asked_for(
@@ -168,7 +168,7 @@ def test_other_data_and_weights_are_named(values: Values, tmp_path: Path) -> Non
     stop_after(config, 3)
     data = write_images(tmp_path / "data", 5)
     moved = {"dataset_base_path": str(data), "dataset_metadata_path": str(data / "metadata.csv")}
-    assert "differs in: the samples" in refusal({**config, **moved})
+    assert "differs in: the samples" in refused({**config, **moved})
 
 
 def test_what_affects_no_result_may_change(
@@ -178,17 +178,16 @@ def test_what_affects_no_result_may_change(
     stop_after(config, 3)
     moved = shutil.move(tmp_path / "run", tmp_path / "moved")
     other = {"dataset_num_workers": 1, "state_steps": 2, "state_keep": 5, "output_path": str(moved)}
-    run_training(make_config({**config, **other}), never)
+    go_on({**config, **other})
     assert contents(Path(moved)) == undisturbed
 
 
 def test_more_epochs_go_on_where_fewer_ended(values: Values, tmp_path: Path) -> None:
     long = {**LONG, "lr_scheduler": "constant", "save_steps": None}
-    assert train(values(**long), tmp_path / "whole")[0] == 0
+    train_to_end(values(**long), tmp_path / "whole")
     config = values(**{**long, "num_epochs": 2}, output_path=str(tmp_path / "run"))
-    run_training(make_config(config), never)
-    record = run_training(make_config({**config, "num_epochs": 4}), never)
-    assert record is not None
+    go_on(config)
+    record = go_on({**config, "num_epochs": 4})
     assert record.resumed_from == [4]
     assert list(record.checkpoints) == [f"epoch-{n}.safetensors" for n in range(4)]
     for name in record.checkpoints:
@@ -200,8 +199,7 @@ def test_a_finished_training_ends_at_once(
     values: Values, tmp_path: Path, undisturbed_run: Path, undisturbed: dict[str, Any]
 ) -> None:
     run = shutil.copytree(undisturbed_run, tmp_path / "run")
-    record = run_training(make_config(values(**LONG, output_path=str(run))), never)
-    assert record is not None
+    record = go_on(values(**LONG, output_path=str(run)))
     assert record.resumed_from == [STEPS]
     assert contents(run) == undisturbed
 
@@ -210,13 +208,12 @@ def test_a_training_from_the_beginning_lies_alone_beside_the_older_one(
     values: Values, tmp_path: Path
 ) -> None:
     config = values(**LONG, output_path=str(tmp_path / "run"))
-    run_training(make_config(config), never)
+    go_on(config)
     before = contents(tmp_path / "run")
     mine = tmp_path / "run" / "step-3-mine.safetensors"
     mine.write_bytes(b"a file of the user's")
     fresh = {**config, "num_epochs": 1, "save_steps": None, "sample_prompts": [], "resume": "never"}
-    record = run_training(make_config(fresh), never)
-    assert record is not None
+    record = go_on(fresh)
     assert record.resumed_from == []
     assert mine.exists()
     found = {p.name for p in (tmp_path / "run").glob("*.safetensors")}
@@ -230,7 +227,7 @@ def test_a_training_from_the_beginning_lies_alone_beside_the_older_one(
 
 def test_there_must_be_a_state(values: Values, tmp_path: Path) -> None:
     config = values(**LONG, output_path=str(tmp_path / "run"), resume="must")
-    assert "there is no whole state to go on from" in refusal(config)
+    assert "there is no whole state to go on from" in refused(config)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +247,7 @@ def test_a_damaged_state_is_named_and_an_older_one_taken(
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir()) == ["step-4", "step-5"]
     path = tmp_path / "run" / "state" / "step-5" / file
     path.write_bytes(how(path.read_bytes(), random.Random(0)))
-    record = run_training(make_config(config), never)
-    assert record is not None
+    record = go_on(config)
     assert record.resumed_from == [4]
     assert f"where: {path.parent}; an older state is looked for" in capsys.readouterr().err
     assert contents(tmp_path / "run") == undisturbed
@@ -263,8 +259,7 @@ def test_a_checkpoint_that_was_changed_is_made_again(
     config = values(**LONG, output_path=str(tmp_path / "run"), state_steps=2)
     stop_after(config, 4)
     (tmp_path / "run" / "step-3.safetensors").write_bytes(b"something else")
-    record = run_training(make_config(config), never)
-    assert record is not None
+    record = go_on(config)
     assert record.resumed_from == [2]
     assert contents(tmp_path / "run") == undisturbed
 
@@ -282,8 +277,7 @@ def test_what_is_older_than_every_state_costs_no_step(
     stop_after(config, 4)
     file = tmp_path / "run" / "step-3.safetensors"
     file.write_bytes(b"something else") if is_there else file.unlink()
-    record = run_training(make_config(config), never)
-    assert record is not None
+    record = go_on(config)
     assert record.resumed_from == [4]
     said = capsys.readouterr().err
     assert ("which is removed and not made again" if is_there else "were removed since") in said
@@ -304,8 +298,8 @@ def test_a_state_that_cannot_be_read_now_is_no_reason_to_begin_anew(
 
     with monkeypatch.context() as patch:
         patch.setattr("diffsynth_dagster.training.state.digest_file", fails)
-        assert "a state of the training cannot be read" in refusal(config)
-    run_training(make_config(config), never)
+        assert "a state of the training cannot be read" in refused(config)
+    go_on(config)
     assert contents(tmp_path / "run") == undisturbed
 
 
@@ -315,7 +309,7 @@ def test_deepspeed_is_refused_the_state_of_a_training_without_it(
     config = values(**LONG, output_path=str(tmp_path / "run"))
     stop_after(config, 4)
     monkeypatch.setattr(Parallel, "can_save_state", False)
-    assert "differs in: DeepSpeed, which keeps the optimizer's state in parts" in refusal(config)
+    assert "differs in: DeepSpeed, which keeps the optimizer's state in parts" in refused(config)
 
 
 def test_no_file_is_left_that_a_killed_training_did_not_come_to_name(
@@ -330,10 +324,9 @@ def test_no_file_is_left_that_a_killed_training_did_not_come_to_name(
     with monkeypatch.context() as patch:
         patch.setattr(RunFile, "saved", dies)
         with pytest.raises(Stopped):
-            run_training(make_config(config), never)
+            go_on(config)
     assert (tmp_path / "run" / "step-3.safetensors").is_file()
-    record = run_training(make_config({**config, "resume": "never", "save_steps": 4}), never)
-    assert record is not None
+    record = go_on({**config, "resume": "never", "save_steps": 4})
     files = [p.name for p in (tmp_path / "run").glob("*.safetensors")]
     assert (
         sorted(files) == sorted(record.checkpoints) == ["step-4.safetensors", "step-8.safetensors"]
@@ -354,8 +347,7 @@ def test_the_newest_checkpoints_are_kept(
 ) -> None:
     config = values(**LONG, output_path=str(tmp_path / "run"), save_keep=1)
     stop_after(config, *stops)
-    record = run_training(make_config(config), never)
-    assert record is not None
+    record = go_on(config)
     assert list(record.checkpoints) == ["step-8.safetensors"]
     (kept,) = (tmp_path / "run").glob("*.safetensors")
     expected = load_file(undisturbed_run / kept.name)

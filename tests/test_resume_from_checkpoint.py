@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Values, make_config, model_files, train
+from conftest import Values, make_config, model_files, record_of, train_to_end, why_refused
 from families.flux.cases import CASES as FLUX
 from families.stable_diffusion.cases import CASES as SD
 from families.wanvideo.cases import CASES as WAN
@@ -17,7 +17,6 @@ from diffsynth_dagster.errors import ParameterError, WeightsError
 from diffsynth_dagster.export import export_run
 from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.preflight import check_config
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.run.resume_point import state_folders
 from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.training.state import read_state
@@ -54,27 +53,23 @@ def test_a_training_goes_on_from_a_checkpoint_and_from_its_export(
     values: Values, tmp_path: Path, removed: str
 ) -> None:
     config = values(**FULL, remove_prefix_in_ckpt=removed)
-    code, run = train(config, tmp_path / "first")
-    assert code == 0
+    run = train_to_end(config, tmp_path / "first")
     checkpoint = run / "epoch-0.safetensors"
     trained = {n.removeprefix("pipe.dit."): t for n, t in load_file(checkpoint).items()}
     assert any(not torch.equal(trained[n], t) for n, t in started(config).items())
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     whole = make_config({**config, "output_path": str(run)})
     (export,) = export_run(whole, record, find_model(whole, HUB))
     for file in (checkpoint, export.path):
         assert_equal(started({**config, "resume_from_checkpoint": str(file)}), trained)
     again = {**config, "resume_from_checkpoint": str(checkpoint)}
-    code, run = train({**again, "state_steps": 1}, tmp_path / "second")
-    assert code == 0
+    run = train_to_end({**again, "state_steps": 1}, tmp_path / "second")
     # Weights only: the optimizer has made the steps of the second training.
     written = read_state(state_folders(run)[0][1])
     state = written.whole(load_file(written.tensors))
     steps = {float(s["step"]) for s in state.pieces["optimizer"]["state"].values()}
     assert steps == {2.0}
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     assert "resume_from_checkpoint" in record.base
 
 
@@ -105,12 +100,10 @@ def test_a_part_of_a_model_goes_on_from_its_own_weights(tmp_path: Path) -> None:
     given = place.values(lora_base_model=[], trainable_models=["vace"], learning_rate=1e-2)
     for name in ("lora_target_modules", "lora_rank"):
         given.pop(name)
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(given, tmp_path / "run")
     trained = load_file(run / "epoch-0.safetensors")
     whole = make_config({**given, "output_path": str(run)})
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     (export,) = export_run(whole, record, find_model(whole, HUB))
     other = tmp_path / "other.safetensors"
     tensors = load_file(export.path)
@@ -185,15 +178,13 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_encoded(
     values: Values,
     tiny_qwen: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     kind: str,
     said: str,
 ) -> None:
     file = unfit(kind, tiny_qwen, tmp_path)
     store = tmp_path / "store"
     config = values(**FULL, cache_path=str(store), resume_from_checkpoint=str(file))
-    assert train(config, tmp_path / "run")[0] == 2
-    error = capsys.readouterr().err
+    error = why_refused(config, tmp_path / "run")
     assert said in error
     assert str(file) in error
     assert error.count("error: ") == 1
@@ -213,7 +204,6 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_encoded(
     ],
 )
 def test_it_is_for_one_model_that_is_trained_in_full(
-    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: Any, said: str
+    values: Values, tmp_path: Path, more: Any, said: str
 ) -> None:
-    assert train(values(**more, resume_from_checkpoint="a"), tmp_path / "run")[0] == 2
-    assert said in capsys.readouterr().err
+    assert said in why_refused(values(**more, resume_from_checkpoint="a"), tmp_path / "run")

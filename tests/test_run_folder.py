@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import pytest
 import yaml
-from conftest import ROOT, Values, make_config, train
-from dagster_support import definitions_of, endless, has_stepped, wait_for, write_recipe
+from conftest import ROOT, Values, make_config, train_to_end, why_refused
+from dagster_support import definitions_of, endless, failure_of, has_stepped, wait_for, write_recipe
 from process_support import forked_launches, train_in_process, two_processes
 from soak_support import start_server
 
@@ -53,15 +53,13 @@ def test_two_trainings_never_share_a_folder(
     values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second one is refused and changes nothing; a killed owner does not block the next one."""
-    code, encoded = train(values(), tmp_path / "encoded", "--task", "sft:data_process")
-    assert code == 0
+    encoded = train_to_end(values(), tmp_path / "encoded", "--task", "sft:data_process")
     run = tmp_path / "run"
     owner = start_training(run, values, encoded)
     try:
         before = {p: p.read_bytes() for p in run.glob("*.json")}
         capsys.readouterr()
-        assert train(values(), run)[0] == 2
-        error = capsys.readouterr().err
+        error = why_refused(values(), run)
         assert f"the run folder is in use: sft:train by process {owner.pid} on " in error
         assert f"where: output_path = {run}" in error
         assert "Traceback" not in error
@@ -72,7 +70,7 @@ def test_two_trainings_never_share_a_folder(
         owner.join(60)
     half = of_a_dead_process(run / "epoch-0.safetensors")
     assert half.exists()
-    assert train(values(), run)[0] == 0
+    train_to_end(values(), run)
     assert not half.exists()
     assert [p.name for p in run.glob(".*") if "-" in p.name] == []
 
@@ -91,10 +89,7 @@ def test_dagster_is_refused_what_a_command_line_holds(values: Values, tmp_path: 
     job = definitions_of(tmp_path / "recipes").resolve_job_def("train_tiny")
     with forked_launches(), owned(tmp_path / "run", "a training on the command line"):
         done = job.execute_in_process(raise_on_error=False)
-    failure = done.failure_data_for_node("tiny__latents")
-    assert failure is not None
-    assert failure.user_failure_data is not None
-    words = failure.user_failure_data.description or ""
+    words = failure_of(done, "tiny__latents")
     assert f"in use: a training on the command line by process {os.getpid()}" in words
 
 

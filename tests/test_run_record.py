@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Values, make_config, train
+from conftest import Values, make_config, record_of, train, train_to_end
 
 from diffsynth_dagster.facts import digest_file
 from diffsynth_dagster.run.record import RunRecord, read_record
@@ -33,8 +33,7 @@ class LooksAtRunJson(torch.optim.SGD):
     said: list[RunRecord] = []  # noqa: RUF012
 
     def step(self, closure: Closure = None) -> None:  # type: ignore[override]
-        record = read_record(self.folder)
-        assert record is not None
+        record = record_of(self.folder)
         self.said.append(record)
         super().step(closure)
 
@@ -80,7 +79,7 @@ def test_a_checkpoint_is_named_as_soon_as_it_is_written(
     run = tmp_path / "run"
     for _ in range(2):  # the second time over the record of a finished training
         watched.clear()
-        assert train(config, run)[0] == 0
+        train_to_end(config, run)
         assert [list(record.checkpoints) for record in watched] == [[], ["step-1.safetensors"]]
         assert not any(record.finished for record in watched)
         record = read_record(run)

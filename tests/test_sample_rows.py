@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import keys_of, train
+from conftest import keys_of, record_of, train, train_to_end, why_refused
 from families.wanvideo.cases import write_video
 from PIL import Image
 from test_families import QWEN, WAN, Place, place, places
@@ -16,7 +16,6 @@ from test_families import QWEN, WAN, Place, place, places
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.data.media.video import load_sample_video
 from diffsynth_dagster.run.events import MEASURED
-from diffsynth_dagster.run.record import read_record
 
 __all__ = ["place", "places"]
 
@@ -56,8 +55,7 @@ def test_a_sample_has_the_size_of_its_input_or_that_of_the_recipe(
 ) -> None:
     """Without a file of what is trained on; where the table names one, its size."""
     samples = table(tmp_path / "s", (64, 64), (128, 32))
-    code, run = train(given(place, samples, task="sft:data_process"), tmp_path / "own")
-    assert code == 0
+    run = train_to_end(given(place, samples, task="sft:data_process"), tmp_path / "own")
     own = sizes_of(run)
     assert own[0][0] == own[0][1]
     assert own[1][0] > own[1][1]
@@ -65,8 +63,7 @@ def test_a_sample_has_the_size_of_its_input_or_that_of_the_recipe(
     assert sizes_of(train(fixed, tmp_path / "fixed")[1]) == [(64, 32)] * 2
     named = table(tmp_path / "n", (64, 64), image="target.png")
     Image.new("RGB", (48, 32)).save(named.parent / "target.png")
-    code, run = train(given(place, named, task="sft:data_process"), tmp_path / "named")
-    assert code == 0
+    run = train_to_end(given(place, named, task="sft:data_process"), tmp_path / "named")
     assert sizes_of(run) == [(48, 32)]
 
 
@@ -74,13 +71,12 @@ def test_a_sample_has_the_size_of_its_input_or_that_of_the_recipe(
 def test_the_second_half_makes_the_samples_of_the_first(place: Place, tmp_path: Path) -> None:
     """From the store alone: the pictures of the table are gone."""
     values = given(place, table(tmp_path / "s", (64, 64)), sample_cfg_scale=2.0)
-    code, whole = train(values, tmp_path / "whole")
-    assert code == 0
-    assert train({**values, "task": "sft:data_process"}, tmp_path / "split")[0] == 0
+    whole = train_to_end(values, tmp_path / "whole")
+    train_to_end({**values, "task": "sft:data_process"}, tmp_path / "split")
     (tmp_path / "s" / "0.png").unlink()
     second = {**values, "task": "sft:train", "dataset_base_path": str(tmp_path / "split")}
     del second["dataset_metadata_path"]
-    assert train(second, tmp_path / "second")[0] == 0
+    train_to_end(second, tmp_path / "second")
     assert pictures_of(tmp_path / "second") == pictures_of(whole)
     manifest = read_manifest(whole)
     rows = [*manifest.sample_rows, *manifest.unprompted_rows]
@@ -95,8 +91,7 @@ def test_a_text_encoder_that_is_trained_sees_the_rows(place: Place, tmp_path: Pa
     values = {n: v for n, v in values.items() if not n.startswith("lora_")}
     values |= {"trainable_models": ["text_encoder"], "remove_prefix_in_ckpt": ""}
     values |= {"learning_rate": 0.1}
-    code, run = train(values, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(values, tmp_path / "run")
     (row,) = read_manifest(run).sample_rows
     assert set(row["inputs"]) == {"prompt", "edit_image"}
     made = pictures_of(run)
@@ -114,8 +109,7 @@ def test_other_samples_are_another_training(place: Place, tmp_path: Path) -> Non
         for file in ("0.png", "made.json"):
             target = samples if file == "made.json" else samples.parent / file
             target.write_bytes((tmp_path / name / file).read_bytes())
-        record = read_record(train(given(place, samples), tmp_path / f"run{name}")[1])
-        assert record is not None
+        record = record_of(train(given(place, samples), tmp_path / f"run{name}")[1])
         identities.append(record.identity)
     assert identities[0] == identities[1] != identities[2]
 
@@ -130,11 +124,10 @@ def test_other_samples_are_another_training(place: Place, tmp_path: Path) -> Non
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused(
-    place: Place, change: dict[str, str], said: str, tmp_path: Path, capsys: Any
+    place: Place, change: dict[str, str], said: str, tmp_path: Path
 ) -> None:
     samples = table(tmp_path / "s", (64, 64), **change)
-    assert train(given(place, samples), tmp_path / "run")[0] == 2
-    words = capsys.readouterr().err
+    words = why_refused(given(place, samples), tmp_path / "run")
     assert said in words
     assert "sample_prompts = " in words
     assert "Traceback" not in words
@@ -149,23 +142,21 @@ def test_what_does_not_go_together_is_refused(place: Place, tmp_path: Path, caps
         capsys.readouterr().err.split()
     )
     missing = given(place, tmp_path / "no.csv")
-    assert train(missing, tmp_path / "missing")[0] == 2
-    assert f"sample_prompts = {tmp_path / 'no.csv'}" in capsys.readouterr().err
+    assert f"sample_prompts = {tmp_path / 'no.csv'}" in why_refused(missing, tmp_path / "missing")
     first = given(place, samples, task="sft:data_process", sample_cfg_scale=1.0)
-    assert train(first, tmp_path / "split")[0] == 0
+    train_to_end(first, tmp_path / "split")
     guided = given(place, samples, task="sft:train")
     base = {"dataset_base_path": str(tmp_path / "split"), "dataset_metadata_path": None}
     second = {k: v for k, v in {**guided, **base}.items() if v is not None}
-    assert train(second, tmp_path / "second")[0] == 2
-    assert "encoded for samples without guidance" in capsys.readouterr().err
+    assert "encoded for samples without guidance" in why_refused(second, tmp_path / "second")
     del first["sample_cfg_scale"]
-    assert train({**first, "sample_negative_prompt": "grey"}, tmp_path / "split")[0] == 0
-    assert train(second, tmp_path / "second")[0] == 2
-    assert "encoded for samples with another negative prompt" in capsys.readouterr().err
+    train_to_end({**first, "sample_negative_prompt": "grey"}, tmp_path / "split")
+    assert "encoded for samples with another negative prompt" in why_refused(
+        second, tmp_path / "second"
+    )
     samples.write_text(samples.read_text() + " ")
     second["sample_cfg_scale"] = 1.0
-    assert train(second, tmp_path / "second")[0] == 2
-    assert "encoded with another table of samples" in capsys.readouterr().err
+    assert "encoded with another table of samples" in why_refused(second, tmp_path / "second")
 
 
 @pytest.mark.parametrize(
@@ -179,10 +170,8 @@ def test_a_picture_is_the_first_frame_of_a_clip(place: Place, tmp_path: Path) ->
     Image.fromarray(pixels).save(folder / "first.png")
     (folder / "samples.csv").write_text("prompt,video\na clip,first.png\n")
     values = given(place, folder / "samples.csv")
-    code, run = train(values, tmp_path / "run")
-    assert code == 0
-    record = read_record(run)
-    assert record is not None
+    run = train_to_end(values, tmp_path / "run")
+    record = record_of(run)
     assert "step-0-0" in record.clips
     assert [row["frames"] for row in read_manifest(run).sample_rows] == [5]
     still = load_sample_video(folder / "first.png", (32, 32), 5, 1.0)
@@ -203,8 +192,7 @@ def test_samples_change_no_weight_and_no_loss(place: Place, tmp_path: Path) -> N
     samples = {"sample_prompts": str(table(tmp_path / "s", (64, 64))), "sample_steps": 1}
     found: list[Any] = []
     for name, more in (("plain", {}), ("sampled", {**samples, "sample_num_inference_steps": 1})):
-        code, run = train({**plain, **more}, tmp_path / name)
-        assert code == 0
+        run = train_to_end({**plain, **more}, tmp_path / name)
         with (run / "metrics.csv").open() as file:
             rows = [{k: v for k, v in r.items() if k not in MEASURED} for r in csv.DictReader(file)]
         found.append(rows)

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from conftest import Values, train
+from conftest import Values, record_of, train_to_end, why_refused
 from damage_support import DAMAGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,24 +87,22 @@ def test_samples_that_were_damaged_are_not_trained_on(
     values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert train(values(), run, "--task", "sft:data_process")[0] == 0
+    train_to_end(values(), run, "--task", "sft:data_process")
     change(run / "samples.parquet", b'"samples": 8', b'"samples": 9')
     second = values(dataset_metadata_path=None, dataset_base_path=str(run))
     capsys.readouterr()
-    assert train(second, tmp_path / "second", "--task", "sft:train")[0] == 2
-    error = capsys.readouterr().err
+    error = why_refused(second, tmp_path / "second", "--task", "sft:train")
     assert "the list of encoded samples is damaged" in error
     assert f"where: {run / 'samples.parquet'}" in error
-    assert train(values(), run, "--task", "sft:data_process")[0] == 0
-    assert train(second, tmp_path / "second", "--task", "sft:train")[0] == 0
+    train_to_end(values(), run, "--task", "sft:data_process")
+    train_to_end(second, tmp_path / "second", "--task", "sft:train")
 
 
 def test_a_record_that_was_damaged_is_not_believed(values: Values, tmp_path: Path) -> None:
     """What it says becomes part of the exports."""
     run = tmp_path / "run"
-    assert train(values(), run)[0] == 0
-    record = read_record(run)
-    assert record is not None
+    train_to_end(values(), run)
+    record = record_of(run)
     assert record.lora == {"rank": 4, "alpha": 4}
     change(run / "run.json", b'"alpha": 4', b'"alpha": 6')
     with pytest.raises(OutputError, match="its content has changed") as caught:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Values, make_config, train, write_images
-from dagster_support import definitions_of, write_recipe
+from conftest import Values, make_config, train_to_end, write_images
+from dagster_support import definitions_of, failure_of, write_recipe
 from disk_support import needs_a_disk, on_a_small_disk
 from process_support import forked_launches
 from safetensors.torch import load_file
@@ -44,8 +44,7 @@ def test_the_size_of_a_checkpoint_is_told_from_shapes(
     config = values(num_epochs=1, remove_prefix_in_ckpt="", **trained)
     found = find_model(make_config(config), ModelHub(Path(), skip_download=True))
     told = check_headers(make_config(config), found, torch.float32)
-    code, run = train(config, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(config, tmp_path / "run")
     assert told == tensor_bytes(run / "epoch-0.safetensors") > 0
 
 
@@ -65,8 +64,7 @@ def test_a_training_without_space_for_a_checkpoint_is_refused_before_it_encodes(
 
 @needs_a_disk
 def test_checkpoints_that_will_not_all_fit_are_warned_of(values: Values, tmp_path: Path) -> None:
-    code, run = train(values(num_epochs=1), tmp_path / "run")
-    assert code == 0
+    run = train_to_end(values(num_epochs=1), tmp_path / "run")
     size = (run / "epoch-0.safetensors").stat().st_size
     disk = tmp_path / "disk"
     config = values(output_path=str(disk / "run"), num_epochs=100)
@@ -98,7 +96,7 @@ def test_what_the_store_will_need_is_warned_of_by_the_first_batch(
         task="sft:data_process",
     )
     undisturbed = {**config, "cache_path": str(tmp_path / "store")}
-    assert train(undisturbed, tmp_path / "run")[0] == 0
+    train_to_end(undisturbed, tmp_path / "run")
     rows = Store(tmp_path / "store").index()
     disk = tmp_path / "disk"
     small = {**config, "cache_path": str(disk / "store"), "output_path": str(tmp_path / "other")}
@@ -127,7 +125,4 @@ def test_dagster_logs_the_warning(
         done = job.execute_in_process(raise_on_error=False)
     said = capsys.readouterr().err
     assert "tiny/checkpoints: warning: the 1000000000000 checkpoints and 2 states of the" in said
-    failure = done.failure_data_for_node("tiny__checkpoints")
-    assert failure is not None
-    assert failure.user_failure_data is not None
-    assert failure.user_failure_data.description == "it ends here"
+    assert failure_of(done, "tiny__checkpoints") == "it ends here"

@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 import pytest
 import yaml
-from conftest import Values, train
+from conftest import Values, train, train_to_end, why_refused
 from families.wanvideo.cases import CASES, write
 from family_case import Case
 from safetensors.torch import load_file, save_file
@@ -29,8 +29,7 @@ def second_half(config: dict[str, Any], encoded: Path, **overrides: Any) -> dict
 @pytest.fixture
 def encoded(values: Values, tmp_path: Path) -> tuple[dict[str, Any], Path]:
     config = values(max_pixels=256, cache_path=str(tmp_path / "cache"))
-    code, folder = train(config, tmp_path / "encoded", "--task", "sft:data_process")
-    assert code == 0
+    folder = train_to_end(config, tmp_path / "encoded", "--task", "sft:data_process")
     return config, folder
 
 
@@ -38,17 +37,16 @@ def test_the_size_of_the_first_half_counts(
     encoded: tuple[dict[str, Any], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, folder = encoded
-    assert train(second_half(config, folder), tmp_path / "run")[0] == 0
+    train_to_end(second_half(config, folder), tmp_path / "run")
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
     assert written["max_pixels"] == 256
-    assert train(second_half(config, folder, max_pixels=256), tmp_path / "same")[0] == 0
+    train_to_end(second_half(config, folder, max_pixels=256), tmp_path / "same")
     first, same = (tmp_path / name / "epoch-0.safetensors" for name in ("run", "same"))
     assert first.read_bytes() == same.read_bytes()
     capsys.readouterr()
     for name, value in (("max_pixels", 1024), ("bucket_step", 32)):
         other = second_half(config, folder, **{name: value})
-        assert train(other, tmp_path / "other")[0] == 2
-        assert f"encoded with {name} = " in capsys.readouterr().err
+        assert f"encoded with {name} = " in why_refused(other, tmp_path / "other")
 
 
 def test_a_folder_of_before_sizes_were_noted_is_read(
@@ -60,11 +58,11 @@ def test_a_folder_of_before_sizes_were_noted_is_read(
     del notes["parameters"]
     frame = pl.read_parquet(path)
     frame.write_parquet(path, metadata={"diffsynth_dagster": json.dumps(notes)})
-    assert train(second_half(config, folder), tmp_path / "run")[0] == 0
+    train_to_end(second_half(config, folder), tmp_path / "run")
 
 
 def test_weights_that_did_not_encode_the_data_are_refused(
-    encoded: tuple[dict[str, Any], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    encoded: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     config, folder = encoded
     (vae,) = (path for path in config["model_paths"] if "vae" in path)
@@ -76,10 +74,11 @@ def test_weights_that_did_not_encode_the_data_are_refused(
     save_file(tensors, other)
     (other.parent / "config.json").write_text(Path(vae).with_name("config.json").read_text())
     models = [config["model_paths"][0], str(other)]
-    assert train(second_half(config, folder, model_paths=models), tmp_path / "run")[0] == 2
-    assert f"encoded with another 'vae' than {other}" in capsys.readouterr().err
+    assert f"encoded with another 'vae' than {other}" in why_refused(
+        second_half(config, folder, model_paths=models), tmp_path / "run"
+    )
     same = [config["model_paths"][0], vae]
-    assert train(second_half(config, folder, model_paths=same), tmp_path / "run")[0] == 0
+    train_to_end(second_half(config, folder, model_paths=same), tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +105,11 @@ def test_each_half_names_only_the_models_that_it_needs(
         **case.parameters,
     }
     whole = {**config, "cache_path": str(tmp_path / "c1")}
-    assert train(whole, tmp_path / "whole")[0] == 0
+    train_to_end(whole, tmp_path / "whole")
     assert "transformer" in config["model_paths"][0]
     first = {**config, "cache_path": str(tmp_path / "c2"), "task": "sft:data_process"}
     first["model_paths"] = config["model_paths"][1:]
-    assert train(first, tmp_path / "encoded")[0] == 0
+    train_to_end(first, tmp_path / "encoded")
     assert (
         train(
             second_half(first, tmp_path / "encoded") | {"model_paths": config["model_paths"][:1]},

@@ -10,7 +10,7 @@ import polars as pl
 import psutil
 import pytest
 import torch
-from conftest import Values, make_config, train, write_images
+from conftest import Values, make_config, record_of, train, train_to_end, write_images
 from lora_support import by_module
 from process_support import in_processes
 from safetensors.torch import load_file
@@ -19,7 +19,6 @@ from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.export import export_run, how_to_load, verify_export
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.run.events import MEASURED
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.adapters import saved_name
 from diffsynth_dagster.training.batches import collate
 from diffsynth_dagster.training.lora import add_lora
@@ -42,10 +41,10 @@ def as_printed(out: str, pipe: Any) -> Any:
 
 def test_same_seed_gives_the_same_bytes(values: Values, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        assert train(values(), tmp_path / name)[0] == 0
+        train_to_end(values(), tmp_path / name)
     first = (tmp_path / "a" / "epoch-0.safetensors").read_bytes()
     assert first == (tmp_path / "b" / "epoch-0.safetensors").read_bytes()
-    assert train(values(seed=1), tmp_path / "c")[0] == 0
+    train_to_end(values(seed=1), tmp_path / "c")
     assert first != (tmp_path / "c" / "epoch-0.safetensors").read_bytes()
 
 
@@ -56,8 +55,7 @@ def test_checkpoint_names_start_at_the_module(values: Values, tmp_path: Path) ->
     assert float(tensors[f"{layer}.alpha"]) == len(tensors[f"{layer}.lora_A.weight"]) == 4
     assert all(name.startswith("diffusion_model.transformer_blocks.") for name in tensors)
     notes = json.loads(read_metadata(run / "epoch-0.safetensors")["diffsynth_dagster"])
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     assert notes["samples_digest"] == read_manifest(run).digest == record.samples_digest
     assert notes["base"].keys() == {"dit", "text_encoder", "vae", "tokenizer"}
     assert record.finished
@@ -79,7 +77,7 @@ def test_second_run_encodes_nothing(
 def test_split_training_equals_training_at_once(values: Values, tmp_path: Path) -> None:
     _, whole = train(values(cache_path=str(tmp_path / "c1")), tmp_path / "whole")
     config = values(cache_path=str(tmp_path / "c2"))
-    assert train(config, tmp_path / "encoded", "--task", "sft:data_process")[0] == 0
+    train_to_end(config, tmp_path / "encoded", "--task", "sft:data_process")
     assert not (tmp_path / "encoded" / "epoch-0.safetensors").exists()
     # The second stage needs neither the images, nor the encoders, nor the metadata.
     second = {
@@ -88,7 +86,7 @@ def test_split_training_equals_training_at_once(values: Values, tmp_path: Path) 
         "model_paths": config["model_paths"][:1],
     }
     del second["dataset_metadata_path"]
-    assert train(second, tmp_path / "split", "--task", "sft:train")[0] == 0
+    train_to_end(second, tmp_path / "split", "--task", "sft:train")
     first = (whole / "epoch-0.safetensors").read_bytes()
     assert first == (tmp_path / "split" / "epoch-0.safetensors").read_bytes()
 
@@ -111,8 +109,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(
     )
     steps = pl.read_csv(run / "metrics.csv")
     assert steps.height < 40
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     assert not record.all_losses_finite
     assert not record.finished
     # The step that went astray leaves no checkpoint; those before it are kept.
@@ -121,35 +118,31 @@ def test_a_loss_that_is_not_finite_ends_the_training(
 
 def test_text_encoder_is_trained_inside_the_step(values: Values, tmp_path: Path) -> None:
     """Its stage is not cached, the image's is; the prefix keeps the modules apart."""
-    code, run = train(
+    run = train_to_end(
         values(trainable_models=["text_encoder"], batch_size=4, learning_rate=1e-4),
         tmp_path / "run",
     )
-    assert code == 0
     columns = read_manifest(run).frame.columns
     assert "key:image" in columns
     assert "key:prompt" not in columns
     tensors = load_file(run / "epoch-0.safetensors")
     assert all(name.startswith("pipe.text_encoder.") for name in tensors)
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     assert record.changed_tensors > 0
 
 
 def test_several_modules_at_once(values: Values, tmp_path: Path) -> None:
     config = {**values(), "trainable_models": ["text_encoder"]}
-    code, run = train(config, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(config, tmp_path / "run")
     tensors = load_file(run / "epoch-0.safetensors")
     kinds = {name.split(".")[0] for name in tensors}
     assert kinds == {"pipe", "diffusion_model"}
     # The LoRA in it can be gone on from.
     start = {"lora_checkpoint": str(run / "epoch-0.safetensors"), "num_epochs": 1}
-    assert train({**config, **start}, tmp_path / "again")[0] == 0
+    train_to_end({**config, **start}, tmp_path / "again")
     settings = make_config({**config, "output_path": str(run)})
     found = find_model(settings, ModelHub.from_environment())
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     exported = export_run(settings, record, found)
     assert {e.components for e in exported} == {("dit",), ("text_encoder",)}
     for item in exported:
@@ -169,8 +162,7 @@ def test_full_training_exports_a_model_folder(
     values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = values(trainable_models=["dit"], learning_rate=1e-4, save_steps=1)
-    code, run = train(config, tmp_path / "run", exports=True)
-    assert code == 0
+    run = train_to_end(config, tmp_path / "run", exports=True)
     assert sorted(p.name for p in run.glob("*.safetensors")) == [
         "step-1.safetensors",
         "step-2.safetensors",
@@ -315,8 +307,7 @@ def test_automatic_targets(tmp_path: Path) -> None:
 
 def test_worker_processes_read_the_same(values: Values, tmp_path: Path) -> None:
     _, alone = train(values(), tmp_path / "a")
-    code, workers = train(values(dataset_num_workers=2, seed=0), tmp_path / "b")
-    assert code == 0
+    workers = train_to_end(values(dataset_num_workers=2, seed=0), tmp_path / "b")
     first = (alone / "epoch-0.safetensors").read_bytes()
     assert first == (workers / "epoch-0.safetensors").read_bytes()
 

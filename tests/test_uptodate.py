@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Values, make_config, train
+from conftest import Values, make_config, train_to_end
 
 from diffsynth_dagster.errors import Stopped
 from diffsynth_dagster.fingerprint import Fingerprint
@@ -33,7 +33,7 @@ def test_what_only_one_of_two_fingerprints_has_differs() -> None:
 def test_what_has_changed_is_named(values: Values, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = values(output_path=str(folder))
-    assert train(config, folder)[0] == 0
+    train_to_end(config, folder)
     assert why(config) is None
     assert why(config, 1, dataset_num_workers=2, resume="must") is None
     assert why(config, learning_rate=0.01, num_epochs=2) == (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Values, lora_values, make_config, model_files, train
+from conftest import Values, lora_values, make_config, model_files, train, train_to_end, why_refused
 from hub_server import serve_hub
 from safetensors.torch import load_file, save_file
 
@@ -185,9 +185,9 @@ def test_the_family_is_told_without_the_tokenizer(
     """It may be downloaded later, or lie beside the single files."""
     given = values(family=None, tokenizer_path=None, model_paths=model_files(model))
     shutil.move(model / "tokenizer", model / "transformer" / "tokenizer")
-    assert train(given, tmp_path / "run", "--dry_run")[0] == 0
+    train_to_end(given, tmp_path / "run", "--dry_run")
     assert '"family": "qwen_image"' in capsys.readouterr().out
-    assert train(given, tmp_path / "run")[0] == 0
+    train_to_end(given, tmp_path / "run")
 
 
 def test_bf16_weights_and_float32_rotary_buffers(tiny_qwen: Path) -> None:
@@ -346,15 +346,15 @@ def test_downloads_with_the_real_client(
     )
     with serve_hub(tmp_path / "hub") as hub:
         hub_environment.setenv("MODELSCOPE_ENDPOINT", hub.url)
-        assert train(config, tmp_path / "a")[0] == 0
+        train_to_end(config, tmp_path / "a")
         assert "transformer/config.json" in hub.downloads
         assert any(name.startswith("tokenizer/") for name in hub.downloads)
         assert "model_index.json" not in hub.downloads
         count = len(hub.downloads)
-        assert train(config, tmp_path / "b")[0] == 0
+        train_to_end(config, tmp_path / "b")
         assert len(hub.downloads) == count
     hub_environment.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "True")
-    assert train(config, tmp_path / "c")[0] == 0
+    train_to_end(config, tmp_path / "c")
     files = [(tmp_path / n / "epoch-0.safetensors").read_bytes() for n in "abc"]
     assert files[0] == files[1] == files[2]
 
@@ -382,9 +382,7 @@ def test_hub_that_lacks_the_model_or_is_gone(
 
 
 @pytest.mark.parametrize("name", ["trainable_models", "preset_lora_model"])
-def test_a_model_that_the_family_lacks_is_named(
-    tiny_qwen: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_the_family_lacks_is_named(tiny_qwen: Path, name: str, tmp_path: Path) -> None:
     """Also where the family is recognised from the files."""
     values = lora_values(tiny_qwen, tmp_path, tmp_path / "cache")
     values = {k: v for k, v in values.items() if k != "family" and not k.startswith("lora_")}
@@ -393,5 +391,6 @@ def test_a_model_that_the_family_lacks_is_named(
     values |= {"trainable_models": "dit"}
     if name == "preset_lora_model":
         values |= {"preset_lora_path": str(tmp_path / "lora.safetensors")}
-    assert train(values | {name: "ditt"}, tmp_path / "run")[0] == 2
-    assert "qwen_image has no model 'ditt'; did you mean 'dit'" in capsys.readouterr().err
+    assert "qwen_image has no model 'ditt'; did you mean 'dit'" in why_refused(
+        values | {name: "ditt"}, tmp_path / "run"
+    )

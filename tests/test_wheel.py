@@ -8,7 +8,8 @@ import sysconfig
 import time
 import venv
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,21 @@ def test_from_pictures_to_a_lora_in_an_empty_folder(
     assert beside == {"cache", "dagster_home", "models", "recipes", "workspace.yaml"}
 
 
+@contextmanager
+def dagster_dev(python: Path, project: Path) -> Generator[Server]:
+    """The UI of a project."""
+    port, environment = free_port(), given_by_hand(project)
+    command = [str(python), "-m", "dagster", "dev", "-h", "127.0.0.1", "-p", str(port)]
+    with (project / "log").open("wb") as log:
+        ui = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: listens(port), 90, "dagster dev listens")
+        client = DagsterGraphQLClient("127.0.0.1", port_number=port)
+        yield Server(project, environment, ui, client, port)
+    finally:
+        stop(ui.pid)
+
+
 @pytest.mark.soak
 def test_the_five_minutes_in_an_empty_folder(
     python: Path, project: Path, tiny_qwen: Path, show: Callable[[str], None]
@@ -172,34 +188,13 @@ def test_the_five_minutes_in_an_empty_folder(
 
     # A second recipe, in the UI that runs already.
     captioned(project / "data" / "dogs", 6)
-    port = free_port()
-    with (project / "log").open("wb") as log:
-        ui = subprocess.Popen(
-            [str(python), "-m", "dagster", "dev", "-h", "127.0.0.1", "-p", str(port)],
-            cwd=project,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        wait_for(lambda: listens(port), 90, "dagster dev listens")
-        client = DagsterGraphQLClient("127.0.0.1", port_number=port)
-        server = Server(project, environment, ui, client, port)
-        run(
-            "diffsynth_dagster.new",
-            "dogs",
-            "--family",
-            "qwen_image",
-            "--data",
-            "data/dogs",
-            *models,
-        )
-        reloaded = client.reload_repository_location("diffsynth_dagster")
+    with dagster_dev(python, project) as server:
+        new = ["diffsynth_dagster.new", "dogs", "--family", "qwen_image", "--data", "data/dogs"]
+        run(*new, *models)
+        reloaded = server.client.reload_repository_location("diffsynth_dagster")
         assert reloaded.status == ReloadRepositoryLocationStatus.SUCCESS, reloaded.message
         launched = server.launch("dogs", SHORT)
         assert server.wait(launched, 300) == DagsterRunStatus.SUCCESS
-    finally:
-        stop(ui.pid)
     assert (project / "models" / "train" / "dogs" / "samples" / "step-4.png").is_file()
 
     longer = [f"--{name}={value}" for name, value in {**SHORT, "max_train_steps": 8}.items()]

@@ -13,7 +13,7 @@ from diffsynth_dagster.families.lora import Lora
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.formats import LoraFormat, find_format, peft
 from diffsynth_dagster.formats.change import difference
-from diffsynth_dagster.formats.contract import UnreadableLora
+from diffsynth_dagster.formats.contract import NamedTensors, UnreadableLora
 from diffsynth_dagster.formats.diffusers import ADAPTER_KEY
 from diffsynth_dagster.weights.header import read_metadata
 from diffsynth_dagster.weights.load import read_tensors
@@ -62,19 +62,7 @@ def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None)
     except KeyError as error:
         raise _not_understood(of, f"{to} has no name for {error.args[0]}", where) from error
     path = _path(file, to, output)
-    provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
-    # The header keeps the notes of the source file that are still true of the new one.
-    rewritten = (ADAPTER_KEY, PROVENANCE_KEY, "format")
-    kept = {k: v for k, v in notes.items() if k not in rewritten}
-    if "architecture" in provenance:
-        # `write_described` makes the ModelSpec fields again from the provenance.
-        kept = {k: v for k, v in kept.items() if not k.startswith(START)}
-    origin = {PROVENANCE_KEY: json.dumps({**provenance, "format": to}, sort_keys=True)}
-    config = spelled.notes.get(peft.CONFIG)
-    more = {k: v for k, v in spelled.notes.items() if k != peft.CONFIG}
-    write_described(path, spelled.tensors, {**kept, **more, **origin, "format": "pt"})
-    if config is not None:
-        write_text(path.parent / peft.CONFIG, config)
+    _write(path, spelled, to, notes)
     # Read the file back: a format may fold scales or fuse layers, but must not change s B A.
     written = find_format(to).read(read_tensors([path]), rules)
     deviation = max(difference(lora, written[name]) for name, lora in loras.items())
@@ -89,6 +77,27 @@ def convert(file: Path, to: LoraFormat, output: Path | None, family: str | None)
         f"wrote {path.absolute()}: {_counted(loras)} of {of.name} in the names of {to}; the change of "
         f"each layer is the same to {deviation:.0e}"
     )
+
+
+def _write(path: Path, spelled: NamedTensors, to: LoraFormat, notes: Mapping[str, str]) -> None:
+    """Write the tensors of a format with a header, and the config that peft needs beside them.
+
+    Args:
+        notes: the header of the source file.
+    """
+    provenance: dict[str, Any] = json.loads(notes.get(PROVENANCE_KEY, "{}"))
+    # The header keeps the notes of the source file that are still true of the new one.
+    rewritten = (ADAPTER_KEY, PROVENANCE_KEY, "format")
+    kept = {k: v for k, v in notes.items() if k not in rewritten}
+    if "architecture" in provenance:
+        # `write_described` makes the ModelSpec fields again from the provenance.
+        kept = {k: v for k, v in kept.items() if not k.startswith(START)}
+    origin = {PROVENANCE_KEY: json.dumps({**provenance, "format": to}, sort_keys=True)}
+    config = spelled.notes.get(peft.CONFIG)
+    more = {k: v for k, v in spelled.notes.items() if k != peft.CONFIG}
+    write_described(path, spelled.tensors, {**kept, **more, **origin, "format": "pt"})
+    if config is not None:
+        write_text(path.parent / peft.CONFIG, config)
 
 
 def _counted(loras: Mapping[str, Lora]) -> str:

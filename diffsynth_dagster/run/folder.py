@@ -42,25 +42,7 @@ def owned(folder: Path, doing: str) -> Generator[None]:
             the folder was removed or renamed.
     """
     require_writable(folder, "output_path")
-    # Refused at once, not after a wait: a training holds the lock for hours.
-    lock = FileLock(folder / LOCK, blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise OutputError(
-            f"the run folder is in use{_owner(folder)}",
-            where=f"output_path = {folder}",
-            do="wait until that is done, or give another output_path",
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        unsupported = not isinstance(error, OSError) or error.errno in _WITHOUT_LOCKS
-        raise OutputError(
-            f"the run folder cannot be locked: {error}",
-            where=f"output_path = {folder}" if unsupported else str(folder / LOCK),
-            do="give a folder on a file system that knows locks"
-            if unsupported
-            else "remove it, if no training runs in that folder",
-        ) from error
+    lock = _lock(folder)
     path = (folder / LOCK).absolute()
     # If another file is at this path later, the folder was replaced.
     locked = path.stat()
@@ -91,6 +73,34 @@ def owned(folder: Path, doing: str) -> Generator[None]:
             with contextlib.suppress(OSError):
                 (folder / OWNER).unlink()
         lock.release()
+
+
+def _lock(folder: Path) -> FileLock:
+    """Take the lock of a run folder.
+
+    Raises:
+        OutputError: the folder is in use, or cannot be locked.
+    """
+    # Refused at once, not after a wait: a training holds the lock for hours.
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"the run folder is in use{_owner(folder)}",
+            where=f"output_path = {folder}",
+            do="wait until that is done, or give another output_path",
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        unsupported = not isinstance(error, OSError) or error.errno in _WITHOUT_LOCKS
+        raise OutputError(
+            f"the run folder cannot be locked: {error}",
+            where=f"output_path = {folder}" if unsupported else str(folder / LOCK),
+            do="give a folder on a file system that knows locks"
+            if unsupported
+            else "remove it, if no training runs in that folder",
+        ) from error
+    return lock
 
 
 def _is(path: Path, known: os.stat_result) -> bool:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -122,67 +123,69 @@ def write(folder: Path) -> None:
     )
 
 
+DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+}
+SINGLE = {
+    "norm.linear": "modulation.lin",
+    "proj_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
+OUTSIDE = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+FUSED = {
+    "double_blocks.{}.img_attn.qkv": [f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"],
+    "double_blocks.{}.txt_attn.qkv": [f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv"],
+    "single_blocks.{}.linear1": [
+        *(f"single_transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"),
+        "single_transformer_blocks.{}.proj_mlp",
+    ],
+}
+
+
 def original_dit(state: Tensors) -> Tensors:
     """The authors' names, written from their published model."""
-    table = {
-        r"transformer_blocks\.(\d+)\.norm1\.linear": r"double_blocks.\1.img_mod.lin",
-        r"transformer_blocks\.(\d+)\.norm1_context\.linear": r"double_blocks.\1.txt_mod.lin",
-        r"transformer_blocks\.(\d+)\.attn\.to_out\.0": r"double_blocks.\1.img_attn.proj",
-        r"transformer_blocks\.(\d+)\.attn\.to_add_out": r"double_blocks.\1.txt_attn.proj",
-        r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj": r"double_blocks.\1.img_mlp.0",
-        r"transformer_blocks\.(\d+)\.ff\.net\.2": r"double_blocks.\1.img_mlp.2",
-        r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj": r"double_blocks.\1.txt_mlp.0",
-        r"transformer_blocks\.(\d+)\.ff_context\.net\.2": r"double_blocks.\1.txt_mlp.2",
-        r"single_transformer_blocks\.(\d+)\.norm\.linear": r"single_blocks.\1.modulation.lin",
-        r"single_transformer_blocks\.(\d+)\.proj_out": r"single_blocks.\1.linear2",
-        r"x_embedder": "img_in",
-        r"context_embedder": "txt_in",
-        r"time_text_embed\.timestep_embedder\.linear_1": "time_in.in_layer",
-        r"time_text_embed\.timestep_embedder\.linear_2": "time_in.out_layer",
-        r"time_text_embed\.text_embedder\.linear_1": "vector_in.in_layer",
-        r"time_text_embed\.text_embedder\.linear_2": "vector_in.out_layer",
-        r"time_text_embed\.guidance_embedder\.linear_1": "guidance_in.in_layer",
-        r"time_text_embed\.guidance_embedder\.linear_2": "guidance_in.out_layer",
-        r"proj_out": "final_layer.linear",
-        r"norm_out\.linear": "final_layer.adaLN_modulation.1",
-    }
-    norms = {
-        r"transformer_blocks\.(\d+)\.attn\.norm_q": r"double_blocks.\1.img_attn.norm.query_norm",
-        r"transformer_blocks\.(\d+)\.attn\.norm_k": r"double_blocks.\1.img_attn.norm.key_norm",
-        r"transformer_blocks\.(\d+)\.attn\.norm_added_q": r"double_blocks.\1.txt_attn.norm.query_norm",
-        r"transformer_blocks\.(\d+)\.attn\.norm_added_k": r"double_blocks.\1.txt_attn.norm.key_norm",
-        r"single_transformer_blocks\.(\d+)\.attn\.norm_q": r"single_blocks.\1.norm.query_norm",
-        r"single_transformer_blocks\.(\d+)\.attn\.norm_k": r"single_blocks.\1.norm.key_norm",
-    }
     named: Tensors = {}
     for name, tensor in state.items():
         layer, _, kind = name.rpartition(".")
-        for here, there in table.items():
-            if re.fullmatch(here, layer):
-                if layer == "norm_out.linear":
-                    scale, shift = tensor.chunk(2)
-                    tensor = torch.cat([shift, scale])
-                named[f"{re.sub(here, there, layer)}.{kind}"] = tensor
-        for here, there in norms.items():
-            if re.fullmatch(here, layer):
-                named[f"{re.sub(here, there, layer)}.scale"] = tensor
-    for kind in ("weight", "bias"):
-        for i in range(2):
-            block = f"transformer_blocks.{i}.attn"
-            for side, parts in (
-                ("img", ("to_q", "to_k", "to_v")),
-                ("txt", ("add_q_proj", "add_k_proj", "add_v_proj")),
-            ):
-                named[f"double_blocks.{i}.{side}_attn.qkv.{kind}"] = torch.cat(
-                    [state[f"{block}.{part}.{kind}"] for part in parts]
-                )
-            block = f"single_transformer_blocks.{i}"
-            named[f"single_blocks.{i}.linear1.{kind}"] = torch.cat(
-                [
-                    state[f"{block}.{part}.{kind}"]
-                    for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
-                ]
-            )
+        block = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", layer)
+        if block is None:
+            start, there = "", OUTSIDE[layer]
+        else:
+            start = f"{'single' if block[1] else 'double'}_blocks.{block[2]}."
+            there = (SINGLE if block[1] else DOUBLE).get(block[3])
+        if there is None:
+            continue  # it is fused with others
+        if layer == "norm_out.linear":
+            scale, shift = tensor.chunk(2)
+            tensor = torch.cat([shift, scale])
+        named[f"{start}{there}.{'scale' if there.endswith('_norm') else kind}"] = tensor
+    for there, parts in FUSED.items():
+        for i, kind in product(range(2), ("weight", "bias")):
+            whole = [state[f"{part.format(i)}.{kind}"] for part in parts]
+            named[f"{there.format(i)}.{kind}"] = torch.cat(whole)
     return {name: tensor.contiguous() for name, tensor in named.items()}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from conftest import make_config, samples_of, train
+from conftest import make_config, samples_of, train, train_to_end
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -46,8 +46,7 @@ def values(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Values:
 
 
 def first_loss(values: dict[str, Any], folder: Path) -> float:
-    code, run = train(values, folder)
-    assert code == 0
+    run = train_to_end(values, folder)
     return float(pl.read_csv(run / "metrics.csv")["loss"][0])
 
 
@@ -86,8 +85,7 @@ def test_inference_sigmas_are_those_of_the_pipeline(model: Path) -> None:
 def lora(values: Values, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     """A run that trained a LoRA of all usual layers, and its files by format."""
     given = values(num_epochs=5, lora_alpha=2.0)
-    code, run = train(given, tmp_path_factory.mktemp("lora") / "run")
-    assert code == 0
+    run = train_to_end(given, tmp_path_factory.mktemp("lora") / "run")
     # diffusers reads the single blocks of this format at the published width only, and a training
     # that asks for what cannot be loaded is refused.
     files = {
@@ -165,8 +163,7 @@ def test_a_lora_that_does_not_fit_is_refused(
 
 def test_a_lora_of_clip_loads_in_the_pipeline(values: Values, tmp_path: Path) -> None:
     given = values(lora_base_model="text_encoder", remove_prefix_in_ckpt="pipe.text_encoder.")
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(given, tmp_path / "run")
     (exported,) = exports(given, run)
     verify_export(exported, find_model(make_config({**given, "output_path": str(run)}), HUB))
     assert exported.tensors == 2 * 4 * 2
@@ -194,8 +191,7 @@ def test_shapes_alone_give_the_same_encodings(values: Values, model: Path, tmp_p
     given["model_paths"][2] = str(without / "*.safetensors")
     outputs: list[Tensors] = []
     for index, config in enumerate((values(), given)):
-        code, run = train({**config, "task": "sft:data_process"}, tmp_path / str(index))
-        assert code == 0
+        run = train_to_end({**config, "task": "sft:data_process"}, tmp_path / str(index))
         manifest = read_manifest(run)
         store = Store(Path(manifest.store))
         row = manifest.frame.sort("row").row(0, named=True)
@@ -237,8 +233,7 @@ def test_align_to_opensource_format_writes_checkpoints_in_kohyas_names(
         "lora_target_modules": ["a_to_qkv", "x_embedder"],
         "align_to_opensource_format": True,
     }
-    code, run = train(values(**targets), tmp_path / "run")
-    assert code == 0
+    run = train_to_end(values(**targets), tmp_path / "run")
     names = {n.partition(".")[0] for n in load_file(run / "epoch-0.safetensors")}
     assert names == {
         "lora_unet_img_in",

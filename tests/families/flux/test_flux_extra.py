@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from conftest import make_config, train
+from conftest import make_config, train_to_end
 from diffusers import (
     AutoencoderKL,
     FluxTransformer2DModel,
@@ -52,8 +52,7 @@ def test_three_modules_at_once(values: Values, model: Path, tmp_path: Path) -> N
         extra_inputs=["controlnet_image", "controlnet_processor_id"],
         learning_rate=1e-4,
     )
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(given, tmp_path / "run")
     columns = read_manifest(run).frame.columns
     assert {"key:prompt", "key:image", "key:control"} <= set(columns)
     assert "key:pooled_prompt" not in columns
@@ -86,8 +85,7 @@ def test_a_controlnet_is_saved_with_bare_names(values: Values, model: Path, tmp_
         extra_inputs=["controlnet_image"],
         remove_prefix_in_ckpt="pipe.controlnet.models.0.",
     )
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(given, tmp_path / "run")
     names = load_file(run / "epoch-0.safetensors").keys()
     assert names == load_file(model / "controlnet" / CONTROLNET).keys()
     (exported,) = exports(given, run)
@@ -189,8 +187,7 @@ def test_rows_of_one_and_of_several_reference_images(values: Values, tmp_path: P
         height=None,
         width=None,
     )
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(given, tmp_path / "run")
     shapes = read_manifest(run).frame["shape"].value_counts().rows()
     assert sorted(shapes) == [("32x32 32x32,48x32", 2), ("32x32 48x32", 2)]
     assert pl.read_csv(run / "metrics.csv").height == 2

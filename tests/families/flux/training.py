@@ -4,12 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import make_config
+from conftest import make_config, record_of
 from families.flux.cases import CASES, rows
 
 from diffsynth_dagster.export import export_run
 from diffsynth_dagster.export.run import Exported
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
 
@@ -46,6 +45,5 @@ def make_values(model: Path, folder: Path) -> Values:
 
 def exports(values: dict[str, Any], run: Path) -> list[Exported]:
     config = make_config({**values, "output_path": str(run)})
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     return export_run(config, record, find_model(config, HUB))

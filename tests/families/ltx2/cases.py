@@ -250,10 +250,7 @@ def published(
     first_frame: bool = False,
     context: bool = False,
 ) -> tuple[Tensors, float]:
-    """What the transformer of a pipeline predicts in its first step for video and sound.
-
-    The pipelines take clean latents, which they bring to the transformer's scale.
-    """
+    """What the transformer of a pipeline predicts in its first step for video and sound."""
     pipeline = pipeline_of(folder, kind)
     if lora is not None:
         pipeline.load_lora_weights(lora)
@@ -267,16 +264,10 @@ def published(
         # No pipeline makes a silent clip: one that keeps both apart makes the same video.
         return args, kwargs | {"isolate_modalities": True}
 
-    hook = pipeline.transformer.register_forward_hook(note, with_kwargs=True)
+    pipeline.transformer.register_forward_hook(note, with_kwargs=True)
     if "audio" not in x_t:
         pipeline.transformer.register_forward_pre_hook(isolate, with_kwargs=True)
-    clean = x_t["video"][None] * _column(pipeline.vae.latents_std)
-    clean = clean / pipeline.vae.config.scaling_factor + _column(pipeline.vae.latents_mean)
-    more: dict[str, Any] = {"frame_rate": float(row.get("frame_rate", 24.0))}
-    if "audio" in x_t:
-        # (L, C M) → (C, L, M), with one channel here.
-        audio = x_t["audio"] * pipeline.audio_vae.latents_std + pipeline.audio_vae.latents_mean
-        more["audio_latents"] = audio[None, None]
+    more = _clean_latents(pipeline, x_t)
     if first_frame:
         more["image"] = _pictures(row["video"], SIDE, FRAMES)[0]
     if context:
@@ -286,7 +277,7 @@ def published(
     with torch.no_grad():
         pipeline(
             prompt=row["prompt"],
-            latents=clean,
+            frame_rate=float(row.get("frame_rate", 24.0)),
             height=SIDE,
             width=SIDE,
             num_frames=FRAMES,
@@ -297,7 +288,6 @@ def published(
             output_type="latent",
             **more,
         )
-    hook.remove()
     grid = x_t["video"].shape[1:]
     tokens = seen["output"][0][0, : grid.numel()]
     predicted = {"video": tokens.T.unflatten(1, grid)}
@@ -306,6 +296,17 @@ def published(
     sigma = seen["kwargs"].get("sigma")
     timestep = seen["kwargs"]["timestep"] if sigma is None else sigma
     return predicted, float(timestep.max())
+
+
+def _clean_latents(pipeline: Any, x_t: Tensors) -> dict[str, Any]:
+    """The pipelines take clean latents, which they bring to the transformer's scale."""
+    clean = x_t["video"][None] * _column(pipeline.vae.latents_std)
+    clean = clean / pipeline.vae.config.scaling_factor + _column(pipeline.vae.latents_mean)
+    if "audio" not in x_t:
+        return {"latents": clean}
+    # (L, C M) → (C, L, M), with one channel here.
+    audio = x_t["audio"] * pipeline.audio_vae.latents_std + pipeline.audio_vae.latents_mean
+    return {"latents": clean, "audio_latents": audio[None, None]}
 
 
 def _column(values: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import make_config, samples_of, train
+from conftest import make_config, samples_of, train_to_end
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from family_case import Case
@@ -42,8 +42,7 @@ def values_of(case: Case, model: Path, data: Path, **overrides: Any) -> dict[str
 
 def losses_of(values: dict[str, Any], folder: Path) -> tuple[ResolvedModel, Batch, torch.Tensor]:
     """Our losses (B,) of the first batch of a training, with nothing trained yet."""
-    code, run = train({**values, "task": "sft:data_process"}, folder)
-    assert code == 0
+    run = train_to_end({**values, "task": "sft:data_process"}, folder)
     config = make_config({**values, "output_path": str(run)})
     found = find_model(config, HUB)
     (batch,) = StepDataset(config, found, samples_of(run), 0, 1)[0]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_config, train
+from conftest import make_config, record_of, train_to_end, why_refused
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -44,7 +44,6 @@ from diffsynth_dagster.families.shared.kohya import authors_unet_name
 from diffsynth_dagster.families.stable_diffusion_xl.family import encode_pixels, encode_sizes
 from diffsynth_dagster.formats.kohya import FORMAT as KOHYA
 from diffsynth_dagster.formats.names import lora_of
-from diffsynth_dagster.run.record import read_record
 from diffsynth_dagster.training.lora_targets import lora_targets
 from diffsynth_dagster.training.sampling import make_clips
 from diffsynth_dagster.weights.identify import find_model
@@ -222,7 +221,6 @@ def test_other_models_are_refused(
     tmp_path: Path,
     settings: dict[str, Any] | None,
     words: str,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if settings is None:
         UNet2DConditionModel(**SD_ARCHITECTURE, up_block_types=SD_UP).save_pretrained(tmp_path)
@@ -231,19 +229,17 @@ def test_other_models_are_refused(
         path = save_unet(tmp_path / "other", **settings)
     values = values_of(CASE, model, data)
     values["model_paths"] = [path, *values["model_paths"][1:]]
-    assert train(values, tmp_path / "run")[0] == 2
-    error = capsys.readouterr().err
+    error = why_refused(values, tmp_path / "run")
     assert words in error
     assert "Traceback" not in error
 
 
-def test_a_controlnet_of_another_model_is_refused(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_controlnet_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
     values = values_of(CASE, model, rows_with_control(tmp_path / "data"), **CONTROL)
     values["model_paths"] = [*values["model_paths"], save_sd_controlnet(tmp_path / "other")]
-    assert train(values, tmp_path / "run")[0] == 2
-    assert "the ControlNet is not one for Stable Diffusion XL" in capsys.readouterr().err
+    assert "the ControlNet is not one for Stable Diffusion XL" in why_refused(
+        values, tmp_path / "run"
+    )
 
 
 def test_loras_of_all_modules_are_one_file_that_the_pipeline_loads(
@@ -252,12 +248,10 @@ def test_loras_of_all_modules_are_one_file_that_the_pipeline_loads(
     modules = ("unet", "text_encoder", "text_encoder_2")
     values = values_of(CASE, model, data, lora_base_model=",".join(modules), num_epochs=4)
     values["learning_rate"] = 1e-2
-    code, run = train(values, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(values, tmp_path / "run")
     config = make_config({**values, "output_path": str(run)})
     found = find_model(config, HUB)
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     file = run / "epoch-3.safetensors"
     trained = {name: by_module(file, CASE.family, name) for name in modules}
     read: dict[str, Tensors] = {}

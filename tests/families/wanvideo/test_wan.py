@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import keys_of, make_config, train
+from conftest import keys_of, make_config, record_of, train_to_end, why_refused
 from diffusers import FlowMatchEulerDiscreteScheduler, WanVACETransformer3DModel
 from families.wanvideo.cases import CASES, FRAMES, MODELS, rows, write
 from family_case import Case
@@ -51,13 +51,13 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def values(
     case: Case, model: Path, clips: Path, folder: Path, layout: str = "diffusers", **overrides: Any
 ) -> dict[str, Any]:
-    """A LoRA training of a case; None takes a parameter out."""
+    """A LoRA training of a case, or a full one of `trainable_models`; None takes a parameter out."""
+    lora = {} if "trainable_models" in overrides else {"lora_base_model": case.base, "lora_rank": 4}
     given = {
         "family": "wanvideo",
         "dataset_base_path": str(clips.parent),
         "dataset_metadata_path": str(clips),
-        "lora_base_model": case.base,
-        "lora_rank": 4,
+        **lora,
         "remove_prefix_in_ckpt": f"pipe.{case.base}.",
         "cache_path": str(folder / "cache"),
         "output_path": str(folder / "run"),
@@ -79,10 +79,10 @@ def test_both_experts_share_one_store(model: Path, clips: Path, tmp_path: Path) 
     low = values(WAN["wan22_t2v_high"], model, clips, tmp_path)
     low |= {"min_timestep_boundary": 0.417, "max_timestep_boundary": 1.0}
     assert high["model_paths"] != low["model_paths"]
-    assert train(high, tmp_path / "high")[0] == 0
+    train_to_end(high, tmp_path / "high")
     before = stored(tmp_path)
     assert any(name.endswith(".safetensors") for name, _ in before)
-    assert train(low, tmp_path / "low")[0] == 0
+    train_to_end(low, tmp_path / "low")
     assert {file for file in stored(tmp_path) if file[0].endswith(".safetensors")} == {
         file for file in before if file[0].endswith(".safetensors")
     }
@@ -96,7 +96,7 @@ def test_frames_that_are_given_have_keys_of_their_own(
     keys: list[set[str]] = []
     for name in ("wan_i2v", "wan_flf2v"):
         given = values(WAN[name], model, clips, tmp_path, task="sft:data_process")
-        assert train(given, tmp_path / name)[0] == 0
+        train_to_end(given, tmp_path / name)
         keys.append(keys_of(tmp_path / name))
     # Prompts and videos are the same, what is made of the frames is not.
     assert len(keys[0] & keys[1]) == 2 * 4
@@ -126,7 +126,7 @@ def test_timesteps_are_drawn_inside_the_boundaries(
     low, high = bounds
     given = values(WAN["wan_t2v"], model, clips, tmp_path, num_epochs=8)
     given |= {"min_timestep_boundary": low, "max_timestep_boundary": high}
-    assert train(given, tmp_path / "run")[0] == 0
+    train_to_end(given, tmp_path / "run")
     assert len(set(seen)) > 20
     assert all(timesteps[0] <= t <= timesteps[1] for t in seen)
 
@@ -148,12 +148,10 @@ def test_vace_is_trained_alone_and_exported_whole(model: Path, clips: Path, tmp_
         model,
         clips,
         tmp_path,
-        lora_base_model=None,
-        lora_rank=None,
         trainable_models="vace",
         use_gradient_checkpointing=True,
     )
-    assert train(given, tmp_path / "run")[0] == 0
+    train_to_end(given, tmp_path / "run")
     names = load_file(tmp_path / "run" / "epoch-0.safetensors").keys()
     starts = {name.split(".")[0] for name in names}
     assert starts == {"vace_blocks", "vace_patch_embedding"}
@@ -174,15 +172,11 @@ def test_parts_of_one_component_make_one_file(model: Path, clips: Path, tmp_path
     """With a config.json of the architecture, whatever lies beside the authors' files."""
     case = WAN["wan_vace"]
     given = values(case, model, clips, tmp_path, "original", trainable_models="dit,vace")
-    for name in [key for key in given if key.startswith("lora_")]:
-        del given[name]
     given |= {"remove_prefix_in_ckpt": ""}
-    code, run = train(given, tmp_path / "run")
-    assert code == 0
+    run = train_to_end(given, tmp_path / "run")
     config = make_config({**given, "output_path": str(run)})
     found = find_model(config, HUB)
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     exported, theirs = export_run(config, record, found)
     for item in (exported, theirs):
         verify_export(item, found)
@@ -209,25 +203,22 @@ def test_loras_of_two_parts_of_a_component_are_gone_on_from(
     given |= {"lora_target_modules": ["q"], "num_epochs": 1}
     for name in ("comfyui", "guide"):
         run = tmp_path / name
-        assert train({**given, "checkpoint_format": name}, run)[0] == 0
+        train_to_end({**given, "checkpoint_format": name}, run)
         start = {"preset_lora_path": str(run / "epoch-0.safetensors"), "preset_lora_model": "dit"}
-        assert train({**given, **start}, tmp_path / f"again-{name}")[0] == 0
+        train_to_end({**given, **start}, tmp_path / f"again-{name}")
     names = load_file(tmp_path / "guide" / "epoch-0.safetensors")
     assert {name.split(".")[0] for name in names} == {"pipe", "vace_blocks"}
     alone = given | {"lora_base_model": "vace"}
     for name in ("comfyui", "guide"):
         start = {"lora_checkpoint": str(tmp_path / name / "epoch-0.safetensors")}
-        assert train({**alone, **start}, tmp_path / f"vace-{name}")[0] == 0
+        train_to_end({**alone, **start}, tmp_path / f"vace-{name}")
 
 
-def test_a_part_that_the_model_lacks_is_refused(
-    model: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_part_that_the_model_lacks_is_refused(model: Path, clips: Path, tmp_path: Path) -> None:
     given = values(WAN["wan_t2v"], model, clips, tmp_path, trainable_models="vace")
-    for name in [key for key in given if key.startswith("lora_")]:
-        del given[name]
-    assert train(given | {"remove_prefix_in_ckpt": "pipe.vace."}, tmp_path / "run")[0] == 2
-    assert "the model has no 'vace'" in capsys.readouterr().err
+    assert "the model has no 'vace'" in why_refused(
+        given | {"remove_prefix_in_ckpt": "pipe.vace."}, tmp_path / "run"
+    )
 
 
 def test_stages_of_the_step_read_pixels_not_latents(
@@ -235,9 +226,7 @@ def test_stages_of_the_step_read_pixels_not_latents(
 ) -> None:
     """`video` is a column as well as a target: with the VAE trained, frames are frames still."""
     given = values(WAN["wan_i2v"], model, clips, tmp_path, trainable_models="vae,image_encoder")
-    for name in [key for key in given if key.startswith("lora_")]:
-        del given[name]
-    assert train(given | {"remove_prefix_in_ckpt": ""}, tmp_path / "run")[0] == 0
+    train_to_end(given | {"remove_prefix_in_ckpt": ""}, tmp_path / "run")
 
 
 def test_the_authors_config_is_not_taken_for_that_of_diffusers(
@@ -398,4 +387,4 @@ def test_samples_are_videos(
 def test_every_model_can_be_stored_in_float8(model: Path, clips: Path, tmp_path: Path) -> None:
     """Though UMT5 casts the input of one of its layers to the type of that layer's weight."""
     given = values(WAN["wan_i2v"], model, clips, tmp_path)
-    assert train(given | {"fp8_models": given["model_paths"]}, tmp_path / "run")[0] == 0
+    train_to_end(given | {"fp8_models": given["model_paths"]}, tmp_path / "run")

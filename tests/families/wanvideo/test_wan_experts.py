@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_config, samples_of, train
+from conftest import make_config, record_of, samples_of, train_to_end
 from diffusers import WanPipeline, WanTransformer3DModel
 from families.wanvideo.cases import CASES, parts, rows, write
 from family_case import first_call
@@ -64,8 +64,7 @@ def values(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def run(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    code, folder = train(values, tmp_path_factory.mktemp("run") / "run")
-    assert code == 0
+    folder = train_to_end(values, tmp_path_factory.mktemp("run") / "run")
     return folder
 
 
@@ -117,16 +116,14 @@ def test_each_expert_is_trained_in_steps_of_its_own(run: Path, values: dict[str,
     for tensors in (high, low):
         assert all(t.any() for name, t in tensors.items() if "lora_B" in name)
     assert any(not torch.equal(high[name], low[name]) for name in high)
-    record = read_record(run)
-    assert record is not None
+    record = record_of(run)
     assert set(record.newest) == FILES
 
 
 def test_an_idle_expert_waits_in_cpu_memory_and_nothing_changes(
     run: Path, values: dict[str, Any], tmp_path: Path
 ) -> None:
-    code, other = train({**values, "offload_idle_denoiser": True}, tmp_path / "run")
-    assert code == 0
+    other = train_to_end({**values, "offload_idle_denoiser": True}, tmp_path / "run")
     for name in FILES:
         ours, theirs = load_file(run / name), load_file(other / name)
         assert all(torch.equal(ours[n], theirs[n]) for n in ours)
@@ -234,15 +231,12 @@ def test_samples_are_made_by_both(values: dict[str, Any]) -> None:
 
 def test_samples_are_made_while_both_take_turns(values: dict[str, Any], tmp_path: Path) -> None:
     more = {"sample_prompts": ["a clip"], "sample_num_inference_steps": 4, "num_epochs": 1}
-    code, run = train({**values, **more, "offload_idle_denoiser": True}, tmp_path / "run")
-    assert code == 0
+    run = train_to_end({**values, **more, "offload_idle_denoiser": True}, tmp_path / "run")
     before = (run / "samples" / "step-0.png").read_bytes()
     # One that is trained alone makes samples with the other, of which it changes nothing.
-    code, one = train({**values, **more, "lora_base_model": "dit2"}, tmp_path / "one")
-    assert code == 0
+    one = train_to_end({**values, **more, "lora_base_model": "dit2"}, tmp_path / "one")
     assert (one / "samples" / "step-0.png").read_bytes() == before
-    record = read_record(one)
-    assert record is not None
+    record = record_of(one)
     assert (record.trained, list(record.checkpoints)) == (["dit2"], ["epoch-0.safetensors"])
 
 
@@ -259,7 +253,7 @@ def test_two_processes_train_both(values: dict[str, Any], tmp_path: Path) -> Non
     config = {**given, "output_path": str(tmp_path / "run")}
     done = two_processes(config, tmp_path / "both.json")
     assert done.returncode == 0, done.stderr
-    assert train({**values, "gradient_accumulation_steps": 2}, tmp_path / "one")[0] == 0
+    train_to_end({**values, "gradient_accumulation_steps": 2}, tmp_path / "one")
     for name in FILES:
         two, one = load_file(tmp_path / "run" / name), load_file(tmp_path / "one" / name)
         assert two.keys() == one.keys()
