@@ -112,9 +112,9 @@ def test_numbers_that_are_read_late_change_no_result(
     assert read[1:8] == [2, 3, 3, 3, 3, 3, 4]
 
 
-def refused(config: dict[str, Any]) -> str:
+def refusal(config: dict[str, Any], *flags: str) -> str:
     """What the command line says of a training that it refuses."""
-    return why_refused(config, Path(config["output_path"]))
+    return why_refused(config, Path(config["output_path"]), *flags)
 
 
 def go_on(config: dict[str, Any]) -> RunRecord:
@@ -144,7 +144,7 @@ def test_a_state_of_another_training_is_refused_and_stays(
     config = values(**LONG, output_path=str(tmp_path / "run"))
     stop_after(config, 3)
     before = {p: p.read_bytes() for p in (tmp_path / "run" / "state").rglob("*") if p.is_file()}
-    said = refused({**config, **change})
+    said = refusal({**config, **change})
     assert re.search(words, said), said
     assert "never" in said
     assert {p: p.read_bytes() for p in before} == before
@@ -168,7 +168,7 @@ def test_other_data_and_weights_are_named(values: Values, tmp_path: Path) -> Non
     stop_after(config, 3)
     data = write_images(tmp_path / "data", 5)
     moved = {"dataset_base_path": str(data), "dataset_metadata_path": str(data / "metadata.csv")}
-    assert "differs in: the samples" in refused({**config, **moved})
+    assert "differs in: the samples" in refusal({**config, **moved})
 
 
 def test_what_affects_no_result_may_change(
@@ -227,7 +227,7 @@ def test_a_training_from_the_beginning_lies_alone_beside_the_older_one(
 
 def test_there_must_be_a_state(values: Values, tmp_path: Path) -> None:
     config = values(**LONG, output_path=str(tmp_path / "run"), resume="must")
-    assert "there is no whole state to go on from" in refused(config)
+    assert "there is no whole state to go on from" in refusal(config)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_state_that_cannot_be_read_now_is_no_reason_to_begin_anew(
 
     with monkeypatch.context() as patch:
         patch.setattr("diffsynth_dagster.training.state.digest_file", fails)
-        assert "a state of the training cannot be read" in refused(config)
+        assert "a state of the training cannot be read" in refusal(config)
     go_on(config)
     assert contents(tmp_path / "run") == undisturbed
 
@@ -309,7 +309,7 @@ def test_deepspeed_is_refused_the_state_of_a_training_without_it(
     config = values(**LONG, output_path=str(tmp_path / "run"))
     stop_after(config, 4)
     monkeypatch.setattr(Parallel, "can_save_state", False)
-    assert "differs in: DeepSpeed, which keeps the optimizer's state in parts" in refused(config)
+    assert "differs in: DeepSpeed, which keeps the optimizer's state in parts" in refusal(config)
 
 
 def test_no_file_is_left_that_a_killed_training_did_not_come_to_name(
