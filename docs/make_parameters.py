@@ -49,7 +49,7 @@ accepted.
 TITLES = {
     "Dataset": "Data set",
     "Model": "Models",
-    "Particular": "Of some families",
+    "FamilySpecific": "Of some families",
     "Training": "Training",
     "Objective": "What a step is drawn from",
     "Learning": "How weights are changed",

@@ -354,12 +354,12 @@ def test_bad_flag_is_data_not_print(folder: Path, capsys: pytest.CaptureFixture[
 def test_failing_import_is_data(
     folder: Path, values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "diffsynth_dagster.training.loop", None)
+    monkeypatch.setitem(sys.modules, "diffsynth_dagster.pipeline", None)
     code, _ = train(values(), tmp_path / "run")
     assert code == 1
     (failure,) = read_failures(folder)
     assert failure.kind == "crash"
-    assert "diffsynth_dagster.training.loop" in failure.what
+    assert "diffsynth_dagster.pipeline" in failure.what
     assert "Traceback" in (failure.traceback or "")
 
 

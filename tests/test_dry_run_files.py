@@ -89,7 +89,8 @@ def test_what_the_training_does_is_said_before(
     }
     assert plan["models"] == "all are there, and fit"
     assert not run.exists()
-    assert {path.name.partition("-")[0] for path in cache.iterdir()} == {"facts.sqlite"}
+    written = {path.name.partition("-")[0] for path in cache.iterdir()}
+    assert written == {"facts.sqlite", ".facts.sqlite.lock"}
 
 
 def test_an_encoded_data_set_is_counted_by_its_list(

@@ -59,24 +59,20 @@ def encode_missing(
     Every process encodes its share and writes its own shards. Components are freed after the last
     stage that uses them.
 
-    Rounding may depend on which samples share a batch. Each process therefore sorts its share and
-    cuts it into batches from the front, and a batch is stored as a whole or not at all. A run that
-    was killed and resumed then forms the same batches, and stores the same bytes under every key
-    as an undisturbed run. This holds for the same samples, `batch_size` and number of processes;
-    samples that are added later are batched among themselves.
+    Rounding may depend on which samples share a batch. Each process sorts its share, cuts it into
+    batches from the front, and stores a batch as a whole: so a run that was killed goes on with the
+    same batches, for the same samples, `batch_size` and number of processes.
 
     Args:
         progress: called with (stage, samples done, samples to do) of this process.
         warn: called if a stage's first batch shows that it will need more space than is free.
 
     Raises:
-        MetadataError: a file has changed since it was checked, or a row is encoded to NaN or
-            infinity. The batches before it are kept.
+        MetadataError: a file has changed since it was checked, or a row gives NaN or infinity.
         OutputError: the store cannot be written.
     """
-    family = models.resolved.family
+    family, report = models.resolved.family, EncodeReport()
     store = Store(Path(manifest.store))
-    report = EncodeReport()
     cached = [stage for stage in models.resolved.cached_stages if stage.name in manifest.outputs]
     captions = captions_of(config, family)
     for number, stage in enumerate(cached):
@@ -103,7 +99,7 @@ def encode_missing(
                         _warn_of_space(stage, batch, encoded, missing, store, warn)
                     done += len(batch)
                     progress(stage.name, done, share.height)
-            del loaded  # or this reference would keep the memory of what is freed
+            del loaded  # or it would keep the memory of what is freed
             later = {name for s in cached[number + 1 :] for name in s.uses}
             models.free(name for name in stage.uses if name not in later)
         # The next stage may need outputs that another process encoded.
