@@ -24,6 +24,7 @@ definitions = dg.Definitions(
     assets=location.definitions.assets,
     jobs=location.definitions.jobs,
     resources=location.definitions.resources,
+    loggers=location.definitions.loggers,
     executor=dg.multiprocess_executor,
 )
 """
