@@ -119,8 +119,8 @@ def look_at_files(config: TrainingConfig, processes: int | None) -> FileReport:
         ParameterError: the files do not fit the config; or the run folder holds an unfinished
             training with other parameters, or no state although `resume` says that there must be
             one.
-        OutputError: see `require_going_on`; or a checkpoint does not fit on the disk.
-        TargetError: see `preflight.check_loras`.
+        OutputError: see `require_going_on`.
+        TargetError: see `training.fit.check_loras`.
     """
     config = with_settled(config)
     require_named(config)

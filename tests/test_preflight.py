@@ -8,18 +8,17 @@ import pytest
 import torch
 from conftest import Values, make_config, samples_of, train
 from families.wanvideo.cases import CASES, rows, write
+from test_families import HUB, Place
 
 from diffsynth_dagster import preflight
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.preflight import CHECKS, Known, check_config, check_headers
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.build import build_step
-from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model, guess_model
 from diffsynth_dagster.weights.models import Models
 
 BOTH = next(case for case in CASES if case.name == "wan22_t2v_both")
-HUB = ModelHub(Path(), skip_download=True)
 ORDER = ["config", "data", "headers", "disk", "encoded"]
 
 
@@ -28,18 +27,8 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A training of two experts."""
     folder = tmp_path_factory.mktemp("experts")
     write(folder / "model")
-    table = rows(folder / "data")
-    return {
-        "family": "wanvideo",
-        "dataset_base_path": str(table.parent),
-        "dataset_metadata_path": str(table),
-        "cache_path": str(folder / "cache"),
-        "output_path": str(folder / "run"),
-        "lora_rank": 4,
-        "num_epochs": 1,
-        **BOTH.models(folder / "model", "diffusers"),
-        **BOTH.parameters,
-    }
+    place = Place(BOTH, folder / "model", rows(folder / "data"), folder)
+    return place.values(num_epochs=1)
 
 
 def test_checks_stand_in_the_order_in_which_they_can_be_made() -> None:
@@ -55,23 +44,21 @@ def test_what_files_show_and_names_do_not_is_checked_again(
     experts: dict[str, Any], tmp_path: Path
 ) -> None:
     """By the names that ComfyUI gives the experts of Wan2.2 none of them is recognised."""
-    named: list[Any] = []
-    for given in experts["model_paths"]:
-        path = Path(given[0] if isinstance(given, list) else given)
-        if "transformer" in given or "transformer" in path.as_posix():
-            which = "low" if "transformer_2" in path.as_posix() else "high"
-            source = path if path.is_file() else next(iter(sorted(path.parent.glob(path.name))))
-            path = tmp_path / f"wan2.2_t2v_{which}_noise_14B.safetensors"
-            shutil.copy(source, path)
-            named.append(str(path))
-        else:
-            named.append(given)
-    config = make_config({**experts, "model_paths": named, "optimizer": "muon"})
-    found = find_model(config, HUB)
-    assert len(found.denoisers) == 2
-    together = config.model_copy(update={"optimizer": "prodigy", "learning_rate": 1.0})
+    named = dict(zip(experts["model_paths"], experts["model_paths"], strict=True))
+    for folder, which in (("transformer", "high"), ("transformer_2", "low")):
+        given = next(path for path in named if Path(path).parent.name == folder)
+        (source,) = Path(given).parent.glob("*.safetensors")
+        named[given] = str(tmp_path / f"wan2.2_t2v_{which}_noise_14B.safetensors")
+        shutil.copy(source, named[given])
+    paths = [*named.values()]
+    config = make_config(
+        {**experts, "model_paths": paths, "optimizer": "prodigy", "learning_rate": 1}
+    )
+    guessed, found = guess_model(config), find_model(config, HUB)
+    assert (len(guessed.denoisers), len(found.denoisers)) == (1, 2)
+    check_config(config, guessed)
     with pytest.raises(ParameterError, match="a step changes one expert"):
-        check_headers(together, found, torch.float32)
+        check_headers(config, found, torch.float32)
 
 
 def test_the_function_of_a_data_set_is_needed_where_it_is_called(
