@@ -1,10 +1,10 @@
 """`run.json`, the record of a training: for people, and for the step that exports it."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from diffsynth_dagster import __version__
 from diffsynth_dagster.errors import OutputError
@@ -28,6 +28,13 @@ VERSION = "the version of training"
 _DIGEST = "digest"
 
 
+class ShownSample(TypedDict):
+    """A sample in the picture of a step; see `RunRecord.shown`."""
+
+    prompt: str
+    box: list[int]
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """The content of `run.json`. Fields that older versions did not write have their defaults.
@@ -45,7 +52,10 @@ class RunRecord:
             everything was trained in full.
         evaluation: metrics of `customized_evaluation`, named before/… and after/….
         pictures: name → file name under samples/.
-        clips: the same for sampled videos, named step-<step>-<number of the prompt, from 0>.
+        shown: for each of `sample_prompts` its prompt and its `box` in the picture of every step:
+            left, top, right and bottom in pixels. It holds the sample and, to its left, the
+            pictures that it was made from.
+        clips: the same as `pictures` for sampled videos, named step-<step>-<number of the prompt, from 0>.
         beside: other files that the training wrote, as paths from the run folder → digest of their
             bytes: pictures, clips, and, once it is finished, the logs of its losses.
         held_out_digest: digest of the held-out samples, if they have a table of their own.
@@ -85,6 +95,7 @@ class RunRecord:
     writing: list[str] = field(default_factory=list)
     evaluation: dict[str, float] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
+    shown: list[ShownSample] = field(default_factory=list[ShownSample])
     clips: dict[str, str] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)
     held_out_digest: str | None = None
@@ -213,6 +224,10 @@ class RunFile:
         """A picture was written to `file` under samples/."""
         pictures = {**self.record.pictures, name: file}
         self._update(pictures=pictures, beside=self._with_digests(f"{PICTURES}/{file}"))
+
+    def sampled(self, shown: Sequence[ShownSample]) -> None:
+        """Samples are about to be written, which lie at these places in the picture."""
+        self._update(write=False, shown=[*shown])
 
     def filmed(self, name: str, file: str) -> None:
         """A sampled video was written to `file` under samples/."""

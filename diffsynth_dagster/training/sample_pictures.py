@@ -12,7 +12,7 @@ from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.run.events import Sampled
 from diffsynth_dagster.training.clips import write_clip
 from diffsynth_dagster.training.ema import evaluated_weights
-from diffsynth_dagster.training.sampling import Sampler, grid, strip
+from diffsynth_dagster.training.sampling import Sampler, grid, grid_boxes, strip
 from diffsynth_dagster.training.setup import TrainingState
 from diffsynth_dagster.training.step import evaluating
 
@@ -63,7 +63,13 @@ class Pictures:
                 if len(clip.frames) > 1:
                     file = self._write_clip(f"step-{step}-{index}", clip)
                     self._reporter.report(Sampled(step, str(file)))
-        picture = self._write(f"step-{step}", grid(images, columns=min(COLUMNS, len(images))))
+        columns = min(COLUMNS, len(images))
+        boxes = grid_boxes([image.size for image in images], columns)
+        prompts = self._sampler.prompts
+        self._run_file.sampled(
+            [{"prompt": p, "box": b} for p, b in zip(prompts, boxes, strict=True)]
+        )
+        picture = self._write(f"step-{step}", grid(images, columns))
         self._reporter.report(Sampled(step, str(picture)))
 
     def evaluate(self, when: str) -> None:

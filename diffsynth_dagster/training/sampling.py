@@ -199,6 +199,13 @@ class Sampler:
         negative = [self._row(row) for row in self._manifest.unprompted_rows]
         yield from self._make(live, items, negative if self._guidance.is_on else None, seed)
 
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts of the samples that `named` makes, in order."""
+        if self._config.sample_table is None:
+            return [*self._config.sample_texts]
+        return [row["inputs"].get("prompt", "") for row in self._manifest.sample_rows]
+
     def __call__(
         self, live: Mapping[str, Any], prompts: Sequence[str], seed: int
     ) -> Iterator[Clip]:
@@ -362,12 +369,21 @@ def strip(frames: Sequence[Image.Image], most: int = STRIP_FRAMES) -> Image.Imag
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Images row by row on white, in cells of the size of the largest. `gap` is in pixels."""
+    """Images row by row on white, at the places of `grid_boxes`. `gap` is in pixels."""
+    boxes = grid_boxes([image.size for image in images], columns, gap)
     width, height = (max(image.size[side] for image in images) for side in (0, 1))
+    # Of whole cells, also where the images of the last row or column are smaller.
     rows = -(-len(images) // columns)
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
     sheet = Image.new("RGB", size, "white")
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+    for image, (left, top, *_) in zip(images, boxes, strict=True):
+        sheet.paste(image, (left, top))
     return sheet
+
+
+def grid_boxes(sizes: Sequence[tuple[int, int]], columns: int, gap: int = 4) -> list[list[int]]:
+    """Left, top, right and bottom of images of these sizes in a `grid`: its cells have the size of
+    the largest."""
+    width, height = (max(size[side] for size in sizes) + gap for side in (0, 1))
+    places = [(n % columns * width, n // columns * height) for n in range(len(sizes))]
+    return [[x, y, x + w, y + h] for (x, y), (w, h) in zip(places, sizes, strict=True)]
