@@ -279,8 +279,12 @@ def some_x_t(step: TrainingStep, batch: Batch) -> Tensors:
 
 def row_of(place: Place, batch: Batch, found: ResolvedModel, run: Path) -> dict[str, Any]:
     """The columns of the batch's only sample, paths made whole."""
-    manifest = read_manifest(run).frame
-    index = manifest.filter(pl.col("sample") == batch.samples[0])["row"][0] - 1
+    listed = read_manifest(run).frame.filter(pl.col("sample") == batch.samples[0])
+    return whole_row(place, listed["row"][0] - 1, found)
+
+
+def whole_row(place: Place, index: int, found: ResolvedModel) -> dict[str, Any]:
+    """The columns of a row, paths made whole."""
     row = dict(place.rows[index])
     for item in found.family.file_inputs:
         value = row[item.column]

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-import torch
 from diffusers.pipelines.ltx2.utils import DEFAULT_NEGATIVE_PROMPT
 
 from diffsynth_dagster.config.parameters import TrainingConfig
@@ -25,6 +24,7 @@ from diffsynth_dagster.families.contract import (
     Denoiser,
     Family,
     Output,
+    SampleRequest,
     Sampling,
     Settings,
     Shapes,
@@ -44,7 +44,7 @@ from diffsynth_dagster.families.shared.frames import known_frame_stage
 from diffsynth_dagster.families.shared.gemma import GEMMA_TOKENIZER
 from diffsynth_dagster.families.shared.ltx_text import PROMPT_STAGE
 from diffsynth_dagster.families.shared.ltx_vae import SOUND, SOUND_STAGE, VIDEO, VIDEO_STAGE
-from diffsynth_dagster.families.shared.schedule import euler, sigmas_at
+from diffsynth_dagster.families.shared.schedule import EulerSteps, sigmas_at
 from diffsynth_dagster.objective.flow import (
     FlowPath,
     exponential_shift,
@@ -76,10 +76,14 @@ def noising(config: TrainingConfig, published: Settings) -> FlowPath:
     )
 
 
-def inference_sigmas(steps: int, noise: Tensors) -> torch.Tensor:
-    """The sigmas of the published sampler. Its shift grows with the number of video tokens."""
+def solver(request: SampleRequest, noise: Tensors) -> EulerSteps:
+    """The published sampler. Its shift grows with the number of video tokens, among which diffusers'
+    pipeline counts those of the reference videos."""
     # One channel of one sample has one element per token.
-    return sigmas_at(SCHEDULER, steps, noise["video"][0, 0].numel())
+    tokens = noise["video"][0, 0].numel()
+    if "context" in request.conditions:
+        tokens += request.conditions["context"].shape[1]
+    return EulerSteps(sigmas_at(SCHEDULER, request.num_inference_steps, tokens))
 
 
 def variant(family: Family, config: TrainingConfig, given: Mapping[str, Shapes]) -> Family:
@@ -130,7 +134,7 @@ FAMILY = Family(
     ),
     sampling=Sampling(
         stages.shapes,
-        euler(inference_sigmas),
+        solver,
         stages.decode,
         cfg_scale=3.0,
         negative_prompt=DEFAULT_NEGATIVE_PROMPT,

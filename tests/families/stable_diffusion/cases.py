@@ -74,6 +74,15 @@ def tiny_vae(scaling_factor: float) -> AutoencoderKL:
     )
 
 
+def reading_its_picture(net: ControlNetModel) -> ControlNetModel:
+    """With random values where it begins with zeros, and larger ones where it reads the picture, which
+    would change next to nothing otherwise."""
+    randomised(net)
+    for parameter in net.controlnet_cond_embedding.parameters():
+        parameter.data *= 2  # in each of eight layers
+    return net
+
+
 def write(folder: Path) -> None:
     _write(folder, SCHEDULER)
 
@@ -96,7 +105,7 @@ def _write(folder: Path, scheduler: Mapping[str, Any], *marks: str) -> None:
     vae.save_pretrained(own / "vae")
     clip.save_pretrained(own / "text_encoder")
     net = ControlNetModel(**ARCHITECTURE, conditioning_embedding_out_channels=(8, 8, 16, 16))
-    randomised(net).save_pretrained(folder / "controlnet" / "controlnet")
+    reading_its_picture(net).save_pretrained(folder / "controlnet" / "controlnet")
     whole = original_unet(unet.state_dict(), layers=1)
     whole |= {f"first_stage_model.{n}": t for n, t in original_vae(vae.state_dict()).items()}
     start = "cond_stage_model.transformer.text_model."

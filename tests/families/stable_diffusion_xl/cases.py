@@ -13,7 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from families.flux.cases import original_vae, randomised
+from families.flux.cases import original_vae
 from families.stable_diffusion.cases import (
     CONTROL,
     CONTROLNET,
@@ -23,6 +23,7 @@ from families.stable_diffusion.cases import (
     control_image,
     first_unet_prediction,
     original_unet,
+    reading_its_picture,
     rows,
     rows_with_control,
     save_whole,
@@ -67,7 +68,7 @@ def write(folder: Path) -> None:
     clip.save_pretrained(own / "text_encoder")
     open_clip.save_pretrained(own / "text_encoder_2")
     net = ControlNetModel(**ARCHITECTURE, conditioning_embedding_out_channels=(8, 8, 16, 16))
-    randomised(net).save_pretrained(folder / "controlnet" / "controlnet")
+    reading_its_picture(net).save_pretrained(folder / "controlnet" / "controlnet")
     whole = original_unet(unet.state_dict(), layers=2)
     whole |= {f"first_stage_model.{n}": t for n, t in original_vae(vae.state_dict()).items()}
     start = "conditioner.embedders.0.transformer.text_model."
