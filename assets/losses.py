@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from assets.common import table
+from assets.common import number, table
 from assets.pictures import contact_sheet, curves, inline
 from assets.rows import files_of_rows, markdown
 
@@ -30,11 +30,18 @@ def held_out_facts(record: "RunRecord") -> dict[str, Any]:
         for name in ("loss", "trained_loss")
     }
     return {
-        "held_out_loss": rows[-1]["loss"],
-        "held_out_loss_before": rows[0]["loss"],
-        "held_out_gap": rows[-1]["gap"],
-        "held_out_best_step": int(rows[-1]["best_step"]),
-        "held_out": table(rows),
+        "held_out_loss": number(rows[-1]["loss"]),
+        # As text: Dagster has a plot for each number.
+        "held_out_loss_before": f"{rows[0]['loss']:.4g}",
+        "held_out_gap": f"{rows[-1]['gap']:.4g}",
+        "held_out_best_step": str(rows[-1]["best_step"]),
+        "held_out": table(
+            {
+                name: float(f"{value:.4g}") if isinstance(value, float) else value
+                for name, value in row.items()
+            }
+            for row in rows
+        ),
         "held_out_curve": inline(curves(lines)),
     }
 

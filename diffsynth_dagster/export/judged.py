@@ -97,7 +97,7 @@ def numbers_of(folder: Path, record: RunRecord, step: int) -> dict[str, Measured
     if rows is not None:
         # The last one: a resumed training may measure a step twice.
         numbers[HELD_OUT] = Measured(losses[-1], _conditions(record, _HELD_OUT_LOSS, rows))
-    loss = _mean_of_last_steps(folder / LOGS[0], step)
+    loss = mean_of_last_steps(folder / LOGS[0], step)
     if loss is not None:
         conditions = _conditions(record, _TRAINED_LOSS, record.samples_digest)
         numbers[LAST_STEPS] = Measured(loss, conditions)
@@ -127,7 +127,7 @@ def _held_out_rows(folder: Path, record: RunRecord) -> str | None:
     return digest_text(rows.select(names).sort(names[:2]).write_json())
 
 
-def _mean_of_last_steps(metrics: Path, step: int) -> float | None:
+def mean_of_last_steps(metrics: Path, step: int) -> float | None:
     """Mean loss of the last tenth of the steps before a checkpoint, from `metrics.csv`. None if the
     file is missing, or lacks these steps.
 
