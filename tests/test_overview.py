@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from PIL import Image
 from assets import progress
 from assets.overview import overview
 from assets.progress import Progress
+from assets.served import NEWEST, address, serve
 from assets.svg import cut
 from diffsynth_dagster.run import progress as throttle
 from diffsynth_dagster.run.events import HeldOutMetrics, Sampled, Started, StepMetrics
@@ -189,3 +191,29 @@ def test_durations_in_words() -> None:
     given = {0.2: "1 s", 59.0: "59 s", 59.7: "1 min", 3599.0: "1 h 0 min", 4320.0: "1 h 12 min"}
     assert {seconds: in_words(seconds) for seconds in given} == given
     assert in_words(100 * HOUR) == "4 d 4 h"
+
+
+def test_pictures_lie_where_the_webserver_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest 50 of a recipe; where there is no folder of logs, or it cannot be written, none."""
+    recipe: Any = SimpleNamespace(name="tiny", config=SimpleNamespace(output_path="run"))
+    warnings: list[str] = []
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        context: Any = SimpleNamespace(
+            instance=instance, log=SimpleNamespace(warning=warnings.append)
+        )
+        names = [NEWEST, *(str(number) for number in range(60)), NEWEST]
+        assert all(serve(context, recipe, name, "<svg/>") for name in names)
+        monkeypatch.setenv("DAGSTER_WEBSERVER_PATH_PREFIX", "/dagster")
+        place = re.fullmatch(r"/dagster/logs/(.+)/newest/svg", address(recipe, NEWEST))
+        assert place is not None
+        (folder,) = tmp_path.rglob(place[1])
+        left = {path.stem for path in folder.iterdir()}
+        assert left == {NEWEST, *(str(number) for number in range(10, 60))}
+        shutil.rmtree(folder)
+        folder.write_bytes(b"")
+        assert not serve(context, recipe, NEWEST, "<svg/>")
+        assert len(warnings) == 1
+        elsewhere: Any = SimpleNamespace(instance=SimpleNamespace(compute_log_manager=None))
+        assert not serve(elsewhere, recipe, NEWEST, "<svg/>")
