@@ -35,7 +35,7 @@ FLAGS = (
     "--force-prefers-reduced-motion",
 )
 WINDOW = (1280, 1000)
-_COLOURS = 64
+_COLOURS = 128
 _SAID = 3000
 _FIND = """
 const [words, whole] = arguments;
@@ -165,7 +165,8 @@ class Browser:
     def keep(self, path: Path) -> None:
         """Write the page as it is seen, with few colours, as a small PNG."""
         shown = Image.open(io.BytesIO(self.picture())).convert("RGB")
-        shown.quantize(_COLOURS).save(path, optimize=True)
+        # Not Pillow's usual method: of few coloured lines it makes grey ones.
+        shown.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
 
     def close(self) -> None:
         requests.delete(self._session, timeout=20)

@@ -227,7 +227,7 @@ def test_a_run_waits_while_another_one_trains(window: Window, waiting: str, trai
 
 def test_the_loss_is_shown_while_it_trains(window: Window, training: str) -> None:
     browser = window.browser
-    look(browser, window.server.port, training, ": loss ")
+    look(browser, window.server.port, training, " left")
     assert "Started" in browser.wait("ASSET_OBSERVATION\n", "\nloss\n")
     window.open("assets/endless/checkpoints?view=events")
     browser.wait(
