@@ -231,7 +231,11 @@ def test_the_loss_is_shown_while_it_trains(window: Window, training: str) -> Non
     assert "Started" in browser.wait("ASSET_OBSERVATION\n", "\nloss\n")
     window.open("assets/endless/checkpoints?view=events")
     browser.wait(
-        "is currently refreshing this asset", "Observed in run", "loss\n", "grad_norm", " left\n"
+        "is currently refreshing this asset",
+        "Observed in run",
+        "loss\n",
+        "grad_norm",
+        "time_left\n",
     )
     window.open("assets/endless/checkpoints?view=overview")
     browser.wait("\nloss\n", "\nlearning_rate\n")
