@@ -18,6 +18,7 @@ _MANIFEST = r"samples\.parquet|\.samples\.planned\.parquet"
 _OTHERS = "|".join(
     [
         r"config\.yaml|run\.json|metrics\.csv|loss\.csv|held_out\.csv|sample_losses\.parquet",
+        r"report\.html",
         rf"(?:\.tables/)?(?:held_out/)?(?:{_TABLE}|{_MANIFEST})",
         r"\.(?:trained|held_out|compared)\.parquet",
         r"\.(?:samples|held_out|compared)\.(?:records|bin|captions|json)",

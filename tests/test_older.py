@@ -34,7 +34,7 @@ OF_A_TRAINING = [
     *("state/step-1/state.json", "state/step-2/state.json"),
     *("exports/diffusers/dit/x.safetensors", "exports/kohya/y.safetensors"),
     *("exports/authors/dit/x.safetensors", "exports/comfyui/y.safetensors"),
-    *("exports/README.md", "exports/loss.svg"),
+    *("exports/README.md", "exports/loss.svg", "report.html"),
 ]
 TABLES = ["metadata.parquet", "samples.parquet", "held_out/samples.parquet", "rejected.csv"]
 ENDED = 1_700_000_000

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 
@@ -26,6 +27,7 @@ from diffsynth_dagster.training.periodic import (
     end_early,
     run_due,
 )
+from diffsynth_dagster.training.reports import Reports, renew
 from diffsynth_dagster.training.resume import make_ready, restore
 from diffsynth_dagster.training.sample_pictures import Pictures
 from diffsynth_dagster.training.setup import Inputs, TrainingState, set_up
@@ -74,7 +76,9 @@ def _train(training: TrainingState) -> RunRecord:
     checkpoints.warn_of_space(training)
     states = States(training)
     held_out = HeldOut(training, points)
-    beside = [held_out, checkpoints, SamplePictures(points, pictures, config.sample_steps)]
+    beside: list[Periodic] = [held_out, checkpoints]
+    beside.append(SamplePictures(points, pictures, config.sample_steps))
+    beside.append(Reports(points, beside))
     # Before the first step, or what a stop left undone after the step of the state.
     if run_due(beside, training, first, done) < len(beside):
         raise Stopped
@@ -123,7 +127,11 @@ def _finish(
     after = _fingerprints(training.trained.items())
     pictures.evaluate("after")
     training.losses.write(run_file.folder, parallel)
-    run_file.finished(len(after), sum(before[name] != after[name] for name in after))
+    tensors, changed = len(after), sum(before[name] != after[name] for name in after)
+    # Before the record is finished: a kill in between makes both again.
+    counts = {"trained_tensors": tensors, "changed_tensors": changed}
+    renew(inputs, replace(run_file.record, **counts, finished=True))
+    run_file.finished(tensors, changed)
     if parallel.is_main_process:
         drop_older(run_file.folder, inputs.config.runs_keep, reporter.warn)
     record = run_file.record
