@@ -3,6 +3,7 @@ network."""
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.own_names import OLDER
@@ -78,9 +80,9 @@ def render(folder: Path, record: RunRecord) -> str:
     metrics, recipe = read_metrics(folder), read_recipe(folder)
     data = _data(folder, recipe)
     found = verdicts(record, metrics)
-    steps = {m.loss: m.step for m in measurements(record) if m.step}
-    best_step = steps[min(steps)] if steps else None
-    script = (_TEMPLATES / "steps.js").read_text(encoding="utf-8")
+    measured = measurements(record)
+    best_step = measured[-1].best_step if measured else None
+    script = load_templates().get_template("steps.js").render()
     values: dict[str, Any] = {
         **SIZES,
         "title": title_of(folder),
@@ -110,7 +112,7 @@ def render(folder: Path, record: RunRecord) -> str:
         "script": script,
         "script_digest": _digest(script),
     }
-    return _environment().get_template("report.html").render(values)
+    return load_templates().get_template("report.html").render(values)
 
 
 def title_of(folder: Path) -> str:
@@ -148,16 +150,26 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
+def _code(text: str) -> Markup:
+    """A sentence of ours as HTML: what is in backquotes is shown as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
 @cache
-def _environment() -> Environment:
+def load_templates() -> Environment:
+    """Read all templates. Later changes of their files change nothing in this process."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,  # captions and prompts are texts of others
         undefined=StrictUndefined,
+        auto_reload=False,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     functions = (amount, counted, duration, percent, whole)
     filters: dict[str, Any] = {function.__name__: function for function in functions}
+    filters["code"] = _code
     environment.filters.update(filters)
+    for name in environment.list_templates():
+        environment.get_template(name)
     return environment

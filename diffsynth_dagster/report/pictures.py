@@ -17,7 +17,8 @@ BUDGET = 8_000_000
 MOST_STEPS = 9
 """Steps whose samples are shown; of more, the first, the last, and evenly spaced ones."""
 _MOST_SIDE, _LEAST_SIDE, _MOST_EVALUATION = 768, 64, 1000
-"""The longer side of a sample, at most and at least, and that of a picture of the evaluation."""
+"""Sides of squares with as many pixels as a sample, at most and at least, and as a picture of the
+evaluation."""
 _SMALL = 160
 """Pictures with no side above this are drawn enlarged, pixel by pixel, and stored without loss."""
 _QUALITY = 82
@@ -91,11 +92,12 @@ class Samples:
 
 
 def embedded(image: Image.Image, most: int) -> Picture:
-    """A picture as a data URI, scaled down to at most `most` pixels on its longer side."""
+    """A picture as a data URI, scaled down to at most as many pixels as a square with sides of
+    `most`."""
     image = image.convert("RGB")
     small = max(image.size) <= _SMALL
-    if max(image.size) > most:
-        scale = most / max(image.size)
+    scale = most / math.sqrt(image.width * image.height)
+    if scale < 1:
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -184,11 +186,11 @@ def _taken(
     side = _MOST_SIDE
     last = _cut(files[steps[-1]], shown, side)
     while (size := sum(len(p.uri) for p in last if p is not None) * len(steps)) > budget:
-        sides = [max(p.width, p.height) for p in last if p is not None]
-        if max(sides) <= _LEAST_SIDE:
+        largest = max(math.sqrt(p.width * p.height) for p in last if p is not None)
+        if largest <= _LEAST_SIDE:
             break
         # A picture's size grows a little slower than its number of pixels.
-        side = max(_LEAST_SIDE, int(max(sides) * 0.9 * math.sqrt(budget / size)))
+        side = max(_LEAST_SIDE, int(largest * 0.9 * math.sqrt(budget / size)))
         last = _cut(files[steps[-1]], shown, side)
     others = {step: _cut(files[step], shown, side) for step in steps[:-1]}
     return {**others, steps[-1]: last}

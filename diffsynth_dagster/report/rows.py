@@ -21,7 +21,9 @@ HARDEST = 12
 """How many of the hardest rows are shown."""
 _MOST_SHAPES = 8
 _THUMBNAIL = 224
-"""The longer side of a row's picture, in pixels."""
+"""A row's picture has at most as many pixels as a square with this side."""
+_MANY_ROWS = 1_000_000
+"""Of more rows, captions are not looked at: they would take memory."""
 _MOST_PIXELS = 100_000_000
 """Larger pictures have no thumbnail: decoding one would take longer than the rest of the report."""
 
@@ -56,7 +58,7 @@ class DataFacts:
         rejected: the first rejected rows, each with its number and message.
         shapes: (width, height, frames, number of rows) of the most frequent sizes.
         more_shapes: number of sizes that are not in `shapes`.
-        captions: number of different captions; None if rows have no caption.
+        captions: number of different captions; None if rows have no caption, or are too many.
         words: mean and greatest number of words of a caption.
         held_out: number of rows of a held-out table; None without one.
     """
@@ -108,18 +110,18 @@ def data_facts(folder: Path, table: CheckedTable) -> DataFacts:
     others = {name: n for name, n in counts.items() if name != "ok"}
     accepted = table.accepted
     by_size = accepted.group_by("width", "height", "frames").len()
-    shapes = by_size.sort("len", "width", "height", descending=True).collect()
+    largest_first = by_size.sort("len", "width", "height", descending=True)
+    shapes = largest_first.collect(engine="streaming")
     caption = caption_of(table)
     captions, words = None, None
-    if caption is not None:
-        length = pl.col(caption).str.split(" ").list.len()
+    if caption is not None and 0 < counts.get("ok", 0) <= _MANY_ROWS:
+        length = pl.col(caption).str.count_matches(r"\S+")
         row = accepted.select(
             pl.col(caption).n_unique().alias("distinct"),
             length.mean().alias("mean"),
             length.max().alias("most"),
         ).collect()
-        if sum(counts.values()) > sum(others.values()):
-            captions, words = int(row["distinct"][0]), (row["mean"][0], row["most"][0])
+        captions, words = int(row["distinct"][0]), (row["mean"][0], row["most"][0])
     held_out = next(
         (
             found.counts.get("ok", 0)

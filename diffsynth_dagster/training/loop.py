@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 
 import torch
 
@@ -127,11 +126,8 @@ def _finish(
     after = _fingerprints(training.trained.items())
     pictures.evaluate("after")
     training.losses.write(run_file.folder, parallel)
-    tensors, changed = len(after), sum(before[name] != after[name] for name in after)
-    # Before the record is finished: a kill in between makes both again.
-    counts = {"trained_tensors": tensors, "changed_tensors": changed}
-    renew(inputs, replace(run_file.record, **counts, finished=True))
-    run_file.finished(tensors, changed)
+    run_file.finished(len(after), sum(before[name] != after[name] for name in after))
+    renew(inputs)
     if parallel.is_main_process:
         drop_older(run_file.folder, inputs.config.runs_keep, reporter.warn)
     record = run_file.record

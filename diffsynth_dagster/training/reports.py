@@ -4,8 +4,7 @@ import time
 from collections.abc import Sequence
 
 from diffsynth_dagster.errors import OutputError
-from diffsynth_dagster.report.page import write_report
-from diffsynth_dagster.run.record import RunRecord
+from diffsynth_dagster.report.page import load_templates, write_report
 from diffsynth_dagster.training.periodic import Periodic, SavePoints
 from diffsynth_dagster.training.setup import Inputs, TrainingState
 
@@ -27,6 +26,8 @@ class Reports:
         self._points = points
         self._beside = [*beside]
         self._next = time.monotonic() + FIRST_SECONDS
+        # Now: the package may be upgraded while the training runs.
+        load_templates()
 
     def due(self, step: int) -> bool:
         """Whether there is something new to show. Not after the last step: the loop writes that
@@ -39,17 +40,17 @@ class Reports:
         """Write the report, unless reports would take too much time."""
         began = time.monotonic()
         if began >= self._next:
-            renew(training.inputs, training.inputs.run_file.record)
+            renew(training.inputs)
             ended = time.monotonic()
             self._next = ended + (ended - began) / SHARE
 
 
-def renew(inputs: Inputs, record: RunRecord) -> None:
+def renew(inputs: Inputs) -> None:
     """Write the report of a training, on the main process. That it cannot be written is only
     reported: it is made of files that are there, and can be made again."""
     if not inputs.parallel.is_main_process:
         return
     try:
-        write_report(inputs.run_file.folder, record)
+        write_report(inputs.run_file.folder, inputs.run_file.record)
     except OutputError as error:
         inputs.reporter.warn(f"report.html was not written: {error.what}")
