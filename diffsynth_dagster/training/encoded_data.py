@@ -83,7 +83,9 @@ def checked_table(
         tables: list[CheckedTable] = []
         for data in [config] if held_out is None else [config, held_out]:
             with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
-                tables.append(prepare_data(data, columns, fact_cache, bar.update, pinned=True))
+                signed = config.holds_out
+                table = prepare_data(data, columns, fact_cache, bar.update, True, signed=signed)
+                tables.append(table)
             check(tables[-1])
         return tables[0]
 
@@ -204,11 +206,13 @@ def require_stored(manifest: Manifest) -> None:
 @dataclass(frozen=True)
 class Resolved:
     """Where the samples of a training are stored: those that are trained on, and those that its
-    held-out loss is measured on; see `Parts`."""
+    held-out loss is measured on; see `Parts`. The warnings are known to the process that divided
+    them, one of each node."""
 
     trained: Samples
     held_out: Samples | None
     compared: Samples | None
+    warnings: tuple[str, ...] = ()
 
 
 def resolved_samples(config: TrainingConfig, manifest: Manifest, parallel: Parallel) -> Resolved:
@@ -220,14 +224,16 @@ def resolved_samples(config: TrainingConfig, manifest: Manifest, parallel: Paral
         ParameterError, MetadataError: see `parts_of`.
     """
     folder = Path(config.output_path)
+    warnings: tuple[str, ...] = ()
     with parallel.node_main_first():
         if parallel.is_node_main:
             forget_parts(config, folder)
             parts = parts_of(config, manifest, folder)
+            warnings = parts.warnings
             resolve(parts.trained, folder)
             if parts.held_out is not None and parts.compared is not None:
                 resolve(parts.held_out, folder, _HELD_OUT)
                 resolve(parts.compared, folder, _COMPARED)
         more = (_HELD_OUT, _COMPARED) if config.holds_out else ()
         held_out, compared = [Samples(folder, name) for name in more] or [None, None]
-        return Resolved(Samples(folder), held_out, compared)
+        return Resolved(Samples(folder), held_out, compared, warnings)
