@@ -15,6 +15,7 @@ from conftest import Values, make_config, record_of, train, train_to_end, why_re
 from media_support import convert, real_clip
 from PIL import Image, ImageEnhance
 
+from assets.metadata import contents_of
 from diffsynth_dagster.cache.held_out import parts_of
 from diffsynth_dagster.cache.manifest import SIGNATURE, Manifest, read_manifest
 from diffsynth_dagster.cache.near_copies import NEAR, near_held_out, near_trained
@@ -22,6 +23,7 @@ from diffsynth_dagster.data.media.decoder_pool import DecoderPool
 from diffsynth_dagster.data.media.image import image_facts
 from diffsynth_dagster.data.media.signature import FLAT, VALUES, picture_signature, vectors_of
 from diffsynth_dagster.data.media.video import video_facts
+from diffsynth_dagster.data.table.checked_table import read_checked
 from diffsynth_dagster.demo.digits import write_new_digits
 
 Picture = Image.Image
@@ -302,6 +304,7 @@ def test_facts_of_before_are_found_out_anew_only_where_something_is_held_out(
     monkeypatch.setattr(facts, now)
     assert train_to_end(config, tmp_path / "run") == run
     assert len(seen) == 16
+    assert not any(SIGNATURE in name for name in contents_of(read_checked(run)))
     assert before.frame[SIGNATURE].null_count() == 16
     held_out = {"validation_split": 4, "task": "sft:train"}
     *_, warnings = parts({**config, **held_out}, run)
