@@ -122,7 +122,7 @@ def _finish(
     )
     after = _fingerprints(training.trained.items())
     pictures.evaluate("after")
-    training.losses.write(run_file.folder, parallel)
+    training.losses.write(run_file.folder, parallel, reporter.warn)
     run_file.finished(len(after), sum(before[name] != after[name] for name in after))
     if parallel.is_main_process:
         drop_older(run_file.folder, inputs.config.runs_keep, reporter.warn)
