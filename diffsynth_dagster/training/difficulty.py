@@ -30,8 +30,8 @@ _USUAL = 3.0
 """Standard deviations from the middle within which an excess at little noise is usual."""
 _FAR = 4.5
 """Standard deviations above the middle from which a row stands out. Difficulties have a long upper
-tail without any wrong row: in the demo the largest of 367 is 5. With a tenth of its captions
-swapped, 10 of 11 rows above this bound were swapped ones (six different swaps)."""
+tail without any wrong row: of the demo's 367 rows, none to three are above this bound. With a tenth
+of the captions swapped, all 26 rows above it were swapped ones (ten trainings)."""
 _LEAST_VISITS = 8
 """Fewer visits do not show that a row's loss stays high."""
 _LEAST_ROWS = 10

@@ -29,8 +29,6 @@ _REMEMBERED = 500
 """Visits near it that a mean goes back to, roughly, so that it follows the training."""
 _AT_ONCE = 50
 """Micro-batches whose losses are fetched from the device at once: fetching waits for the device."""
-
-
 _NAMED = 10
 """How many rows that stand out are named in the warning."""
 
