@@ -79,10 +79,11 @@ def _encode(
         return same
     from diffsynth_dagster.cache.contents import look_into
     from diffsynth_dagster.cache.held_out import held_out_config
+    from diffsynth_dagster.cache.layout import SAMPLES_FOLDER
     from diffsynth_dagster.cache.long_captions import read_long_captions
     from diffsynth_dagster.cache.manifest import read_manifest
     from diffsynth_dagster.cache.split import first_half
-    from diffsynth_dagster.data.table.checked_table import read_checked
+    from diffsynth_dagster.data.table.checked_table import PINNED, read_checked
     from diffsynth_dagster.facts import digest_of
 
     with tried_again(context, recipe.options.retries), user_errors():
@@ -91,13 +92,19 @@ def _encode(
         report = _launch(context, recipe, config, launcher)
         manifest = read_manifest(Path(config.output_path))
         contents = [look_into(manifest, checked)]
-        version, holdout = manifest.digest, held_out_config(config)
+        versions, holdout = [manifest.digest], held_out_config(config)
         # A held-out table has its own manifest, in a folder inside the run folder.
         if holdout is not None:
             folder = Path(holdout.output_path)
             held_out = read_manifest(folder)
             contents.append(look_into(held_out, read_checked(folder)))
-            version = digest_of([manifest.digest, held_out.digest])
+            versions.append(held_out.digest)
+        if config.makes_samples:
+            folder = Path(config.output_path) / SAMPLES_FOLDER
+            samples = read_manifest(folder)
+            contents.append(look_into(samples, read_checked(folder, PINNED)))
+            # Prompts are in the code version, but what a table holds is not.
+            versions += [] if config.sample_table is None else [samples.digest]
         facts, check = _describe(manifest, contents)
         facts |= long_captions_facts(read_long_captions(Path(config.output_path)))
     # Hits were in the store already, misses were encoded in this run.
@@ -106,7 +113,7 @@ def _encode(
         context.log.info(f"{kind}: {counts}")
     return dg.MaterializeResult(
         metadata={**facts, **ran.facts},
-        data_version=dg.DataVersion(version),
+        data_version=dg.DataVersion(versions[0] if len(versions) == 1 else digest_of(versions)),
         # Without the mark, the next run does the work again instead of repeating this result.
         tags=seen.marked if check.passed else seen.tags,
         check_results=[check],
@@ -137,7 +144,7 @@ def _describe(
 
     Args:
         manifest: of the samples that are trained on.
-        contents: what the store holds for `manifest`, then for the held-out table if there is one.
+        contents: what the store holds for `manifest`, then for the other row sets.
     """
     missing, not_finite, samples, accepted = (
         sum(getattr(content, name) for content in contents)

@@ -80,7 +80,7 @@ class Lineage:
     def _inputs(self, config: TrainingConfig) -> Iterator[tuple[str, str, Kind]]:
         """(parameter, recipe, asset) for each file that a config reads from a run folder."""
         named = {name: getattr(config, name) for name in _READ}
-        for name, path in {**named, "sample_prompts": config.sample_table}.items():
+        for name, path in {**named, "sample_table": config.sample_table}.items():
             encoded = name == "dataset_base_path" and config.reads_encoded
             place = self._made_by(path, encoded) if path else None
             if place is not None:

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from diffsynth_dagster.cache.held_out import held_out_config, split_rows
 from diffsynth_dagster.cache.keys import with_content_numbers
+from diffsynth_dagster.cache.layout import SAMPLES_FOLDER
 from diffsynth_dagster.cache.long_captions import long_captions_of
 from diffsynth_dagster.cache.manifest import FILE_NAME, Manifest
 from diffsynth_dagster.cache.records import buckets_of
-from diffsynth_dagster.cache.sample_rows import checked_sample_rows
+from diffsynth_dagster.cache.row_sets import check_samples_table, sample_set
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.entries import named_entries, start_entries
 from diffsynth_dagster.config.parameters import TrainingConfig
@@ -209,7 +210,8 @@ def _checked_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
                 tables.append(check_data_files(data, columns, facts, bar.update))
         check_data(config, model, tables)
         if config.sample_table is not None:
-            checked_sample_rows(config, model.family, facts)
+            folder = Path(config.output_path) / SAMPLES_FOLDER  # nothing is written into it
+            check_samples_table(sample_set(config, model, folder), model.family, facts)
     # Equal content gets equal numbers, so that copies of a sample are held out together.
     numbered = [with_content_numbers(table.accepted, columns.inputs) for table in tables]
     second = numbered[1] if held_out_data is not None else None
@@ -231,10 +233,11 @@ def _statuses(table: CheckedTable) -> dict[str, Any]:
 
 def _encoded_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
     """Check a data set that was encoded before; returns its rows. Raises: see `look_at_files`."""
-    manifest, *held_out = manifests = encoded_before(config)
+    manifests = encoded_before(config, model.family)
+    manifest, held_out = manifests.train, manifests.held_out
     with fact_cache_of(config.cache_path) as facts:
         check_encoded(config, model, manifests, facts)
-    apart = split_rows(config, manifest.rows, held_out[0].rows if held_out else None)
+    apart = split_rows(config, manifest.rows, None if held_out is None else held_out.rows)
     return _Rows({"encoded": str(manifest.folder)}, *apart, manifest=manifest)
 
 

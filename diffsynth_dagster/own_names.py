@@ -20,10 +20,10 @@ _OTHERS = "|".join(
         r"config\.yaml|run\.json|metrics\.csv|loss\.csv|held_out\.csv|(?:rows|sample_losses)\.parquet",
         rf"(?:\.tables/)?(?:held_out/)?(?:{_TABLE}|{_MANIFEST})",
         r"\.(?:trained|held_out|compared)\.parquet",
-        r"\.(?:samples|held_out|compared)\.(?:records|bin|captions|json)",
+        r"\.(?:samples|held_out|compared|sampled|evaluated)\.(?:records|bin|captions|json)",
         r"\.lock|\.owner\.json",
         # Any file in these folders belongs to the project.
-        r"(?:state/step-\d+|\.prompts|exports/(?:diffusers|comfyui|guide|kohya|peft|authors))/.+",
+        r"(?:state/step-\d+|\.prompts|\.sampled|\.evaluated|exports/(?:diffusers|comfyui|guide|kohya|peft|authors))/.+",
         rf"exports/(?:README\.md|loss\.svg)|{re.escape(LISTING)}",
         _PROMOTED,
     ]

@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.media.budget import DECODING
 from diffsynth_dagster.data.table.validate import CheckedTable
@@ -21,8 +20,10 @@ from diffsynth_dagster.run.reporting import Reporter, make_reporter
 from diffsynth_dagster.run.start import start_record
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.encoded_data import (
+    Manifests,
     checked_table,
     encode_data,
+    encode_samples,
     encoded_before,
     open_store,
     register_users,
@@ -84,11 +85,11 @@ def run_locked(
         reporter.warn(text)
     store = open_store(config)
     with closing(reporter), store.in_use(waiting=reporter.warn), memory.explained():
-        manifest = _latents(config, parallel, models, table, fact_cache, reporter, stop_asked)
+        manifests = _latents(config, parallel, models, table, fact_cache, reporter, stop_asked)
         if config.encodes_only:
             return None
         inputs = _inputs(
-            config, parallel, models, manifest, fact_cache, reporter, stop_asked, memory
+            config, parallel, models, manifests, fact_cache, reporter, stop_asked, memory
         )
         return train(inputs), resolved
 
@@ -117,37 +118,40 @@ def _latents(
     fact_cache: FactCache,
     reporter: Reporter,
     stop_asked: Callable[[], bool],
-) -> Manifest:
-    """The manifest of the data set, with all its samples in the store. Collective.
+) -> Manifests:
+    """The manifests of the row sets, with all their rows in the store. Collective.
 
     Args:
         table: None if the data set was encoded before.
     """
     if table is None:
-        manifests = encoded_before(config)
-        check_encoded(config, models.resolved, manifests, fact_cache)
+        found = encoded_before(config, models.resolved.family)
+        check_encoded(config, models.resolved, found, fact_cache)
+        manifests = encode_samples(
+            config, found, parallel, models, fact_cache, reporter, stop_asked
+        )
     else:
         manifests = encode_data(config, parallel, models, fact_cache, reporter, stop_asked)
     if parallel.is_main_process:
         register_users(manifests)
-    return manifests[0]
+    return manifests
 
 
 def _inputs(
     config: TrainingConfig,
     parallel: Parallel,
     models: Models,
-    manifest: Manifest,
+    manifests: Manifests,
     fact_cache: FactCache,
     reporter: Reporter,
     stop_asked: Callable[[], bool],
     memory: Memory,
 ) -> Inputs:
-    """What the training loop is given, from the manifest alone. Collective."""
+    """What the training loop is given, from the manifests alone. Collective."""
     model = models.resolved
     devices, mixed_precision = parallel.device_names(), parallel.mixed_precision
-    record = start_record(config, model, manifest, fact_cache, devices, mixed_precision)
-    samples = resolved_samples(config, manifest, parallel)
+    record = start_record(config, model, manifests.train, fact_cache, devices, mixed_precision)
+    samples = resolved_samples(config, manifests, parallel)
     record = replace(record, samples=len(samples.trained))
     rank, world = parallel.process_index, parallel.num_processes
     data = StepDataset(config, model, samples.trained, rank, world)
@@ -162,7 +166,7 @@ def _inputs(
         config,
         parallel,
         models,
-        manifest,
+        manifests,
         run_file,
         reporter,
         stop_asked,

@@ -12,8 +12,7 @@ from typing import Literal
 import torch
 
 from diffsynth_dagster.cache.encoded_for import require_encoded_for
-from diffsynth_dagster.cache.manifest import Manifest
-from diffsynth_dagster.cache.sample_rows import require_sample_rows
+from diffsynth_dagster.cache.row_sets import needed_beside_prompt, require_encodable_samples
 from diffsynth_dagster.config.entries import float8_entries
 from diffsynth_dagster.config.family_specific import FamilySpecificParameters
 from diffsynth_dagster.config.parameters import TrainingConfig
@@ -25,7 +24,7 @@ from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families.sampling_types import guidance_of
 from diffsynth_dagster.files import require_space
 from diffsynth_dagster.training.checkpoint import check_prefix
-from diffsynth_dagster.training.encoded_data import require_stored
+from diffsynth_dagster.training.encoded_data import Manifests, require_stored
 from diffsynth_dagster.training.fit import (
     check_full_training,
     check_loras,
@@ -53,8 +52,7 @@ class Known:
         model: without files, if a check needs only the config.
         trained_dtype: element type of fully trained weights; a LoRA is float32.
         tables: the checked tables of the trained and the held-out samples.
-        manifests: of a data set that was encoded before; the manifest of the trained samples is
-            first.
+        manifests: of the row sets of a data set that was encoded before.
         warn: called with what is unusual, but not refused.
         checkpoint_bytes: size of the trained weights, which the checks of headers add up.
     """
@@ -63,7 +61,7 @@ class Known:
     model: ResolvedModel
     trained_dtype: torch.dtype = torch.float32
     tables: Sequence[CheckedTable] = ()
-    manifests: Sequence[Manifest] = ()
+    manifests: Manifests | None = None
     fact_cache: FactCache | None = None
     warn: Callable[[str], None] = lambda _: None
     checkpoint_bytes: int = 0
@@ -121,16 +119,13 @@ def check_samples(known: Known) -> None:
     """Refuse prompts for samples if the model needs more than a prompt, and a negative prompt
     without guidance. Raises `ParameterError`."""
     config, family = known.config, known.model.family
-    if (config.sample_texts or config.customized_evaluation) and not family.samples_from_text:
-        # Sizes are known without a table: see `sampling`.
-        reads = (i for stage in family.sample_stages for i in stage.reads)
-        needed = dict.fromkeys(i.column for i in reads if i.kind not in ("text", "sizes"))
-        listed = ", ".join(needed)
+    needed = ", ".join(needed_beside_prompt(family))
+    if needed and (config.sample_prompts or config.customized_evaluation):
         raise ParameterError(
-            f"a prompt alone makes no sample here: the model also needs {listed}",
-            where="sample_prompts" if config.sample_texts else "customized_evaluation",
-            do=f"give a table with the columns prompt, {listed} as sample_prompts"
-            if config.sample_texts
+            f"a prompt alone makes no sample here: the model also needs {needed}",
+            where="sample_prompts" if config.sample_prompts else "customized_evaluation",
+            do=f"give a table with the columns prompt, {needed} as sample_table"
+            if config.sample_prompts
             else "leave it out",
         )
     guided = guidance_of(config, family.sampling).is_on
@@ -216,14 +211,17 @@ def require_encoded(known: Known) -> None:
     """
     config, model = known.config, known.model
     assert known.fact_cache is not None
-    for manifest in known.manifests:
-        # All compatibility first: it explains more than a count of missing samples.
-        require_encoded_for(config, model, manifest, known.fact_cache)
-    for manifest in known.manifests:
+    assert known.manifests is not None
+    found = known.manifests
+    # All compatibility first: it explains more than a count of missing samples.
+    for manifest in (found.train, found.held_out):
+        if manifest is not None:
+            require_encoded_for(config, model, manifest, known.fact_cache)
+    for manifest in found.all:
         require_stored(manifest)
     # Without files, as if the model list had all components.
     components = model.components.keys() or {c.name for c in model.family.components}
-    require_sample_rows(config, model.family, known.manifests[0], components)
+    require_encodable_samples(config, model.family, found.train.folder, components)
 
 
 def count_full_training(known: Known) -> None:
@@ -325,13 +323,13 @@ def check_disk(config: TrainingConfig, model: ResolvedModel, checkpoint_bytes: i
 def check_encoded(
     config: TrainingConfig,
     model: ResolvedModel,
-    manifests: Sequence[Manifest],
+    manifests: Manifests,
     fact_cache: FactCache,
 ) -> None:
     """Make the checks of a data set that was encoded before. Raises `UserError`: see `CHECKS`.
 
     Args:
-        manifests: of the data set, and of the held-out samples if they have one of their own.
+        manifests: of its row sets.
     """
     _run("encoded", Known(config, model, manifests=manifests, fact_cache=fact_cache))
 

@@ -69,7 +69,7 @@ def file_change(place: Place, name: str) -> FileChange:
         paths = [copy if path == encoder else path for path in values["model_paths"]]
         stored = {name: [encoder]}
         return FileChange(stored, {"model_paths": paths, name: [copy]}, {"model_paths": paths})
-    if name == "validation_metadata_path":
+    if name in ("validation_metadata_path", "sample_table"):
         table = Path(values["dataset_metadata_path"])
         changes = (("renamed", None), ("changed", rewrite_captions))
         others = ({name: copied(table, new / n, change)} for n, change in changes)

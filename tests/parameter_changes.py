@@ -19,11 +19,14 @@ from family_case import Case
 from assets.common import KINDS, code_version
 from diffsynth_dagster.cache.held_out import held_out_config
 from diffsynth_dagster.cache.keys import Keys
+from diffsynth_dagster.cache.layout import SAMPLES_FOLDER
 from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.cache.plan_samples import plan_samples
+from diffsynth_dagster.cache.row_sets import sample_set, write_samples_table
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.parameters import MARKS
 from diffsynth_dagster.data.prepare import prepare_data
+from diffsynth_dagster.data.table.checked_table import PINNED, read_checked
 from diffsynth_dagster.facts import FactCache
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.preflight import check_config
@@ -114,6 +117,13 @@ def outcome_of(config: TrainingConfig, place: Place) -> Outcome:
         if own is not None:
             table = prepare_data(own, found.family.columns, fact_cache)
             planned.append(plan_samples(own, found, table, keys_of).publish())
+        if config.sample_table is not None:
+            rows = sample_set(config, found, Path(config.output_path) / SAMPLES_FOLDER)
+            write_samples_table(rows, found.family, fact_cache)
+            table = read_checked(rows.folder, PINNED)
+            keys_of_rows = Keys(rows.model, fact_cache, dtype)
+            listed = plan_samples(rows.config, rows.model, table, keys_of_rows, rows.made_of)
+            planned.append(listed.publish())
         identity = start_record(config, found, manifest, fact_cache).identity
     versions = {kind: code_version(config, kind) for kind in KINDS}
     keys = frozenset(k for m in (manifest, *planned) for k in m.keys.collect().to_series())

@@ -161,11 +161,11 @@ def test_the_picture_of_images_is_what_it_was(
     made: list[list[Image.Image]] = []
 
     class Listening(Sampler):
-        def __call__(self, *arguments: Any) -> Iterator[Clip]:
+        def make(self, *arguments: Any) -> Iterator[tuple[int, Clip]]:
             made.append([])
-            for clip in super().__call__(*arguments):
+            for number, clip in super().make(*arguments):
                 made[-1] += clip.frames
-                yield clip
+                yield number, clip
 
     monkeypatch.setattr(sample_pictures, "Sampler", Listening)
     config = values(

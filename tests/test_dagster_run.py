@@ -125,8 +125,7 @@ def test_every_asset_says_what_a_person_wants_to_see(
     assert [table[name].value for name in names] == [8, 8, 0]
     assert "picture number" in table["rows"].value
     latents = metadata_of(first, "latents", "tiny")
-    # With the prompt of the samples, and the empty one.
-    assert (latents["misses/image"].value, latents["misses/prompt"].value) == (8, 10)
+    assert (latents["misses/image"].value, latents["misses/prompt"].value) == (8, 8)
     assert latents["hits/image"].value == 0
     assert latents["store_bytes"].value > 0
     training = metadata_of(first, "checkpoints", "tiny")
@@ -388,7 +387,7 @@ def test_manifest_is_checked_against_the_store(place: Place, first: Any) -> None
         return _describe(other, [look_into(other, table)])[1]
 
     assert check_of(manifest.frame).passed
-    check = check_of(manifest.frame.with_columns(pl.col("key:image") + "x"), prompts={})
+    check = check_of(manifest.frame.with_columns(pl.col("key:image") + "x"))
     assert not check.passed
     assert check.metadata["missing_keys"].value == 8
     assert not check_of(manifest.frame.head(3)).passed

@@ -156,7 +156,7 @@ def test_tables_beside_the_data_set_are_checked(
     assert "0 of 1 rows are usable" in refusal_of(given, tmp_path / "run", capsys)
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("other\nnone")
-    error = refusal_of(values(sample_prompts=str(prompts)), tmp_path / "run", capsys)
+    error = refusal_of(values(sample_table=str(prompts)), tmp_path / "run", capsys)
     assert "has no column 'prompt'" in error
 
 

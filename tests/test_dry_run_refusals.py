@@ -3,19 +3,13 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Values, make_config, train, train_to_end, write_images
+from conftest import Values, train, train_to_end, write_images
 from safetensors.torch import load_file, save_file
 from test_resume import stop_after
-
-from diffsynth_dagster.cache.manifest import Manifest, read_manifest
-from diffsynth_dagster.cache.sample_rows import require_sample_rows
-from diffsynth_dagster.errors import ParameterError
-from diffsynth_dagster.families import find_family
 
 SAMPLES = {"sample_num_inference_steps": 1, "height": 32, "width": 32}
 LATER = "not all are there: the training downloads them when it begins"
@@ -81,27 +75,7 @@ def test_prompts_that_cannot_be_encoded_any_more(
     assert answer(same, None, "--dry_run") == ""
     listed = {**guided, **other, "model_paths": values()["model_paths"]}
     assert answer(listed, None, "--dry_run") == ""
-    assert answer(listed) == ""  # they are encoded when the samples are made
-
-
-def test_a_table_of_before_was_encoded_with_the_empty_negative_prompt(
-    values: Values, tmp_path: Path
-) -> None:
-    table = tmp_path / "samples.csv"
-    table.write_text("prompt\na picture\n")
-    given = values(sample_prompts=str(table), sample_cfg_scale=3)
-    run = train_to_end({**given, **SAMPLES, "task": "sft:data_process"}, tmp_path / "table")
-    family = find_family("qwen_image")
-
-    def require(manifest: Manifest, **more: Any) -> None:
-        config = make_config({**second_half(given, run), **more, "output_path": "run"})
-        require_sample_rows(config, family, manifest, ())
-
-    of_now = read_manifest(run)
-    for manifest in (of_now, replace(of_now, negative_prompt=None)):
-        require(manifest)
-        with pytest.raises(ParameterError, match="another negative prompt"):
-            require(manifest, sample_negative_prompt="grey")
+    assert answer(listed) == ""  # they are encoded before the training
 
 
 def test_another_model_than_the_data_set_was_encoded_with(

@@ -11,7 +11,11 @@ from conftest import make_config, record_of, train
 from PIL import Image
 from test_families import HUB, Place, each_kind, place, places
 
+from diffsynth_dagster.cache.layout import SAMPLES_FOLDER
 from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.resolve import Sample, resolve
+from diffsynth_dagster.cache.row_sets import reduced_family
+from diffsynth_dagster.cache.sampled_rows import SampledRows
 from diffsynth_dagster.families.contract import Clip, Family
 from diffsynth_dagster.training.sampling import Sampler, strip
 from diffsynth_dagster.weights.identify import find_model
@@ -39,12 +43,27 @@ def write_table(place: Place, family: Family, path: Path) -> Path:
     return path
 
 
-def alone(sampler: Sampler, row: int) -> Clip:
+class OneRow(SampledRows):
+    """A row alone, as the first."""
+
+    def __init__(self, run: Path, row: int) -> None:
+        manifest = read_manifest(run / SAMPLES_FOLDER)
+        super().__init__(manifest, resolve(manifest, run, "sampled"))
+        self._row = row
+
+    def __len__(self) -> int:
+        return 1
+
+    def bucket(self, number: int) -> int:
+        return super().bucket(number + self._row)
+
+    def at(self, number: int) -> Sample:
+        return super().at(number + self._row)
+
+
+def alone(sampler: Sampler, run: Path, row: int) -> Clip:
     """What the base model makes of a row, with the noise of the first."""
-    item = sampler._row(sampler._manifest.sample_rows[row])
-    empty = sampler._manifest.unprompted_rows
-    negative = [sampler._row(empty[row])] if empty else None
-    (clip,) = sampler._make({}, [item], negative, 0)
+    ((_, clip),) = sampler.make({}, OneRow(run, row), 0)
     return clip
 
 
@@ -65,10 +84,11 @@ def test_samples_before_during_and_after(
         seed=0,
     )
     found = find_model(make_config(given), HUB)
+    inputs = reduced_family(found.family).inputs
     if "height" not in given and not found.family.file_inputs[1:]:
         given |= {"height": 64, "width": 64}  # or they would be of the usual size
     given["sample_steps"] = 1
-    given["sample_prompts"] = str(write_table(place, found.family, place.data.parent / "samples"))
+    given["sample_table"] = str(write_table(place, found.family, place.data.parent / "samples"))
     code, run = train(given, tmp_path / "run")
     if place.case.name in EXPERTS:
         assert code == 2
@@ -81,12 +101,17 @@ def test_samples_before_during_and_after(
         assert pixels(Image.open(run / "samples" / name)).std() > 1
     config = make_config({**given, "output_path": str(run)})
     loaded = Models(found, torch.device("cpu"), torch.float32, False, frozenset())
-    sampler = Sampler(config, read_manifest(run), loaded, torch.no_grad)
-    first, other = (alone(sampler, row) for row in (0, 1))
+    sampler = Sampler(config, loaded, torch.no_grad)
+    first, other = (alone(sampler, run, row) for row in (0, 1))
     # Equal seeds give equal pictures: the first one was made as one of two.
     shown = pixels(strip(first.frames))
-    whole = pixels(Image.open(run / "samples" / "step-0.png"))
-    assert np.abs(whole[: shown.shape[0], : shown.shape[1]] - shown).max() <= 1
+    whole = Image.open(run / "samples" / "step-0.png")
+    left, top, right, bottom = record.shown[0]["box"]
+    # The sample is at the right, below the inputs of a clip.
+    box = (right - shown.shape[1], bottom - shown.shape[0], right, bottom)
+    assert np.abs(pixels(whole.crop(box)) - shown).max() <= 1
+    has_inputs = any(i.is_file and i.kind != "audio" for i in inputs)
+    assert ((left, top) != box[:2]) == has_inputs
     assert any(
         np.abs(pixels(a) - pixels(b)).max() > 0
         for a, b in zip(first.frames, other.frames, strict=True)

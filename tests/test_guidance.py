@@ -7,9 +7,10 @@ import pytest
 from conftest import Values, make_config, train_to_end
 
 from assets.common import KINDS, code_version
-from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.layout import SAMPLES_FOLDER
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.config.affects import AFFECTS, values_that_affect
+from diffsynth_dagster.data.table.checked_table import read_checked
 from diffsynth_dagster.dry_run import make_plan
 from diffsynth_dagster.errors import UserError
 from diffsynth_dagster.families.sampling_types import Guidance, guidance_of
@@ -103,8 +104,9 @@ def test_pictures_are_guided_where_nothing_is_said(values: Values, tmp_path: Pat
         run = train_to_end({**given, **more}, tmp_path / f"run-{number}")
         pictures.append((run / "samples" / "step-2.png").read_bytes())
         negative = {"": {0, 1}, "picture number x": {3}}
-        encoded = read_manifest(run).prompts.keys()
-        assert encoded == {"a picture"} | {n for n, where in negative.items() if number in where}
+        table = read_checked(run / SAMPLES_FOLDER).rows.collect()
+        expected = {"a picture"} | {n for n, where in negative.items() if number in where}
+        assert set(table["prompt"]) == expected
     assert pictures[0] == pictures[1]
     assert len(set(pictures)) == 3
 

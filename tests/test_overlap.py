@@ -110,7 +110,7 @@ FULL = {"trainable_models": "dit"}
         ({"dataset_metadata_path": "run/rejected.csv"}, "rejected.csv"),
         ({"dataset_metadata_path": "run/held_out/metadata.parquet"}, "held_out/metadata.parquet"),
         ({"validation_metadata_path": "run/samples.parquet"}, "samples.parquet"),
-        ({"sample_prompts": ["run/metrics.csv"]}, "metrics.csv"),
+        ({"sample_table": "run/metrics.csv"}, "metrics.csv"),
     ],
 )
 def test_an_input_with_the_name_of_an_output_is_refused(given: dict[str, Any], name: str) -> None:
@@ -137,7 +137,7 @@ def test_an_input_with_the_name_of_an_output_is_refused(given: dict[str, Any], n
         {"lora_checkpoint": "run/epoch-5.safetensors", "num_epochs": 5},
         {"lora_checkpoint": "run/best-step-5.safetensors"},
         {"lora_checkpoint": "run/epoch-0.safetensors", "task": "sft:data_process"},
-        {"sample_prompts": ["run/samples/mine.csv"]},
+        {"sample_table": "run/samples/mine.csv"},
         {"sample_prompts": ["run/metrics.csv", "two prompts"]},
     ],
 )

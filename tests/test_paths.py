@@ -11,6 +11,7 @@ from conftest import ROOT, Values, make_config, record_of, train, train_to_end
 
 from assets.losses import hardest_facts
 from assets.pictures import loss_curve
+from diffsynth_dagster.cache.layout import SAMPLES_FOLDER
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.cache.split import first_half, second_half
 from diffsynth_dagster.cache.store import Store
@@ -134,7 +135,7 @@ def test_a_training_in_folders_of_such_names(
     assert [name for name in left if not is_own(name)] == [], "a new output: see `own_names`"
     store = Store(place / "c[1]")
     assert not verify(store).damaged
-    assert [use.folder for use in statistics(store).uses] == [run]
+    assert [use.folder for use in statistics(store).uses] == [run, run / SAMPLES_FOLDER]
 
     # Dagster reads the same.
     config = make_config({**given, "num_epochs": 2, "output_path": str(run)})

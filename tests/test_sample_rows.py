@@ -2,18 +2,21 @@
 
 import csv
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import keys_of, record_of, train, train_to_end, why_refused
+from conftest import record_of, train, train_to_end, why_refused
 from families.wanvideo.cases import write_video
 from PIL import Image
 from test_families import QWEN, WAN, Place, place, places
 
+from diffsynth_dagster.cache.layout import SAMPLES_FOLDER
 from diffsynth_dagster.cache.manifest import read_manifest
+from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.data.media.video import load_sample_video
 from diffsynth_dagster.run.events import MEASURED
 
@@ -37,12 +40,14 @@ def table(folder: Path, *sizes: tuple[int, int], **columns: Any) -> Path:
 
 def given(place: Place, samples: Path, **more: Any) -> dict[str, Any]:
     return place.values(
-        batch_size=4, sample_prompts=str(samples), sample_num_inference_steps=1, **more
+        batch_size=4, sample_table=str(samples), sample_num_inference_steps=1, **more
     )
 
 
 def sizes_of(run: Path) -> list[tuple[int, int]]:
-    return [(row["width"], row["height"]) for row in read_manifest(run).sample_rows]
+    rows = read_manifest(run / SAMPLES_FOLDER).frame.sort("row")
+    # With guidance, each row is there twice.
+    return rows.head(rows.height // 2).select("width", "height").rows()
 
 
 def pictures_of(run: Path) -> dict[str, bytes]:
@@ -77,11 +82,17 @@ def test_the_second_half_makes_the_samples_of_the_first(place: Place, tmp_path: 
     second = {**values, "task": "sft:train", "dataset_base_path": str(tmp_path / "split")}
     del second["dataset_metadata_path"]
     train_to_end(second, tmp_path / "second")
-    assert pictures_of(tmp_path / "second") == pictures_of(whole)
-    manifest = read_manifest(whole)
-    rows = [*manifest.sample_rows, *manifest.unprompted_rows]
-    assert len(rows) == 2
-    assert {key for row in rows for key in row["keys"].values()} <= keys_of(whole)
+    made, alone = pictures_of(whole), pictures_of(tmp_path / "second")
+    assert made.keys() == alone.keys()
+    for name in made:
+        with Image.open(BytesIO(made[name])) as beside, Image.open(BytesIO(alone[name])) as picture:
+            left = beside.width - picture.width
+            assert left > 0  # the picture to edit
+            sample = beside.crop((left, 0, beside.width, beside.height))
+            assert sample.tobytes() == picture.tobytes()
+    manifest = read_manifest(whole / SAMPLES_FOLDER)
+    assert manifest.samples == 2  # with the prompt, and with the negative one
+    assert Store(Path(manifest.store)).missing(manifest.keys).is_empty()
 
 
 @edits
@@ -92,8 +103,11 @@ def test_a_text_encoder_that_is_trained_sees_the_rows(place: Place, tmp_path: Pa
     values |= {"trainable_models": ["text_encoder"], "remove_prefix_in_ckpt": ""}
     values |= {"learning_rate": 0.1}
     run = train_to_end(values, tmp_path / "run")
-    (row,) = read_manifest(run).sample_rows
-    assert set(row["inputs"]) == {"prompt", "edit_image"}
+    columns = read_manifest(run / SAMPLES_FOLDER).frame.columns
+    assert {name for name in columns if name.startswith("input:")} == {
+        "input:prompt",
+        "input:edit_image",
+    }
     made = pictures_of(run)
     assert len(set(made.values())) == len(made) > 1  # what is trained shows in the samples
 
@@ -129,7 +143,7 @@ def test_a_row_that_cannot_be_used_is_refused(
     samples = table(tmp_path / "s", (64, 64), **change)
     words = why_refused(given(place, samples), tmp_path / "run")
     assert said in words
-    assert "sample_prompts = " in words
+    assert "sample_table = " in words
     assert "Traceback" not in words
 
 
@@ -137,18 +151,23 @@ def test_a_row_that_cannot_be_used_is_refused(
 def test_what_does_not_go_together_is_refused(place: Place, tmp_path: Path, capsys: Any) -> None:
     samples = table(tmp_path / "s", (64, 64))
     texts = {**given(place, samples), "sample_prompts": ["a", "b"]}
+    del texts["sample_table"]
     assert train(texts, tmp_path / "texts")[0] == 2
     assert "give a table with the columns prompt, edit_image" in " ".join(
         capsys.readouterr().err.split()
     )
     missing = given(place, tmp_path / "no.csv")
-    assert f"sample_prompts = {tmp_path / 'no.csv'}" in why_refused(missing, tmp_path / "missing")
+    assert f"sample_table = {tmp_path / 'no.csv'}" in why_refused(missing, tmp_path / "missing")
     first = given(place, samples, task="sft:data_process", sample_cfg_scale=1.0)
     train_to_end(first, tmp_path / "split")
     guided = given(place, samples, task="sft:train")
     base = {"dataset_base_path": str(tmp_path / "split"), "dataset_metadata_path": None}
     second = {k: v for k, v in {**guided, **base}.items() if v is not None}
-    assert "encoded for samples without guidance" in why_refused(second, tmp_path / "second")
+    # With all models listed, the second half encodes its own samples.
+    run = train_to_end(second, tmp_path / "encodes")
+    assert read_manifest(run / SAMPLES_FOLDER).samples == 2
+    second["model_paths"] = [p for p in second["model_paths"] if "text_encoder" not in str(p)]
+    assert "without the negative prompt" in why_refused(second, tmp_path / "second")
     del first["sample_cfg_scale"]
     train_to_end({**first, "sample_negative_prompt": "grey"}, tmp_path / "split")
     assert "encoded for samples with another negative prompt" in why_refused(
@@ -173,7 +192,7 @@ def test_a_picture_is_the_first_frame_of_a_clip(place: Place, tmp_path: Path) ->
     run = train_to_end(values, tmp_path / "run")
     record = record_of(run)
     assert "step-0-0" in record.clips
-    assert [row["frames"] for row in read_manifest(run).sample_rows] == [5]
+    assert set(read_manifest(run / SAMPLES_FOLDER).frame["frames"]) == {5}
     still = load_sample_video(folder / "first.png", (32, 32), 5, 1.0)
     assert still.shape == (3, 5, 32, 32)
     assert (still == still[:, :1]).all()
@@ -189,7 +208,7 @@ def test_a_picture_is_the_first_frame_of_a_clip(place: Place, tmp_path: Path) ->
 def test_samples_change_no_weight_and_no_loss(place: Place, tmp_path: Path) -> None:
     """However often they are made: nothing of them is drawn from what a training draws from."""
     plain = place.values(batch_size=2, seed=3)
-    samples = {"sample_prompts": str(table(tmp_path / "s", (64, 64))), "sample_steps": 1}
+    samples = {"sample_table": str(table(tmp_path / "s", (64, 64))), "sample_steps": 1}
     found: list[Any] = []
     for name, more in (("plain", {}), ("sampled", {**samples, "sample_num_inference_steps": 1})):
         run = train_to_end({**plain, **more}, tmp_path / name)

@@ -26,7 +26,6 @@ from test_families import HUB, TABLE, Place, place, places
 from test_family_samples import alone, pixels, write_table
 from transformers import CLIPVisionModel
 
-from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.families import find_family
 from diffsynth_dagster.objective.noise import generator
 from diffsynth_dagster.training.sampling import Sampler
@@ -141,11 +140,11 @@ def test_samples_are_those_of_the_published_pipeline(place: Place, tmp_path: Pat
         task="sft:data_process",
     )
     found = find_model(make_config(given), HUB)
-    given["sample_prompts"] = str(write_table(place, found.family, place.data.parent / "samples"))
+    given["sample_table"] = str(write_table(place, found.family, place.data.parent / "samples"))
     run = train_to_end(given, tmp_path / "run")
     config = make_config({**given, "output_path": str(run)})
     loaded = Models(found, torch.device("cpu"), torch.float32, False, frozenset())
-    ours = alone(Sampler(config, read_manifest(run), loaded, torch.no_grad), 0)
+    ours = alone(Sampler(config, loaded, torch.no_grad), run, 0)
     row = dict(place.rows[0])
     for item in found.family.file_inputs:
         row[item.column] = str(place.data.parent / row[item.column])

@@ -11,6 +11,7 @@ import yaml
 from conftest import ROOT, write_images
 from media_support import write_clip
 
+from diffsynth_dagster.cache.row_sets import needed_beside_prompt
 from diffsynth_dagster.config import TrainingConfig, read_recipe
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.dry_run import look_at_files, make_plan
@@ -35,9 +36,9 @@ def read(path: Path) -> tuple[TrainingConfig, Family]:
 
 
 def commented_samples(path: Path) -> str:
-    """The comment around the `sample_prompts` that a template leaves out; empty where there is none."""
+    """The comment around the samples that a template leaves out; empty where there is none."""
     text = path.read_text(encoding="utf-8")
-    found = re.search(r"(?:^# .*\n)*^# sample_prompts:.*\n(?:^# .*\n)*", text, re.M)
+    found = re.search(r"(?:^# .*\n)*^# sample_(?:prompts|table):.*\n(?:^# .*\n)*", text, re.M)
     return found[0] if found else ""
 
 
@@ -65,22 +66,24 @@ def test_a_template_shows_samples_or_says_how(path: Path) -> None:
     assert config.sample_table is None, "a table that is not there would fail"
     if config.sample_prompts:
         assert comment == ""
-        assert 2 <= len(config.sample_texts) <= 3
-        assert family.samples_from_text
+        assert 2 <= len(config.sample_prompts) <= 3
+        assert not needed_beside_prompt(family)
         return
     if not comment:  # one of two experts
         assert "one expert alone makes only its part" in text
         assert config.min_timestep_boundary > 0 or config.max_timestep_boundary < 1
         return
     # With the comment taken away, it is a recipe whose samples are made of what the comment names.
-    lines = comment[comment.index("# sample_prompts:") :].splitlines()
+    first = re.search(r"^# sample_", comment, re.M)
+    assert first is not None
+    lines = comment[first.start() :].splitlines()
     named = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines))
     given = TrainingConfig.model_validate({**config.model_dump(), **named})
     check_config(given, resolve(given, family))
-    assert (given.sample_table is None) == family.samples_from_text
+    assert (given.sample_table is not None) == bool(needed_beside_prompt(family))
     for stage in family.sample_stages:
         columns = [i.column for i in stage.reads if i.kind != "sizes"]
-        assert all(re.search(rf"\b{name}\b", comment) for name in columns) or given.sample_texts
+        assert all(re.search(rf"\b{name}\b", comment) for name in columns) or given.sample_prompts
 
 
 def test_each_choice_has_a_comment_above_it() -> None:

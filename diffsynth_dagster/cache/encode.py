@@ -93,7 +93,7 @@ def encode_missing(
                     samples = _read_samples(stage, batch, store, needed)
                     encoded = [stage.to_store(outputs) for outputs in stage.run(loaded, samples)]
                     for row, stored in zip(batch, encoded, strict=True):
-                        _require_finite(stage, row, stored)
+                        _require_finite(stage, row, stored, table)
                     writer.add_batch({r["key"]: t for r, t in zip(batch, encoded, strict=True)})
                     if not done:
                         _warn_of_space(stage, batch, encoded, missing, store, warn)
@@ -133,7 +133,9 @@ def _warn_of_space(
         warn(warning)
 
 
-def _require_finite(stage: Stage, row: Mapping[str, Any], stored: Tensors) -> None:
+def _require_finite(
+    stage: Stage, row: Mapping[str, Any], stored: Tensors, table: CheckedTable
+) -> None:
     """Refuse a row that is encoded to NaN or infinity: one such row spoils a training.
 
     Raises:
@@ -147,7 +149,7 @@ def _require_finite(stage: Stage, row: Mapping[str, Any], stored: Tensors) -> No
     raise MetadataError(
         f"what '{stage.name}' makes of {', '.join(shown(value) for value in inputs)} holds NaN or "
         "infinity",
-        where=f"row {row['row']}" if row["row"] else "sample_prompts",  # prompts have row 0
+        where=f"row {row['row']} of {table.source}",
         do="if other rows do too, give a mixed_precision with a wider range (bf16, or no); else "
         "take the row out",
     )
@@ -159,8 +161,7 @@ def _requested(stage: Stage, manifest: Manifest) -> pl.LazyFrame:
     Returns:
         One row per sample:
             key: the sample's key for this stage.
-            row: its row in the table; 0 for a prompt of a sample image.
-            prompt: the prompt of a sample image; null for a row of the table.
+            row: its row in the table.
             caption: the index of the row's caption; null if rows have one caption, or if the stage
                 does not depend on it.
             width, height, frames, shape, tokens: as in the manifest.
@@ -175,7 +176,6 @@ def _requested(stage: Stage, manifest: Manifest) -> pl.LazyFrame:
     rows = manifest.rows.select(
         pl.col(key).alias("key"),
         "row",
-        pl.lit(None, pl.String).alias("prompt"),
         caption.alias("caption"),
         *_SHAPE,
         "tokens",
@@ -186,19 +186,7 @@ def _requested(stage: Stage, manifest: Manifest) -> pl.LazyFrame:
         rows = rows.explode(
             "key", "caption", *(f"needs:{n}" for n in stage.needs if f"key:{n}" in listed)
         )
-    prompts = [
-        {
-            "key": keys[stage.name],
-            "prompt": prompt,
-            **{f"needs:{name}": keys[name] for name in stage.needs},
-        }
-        for prompt, keys in manifest.prompts.items()
-        if stage.name in keys
-    ]
-    no_row = {"row": 0, "width": 0, "height": 0, "frames": 0, "shape": "", "tokens": 0}
-    schema = rows.collect_schema()
-    of_prompts = pl.LazyFrame([{**no_row, **p} for p in prompts], schema=schema)
-    return pl.concat([rows, of_prompts])
+    return rows
 
 
 def _count(requested: pl.LazyFrame) -> int:
@@ -253,12 +241,9 @@ def _batches(
     for chunk in share.iter_slices(_AT_ONCE):
         numbers = chunk.select("row").unique()
         rows = table.accepted.join(numbers.lazy(), on="row", how="semi").select(read).collect()
-        # Both sides may have a column `prompt`: of the sample images, and of the table's rows.
-        samples = chunk.join(rows, on="row", how="left", maintain_order="left", suffix=":table")
-        if captions is not None and f"{captions.column}:table" in samples.columns:
-            samples = captions.with_told(samples, f"{captions.column}:table")
-        if "prompt:table" in samples.columns:
-            samples = samples.with_columns(pl.coalesce("prompt", "prompt:table").alias("prompt"))
+        samples = chunk.join(rows, on="row", how="left", maintain_order="left")
+        if captions is not None and captions.column in samples.columns:
+            samples = captions.with_told(samples, captions.column)
         for row in samples.iter_rows(named=True):
             # Not cut at the end of a chunk, so that batches do not depend on `_AT_ONCE`.
             if batch and (len(batch) == size or _shape(row) != _shape(batch[0])):

@@ -30,6 +30,8 @@ FOLDER = "held_out"
 """The folder of the held-out data set inside the run folder."""
 _OF_PARTS = re.compile(r"\.(?:trained|held_out|compared)\.(?:parquet|records|bin|captions|json)")
 """The names of the files that `parts_of` and `resolve` write for the parts."""
+_OF_SAMPLES = re.compile(r"\.sampled\.(?:records|bin|json)")
+"""The names of the files that `resolve` writes for the rows of samples."""
 _NUMBERS = 2**64
 """Number of different values of `CONTENT_NUMBER`."""
 
@@ -63,6 +65,7 @@ def held_out_config(config: TrainingConfig) -> TrainingConfig | None:
         "customized_dataset": None,
         "folder_repeats": {},
         "sample_prompts": (),
+        "sample_table": None,
         "output_path": folder,
     }
     return config.model_copy(update=changed)
@@ -113,12 +116,13 @@ def forget_held_out(config: TrainingConfig) -> None:
 
 
 def forget_parts(config: TrainingConfig, folder: Path) -> None:
-    """If a training holds nothing out, remove the files that an earlier one, which did, left in the
-    run folder: see `parts_of` and `resolve`."""
-    if not config.holds_out:
-        for path in folder.glob(".*"):
-            if _OF_PARTS.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+    """Remove the files that an earlier training left in the run folder for rows that this one does
+    not have, held out or of samples: see `parts_of` and `resolve`."""
+    unused = [] if config.holds_out else [_OF_PARTS]
+    unused += [] if config.makes_samples else [_OF_SAMPLES]
+    for path in folder.glob(".*"):
+        if any(pattern.fullmatch(path.name) for pattern in unused):
+            path.unlink(missing_ok=True)
 
 
 def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:

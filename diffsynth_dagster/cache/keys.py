@@ -20,7 +20,7 @@ from diffsynth_dagster.cache.manifest import CONTENT_NUMBER
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.digests import digest_column
 from diffsynth_dagster.data.samples import READ_BY, trained_sizes
-from diffsynth_dagster.facts import FactCache, digest_of, digest_text
+from diffsynth_dagster.facts import FactCache, digest_of
 from diffsynth_dagster.families.contract import Family, Stage
 from diffsynth_dagster.weights.models import component_digest
 from diffsynth_dagster.weights.resolved import ResolvedModel
@@ -129,13 +129,24 @@ class Keys:
 
     Args:
         dtype: the element type that the stages compute in.
+        digests: component → digest of its files, for components that the model list lacks.
     """
 
-    def __init__(self, model: ResolvedModel, fact_cache: FactCache, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: ResolvedModel,
+        fact_cache: FactCache,
+        dtype: torch.dtype,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         self._model = model
         self._fact_cache = fact_cache
         self._dtype = str(dtype)
-        self._digests: dict[str, str] = {}
+        self._digests: dict[str, str] = {
+            name: digest
+            for name, digest in (digests or {}).items()
+            if name not in model.components and name not in model.tokenizers
+        }
 
     def of_rows(self, stage: Stage) -> pl.Expr:
         """The key of every row, as an expression on the columns of `with_contents`.
@@ -151,13 +162,6 @@ class Keys:
             if item.is_file:
                 parts.append(pl.col(READ_AS + item.column))
         return digest_column(pl.concat_str(parts)).str.slice(0, KEY_DIGITS)
-
-    def of_prompt(self, stage: Stage, prompt: str) -> str:
-        """The key of a prompt, for a stage that reads only texts. Raises `WeightsError`."""
-        # The same text as in `of_rows`: a prompt that is also a caption is encoded once.
-        texts = all_reads(stage, self._model.family)
-        row = "".join(f"\n{item.column}={digest_text(prompt)}" for item in texts)
-        return digest_text(self._context(stage) + row)[:KEY_DIGITS]
 
     def weights(self, stages: Sequence[Stage]) -> dict[str, str]:
         """Component or tokenizer → digest of its files, for those that the stages use."""
@@ -180,10 +184,3 @@ class Keys:
         if component not in self._digests:
             self._digests[component] = component_digest(self._model, component, self._fact_cache)
         return self._digests[component]
-
-
-def prompt_keys(
-    prompts: Sequence[str], stages: Sequence[Stage], keys: Keys
-) -> Mapping[str, Mapping[str, str]]:
-    """Prompt → stage → key, for stages that read only texts; equal prompts once."""
-    return {p: {s.name: keys.of_prompt(s, p) for s in stages} for p in dict.fromkeys(prompts)}

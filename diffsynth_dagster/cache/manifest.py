@@ -1,6 +1,7 @@
-"""The manifest: which samples a training sees, and under which keys the store holds them.
+"""The manifest: which samples a row set has, and under which keys the store holds them.
 
-It is the file `samples.parquet` in a run folder, with a row for each sample:
+It is the file `samples.parquet` in the folder of a row set (see `row_sets`), which for the rows
+that are trained on is the run folder. It has a row for each sample:
 
     sample          its identity
     content         a number below 2^64, made from the content of the file that is trained on
@@ -15,16 +16,15 @@ is read in batches, since it may be larger than memory.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import polars as pl
 
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.data.scan import read_notes, scan_parquet
 from diffsynth_dagster.errors import StoreError
-from diffsynth_dagster.facts import digest_of
 from diffsynth_dagster.files import require_held
 from diffsynth_dagster.seal import seal_is_broken, write_sealed
 
@@ -33,33 +33,10 @@ PLANNED = ".samples.planned.parquet"
 """The manifest before its samples are encoded: the store may lack some of them."""
 CONTENT_NUMBER = "content"
 _NOTES = "diffsynth_dagster"
-_WITHOUT_TABLE: dict[str, Any] = {
-    "sample_rows": [],
-    "unprompted_rows": [],
-    "sample_table": "",
-    "negative_prompt": None,
-}
-"""The notes that are not written if `sample_prompts` names no table."""
 _DO = (
     "encode it first: materialize the recipe's latents, or run the task sft:data_process with this "
     "folder as output_path"
 )
-
-
-class SampleRow(TypedDict):
-    """A row of the table that `sample_prompts` names.
-
-    Attributes:
-        width, height, frames: the size of the sample; 0 if its files determine none.
-        keys: stage → key in the store.
-        inputs: column → text, or files as JSON, for the stages of the training step.
-    """
-
-    width: int
-    height: int
-    frames: int
-    keys: dict[str, str]
-    inputs: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -72,16 +49,13 @@ class Notes:
         digest: identity of the data set: its samples, their keys and their order.
         samples: number of samples.
         outputs: cached stage → name of its first output, by which the store's index is searched.
-        prompts: prompt → stage → key, for the sample images that are made during training.
         weights: component → digest of the files that it was encoded with.
         parameters: what encoding has fixed: see `config.affects.settled_by_encoding`.
         data: the data set, as absolute paths: see `config.inherited.named_data`.
         stages: cached stage → digest of its version and outputs: see `keys.stage_digest`.
         layout: `LAYOUT_VERSION` of the keys.
-        sample_rows: the rows of the table that `sample_prompts` names, if it names one.
-        unprompted_rows: the same rows with the negative prompt, if there is guidance.
-        sample_table: digest of this table.
-        negative_prompt: the negative prompt of `unprompted_rows`.
+        made_of: what a row set was asked to hold: see `row_sets.asked_of_samples`. Empty for rows
+            of a data set.
     """
 
     store: str
@@ -89,39 +63,12 @@ class Notes:
     digest: str
     samples: int
     outputs: dict[str, str] = field(default_factory=dict[str, str])
-    prompts: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     weights: dict[str, str] = field(default_factory=dict[str, str])
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])
     data: dict[str, str] = field(default_factory=dict[str, str])
     stages: dict[str, str] = field(default_factory=dict[str, str])
     layout: int = 0
-    sample_rows: list[SampleRow] = field(default_factory=list[SampleRow])
-    unprompted_rows: list[SampleRow] = field(default_factory=list[SampleRow])
-    sample_table: str = ""
-    negative_prompt: str | None = None
-
-
-@dataclass(frozen=True)
-class SampleRows:
-    """The rows of the table that `sample_prompts` names.
-
-    Attributes:
-        rows, unprompted, table, negative_prompt: `sample_rows`, `unprompted_rows`, `sample_table`
-            and `negative_prompt` of `Notes`.
-    """
-
-    rows: list[SampleRow]
-    unprompted: list[SampleRow]
-    table: str
-    negative_prompt: str | None = None
-
-    def noted(self, notes: Notes) -> Notes:
-        """Add these rows to the notes."""
-        rows = {"sample_rows": self.rows, "unprompted_rows": self.unprompted}
-        # Other sample rows make it another data set for `run.up_to_date`.
-        digest = digest_of([notes.digest, rows])
-        about = {"sample_table": self.table, "negative_prompt": self.negative_prompt}
-        return replace(notes, digest=digest, **about, **rows)
+    made_of: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -154,16 +101,11 @@ class Manifest(Notes):
         """Every key of the store that the training reads, once: a frame with the column `key`."""
         columns = [c for c in self.rows.collect_schema().names() if c.startswith("key:")]
         listed = self.listed
-        # Prompts and sample rows are not samples, but their keys must be stored and kept, too.
-        prompts = [key for stages in self.prompts.values() for key in stages.values()]
-        for row in (*self.sample_rows, *self.unprompted_rows):
-            prompts += row["keys"].values()
         parts = [
             self.rows.select((pl.col(c).explode() if c in listed else pl.col(c)).alias("key"))
             for c in columns
         ]
-        parts.append(pl.LazyFrame({"key": prompts}, schema={"key": pl.String}))
-        return pl.concat(parts).unique()
+        return pl.concat([pl.LazyFrame(schema={"key": pl.String}), *parts]).unique()
 
     @property
     def listed(self) -> list[str]:
@@ -187,8 +129,7 @@ class Manifest(Notes):
 def write_manifest(rows: pl.LazyFrame, notes: Notes, path: Path) -> Manifest:
     """Write a manifest atomically, its rows in batches. Raises `OutputError`."""
     values: dict[str, Any] = asdict(notes)
-    written = {n: value for n, value in values.items() if (n, value) not in _WITHOUT_TABLE.items()}
-    text = {_NOTES: json.dumps(written)}
+    text = {_NOTES: json.dumps(values)}
     write_sealed(path, lambda staged, notes: rows.sink_parquet(staged, metadata=notes), text)
     return Manifest(**values, path=path)
 
@@ -214,7 +155,9 @@ def read_manifest(folder: Path, name: str = FILE_NAME, any_layout: bool = False)
         written: dict[str, Any] = json.loads(read_notes(path)[_NOTES])
         # Manifests of older layouts may lack these; they can be read with `any_layout`.
         notes: dict[str, Any] = {"digest": "", "samples": 0, **written}
-        manifest = Manifest(**notes, path=path)
+        # Older versions noted the prompts of samples here, which are a row set of their own now.
+        known = {f.name for f in fields(Notes)}
+        manifest = Manifest(**{n: v for n, v in notes.items() if n in known}, path=path)
     except (OSError, pl.exceptions.PolarsError, KeyError, ValueError, TypeError) as error:
         raise StoreError(
             "the folder holds no encoded data set", where=str(path.absolute()), do=_DO

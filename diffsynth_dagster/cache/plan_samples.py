@@ -15,7 +15,6 @@ from diffsynth_dagster.cache.keys import (
     READ_AS,
     Keys,
     content_number,
-    prompt_keys,
     sample_identity,
     stage_digest,
     with_contents,
@@ -26,7 +25,6 @@ from diffsynth_dagster.cache.manifest import (
     PLANNED,
     Manifest,
     Notes,
-    SampleRows,
     write_manifest,
 )
 from diffsynth_dagster.config.affects import settled_by_encoding
@@ -37,8 +35,7 @@ from diffsynth_dagster.data.samples import PARTS, files_as_json
 from diffsynth_dagster.data.scan import scan_parquet
 from diffsynth_dagster.data.table.rows import REPEAT
 from diffsynth_dagster.data.table.validate import CheckedTable
-from diffsynth_dagster.families.contract import Sampling, Stage
-from diffsynth_dagster.families.sampling_types import guidance_of
+from diffsynth_dagster.families.contract import Stage
 from diffsynth_dagster.files import hidden_folder, write_whole
 from diffsynth_dagster.weights.resolved import ResolvedModel
 
@@ -54,12 +51,12 @@ def plan_samples(
     model: ResolvedModel,
     table: CheckedTable,
     keys: Keys,
-    sampled: SampleRows | None = None,
+    made_of: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write the planned manifest of a checked table into the run folder. Nothing is encoded yet.
 
     Args:
-        sampled: the rows of the table that `sample_prompts` names, if it names one.
+        made_of: see `Notes`.
 
     Raises:
         WeightsError: a component that a cached stage uses is missing.
@@ -87,23 +84,19 @@ def plan_samples(
         rows = _with_occurrence(scan_parquet(draft))
         # Not the inputs of the step: their text may contain paths, which say nothing of content.
         identity = [*sizes, "shape", "sample", *(f"key:{s.name}" for s in cached)]
-        prompts = _prompts(config, family.sampling)
-        text_stages = [s for s in family.text_stages if s in cached]
         notes = Notes(
             store=str(Path(config.cache_path).absolute()),
             family=family.name,
             digest=digest_rows(rows.select(identity)),
             samples=int(rows.select(pl.len()).collect().item()),
             outputs={s.name: s.yields[0].name for s in cached},
-            prompts={p: dict(k) for p, k in prompt_keys(prompts, text_stages, keys).items()},
             weights=keys.weights(cached),
             parameters=settled_by_encoding(config),
             data=table.data,
             stages={s.name: stage_digest(s) for s in cached},
             layout=LAYOUT_VERSION,
+            made_of=dict(made_of or {}),
         )
-        if sampled is not None:
-            notes = sampled.noted(notes)
         return write_manifest(rows, notes, output / PLANNED)
 
 
@@ -118,12 +111,6 @@ def _read_columns(columns: Columns, sizes: Mapping[str, Any]) -> list[str]:
     # Everything about the files: the step may read some of them itself.
     parts = [f"{item.column}:{part}" for item in columns.files for part in PARTS]
     return [*sizes, "shape", *(item.column for item in columns.inputs), *parts]
-
-
-def _prompts(config: TrainingConfig, sampling: Sampling) -> list[str]:
-    """The prompts of sample images, and the negative prompt if guidance needs it."""
-    prompts, guidance = list(config.sample_texts), guidance_of(config, sampling)
-    return [*prompts, guidance.negative_prompt] if prompts and guidance.is_on else prompts
 
 
 def _schema(

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from diffsynth_dagster.config.declare import Text, Texts, parameter
+from diffsynth_dagster.config.declare import parameter
 
 
 class OutputParameters(BaseModel):
@@ -113,62 +113,3 @@ class OutputParameters(BaseModel):
 
 TABLES = (".csv", ".json", ".jsonl", ".parquet")
 """File name extensions of metadata tables."""
-
-
-class SamplingParameters(BaseModel):
-    """Sample images that are made before, during and after the training."""
-
-    # Affects latents: the prompts are encoded too, and with guidance the negative one.
-    sample_prompts: Texts = parameter(
-        (),
-        "Prompts of the sample images; as a flag, a JSON list or one prompt. Or the path of a table "
-        "(csv, json, jsonl or parquet) with the columns of the metadata: prompt, and the extra inputs. "
-        "Paths in it are relative to its own folder.",
-        affects="latents",
-        each_half=True,
-    )
-    sample_steps: int | None = parameter(
-        None,
-        "Optimizer steps between two sample pictures. Left out: one with each checkpoint.",
-        affects="training",
-        needs="sample_prompts",
-        ge=1,
-    )
-    sample_num_inference_steps: int = parameter(
-        20, "Denoising steps of a sample image.", affects="training", ge=1
-    )
-    sample_cfg_scale: float | None = parameter(
-        None,
-        "Scale of classifier-free guidance of a sample image; 1 is no guidance. Left out: what the "
-        "model's authors recommend.",
-        affects="latents",
-        each_half=True,
-        left_out_as=1.0,  # the default before None was allowed
-        used_with=("sample_prompts", "customized_evaluation"),
-        ge=1.0,
-    )
-    sample_negative_prompt: Text | None = parameter(
-        None,
-        "Negative prompt, from which guidance leads sample images away. Left out: the one that the "
-        "model's authors recommend, or an empty one.",
-        affects="latents",
-        each_half=True,
-        off_by_default=True,
-    )
-    customized_evaluation: str | None = parameter(
-        None,
-        "Dotted path of a function that measures the model before and after the training "
-        "by the images that it generates.",
-        affects="training",
-    )
-
-    @property
-    def sample_table(self) -> str | None:
-        """Path of the table that `sample_prompts` names; None if it lists prompts."""
-        named = self.sample_prompts[0] if len(self.sample_prompts) == 1 else ""
-        return named if named.lower().endswith(TABLES) else None
-
-    @property
-    def sample_texts(self) -> tuple[str, ...]:
-        """The prompts that `sample_prompts` lists; empty if it names a table."""
-        return self.sample_prompts if self.sample_table is None else ()

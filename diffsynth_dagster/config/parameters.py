@@ -16,7 +16,8 @@ from diffsynth_dagster.config.family_specific import FamilySpecificParameters
 from diffsynth_dagster.config.learning import LearningParameters
 from diffsynth_dagster.config.models import LoraParameters, ModelParameters
 from diffsynth_dagster.config.objective import ObjectiveParameters
-from diffsynth_dagster.config.output import OutputParameters, SamplingParameters
+from diffsynth_dagster.config.output import OutputParameters
+from diffsynth_dagster.config.samples import SamplingParameters
 from diffsynth_dagster.config.training import GradientParameters, TrainingParameters
 from diffsynth_dagster.config.validation import ValidationParameters
 

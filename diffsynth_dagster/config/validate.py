@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from diffsynth_dagster.config.other_names import other_name
 from diffsynth_dagster.config.parameters import MARKS, TrainingConfig
+from diffsynth_dagster.config.samples import check_samples
 from diffsynth_dagster.config.unsupported import family_with, refuse_unsupported
 from diffsynth_dagster.dotted import check_dotted
 from diffsynth_dagster.errors import ParameterError, nearest, shown
@@ -92,7 +93,7 @@ def read_config(values: Mapping[str, Any], where: str, naming: Naming = as_key) 
     for name, path in named_code(config).items():
         check_dotted(path, f"{where}: {naming(name)}")
     course = (_check_course, _check_learning, _check_objective, _check_held_out)
-    for check in (_check_data, _check_models, _check_lora, *course, _check_needs):
+    for check in (_check_data, _check_models, _check_lora, *course, check_samples, _check_needs):
         check(config, naming, refuse)
     return config
 
@@ -237,7 +238,7 @@ def _check_lora(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
 
 
 def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
-    """Check the length of the training, its timesteps, samples, and trackers."""
+    """Check the length of the training, its timesteps, and trackers."""
     if config.max_train_steps is not None and _is_given(config, "num_epochs"):
         raise refuse(
             f"{n('num_epochs')} and {n('max_train_steps')} both say how long the training is",
@@ -256,12 +257,6 @@ def _check_course(config: TrainingConfig, n: Naming, refuse: Refuse) -> None:
             f"{n('min_timestep_boundary')} and {n('max_timestep_boundary')} have no effect on "
             "direct distillation, which samples over the whole schedule",
             "leave them out",
-        )
-    samples = config.sample_prompts or config.customized_evaluation
-    if config.sample_negative_prompt is not None and not samples:
-        raise refuse(
-            f"{n('sample_negative_prompt')} is given, and no samples are made",
-            f"give {n('sample_prompts')}, or leave it out",
         )
     if config.use_gradient_checkpointing_offload and config.use_gradient_checkpointing is False:
         raise refuse(

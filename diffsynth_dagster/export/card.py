@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 import yaml
 
-from diffsynth_dagster.config.output import TABLES
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe import dump_config, read_values
 from diffsynth_dagster.errors import ParameterError
@@ -299,10 +298,7 @@ def _recipe_section(recipe: Mapping[str, Any]) -> str:
 
 def _without_folders(name: str, value: Any) -> Any:
     """The value of a parameter; of a path, only the last part, since folders are private."""
-    # The prompts are a list of texts, or one path to a table of them.
-    texts = value if isinstance(value, list) else [value]
-    table = name == "sample_prompts" and len(texts) == 1 and str(texts[0]).endswith(TABLES)
-    if not (table or name in _PATHS or name.endswith(("_path", "_paths"))):
+    if not (name in _PATHS or name.endswith(("_path", "_paths"))):
         return value
     if isinstance(value, list):
         return [_without_folders("_path", item) for item in value]

@@ -248,11 +248,6 @@ class Family:
         return declared.get(name) or f"pipe.{name}."
 
     @property
-    def text_stages(self) -> tuple[Stage, ...]:
-        """The stages that read only text."""
-        return tuple(s for s in self.stages if all(i.kind == "text" for i in s.reads) and s.reads)
-
-    @property
     def sample_stages(self) -> tuple[Stage, ...]:
         """The stages needed to make a sample: they yield the conditions, the known masks, and the
         targets that are partly given (a first frame)."""
@@ -266,13 +261,6 @@ class Family:
             if stage.name in needed or any(is_input):
                 needed |= {stage.name, *stage.needs}
         return tuple(s for s in self.stages if s.name in needed)
-
-    @property
-    def samples_from_text(self) -> bool:
-        """Whether a prompt alone is enough to make a sample."""
-        reads = (i.kind for stage in self.sample_stages for i in stage.reads)
-        # Size facts are known too: they are those of the sample that is made.
-        return all(kind in ("text", "sizes") for kind in reads)
 
     @property
     def inputs(self) -> tuple[Input, ...]:

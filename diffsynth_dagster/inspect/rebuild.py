@@ -30,7 +30,7 @@ _PATHS = ("dataset_base_path", "dataset_metadata_path", "validation_metadata_pat
 # Parameter → ending of the copy of its table that is written beside the recipe.
 _COPIES = {"dataset_metadata_path": "metadata", "validation_metadata_path": "held_out"}
 _SHOWN = 20
-_FILES = ("lora_checkpoint", "resume_from_checkpoint", "preset_lora_path")
+_FILES = ("sample_table", "lora_checkpoint", "resume_from_checkpoint", "preset_lora_path")
 
 
 def write_recipe(subject: Subject, out: Path) -> list[str]:
@@ -159,10 +159,8 @@ def _makes(subject: Subject, recipe: TrainingConfig, out: Path) -> list[str]:
         lines.append(
             f"  the models of the hub, in {ModelHub.from_environment().base_path.absolute()}"
         )
-    table = recipe.sample_table
-    if table is not None and not Path(table).is_absolute():
-        # This path is part of the identity: made absolute, it would change the header.
-        lines.append(f"  the sample prompts {table}: give the command in {run.started_in}")
+    if recipe.sample_table is not None:
+        lines.append(f"  the table of samples {recipe.sample_table}")
     return [printable(line) for line in lines]
 
 

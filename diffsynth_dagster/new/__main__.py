@@ -97,7 +97,7 @@ def _report(asked: Asked, made: Made) -> Iterator[str]:
     yield (
         f"{course.steps} steps, about {course.visits} visits of each sample{held_out}; "
         f"a checkpoint every {course.save_steps}; "
-        f"{len(made.config.sample_texts) or 'no'} sample prompts"
+        f"{len(made.config.sample_prompts) or 'no'} sample prompts"
     )
 
 

@@ -171,7 +171,7 @@ def choices_of(
         changes.append(Change("max_pixels", width * height, comment))
     if course.held_out:
         changes.append(Change("validation_split", course.held_out, _HELD_OUT, "save_steps"))
-    if config.sample_texts and found.prompts:
+    if config.sample_prompts and found.prompts:
         changes.append(Change("sample_prompts", found.prompts, _PROMPTS))
     return changes, course
 

@@ -18,6 +18,7 @@ from blake3 import blake3
 from diffsynth_dagster import __version__
 from diffsynth_dagster.cache.held_out import FOLDER as HELD_OUT
 from diffsynth_dagster.cache.held_out import held_out_config
+from diffsynth_dagster.cache.layout import SAMPLES_FOLDER
 from diffsynth_dagster.cache.manifest import FILE_NAME as MANIFEST
 from diffsynth_dagster.cache.manifest import read_manifest
 from diffsynth_dagster.config.affects import AFFECTS, Affects, names_that_affect
@@ -233,6 +234,8 @@ def _manifests(config: TrainingConfig) -> list[Path]:
     if config.dataset_metadata_path is None:
         base = Path(config.dataset_base_path)
         folders = [base, *([base / HELD_OUT] if config.validation_metadata_path else [])]
+    if config.makes_samples:
+        folders.append(folders[0] / SAMPLES_FOLDER)
     return [folder / MANIFEST for folder in folders]
 
 

@@ -20,7 +20,17 @@ LOCK, OWNER = ".lock", ".owner.json"
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 # The folders that an owner writes into, as patterns.
 _WRITTEN = (
-    *("", "samples", "state", "held_out", ".prompts", "exports", "exports/*", "exports/*/*"),
+    *(
+        "",
+        "samples",
+        "state",
+        "held_out",
+        ".sampled",
+        ".evaluated",
+        "exports",
+        "exports/*",
+        "exports/*/*",
+    ),
     *("older", ".tables", ".tables/held_out"),
 )
 

@@ -62,6 +62,7 @@ class RunRecord:
         beside: other files that the training wrote, as paths from the run folder → digest of their
             bytes: pictures, clips, and, once it is finished, the logs of its losses.
         held_out_digest: digest of the held-out samples, if they have a table of their own.
+        sampled_digest: digest of the rows of `sample_table`.
         held_out: each measurement of the held-out loss: see `events.HeldOutMetrics`.
         best: the files of the checkpoint with the smallest held-out loss, if `keep_best` keeps it.
         total_steps: the number of steps of the whole training.
@@ -102,6 +103,7 @@ class RunRecord:
     clips: dict[str, str] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)
     held_out_digest: str | None = None
+    sampled_digest: str | None = None
     held_out: list[dict[str, Any]] = field(default_factory=list)
     best: list[str] = field(default_factory=list)
     resumed_from: list[int] = field(default_factory=list)
@@ -129,12 +131,13 @@ class RunRecord:
     @property
     def fingerprint(self) -> Fingerprint:
         """What the result depends on, as far as it has a name."""
-        held_out = self.held_out_digest
+        held_out, sampled = self.held_out_digest, self.sampled_digest
         return Fingerprint(
             {
                 **self.parameters,
                 "the samples": self.samples_digest,
                 **({} if held_out is None else {"the held-out samples": held_out}),
+                **({} if sampled is None else {"the table of samples": sampled}),
                 **{f"the weights of {name}": digest for name, digest in self.base.items()},
                 VERSION: self.training_version,
             }

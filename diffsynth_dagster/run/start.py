@@ -7,6 +7,7 @@ from typing import Any
 
 from diffsynth_dagster.cache.held_out import held_out_manifest
 from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.cache.row_sets import find_samples
 from diffsynth_dagster.config.affects import values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.errors import WeightsError
@@ -67,11 +68,14 @@ def start_record(
         (base[parameter],) = model.contents.digests(parameter, (path,), fact_cache)
     held_out = held_out_manifest(config, manifest)
     held_out_digest = None if held_out is None else held_out.digest
+    sampled = _table_digest(config, model, manifest)
     lora = config.adapter if config.lora_base_model else None
     settings = config_digest(config)
     stages = [stage.name for stage in model.family.stages]
     path = model.noising.description
-    samples = manifest.digest if held_out is None else [manifest.digest, held_out_digest]
+    samples: Any = manifest.digest if held_out is None else [manifest.digest, held_out_digest]
+    if sampled is not None:
+        samples = [manifest.digest, held_out_digest, sampled]
     # Devices, precision and library versions change the rounding, but are no reason to train again.
     return RunRecord(
         identity=digest_of([TRAINING, settings, samples, base, stages, path]),
@@ -84,11 +88,21 @@ def start_record(
         parameters=parameters_of(config),
         lora=lora,
         held_out_digest=held_out_digest,
+        sampled_digest=sampled,
         devices=list(devices),
         mixed_precision=mixed_precision,
         architecture=model.family.architecture,
         libraries={name: version(name) for name in LIBRARIES},
     )
+
+
+def _table_digest(config: TrainingConfig, model: ResolvedModel, manifest: Manifest) -> str | None:
+    """Digest of the rows of `sample_table`; None if samples are made of prompts, which the
+    parameters name, or not at all."""
+    if config.sample_table is None:
+        return None
+    found = find_samples(config, model.family, manifest.folder)
+    return None if found is None else found.digest
 
 
 def require_starts(config: TrainingConfig, model: ResolvedModel) -> None:

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import av
@@ -31,6 +32,13 @@ def write_clip(path: Path, clip: Clip) -> Path:
         OutputError: the folder cannot be written, or FFmpeg cannot encode the clip.
     """
     return write_whole(path, lambda staged: _encode(staged, clip))
+
+
+def clip_bytes(clip: Clip) -> bytes:
+    """The content of the file that `write_clip` writes. Raises `OutputError`."""
+    # In a folder: FFmpeg moves the index to the front by reading the file that it has written.
+    with TemporaryDirectory() as folder:
+        return write_clip(Path(folder) / "clip.mp4", clip).read_bytes()
 
 
 def read_frames(path: Path, most_width: int) -> Clip:

@@ -5,7 +5,7 @@ the table, the latents asset encodes it, and the checkpoints asset starts from w
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,15 +20,22 @@ from diffsynth_dagster.cache.held_out import (
     parts_of,
 )
 from diffsynth_dagster.cache.keys import Keys
+from diffsynth_dagster.cache.layout import EVALUATED_FOLDER, SAMPLES_FOLDER
 from diffsynth_dagster.cache.long_captions import count_long_captions
 from diffsynth_dagster.cache.manifest import PLANNED, Manifest, read_manifest
 from diffsynth_dagster.cache.plan_samples import plan_samples
 from diffsynth_dagster.cache.resolve import Samples, lacking, resolve
-from diffsynth_dagster.cache.sample_rows import (
-    plan_sample_rows,
-    planned_sample_rows,
-    sample_rows_config,
+from diffsynth_dagster.cache.row_sets import (
+    HELD_OUT,
+    SAMPLES,
+    TRAIN,
+    RowSet,
+    find_samples,
+    row_sets,
+    sample_set,
+    write_samples_table,
 )
+from diffsynth_dagster.cache.sampled_rows import SampledRows
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import Columns
@@ -36,14 +43,17 @@ from diffsynth_dagster.data.prepare import prepare_data
 from diffsynth_dagster.data.table.checked_table import PINNED, read_checked
 from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.errors import Stopped
-from diffsynth_dagster.facts import FactCache
+from diffsynth_dagster.facts import FactCache, fact_cache_of
+from diffsynth_dagster.families.contract import Family
+from diffsynth_dagster.files import remove
 from diffsynth_dagster.run.events import Encoded, Encoding
 from diffsynth_dagster.run.reporting import Reporter
 from diffsynth_dagster.run.signals import finishing
 from diffsynth_dagster.training.parallel import Parallel
 from diffsynth_dagster.weights.models import Models
 
-_HELD_OUT, _COMPARED = "held_out", "compared"
+COMPARED, SAMPLED, EVALUATED = "compared", "sampled", "evaluated"
+"""Names of resolved rows, beside the names of row sets: see `cache.resolve`."""
 
 
 def open_store(config: TrainingConfig) -> Store:
@@ -88,12 +98,29 @@ def checked_table(
         return tables[0]
 
 
-def encoded_before(config: TrainingConfig) -> list[Manifest]:
-    """The manifest of a data set that was encoded before, and the manifest of the held-out samples
-    if they have one of their own. Raises `StoreError`."""
+@dataclass(frozen=True)
+class Manifests:
+    """The manifests of the row sets of a training; None for a set that it does not have."""
+
+    train: Manifest
+    held_out: Manifest | None = None
+    samples: Manifest | None = None
+
+    @property
+    def all(self) -> list[Manifest]:
+        """Those that there are, the one of `train` first."""
+        return [m for m in (self.train, self.held_out, self.samples) if m is not None]
+
+
+def encoded_before(config: TrainingConfig, family: Family) -> Manifests:
+    """The manifests of a data set that was encoded before. Raises `StoreError`.
+
+    Rows of samples that were not encoded with it are missing: see `encode_samples`.
+    """
     manifest = read_manifest(Path(config.dataset_base_path))
     held_out = held_out_manifest(config, manifest)
-    return [manifest] if held_out is None else [manifest, held_out]
+    samples = find_samples(config, family, manifest.folder) if config.makes_samples else None
+    return Manifests(manifest, held_out, samples)
 
 
 def encode_data(
@@ -103,86 +130,136 @@ def encode_data(
     fact_cache: FactCache,
     reporter: Reporter,
     stop_asked: Callable[[], bool],
-) -> list[Manifest]:
-    """Encode what the store lacks of the checked tables in the run folder. Collective.
-
-    Returns:
-        The manifest of the data set, and that of the held-out samples if they have a table of
-        their own.
+) -> Manifests:
+    """Encode what the store lacks of the row sets of a config. Collective.
 
     Raises:
-        MetadataError: a file has changed since it was checked.
+        MetadataError: a file has changed since it was checked, or a row of the samples cannot be
+            used.
         StoreError: the config forbids encoding, and the store lacks samples.
         Stopped: a signal came.
     """
-    held_out = held_out_config(config)
-    # The held-out samples first: they are few, and what is wrong with them is known early.
-    parts = [config] if held_out is None else [held_out, config]
-    manifests = [
-        _encode(part, parallel, models, fact_cache, reporter, stop_asked) for part in parts
-    ]
-    if held_out is None and parallel.is_node_main:
+    found = {
+        row_set.name: _encode(row_set, parallel, models, fact_cache, reporter, stop_asked)
+        for row_set in row_sets(config, models.resolved)
+    }
+    if HELD_OUT not in found and parallel.is_node_main:
         # An earlier training in this folder may have had a held-out table.
         forget_held_out(config)
-    return manifests[::-1]
+    if SAMPLES not in found and parallel.is_node_main:
+        remove(Path(config.output_path) / SAMPLES_FOLDER)
+    return Manifests(found[TRAIN], found.get(HELD_OUT), found.get(SAMPLES))
 
 
-def register_users(manifests: Sequence[Manifest]) -> None:
+def encode_samples(
+    config: TrainingConfig,
+    manifests: Manifests,
+    parallel: Parallel,
+    models: Models,
+    fact_cache: FactCache,
+    reporter: Reporter,
+    stop_asked: Callable[[], bool],
+) -> Manifests:
+    """Encode the rows of samples in the run folder, for a data set that was encoded before without
+    them. Collective.
+
+    Raises:
+        MetadataError, Stopped: see `encode_data`.
+    """
+    if not config.makes_samples or manifests.samples is not None:
+        return manifests
+    own = sample_set(config, models.resolved, Path(config.output_path) / SAMPLES_FOLDER)
+    # The training reads what was encoded, but these rows are encoded now.
+    own = replace(own, config=own.config.model_copy(update={"task": "sft:data_process"}))
+    made = _encode(own, parallel, models, fact_cache, reporter, stop_asked)
+    return replace(manifests, samples=made)
+
+
+class _Alone:
+    """What `encode_missing` asks of the processes of a job, for one that encodes alone."""
+
+    process_index, num_processes = 0, 1
+
+    def wait_for_everyone(self) -> None:
+        """There is nobody to wait for."""
+
+
+def encode_prompts(
+    config: TrainingConfig, models: Models, manifest: Manifest, prompts: Sequence[str]
+) -> SampledRows:
+    """Encode prompts that a user's evaluation asks for, in this process alone.
+
+    Args:
+        manifest: of the data set. It has the digests of components that the model list lacks: a
+            prompt that was encoded with it is found all the same.
+
+    Raises:
+        WeightsError: a component is missing that encodes a prompt that the store lacks.
+    """
+    folder = Path(config.output_path)
+    asked = config.model_copy(update={"sample_prompts": tuple(prompts), "sample_table": None})
+    row_set = sample_set(asked, models.resolved, folder / EVALUATED_FOLDER)
+    with fact_cache_of(config.cache_path) as fact_cache:
+        write_samples_table(row_set, models.resolved.family, fact_cache)
+        keys = Keys(row_set.model, fact_cache, models.dtype, manifest.weights)
+        table = read_checked(row_set.folder, PINNED)
+        planned = plan_samples(row_set.config, row_set.model, table, keys, row_set.made_of)
+    encode_missing(row_set.config, models, planned, table, _Alone())
+    return SampledRows(planned, resolve(planned, folder, EVALUATED))
+
+
+def register_users(manifests: Manifests) -> None:
     """Name the folders of manifests to their stores, whose clean-up then spares what they use."""
-    for manifest in manifests:
+    for manifest in manifests.all:
         Store(Path(manifest.store)).add_user(manifest.folder)
 
 
 def _encode(
-    config: TrainingConfig,
+    row_set: RowSet,
     parallel: Parallel,
     models: Models,
     fact_cache: FactCache,
     reporter: Reporter,
     stop_asked: Callable[[], bool],
 ) -> Manifest:
-    """Encode what the store lacks of the run folder's checked table; returns the manifest."""
-    output = Path(config.output_path)
+    """Encode what the store lacks of a row set; returns its manifest."""
+    folder, resolved = row_set.folder, models.resolved
+    of_samples = row_set.name == SAMPLES
     with parallel.node_main_first():
-        table = read_checked(output, PINNED)
+        if of_samples and parallel.is_node_main:
+            write_samples_table(row_set, resolved.family, fact_cache)
+        table = read_checked(folder, PINNED)
         if parallel.is_node_main:
             # Keys need digests of the model files: one process of a node computes them.
-            keys = Keys(models.resolved, fact_cache, models.dtype)
-            rows = plan_sample_rows(config, models.resolved, keys, fact_cache)
-            plan_samples(config, models.resolved, table, keys, rows)
-        planned = read_manifest(output, PLANNED)
-        if parallel.is_node_main:
-            warning = count_long_captions(models.resolved, table, output, fact_cache).warning
+            keys = Keys(row_set.model, fact_cache, models.dtype)
+            plan_samples(row_set.config, row_set.model, table, keys, row_set.made_of)
+        planned = read_manifest(folder, PLANNED)
+        if parallel.is_node_main and not of_samples:
+            warning = count_long_captions(resolved, table, folder, fact_cache).warning
             if warning is not None:
                 reporter.warn(warning)
-        # The rows that `sample_prompts` names: encoded with the data set, not trained on.
-        sampled = planned_sample_rows(output)
     if parallel.is_main_process:
         # Before encoding, so that a clean-up also spares what an interrupted run encoded.
-        Store(Path(planned.store)).add_user(output)
-    if config.trains_only:
+        Store(Path(planned.store)).add_user(folder)
+    if row_set.config.trains_only:
         require_stored(planned)
     else:
-        for manifest in [planned] if sampled is None else [planned, sampled.manifest]:
-            require_planned_weights(models.resolved, manifest, fact_cache)
+        require_planned_weights(resolved, planned, fact_cache)
 
         # Called after each batch.
         def progress(stage: str, done: int, total: int) -> None:
-            reporter.report(Encoding(stage, done, total))
+            if not of_samples:
+                reporter.report(Encoding(stage, done, total))
             if stop_asked():
                 raise Stopped
 
         # A signal stops between batches, so that encoded samples still get into a shard.
         with finishing():
             report = encode_missing(
-                config, models, planned, table, parallel, progress, reporter.warn
+                row_set.config, models, planned, table, parallel, progress, reporter.warn
             )
-            if sampled is not None:
-                sample_config = sample_rows_config(config)
-                encode_missing(
-                    sample_config, models, sampled.manifest, sampled.table, parallel, progress
-                )
-            reporter.report(Encoded(report.hits, report.misses))
+            if not of_samples:
+                reporter.report(Encoded(report.hits, report.misses))
         if stop_asked():
             raise Stopped
     # Published only when the shards of all processes are there.
@@ -190,7 +267,7 @@ def _encode(
     with parallel.node_main_first():
         if parallel.is_node_main:
             planned.publish()
-        return read_manifest(output)
+        return read_manifest(folder)
 
 
 def require_stored(manifest: Manifest) -> None:
@@ -203,15 +280,16 @@ def require_stored(manifest: Manifest) -> None:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Where the samples of a training are stored: those that are trained on, and those that its
-    held-out loss is measured on; see `Parts`."""
+    """Where the samples of a training are stored: those that are trained on, those that its
+    held-out loss is measured on (see `Parts`), and the rows that samples are made from."""
 
     trained: Samples
     held_out: Samples | None
     compared: Samples | None
+    sampled: SampledRows | None
 
 
-def resolved_samples(config: TrainingConfig, manifest: Manifest, parallel: Parallel) -> Resolved:
+def resolved_samples(config: TrainingConfig, manifests: Manifests, parallel: Parallel) -> Resolved:
     """Where each sample of a manifest is stored. Collective: one process of each node writes this
     to files, and all map the files.
 
@@ -223,11 +301,16 @@ def resolved_samples(config: TrainingConfig, manifest: Manifest, parallel: Paral
     with parallel.node_main_first():
         if parallel.is_node_main:
             forget_parts(config, folder)
-            parts = parts_of(config, manifest, folder)
+            parts = parts_of(config, manifests.train, folder)
             resolve(parts.trained, folder)
             if parts.held_out is not None and parts.compared is not None:
-                resolve(parts.held_out, folder, _HELD_OUT)
-                resolve(parts.compared, folder, _COMPARED)
-        more = (_HELD_OUT, _COMPARED) if config.holds_out else ()
+                resolve(parts.held_out, folder, HELD_OUT)
+                resolve(parts.compared, folder, COMPARED)
+            if manifests.samples is not None:
+                resolve(manifests.samples, folder, SAMPLED)
+        more = (HELD_OUT, COMPARED) if config.holds_out else ()
         held_out, compared = [Samples(folder, name) for name in more] or [None, None]
-        return Resolved(Samples(folder), held_out, compared)
+        sampled = None
+        if manifests.samples is not None:
+            sampled = SampledRows(manifests.samples, Samples(folder, SAMPLED))
+        return Resolved(Samples(folder), held_out, compared, sampled)

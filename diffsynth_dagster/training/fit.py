@@ -59,7 +59,7 @@ def require_components(config: TrainingConfig, model: ResolvedModel) -> None:
 
 def require_decoders(config: TrainingConfig, model: ResolvedModel) -> None:
     """Check that the model list has the components that decode samples. Raises `WeightsError`."""
-    if not (config.sample_prompts or config.customized_evaluation):
+    if not (config.makes_samples or config.customized_evaluation):
         return
     for name in model.family.decoder:
         require_component(model, name)

@@ -58,7 +58,7 @@ def _train(training: TrainingState) -> RunRecord:
     # Moves another training away, and removes what this one wrote after its state.
     if parallel.is_main_process:
         make_ready(run_file.folder, state, reporter.warn)
-        keep_tables(run_file.folder, inputs.manifest.folder)
+        keep_tables(run_file.folder, inputs.manifests.train.folder)
         write_text(run_file.folder / "config.yaml", dump_config(config))
     run_file.begin(training.total_steps, weight_norms(training.step_module.components.items()))
     pictures = Pictures(training)

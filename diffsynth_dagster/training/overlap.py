@@ -113,7 +113,7 @@ def _inputs(config: TrainingConfig) -> Iterator[tuple[str, Path]]:
         if getattr(config, parameter) is not None:
             yield parameter, Path(getattr(config, parameter))
     if config.sample_table is not None:
-        yield "sample_prompts", Path(config.sample_table)
+        yield "sample_table", Path(config.sample_table)
     # Where the files would be, without downloading them.
     hub = ModelHub(ModelHub.from_environment().base_path, skip_download=True)
 

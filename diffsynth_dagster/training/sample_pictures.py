@@ -1,17 +1,21 @@
-"""Sample pictures and evaluations during a training, made and written by the main process."""
+"""Sample pictures and evaluations during a training, written by the main process."""
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from PIL import Image
 
+from diffsynth_dagster.cache.row_sets import reduced_family
+from diffsynth_dagster.cache.sampled_rows import SampledRows
 from diffsynth_dagster.dotted import import_dotted
 from diffsynth_dagster.errors import Stopped
-from diffsynth_dagster.families.contract import Clip
 from diffsynth_dagster.files import write_whole
 from diffsynth_dagster.run.events import Sampled
-from diffsynth_dagster.training.clips import write_clip
+from diffsynth_dagster.training.clips import clip_bytes
 from diffsynth_dagster.training.ema import evaluated_weights
+from diffsynth_dagster.training.encoded_data import encode_prompts
+from diffsynth_dagster.training.sample_inputs import beside, input_pictures
 from diffsynth_dagster.training.sampling import Sampler, grid, grid_boxes, strip
 from diffsynth_dagster.training.setup import TrainingState
 from diffsynth_dagster.training.step import evaluating
@@ -30,46 +34,73 @@ class Pictures:
         self._run_file, self._reporter = inputs.run_file, inputs.reporter
         self._module = training.step_module
         self._sampler = Sampler(
-            inputs.config,
-            inputs.manifest,
-            inputs.models,
-            inputs.parallel.autocast,
-            inputs.stop_asked,
+            inputs.config, inputs.models, inputs.parallel.autocast, inputs.stop_asked
         )
         self._folder = Path(inputs.config.output_path) / "samples"
+        # Sample → its inputs; read once, since they are the same for every step.
+        self._inputs: dict[int, list[Image.Image]] = {}
 
     def sample(self, step: int) -> None:
-        """Write one picture with an image for each of `sample_prompts`, or each row of the table
-        that it names; and each video as a file. Collective.
+        """Write one picture with the samples of a step; and each video as a file. Collective: every
+        process makes a part of them.
 
-        The picture shows a video as a strip of its frames.
+        The picture shows a video as a strip of its frames, and inputs such as the picture to edit
+        beside the sample.
 
         Raises:
             OutputError: the run folder cannot be written.
             Stopped: the run was asked to stop. All samples of the step are made again later.
         """
-        # Other processes need not load a decoder: one makes all pictures.
-        if self._config.sample_prompts:
-            self._on_main(lambda: self._sample(step))
-
-    def _sample(self, step: int) -> None:
-        images: list[Image.Image] = []
+        rows = self._training.samples.sampled
+        if rows is None:
+            return
+        made: list[tuple[int, Image.Image, bytes | None]] = []
+        stopped = False
+        parallel = self._parallel
         with evaluated_weights(self._training), evaluating(self._module):
             # The seed of the training in each step, so that pictures differ only by the weights.
-            clips = self._sampler.named(self._module.loaded, self._config.seed)
-            for index, clip in enumerate(clips):
-                images.append(strip(clip.frames))
-                # An image is in the picture of the step; a video is also a file of its own.
-                if len(clip.frames) > 1:
-                    file = self._write_clip(f"step-{step}-{index}", clip)
-                    self._reporter.report(Sampled(step, str(file)))
-        columns = min(COLUMNS, len(images))
-        boxes = grid_boxes([image.size for image in images], columns)
-        prompts = self._sampler.prompts
+            clips = self._sampler.make(
+                self._module.loaded,
+                rows,
+                self._config.seed,
+                parallel.process_index,
+                parallel.num_processes,
+            )
+            try:
+                for number, clip in clips:
+                    # As small as it is shown: all samples are sent to the main process.
+                    film = clip_bytes(clip) if len(clip.frames) > 1 else None
+                    made.append((number, strip(clip.frames), film))
+            except Stopped:
+                stopped = True
+        if parallel.any(stopped):
+            raise Stopped
+        everything = sorted(parallel.gathered(made), key=itemgetter(0))
+        if parallel.is_main_process:
+            self._write_samples(step, rows, everything)
+
+    def _write_samples(
+        self, step: int, rows: SampledRows, made: Sequence[tuple[int, Image.Image, bytes | None]]
+    ) -> None:
+        """Write the samples of a step: of each its number, picture, and video file if it is one."""
+        shown: list[Image.Image] = []
+        columns = reduced_family(self._training.inputs.models.resolved.family).file_inputs
+        for number, picture, film in made:
+            if number not in self._inputs:
+                self._inputs[number] = input_pictures(rows, columns, number)
+            shown.append(beside(picture, self._inputs[number], film is not None))
+            # An image is in the picture of the step; a video is also a file of its own.
+            if film is not None:
+                file = self._folder / f"step-{step}-{number}.mp4"
+                write_whole(file, lambda staged, film=film: staged.write_bytes(film))
+                self._run_file.filmed(file.stem, file.name)
+                self._reporter.report(Sampled(step, str(file)))
+        width = min(COLUMNS, len(shown))
+        boxes = grid_boxes([image.size for image in shown], width)
         self._run_file.sampled(
-            [{"prompt": p, "box": b} for p, b in zip(prompts, boxes, strict=True)]
+            [{"prompt": p, "box": b} for p, b in zip(rows.prompts, boxes, strict=True)]
         )
-        picture = self._write(f"step-{step}", grid(images, columns))
+        picture = self._write(f"step-{step}", grid(shown, width))
         self._reporter.report(Sampled(step, str(picture)))
 
     def evaluate(self, when: str) -> None:
@@ -106,18 +137,15 @@ class Pictures:
 
     def _generate(self, prompts: Sequence[str], seed: int) -> list[Image.Image]:
         """Given to a user's evaluation; see `sampling.Generate`."""
+        inputs = self._training.inputs
+        rows = encode_prompts(inputs.config, inputs.models, inputs.manifests.train, prompts)
         with evaluated_weights(self._training), evaluating(self._module):
-            clips = self._sampler(self._module.loaded, prompts, seed)
+            clips = self._sampler.make(self._module.loaded, rows, seed)
             # A list, since clips are made lazily and need the averaged weights in place.
-            return [strip(clip.frames) for clip in clips]
+            return [strip(clip.frames) for _, clip in clips]
 
     def _write(self, name: str, picture: Image.Image) -> Path:
         path = self._folder / f"{name}.png"
         write_whole(path, lambda staged: picture.save(staged, format="PNG"))
         self._run_file.pictured(name, path.name)
-        return path
-
-    def _write_clip(self, name: str, clip: Clip) -> Path:
-        path = write_clip(self._folder / f"{name}.mp4", clip)
-        self._run_file.filmed(name, path.name)
         return path

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from diffsynth_dagster.cache.manifest import Manifest
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.order import total_steps
 from diffsynth_dagster.run.record import RunFile
@@ -15,7 +14,7 @@ from diffsynth_dagster.run.reporting import Reporter
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.build import build_step
 from diffsynth_dagster.training.ema import Average, make_average, refuse_average
-from diffsynth_dagster.training.encoded_data import Resolved
+from diffsynth_dagster.training.encoded_data import Manifests, Resolved
 from diffsynth_dagster.training.optimizer import (
     make_optimizer,
     make_schedule,
@@ -49,7 +48,7 @@ class Inputs:
     config: TrainingConfig
     parallel: Parallel
     models: Models
-    manifest: Manifest
+    manifests: Manifests
     run_file: RunFile
     reporter: Reporter
     stop_asked: Callable[[], bool]

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.families.contract import Output, Tensors
+from diffsynth_dagster.families.contract import Tensors
 from diffsynth_dagster.objective.devices import to_device
 from diffsynth_dagster.objective.flow import NUM_TRAIN_TIMESTEPS
 from diffsynth_dagster.objective.loss import sample_losses
 from diffsynth_dagster.objective.noise import noise
 from diffsynth_dagster.training.adapters import is_adapter
-from diffsynth_dagster.training.batches import Batch, collate
+from diffsynth_dagster.training.batches import Batch
+from diffsynth_dagster.training.stage_outputs import StageOutputs
 from diffsynth_dagster.weights.resolved import ResolvedModel
 
 
@@ -42,11 +43,11 @@ class TrainingStep(nn.Module):
         self.components = nn.ModuleDict(modules)
         self._tokenizers = tokenizers
         self._family = family = model.family
-        self._stages = model.step_stages
-        self._outputs = {o.name: o for stage in family.stages for o in stage.yields}
+        self._stage_outputs = StageOutputs(model)
         self._loss_weights = {
             o.name: float(getattr(config, o.weight)) if o.weight is not None else 1.0
-            for o in self._outputs.values()
+            for stage in family.stages
+            for o in stage.yields
             if o.role == "target"
         }
         self._noising = model.noising
@@ -68,25 +69,30 @@ class TrainingStep(nn.Module):
 
     def row_weights(self, batch: Batch) -> torch.Tensor | None:
         """The weights (B,) of a batch's rows in the loss; None if rows have no weights."""
-        weights = [t for name, t in batch.outputs.items() if self._role(name) == "weight"]
+        weights = [
+            t for name, t in batch.outputs.items() if self._stage_outputs.role(name) == "weight"
+        ]
         return torch.stack(weights).prod(0).float() if weights else None
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Losses (B,) float32 of the samples of a batch, each weighted by its timestep and, if rows
         have weights, by its row."""
-        outputs = self._run_stages(batch)
+        device = next(self.parameters()).device
+        outputs = self._stage_outputs.of(batch, self.loaded, device)
         if self._distills:
             losses = self._distilled(outputs, batch.denoiser)
         else:
             losses = self._supervised(batch, outputs)
-        for weight in (t for name, t in outputs.items() if self._role(name) == "weight"):
+        for weight in (
+            t for name, t in outputs.items() if self._stage_outputs.role(name) == "weight"
+        ):
             losses = losses * weight
         return losses
 
     def _supervised(self, batch: Batch, outputs: Tensors) -> torch.Tensor:
         """Losses (B,) of the predictions at the drawn timesteps."""
-        x_0, known, conditions = self._by_role(outputs)
-        masks = self._of_targets(outputs, "mask")
+        x_0, known, conditions = self._stage_outputs.by_role(outputs)
+        masks = self._stage_outputs.of_targets(outputs, "mask")
         device = next(iter(x_0.values())).device
         index = torch.tensor(batch.indices)  # on the CPU, as the tables of the schedule
         epsilon = {name: self._noise(batch, name, clean) for name, clean in x_0.items()}
@@ -128,14 +134,17 @@ class TrainingStep(nn.Module):
         """Losses (B,) of direct distillation: the student samples from the teacher's noise, and its
         result is compared with the teacher's, unweighted. Gradients flow through all of its
         steps."""
-        steps = next(t for n, t in outputs.items() if self._role(n) == "steps")
+        steps = next(t for n, t in outputs.items() if self._stage_outputs.role(n) == "steps")
         losses = torch.zeros(len(steps), device=steps.device)
         # Samples with equal numbers of steps are sampled together.
         for count in steps.unique().tolist():
             members = (steps == count).nonzero()[:, 0]
             part = {name: tensor[members] for name, tensor in outputs.items()}
-            x_0, known, conditions = self._by_role(part)
-            start, masks = self._of_targets(part, "start"), self._of_targets(part, "mask")
+            x_0, known, conditions = self._stage_outputs.by_role(part)
+            start, masks = (
+                self._stage_outputs.of_targets(part, "start"),
+                self._stage_outputs.of_targets(part, "mask"),
+            )
             x_t = {name: start[name].float() for name in x_0}
             assert self._family.inference_sigmas is not None
             sigmas = self._family.inference_sigmas(count, x_0).to(steps.device)
@@ -149,42 +158,6 @@ class TrainingStep(nn.Module):
             parts = [sample_losses(x_t[n], x_0[n], ones, known.get(n), masks.get(n)) for n in x_0]
             losses = losses.index_copy(0, members, torch.stack(parts).sum(0))
         return losses
-
-    def _run_stages(self, batch: Batch) -> Tensors:
-        """The stacked outputs of all stages: the cached ones, and those of the stages run here."""
-        outputs = dict(batch.outputs)
-        device = next(self.parameters()).device
-        for stage in self._stages:
-            # Only the columns and outputs that the stage declares: a column of another stage may be
-            # called like an output.
-            needed = {o.name: o for n in stage.needs for o in self._family.stage(n).yields}
-            samples = [
-                {i.column: inputs[i.column] for i in stage.reads} | _sample(outputs, needed, index)
-                for index, inputs in enumerate(batch.inputs)
-            ]
-            stacked = collate(stage.yields, stage.run(self.loaded, samples))
-            outputs |= {name: to_device(tensor, device) for name, tensor in stacked.items()}
-        return outputs
-
-    def _by_role(self, outputs: Tensors) -> tuple[Tensors, Tensors, Tensors]:
-        """Targets, masks of the known parts by target, and what is passed to `denoise`."""
-        targets = {n: t for n, t in outputs.items() if self._role(n) == "target"}
-        known = self._of_targets(outputs, "known")
-        passed = ("condition", "known")
-        conditions = {n: t for n, t in outputs.items() if self._role(n) in passed}
-        return targets, known, conditions
-
-    def _of_targets(self, outputs: Tensors, role: str) -> Tensors:
-        """The outputs of a role, by the target they belong to."""
-        return {
-            of: t
-            for n, t in outputs.items()
-            if self._role(n) == role and (of := self._outputs[n].of) is not None
-        }
-
-    def _role(self, name: str) -> str:
-        # What no stage declares is the mask of a ragged output, which `denoise` gets.
-        return self._outputs[name].role if name in self._outputs else "condition"
 
     def _noise(self, batch: Batch, name: str, clean: torch.Tensor) -> torch.Tensor:
         """The noise (B, …) of a target, which depends only on seed, sample, visit and target."""
@@ -202,16 +175,6 @@ def _with_known(x_t: Tensors, x_0: Tensors, known: Tensors) -> Tensors:
         n: torch.where(known[n].bool(), x_0[n].float(), x) if n in known else x
         for n, x in x_t.items()
     }
-
-
-def _sample(outputs: Tensors, declared: dict[str, Output], index: int) -> Tensors:
-    """The outputs of one sample of a stacked batch, without padding."""
-    single: Tensors = {}
-    for name, output in declared.items():
-        if name in outputs:
-            tensor = outputs[name][index]
-            single[name] = tensor[outputs[f"{name}_mask"][index]] if output.ragged else tensor
-    return single
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def _needed_tokenizers(config: TrainingConfig, model: ResolvedModel) -> list[Tok
     """The tokenizers to find: those of the training step if the captions are already encoded, else
     all of the family."""
     # Captions of sample images, and an evaluation of the user's own, are encoded during training.
-    if not config.reads_encoded or config.sample_texts or config.customized_evaluation:
+    if not config.reads_encoded or config.makes_samples or config.customized_evaluation:
         return list(model.family.tokenizers)
     used = {name for stage in model.step_stages for name in stage.uses}
     return [tokenizer for tokenizer in model.family.tokenizers if tokenizer.name in used]

@@ -1,11 +1,12 @@
-"""Check the table that `sample_prompts` names: sample pictures are generated from its rows.
+"""Check the rows that samples are made from: the prompts of `sample_prompts`, or `sample_table`.
 
-It is read and checked like the metadata, but it need not have the column of what is trained on. The
-size of a sample is the first of these that is known:
+The table is read and checked like the metadata, but it need not have the column of what is trained
+on. The size of a sample is the first of these that is known:
 
 1. `height` and `width`;
 2. the trained size of the row's file in the column of what is trained on;
-3. the trained size of the first file that the row names.
+3. the trained size of the first file that the row names;
+4. the usual size of the family.
 
 A clip has `num_frames` frames. The last frame of shorter clips is repeated, and so are pictures.
 """
@@ -20,13 +21,13 @@ import polars as pl
 from diffsynth_dagster.config.affects import settled_by_checking
 from diffsynth_dagster.config.inherited import named_data
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.data.columns import Columns, Input
+from diffsynth_dagster.data.columns import CAPTION, Columns, Input
 from diffsynth_dagster.data.geometry import ClipRule, FrameRule, clip_rule, size_rule
 from diffsynth_dagster.data.table.files import FileCheck, TrainedShape
 from diffsynth_dagster.data.table.read import read_table
 from diffsynth_dagster.data.table.shapes import with_same_size, with_shape
 from diffsynth_dagster.data.table.validate import CheckedTable
-from diffsynth_dagster.data.table.values import check_structure, require_columns
+from diffsynth_dagster.data.table.values import STATUS, check_structure, require_columns
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.facts import FactCache
 
@@ -37,7 +38,7 @@ _SAMPLE = Input("\x00sample", "video")
 def check_sample_rows(
     config: TrainingConfig, columns: Columns, trained: Input | None, fact_cache: FactCache
 ) -> CheckedTable:
-    """Check every row of the table that `sample_prompts` names, and every file that it names.
+    """Check every row that a sample is made from, and every file that it names.
 
     Args:
         columns: the columns that samples are generated from.
@@ -45,15 +46,50 @@ def check_sample_rows(
 
     Returns:
         The table, with all rows accepted. `width`, `height` and `frames` are the size of the
-        sample; `width` and `height` are 0 if nothing determines them.
+        sample.
 
     Raises:
         MetadataError: the table cannot be read, lacks a column, or has a row that cannot be used.
     """
+    clip = clip_rule(config.num_frames, config.frame_rate, columns.geometry, columns.reader)
+    if config.sample_table is None:
+        frame, given = _of_prompts(config.sample_prompts), []
+    else:
+        frame, given = _of_table(config, columns, trained, clip, fact_cache)
+    frame = _with_sizes(frame, config, columns, _size_giver(given, trained), clip)
+    if config.sample_table is not None:
+        _require_every_row(frame, config.sample_table)
+    return CheckedTable(
+        frame.lazy(),
+        config.sample_table or "sample_prompts",
+        settled_by_checking(config),
+        named_data(config),
+        columns.described,
+    )
+
+
+def _of_prompts(prompts: Sequence[str]) -> pl.DataFrame:
+    """A row for each prompt, with the columns of `check_structure`."""
+    frame = pl.DataFrame({CAPTION: prompts}, schema={CAPTION: pl.String})
+    return frame.select(
+        pl.int_range(1, pl.len() + 1, dtype=pl.UInt32).alias("row"),
+        pl.lit("ok", STATUS).alias("status"),
+        pl.lit("").alias("message"),
+        CAPTION,
+    )
+
+
+def _of_table(
+    config: TrainingConfig,
+    columns: Columns,
+    trained: Input | None,
+    clip: ClipRule | None,
+    fact_cache: FactCache,
+) -> tuple[pl.DataFrame, list[Input]]:
+    """The rows of `sample_table` with the facts of their files, and the columns that it has."""
     assert config.sample_table is not None
     source = Path(config.sample_table)
     geometry, reader = columns.geometry, columns.reader
-    clip = clip_rule(config.num_frames, config.frame_rate, geometry, reader)
     size = size_rule(config.height, config.width, config.max_pixels, geometry, config.bucket_step)
     # Paths in this table are relative to the folder of the table, not to the data set.
     own = config.model_copy(update={"dataset_base_path": str(source.parent)})
@@ -69,15 +105,7 @@ def check_sample_rows(
     with FileCheck(own, shape, fact_cache, lambda count: None) as files:
         for item in (i for i in given if i.is_file):
             frame = files.check(frame, item)
-    frame = _with_sizes(frame, config, columns, _size_giver(given, trained), clip)
-    _require_every_row(frame, str(source))
-    return CheckedTable(
-        frame.lazy(),
-        str(source),
-        settled_by_checking(config),
-        named_data(config),
-        columns.described,
-    )
+    return frame, given
 
 
 def _with_stills(clip: ClipRule) -> ClipRule:
@@ -100,7 +128,8 @@ def _with_sizes(
 ) -> pl.DataFrame:
     """Add the sizes and lengths of the samples, and of the files that are read at these."""
     target, frames = f"{_SAMPLE.column}:target", f"{_SAMPLE.column}:frames"
-    sides = (config.width or 0, config.height or 0)
+    usual = columns.geometry.sample_size
+    sides = (config.width or usual[0], config.height or usual[1])
     size = pl.concat_list(pl.lit(side, pl.Int64) for side in sides)
     if config.height is None and giver is not None:
         targets = pl.col(f"{giver.column}:target")
@@ -115,21 +144,23 @@ def _with_sizes(
             frame = frame.with_columns(as_long.alias(column))
         if item.same_size:
             frame = with_same_size(frame, _SAMPLE, item, columns.geometry.side_factor)
-    frame = with_shape(frame, columns.files or (_SAMPLE,))
-    return frame.with_columns(
-        pl.col(target).list.get(0).fill_null(0).alias("width"),
-        pl.col(target).list.get(1).fill_null(0).alias("height"),
-        pl.col(frames).alias("frames"),
-    )
+    # The sample first: those that are made at once have its size, too.
+    frame = with_shape(frame, (_SAMPLE, *columns.files))
+    for item in (i for i in columns.inputs if i.kind == "sizes"):
+        # Nothing is resized or cropped: the original size is that of the sample.
+        size = [pl.col("height"), pl.col("width")]
+        parts = [*size, pl.lit(0), pl.lit(0), *size]
+        frame = frame.with_columns(pl.concat_str(parts, separator=",").alias(item.column))
+    return frame
 
 
 @contextmanager
 def _naming_the_parameter() -> Generator[None]:
-    """Change messages about `dataset_metadata_path` to name `sample_prompts` instead."""
+    """Change messages about `dataset_metadata_path` to name `sample_table` instead."""
     try:
         yield
     except MetadataError as error:
-        where = (error.where or "").replace("dataset_metadata_path", "sample_prompts")
+        where = (error.where or "").replace("dataset_metadata_path", "sample_table")
         raise MetadataError(error.what, where=where, do=error.do) from error
 
 
@@ -140,6 +171,6 @@ def _require_every_row(frame: pl.DataFrame, source: str) -> None:
         first = [f"row {row}: {why} ({status})" for row, status, why in rejected.head(5).rows()]
         raise MetadataError(
             f"{rejected.height} of {frame.height} rows cannot be used: " + "; ".join(first),
-            where=f"sample_prompts = {source}",
+            where=f"sample_table = {source}",
             do="mend or remove these rows",
         )

@@ -90,7 +90,7 @@ _EXPERT = (
     ModelHas("dit", _is_frame_expert),
 )
 _VACE_NAMED = EntryNamed("(?i)vace")
-_SAMPLES = ("sample_prompts", "customized_evaluation")
+_SAMPLES = ("sample_prompts", "sample_table", "customized_evaluation")
 
 # The first that applies is shown. In order: unsupported models, given frames, experts, VACE, CLIP.
 REFUSALS = (

@@ -19,6 +19,7 @@ from diffsynth_dagster.cache.keys import Keys
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.cache.manifest import Notes, write_manifest
 from diffsynth_dagster.cache.plan_samples import plan_samples
+from diffsynth_dagster.cache.row_sets import needed_beside_prompt
 from diffsynth_dagster.cache.split import with_settled
 from diffsynth_dagster.config.affects import settled_by_encoding
 from diffsynth_dagster.config.parameters import TrainingConfig
@@ -344,4 +345,4 @@ def test_the_first_file_column_is_the_image() -> None:
     """Its size is that of the sample."""
     family = used(**EDITS, edit_plus=True)
     assert [item.column for item in family.file_inputs] == ["image", "edit_image"]
-    assert not family.samples_from_text
+    assert needed_beside_prompt(family) == ["edit_image"]

@@ -16,6 +16,7 @@ from media_support import write_clip
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffsynth_dagster.cache.row_sets import needed_beside_prompt
 from diffsynth_dagster.config import TrainingConfig
 from diffsynth_dagster.data.table.validate import validate
 from diffsynth_dagster.errors import ParameterError
@@ -358,7 +359,7 @@ def test_samples_are_videos(
 ) -> None:
     overrides = {EXTRA: None, "height": 64, "width": 64}
     found = find_model(make_config(values(WAN[name], model, clips, tmp_path, **overrides)), HUB)
-    assert found.family.samples_from_text
+    assert not needed_beside_prompt(found.family)
     loaded = {
         name: load_component(found.components[name], "cpu", torch.float32)
         for name in ("dit", "vae")
