@@ -320,12 +320,12 @@ def test_a_stopped_training_measures_the_same(
 
 def test_the_losses_of_samples_are_those_of_their_visits(values: Values, tmp_path: Path) -> None:
     run = train_to_end(values(num_epochs=6, dataset_repeat=2), tmp_path / "run")
-    found = pl.read_parquet(run / "sample_losses.parquet")
+    found = pl.read_parquet(run / "rows.parquet")
     assert sorted(found["row"]) == list(range(1, 9))
     assert found["visits"].to_list() == [12] * 8
     assert found["difficulty"].is_sorted(descending=True)
-    mean: Any = found["difficulty"].mean()
-    assert 0.5 < mean < 2.0
+    assert found["difficulty"].median() == pytest.approx(1.0, abs=1e-6)
+    assert not found["stands_out"].any()
 
 
 def test_the_second_half_takes_no_other_held_out_table(

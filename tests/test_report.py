@@ -25,7 +25,7 @@ from diffsynth_dagster.report.metrics import read_metrics
 from diffsynth_dagster.report.page import load_templates, render
 from diffsynth_dagster.report.pictures import read_samples
 from diffsynth_dagster.report.summary import verdicts
-from diffsynth_dagster.run.record import LOGS, REPORT, SAMPLE_LOSSES, RunRecord
+from diffsynth_dagster.run.record import LOGS, REPORT, ROWS, RunRecord
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training import reports
 from diffsynth_dagster.training.sampling import Evaluation
@@ -147,7 +147,7 @@ def test_it_loads_nothing_from_elsewhere_and_escapes_texts(run: Path) -> None:
     ("name", "lost"),
     [
         (LOGS[0], "Training loss"),
-        (SAMPLE_LOSSES, "Hardest rows"),
+        (ROWS, "Hardest rows"),
         ("config.yaml", "max_train_steps: 6"),
         ("metadata.parquet", "usable"),
         ("samples/step-2.png", None),

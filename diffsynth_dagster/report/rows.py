@@ -15,7 +15,7 @@ from diffsynth_dagster.data.table.validate import BOOKKEEPING, CheckedTable
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.older import TABLES
 from diffsynth_dagster.report.pictures import UNREADABLE, Picture, embedded
-from diffsynth_dagster.run.record import SAMPLE_LOSSES
+from diffsynth_dagster.run.record import ROWS
 
 HARDEST = 12
 """How many of the hardest rows are shown."""
@@ -164,7 +164,7 @@ def hardest_rows(folder: Path, table: CheckedTable) -> list[HardRow]:
     Raises:
         see `TABLE_ERRORS`.
     """
-    losses = folder / SAMPLE_LOSSES
+    losses = folder / ROWS
     if not losses.is_file():
         return []
     # The file is sorted. A semi join, so that only these few rows of a table of any size are read.

@@ -18,7 +18,10 @@ FILE_NAME = "run.json"
 PICTURES = "samples"
 LOGS = ("metrics.csv", "loss.csv", "held_out.csv")
 """Files to which the training appends lines while it runs."""
-SAMPLE_LOSSES = "sample_losses.parquet"
+ROWS = "rows.parquet"
+"""The losses of each row over its visits: see `training/row_losses.py`."""
+OLD_ROWS = "sample_losses.parquet"
+"""What older trainings have in its place."""
 REPORT = "report.html"
 """What came of the training, for a browser: see the room `report`."""
 STARTS = ("lora_checkpoint", "resume_from_checkpoint")
@@ -274,7 +277,7 @@ class RunFile:
         self._update(
             trained_tensors=trained_tensors,
             changed_tensors=changed_tensors,
-            beside=self._with_digests(*LOGS, SAMPLE_LOSSES),
+            beside=self._with_digests(*LOGS, ROWS),
             finished=True,
         )
 

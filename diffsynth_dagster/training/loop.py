@@ -125,7 +125,7 @@ def _finish(
     )
     after = _fingerprints(training.trained.items())
     pictures.evaluate("after")
-    training.losses.write(run_file.folder, parallel)
+    training.losses.write(run_file.folder, parallel, reporter.warn)
     run_file.finished(len(after), sum(before[name] != after[name] for name in after))
     renew(inputs)
     if parallel.is_main_process:
