@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from browser import INSTALL, browsing
 from browser import Browser as Chromium
@@ -184,6 +185,18 @@ def sampled(folder: Path, steps: int, shown: int, size: int = 40) -> RunRecord:
     record = RunRecord("i", "qwen_image", ["dit"], {}, 1, "s", "c", None, pictures=names)
     boxes = [[n * size, 0, (n + 1) * size, size] for n in range(shown)]
     return replace(record, shown=[{"prompt": f"p{n}", "box": box} for n, box in enumerate(boxes)])
+
+
+def test_a_row_that_stands_out_is_marked(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    rows = pl.read_parquet(folder / ROWS)
+    hardest = rows["row"][0]
+    rows.with_columns(stands_out=pl.col("row") == hardest).write_parquet(folder / ROWS)
+    record = record_of(folder)
+    marked = re.findall(r"row <b>(\d+)</b> · <b class=\"outlier\">", render(folder, record))
+    assert marked == [str(hardest)]
+    assert "stands out" not in render(run, record)
 
 
 def test_each_sample_is_cut_from_the_picture_of_its_step(tmp_path: Path) -> None:

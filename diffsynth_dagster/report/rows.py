@@ -34,7 +34,7 @@ class HardRow:
 
     Attributes:
         row: its number in the table, from 1.
-        difficulty: its loss divided by that of other samples near the same timesteps.
+        difficulty, visits, stands_out: see `training/row_losses.py`.
         caption: its caption; empty if it has none.
         files: the names of its files, as the table has them.
         picture: its first picture, or the first frame of its clip; None if there is none to read.
@@ -43,6 +43,7 @@ class HardRow:
     row: int
     difficulty: float
     visits: int
+    stands_out: bool
     caption: str
     files: Sequence[str]
     picture: Picture | None
@@ -168,7 +169,7 @@ def hardest_rows(folder: Path, table: CheckedTable) -> list[HardRow]:
     if not losses.is_file():
         return []
     # The file is sorted. A semi join, so that only these few rows of a table of any size are read.
-    hardest = read_parquet(losses).select("row", "difficulty", "visits").head(HARDEST)
+    hardest = read_parquet(losses).select("row", "difficulty", "visits", "stands_out").head(HARDEST)
     rows = table.accepted.join(hardest.lazy(), on="row", how="semi").collect()
     caption = caption_of(table)
     found = {row["row"]: row for row in rows.iter_rows(named=True)}
@@ -177,11 +178,12 @@ def hardest_rows(folder: Path, table: CheckedTable) -> list[HardRow]:
             number,
             difficulty,
             visits,
+            stands_out,
             "" if caption is None else found[number][caption] or "",
             _names(found[number]),
             _thumbnail(found[number]),
         )
-        for number, difficulty, visits in hardest.iter_rows()
+        for number, difficulty, visits, stands_out in hardest.iter_rows()
         if number in found
     ]
 
