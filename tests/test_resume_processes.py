@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from conftest import Values, record_of, train_to_end
@@ -41,6 +42,9 @@ def test_two_processes_then_one_then_two(values: Values, tmp_path: Path) -> None
     record = json.loads((run / "run.json").read_text())
     assert record["resumed_from"] == [2, 4]
     assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
+    counted = (pl.read_parquet(f / "rows.parquet").sort("row") for f in (tmp_path / "alone", run))
+    one, other = (table["row", "visits"].rows() for table in counted)
+    assert one == other
     for epoch in range(4):
         one, other = (
             load_file(f / f"epoch-{epoch}.safetensors") for f in (tmp_path / "alone", run)

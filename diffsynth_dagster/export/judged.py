@@ -113,18 +113,17 @@ def _conditions(record: RunRecord, parameters: tuple[str, ...], rows: str) -> st
 def _held_out_rows(folder: Path, record: RunRecord) -> str | None:
     """Digest of the held-out samples, from a table of their own or split off from the data set.
     None if they are no longer known."""
-    if record.held_out_digest is not None:
-        return record.held_out_digest
     path = folder / ".held_out.parquet"  # see `cache.held_out.parts_of`
     if not path.is_file():
-        return None
+        return record.held_out_digest
     from diffsynth_dagster.cache.manifest import CONTENT_NUMBER
     from diffsynth_dagster.data.scan import read_parquet
 
     rows = read_parquet(path)
     # Sorted, because the order in the table does not matter. The keys say how a sample was encoded.
     names = ["sample", CONTENT_NUMBER, *(c for c in rows.columns if c.startswith("key:"))]
-    return digest_text(rows.select(names).sort(names[:2]).write_json())
+    found = rows.select(names).sort(names[:2]).write_json()
+    return digest_text((record.held_out_digest or "") + found)
 
 
 def mean_of_last_steps(metrics: Path, step: int) -> float | None:
