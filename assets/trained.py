@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from diffsynth_dagster.run.record import RunRecord
 
 _MEBIBYTE = 1024 * 1024
-_REPORT = "report.html"
 
 
 def describe(
@@ -122,7 +121,9 @@ def _shown_pictures(
 
 def _places(record: "RunRecord", folder: Path) -> dict[str, Any]:
     """Where the files are, and their digests."""
-    report = folder / _REPORT
+    from diffsynth_dagster.run.record import REPORT
+
+    report = folder / REPORT
     paths = {"report": report} if report.is_file() else {}
     return {
         **{n: dg.MetadataValue.path(str(p.absolute())) for n, p in paths.items()},
