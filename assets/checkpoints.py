@@ -1,9 +1,8 @@
 """`<recipe>/checkpoints`: runs the training and reports what came of it."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dagster as dg
 from pydantic import Field
@@ -13,26 +12,17 @@ from assets.common import (
     code_version,
     description,
     require_passed,
-    table,
     tried_again,
     user_errors,
 )
 from assets.launched import launched, step_tags
-from assets.losses import hardest_facts, held_out_facts
-from assets.pictures import animation, inline, loss_curve, stacked
+from assets.overview import overview
+from assets.progress import Progress
+from assets.served import NEWEST, serve, shown
+from assets.trained import describe
 from assets.unchanged import look
 from diffsynth_dagster.config import Recipe, TrainingConfig
 from diffsynth_dagster.older import older_runs
-from diffsynth_dagster.run.events import (
-    MEASURED,
-    Event,
-    HeldOutMetrics,
-    Sampled,
-    Saved,
-    Started,
-    StepMetrics,
-)
-from diffsynth_dagster.run.progress import every_line
 from diffsynth_dagster.run.warm_start import with_warm_start
 from resources import Hub, Launcher, Parameters, pool_of
 
@@ -40,10 +30,6 @@ if TYPE_CHECKING:
     from diffsynth_dagster.run.record import RunRecord
 
 CHECK = "loss_finite_and_parameters_changed"
-OBSERVE_SECONDS = 5.0
-"""Least time between two observations of steps."""
-_OBSERVED = ("loss", "learning_rate", "grad_norm", *MEASURED)
-_MEBIBYTE = 1024 * 1024
 
 
 class CheckpointsConfig(dg.Config):
@@ -69,7 +55,7 @@ def make_checkpoints(recipe: Recipe, upstream: list[dg.AssetKey]) -> dg.AssetsDe
         deps=[*([asset_key(recipe.name, "latents")] if has_latents else []), *upstream],
         group_name=recipe.name,
         kinds={"pytorch", "accelerate"},
-        description=description(recipe, "The trained weights."),
+        description=f"{shown(recipe, NEWEST)}\n\n{description(recipe, 'The trained weights.')}",
         code_version=code_version(recipe.config, "checkpoints"),
         pool=pool_of(recipe.options),
         op_tags=step_tags(recipe),
@@ -144,11 +130,12 @@ def _train(
         moved = [run for run in older_runs(folder) if run not in before]
     return dg.MaterializeResult(
         metadata={
-            "trained_in_this_run": why is not None,
+            **_result(context, recipe, record, folder, changed),
             **({} if why is None else {"trained_because": why}),
-            **_describe(settings, record, changed),
-            **({"moved_to": dg.MetadataValue.path(str(moved[-1].absolute()))} if moved else {}),
+            "trained_in_this_run": why is not None,
             **ran.facts,
+            **describe(settings, record, changed),
+            **({"moved_to": dg.MetadataValue.path(str(moved[-1].absolute()))} if moved else {}),
         },
         data_version=dg.DataVersion(record.chosen_digest),
         tags=seen.marked if check.passed and not changed else seen.tags,
@@ -160,7 +147,16 @@ def _launch(
     context: dg.AssetExecutionContext, recipe: Recipe, config: TrainingConfig, launcher: Launcher
 ) -> None:
     """Run the training processes to their end, and show their progress."""
-    progress = Progress(context)
+    folder, made = Path(config.output_path), dict[str, str]()
+
+    def show() -> None:
+        """Show the pictures and curves so far."""
+        record = _record_so_far(folder)
+        svg = None if record is None else overview(record, folder, made=made)
+        if svg is not None:
+            serve(context, recipe, NEWEST, svg)
+
+    progress = Progress(context, show)
     with user_errors(config):
         for event in launcher.run(context, config, recipe.options):
             progress.hear(event)
@@ -204,68 +200,31 @@ def _resume(config: TrainingConfig, retrain: bool, began: bool) -> str:
     return "same" if config.resume == "auto" else config.resume
 
 
-class Progress:
-    """Turns the events of a training into log lines and observations.
+def _record_so_far(folder: Path) -> "RunRecord | None":
+    """The record of a training that runs; None if it cannot be read from here."""
+    from diffsynth_dagster.errors import OutputError
+    from diffsynth_dagster.run.record import read_record
 
-    Observations are plotted over time in the UI. Each one is a row of the event log, so at most one
-    step every `OBSERVE_SECONDS` is observed.
-    """
+    try:
+        return read_record(folder)
+    except OutputError:
+        return None
 
-    def __init__(self, context: dg.AssetExecutionContext) -> None:
-        self._context = context
-        self._total = 0
-        self._waiting: StepMetrics | None = None
-        self._observed = time.monotonic()
-        self._line = every_line()
 
-    def hear(self, event: Event) -> None:
-        """Handle one event; logs an observation when one is due."""
-        log = self._context.log
-        match event:
-            case Started():
-                self._total = event.total_steps
-                log.info(f"training {self._total} steps")
-                if event.line is not None:
-                    log.info(event.line)
-            case Saved() | HeldOutMetrics():
-                log.info(event.line)
-            case Sampled():
-                log.info(event.line)
-                self._picture(event.step, Path(event.path))
-            case StepMetrics():
-                # Steps in between are dropped: only the newest is observed.
-                self._waiting = event
-                if time.monotonic() - self._observed >= OBSERVE_SECONDS:
-                    self.last()
-            case _:
-                pass
-
-    def _picture(self, step: int, path: Path) -> None:
-        """Log an observation with the sample picture of a step."""
-        from PIL import Image
-
-        # Clips have an event too, but no observation: the picture of the step shows their frames.
-        if path.suffix == ".png" and path.is_file():
-            with Image.open(path) as picture:
-                shown = inline(picture.convert("RGB"))
-            self._observe({"step": step, "samples": shown})
-
-    def last(self) -> None:
-        """Log an observation of the newest step, unless it has one."""
-        metrics, self._waiting = self._waiting, None
-        if metrics is None:
-            return
-        self._observed = time.monotonic()
-        step, values = metrics.step, metrics.row()
-        if self._line.due(step, self._total):
-            self._context.log.info(f"step {step} of {self._total}: loss {metrics.loss:.4f}")
-        self._observe({"step": step, **{name: float(values[name]) for name in _OBSERVED}})
-
-    def _observe(self, facts: dict[str, Any]) -> None:
-        """Log an observation."""
-        # Not with `yield`: a cancel at that moment would be raised inside Dagster's own code, and
-        # the step would end without a reason.
-        self._context.log_event(dg.AssetObservation(self._context.asset_key, metadata=facts))
+def _result(
+    context: dg.AssetExecutionContext,
+    recipe: Recipe,
+    record: "RunRecord",
+    folder: Path,
+    changed: list[Path],
+) -> dict[str, dg.MetadataValue[str]]:
+    """The picture of what came of a training, which is shown open; empty if it cannot be shown."""
+    svg = overview(record, folder, changed)
+    name = record.chosen_digest[:16]
+    if svg is None or not serve(context, recipe, name, svg):
+        return {}
+    serve(context, recipe, NEWEST, svg)
+    return {"result": dg.MetadataValue.md(shown(recipe, name))}
 
 
 def _finished_record(config: TrainingConfig) -> "RunRecord":
@@ -299,69 +258,3 @@ def _check(record: "RunRecord") -> dg.AssetCheckResult:
             "all_losses_finite": record.all_losses_finite,
         },
     )
-
-
-def _describe(config: TrainingConfig, record: "RunRecord", changed: list[Path]) -> dict[str, Any]:
-    """Metadata of the materialization: what the training did, and its pictures.
-
-    Args:
-        changed: files that were changed since the training wrote them. They are not read: they may
-            not even be readable.
-    """
-    folder = Path(config.output_path)
-    facts: dict[str, Any] = {
-        "steps": record.steps,
-        "trained_samples": record.samples,
-        "seconds": record.seconds,
-        "samples_per_second": record.samples_per_second,
-        "peak_memory_mib": record.peak_memory_bytes / _MEBIBYTE,
-        "devices": ", ".join(record.devices),
-        "checkpoints": table(
-            {"file": str(folder / name), "blake3": digest}
-            for name, digest in record.checkpoints.items()
-        ),
-        "run_folder": dg.MetadataValue.path(str(folder.absolute())),
-        **record.evaluation,
-        **({"resumed_after_step": record.resumed_from[-1]} if record.resumed_from else {}),
-    }
-    if record.final_loss is not None:
-        facts["final_loss"] = record.final_loss
-    losses = folder / "metrics.csv"
-    sampled, evaluated = (
-        [(title, path) for title, path in _pictures(record, folder, kind) if path not in changed]
-        for kind in (False, True)
-    )
-    pictures = {
-        "loss_curve": loss_curve(losses) if losses not in changed else None,
-        "samples": stacked(sampled),
-        "evaluation": stacked(evaluated),
-    }
-    hardest = hardest_facts(config, changed)
-    clips = [clip for clip in _newest_clips(record, folder) if clip not in changed]
-    shown = {name: inline(p) for name, p in pictures.items() if p is not None}
-    playing = animation(clips)
-    return {
-        **facts,
-        **shown,
-        **held_out_facts(record),
-        **hardest,
-        **({} if playing is None else {"clips": playing}),
-        **{f"clip/{i}": dg.MetadataValue.path(str(p.absolute())) for i, p in enumerate(clips)},
-    }
-
-
-def _pictures(record: "RunRecord", folder: Path, evaluated: bool) -> list[tuple[str, Path]]:
-    """(title, file) of the evaluation's pictures, or of the first and the last sample pictures."""
-    # Sample pictures are named after their step; all others are of the evaluation.
-    names = [name for name in record.pictures if name.startswith("step-") != evaluated]
-    if not evaluated and len(names) > 2:
-        names = [names[0], names[-1]]
-    return [(name, folder / "samples" / record.pictures[name]) for name in names]
-
-
-def _newest_clips(record: "RunRecord", folder: Path) -> list[Path]:
-    """The videos of the last samples, in the order of the prompts."""
-    # A clip's name is its step and the number of its prompt: "step-100-0".
-    steps = [name.rpartition("-")[0] for name in record.clips]
-    files = zip(steps, record.clips.values(), strict=True)
-    return [folder / "samples" / file for step, file in files if step == steps[-1]]

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import dagster as dg
 
@@ -136,6 +137,13 @@ def short_digest(value: object) -> str:
 def description(recipe: Recipe, what: str) -> str:
     """An asset's description for the UI: what it is, then the recipe's own description."""
     return f"{what}\n\n{recipe.options.description}".strip()
+
+
+def number(value: float) -> dg.MetadataValue[Any]:
+    """A number of four digits, which Dagster plots; NaN and infinity as text, which is not JSON."""
+    if math.isfinite(value):
+        return dg.MetadataValue.float(float(f"{value:.4g}"))
+    return dg.MetadataValue.text(str(value))
 
 
 def table(records: Iterable[Mapping[str, str | int | float]]) -> dg.TableMetadataValue:

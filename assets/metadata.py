@@ -126,8 +126,11 @@ def _read_tables(
     columns = guess_model(config).family.columns
     holdout = held_out_config(config)
     with fact_cache_of(config.cache_path) as fact_cache:
-        checked = prepare_data(config, columns, fact_cache, made=True)
-        held_out = None if holdout is None else prepare_data(holdout, columns, fact_cache)
+        signed = config.holds_out
+        checked = prepare_data(config, columns, fact_cache, made=True, signed=signed)
+        held_out = (
+            None if holdout is None else prepare_data(holdout, columns, fact_cache, signed=True)
+        )
         long_captions = count_if_there(config, checked, fact_cache)
     refuse_replaced_rows(config, [checked] if held_out is None else [checked, held_out])
     return checked, held_out, long_captions
@@ -163,7 +166,7 @@ def contents_of(checked: "CheckedTable") -> list[str]:
     has_values: dict[str, bool] = {}
     if filled:
         has_values = checked.rows.select(filled).collect(engine="streaming").row(0, named=True)
-    places = (":path", ":size", ":modified", ":transparent")
+    places = (":path", ":size", ":modified", ":transparent", ":signature")
     return [c for c in schema if not c.endswith(places) and has_values.get(c, True)]
 
 

@@ -23,9 +23,9 @@ _RED = (200, 40, 40)
 _LINES = ("#1f4e9c", "#d0651b", "#3b8a3e")
 
 
-def inline(image: "Image") -> dg.MarkdownMetadataValue:
+def inline(image: "Image", most_bytes: int = MAX_BYTES) -> dg.MarkdownMetadataValue:
     """An image inside markdown: a PNG, or if that is too large a JPEG that fits."""
-    kind, data = next(item for item in _encodings(image) if len(item[1]) <= MAX_BYTES)
+    kind, data = next(item for item in _encodings(image) if len(item[1]) <= most_bytes)
     return _markdown(kind, data)
 
 

@@ -77,7 +77,8 @@ def markdown(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
     Args:
         names: the titles of the columns.
-        rows: rows, each with a value for each column.
+        rows: rows, each with a value for each column; a `MarkdownMetadataValue` is put in as it is,
+            such as a picture.
     """
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
@@ -86,5 +87,7 @@ def markdown(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _cell(value: object) -> str:
     """A value as the text of a table cell: on one line, shortened, without column separators."""
+    if isinstance(value, dg.MarkdownMetadataValue):
+        return value.value or ""
     text = " ".join(str("" if value is None else value).split()).replace("|", "\\|")
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"

@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from tqdm import tqdm
 
-from diffsynth_dagster.cache.held_out import held_out_config, split_rows
+from diffsynth_dagster.cache.held_out import divided, held_out_config
 from diffsynth_dagster.cache.keys import with_content_numbers
 from diffsynth_dagster.cache.layout import SAMPLES_FOLDER
 from diffsynth_dagster.cache.long_captions import long_captions_of
@@ -207,7 +207,8 @@ def _checked_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
     with fact_cache_of(config.cache_path) as facts:
         for data in [config] if held_out_data is None else [config, held_out_data]:
             with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
-                tables.append(check_data_files(data, columns, facts, bar.update))
+                signed = config.holds_out
+                tables.append(check_data_files(data, columns, facts, bar.update, signed))
         check_data(config, model, tables)
         if config.sample_table is not None:
             folder = Path(config.output_path) / SAMPLES_FOLDER  # nothing is written into it
@@ -215,14 +216,15 @@ def _checked_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
     # Equal content gets equal numbers, so that copies of a sample are held out together.
     numbered = [with_content_numbers(table.accepted, columns.inputs) for table in tables]
     second = numbered[1] if held_out_data is not None else None
-    trained, held_out = split_rows(config, numbered[0], second)
+    apart = divided(config, numbered[0], second)
     source = _statuses(tables[0])
     if held_out_data is not None:
         source["held_out_rows"] = _statuses(tables[1])
-    warnings = tables[0].warnings()
+    warnings = [*tables[0].warnings(), *apart.warnings]
     # Captions are counted in tokens, for which the tokenizers must be there.
     long = long_captions_of(model, tables[0]).said if model.components else None
-    return _Rows(source, trained, held_out, warnings if long is None else [*warnings, long])
+    warnings += [] if long is None else [long]
+    return _Rows(source, apart.trained, apart.held_out, warnings)
 
 
 def _statuses(table: CheckedTable) -> dict[str, Any]:
@@ -237,8 +239,9 @@ def _encoded_rows(config: TrainingConfig, model: ResolvedModel) -> _Rows:
     manifest, held_out = manifests.train, manifests.held_out
     with fact_cache_of(config.cache_path) as facts:
         check_encoded(config, model, manifests, facts)
-    apart = split_rows(config, manifest.rows, None if held_out is None else held_out.rows)
-    return _Rows({"encoded": str(manifest.folder)}, *apart, manifest=manifest)
+    apart = divided(config, manifest.rows, None if held_out is None else held_out.rows)
+    rows, warnings = (apart.trained, apart.held_out), [*apart.warnings]
+    return _Rows({"encoded": str(manifest.folder)}, *rows, warnings, manifest)
 
 
 def _record(

@@ -17,7 +17,8 @@ _TABLE = r"metadata\.parquet|\.metadata\.encoded\.parquet|rejected\.csv|long_cap
 _MANIFEST = r"samples\.parquet|\.samples\.planned\.parquet"
 _OTHERS = "|".join(
     [
-        r"config\.yaml|run\.json|metrics\.csv|loss\.csv|held_out\.csv|sample_losses\.parquet",
+        r"config\.yaml|run\.json|metrics\.csv|loss\.csv|held_out\.csv|(?:rows|sample_losses)\.parquet",
+        r"report\.html",
         rf"(?:\.tables/)?(?:held_out/)?(?:{_TABLE}|{_MANIFEST})",
         r"\.(?:trained|held_out|compared)\.parquet",
         r"\.(?:samples|held_out|compared|sampled|evaluated)\.(?:records|bin|captions|json)",

@@ -152,6 +152,8 @@ def _inputs(
     devices, mixed_precision = parallel.device_names(), parallel.mixed_precision
     record = start_record(config, model, manifests.train, fact_cache, devices, mixed_precision)
     samples = resolved_samples(config, manifests, parallel)
+    for text in samples.warnings:
+        reporter.warn(text)
     record = replace(record, samples=len(samples.trained))
     rank, world = parallel.process_index, parallel.num_processes
     data = StepDataset(config, model, samples.trained, rank, world)

@@ -6,13 +6,14 @@ It is driven through chromedriver, with requests of the WebDriver protocol
 
 import base64
 import io
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +36,7 @@ FLAGS = (
     "--force-prefers-reduced-motion",
 )
 WINDOW = (1280, 1000)
-_COLOURS = 64
+_COLOURS = 128
 _SAID = 3000
 _FIND = """
 const [words, whole] = arguments;
@@ -54,9 +55,10 @@ class Browser:
 
     Args:
         folder: an empty one for its profile.
+        flags: further flags of Chromium.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, flags: Sequence[str] = ()) -> None:
         port = free_port()
         self._driver = subprocess.Popen(
             [str(shutil.which("chromedriver")), f"--port={port}"],
@@ -70,9 +72,11 @@ class Browser:
         size = f"--window-size={WINDOW[0]},{WINDOW[1]}"
         options = {
             "binary": shutil.which("chromium"),
-            "args": [*FLAGS, size, f"--user-data-dir={folder / 'profile'}"],
+            "args": [*FLAGS, *flags, size, f"--user-data-dir={folder / 'profile'}"],
         }
-        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
+        logged = {"performance": "ALL"}
+        always = {"goog:chromeOptions": options, "goog:loggingPrefs": logged}
+        wanted = {"capabilities": {"alwaysMatch": always}}
         self._session = address
         self._session = f"{address}/{self._ask('', wanted)['sessionId']}"
 
@@ -118,6 +122,23 @@ class Browser:
             raise TimeoutError(f"{error}; it ends with:\n{text[-_SAID:]}") from None
         return text
 
+    def requested(self) -> list[str]:
+        """The addresses that pages have asked for since this was called last."""
+        entries = self._ask("/se/log", {"type": "performance"})
+        messages = [json.loads(entry["message"])["message"] for entry in entries]
+        sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return [params["request"]["url"] for params in sent]
+
+    def prefer(self, scheme: str) -> None:
+        """Let pages be `light` or `dark`."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        command = {"cmd": "Emulation.setEmulatedMedia", "params": {"features": features}}
+        self._ask("/goog/cdp/execute", command)
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the window another size."""
+        self._ask("/window/rect", {"width": width, "height": height})
+
     def click(self, words: str, whole: bool = True, seconds: float = 30) -> None:
         """Click the innermost element that has a text, as soon as it can be clicked.
 
@@ -162,10 +183,18 @@ class Browser:
         answer = requests.get(f"{self._session}/screenshot", timeout=60)
         return base64.b64decode(answer.json()["value"])
 
-    def keep(self, path: Path) -> None:
-        """Write the page as it is seen, with few colours, as a small PNG."""
+    def keep(self, path: Path, exact: bool = False) -> None:
+        """Write the page as it is seen, with few colours, as a small PNG.
+
+        Args:
+            exact: whether these are the most frequent colours themselves, and not means of similar
+                ones: for thin lines whose colours matter.
+        """
         shown = Image.open(io.BytesIO(self.picture())).convert("RGB")
-        shown.quantize(_COLOURS).save(path, optimize=True)
+        few = shown.quantize(palette=_frequent(shown), dither=0) if exact else None
+        # Not Pillow's usual method: of few coloured lines it makes grey ones.
+        few = few or shown.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE)
+        few.save(path, optimize=True)
 
     def close(self) -> None:
         requests.delete(self._session, timeout=20)
@@ -181,12 +210,21 @@ class Browser:
         return value
 
 
+def _frequent(image: Image.Image) -> Image.Image:
+    """A palette of the 256 most frequent colours of a picture."""
+    counted: Any = image.getcolors(image.width * image.height)
+    colours = [colour for _, colour in sorted(counted, reverse=True)][:256]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([part for colour in colours for part in colour])
+    return palette
+
+
 @contextmanager
-def browsing() -> Iterator[Browser]:
-    """A browser, until it is left."""
+def browsing(flags: Sequence[str] = ()) -> Iterator[Browser]:
+    """A browser, until it is left; for `flags` see `Browser`."""
     # Chromium's socket needs a short path.
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        browser = Browser(Path(folder))
+        browser = Browser(Path(folder), flags)
         try:
             yield browser
         finally:

@@ -247,7 +247,7 @@ def result(run: Path) -> dict[str, Any]:
         "*.safetensors",
         "samples/*",
         "exports/*/*",
-        "sample_losses.parquet",
+        "rows.parquet",
         "held_out.csv",
     )
     files = [path for pattern in patterns for path in run.glob(pattern)]

@@ -3,15 +3,20 @@
 Its pictures are those of `docs/ui.md`: `docs/make_ui.py` keeps them.
 """
 
+import io
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
+import yaml
 from browser import INSTALL, Browser, browsing, look
-from conftest import lora_values, train_to_end
+from conftest import ROOT, lora_values, train_to_end
 from dagster import DagsterRunStatus
 from dagster_support import (
     endless,
@@ -22,6 +27,7 @@ from dagster_support import (
     wait_until_training,
     write_recipe,
 )
+from PIL import Image
 from server_support import Server, serve
 
 # Its page of a cancelled run is in `test_dagster_ui.py` too.
@@ -30,6 +36,14 @@ LARGEST = 120 * 1024
 CANCELLED = "cancelled: the run was asked to stop"
 MISTAKE = "unknown parameter 'learning_rat'; did you mean 'learning_rate'?"
 CHECK = "loss_finite_and_parameters_changed"
+NEWEST = """const [image] = [...document.querySelectorAll("img")].filter(
+        (x) => x.src.endsWith("/newest/svg") && x.complete && x.naturalWidth);
+    const place = image && image.getBoundingClientRect();
+    return image && [image.src, image.naturalWidth, Math.round(place.left), Math.round(place.top)]"""
+OPEN = 222
+"""Pixels that are free of Dagster's "Show more" where a description is longer."""
+HELD_OUT = (0xD0, 0x65, 0x1B)
+"""The colour of its curve."""
 EDGES = "return document.querySelectorAll('svg:has(marker[id^=arrow]) > path').length"
 PLOTTED = "return document.querySelectorAll('canvas').length > 0"
 CAN_LAUNCH = """return [...document.querySelectorAll("button:enabled")].some(
@@ -59,8 +73,8 @@ class Window:
 def window(
     tmp_path_factory: pytest.TempPathFactory, tiny_qwen: Path, pictures: Path
 ) -> Iterator[Window]:
-    """Recipes: `tiny` encodes and trains, `finished` has been trained, `endless` goes on for ever, and
-    `broken` has a mistake."""
+    """Recipes: `tiny` encodes and trains, `digits` is a short demo, `finished` has been trained, `endless`
+    goes on for ever, and `broken` has a mistake."""
     if not Browser.is_installed():
         pytest.skip(f"Chromium is not installed: {INSTALL}")
     folder = tmp_path_factory.mktemp("browser")
@@ -68,6 +82,7 @@ def window(
     values = lora_values(tiny_qwen, pictures, folder / "cache")
     write_recipe(recipes, "tiny", {**values, "output_path": str(folder / "tiny")})
     write_recipe(recipes, "broken", {**values, "learning_rat": 0.1})
+    write_recipe(recipes, "digits", short_demo(folder))
     encoded = train_to_end(values, folder / "encoded", "--task", "sft:data_process")
     write_recipe(recipes, "endless", endless(values, encoded, folder / "endless"))
     finished = {**endless(values, encoded, folder / "finished"), "num_epochs": 1}
@@ -78,6 +93,60 @@ def window(
     with ExitStack() as leaving:
         server = leaving.enter_context(serve(folder, env))
         yield Window(leaving.enter_context(browsing()), server, kept)
+
+
+def short_demo(folder: Path) -> dict[str, Any]:
+    """The demo with a third of its steps, and without its evaluation."""
+    demo = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
+    del demo["customized_evaluation"]
+    data = folder / "digits_data"
+    return {
+        **demo,
+        "dataset_base_path": str(data),
+        "dataset_metadata_path": str(data / "metadata.csv"),
+        "validation_metadata_path": str(data / "held_out.csv"),
+        "dataset_repeat": 8,
+        "validation_steps": 23,
+        "sample_steps": 46,
+        "cache_path": str(folder / "cache"),
+        "output_path": str(folder / "digits"),
+    }
+
+
+def newest(window: Window) -> tuple[str, Image.Image]:
+    """What the page of the digits' checkpoints shows first, in this session of the browser, without a
+    click: the picture's content, and how it looks."""
+    window.open("assets/digits/checkpoints")
+    window.browser.wait("Description", seconds=60)
+    place = wait_for(lambda: window.browser.run(NEWEST), 30, "the picture is loaded")
+    source, width, left, top = place
+    assert width > 600
+    seen = Image.open(io.BytesIO(window.browser.picture())).convert("RGB")
+    part = seen.crop((left, top, left + width, top + OPEN))
+    assert top + OPEN < seen.height
+    return requests.get(source, timeout=20).text, part
+
+
+def test_the_page_of_checkpoints_opens_with_samples_and_curves(window: Window) -> None:
+    """While it trains, and at its end, though the browser has seen an older picture."""
+    run = window.server.launch("digits", {})
+    pictured = window.server.folder / "digits" / "samples" / "step-46.png"
+    wait_for(pictured.is_file, 2 * LONG, "samples while it trains")
+    time.sleep(2)  # until it is shown
+    text, before = newest(window)
+    assert "step 46" in text
+    assert "step 184" not in text
+    window.browser.open("about:blank")  # The page of a run that goes on takes a core.
+    assert window.server.wait(run, 2 * LONG) == DagsterRunStatus.SUCCESS
+    text, after = newest(window)
+    assert "step 184" in text
+    assert "a handwritten eight" in text
+    assert before.tobytes() != after.tobytes()
+    colours = {colour: count for count, colour in after.getcolors(1 << 20) or []}
+    assert colours[HELD_OUT] > 50  # the curve
+    dark = sum(after.convert("L").histogram()[:20])
+    assert dark > 10 * 88 * 88 / 3  # ten digits on black
+    window.keep("checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +227,16 @@ def test_a_run_waits_while_another_one_trains(window: Window, waiting: str, trai
 
 def test_the_loss_is_shown_while_it_trains(window: Window, training: str) -> None:
     browser = window.browser
-    look(browser, window.server.port, training, ": loss ")
+    look(browser, window.server.port, training, " left")
     assert "Started" in browser.wait("ASSET_OBSERVATION\n", "\nloss\n")
     window.open("assets/endless/checkpoints?view=events")
-    browser.wait("is currently refreshing this asset", "Observed in run", "loss\n", "grad_norm")
+    browser.wait(
+        "is currently refreshing this asset",
+        "Observed in run",
+        "loss\n",
+        "grad_norm",
+        "time_left\n",
+    )
     window.open("assets/endless/checkpoints?view=overview")
     browser.wait("\nloss\n", "\nlearning_rate\n")
     browser.click("Plots")

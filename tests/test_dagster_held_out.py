@@ -37,7 +37,7 @@ def test_other_held_out_rows_are_trained_with(values: Values, tmp_path: Path) ->
 
         first, again = run(), run()
         facts: dict[str, Any] = dict(first["checkpoints"].metadata)
-        assert facts["trained_samples"].value == 8
+        assert facts["trained_samples"].value == "8"
         assert facts["held_out_loss"].value > 0
         steps = [row.data["step"] for row in facts["held_out"].records]
         assert steps == [0, 2, 4]

@@ -63,7 +63,7 @@ def test_real_clips_with_sound_become_a_lora(tmp_path: Path) -> None:
         metadata, training = facts(instance, "metadata"), facts(instance, "checkpoints")
     assert metadata["status/ok"].value == 2
     assert metadata["status/wrong_channels"].value == 1
-    assert training["steps"].value == 4
+    assert str(training["steps"].value).startswith("4 in ")
     assert str(training["clips"].value).startswith("![](data:image/webp;base64,")
     clip = Path(str(training["clip/0"].value))
     with av.open(str(clip)) as container:

@@ -1,11 +1,13 @@
 """The UI's way: a webserver with its daemon on loopback, driven through GraphQL. (In a browser: see
 `test_dagster_browser.py`.)"""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
 import pytest
+import requests
 import yaml
 from browser import INSTALL, Browser, browsing, look
 from conftest import lora_values, train_to_end
@@ -33,6 +35,7 @@ LAUNCHPAD = """{ runConfigSchemaOrError(selector: {
     repositoryLocationName: "diffsynth_dagster", repositoryName: "__repository__", pipelineName: "train_tiny"
 }) { ... on RunConfigSchema { rootDefaultYaml } } }"""
 STARTS_WITHIN = 10.0
+DESCRIPTIONS = "{ assetNodes { assetKey { path } description } }"
 LINEAGE = "{ assetNodes { assetKey { path } dependencyKeys { path } } }"
 
 
@@ -95,6 +98,18 @@ def test_command_line_prints_what_a_person_follows(server: Server, printed: list
     assert printed[-2].endswith(": 9 assets, 5 checks passed")
     current = server.folder / "line" / "exports" / "current"
     assert printed[-1].endswith(f": {current}, {current / 'checkpoint.safetensors'}")
+
+
+@pytest.mark.usefixtures("printed")
+def test_a_description_has_the_address_of_the_newest_curves(server: Server) -> None:
+    """Definitions were loaded before the training. (In a browser: `test_dagster_browser.py`.)"""
+    nodes = server.client._execute(DESCRIPTIONS)["assetNodes"]
+    texts = {"/".join(node["assetKey"]["path"]): node["description"] for node in nodes}
+    shown = re.match(r"!\[\]\((/logs/\S+)\)\n\nThe trained weights\.", texts["tiny/checkpoints"])
+    assert shown is not None
+    answer = requests.get(f"http://127.0.0.1:{server.port}{shown[1]}", timeout=20)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/svg+xml")
+    assert "loss, mean" in answer.text
 
 
 @pytest.mark.usefixtures("printed")

@@ -18,7 +18,7 @@ from diffsynth_dagster.config.recipe import RecipeOptions
 from diffsynth_dagster.families import each_family
 
 OTHERS = {
-    *("pytorch_lora_weights", "sample_losses", "peak_memory_bytes", "from_pretrained"),
+    *("pytorch_lora_weights", "peak_memory_bytes", "from_pretrained"),
     *("edit_image", "kontext_images", "input_audio"),  # columns
 }
 """Words with underscores in the docs that are no names of parameters."""

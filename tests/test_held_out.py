@@ -13,12 +13,18 @@ from conftest import Values, make_config, train_to_end, write_images
 from process_support import two_processes
 from safetensors.torch import load_file
 from soak_support import result
+from test_exports import provenance
 from test_resume import never, refusal, stop_after
+from test_resume_kills import demo
 
 from diffsynth_dagster.cache.held_out import parts_of
 from diffsynth_dagster.cache.manifest import CONTENT_NUMBER, read_manifest
+from diffsynth_dagster.demo.digits import write_new_digits
 from diffsynth_dagster.facts import digest_file
+from diffsynth_dagster.run.events import HeldOutMetrics
+from diffsynth_dagster.train import main
 from diffsynth_dagster.train import run as run_training
+from diffsynth_dagster.training.held_out import memorises
 
 
 def held_out(run: Path) -> list[dict[str, float]]:
@@ -154,14 +160,15 @@ def test_a_table_of_its_own_changes_nothing_of_the_training(
 def test_the_loss_is_the_same_however_it_is_measured(
     with_table: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Before the training: not the seed, nor the size of the batch."""
-    found: list[float] = []
-    for n, change in enumerate([{}, {"seed": 3}, {"batch_size": 1}, {"num_epochs": 2}]):
-        run = train_to_end(with_table(**change), tmp_path / f"run-{n}")
-        found.append(held_out(run)[0]["loss"])
-    # A LoRA starts at zero, whatever its seed.
-    assert found == pytest.approx([found[0]] * 4, rel=1e-6)
-    assert found[0] == found[1] == found[3]
+    """Of the same weights, a trained LoRA: not the seed, nor the size of the batch."""
+    first = train_to_end(with_table(learning_rate=1e-2), tmp_path / "first")
+    lora = {"lora_checkpoint": str(first / "epoch-0.safetensors")}
+    last = held_out(first)[-1]["loss"]
+    assert abs(last - held_out(first)[0]["loss"]) > 1e-4
+    for name, change in (("seed", {"seed": 3, "num_epochs": 2}), ("batch", {"batch_size": 1})):
+        run = train_to_end(with_table(**lora, **change), tmp_path / name)
+        found = held_out(run)[0]["loss"]
+        assert found == (last if name == "seed" else pytest.approx(last, abs=1e-6))
 
 
 def test_the_losses_of_ranges_add_up(
@@ -222,6 +229,83 @@ def test_a_training_without_progress_ends_early(values: Values, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("rows", "visits", "every"), [(6, 36, 6), pytest.param(12, 500, 25, marks=pytest.mark.soak)]
+)
+def test_a_training_that_memorises_keeps_an_earlier_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int, visits: int, every: int
+) -> None:
+    """Few rows of the demo, all of them in each step."""
+    data = tmp_path / "digits_new"
+    write_new_digits(data)
+    new = pl.col("prompt").str.contains("eight|nine")
+    for table in (data / "metadata.csv", data / "held_out.csv"):
+        pl.read_csv(table).filter(new).head(rows).write_csv(table)
+    recipe = demo(
+        tmp_path,
+        customized_dataset=None,
+        customized_evaluation=None,
+        sample_prompts=[],
+        dataset_repeat=1,
+        num_epochs=visits,
+        batch_size=rows,
+        lr_scheduler="constant",
+        validation_steps=every,
+        validation_timesteps=2,
+        save_steps=visits,
+        keep_best=True,
+    )
+    assert main(["--recipe", str(recipe)]) == 0
+    measured = held_out(tmp_path / "run")
+    best, last = int(measured[-1]["best_step"]), measured[-1]
+    assert last["step"] == visits > best
+    then = next(row for row in measured if row["step"] == best)
+    assert last["loss"] > then["loss"]
+    assert last["trained_loss"] < then["trained_loss"]
+    assert last["gap"] > then["gap"] > measured[0]["gap"]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (kept,) = record["best"]
+    assert kept == f"best-step-{best}.safetensors"
+    (exported,) = (tmp_path / "run" / "exports" / "diffusers").glob("*.safetensors")
+    assert provenance(exported)["checkpoint"] == record["checkpoints"][kept]
+    if visits == 500:
+        assert capsys.readouterr().err.count("warning: the model memorises: since step") == 1
+
+
+def history(*losses: tuple[float, float]) -> list[HeldOutMetrics]:
+    """Measurements of (held-out loss, loss of trained samples), one a step from step 0 on."""
+    found: list[HeldOutMetrics] = []
+    for step, (loss, trained) in enumerate(losses):
+        smallest = min(range(1, step + 1), key=lambda n: losses[n][0], default=0)
+        found.append(HeldOutMetrics(step, loss, trained, [loss], smallest))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("losses", "first"),
+    [
+        # It memorises: the third measurement in a row that is worse by far says so.
+        ([(1.0, 1.0), (0.8, 0.8), (0.85, 0.7), (0.9, 0.6), (0.95, 0.5), (1.0, 0.4)], 4),
+        # It goes on learning, with ups and downs.
+        (
+            [(1.0, 1.0), (0.8, 0.8), (0.9, 0.7), (0.9, 0.7), (0.7, 0.6), (0.8, 0.5), (0.8, 0.4)],
+            None,
+        ),
+        # The loss stays where it is.
+        ([(1.0, 1.0), (0.8, 0.8), (0.81, 0.7), (0.82, 0.6), (0.83, 0.5), (0.83, 0.4)], None),
+        # It diverges: that of the trained samples rises, too.
+        ([(1.0, 1.0), (0.8, 0.8), (0.9, 0.9), (1.0, 1.0), (2.0, 2.0)], None),
+        # Before the training it was the smallest: it has learned nothing yet.
+        ([(0.5, 1.0), (0.8, 0.8), (0.7, 0.7), (0.65, 0.6), (0.6, 0.5)], None),
+    ],
+)
+def test_memorising_is_said_when_it_is_clear(
+    losses: list[tuple[float, float]], first: int | None
+) -> None:
+    ends = [n for n in range(len(losses)) if memorises(history(*losses)[: n + 1])]
+    assert (ends[0] if ends else None) == first
+
+
+@pytest.mark.parametrize(
     "stops", [[3, 2, 5], *(pytest.param([1] * n, marks=pytest.mark.soak) for n in (1, 6))]
 )
 def test_a_stopped_training_measures_the_same(
@@ -236,12 +320,12 @@ def test_a_stopped_training_measures_the_same(
 
 def test_the_losses_of_samples_are_those_of_their_visits(values: Values, tmp_path: Path) -> None:
     run = train_to_end(values(num_epochs=6, dataset_repeat=2), tmp_path / "run")
-    found = pl.read_parquet(run / "sample_losses.parquet")
+    found = pl.read_parquet(run / "rows.parquet")
     assert sorted(found["row"]) == list(range(1, 9))
     assert found["visits"].to_list() == [12] * 8
     assert found["difficulty"].is_sorted(descending=True)
-    mean: Any = found["difficulty"].mean()
-    assert 0.5 < mean < 2.0
+    assert found["difficulty"].median() == pytest.approx(1.0, abs=1e-6)
+    assert not found["stands_out"].any()
 
 
 def test_the_second_half_takes_no_other_held_out_table(
@@ -274,7 +358,8 @@ def test_two_processes_keep_the_same_best_weights(values: Values, tmp_path: Path
     assert done.returncode == 0, done.stderr
     one, other = held_out(tmp_path / "alone"), held_out(run)
     assert [row["step"] for row in other] == [row["step"] for row in one]
-    assert [r["loss"] for r in other] == pytest.approx([r["loss"] for r in one], rel=1e-5)
+    for name in ("loss", "trained_loss"):
+        assert [r[name] for r in other] == pytest.approx([r[name] for r in one], abs=1e-6)
     record = json.loads((run / "run.json").read_text())
     (best,) = run.glob("best-*")
     assert record["best"] == [best.name]

@@ -30,11 +30,11 @@ from diffsynth_dagster.weights.hub import ModelHub
 MINE = ["step-3-mine.safetensors", "notes.txt", "samples/cat.png", "state/mine/x", "older/mine/x"]
 OF_A_TRAINING = [
     *("epoch-0.safetensors", "step-7.safetensors", "samples/step-1.png", "metrics.csv"),
-    *("held_out.csv", "sample_losses.parquet"),
+    *("held_out.csv", "rows.parquet", "sample_losses.parquet"),
     *("state/step-1/state.json", "state/step-2/state.json"),
     *("exports/diffusers/dit/x.safetensors", "exports/kohya/y.safetensors"),
     *("exports/authors/dit/x.safetensors", "exports/comfyui/y.safetensors"),
-    *("exports/README.md", "exports/loss.svg"),
+    *("exports/README.md", "exports/loss.svg", "report.html"),
 ]
 TABLES = ["metadata.parquet", "samples.parquet", "held_out/samples.parquet", "rejected.csv"]
 ENDED = 1_700_000_000

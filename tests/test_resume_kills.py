@@ -122,11 +122,14 @@ def test_kills_change_no_byte(
 
 
 @pytest.mark.soak
-def test_three_hundred_kills(tmp_path: Path, show: Callable[[str], None]) -> None:
-    """The whole demo. `SOAK_SEED` and `SOAK_KILLS` in the environment choose others."""
-    seed = int(os.environ.get("SOAK_SEED", random.randrange(1 << 32)))
+@pytest.mark.parametrize("half", [0, 1])
+def test_three_hundred_kills(tmp_path: Path, show: Callable[[str], None], half: int) -> None:
+    """The whole demo, in two halves that may run beside each other. `SOAK_SEED` and `SOAK_KILLS` in the
+    environment choose others."""
+    seed = int(os.environ.get("SOAK_SEED", random.randrange(1 << 32))) + half
     kills, began = int(os.environ.get("SOAK_KILLS", "300")), time.monotonic()
-    show(f"SOAK_SEED={seed}")
+    kills = kills // 2 if half else kills - kills // 2
+    show(f"SOAK_SEED={seed - half}, half {half}")
     counted = killed(demo(tmp_path, state_steps=20), seed, kills - kills // 4, kills // 4)
-    show(f"{time.monotonic() - began:.0f} s with SOAK_SEED={seed}: {dict(counted)}")
+    show(f"half {half}, {time.monotonic() - began:.0f} s: {dict(counted)}")
     assert counted["killed"] + counted["stopped"] == kills

@@ -109,6 +109,7 @@ def test_a_wheel_holds_what_a_project_begins_with(wheel: Path) -> None:
         names = file.namelist()
         (home,) = (n for n in names if n.endswith("dagster_home/dagster.yaml"))
         assert file.read(home) == (ROOT / "dagster_home" / "dagster.yaml").read_bytes()
+    assert "diffsynth_dagster/report/templates/report.css" in names
     inside = {n.removeprefix("diffsynth_dagster/project_files/") for n in names}
     examples = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("recipes/examples/*/*.yaml")}
     assert len(examples) > 60

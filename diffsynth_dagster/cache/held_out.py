@@ -18,6 +18,7 @@ from diffsynth_dagster.cache.manifest import (
     Manifest,
     read_manifest,
 )
+from diffsynth_dagster.cache.near_copies import near_held_out, near_trained, unsigned
 from diffsynth_dagster.config.inherited import require_same
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.scan import scan_parquet
@@ -32,6 +33,14 @@ _OF_PARTS = re.compile(r"\.(?:trained|held_out|compared)\.(?:parquet|records|bin
 """The names of the files that `parts_of` and `resolve` write for the parts."""
 _OF_SAMPLES = re.compile(r"\.sampled\.(?:records|bin|json)")
 """The names of the files that `resolve` writes for the rows of samples."""
+_HELD_OUT = ".held_out.parquet"
+"""The manifest of the held-out samples, if it is not that of their own data set."""
+_SHOWN = 5
+"""Rows that a message names."""
+_UNSIGNED = (
+    "{} rows were checked by a version that could not tell near copies, so that held-out rows may "
+    "have some among those that are trained on; verify_content checks and encodes the data set anew"
+)
 _NUMBERS = 2**64
 """Number of different values of `CONTENT_NUMBER`."""
 
@@ -45,11 +54,13 @@ class Parts:
         held_out: the samples of the held-out loss; None if nothing is held out.
         compared: some of the trained samples, as many as are held out if there are enough. If their
             loss is far below the held-out loss, the model memorises. None if nothing is held out.
+        warnings: see `Division`.
     """
 
     trained: Manifest
     held_out: Manifest | None = None
     compared: Manifest | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def held_out_config(config: TrainingConfig) -> TrainingConfig | None:
@@ -145,50 +156,84 @@ def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
             where=str(manifest.path),
             do="encode it again: nothing that the store holds is lost",
         )
-    # Either a data set of its own, which must not overlap, or a part that is split off.
-    held_out = held_out_manifest(config, manifest)
-    trained = manifest
-    if held_out is not None:
-        _require_disjoint(manifest.rows, held_out.rows, config)
+    own = held_out_manifest(config, manifest)
+    found = divided(config, manifest.rows, None if own is None else own.rows)
+    held_out, trained = own, manifest
+    path = folder / _HELD_OUT
+    if own is None:
+        held_out = _part(manifest, found.held_out, path)
+        trained = _part(manifest, found.trained, folder / ".trained.parquet")
+    elif found.left_out:
+        held_out = _part(own, found.held_out, path)
     else:
-        last = last_held_out(config, manifest.rows)
-        is_held_out = pl.col(CONTENT_NUMBER) <= last
-        held_out = _part(manifest, is_held_out, folder / ".held_out.parquet")
-        trained = _part(manifest, ~is_held_out, folder / ".trained.parquet")
-        _require_some(config, held_out.samples, trained.samples)
+        path.unlink(missing_ok=True)  # of an earlier training: see `export.judged`
+    assert held_out is not None
     # Those with the smallest content numbers: a random choice that is always the same.
     count = min(held_out.samples, trained.samples)
     numbers = trained.rows.select(pl.col(CONTENT_NUMBER).bottom_k(count).max())
     last = numbers.collect(engine="streaming").item()
-    compared = _part(trained, pl.col(CONTENT_NUMBER) <= last, folder / ".compared.parquet")
-    return Parts(trained, held_out, compared)
+    of_smallest = trained.rows.filter(pl.col(CONTENT_NUMBER) <= last)
+    compared = _part(trained, of_smallest, folder / ".compared.parquet")
+    return Parts(trained, held_out, compared, found.warnings)
 
 
-def split_rows(
-    config: TrainingConfig, rows: pl.LazyFrame, held_out: pl.LazyFrame | None
-) -> tuple[pl.LazyFrame, pl.LazyFrame | None]:
+@dataclass(frozen=True)
+class Division:
+    """Rows, divided.
+
+    Attributes:
+        trained: the rows that are trained on.
+        held_out: the rows that are held out; None if nothing is held out.
+        left_out: how many rows are neither trained on nor held out, though their table names them.
+        warnings: which they are, and why.
+    """
+
+    trained: pl.LazyFrame
+    held_out: pl.LazyFrame | None = None
+    left_out: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+def divided(config: TrainingConfig, rows: pl.LazyFrame, held_out: pl.LazyFrame | None) -> Division:
     """Divide rows as `parts_of` does, without writing anything.
 
-    Args:
-        rows: the rows of the data set, with their `CONTENT_NUMBER`.
-        held_out: the rows of the held-out data set, with their `CONTENT_NUMBER`; None if there is
-            no `validation_metadata_path`.
+    Near copies are on one side only. What `validation_split` holds out follows from its content
+    alone, so that its near copies are not trained on. A training with a held-out table of its own is
+    the same as without one, so that rows of that table which are near copies are not measured.
 
-    Returns:
-        The rows that are trained on, and those that are held out; None if nothing is held out.
+    Args:
+        rows: the rows of the data set, with their `CONTENT_NUMBER` and `SIGNATURE`.
+        held_out: those of the held-out data set; None if there is no `validation_metadata_path`.
 
     Raises:
         ParameterError, MetadataError: see `parts_of`.
     """
-    if held_out is not None:
+    if not config.holds_out:
+        return Division(rows)
+    old = unsigned(rows) + (0 if held_out is None else unsigned(held_out))
+    warnings = [_UNSIGNED.format(old)] if old else []
+    if held_out is None:
+        held_out, rest = split_off(config, rows)
+        near = near_trained(rest, held_out)
+        rows = rest if near.is_empty() else rest.filter(~pl.col("row").is_in(near["row"].implode()))
+        _require_some(config, _count(held_out), _count(rows), near.height)
+        what = ("near copies of held-out rows, and not trained on", "held-out row")
+    else:
         _require_disjoint(rows, held_out, config)
-    if held_out is not None or not config.holds_out:
-        return rows, held_out
+        near = near_held_out(rows, held_out)
+        if not near.is_empty():
+            held_out = held_out.filter(~pl.col("row").is_in(near["row"].implode()))
+            _require_measured(config, held_out)
+        what = ("held out, but near copies of trained rows, and not measured", "trained row")
+    if not near.is_empty():
+        warnings.append(_said_of(near, *what))
+    return Division(rows, held_out, near.height, tuple(warnings))
+
+
+def split_off(config: TrainingConfig, rows: pl.LazyFrame) -> tuple[pl.LazyFrame, pl.LazyFrame]:
+    """The rows that `validation_split` holds out, and the others, near copies among them."""
     is_held_out = pl.col(CONTENT_NUMBER) <= last_held_out(config, rows)
-    held_out, trained = rows.filter(is_held_out), rows.filter(~is_held_out)
-    counts = [part.select(pl.len()).collect().item() for part in (held_out, trained)]
-    _require_some(config, *counts)
-    return trained, held_out
+    return rows.filter(is_held_out), rows.filter(~is_held_out)
 
 
 def last_held_out(config: TrainingConfig, rows: pl.LazyFrame) -> int:
@@ -205,25 +250,57 @@ def last_held_out(config: TrainingConfig, rows: pl.LazyFrame) -> int:
     return numbers.collect(engine="streaming").item()
 
 
-def _part(manifest: Manifest, chosen: pl.Expr, path: Path) -> Manifest:
-    """Write the chosen rows of a manifest as a manifest of their own. Raises `OutputError`."""
-    rows = manifest.rows.filter(chosen)
+def _part(manifest: Manifest, rows: pl.LazyFrame | None, path: Path) -> Manifest:
+    """Write rows of a manifest as a manifest of their own. Raises `OutputError`."""
+    assert rows is not None
     write_whole(path, lambda staged: rows.sink_parquet(staged, compression="lz4"))
-    count = scan_parquet(path).select(pl.len()).collect().item()
-    return replace(manifest, path=path, samples=count)
+    return replace(manifest, path=path, samples=_count(scan_parquet(path)))
 
 
-def _require_some(config: TrainingConfig, held_out: int, trained: int) -> None:
-    """Refuse a split that leaves no sample on one side. Raises `ParameterError`."""
-    if held_out and trained:
-        return
-    whole = held_out + trained
-    what = "left to train on" if held_out else "held out"
-    raise ParameterError(
-        f"of {whole} samples none is {what}",
-        where=f"validation_split = {config.validation_split:g}",
-        do="give a number of samples, or a fraction that fits these",
-    )
+def _count(rows: pl.LazyFrame) -> int:
+    return int(rows.select(pl.len()).collect(engine="streaming").item())
+
+
+def _said_of(near: pl.DataFrame, what: str, of: str) -> str:
+    """The warning about rows that are left out.
+
+    Args:
+        near: see `near_trained` and `near_held_out`.
+    """
+    shown = [f"{row} (of {of} {copied})" for row, copied in near.head(_SHOWN).iter_rows()]
+    more = f" and {near.height - _SHOWN} more" if near.height > _SHOWN else ""
+    return f"{near.height} rows are {what}: {', '.join(shown)}{more}"
+
+
+def _require_some(config: TrainingConfig, held_out: int, trained: int, near: int) -> None:
+    """Refuse a split that leaves no sample on one side, or that takes more than half of the others
+    from the training as near copies. Raises `ParameterError`."""
+    whole = held_out + trained + near
+    where = f"validation_split = {config.validation_split:g}"
+    if near > trained:
+        raise ParameterError(
+            f"of {whole} samples {held_out} are held out, and {near} more are near copies of these: "
+            f"{trained} would be left to train on",
+            where=where,
+            do="name other pictures as a table of their own, validation_metadata_path, or leave "
+            "near copies out of the data set",
+        )
+    if not held_out or not trained:
+        raise ParameterError(
+            f"of {whole} samples none is {'left to train on' if held_out else 'held out'}",
+            where=where,
+            do="give a number of samples, or a fraction that fits these",
+        )
+
+
+def _require_measured(config: TrainingConfig, held_out: pl.LazyFrame) -> None:
+    """Refuse a held-out table whose rows are all near copies. Raises `MetadataError`."""
+    if not _count(held_out):
+        raise MetadataError(
+            "all of its rows are near copies of rows that are trained on",
+            where=f"validation_metadata_path = {config.validation_metadata_path}",
+            do="hold out other pictures: the loss of these says nothing about new ones",
+        )
 
 
 def _require_disjoint(rows: pl.LazyFrame, held_out: pl.LazyFrame, config: TrainingConfig) -> None:
@@ -238,9 +315,9 @@ def _require_disjoint(rows: pl.LazyFrame, held_out: pl.LazyFrame, config: Traini
     both = numbered.join(rows.select(CONTENT_NUMBER).unique(), on=CONTENT_NUMBER, how="semi")
     shared = both.select(pl.col("row").sort()).collect(engine="streaming")["row"].to_list()
     if shared:
-        more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
+        more = f" and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
         raise MetadataError(
-            f"what rows {', '.join(map(str, shared[:5]))}{more} hold out is trained on as well",
+            f"what rows {', '.join(map(str, shared[:_SHOWN]))}{more} hold out is trained on as well",
             where=f"validation_metadata_path = {config.validation_metadata_path}",
             do="take them out of one of the tables",
         )

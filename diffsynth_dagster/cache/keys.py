@@ -9,16 +9,17 @@ Keys of millions of rows are computed as expressions on whole columns, not row b
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import polars as pl
 import torch
 
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
-from diffsynth_dagster.cache.manifest import CONTENT_NUMBER
+from diffsynth_dagster.cache.manifest import CONTENT_NUMBER, SIGNATURE
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.digests import digest_column
+from diffsynth_dagster.data.media.signature import FLAT
 from diffsynth_dagster.data.samples import READ_BY, trained_sizes
 from diffsynth_dagster.facts import FactCache, digest_of
 from diffsynth_dagster.families.contract import Family, Stage
@@ -94,10 +95,30 @@ def content_number(inputs: Sequence[Input]) -> pl.Expr:
     return digest.str.slice(0, 16).str.to_integer(base=16, dtype=pl.UInt64)
 
 
+def signature(inputs: Sequence[Input], names: Collection[str]) -> pl.Expr:
+    """The signature of the file that is trained on: see `media.signature`.
+
+    Args:
+        names: the columns of the checked table. One of an older version has no signatures: they are
+            null then.
+    """
+    first = next((i for i in inputs if i.is_file), None)
+    if first is None:
+        return pl.lit(FLAT)
+    digest, found = pl.col(f"{first.column}:digest"), pl.col(f"{first.column}:signature")
+    if f"{first.column}:signature" not in names:
+        found = pl.lit(None, pl.String)
+    elif first.many:
+        digest, found = digest.list.first(), found.list.first()
+    return pl.when(digest.is_null()).then(pl.lit(FLAT)).otherwise(found)
+
+
 def with_content_numbers(rows: pl.LazyFrame, inputs: Sequence[Input]) -> pl.LazyFrame:
-    """Add the column `CONTENT_NUMBER` to rows of a checked table: see `content_number`."""
+    """Add the columns `CONTENT_NUMBER` and `SIGNATURE` to rows of a checked table: see
+    `content_number` and `signature`."""
     first = next((i for i in inputs if i.is_file), inputs[0])
-    rows = rows.with_columns(_content(first).alias(CONTENT + first.column))
+    signed = signature(inputs, rows.collect_schema().names()).alias(SIGNATURE)
+    rows = rows.with_columns(_content(first).alias(CONTENT + first.column), signed)
     return rows.with_columns(content_number(inputs).alias(CONTENT_NUMBER))
 
 

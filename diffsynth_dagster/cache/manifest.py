@@ -5,6 +5,8 @@ that are trained on is the run folder. It has a row for each sample:
 
     sample          its identity
     content         a number below 2^64, made from the content of the file that is trained on
+    signature       what that file looks like, coarsely (see `media.signature`); null if it was
+                    checked by a version without signatures. Older manifests lack the column
     row, width, height, frames, shape, repeat    as in the checked table; not all have `repeat`
     tokens          number of patches of its latents
     key:<stage>     its key in the store, for each cached stage
@@ -32,6 +34,7 @@ FILE_NAME = "samples.parquet"
 PLANNED = ".samples.planned.parquet"
 """The manifest before its samples are encoded: the store may lack some of them."""
 CONTENT_NUMBER = "content"
+SIGNATURE = "signature"
 _NOTES = "diffsynth_dagster"
 _DO = (
     "encode it first: materialize the recipe's latents, or run the task sft:data_process with this "

@@ -16,6 +16,7 @@ from diffsynth_dagster.cache.keys import (
     Keys,
     content_number,
     sample_identity,
+    signature,
     stage_digest,
     with_contents,
 )
@@ -23,6 +24,7 @@ from diffsynth_dagster.cache.layout import LAYOUT_VERSION
 from diffsynth_dagster.cache.manifest import (
     CONTENT_NUMBER,
     PLANNED,
+    SIGNATURE,
     Manifest,
     Notes,
     write_manifest,
@@ -72,7 +74,9 @@ def plan_samples(
         draft = folder / "draft.parquet"
         sizes = _sizes(table)
         make_rows = _row_maker(family.columns, cached, step_inputs, keys, captions, sizes)
-        planned = table.accepted.select(_read_columns(family.columns, sizes)).map_batches(
+        signed = signature(family.columns.inputs, table.rows.collect_schema().names())
+        read = [*_read_columns(family.columns, sizes), signed.alias(SIGNATURE)]
+        planned = table.accepted.select(read).map_batches(
             make_rows,
             schema=_schema(cached, step_inputs, captions, sizes),
             streamable=True,
@@ -127,7 +131,7 @@ def _schema(
     ]
     listed = dict.fromkeys(_listed(cached, step_inputs, captions), pl.List(pl.String))
     plain = dict.fromkeys(texts, pl.String)
-    first = {"sample": pl.String, CONTENT_NUMBER: pl.UInt64}
+    first = {"sample": pl.String, CONTENT_NUMBER: pl.UInt64, SIGNATURE: pl.String}
     # `listed` replaces the types of columns in `plain`; their place stays.
     return {**first, **sizes, "tokens": pl.Int64, **plain, **listed}
 
@@ -154,6 +158,7 @@ def _row_maker(
     identity = sample_identity(columns.inputs).alias("sample")
     others = [
         content_number(columns.inputs).alias(CONTENT_NUMBER),
+        pl.col(SIGNATURE),
         *(pl.col(name).cast(kind) for name, kind in sizes.items()),
         tokens(columns).alias("tokens"),
         pl.col("shape"),

@@ -55,6 +55,7 @@ def check_data(
     columns: Columns,
     fact_cache: FactCache,
     progress: Progress = lambda n: None,
+    signed: bool = False,
 ) -> CheckedTable:
     """The same as `prepare_data`, but without making the data set or writing the table.
 
@@ -65,7 +66,7 @@ def check_data(
     DECODING.megapixels = config.decode_megapixels
     checked = find_checked(Path(config.dataset_metadata_path))
     if checked is None:
-        return validate(config, columns, fact_cache, progress)
+        return validate(config, columns, fact_cache, progress, signed)
     _require_fit(config, columns, checked)
     return checked
 
@@ -77,6 +78,7 @@ def prepare_data(
     progress: Progress = lambda n: None,
     pinned: bool = False,
     made: bool = False,
+    signed: bool = False,
 ) -> CheckedTable:
     """Return the checked table of a config, and write it into the run folder.
 
@@ -88,6 +90,7 @@ def prepare_data(
         pinned: whether the caller owns the run folder and goes on with this table, even if others
             check the data set again meanwhile: see `table.checked_table.PINNED`.
         made: whether `make_data` was already called.
+        signed: whether the rows need signatures, by which near copies are found: see `FileCheck`.
 
     Raises:
         MetadataError, ParameterError: see `validate`; or the checked table is for other columns or
@@ -111,7 +114,7 @@ def prepare_data(
     assert not is_own, "the data set's own table is not replaced: see `training.overlap`"
     if not made:
         make_data(config)
-    checked = validate(config, columns, fact_cache, progress)
+    checked = validate(config, columns, fact_cache, progress, signed)
     return write_checked(checked, own.parent, pinned)
 
 

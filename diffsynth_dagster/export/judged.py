@@ -97,7 +97,7 @@ def numbers_of(folder: Path, record: RunRecord, step: int) -> dict[str, Measured
     if rows is not None:
         # The last one: a resumed training may measure a step twice.
         numbers[HELD_OUT] = Measured(losses[-1], _conditions(record, _HELD_OUT_LOSS, rows))
-    loss = _mean_of_last_steps(folder / LOGS[0], step)
+    loss = mean_of_last_steps(folder / LOGS[0], step)
     if loss is not None:
         conditions = _conditions(record, _TRAINED_LOSS, record.samples_digest)
         numbers[LAST_STEPS] = Measured(loss, conditions)
@@ -113,21 +113,20 @@ def _conditions(record: RunRecord, parameters: tuple[str, ...], rows: str) -> st
 def _held_out_rows(folder: Path, record: RunRecord) -> str | None:
     """Digest of the held-out samples, from a table of their own or split off from the data set.
     None if they are no longer known."""
-    if record.held_out_digest is not None:
-        return record.held_out_digest
     path = folder / ".held_out.parquet"  # see `cache.held_out.parts_of`
     if not path.is_file():
-        return None
+        return record.held_out_digest
     from diffsynth_dagster.cache.manifest import CONTENT_NUMBER
     from diffsynth_dagster.data.scan import read_parquet
 
     rows = read_parquet(path)
     # Sorted, because the order in the table does not matter. The keys say how a sample was encoded.
     names = ["sample", CONTENT_NUMBER, *(c for c in rows.columns if c.startswith("key:"))]
-    return digest_text(rows.select(names).sort(names[:2]).write_json())
+    found = rows.select(names).sort(names[:2]).write_json()
+    return digest_text((record.held_out_digest or "") + found)
 
 
-def _mean_of_last_steps(metrics: Path, step: int) -> float | None:
+def mean_of_last_steps(metrics: Path, step: int) -> float | None:
     """Mean loss of the last tenth of the steps before a checkpoint, from `metrics.csv`. None if the
     file is missing, or lacks these steps.
 

@@ -8,8 +8,8 @@ from typing import Any
 import polars as pl
 
 from diffsynth_dagster.cache.held_out import FOLDER as HELD_OUT
-from diffsynth_dagster.cache.held_out import last_held_out
-from diffsynth_dagster.cache.manifest import CONTENT_NUMBER, Manifest, read_manifest
+from diffsynth_dagster.cache.held_out import divided
+from diffsynth_dagster.cache.manifest import Manifest, read_manifest
 from diffsynth_dagster.data.table.checked_table import FILE_NAME, PINNED, read_checked
 from diffsynth_dagster.data.table.validate import BOOKKEEPING, CheckedTable
 from diffsynth_dagster.errors import StoreError, printable, shown
@@ -36,11 +36,12 @@ class Tables:
     manifest: Manifest
 
     def trained_rows(self, run: Run) -> list[int]:
-        """The sorted numbers of the rows that were trained on: all that are not held out."""
+        """The sorted numbers of the rows that were trained on: all that are not held out, nor near
+        copies of those."""
         rows = self.manifest.rows
         config = run.config
         if config is not None and config.validation_split is not None:
-            rows = rows.filter(pl.col(CONTENT_NUMBER) > last_held_out(config, self.manifest.rows))
+            rows = divided(config, rows, None).trained
         return (
             rows.select(pl.col("row").unique().sort()).collect(engine="streaming")["row"].to_list()
         )

@@ -12,8 +12,10 @@ from diffsynth_dagster.run.folder import owned
 from diffsynth_dagster.run.record import (
     FILE_NAME,
     LOGS,
+    OLD_ROWS,
     PICTURES,
-    SAMPLE_LOSSES,
+    REPORT,
+    ROWS,
     RunRecord,
     read_record,
     written_files,
@@ -86,7 +88,7 @@ def clear(output: Path, warn: Warn) -> None:
         return
     require_held(output)
     with refusals(f"{_LEFT} cannot be removed", output):
-        for name in files | {*LOGS, SAMPLE_LOSSES}:
+        for name in files | {*LOGS, ROWS, OLD_ROWS, REPORT}:
             (output / name).unlink(missing_ok=True)
 
 
@@ -94,7 +96,8 @@ def _move(output: Path, warn: Warn) -> None:
     """Move the training in a run folder to `older/`, and report it. Raises `OutputError`."""
     states = [path.relative_to(output).as_posix() for _, path in state_folders(output)]
     # `metrics.csv` last: it is one of the signs by which `_had_training` recognises a training.
-    names = [*sorted(earlier_files(output)), *_EXPORTS, *states, SAMPLE_LOSSES, *reversed(LOGS)]
+    tables = (ROWS, OLD_ROWS, REPORT, *reversed(LOGS))
+    names = [*sorted(earlier_files(output)), *_EXPORTS, *states, *tables]
     with refusals(f"{_LEFT} cannot be moved to older/", output):
         older = move(output, names)
     warn(f"{_description_of(older)} is now in {older}")

@@ -169,6 +169,12 @@ class HeldOutMetrics(Event):
     best_step: int
 
     @property
+    def gap(self) -> float:
+        """How far the held-out loss is above that of trained samples. It grows when the training
+        overfits."""
+        return self.loss - self.trained_loss
+
+    @property
     def line(self) -> str:
         """The two losses, for the terminal and the log."""
         return (
@@ -186,7 +192,7 @@ class HeldOutMetrics(Event):
             "step": self.step,
             "loss": self.loss,
             "trained_loss": self.trained_loss,
-            "gap": self.loss - self.trained_loss,  # it grows when the training overfits
+            "gap": self.gap,
             **(named if count > 1 else {}),
             "best_step": self.best_step,
         }

@@ -18,7 +18,12 @@ FILE_NAME = "run.json"
 PICTURES = "samples"
 LOGS = ("metrics.csv", "loss.csv", "held_out.csv")
 """Files to which the training appends lines while it runs."""
-SAMPLE_LOSSES = "sample_losses.parquet"
+ROWS = "rows.parquet"
+"""The losses of each row over its visits: see `training/row_losses.py`."""
+OLD_ROWS = "sample_losses.parquet"
+"""What older trainings have in its place."""
+REPORT = "report.html"
+"""What came of the training, for a browser: see the room `report`."""
 STARTS = ("lora_checkpoint", "resume_from_checkpoint")
 """The parameters that name a file to start from."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -272,7 +277,7 @@ class RunFile:
         self._update(
             trained_tensors=trained_tensors,
             changed_tensors=changed_tensors,
-            beside=self._with_digests(*LOGS, SAMPLE_LOSSES),
+            beside=self._with_digests(*LOGS, ROWS),
             finished=True,
         )
 
@@ -319,3 +324,19 @@ def read_record(folder: Path) -> RunRecord | None:
             where=str(path),
             do="remove it: the training is then run again",
         ) from error
+
+
+def require_record(folder: Path) -> RunRecord:
+    """The record in a run folder.
+
+    Raises:
+        OutputError: there is none, or it is damaged.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise OutputError(
+            "the folder holds no training",
+            where=str(folder),
+            do=f"give a run folder (output_path), which has a {FILE_NAME}",
+        )
+    return record

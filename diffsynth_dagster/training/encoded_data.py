@@ -93,7 +93,9 @@ def checked_table(
         tables: list[CheckedTable] = []
         for data in [config] if held_out is None else [config, held_out]:
             with tqdm(desc="check files", unit="file", delay=2, disable=None) as bar:
-                tables.append(prepare_data(data, columns, fact_cache, bar.update, pinned=True))
+                signed = config.holds_out
+                table = prepare_data(data, columns, fact_cache, bar.update, True, signed=signed)
+                tables.append(table)
             check(tables[-1])
         return tables[0]
 
@@ -281,12 +283,14 @@ def require_stored(manifest: Manifest) -> None:
 @dataclass(frozen=True)
 class Resolved:
     """Where the samples of a training are stored: those that are trained on, those that its
-    held-out loss is measured on (see `Parts`), and the rows that samples are made from."""
+    held-out loss is measured on (see `Parts`), and the rows that samples are made from. The
+    warnings are known to the process that divided them, one of each node."""
 
     trained: Samples
     held_out: Samples | None
     compared: Samples | None
     sampled: SampledRows | None
+    warnings: tuple[str, ...] = ()
 
 
 def resolved_samples(config: TrainingConfig, manifests: Manifests, parallel: Parallel) -> Resolved:
@@ -298,10 +302,12 @@ def resolved_samples(config: TrainingConfig, manifests: Manifests, parallel: Par
         ParameterError, MetadataError: see `parts_of`.
     """
     folder = Path(config.output_path)
+    warnings: tuple[str, ...] = ()
     with parallel.node_main_first():
         if parallel.is_node_main:
             forget_parts(config, folder)
             parts = parts_of(config, manifests.train, folder)
+            warnings = parts.warnings
             resolve(parts.trained, folder)
             if parts.held_out is not None and parts.compared is not None:
                 resolve(parts.held_out, folder, HELD_OUT)
@@ -313,4 +319,4 @@ def resolved_samples(config: TrainingConfig, manifests: Manifests, parallel: Par
         sampled = None
         if manifests.samples is not None:
             sampled = SampledRows(manifests.samples, Samples(folder, SAMPLED))
-        return Resolved(Samples(folder), held_out, compared, sampled)
+        return Resolved(Samples(folder), held_out, compared, sampled, warnings)

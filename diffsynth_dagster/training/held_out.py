@@ -24,6 +24,8 @@ from diffsynth_dagster.training.periodic import SavePoints, save_weights
 from diffsynth_dagster.training.setup import TrainingState
 from diffsynth_dagster.training.step import evaluating
 
+_RISEN, _IN_A_ROW = 1.05, 3
+"""The last `_IN_A_ROW` held-out losses are this many times the smallest one: the model memorises."""
 SEED = 0
 """Seed of the noise and timesteps, whatever the seed of the training."""
 
@@ -62,6 +64,9 @@ class HeldOut:
             s for s in (training.samples.held_out, training.samples.compared) if s is not None
         ]
         self._history = [_metrics(stored) for stored in training.inputs.run_file.record.held_out]
+        # A resumed training does not warn a second time.
+        ends = range(1, len(self._history) + 1)
+        self._warned = any(memorises(self._history[:end]) for end in ends)
 
     @property
     def stops(self) -> bool:
@@ -106,6 +111,9 @@ class HeldOut:
             self._keep(training, step)
         inputs.run_file.held_out(asdict(metrics))
         inputs.reporter.report(metrics)
+        if not self._warned and memorises(self._history):
+            self._warned = True
+            inputs.reporter.warn(_warning(self._history, inputs.config.keep_best))
 
     def _keep(self, training: TrainingState, step: int) -> None:
         """Write the weights, and remove the previous best ones."""
@@ -198,6 +206,36 @@ def _read(data: StepDataset, samples: Samples, looks: Sequence[Look]) -> Batch:
         SEED,
         looks[0].denoiser,
         1.0,
+    )
+
+
+def memorises(history: Sequence[HeldOutMetrics]) -> bool:
+    """Whether the last measurements say clearly that the model memorises: each held-out loss is
+    well above the smallest one, though that of the trained samples is smaller than it was then."""
+    best = _best_of(history)
+    last = [m for m in history if m.step > best.step][-_IN_A_ROW:] if best is not None else []
+    return len(last) == _IN_A_ROW and all(
+        best is not None and m.loss > _RISEN * best.loss and m.trained_loss < best.trained_loss
+        for m in last
+    )
+
+
+def _best_of(history: Sequence[HeldOutMetrics]) -> HeldOutMetrics | None:
+    """The measurement with the smallest held-out loss; None before the first step."""
+    if not history or history[-1].best_step == 0:
+        return None
+    return next((m for m in history if m.step == history[-1].best_step), None)
+
+
+def _warning(history: Sequence[HeldOutMetrics], keeps: bool) -> str:
+    """What is said of a training that memorises."""
+    best, now = _best_of(history), history[-1]
+    assert best is not None
+    kept = f"best-step-{best.step} is kept" if keeps else "keep_best would keep those weights"
+    return (
+        f"the model memorises: since step {best.step} the held-out loss has risen from {best.loss:.4f} "
+        f"to {now.loss:.4f}, while that of trained samples has fallen from {best.trained_loss:.4f} to "
+        f"{now.trained_loss:.4f}; {kept}, and fewer steps or more rows help"
     )
 
 

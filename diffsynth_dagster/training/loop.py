@@ -26,6 +26,7 @@ from diffsynth_dagster.training.periodic import (
     end_early,
     run_due,
 )
+from diffsynth_dagster.training.reports import Reports, renew
 from diffsynth_dagster.training.resume import make_ready, restore
 from diffsynth_dagster.training.sample_pictures import Pictures
 from diffsynth_dagster.training.setup import Inputs, TrainingState, set_up
@@ -74,7 +75,9 @@ def _train(training: TrainingState) -> RunRecord:
     checkpoints.warn_of_space(training)
     states = States(training)
     held_out = HeldOut(training, points)
-    beside = [held_out, checkpoints, SamplePictures(points, pictures, config.sample_steps)]
+    beside: list[Periodic] = [held_out, checkpoints]
+    beside.append(SamplePictures(points, pictures, config.sample_steps))
+    beside.append(Reports(points, beside))
     # Before the first step, or what a stop left undone after the step of the state.
     if run_due(beside, training, first, done) < len(beside):
         raise Stopped
@@ -122,8 +125,9 @@ def _finish(
     )
     after = _fingerprints(training.trained.items())
     pictures.evaluate("after")
-    training.losses.write(run_file.folder, parallel)
+    training.losses.write(run_file.folder, parallel, reporter.warn)
     run_file.finished(len(after), sum(before[name] != after[name] for name in after))
+    renew(inputs)
     if parallel.is_main_process:
         drop_older(run_file.folder, inputs.config.runs_keep, reporter.warn)
     record = run_file.record

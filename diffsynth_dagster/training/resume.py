@@ -44,6 +44,7 @@ _CARRIED = (
     "evaluation",
     "beside",
     "pictures",
+    "shown",
     "clips",
 )
 
@@ -280,7 +281,8 @@ def going_on(record: RunRecord, state: WrittenState | None) -> RunRecord:
     """The record of a training that goes on from a state, or starts from the beginning."""
     if state is None:
         return record
-    carried = {name: state.record[name] for name in _CARRIED}
+    # States of before do not have all of them.
+    carried = {name: state.record[name] for name in _CARRIED if name in state.record}
     before = [*state.record["resumed_from"], state.step]
     return replace(record, **carried, resumed_from=before)
 

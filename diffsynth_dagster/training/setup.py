@@ -21,7 +21,7 @@ from diffsynth_dagster.training.optimizer import (
     parameter_groups,
 )
 from diffsynth_dagster.training.parallel import Parallel
-from diffsynth_dagster.training.sample_losses import SampleLosses
+from diffsynth_dagster.training.row_losses import RowLosses
 from diffsynth_dagster.training.state import WrittenState
 from diffsynth_dagster.training.step import TrainingStep
 from diffsynth_dagster.weights.models import Models
@@ -82,7 +82,7 @@ class TrainingState:
     schedule: torch.optim.lr_scheduler.LRScheduler
     data: StepDataset
     samples: Resolved
-    losses: SampleLosses
+    losses: RowLosses
     total_steps: int
     average: Average
 
@@ -126,7 +126,8 @@ def set_up(inputs: Inputs) -> TrainingState:
     trained = parallel.trained(model, trainable)
     # From the prepared parameters, which are those that the optimizer updates.
     average = make_average(config, trained, optimizer)
-    losses = SampleLosses(samples.trained, len(inputs.models.resolved.noising.timesteps))
+    timesteps = None if config.distills else len(inputs.models.resolved.noising.timesteps)
+    losses = RowLosses(samples.trained, timesteps)
     return TrainingState(
         inputs,
         step_module,

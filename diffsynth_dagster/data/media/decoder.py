@@ -43,6 +43,8 @@ _ORIENTATION = 0x0112
 """The EXIF tag of the orientation."""
 _STRIP = 1 << 20
 """Pixels that are checked at once, so that the check needs little memory."""
+_SMALL_SIDE, _SMALLS = 32, 16
+"""Pixels on a side of the small grey frames, of which about so many are kept for a file."""
 _HIGH_RANGE = {16: "PQ", 18: "HLG"}
 """Transfer functions of a high dynamic range, by their numbers in ITU-T H.273."""
 Turn = tuple[tuple[int, int], tuple[int, int]]
@@ -108,7 +110,8 @@ def _decode_video(path: str, report: Callable[[int], None]) -> dict[str, object]
         if not isinstance(stream, VideoStream):
             return {"error": "it has no video"}
         stream.codec_context.thread_count = 1  # the pool runs one process for each core
-        decord, found = _Decord(path), dict[str, object]()
+        decord, smalls, found = _Decord(path), _SmallFrames(), dict[str, object]()
+        turn = UPRIGHT
         stamps: list[int | None] = []
         last_s = 0.0
         for number, frame in enumerate(container.decode(stream), 1):
@@ -128,10 +131,39 @@ def _decode_video(path: str, report: Callable[[int], None]) -> dict[str, object]
             stamps.append(frame.pts)
             last_s = float(frame.duration * (stream.time_base or 0)) if frame.duration else 0.0
             decord.compare(frame)
+            smalls.add(frame)
             report(number)
         rate, times = _timing(stream, stamps, last_s)
     decoder = "decord" if decord.matched(len(stamps)) else "pyav"
-    return {**found, "frames": len(stamps), "rate": rate, "times": times, "decoder": decoder}
+    timed = {"frames": len(stamps), "rate": rate, "times": times}
+    small = smalls.first_and_middle(turn) if stamps else ""
+    return {**found, **timed, "decoder": decoder, "small": small}
+
+
+class _SmallFrames:
+    """Keeps some frames of a file of unknown length, evenly spaced: small, and in grey."""
+
+    def __init__(self) -> None:
+        self._kept: list[np.ndarray] = []
+        self._seen, self._every = 0, 1
+
+    def add(self, frame: "VideoFrame") -> None:
+        """Look at the next frame."""
+        if self._seen % self._every == 0:
+            small = frame.reformat(_SMALL_SIDE, _SMALL_SIDE, "gray")
+            self._kept.append(small.to_ndarray())
+            if len(self._kept) > _SMALLS:
+                self._kept, self._every = self._kept[::2], 2 * self._every
+        self._seen += 1
+
+    def first_and_middle(self, turn: Turn) -> str:
+        """The first frame and one near the middle, upright and side by side: bytes (32, 64), row by
+        row, in hexadecimal."""
+        import numpy as np
+
+        middle = self._kept[(self._seen - 1) // 2 // self._every]
+        both = [upright(frame, turn) for frame in (self._kept[0], middle)]
+        return np.hstack(both).tobytes().hex()
 
 
 class _Decord:

@@ -53,7 +53,8 @@ class DecoderPool:
               frame is shown, counted from the first, followed by the end of the last frame;
             - `decoder`, which library must read the frames: "pillow", "decord" (which works if
               frames are read in order from the beginning) or "pyav";
-            - for a video `transfer`: "PQ" or "HLG" for high dynamic range, else None;
+            - for a video `transfer`: "PQ" or "HLG" for high dynamic range, else None; and `small`,
+              two frames of 32 x 32 grey pixels side by side (32, 64), in hexadecimal;
             - for an animation `first`, the number of its first frame in the file, and
               `transparent`, whether any pixel is not opaque.
 

@@ -28,6 +28,7 @@ from diffsynth_dagster.data.media.colour import (
     without_low_bits,
 )
 from diffsynth_dagster.data.media.containers import cut_short
+from diffsynth_dagster.data.media.signature import picture_signature
 from diffsynth_dagster.facts import Facts, digest_file
 from diffsynth_dagster.shortage import says_short
 
@@ -133,8 +134,8 @@ def image_facts(path: Path) -> Facts:
     """Check an image by decoding it.
 
     Returns:
-        `digest`, `width` and `height` in pixels (upright), and `colour_facts`; or `status` and
-        `message`.
+        `digest`, `width` and `height` in pixels (upright), `signature` and `colour_facts`; or
+        `status` and `message`.
 
     Raises:
         MemoryError: there is not enough memory to decode it.
@@ -143,12 +144,13 @@ def image_facts(path: Path) -> Facts:
         with open_image(path) as image, DECODING.hold(image.width * image.height):
             image.load()
             colours = colour_facts(image)
-            # The size alone is wanted, which needs no conversion of colours.
-            width, height = as_rgb(image, Look(profile=False)).size
+            # Neither the size nor the signature needs a conversion of colours.
+            rgb = as_rgb(image, Look(profile=False))
+            sized = {"width": rgb.width, "height": rgb.height, "signature": picture_signature(rgb)}
         missing = cut_short(path)
         if missing is not None:
             return {"status": "unreadable", "message": f"not a readable image: {missing}"}
-        return {"digest": digest_file(path), "width": width, "height": height, **colours}
+        return {"digest": digest_file(path), **sized, **colours}
     except IMAGE_ERRORS as error:
         return media_problem(error, "image")
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
@@ -21,6 +22,7 @@ from diffsynth_dagster.data.media.image import (
     open_image,
     to_tensor,
 )
+from diffsynth_dagster.data.media.signature import SIDE, picture_signature
 from diffsynth_dagster.facts import Facts, digest_file
 
 
@@ -28,8 +30,9 @@ def video_facts(path: Path, pool: DecoderPool) -> Facts:
     """Check a video by decoding every frame.
 
     Returns:
-        `digest` and the result of `DecoderPool.decode`, and `colour_facts` if Pillow reads the
-        file; or `status` and `message`.
+        `digest`, `signature` and the result of `DecoderPool.decode`, and `colour_facts` if Pillow
+        reads the file; or `status` and `message`. The signature is that of the first frame, and of
+        a video that of its first frame and one near its middle, side by side.
     """
     try:
         found = _animation_facts(path, pool)  # None if Pillow does not read it
@@ -52,6 +55,9 @@ def video_facts(path: Path, pool: DecoderPool) -> Facts:
     if transfer is not None:
         why = f"its range is high ({transfer}), and models are trained on BT.709: convert the clip"
         return {"status": "high_range", "message": why}
+    if "small" in found:
+        rows = np.frombuffer(bytes.fromhex(found.pop("small")), dtype=np.uint8)
+        found["signature"] = picture_signature(Image.fromarray(rows.reshape(SIDE, -1)))
     try:
         return {"digest": digest_file(path), **found}
     except OSError as error:
@@ -66,15 +72,15 @@ def _animation_facts(path: Path, pool: DecoderPool) -> Facts | None:
         return None
     with opened as image, DECODING.hold(image.width * image.height):
         image.load()
-        colours = colour_facts(image)
+        rgb = as_rgb(image, Look(profile=False))
+        facts = {**colour_facts(image), "signature": picture_signature(rgb)}
         if frame_count(image) > 1:
             found = pool.decode(path, "animation")
             # The colours are those of the first frame; any frame may be transparent.
-            transparent = colours["transparent"] or found.get("transparent", False)
-            return {**found, **colours, "transparent": transparent}
-        width, height = as_rgb(image, Look(profile=False)).size
+            transparent = facts["transparent"] or found.get("transparent", False)
+            return {**found, **facts, "transparent": transparent}
     still = {"frames": 1, "rate": None, "times": None, "decoder": "pillow"}
-    return {"width": width, "height": height, **still, **colours}
+    return {"width": rgb.width, "height": rgb.height, **still, **facts}
 
 
 def read_frames(

@@ -44,6 +44,7 @@ _PER_FILE: dict[str, Any] = {
     "seconds": pl.Float64,
     "reading": pl.String,
     "transparent": pl.Boolean,
+    "signature": pl.String,
 }
 """Columns that `FileCheck.check` adds for each file, with their types."""
 _AT_ONCE = 1 << 16
@@ -141,9 +142,18 @@ class FileCheck:
     """Checks file columns. Use it as a context manager, which ends the decoding processes."""
 
     def __init__(
-        self, config: TrainingConfig, shape: TrainedShape, fact_cache: FactCache, progress: Progress
+        self,
+        config: TrainingConfig,
+        shape: TrainedShape,
+        fact_cache: FactCache,
+        progress: Progress,
+        signed: bool = False,
     ) -> None:
         """Prepare to check files.
+
+        Args:
+            signed: whether every picture and clip needs a `signature`: those whose cached facts are
+                from before there were signatures are decoded again.
 
         Raises:
             MetadataError: the data set's folder does not exist, or its name is not UTF-8.
@@ -161,6 +171,7 @@ class FileCheck:
         self._anywhere = config.allow_outside_base_path
         self._again = config.verify_content
         self._shape = shape
+        self._signed = signed
         self._fact_cache = fact_cache
         self._progress = progress
         self._decoders = DecoderPool()
@@ -182,7 +193,8 @@ class FileCheck:
 
             - `<column>:path` (resolved), `:digest`, `:size` and `:modified` (see `FileState`);
             - `:width` and `:height` (pixels, upright), `:rate` (frames or samples per second),
-              `:seconds` of sound, `:transparent`, whether a picture has pixels that are not opaque;
+              `:seconds` of sound, `:transparent`, whether a picture has pixels that are not opaque,
+              and `:signature` (see `media.signature`; null if it was not asked for and is unknown);
             - `:target` ([width, height] that it is trained at), `:frames` (trained; 1 for an
               image), `:stride`, `:shown` and `:reading` (see `samples`).
         """
@@ -215,14 +227,13 @@ class FileCheck:
         """A frame with one row for each value: its file, facts and status."""
         places = {value: self._resolve(value) for value in values}
         paths = [path for path, _ in places.values() if path is not None]
-        facts = self._fact_cache.look_up(
-            # Pictures and images have the same facts.
-            f"{item.kind if item.kind in ('video', 'audio') else 'image'}:{_CHECK}",
-            paths,
-            _naming_the_file(self._find_out(item), item.kind),
-            again=self._again,
-            progress=self._progress,
-        )
+        # Pictures and images have the same facts.
+        kind = f"{item.kind if item.kind in ('video', 'audio') else 'image'}:{_CHECK}"
+        find_out = _naming_the_file(self._find_out(item), item.kind)
+        facts = self._fact_cache.look_up(kind, paths, find_out, self._again, self._progress)
+        if self._signed and item.kind != "audio":
+            old = [p for p, found in facts.items() if not found.keys() & {"status", "signature"}]
+            facts |= self._fact_cache.look_up(kind, old, find_out, again=True)
         shaped = {path: self._shape.of(found, item) for path, found in facts.items()}
         rows = [
             _file_row(

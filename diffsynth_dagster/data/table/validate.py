@@ -186,8 +186,12 @@ def validate(
     columns: Columns,
     fact_cache: FactCache,
     progress: Progress = lambda n: None,
+    signed: bool = False,
 ) -> CheckedTable:
     """Check every row of the metadata table, and every file that it names.
+
+    Args:
+        signed: see `FileCheck`.
 
     Raises:
         MetadataError: the table cannot be read or lacks a column.
@@ -205,7 +209,7 @@ def validate(
     inputs = check_columns(config, columns)
     source = RowSource.of(config)
     frame = source.read(inputs, reader)
-    with FileCheck(config, rules, fact_cache, progress) as files:
+    with FileCheck(config, rules, fact_cache, progress, signed) as files:
         for item in columns.files:
             checked = files.check(frame, item)
             # A folder has no column that says which clips have sound. If sound is optional, take

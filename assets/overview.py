@@ -1,0 +1,198 @@
+"""The picture of a training that its page shows first: sample pictures with their prompts, and curves.
+
+An SVG, so that the browser draws the prompts: it has fonts for all scripts.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from assets.svg import Line, chart, cut, defined, placed, text, thinned, whole
+
+if TYPE_CHECKING:
+    from diffsynth_dagster.run.record import RunRecord, ShownSample
+
+_WIDTH = 656
+"""Pixels: what an asset's page has for its description in a window of 1280."""
+_OPEN = 222
+"""Height of what is to be seen at once: of a description Dagster shows 260 pixels, and its button
+"Show more" over the last of them."""
+_CHART = 190
+_GAP = 4
+_PROMPT, _LABEL = 17, 14
+"""Heights of a line with a prompt, and of one with steps."""
+_ALONE, _TOGETHER = 190, 88
+"""Height of a sample where there is one prompt, and where there are more."""
+_MOST = 240
+"""How many samples are shown of all prompts together: steps in between are left out."""
+_DENSE = 2
+"""Pixels of a sample for each pixel on the page, for sharp screens."""
+_POINTS = 150
+"""Points of a curve."""
+_WIDE = 3.0
+"""Width by height of a sample from which only one of them is shown in a row."""
+_PALE = "loss of each step"
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The sample pictures of a training.
+
+    Attributes:
+        files: step → picture.
+        shown: where each sample lies in every picture, and its prompt.
+        made: name → samples as parts of an SVG that were made before.
+    """
+
+    files: Mapping[int, Path]
+    shown: "Sequence[ShownSample]"
+    made: dict[str, str]
+
+    @property
+    def height(self) -> int:
+        """Pixels that a sample has on the page."""
+        return _ALONE if len(self.shown) == 1 else _TOGETHER
+
+    def columns(self, width: int) -> tuple[int, int]:
+        """How many samples stand beside each other in a width, and how wide each is."""
+        boxes = [each["box"] for each in self.shown]
+        aspect = max((b[2] - b[0]) / max(1, b[3] - b[1]) for b in boxes)
+        least = 1 if aspect > _WIDE else 2
+        cell = min(round(self.height * aspect), (width + _GAP) // least - _GAP)
+        return max(1, (width + _GAP) // (cell + _GAP)), cell
+
+    def defined(self, steps: Iterable[int], cell: int) -> Iterator[str]:
+        """The samples of some steps, for use at any place."""
+        from PIL import Image
+
+        for step in steps:
+            names = [f"s{step}-{index}" for index in range(len(self.shown))]
+            if not self.made.keys() >= set(names):
+                with Image.open(self.files[step]) as picture:
+                    for name, each in zip(names, self.shown, strict=True):
+                        left, top, right, bottom = each["box"]
+                        sample = picture.crop((left, top, right, bottom))
+                        sample.thumbnail((cell * _DENSE, self.height * _DENSE))
+                        self.made[name] = defined(name, sample, (cell, self.height))
+            yield from (self.made[name] for name in names)
+
+
+def overview(
+    record: "RunRecord",
+    folder: Path,
+    changed: Collection[Path] = (),
+    made: dict[str, str] | None = None,
+) -> str | None:
+    """Samples and curves of a training as an SVG; None if it has neither yet.
+
+    Args:
+        folder: the run folder.
+        changed: files that were changed since the training wrote them. They are not read.
+        made: the samples that were made for an earlier picture of this training, so that not all are
+            read again. New ones are added.
+    """
+    lines = _losses(record, folder / "metrics.csv", changed)
+    samples = _samples(record, folder / "samples", changed, {} if made is None else made)
+    parts, bottom, left = list[str](), 0, 0
+    if samples is not None:
+        left = _WIDTH - _CHART
+        drawn, bottom = _drawn(samples, left - 2 * _GAP if lines else _WIDTH)
+        parts += drawn
+    if lines:
+        parts += chart(lines, (left, 0, _WIDTH - left, _OPEN), _PALE)
+        bottom = max(bottom, _OPEN)
+    return whole(_WIDTH, bottom, parts) if parts else None
+
+
+def _losses(record: "RunRecord", metrics: Path, changed: Collection[Path]) -> dict[str, Line]:
+    """The curves that are not empty, by name."""
+    from diffsynth_dagster.data.scan import read_csv
+
+    lines: dict[str, Line] = {}
+    if metrics not in changed and metrics.is_file():
+        rows = read_csv(metrics, ["step", "loss"])
+        mean = rows["loss"].rolling_mean(max(2, rows.height // 20), min_samples=1)
+        steps = rows["step"].to_list()
+        lines = {_PALE: (steps, rows["loss"].to_list()), "loss, mean": (steps, mean.to_list())}
+    steps = [row["step"] for row in record.held_out]
+    for name, column in (("held-out loss", "loss"), ("of trained samples", "trained_loss")):
+        lines[name] = (steps, [row[column] for row in record.held_out])
+    thin = {name: thinned(line, _POINTS) for name, line in lines.items()}
+    return {name: line for name, line in thin.items() if line[0]}
+
+
+def _samples(
+    record: "RunRecord", folder: Path, changed: Collection[Path], made: dict[str, str]
+) -> _Samples | None:
+    """The sample pictures that can be shown; None if there are none."""
+    from PIL import Image
+
+    files: dict[int, Path] = {}
+    for name, file in record.pictures.items():
+        path, step = folder / file, name.removeprefix("step-")
+        # All other pictures are of the evaluation.
+        if step != name and step.isdigit() and path not in changed and path.is_file():
+            files[int(step)] = path
+    if not files:
+        return None
+    shown: Sequence[ShownSample] = record.shown
+    if not shown:  # An older version wrote the record: the pictures are shown as they are.
+        with Image.open(next(iter(files.values()))) as picture:
+            shown = [{"prompt": "", "box": [0, 0, *picture.size]}]
+    return _Samples(dict(sorted(files.items())), shown, made)
+
+
+def _drawn(samples: _Samples, width: int) -> tuple[list[str], int]:
+    """Each prompt with some of its samples, then, if these are not all, each with all of them.
+
+    Args:
+        width: of the first part; the curves are beside it.
+
+    Returns:
+        Parts of an SVG, and where they end.
+    """
+    columns, cell = samples.columns(width)
+    few = _spread(list(samples.files), columns)
+    every = _spread(list(samples.files), max(columns, _MOST // len(samples.shown)))
+    parts = list(samples.defined(sorted({*few, *every}), cell))
+    parts += [text(f"step {step}", k * (cell + _GAP), 11, 11) for k, step in enumerate(few)]
+    top = _LABEL
+    for index, each in enumerate(samples.shown):
+        parts += _prompt(each["prompt"], top, width if top < _OPEN else _WIDTH)
+        top += _PROMPT
+        parts += _row(few, index, cell, top)
+        top += samples.height + _GAP
+    if len(few) == len(samples.files):
+        return parts, top
+    columns = max(1, (_WIDTH + _GAP) // (cell + _GAP))
+    for index, each in enumerate(samples.shown):
+        top += _PROMPT
+        parts += _prompt(each["prompt"], top, _WIDTH)
+        top += _PROMPT
+        for first in range(0, len(every), columns):
+            row = every[first : first + columns]
+            parts += [
+                text(f"step {step}", k * (cell + _GAP), top + 11, 11) for k, step in enumerate(row)
+            ]
+            parts += _row(row, index, cell, top + _LABEL)
+            top += _LABEL + samples.height + _GAP
+    return parts, top
+
+
+def _prompt(prompt: str, top: int, width: int) -> list[str]:
+    return [text(cut(prompt, width, 13), 0, top + 13, 13)]
+
+
+def _row(steps: Sequence[int], index: int, cell: int, top: int) -> list[str]:
+    """The samples of a prompt beside each other."""
+    return [placed(f"s{step}-{index}", k * (cell + _GAP), top) for k, step in enumerate(steps)]
+
+
+def _spread(steps: Sequence[int], count: int) -> list[int]:
+    """At most so many of the steps: the last, the first, and evenly in between."""
+    if len(steps) <= count:
+        return list(steps)
+    if count == 1:
+        return [steps[-1]]
+    return [steps[round(k * (len(steps) - 1) / (count - 1))] for k in range(count)]
