@@ -258,18 +258,18 @@ def predict(
     step: TrainingStep, found: ResolvedModel, batch: Batch, x_t: Tensors, t: float
 ) -> Tensors:
     """Our prediction for a batch of one sample."""
-    *_, conditions = step._by_role(step._run_stages(batch))
+    stages = step._stage_outputs
+    *_, conditions = stages.by_role(stages.of(batch, step.loaded, torch.device("cpu")))
     noisy = {name: tensor[None] for name, tensor in x_t.items()}
     with torch.no_grad():
-        predicted = found.family.denoise(
-            step.loaded[found.family.denoiser], step.loaded, conditions, noisy, torch.tensor([t])
-        )
+        predicted = step._denoise(found.family.denoiser, conditions, noisy, torch.tensor([t]))
     return {name: tensor[0] for name, tensor in predicted.items()}
 
 
 def some_x_t(step: TrainingStep, batch: Batch) -> Tensors:
     """Noise in the shape of the sample, with what is known of it in place."""
-    x_0, known, _ = step._by_role(step._run_stages(batch))
+    stages = step._stage_outputs
+    x_0, known, _ = stages.by_role(stages.of(batch, step.loaded, torch.device("cpu")))
     source = torch.Generator().manual_seed(0)
     x_t = {n: torch.randn(t.shape, generator=source) for n, t in x_0.items()}
     for name, mask in known.items():
