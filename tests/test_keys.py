@@ -8,7 +8,7 @@ import polars as pl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from video_family import CAPTION, EDITS, FIRST, VIDEO, video_family
+from video_family import EDITS, FIRST, VIDEO, video_family
 
 from diffsynth_dagster.cache.keys import Keys, sample_identity, with_contents
 from diffsynth_dagster.cache.plan_samples import tokens
@@ -121,17 +121,6 @@ def test_keys_are_equal_where_content_and_reading_are(
                 assert (a == b) == (text_a == text_b)
     made = [set(frame.select(keys.of_rows(s)).to_series()) for s in FAMILY.stages]
     assert len(set.union(*made)) == sum(len(m) for m in made)
-
-
-@given(captions)
-@settings(deadline=None, max_examples=30)
-def test_the_key_of_a_prompt_is_that_of_a_row_that_says_it(
-    tmp_path_factory: Any, caption: str
-) -> None:
-    keys = keys_of_family(tmp_path_factory.getbasetemp())
-    stage = FAMILY.stage("prompt")
-    row = with_contents(pl.DataFrame({"prompt": [caption]}), [CAPTION])
-    assert row.select(keys.of_rows(stage)).item() == keys.of_prompt(stage, caption)
 
 
 def test_tokens_count_the_patches_of_all_files() -> None:

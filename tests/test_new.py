@@ -66,7 +66,7 @@ def test_a_recipe_follows_from_the_pictures(
     assert list(config.model_paths) == model_files(tiny_qwen)
     assert (config.max_pixels, config.max_train_steps, config.save_steps) == (48 * 32, 1200, 300)
     assert config.validation_split is None
-    assert config.sample_texts == tuple(
+    assert config.sample_prompts == tuple(
         f"ohwx a cat: number {n} on a sofa, asleep" for n in (0, 4, 9)
     )
     # All else is the template's, with its comments.
@@ -99,7 +99,7 @@ def test_what_is_there_stays(project: Path) -> None:
     assert config.dataset_base_path == str(outside)
     assert config.dataset_metadata_path == str(outside / "table.csv")
     assert (config.validation_split, config.max_train_steps) == (3, 2000)
-    assert config.sample_texts == ("a dog",)
+    assert config.sample_prompts == ("a dog",)
 
 
 @pytest.mark.parametrize(
@@ -223,5 +223,5 @@ def test_every_template_takes_a_data_set_of_ones_own(tmp_path: Path) -> None:
         config = read_recipe(recipe).config
         check_config(config, guess_model(config))
         assert config.max_train_steps == (600 if options.num_processes == 8 else 2000), name
-        assert config.sample_texts in ((), tuple(prompts))
+        assert config.sample_prompts in ((), tuple(prompts))
         assert (config.height is None) == (config.max_pixels == 640 * 480 or "sd15" in name), name
