@@ -1,6 +1,6 @@
 """`<recipe>/latents`: encodes the samples into the store."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ def _encode(
         checked = read_checked(Path(config.output_path))
         report = _launch(context, recipe, config, launcher)
         manifest = read_manifest(Path(config.output_path))
-        contents = [look_into(manifest, checked)]
+        contents, of_samples = [look_into(manifest, checked)], list["Contents"]()
         versions, holdout = [manifest.digest], held_out_config(config)
         # A held-out table has its own manifest, in a folder inside the run folder.
         if holdout is not None:
@@ -102,10 +102,10 @@ def _encode(
         if config.makes_samples:
             folder = Path(config.output_path) / SAMPLES_FOLDER
             samples = read_manifest(folder)
-            contents.append(look_into(samples, read_checked(folder, PINNED)))
+            of_samples.append(look_into(samples, read_checked(folder, PINNED)))
             # Prompts are in the code version, but what a table holds is not.
             versions += [] if config.sample_table is None else [samples.digest]
-        facts, check = _describe(manifest, contents)
+        facts, check = _describe(manifest, contents, of_samples)
         facts |= long_captions_facts(read_long_captions(Path(config.output_path)))
     # Hits were in the store already, misses were encoded in this run.
     for kind, counts in (("hits", report.hits), ("misses", report.misses)):
@@ -138,21 +138,25 @@ def _launch(
 
 
 def _describe(
-    manifest: "Manifest", contents: "list[Contents]"
+    manifest: "Manifest", contents: "list[Contents]", of_samples: "Sequence[Contents]" = ()
 ) -> tuple[dict[str, Any], dg.AssetCheckResult]:
     """Metadata on what the store holds, and the result of the check that it is complete and finite.
 
     Args:
         manifest: of the samples that are trained on.
-        contents: what the store holds for `manifest`, then for the other row sets.
+        contents: what the store holds for `manifest`, then for the held-out table if there is one.
+        of_samples: what it holds for the rows that samples are made from.
     """
-    missing, not_finite, samples, accepted = (
-        sum(getattr(content, name) for content in contents)
-        for name in ("missing", "not_finite", "samples", "accepted")
+    whole = [*contents, *of_samples]
+    missing, not_finite = (
+        sum(getattr(c, name) for c in whole) for name in ("missing", "not_finite")
+    )
+    samples, accepted = (
+        sum(getattr(c, name) for c in contents) for name in ("samples", "accepted")
     )
     facts: dict[str, Any] = {
         "dagster/row_count": contents[0].samples,
-        "store_bytes": sum(content.bytes for content in contents),
+        "store_bytes": sum(content.bytes for content in whole),
         "store": dg.MetadataValue.path(manifest.store),
         "buckets": table(
             {"width": width, "height": height, "samples": count}
@@ -161,7 +165,7 @@ def _describe(
     }
     return facts, dg.AssetCheckResult(
         check_name=CHECK,
-        passed=all(content.sound for content in contents),
+        passed=all(content.sound for content in whole),
         description=f"{missing} keys are missing, {not_finite} hold NaN or "
         f"infinity; {samples} samples for {accepted} accepted rows",
         metadata={

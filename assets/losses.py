@@ -10,9 +10,10 @@ from assets.pictures import MAX_BYTES, contact_sheet, curves, inline
 from assets.rows import files_of_rows, markdown
 
 if TYPE_CHECKING:
-    from polars import DataFrame, LazyFrame
+    from polars import DataFrame
 
     from diffsynth_dagster.config import TrainingConfig
+    from diffsynth_dagster.data.table.validate import CheckedTable
     from diffsynth_dagster.run.record import RunRecord
 
 _HARDEST = 24
@@ -74,32 +75,31 @@ def hardest_facts(config: "TrainingConfig", changed: list[Path]) -> dict[str, An
     named = losses.filter("stands_out")["row"].to_list()
     more = f" and {len(named) - _HARDEST} more" if len(named) > _HARDEST else ""
     found: dict[str, Any] = {
-        "hardest_samples": _as_table(losses.head(_HARDEST), checked.accepted),
+        "hardest_samples": _as_table(losses.head(_HARDEST), checked),
     }
     if named:
         rows = ", ".join(map(str, named[:_HARDEST]))
         found["samples_that_stand_out"] = f"rows {rows}{more}"
     if others:
         easiest = losses.tail(min(_EASIEST, others)).reverse()
-        found["easiest_samples"] = _as_table(easiest, checked.accepted)
+        found["easiest_samples"] = _as_table(easiest, checked)
     return found
 
 
-def _as_table(losses: "DataFrame", accepted: "LazyFrame") -> dg.MarkdownMetadataValue:
+def _as_table(losses: "DataFrame", checked: "CheckedTable") -> dg.MarkdownMetadataValue:
     """A table in markdown: of each row its pictures, number, losses and texts.
 
     Args:
         losses: some rows of `rows.parquet`.
-        accepted: the accepted rows of the checked table.
+        checked: the table of the data set.
     """
-    import polars as pl
+    from diffsynth_dagster.data.columns import described_inputs
 
     # A semi join first, so that only these few rows of a table of any size are loaded.
-    rows = accepted.join(losses.lazy(), on="row", how="semi").collect()
+    rows = checked.accepted.join(losses.lazy(), on="row", how="semi").collect()
     rows = losses.join(rows, on="row", how="inner", maintain_order="left")
-    # Columns with a colon hold what the check found out about a file, such as "image:width".
-    texts = [c for c in rows.columns if ":" not in c and rows.schema[c] == pl.String]
-    texts = [c for c in texts if c not in ("status", "message", "shape")]
+    read = described_inputs(checked.read_as)
+    texts = [i.column for i in read if i.is_file or i.kind == "text"]
     texts.sort(key=lambda c: f"{c}:path" in rows.columns)  # captions before names of files
     lines: list[list[object]] = []
     for index, row in enumerate(rows.iter_rows(named=True)):
@@ -112,7 +112,7 @@ def _as_table(losses: "DataFrame", accepted: "LazyFrame") -> dg.MarkdownMetadata
                 row["row"],
                 f"{row['difficulty']:.2f}{stands_out}",
                 row["visits"],
-                *(row[name] for name in texts),
+                *(" / ".join(v) if isinstance(v := row[name], list) else v for name in texts),
             ]
         )
     return dg.MetadataValue.md(markdown(["picture", "row", "difficulty", "visits", *texts], lines))

@@ -221,7 +221,7 @@ def require_encoded(known: Known) -> None:
         require_stored(manifest)
     # Without files, as if the model list had all components.
     components = model.components.keys() or {c.name for c in model.family.components}
-    require_encodable_samples(config, model.family, found.train.folder, components)
+    require_encodable_samples(config, model.family, found.train, components)
 
 
 def count_full_training(known: Known) -> None:

@@ -77,8 +77,11 @@ def require_planned_weights(
     Raises:
         WeightsError: the files of this machine differ, or have changed since.
     """
-    now = {name: component_digest(model, name, fact_cache) for name in manifest.weights}
-    for name in Fingerprint(manifest.weights).differs(Fingerprint(now)):
+    # What the model list lacks encodes nothing: all that it made is in the store.
+    listed = {**model.components, **model.tokenizers}
+    planned = {name: digest for name, digest in manifest.weights.items() if name in listed}
+    now = {name: component_digest(model, name, fact_cache) for name in planned}
+    for name in Fingerprint(planned).differs(Fingerprint(now)):
         raise WeightsError(
             f"the files of '{name}' are not those that the samples were planned for",
             where=str(model.files(name)[0]),

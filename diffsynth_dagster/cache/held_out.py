@@ -25,14 +25,17 @@ from diffsynth_dagster.data.scan import scan_parquet
 from diffsynth_dagster.data.table.checked_table import FILE_NAME as CHECKED
 from diffsynth_dagster.data.table.checked_table import PINNED
 from diffsynth_dagster.errors import MetadataError, ParameterError, StoreError
-from diffsynth_dagster.files import write_whole
+from diffsynth_dagster.facts import digest_of
+from diffsynth_dagster.files import remove, write_whole
 
 FOLDER = "held_out"
 """The folder of the held-out data set inside the run folder."""
 _OF_PARTS = re.compile(r"\.(?:trained|held_out|compared)\.(?:parquet|records|bin|captions|json)")
 """The names of the files that `parts_of` and `resolve` write for the parts."""
-_OF_SAMPLES = re.compile(r"\.sampled\.(?:records|bin|json)")
-"""The names of the files that `resolve` writes for the rows of samples."""
+_OF_SAMPLES = re.compile(r"\.sampled(?:\.(?:records|bin|json))?|\.prompts")
+_OF_EVALUATION = re.compile(r"\.evaluated(?:\.(?:records|bin|json))?")
+"""The names of the folders of these row sets, and of the files that `resolve` writes for them. Older
+versions had the rows of samples in `.prompts`."""
 _HELD_OUT = ".held_out.parquet"
 """The manifest of the held-out samples, if it is not that of their own data set."""
 _SHOWN = 5
@@ -131,9 +134,10 @@ def forget_parts(config: TrainingConfig, folder: Path) -> None:
     not have, held out or of samples: see `parts_of` and `resolve`."""
     unused = [] if config.holds_out else [_OF_PARTS]
     unused += [] if config.makes_samples else [_OF_SAMPLES]
+    unused += [] if config.customized_evaluation else [_OF_EVALUATION]
     for path in folder.glob(".*"):
         if any(pattern.fullmatch(path.name) for pattern in unused):
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 def parts_of(config: TrainingConfig, manifest: Manifest, folder: Path) -> Parts:
@@ -234,6 +238,19 @@ def split_off(config: TrainingConfig, rows: pl.LazyFrame) -> tuple[pl.LazyFrame,
     """The rows that `validation_split` holds out, and the others, near copies among them."""
     is_held_out = pl.col(CONTENT_NUMBER) <= last_held_out(config, rows)
     return rows.filter(is_held_out), rows.filter(~is_held_out)
+
+
+def left_out_digest(config: TrainingConfig, manifest: Manifest) -> str | None:
+    """Digest of the samples that `validation_split` leaves out as near copies; None if there are
+    none. A data set that is checked anew may show more of them with the same samples."""
+    if config.validation_split is None or CONTENT_NUMBER not in manifest.rows.collect_schema():
+        return None
+    held_out, rest = split_off(config, manifest.rows)
+    near = near_trained(rest, held_out)
+    if near.is_empty():
+        return None
+    left_out = manifest.rows.join(near.lazy(), on="row", how="semi").select("sample")
+    return digest_of(sorted(left_out.collect(engine="streaming")["sample"]))
 
 
 def last_held_out(config: TrainingConfig, rows: pl.LazyFrame) -> int:

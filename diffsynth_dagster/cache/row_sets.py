@@ -10,6 +10,7 @@ resolved by the same functions, whichever it is.
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import polars as pl
 
 from diffsynth_dagster.cache.held_out import held_out_config
 from diffsynth_dagster.cache.layout import SAMPLES_FOLDER
-from diffsynth_dagster.cache.manifest import Manifest, read_manifest
+from diffsynth_dagster.cache.manifest import FILE_NAME, Manifest, read_manifest
 from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.data.columns import CAPTION
 from diffsynth_dagster.data.table.checked_table import write_checked
@@ -106,7 +107,8 @@ def asked_of_samples(config: TrainingConfig, family: Family) -> dict[str, Any]:
 
 
 def _digest(table: Path) -> str | None:
-    """Digest of a table; None if it is missing: the second half of split training needs none."""
+    """Digest of a table; None if it is missing, as it may be in the second half of split
+    training."""
     return digest_file(table) if table.is_file() else None
 
 
@@ -143,6 +145,8 @@ def write_samples_table(row_set: RowSet, family: Family, fact_cache: FactCache) 
             (pl.col("row") + pl.len()).cast(pl.UInt32).alias("row"),
         )
         table = replace(table, rows=pl.concat([table.rows, unprompted]))
+    # Of the table before: if encoding is stopped, it must not be read with this one.
+    (row_set.folder / FILE_NAME).unlink(missing_ok=True)
     write_checked(table, row_set.folder, pinned=True)
 
 
@@ -152,43 +156,57 @@ def needed_beside_prompt(family: Family) -> list[str]:
     return [i.column for i in columns if i.column != CAPTION and not i.optional]
 
 
-def find_samples(config: TrainingConfig, family: Family, encoded_in: Path) -> Manifest | None:
-    """The manifest of the row set `samples`; None if it is not encoded yet, or another one is.
+def find_samples(config: TrainingConfig, family: Family, manifest: Manifest) -> Manifest | None:
+    """The manifest of the row set `samples` that was encoded with a data set; None if the data set
+    was encoded without samples, or for other ones.
 
     Args:
-        encoded_in: the folder in which the data set was encoded. The second half of split training
-            may have encoded samples of its own in its run folder.
+        manifest: of the data set.
     """
-    asked = asked_of_samples(config, family)
-    for folder in dict.fromkeys((encoded_in, Path(config.output_path))):
-        try:
-            found = read_manifest(folder / SAMPLES_FOLDER)
-        except StoreError:
-            continue
-        if _differs(found.made_of, asked) is None:
-            return found
-    return None
+    try:
+        found = read_manifest(manifest.folder / SAMPLES_FOLDER)
+    except StoreError:
+        return None
+    # A first half that was stopped after the data set may have left the samples of an older one.
+    of_it = (found.weights.items() <= manifest.weights.items()) and (
+        found.stages.items() <= manifest.stages.items()
+    )
+    fits = _differs(found.made_of, asked_of_samples(config, family)) is None
+    return found if fits and of_it and _sizes(found) == _sizes(manifest) else None
+
+
+def _sizes(manifest: Manifest) -> dict[str, Any]:
+    """The parameters of a manifest that rows of samples are read with."""
+    names = ("height", "width", "max_pixels", "bucket_step", "num_frames", "frame_rate")
+    return {name: manifest.parameters.get(name) for name in names}
 
 
 def require_encodable_samples(
-    config: TrainingConfig, family: Family, encoded_in: Path, components: Collection[str]
+    config: TrainingConfig, family: Family, manifest: Manifest, components: Collection[str]
 ) -> None:
     """Refuse samples that were not encoded with the data set and cannot be encoded now.
 
     Args:
-        encoded_in: the folder in which the data set was encoded.
+        manifest: of the data set.
         components: the components in the model list.
 
     Raises:
         ParameterError: the model list lacks a component that encodes them.
     """
-    if not config.makes_samples or find_samples(config, family, encoded_in) is not None:
+    if not config.makes_samples or find_samples(config, family, manifest) is not None:
         return
+    how = "without samples"
+    with suppress(StoreError):
+        made_of = read_manifest(manifest.folder / SAMPLES_FOLDER).made_of
+        asked = asked_of_samples(config, family)
+        if _holds_all(made_of, asked):
+            return
+        how = _differs(made_of, asked) or "for samples of another data set"
     lacks = _lacking(family, components)
     if lacks is not None:
         raise ParameterError(
-            f"the data set was encoded {_how_otherwise(config, family, encoded_in)}, and the model "
-            f"list lacks the '{lacks}' to encode them now",
+            f"the data set was encoded {how}, and the model list lacks the '{lacks}' to encode them "
+            "now",
             where="sample_table" if config.sample_table is not None else "sample_prompts",
             do=f"{_SAME}, or add the files of '{lacks}' to the model list",
         )
@@ -203,10 +221,25 @@ def _lacking(family: Family, components: Collection[str]) -> str | None:
     return next((n for n in used if n in buildable and n not in components), None)
 
 
+def _holds_all(made_of: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether the prompts that are asked for are among those that were encoded: their keys are in
+    the store."""
+    prompts, negative = asked.get("prompts"), asked["negative_prompt"]
+    known = {*made_of.get("prompts", ())}
+    return (
+        prompts is not None
+        and {*prompts} <= known
+        and negative in (None, made_of["negative_prompt"])
+    )
+
+
 def _differs(made_of: dict[str, Any], asked: dict[str, Any]) -> str | None:
     """With which other samples a data set was encoded; None if with those that are asked for."""
-    if "table" in asked and made_of.get("table") != asked["table"]:
+    # A table that is gone since is not needed: its rows are encoded.
+    if "table" in asked and asked["table"] not in (None, made_of.get("table")):
         return "with another table of samples"
+    if "table" in asked and "table" not in made_of:
+        return "without a table of samples"
     if "prompts" in asked and made_of.get("prompts") != asked["prompts"]:
         missing = [p for p in asked["prompts"] if p not in made_of.get("prompts", ())]
         return f"without the sample prompt '{missing[0]}'" if missing else "with other prompts"
@@ -217,12 +250,3 @@ def _differs(made_of: dict[str, Any], asked: dict[str, Any]) -> str | None:
     if encoded is None:
         return f"without the negative prompt '{negative}' that guidance needs"
     return "for samples with another negative prompt"
-
-
-def _how_otherwise(config: TrainingConfig, family: Family, encoded_in: Path) -> str:
-    """With which other samples a data set was encoded, for a message."""
-    try:
-        made_of = read_manifest(encoded_in / SAMPLES_FOLDER).made_of
-    except StoreError:
-        return "without samples"
-    return _differs(made_of, asked_of_samples(config, family)) or "without samples"

@@ -7,11 +7,12 @@ from typing import Any
 
 import polars as pl
 
+from diffsynth_dagster.data.columns import CAPTION
 from diffsynth_dagster.data.media.image import read_image
 from diffsynth_dagster.data.media.video import read_frames
 from diffsynth_dagster.data.scan import read_parquet
 from diffsynth_dagster.data.table.checked_table import FILE_NAME, PINNED, find_checked
-from diffsynth_dagster.data.table.validate import BOOKKEEPING, CheckedTable
+from diffsynth_dagster.data.table.validate import CheckedTable
 from diffsynth_dagster.errors import MetadataError
 from diffsynth_dagster.older import TABLES
 from diffsynth_dagster.report.pictures import UNREADABLE, Picture, embedded
@@ -117,7 +118,9 @@ def data_facts(folder: Path, table: CheckedTable) -> DataFacts:
     captions, words = None, None
     if caption is not None and 0 < counts.get("ok", 0) <= _MANY_ROWS:
         length = pl.col(caption).str.count_matches(r"\S+")
-        row = accepted.select(
+        several = isinstance(accepted.collect_schema()[caption], pl.List)
+        texts = accepted.select(pl.col(caption).explode() if several else caption)
+        row = texts.select(
             pl.col(caption).n_unique().alias("distinct"),
             length.mean().alias("mean"),
             length.max().alias("most"),
@@ -148,15 +151,8 @@ TABLE_ERRORS = (pl.exceptions.PolarsError, OSError)
 
 
 def caption_of(table: CheckedTable) -> str | None:
-    """The column with the captions: `prompt`, or else the first with texts; None without one."""
-    schema = table.rows.collect_schema()
-    files = {name.removesuffix(":path") for name in schema if name.endswith(":path")}
-    texts = [
-        name
-        for name, kind in schema.items()
-        if kind == pl.String and ":" not in name and name not in {*files, *BOOKKEEPING}
-    ]
-    return "prompt" if "prompt" in texts else next(iter(texts), None)
+    """The column with the captions, which are lists if a row may have several; None without one."""
+    return CAPTION if CAPTION in table.rows.collect_schema().names() else None
 
 
 def hardest_rows(folder: Path, table: CheckedTable) -> list[HardRow]:
@@ -179,13 +175,18 @@ def hardest_rows(folder: Path, table: CheckedTable) -> list[HardRow]:
             difficulty,
             visits,
             stands_out,
-            "" if caption is None else found[number][caption] or "",
+            "" if caption is None else _as_text(found[number][caption]),
             _names(found[number]),
             _thumbnail(found[number]),
         )
         for number, difficulty, visits, stands_out in hardest.iter_rows()
         if number in found
     ]
+
+
+def _as_text(captions: str | list[str] | None) -> str:
+    """The caption of a row, or its captions."""
+    return " / ".join(captions) if isinstance(captions, list) else captions or ""
 
 
 def _names(row: Mapping[str, Any]) -> list[str]:

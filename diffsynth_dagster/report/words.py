@@ -44,6 +44,8 @@ def change(before: float, now: float) -> str:
 
 def duration(seconds: float) -> str:
     """A time in its two largest units: 46 s, 3 min 20 s, 2 h 5 min."""
+    if not math.isfinite(seconds):
+        return "not known"
     seconds = max(0.0, seconds)
     if seconds < 9.95:
         return f"{seconds:.1f} s"

@@ -65,6 +65,8 @@ class RunRecord:
             bytes: pictures, clips, and, once it is finished, the logs of its losses.
         held_out_digest: digest of the held-out samples, if they have a table of their own.
         sampled_digest: digest of the rows of `sample_table`.
+        left_out_digest: digest of the samples that are left out since they are near copies of
+            held-out ones.
         held_out: each measurement of the held-out loss: see `events.HeldOutMetrics`.
         best: the files of the checkpoint with the smallest held-out loss, if `keep_best` keeps it.
         total_steps: the number of steps of the whole training.
@@ -106,6 +108,7 @@ class RunRecord:
     beside: dict[str, str] = field(default_factory=dict)
     held_out_digest: str | None = None
     sampled_digest: str | None = None
+    left_out_digest: str | None = None
     held_out: list[dict[str, Any]] = field(default_factory=list)
     best: list[str] = field(default_factory=list)
     resumed_from: list[int] = field(default_factory=list)
@@ -133,13 +136,16 @@ class RunRecord:
     @property
     def fingerprint(self) -> Fingerprint:
         """What the result depends on, as far as it has a name."""
-        held_out, sampled = self.held_out_digest, self.sampled_digest
+        more = {
+            "the held-out samples": self.held_out_digest,
+            "the table of samples": self.sampled_digest,
+            "the near copies that are left out": self.left_out_digest,
+        }
         return Fingerprint(
             {
                 **self.parameters,
                 "the samples": self.samples_digest,
-                **({} if held_out is None else {"the held-out samples": held_out}),
-                **({} if sampled is None else {"the table of samples": sampled}),
+                **{name: digest for name, digest in more.items() if digest is not None},
                 **{f"the weights of {name}": digest for name, digest in self.base.items()},
                 VERSION: self.training_version,
             }

@@ -1,16 +1,18 @@
 """The record of a training that is about to start, with everything that its result depends on."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffsynth_dagster.cache.held_out import held_out_manifest
-from diffsynth_dagster.cache.manifest import Manifest
+from diffsynth_dagster.cache.held_out import held_out_manifest, left_out_digest
+from diffsynth_dagster.cache.layout import SAMPLES_FOLDER
+from diffsynth_dagster.cache.manifest import Manifest, read_manifest
 from diffsynth_dagster.cache.row_sets import find_samples
 from diffsynth_dagster.config.affects import values_that_affect
 from diffsynth_dagster.config.parameters import TrainingConfig
-from diffsynth_dagster.errors import WeightsError
+from diffsynth_dagster.errors import StoreError, WeightsError
 from diffsynth_dagster.facts import FactCache, digest_of
 from diffsynth_dagster.run.record import LIBRARIES, STARTS, RunRecord
 from diffsynth_dagster.versions import TRAINING
@@ -76,6 +78,9 @@ def start_record(
     samples: Any = manifest.digest if held_out is None else [manifest.digest, held_out_digest]
     if sampled is not None:
         samples = [manifest.digest, held_out_digest, sampled]
+    left_out = left_out_digest(config, manifest)
+    if left_out is not None:
+        samples = [samples, left_out]
     # Devices, precision and library versions change the rounding, but are no reason to train again.
     return RunRecord(
         identity=digest_of([TRAINING, settings, samples, base, stages, path]),
@@ -89,6 +94,7 @@ def start_record(
         lora=lora,
         held_out_digest=held_out_digest,
         sampled_digest=sampled,
+        left_out_digest=left_out,
         devices=list(devices),
         mixed_precision=mixed_precision,
         architecture=model.family.architecture,
@@ -101,7 +107,10 @@ def _table_digest(config: TrainingConfig, model: ResolvedModel, manifest: Manife
     parameters name, or not at all."""
     if config.sample_table is None:
         return None
-    found = find_samples(config, model.family, manifest.folder)
+    found = find_samples(config, model.family, manifest)
+    if found is None:  # the second half of split training encodes its own
+        with suppress(StoreError):
+            found = read_manifest(Path(config.output_path) / SAMPLES_FOLDER)
     return None if found is None else found.digest
 
 

@@ -4,7 +4,7 @@ On the command line these are three calls in one process. In a Dagster job the m
 the table, the latents asset encodes it, and the checkpoints asset starts from what was encoded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -121,7 +121,7 @@ def encoded_before(config: TrainingConfig, family: Family) -> Manifests:
     """
     manifest = read_manifest(Path(config.dataset_base_path))
     held_out = held_out_manifest(config, manifest)
-    samples = find_samples(config, family, manifest.folder) if config.makes_samples else None
+    samples = find_samples(config, family, manifest) if config.makes_samples else None
     return Manifests(manifest, held_out, samples)
 
 
@@ -141,9 +141,13 @@ def encode_data(
         StoreError: the config forbids encoding, and the store lacks samples.
         Stopped: a signal came.
     """
+    sets = row_sets(config, models.resolved)
+    # All of them are planned first: a mistake in a table of samples is known before anything is
+    # encoded.
+    planned = [_plan(row_set, parallel, models, fact_cache, reporter) for row_set in sets]
     found = {
-        row_set.name: _encode(row_set, parallel, models, fact_cache, reporter, stop_asked)
-        for row_set in row_sets(config, models.resolved)
+        row_set.name: _encode(row_set, plan, parallel, models, fact_cache, reporter, stop_asked)
+        for row_set, plan in zip(sets, planned, strict=True)
     }
     if HELD_OUT not in found and parallel.is_node_main:
         # An earlier training in this folder may have had a held-out table.
@@ -173,7 +177,10 @@ def encode_samples(
     own = sample_set(config, models.resolved, Path(config.output_path) / SAMPLES_FOLDER)
     # The training reads what was encoded, but these rows are encoded now.
     own = replace(own, config=own.config.model_copy(update={"task": "sft:data_process"}))
-    made = _encode(own, parallel, models, fact_cache, reporter, stop_asked)
+    # A prompt that was encoded with the data set is found without the text encoder.
+    digests = manifests.train.weights
+    plan = _plan(own, parallel, models, fact_cache, reporter, digests)
+    made = _encode(own, plan, parallel, models, fact_cache, reporter, stop_asked)
     return replace(manifests, samples=made)
 
 
@@ -216,15 +223,27 @@ def register_users(manifests: Manifests) -> None:
         Store(Path(manifest.store)).add_user(manifest.folder)
 
 
-def _encode(
+@dataclass(frozen=True)
+class _Plan:
+    """A row set that is about to be encoded: its checked table, and its manifest."""
+
+    table: CheckedTable
+    manifest: Manifest
+
+
+def _plan(
     row_set: RowSet,
     parallel: Parallel,
     models: Models,
     fact_cache: FactCache,
     reporter: Reporter,
-    stop_asked: Callable[[], bool],
-) -> Manifest:
-    """Encode what the store lacks of a row set; returns its manifest."""
+    digests: Mapping[str, str] | None = None,
+) -> _Plan:
+    """Plan what a row set is encoded to. Collective.
+
+    Args:
+        digests: of components that the model list lacks: see `Keys`.
+    """
     folder, resolved = row_set.folder, models.resolved
     of_samples = row_set.name == SAMPLES
     with parallel.node_main_first():
@@ -233,20 +252,35 @@ def _encode(
         table = read_checked(folder, PINNED)
         if parallel.is_node_main:
             # Keys need digests of the model files: one process of a node computes them.
-            keys = Keys(row_set.model, fact_cache, models.dtype)
+            keys = Keys(row_set.model, fact_cache, models.dtype, digests)
             plan_samples(row_set.config, row_set.model, table, keys, row_set.made_of)
         planned = read_manifest(folder, PLANNED)
         if parallel.is_node_main and not of_samples:
             warning = count_long_captions(resolved, table, folder, fact_cache).warning
             if warning is not None:
                 reporter.warn(warning)
+    return _Plan(table, planned)
+
+
+def _encode(
+    row_set: RowSet,
+    plan: _Plan,
+    parallel: Parallel,
+    models: Models,
+    fact_cache: FactCache,
+    reporter: Reporter,
+    stop_asked: Callable[[], bool],
+) -> Manifest:
+    """Encode what the store lacks of a row set; returns its manifest. Collective."""
+    folder, table, planned = row_set.folder, plan.table, plan.manifest
+    of_samples = row_set.name == SAMPLES
     if parallel.is_main_process:
         # Before encoding, so that a clean-up also spares what an interrupted run encoded.
         Store(Path(planned.store)).add_user(folder)
     if row_set.config.trains_only:
         require_stored(planned)
     else:
-        require_planned_weights(resolved, planned, fact_cache)
+        require_planned_weights(models.resolved, planned, fact_cache)
 
         # Called after each batch.
         def progress(stage: str, done: int, total: int) -> None:

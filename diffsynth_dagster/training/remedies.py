@@ -69,6 +69,8 @@ def _of_batches(config: TrainingConfig) -> Iterator[Remedy]:
 def _of_samples(config: TrainingConfig) -> Iterator[Remedy]:
     if len(config.sample_prompts) > 1:
         yield Remedy("activations", f"sample_prompts: fewer than {len(config.sample_prompts)}")
+    if config.sample_table is not None:
+        yield Remedy("activations", "sample_table: with fewer rows")
 
 
 def _of_activations(config: TrainingConfig, models: Models) -> Iterator[Remedy]:

@@ -179,7 +179,10 @@ def _differing_as_far_as_known(
     else:
         now = _of_each_step({**parameters_of(config), VERSION: TRAINING})
         # What follows from the content of files is not compared.
-        of_files = ("the samples", "the held-out samples", "the weights of ")
+        of_files = (
+            *("the samples", "the held-out samples", "the table of samples"),
+            *("the near copies that are left out", "the weights of "),
+        )
         known = {name: value for name, value in known.items() if not name.startswith(of_files)}
     # If it is left out, the launcher decides: taken as equal.
     asked = config.mixed_precision

@@ -10,7 +10,7 @@ from PIL import Image
 from diffsynth_dagster.cache.sampled_rows import SampledRows
 from diffsynth_dagster.data.columns import Input
 from diffsynth_dagster.data.samples import load_files
-from diffsynth_dagster.errors import MetadataError
+from diffsynth_dagster.errors import MetadataError, OutOfMemory
 from diffsynth_dagster.training.sampling import strip
 
 GAP = 2
@@ -28,8 +28,8 @@ def input_pictures(rows: SampledRows, inputs: Sequence[Input], number: int) -> l
     for item in (i for i in inputs if i.is_file and i.kind != "audio"):
         try:
             loaded = load_files(rows.files(number, item), item, number + 1)
-        except MetadataError:
-            continue
+        except (MetadataError, OutOfMemory):
+            continue  # a picture to look at is no reason to end a training
         listed: Sequence[Any] = loaded if isinstance(loaded, list) else [loaded]
         found += [strip([*_frames(value)]) for value in listed if value is not None]
     return found

@@ -88,7 +88,8 @@ class Pictures:
         for number, picture, film in made:
             if number not in self._inputs:
                 self._inputs[number] = input_pictures(rows, columns, number)
-            shown.append(beside(picture, self._inputs[number], film is not None))
+            with_inputs = beside(picture, self._inputs[number], film is not None)
+            shown.append(self._as_before(number, with_inputs))
             # An image is in the picture of the step; a video is also a file of its own.
             if film is not None:
                 file = self._folder / f"step-{step}-{number}.mp4"
@@ -102,6 +103,20 @@ class Pictures:
         )
         picture = self._write(f"step-{step}", grid(shown, width))
         self._reporter.report(Sampled(step, str(picture)))
+
+    def _as_before(self, number: int, picture: Image.Image) -> Image.Image:
+        """A sample with its inputs, in the size that it had in the steps before. It is smaller if an
+        input is gone since; the sample stays where it was, at the right and at the bottom."""
+        before = self._run_file.record.shown
+        if number >= len(before):
+            return picture
+        left, top, right, bottom = before[number]["box"]
+        free = right - left - picture.width, bottom - top - picture.height
+        if free == (0, 0) or min(free) < 0:
+            return picture
+        sheet = Image.new("RGB", (right - left, bottom - top), "white")
+        sheet.paste(picture, free)
+        return sheet
 
     def evaluate(self, when: str) -> None:
         """Call `customized_evaluation`, and record its result under `when`. Collective.
