@@ -21,7 +21,7 @@ from diffsynth_dagster.training.setup import TrainingState
 from diffsynth_dagster.training.step import evaluating
 
 COLUMNS = 8
-"""Images in a row of a step's picture."""
+"""Images in a row of a step's picture; fewer if inputs are beside them, or frames of a clip."""
 
 
 class Pictures:
@@ -84,10 +84,10 @@ class Pictures:
     ) -> None:
         """Write the samples of a step: of each its number, picture, and video file if it is one."""
         shown: list[Image.Image] = []
-        columns = reduced_family(self._training.inputs.models.resolved.family).file_inputs
+        inputs = reduced_family(self._training.inputs.models.resolved.family).file_inputs
         for number, picture, film in made:
             if number not in self._inputs:
-                self._inputs[number] = input_pictures(rows, columns, number)
+                self._inputs[number] = input_pictures(rows, inputs, number)
             with_inputs = beside(picture, self._inputs[number], film is not None)
             shown.append(self._as_before(number, with_inputs))
             # An image is in the picture of the step; a video is also a file of its own.
@@ -96,12 +96,13 @@ class Pictures:
                 write_whole(file, lambda staged, film=film: staged.write_bytes(film))
                 self._run_file.filmed(file.stem, file.name)
                 self._reporter.report(Sampled(step, str(file)))
-        width = min(COLUMNS, len(shown))
-        boxes = grid_boxes([image.size for image in shown], width)
+        widest = max(image.width for image in shown)
+        columns = max(1, min(len(shown), COLUMNS * max(w for w, *_ in rows.sizes) // widest))
+        boxes = grid_boxes([image.size for image in shown], columns)
         self._run_file.sampled(
             [{"prompt": p, "box": b} for p, b in zip(rows.prompts, boxes, strict=True)]
         )
-        picture = self._write(f"step-{step}", grid(shown, width))
+        picture = self._write(f"step-{step}", grid(shown, columns))
         self._reporter.report(Sampled(step, str(picture)))
 
     def _as_before(self, number: int, picture: Image.Image) -> Image.Image:
