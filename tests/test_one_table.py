@@ -119,6 +119,7 @@ def test_a_job_makes_and_checks_its_data_once(project: Project) -> None:
     assert manifest.frame["sample"].to_list() == [f"{identity}-1" for identity in identities]
 
 
+@pytest.mark.soak  # `test_exchanged_files.py` has it without Dagster
 def test_a_picture_exchanged_between_two_assets_stops_the_run(project: Project) -> None:
     assert project.run("metadata").success
     picture = project.data / "3.png"

@@ -33,7 +33,8 @@ NOT_SAMPLED = ("wan22_t2v_high", "wan22_i2v_low")
 """One expert alone, with which samples are refused."""
 SHOWN_BY_ANOTHER = (
     # With given pictures, it is one that is made without, and more.
-    *("flux", "wan_t2v", "wan_i2v", "sd15", "sdxl", "ltx2_t2av", "ltx2_silent"),
+    *("flux", "wan_t2v", "wan_i2v", "sd15", "sdxl", "ltx2_t2av", "ltx2_silent", "ltx2_i2av"),
+    *("wan22_ti2v_5b", "sdxl_controlnet"),
     *("qwen_image_edit", "qwen_image_edit_zero_cond_t", "flux_controlnet", "wan22_i2v_both"),
     "sd15_v",  # has a test of its own
 )
