@@ -224,3 +224,22 @@ def wait_until_training(
 def require_gone(run: Path, seconds: float = STOPPED_WITHIN) -> None:
     """Fail if a process of the training in a run folder still runs after some time."""
     wait_for(lambda: not processes_about(str(run / ".launch.yaml")), seconds, "no process is left")
+
+
+@dataclass
+class Place:
+    """A folder with recipes, data and runs, and the Dagster instance that goes with it."""
+
+    folder: Path
+    values: dict[str, Any]
+    instance: dg.DagsterInstance
+
+    def recipe(self, name: str, **overrides: Any) -> None:
+        values = {**self.values, "output_path": str(self.folder / name), **overrides}
+        given = {key: value for key, value in values.items() if value is not None}
+        write_recipe(self.folder / "recipes", name, given)
+
+    def run(self, name: str, **options: Any) -> dg.ExecuteInProcessResult:
+        definitions = definitions_of(self.folder / "recipes")
+        job = definitions.resolve_job_def(f"train_{name}")
+        return job.execute_in_process(instance=self.instance, raise_on_error=False, **options)

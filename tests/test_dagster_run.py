@@ -1,7 +1,7 @@
 """Real runs of a recipe on a tiny model, in this process; the training in its own."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from conftest import lora_values, record_of, write_images
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
-from dagster_support import definitions_of, failure_of, write_recipe
+from dagster_support import Place, definitions_of, failure_of
 from process_support import forked_launches
 
 from assets.common import KINDS, Kind, asset_key
@@ -20,25 +20,6 @@ from resources import Launcher
 
 MAX_EVENT = 100_000
 DATA = "dagster/data_version"
-
-
-@dataclass
-class Place:
-    """A folder with recipes, data and runs, and the Dagster instance that goes with it."""
-
-    folder: Path
-    values: dict[str, Any]
-    instance: dg.DagsterInstance
-
-    def recipe(self, name: str, **overrides: Any) -> None:
-        values = {**self.values, "output_path": str(self.folder / name), **overrides}
-        given = {key: value for key, value in values.items() if value is not None}
-        write_recipe(self.folder / "recipes", name, given)
-
-    def run(self, name: str, **options: Any) -> dg.ExecuteInProcessResult:
-        definitions = definitions_of(self.folder / "recipes")
-        job = definitions.resolve_job_def(f"train_{name}")
-        return job.execute_in_process(instance=self.instance, raise_on_error=False, **options)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,22 +69,14 @@ def start_record(
             )
         # The content counts, not the path: a copy of the file is the same start.
         (base[parameter],) = model.contents.digests(parameter, (path,), fact_cache)
-    held_out = held_out_manifest(config, manifest)
-    held_out_digest = None if held_out is None else held_out.digest
-    sampled = _table_digest(config, model, manifest)
+    rows = _rows(config, model, manifest)
     lora = config.adapter if config.lora_base_model else None
     settings = config_digest(config)
     stages = [stage.name for stage in model.family.stages]
     path = model.noising.description
-    samples: Any = manifest.digest if held_out is None else [manifest.digest, held_out_digest]
-    if sampled is not None:
-        samples = [manifest.digest, held_out_digest, sampled]
-    left_out = left_out_digest(config, manifest)
-    if left_out is not None:
-        samples = [samples, left_out]
     # Devices, precision and library versions change the rounding, but are no reason to train again.
     return RunRecord(
-        identity=digest_of([TRAINING, settings, samples, base, stages, path]),
+        identity=digest_of([TRAINING, settings, rows.value, base, stages, path]),
         family=model.family.name,
         trained=[*config.trainable_models, *config.lora_base_model],
         base=dict(sorted(base.items())),
@@ -92,14 +85,44 @@ def start_record(
         config_digest=settings,
         parameters=parameters_of(config),
         lora=lora,
-        held_out_digest=held_out_digest,
-        sampled_digest=sampled,
-        left_out_digest=left_out,
+        held_out_digest=rows.held_out,
+        sampled_digest=rows.sampled,
+        left_out_digest=rows.left_out,
         devices=list(devices),
         mixed_precision=mixed_precision,
         architecture=model.family.architecture,
         libraries={name: version(name) for name in LIBRARIES},
     )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a training.
+
+    Attributes:
+        value: what the identity has of them, as a JSON value.
+        held_out, sampled, left_out: digests of rows beside those that are trained on: see
+            `RunRecord`.
+    """
+
+    value: Any
+    held_out: str | None
+    sampled: str | None
+    left_out: str | None
+
+
+def _rows(config: TrainingConfig, model: ResolvedModel, manifest: Manifest) -> _Rows:
+    held_out = held_out_manifest(config, manifest)
+    held_out_digest = None if held_out is None else held_out.digest
+    sampled = _table_digest(config, model, manifest)
+    left_out = left_out_digest(config, manifest)
+    # Each counts only where it is there: trainings without it keep their identity.
+    value: Any = manifest.digest if held_out is None else [manifest.digest, held_out_digest]
+    if sampled is not None:
+        value = [manifest.digest, held_out_digest, sampled]
+    if left_out is not None:
+        value = [value, left_out]
+    return _Rows(value, held_out_digest, sampled, left_out)
 
 
 def _table_digest(config: TrainingConfig, model: ResolvedModel, manifest: Manifest) -> str | None:
