@@ -128,19 +128,15 @@ def _samples(
     """The sample pictures that can be shown; None if there are none."""
     from PIL import Image
 
-    files: dict[int, Path] = {}
-    for name, file in record.pictures.items():
-        path, step = folder / file, name.removeprefix("step-")
-        # All other pictures are of the evaluation.
-        if step != name and step.isdigit() and path not in changed and path.is_file():
-            files[int(step)] = path
+    every = {step: folder / file for step, file in record.sample_pictures.items()}
+    files = {step: path for step, path in every.items() if path not in changed and path.is_file()}
     if not files:
         return None
     shown: Sequence[ShownSample] = record.shown
     if not shown:  # An older version wrote the record: the pictures are shown as they are.
         with Image.open(next(iter(files.values()))) as picture:
             shown = [{"prompt": "", "box": [0, 0, *picture.size]}]
-    return _Samples(dict(sorted(files.items())), shown, made)
+    return _Samples(files, shown, made)
 
 
 def _drawn(samples: _Samples, width: int) -> tuple[list[str], int]:
@@ -152,9 +148,11 @@ def _drawn(samples: _Samples, width: int) -> tuple[list[str], int]:
     Returns:
         Parts of an SVG, and where they end.
     """
+    from diffsynth_dagster.report.pictures import chosen
+
     columns, cell = samples.columns(width)
-    few = _spread(list(samples.files), columns)
-    every = _spread(list(samples.files), max(columns, _MOST // len(samples.shown)))
+    few = chosen(list(samples.files), columns)
+    every = chosen(list(samples.files), max(columns, _MOST // len(samples.shown)))
     parts = list(samples.defined(sorted({*few, *every}), cell))
     parts += [text(f"step {step}", k * (cell + _GAP), 11, 11) for k, step in enumerate(few)]
     top = _LABEL
@@ -187,12 +185,3 @@ def _prompt(prompt: str, top: int, width: int) -> list[str]:
 def _row(steps: Sequence[int], index: int, cell: int, top: int) -> list[str]:
     """The samples of a prompt beside each other."""
     return [placed(f"s{step}-{index}", k * (cell + _GAP), top) for k, step in enumerate(steps)]
-
-
-def _spread(steps: Sequence[int], count: int) -> list[int]:
-    """At most so many of the steps: the last, the first, and evenly in between."""
-    if len(steps) <= count:
-        return list(steps)
-    if count == 1:
-        return [steps[-1]]
-    return [steps[round(k * (len(steps) - 1) / (count - 1))] for k in range(count)]

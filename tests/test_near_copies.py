@@ -179,6 +179,17 @@ def with_copies(folder: Path, count: int) -> Path:
     return folder
 
 
+def small(table: Path) -> dict[str, Any]:
+    """The parameters of a small training on a table, with a store beside its folder."""
+    return {
+        "dataset_base_path": str(table.parent),
+        "dataset_metadata_path": str(table),
+        "cache_path": str(table.parent.parent / "store"),
+        "height": 32,
+        "width": 32,
+    }
+
+
 def parts(config: dict[str, Any], run: Path) -> tuple[set[int], set[int], tuple[str, ...]]:
     """The rows that are trained on, those that are held out, and the warnings."""
     found = parts_of(make_config({**config, "output_path": str(run)}), read_manifest(run), run)
@@ -195,12 +206,8 @@ def test_what_looks_like_a_held_out_row_is_not_trained_on(
 ) -> None:
     data = with_copies(tmp_path / "data", 12)
     config = values(
-        dataset_base_path=str(data),
-        dataset_metadata_path=str(data / "with_copies.csv"),
+        **small(data / "with_copies.csv"),
         validation_split=0.2,
-        height=32,
-        width=32,
-        cache_path=str(tmp_path / "store"),
     )
     run = train_to_end(config, tmp_path / "run")
     trained, out, warnings = parts(config, run)
@@ -233,12 +240,8 @@ def test_a_data_set_of_nothing_but_copies_is_refused(values: Values, tmp_path: P
     names = "\n".join(f"{n}.png,a picture" for n in range(9))
     (data / "metadata.csv").write_text(f"image,prompt\n{names}\n")
     config = values(
-        dataset_base_path=str(data),
-        dataset_metadata_path=str(data / "metadata.csv"),
+        **small(data / "metadata.csv"),
         validation_split=2,
-        height=32,
-        width=32,
-        cache_path=str(tmp_path / "store"),
     )
     said = why_refused(config, tmp_path / "run")
     assert "of 9 samples 2 are held out, and 7 more are near copies of these: 0 would be" in said
@@ -253,12 +256,8 @@ def test_a_held_out_row_that_looks_like_a_trained_one_is_not_measured(
     # Of the rows 1 to 4, and of two that are not trained on.
     (data / "held.csv").write_text("\n".join([rows[0], *rows[6:8]]) + "\n1.jpg,a\n3.jpg,b\n")
     config = values(
-        dataset_base_path=str(data),
-        dataset_metadata_path=str(data / "trained.csv"),
+        **small(data / "trained.csv"),
         validation_metadata_path=str(data / "held.csv"),
-        height=32,
-        width=32,
-        cache_path=str(tmp_path / "store"),
     )
     code, _ = train(config, tmp_path / "dry", "--dry_run")
     plan = capsys.readouterr()
@@ -290,11 +289,7 @@ def test_facts_of_before_are_found_out_anew_only_where_something_is_held_out(
         return image_facts(path)
 
     config = values(
-        dataset_base_path=str(data),
-        dataset_metadata_path=str(data / "with_copies.csv"),
-        height=32,
-        width=32,
-        cache_path=str(tmp_path / "store"),
+        **small(data / "with_copies.csv"),
         task="sft:data_process",
     )
     facts = "diffsynth_dagster.data.table.files.image_facts"

@@ -113,7 +113,7 @@ def data_uri(kind: str, content: bytes) -> str:
 
 def read_samples(folder: Path, record: RunRecord) -> Samples:
     """The samples that a training wrote, as many as fit; missing files are left out."""
-    files = {step: folder / PICTURES / name for step, name in _by_step(record).items()}
+    files = {step: folder / PICTURES / name for step, name in record.sample_pictures.items()}
     steps = chosen(list(files), MOST_STEPS)
     if not steps:
         return Samples()
@@ -149,14 +149,9 @@ def chosen(steps: Sequence[int], most: int) -> list[int]:
     """The first and the last step, and evenly spaced ones between them; at most `most`."""
     if len(steps) <= most:
         return [*steps]
+    if most == 1:
+        return [steps[-1]]
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
-
-
-def _by_step(record: RunRecord) -> dict[int, str]:
-    """Step → file with the samples of that step."""
-    # Other pictures are of the evaluation, named before-… and after-….
-    numbers = {name: name.removeprefix("step-") for name in record.pictures}
-    return {int(n): record.pictures[name] for name, n in numbers.items() if n.isdigit()}
 
 
 def _prompts(record: RunRecord) -> list[str]:

@@ -134,6 +134,14 @@ class RunRecord:
         return digests[0] if len(digests) == 1 else digest_of(digests)
 
     @property
+    def sample_pictures(self) -> dict[int, str]:
+        """Step → file name under samples/ of the picture with its samples, in order of the steps."""
+        # Other pictures are of the evaluation, named before-… and after-….
+        numbers = {name: name.removeprefix("step-") for name in self.pictures}
+        found = {int(n): self.pictures[name] for name, n in numbers.items() if n.isdigit()}
+        return dict(sorted(found.items()))
+
+    @property
     def fingerprint(self) -> Fingerprint:
         """What the result depends on, as far as it has a name."""
         more = {
