@@ -26,16 +26,13 @@ _SIDE, _FILES = 72, 4
 
 def held_out_facts(record: "RunRecord") -> dict[str, Any]:
     """The held-out losses: the newest, all as a table, and curves; empty if nothing is held out."""
+    from diffsynth_dagster.report.summary import held_out_charts
     from diffsynth_dagster.run.events import HeldOutMetrics
 
     if not record.held_out:
         return {}
     rows = [HeldOutMetrics(**values).row() for values in record.held_out]
-    steps = [row["step"] for row in rows]
-    lines = {
-        name.replace("_", " "): (steps, [row[name] for row in rows])
-        for name in ("loss", "trained_loss")
-    }
+    drawn = curves(held_out_charts(record)[0])
     return {
         "held_out_loss": number(rows[-1]["loss"]),
         # As text: Dagster has a plot for each number.
@@ -49,7 +46,7 @@ def held_out_facts(record: "RunRecord") -> dict[str, Any]:
             }
             for row in rows
         ),
-        "held_out_curve": inline(curves(lines)),
+        **({} if drawn is None else {"held_out_curve": drawn}),
     }
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from assets.svg import Line, chart, cut, defined, placed, text, thinned, whole
+from diffsynth_dagster.report.charts import Chart
+from diffsynth_dagster.report.svg import chart, cut, defined, placed, text, whole
 
 if TYPE_CHECKING:
     from diffsynth_dagster.run.record import RunRecord, ShownSample
@@ -28,11 +29,8 @@ _MOST = 240
 """How many samples are shown of all prompts together: steps in between are left out."""
 _DENSE = 2
 """Pixels of a sample for each pixel on the page, for sharp screens."""
-_POINTS = 150
-"""Points of a curve."""
 _WIDE = 3.0
 """Width by height of a sample from which only one of them is shown in a row."""
-_PALE = "loss of each step"
 
 
 @dataclass(frozen=True)
@@ -92,34 +90,26 @@ def overview(
         made: the samples that were made for an earlier picture of this training, so that not all are
             read again. New ones are added.
     """
-    lines = _losses(record, folder / "metrics.csv", changed)
     samples = _samples(record, folder / "samples", changed, {} if made is None else made)
-    parts, bottom, left = list[str](), 0, 0
+    width = _WIDTH if samples is None else _CHART
+    parts = chart(_losses(record, folder, changed), (width, _OPEN), (_WIDTH - width, 0))
+    bottom = _OPEN if parts else 0
     if samples is not None:
-        left = _WIDTH - _CHART
-        drawn, bottom = _drawn(samples, left - 2 * _GAP if lines else _WIDTH)
-        parts += drawn
-    if lines:
-        parts += chart(lines, (left, 0, _WIDTH - left, _OPEN), _PALE)
-        bottom = max(bottom, _OPEN)
+        drawn, end = _drawn(samples, _WIDTH - _CHART - 2 * _GAP if parts else _WIDTH)
+        parts, bottom = [*drawn, *parts], max(bottom, end)
     return whole(_WIDTH, bottom, parts) if parts else None
 
 
-def _losses(record: "RunRecord", metrics: Path, changed: Collection[Path]) -> dict[str, Line]:
-    """The curves that are not empty, by name."""
-    from diffsynth_dagster.data.scan import read_csv
+def _losses(record: "RunRecord", folder: Path, changed: Collection[Path]) -> Chart:
+    """The losses of all steps, and what was measured on held-out rows."""
+    from diffsynth_dagster.report.metrics import read_metrics
+    from diffsynth_dagster.report.summary import held_out_charts
+    from diffsynth_dagster.run.record import LOGS
 
-    lines: dict[str, Line] = {}
-    if metrics not in changed and metrics.is_file():
-        rows = read_csv(metrics, ["step", "loss"])
-        mean = rows["loss"].rolling_mean(max(2, rows.height // 20), min_samples=1)
-        steps = rows["step"].to_list()
-        lines = {_PALE: (steps, rows["loss"].to_list()), "loss, mean": (steps, mean.to_list())}
-    steps = [row["step"] for row in record.held_out]
-    for name, column in (("held-out loss", "loss"), ("of trained samples", "trained_loss")):
-        lines[name] = (steps, [row[column] for row in record.held_out])
-    thin = {name: thinned(line, _POINTS) for name, line in lines.items()}
-    return {name: line for name, line in thin.items() if line[0]}
+    charts = held_out_charts(record)[:1]
+    if folder / LOGS[0] not in changed:
+        charts.insert(0, read_metrics(folder).loss_chart())
+    return Chart("Loss", "", "loss", [line for each in charts for line in each.lines])
 
 
 def _samples(

@@ -1,16 +1,19 @@
 """Pictures and animations that are small enough for Dagster's event log."""
 
-import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from diffsynth_dagster.report.words import data_uri
+
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from diffsynth_dagster.report.charts import Chart
 
 MAX_BYTES = 70_000
 """Largest image file. Base64 makes it a third larger, and one event should stay below 100 KB."""
@@ -20,7 +23,7 @@ MAX_ANIMATION_FRAMES = 240
 _ANIMATION_WIDTH, _ANIMATION_COLUMNS = 640, 4
 _BORDER = 2
 _RED = (200, 40, 40)
-_LINES = ("#1f4e9c", "#d0651b", "#3b8a3e")
+_CURVES = (640, 260)
 
 
 def inline(image: "Image", most_bytes: int = MAX_BYTES) -> dg.MarkdownMetadataValue:
@@ -30,8 +33,7 @@ def inline(image: "Image", most_bytes: int = MAX_BYTES) -> dg.MarkdownMetadataVa
 
 
 def _markdown(kind: str, data: bytes) -> dg.MarkdownMetadataValue:
-    text = base64.b64encode(data).decode()
-    return dg.MetadataValue.md(f"![]({f'data:image/{kind};base64,{text}'})")
+    return dg.MetadataValue.md(f"![]({data_uri(f'image/{kind}', data)})")
 
 
 def _encodings(image: "Image") -> Iterator[tuple[str, bytes]]:
@@ -168,52 +170,9 @@ def stacked(titled: Sequence[tuple[str, Path]]) -> "Image | None":
     return sheet
 
 
-def loss_curve(metrics: Path) -> "Image | None":
-    """A plot of the loss and its running mean, from `metrics.csv`; None without a step."""
-    from diffsynth_dagster.data.scan import read_csv
+def curves(chart: "Chart") -> dg.MarkdownMetadataValue | None:
+    """Losses over steps inside markdown, as SVG; None without any."""
+    from diffsynth_dagster.report import svg
 
-    if not metrics.is_file():
-        return None
-    steps = read_csv(metrics, ["step", "loss"])
-    if steps.height == 0:
-        return None
-    mean = steps["loss"].rolling_mean(max(2, steps.height // 20), min_samples=1)
-    numbers = steps["step"].to_list()
-    lines = {"": (numbers, steps["loss"].to_list()), "mean": (numbers, mean.to_list())}
-    return curves(lines, pale="")
-
-
-def curves(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], pale: str | None = None
-) -> "Image":
-    """A plot of losses over steps.
-
-    Args:
-        lines: name → (steps, losses). A line with an empty name is not in the legend.
-        pale: name of a line to draw pale, in the background.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    # Not pyplot: it keeps every figure in a global list, which a long-lived process would fill.
-    figure = Figure(figsize=(7, 3), dpi=90, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    colors = iter(_LINES)
-    for name, (steps, losses) in lines.items():
-        color, width = ("#b8c4d6", 0.8) if name == pale else (next(colors), 1.6)
-        axes.plot(steps, losses, color=color, linewidth=width, label=name or None)
-    if len(lines) > 1 and pale is None:
-        axes.legend()
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    canvas.draw()
-    return Image.fromarray(_pixels(canvas)).convert("RGB")
-
-
-def _pixels(canvas: Any) -> Any:
-    import numpy as np
-
-    return np.asarray(canvas.buffer_rgba())
+    parts = svg.chart(chart, _CURVES)
+    return _markdown("svg+xml", svg.whole(*_CURVES, parts).encode()) if parts else None

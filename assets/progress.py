@@ -10,6 +10,7 @@ import dagster as dg
 
 from assets.common import number
 from assets.pictures import inline
+from diffsynth_dagster.report.words import duration
 from diffsynth_dagster.run.events import (
     Event,
     HeldOutMetrics,
@@ -18,7 +19,7 @@ from diffsynth_dagster.run.events import (
     Started,
     StepMetrics,
 )
-from diffsynth_dagster.run.progress import every_line, in_words
+from diffsynth_dagster.run.progress import every_line
 
 OBSERVE_SECONDS = 5.0
 """Least time between two observations of steps."""
@@ -113,7 +114,7 @@ class Progress:
         self._heard.append(metrics.loss)
         step, left = metrics.step, self._left(metrics.step)
         if self._line.due(step, self._total):
-            more = f", {in_words(left)} left" if left else ""
+            more = f", {duration(left)} left" if left else ""
             self._context.log.info(f"step {step} of {self._total}: loss {metrics.loss:.4f}{more}")
         if self._is_due(self._losses_pace, step, OBSERVE_SECONDS):
             self.last()
@@ -148,7 +149,7 @@ class Progress:
             # All that is known in each, so that the plots have no gaps.
             **{name: number(self._losses[name]) for name in _PLOTTED if name in self._losses},
             "step": f"{step} of {self._total}" if self._total else str(step),
-            **({"time_left": in_words(left)} if 0 < left < math.inf else {}),
+            **({"time_left": duration(left)} if 0 < left < math.inf else {}),
             **facts,
         }
         # Not with `yield`: a cancel at that moment would be raised inside Dagster's own code, and

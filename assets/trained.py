@@ -12,9 +12,9 @@ import dagster as dg
 
 from assets.common import number, table
 from assets.losses import hardest_facts, held_out_facts
-from assets.pictures import animation, inline, loss_curve, stacked
+from assets.pictures import animation, curves, inline, stacked
 from diffsynth_dagster.config import TrainingConfig
-from diffsynth_dagster.run.progress import in_words
+from diffsynth_dagster.report.words import duration
 
 if TYPE_CHECKING:
     from diffsynth_dagster.run.record import RunRecord
@@ -39,7 +39,7 @@ def describe(
         **_shown_pictures(record, folder, changed, clips),
         **hardest_facts(config, list(changed)),
         "devices": ", ".join(record.devices),
-        "duration": in_words(record.seconds),
+        "duration": duration(record.seconds),
         "samples_per_second": f"{record.samples_per_second:.4g}",
         "peak_memory": f"{record.peak_memory_bytes / _MEBIBYTE:.0f} MiB",
         **{f"clip/{i}": dg.MetadataValue.path(str(p.absolute())) for i, p in enumerate(clips)},
@@ -102,18 +102,20 @@ def _shown_pictures(
     record: "RunRecord", folder: Path, changed: Collection[Path], clips: list[Path]
 ) -> dict[str, Any]:
     """Pictures inside the metadata, which are kept with it."""
-    losses = folder / "metrics.csv"
+    from diffsynth_dagster.report.metrics import read_metrics
+    from diffsynth_dagster.run.record import LOGS
+
+    losses = None
+    if folder / LOGS[0] not in changed:
+        losses = curves(read_metrics(folder).loss_chart())
     sampled, evaluated = (
         [(title, path) for title, path in _pictures(record, folder, kind) if path not in changed]
         for kind in (False, True)
     )
-    pictures = {
-        "loss_curve": loss_curve(losses) if losses not in changed else None,
-        "samples": stacked(sampled),
-        "evaluation": stacked(evaluated),
-    }
+    pictures = {"samples": stacked(sampled), "evaluation": stacked(evaluated)}
     playing = animation(clips)
     return {
+        **({} if losses is None else {"loss_curve": losses}),
         **{name: inline(picture) for name, picture in pictures.items() if picture is not None},
         **({} if playing is None else {"clips": playing}),
     }

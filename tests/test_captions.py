@@ -346,6 +346,7 @@ def test_a_stopped_training_goes_on_with_the_same_captions(
         assert (whole / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
+@pytest.mark.soak
 def test_two_processes_encode_and_train_on_them(listed: dict[str, Any], tmp_path: Path) -> None:
     config = {**listed, "caption_dropout_rate": 0.3, "cache_path": str(tmp_path / "cache")}
     config |= {"shuffle_tags": True, "tag_orders": 2}

@@ -147,6 +147,10 @@ def test_the_page_of_checkpoints_opens_with_samples_and_curves(window: Window) -
     dark = sum(after.convert("L").histogram()[:20])
     assert dark > 10 * 88 * 88 / 3  # ten digits on black
     window.keep("checkpoints")
+    window.browser.click("Plots")
+    wait_for(lambda: window.browser.run(PLOTTED), 30, "the losses are plotted")
+    window.browser.show("held_out_loss")
+    window.keep("loss")
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +245,6 @@ def test_the_loss_is_shown_while_it_trains(window: Window, training: str) -> Non
     browser.wait("\nloss\n", "\nlearning_rate\n")
     browser.click("Plots")
     wait_for(lambda: browser.run(PLOTTED), 30, "the loss is plotted")
-    browser.show("loss")
-    window.keep("loss")
 
 
 @pytest.fixture(scope="module")

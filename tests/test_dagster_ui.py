@@ -109,7 +109,7 @@ def test_a_description_has_the_address_of_the_newest_curves(server: Server) -> N
     assert shown is not None
     answer = requests.get(f"http://127.0.0.1:{server.port}{shown[1]}", timeout=20)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/svg+xml")
-    assert "loss, mean" in answer.text
+    assert "mean of 2 steps" in answer.text
 
 
 @pytest.mark.usefixtures("printed")
@@ -127,6 +127,7 @@ def test_unchanged_run_says_so_without_torch(server: Server) -> None:
     assert text.count(": unchanged, because ") == 8, text
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("printed")
 def test_ui_and_command_line_give_the_same_files(server: Server) -> None:

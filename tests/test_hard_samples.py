@@ -75,13 +75,10 @@ def require_shown(config: TrainingConfig) -> None:
     assert hardest_facts(config, [path]) == {}
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("repeat", "seed", "steps", "least"),
-    [
-        (1, 0, [0, 12, 24], 0.4),
-        pytest.param(24, 0, [0, 276, 552], 0.7, marks=pytest.mark.soak),
-        pytest.param(24, 3, [0, 276, 552], 0.7, marks=pytest.mark.soak),
-    ],
+    [(1, 0, [0, 12, 24], 0.4), (24, 0, [0, 276, 552], 0.7), (24, 3, [0, 276, 552], 0.7)],
 )
 def test_rows_with_wrong_captions_are_among_the_hardest(
     tmp_path: Path,

@@ -349,6 +349,7 @@ def test_the_second_half_takes_no_other_held_out_table(
     assert "the data set was encoded without the samples that are held out" in said
 
 
+@pytest.mark.soak
 def test_two_processes_keep_the_same_best_weights(values: Values, tmp_path: Path) -> None:
     alone = {**LONG, "num_epochs": 4, "learning_rate": 1e-2, "batch_size": 2}
     train_to_end(values(**alone, gradient_accumulation_steps=2), tmp_path / "alone")

@@ -134,7 +134,15 @@ def killed(run: Path, touch: int) -> bool:
     return os.waitstatus_to_exitcode(status) == 9
 
 
-@pytest.mark.parametrize(("record", "every"), [("whole", 1), ("damaged", 4), ("gone", 5)])
+@pytest.mark.parametrize(
+    ("record", "every"),
+    [
+        pytest.param("whole", 1, marks=pytest.mark.soak),
+        ("whole", 4),
+        ("damaged", 4),
+        ("gone", 5),
+    ],
+)
 def test_a_move_that_is_killed_is_finished_by_the_next_owner(
     record: str, every: int, tmp_path: Path
 ) -> None:

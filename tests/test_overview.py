@@ -19,10 +19,10 @@ from assets import progress
 from assets.overview import overview
 from assets.progress import Progress
 from assets.served import NEWEST, address, serve
-from assets.svg import cut
+from diffsynth_dagster.report.svg import cut
+from diffsynth_dagster.report.words import duration
 from diffsynth_dagster.run import progress as throttle
 from diffsynth_dagster.run.events import HeldOutMetrics, Sampled, Started, StepMetrics
-from diffsynth_dagster.run.progress import in_words
 from diffsynth_dagster.run.record import RunRecord
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -92,7 +92,14 @@ def test_every_sample_is_shown_with_its_prompt_and_the_curves_beside(tmp_path: P
         assert isinstance(middle, tuple)
         assert max(range(3), key=middle.__getitem__) == max(range(3), key=colour.__getitem__)
     assert pictures["s0-2"].width == pytest.approx(2 * pictures["s0-2"].height, abs=6)
-    wanted = {"step 0", "step 20", "step 40", "loss, mean", "held-out loss", "of trained samples"}
+    wanted = {
+        "step 0",
+        "step 20",
+        "step 40",
+        "mean of 2 steps",
+        "held-out rows",
+        "as many trained rows",
+    }
     assert wanted <= set(texts)
 
 
@@ -102,7 +109,7 @@ def test_what_was_changed_or_is_not_there_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "samples" / "step-0.png").unlink()
     texts, places, _ = drawn(overview(record, tmp_path, changed))
     assert places == ["s40-0", "s40-1", "s40-2"]
-    assert "loss, mean" not in texts
+    assert "mean of 2 steps" not in texts
     older = RunRecord("", "tiny", [], {}, 8, "", "", None, pictures=record.pictures)
     assert drawn(overview(older, tmp_path))[1] == ["s20-0", "s40-0"]
     assert overview(RunRecord("", "tiny", [], {}, 8, "", "", None), tmp_path, changed) is None
@@ -179,18 +186,19 @@ def test_a_training_of_any_length_has_few_observations(
 def test_the_log_says_how_long_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     told = observed(monkeypatch, 2, 6.0)
     lines = [line for line in told.lines if " of 1200: loss" in line]
-    assert lines[0] == "step 1 of 1200: loss 1.0000, 2 h 0 min left"
+    assert lines[0] == "step 1 of 1200: loss 1.0000, 1 h 59 min left"
     assert lines[-1] == "step 1200 of 1200: loss 0.0008"
     halfway = next(line for line in lines if re.match(r"step 6\d\d ", line))
-    assert re.search(r", (1 h \d min|5\d min) left$", halfway)
+    assert re.search(r", (1 h( \d min)?|5\d min( \d+ s)?) left$", halfway)
     assert "time_left" not in told.seen[-1]
-    assert told.seen[1]["time_left"].value == "2 h 0 min"
+    assert told.seen[1]["time_left"].value == "1 h 59 min"
 
 
 def test_durations_in_words() -> None:
-    given = {0.2: "1 s", 59.0: "59 s", 59.7: "1 min", 3599.0: "1 h 0 min", 4320.0: "1 h 12 min"}
-    assert {seconds: in_words(seconds) for seconds in given} == given
-    assert in_words(100 * HOUR) == "4 d 4 h"
+    given = {0.2: "0.2 s", 59.0: "59 s", 59.7: "1 min", 200.0: "3 min 20 s", 3599.6: "1 h"}
+    assert {seconds: duration(seconds) for seconds in given} == given
+    assert duration(4320) == "1 h 12 min"
+    assert duration(100 * HOUR) == "4 d 4 h"
 
 
 def test_pictures_lie_where_the_webserver_finds_them(

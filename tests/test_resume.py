@@ -1,6 +1,5 @@
 """A training that is stopped goes on exactly where it was: the final files are those of one that was not."""
 
-import contextlib
 import errno
 import random
 import re
@@ -10,7 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import Values, make_config, train_to_end, why_refused, write_images
@@ -23,7 +21,6 @@ from diffsynth_dagster.older import older_runs
 from diffsynth_dagster.run.record import RunFile, RunRecord
 from diffsynth_dagster.train import run as run_training
 from diffsynth_dagster.training.parallel import Parallel
-from diffsynth_dagster.training.sampling import Evaluation, Generate
 from diffsynth_dagster.training.state import read_state
 
 LONG = {
@@ -204,6 +201,26 @@ def test_a_finished_training_ends_at_once(
     assert contents(run) == undisturbed
 
 
+def test_samples_that_were_changed_are_named_and_not_made_again(
+    values: Values,
+    tmp_path: Path,
+    undisturbed_run: Path,
+    undisturbed: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = shutil.copytree(undisturbed_run, tmp_path / "run")
+    first, second, *_ = sorted((run / "samples").glob("*.png"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:30])
+    go_on(values(**LONG, output_path=str(run)))
+    said = capsys.readouterr().err
+    assert f"missing or were changed since\n  where: {first}, {second}\n" in said
+    assert len(second.read_bytes()) == 30
+    shown = {f"samples/{path.name}" for path in (first, second)}
+    whole = {name: content for name, content in undisturbed.items() if name not in shown}
+    assert {name: contents(run)[name] for name in whole} == whole
+
+
 def test_a_training_from_the_beginning_lies_alone_beside_the_older_one(
     values: Values, tmp_path: Path
 ) -> None:
@@ -353,46 +370,3 @@ def test_the_newest_checkpoints_are_kept(
     expected = load_file(undisturbed_run / kept.name)
     assert load_file(kept).keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(kept).items())
-
-
-def look(generate: Generate) -> Evaluation:
-    """For `customized_evaluation`."""
-    (picture,) = generate(["an evaluation"], 3)
-    return Evaluation({"brightness": float(np.asarray(picture).mean())}, {"look": picture})
-
-
-def test_a_training_may_be_stopped_whenever_it_asks(values: Values, tmp_path: Path) -> None:
-    """Also in a measurement, a sample or an evaluation: what is not whole is done again."""
-    config = values(
-        num_epochs=1,
-        validation_split=3,
-        validation_steps=1,
-        keep_best=True,
-        sample_prompts=["a picture", "another"],
-        sample_num_inference_steps=2,
-        height=32,
-        width=32,
-        customized_evaluation="test_resume.look",
-    )
-
-    def run(folder: Path, stops_at: int | None) -> int:
-        """How often it asked."""
-        asked = 0
-
-        def stop() -> bool:
-            nonlocal asked
-            asked += 1
-            return stops_at is not None and asked >= stops_at
-
-        with pytest.raises(Stopped) if stops_at is not None else contextlib.nullcontext():
-            run_training(make_config({**config, "output_path": str(folder)}), stop)
-        return asked
-
-    run(tmp_path / "encoded", None)
-    times = run(tmp_path / "undisturbed", None)
-    assert times > 20
-    for question in range(1, times + 1, 9):
-        folder = tmp_path / f"stopped-{question}"
-        run(folder, question)
-        run(folder, None)
-        assert result(folder) == result(tmp_path / "undisturbed"), question

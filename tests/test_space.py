@@ -114,6 +114,7 @@ class Failing(torch.optim.SGD):
         raise TrainingError("it ends here")
 
 
+@pytest.mark.soak
 def test_dagster_logs_the_warning(
     values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

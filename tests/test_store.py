@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 import torch
 from conftest import ROOT, Values, train_to_end, why_refused, write_images
+from soak_support import start_server
 
 from diffsynth_dagster.cache.__main__ import main as maintain
 from diffsynth_dagster.cache.layout import LAYOUT_VERSION
@@ -71,19 +72,21 @@ def test_an_error_while_encoding_keeps_what_was_encoded(tmp_path: Path) -> None:
     assert all(not path.name.startswith(".") for path in tmp_path.rglob("*"))
 
 
+def write_forty(folder: Path) -> None:
+    for i in range(40):
+        with Store(folder).writer() as writer:
+            writer.add(str(i), {"image": torch.full((100,), float(i))})
+
+
 def test_two_processes_write_at_once(tmp_path: Path) -> None:
     """They overlap in every key; each key is read whole afterwards."""
-    code = (
-        "import sys, torch; from pathlib import Path; "
-        "from diffsynth_dagster.cache.store import Store\n"
-        "for i in range(40):\n"
-        "    with Store(Path(sys.argv[1])).writer() as w:\n"
-        "        w.add(str(i), {'image': torch.full((100,), float(i))})\n"
-    )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    server = start_server()
+    processes = [server.Process(target=write_forty, args=(tmp_path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
     store = Store(tmp_path)
     assert store.missing(map(str, range(40))).to_list() == []
     assert all(float(store.read(str(i))["image"].mean()) == i for i in range(40))

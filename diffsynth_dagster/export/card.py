@@ -14,7 +14,6 @@ from diffsynth_dagster.config.parameters import TrainingConfig
 from diffsynth_dagster.config.recipe import dump_config, read_values
 from diffsynth_dagster.errors import ParameterError
 from diffsynth_dagster.export.chosen import Chosen
-from diffsynth_dagster.export.curve import loss_svg
 from diffsynth_dagster.export.exported import Exported
 from diffsynth_dagster.export.loading import how_to_load
 from diffsynth_dagster.facts import digest_text
@@ -22,12 +21,15 @@ from diffsynth_dagster.families.contract import Family
 from diffsynth_dagster.families.lora import LoraRules
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.own_names import OLDER
-from diffsynth_dagster.run.record import PICTURES, RunRecord
+from diffsynth_dagster.report.metrics import read_metrics
+from diffsynth_dagster.report.svg import chart, whole
+from diffsynth_dagster.run.record import LOGS, PICTURES, RunRecord
 from diffsynth_dagster.run.up_to_date import changed_exports
 from diffsynth_dagster.weights.header import read_header
 from diffsynth_dagster.weights.resolved import ResolvedModel
 
 CARD, CURVE = "README.md", "loss.svg"
+_CURVE_SIZE = 720, 260
 # The last line of a card is a comment with the digest of the text above it. If the digest does not
 # match, a person has edited the card, and it is not overwritten.
 _MARK = "<!-- diffsynth-dagster: this card is written anew by each export, unless it is edited: {} -->\n"
@@ -84,8 +86,7 @@ def write_card(
     folder = Path(config.output_path)
     recipe = _recipe(folder, config)
     changed = changed_exports(folder, record)
-    metrics = folder / "metrics.csv"
-    curve = None if metrics in changed else loss_svg(metrics)
+    curve = None if folder / LOGS[0] in changed else loss_svg(folder)
     parts = [
         _front_matter(config, record, model),
         f"# {_plain(_title(folder))}",
@@ -105,6 +106,12 @@ def write_card(
     if not kept:
         write_text(path, card)
     return Card(path, card, kept)
+
+
+def loss_svg(folder: Path) -> str | None:
+    """The loss of each step of a run folder and its running mean, as SVG; None without a finite loss."""
+    drawn = chart(read_metrics(folder).loss_chart(), _CURVE_SIZE)
+    return whole(*_CURVE_SIZE, drawn) if drawn else None
 
 
 def _is_unedited(path: Path) -> bool:

@@ -1,4 +1,5 @@
-"""Charts as plain data: lines over steps become the coordinates that the template draws as SVG."""
+"""Charts as plain data: lines over steps become coordinates, which the report's template draws as SVG,
+and `report.svg` as a picture of its own."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,26 +7,8 @@ from dataclasses import dataclass, field
 
 from diffsynth_dagster.report.words import amount, whole
 
-WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 40
-"""The size of a chart and its margins, in units of the SVG."""
-SIZES = {
-    "width": WIDTH,
-    "height": HEIGHT,
-    "left": LEFT,
-    "right": RIGHT,
-    "top": TOP,
-    "bottom": BOTTOM,
-}
-"""The same by the names that the template has for them."""
-_MOST_POINTS = 1000
-"""Points of a line at most; of a longer one, the least and the greatest value of each part."""
 _MOST_HOVERS = 60
 """Places of a line at which a value is shown when the mouse is over them."""
-_DOTTED = 30
-"""Lines of at most so many points are drawn with a dot at each."""
-_OUTLIERS = 0.01
-"""The share of a pale line's values that may lie above and below the chart, in all."""
 
 Point = tuple[float, float]
 
@@ -59,6 +42,30 @@ class Chart:
     value: str
     lines: Sequence[Line]
     mark: tuple[float, str] | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The size of a chart and its margins in pixels, and what it has room for.
+
+    Attributes:
+        across, up: about how many numbers stand at the axes.
+        most_points: of a line. Of a longer one, the least and the greatest value of each part are shown.
+        most_dots: lines of at most so many points are drawn with a dot at each.
+        outliers: the share of a pale line's values that may lie above and below the chart, in all.
+    """
+
+    width: int = 560
+    height: int = 250
+    left: int = 66
+    right: int = 14
+    top: int = 12
+    bottom: int = 40
+    across: int = 6
+    up: int = 5
+    most_points: int = 1000
+    most_dots: int = 30
+    outliers: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -100,40 +107,51 @@ class Plot:
     """A chart with the coordinates of all that is drawn."""
 
     chart: Chart
+    frame: Frame
     lines: Sequence[Drawn]
     across: Sequence[Tick]
     up: Sequence[Tick]
     mark_at: float | None
 
 
-def plot(chart: Chart) -> Plot | None:
-    """Lay out a chart; None if it has no finite value."""
+def plot(chart: Chart, frame: Frame | None = None) -> Plot | None:
+    """Lay out a chart; None if it has no finite value.
+
+    Args:
+        frame: None: that of the report's charts.
+    """
+    frame = frame or Frame()
     lines = [(line, [p for p in line.points if math.isfinite(p[1])]) for line in chart.lines]
     lines = [(line, points) for line, points in lines if points]
     if not lines:
         return None
     steps = [step for _, points in lines for step, _ in points]
     first, last = min(steps), max(max(steps), min(steps) + 1)
-    values = [v for line, points in lines for v in _shown(line, points)]
-    up = _ticks(min(values), max(values), 5)
+    values = [v for line, points in lines for v in _shown(line, points, frame.outliers)]
+    values = values or [value for _, points in lines for _, value in points]
+    up = _ticks(min(values), max(values), frame.up)
     low, high = min(up[0], *values), max(up[-1], *values)
 
     def x(step: float) -> float:
-        return round(LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT), 1)
+        share = (step - first) / (last - first)
+        return round(frame.left + share * (frame.width - frame.left - frame.right), 1)
 
     def y(value: float) -> float:
         share = (value - low) / (high - low)
-        return round(HEIGHT - BOTTOM - min(max(share, 0), 1) * (HEIGHT - TOP - BOTTOM), 1)
+        height = frame.height - frame.top - frame.bottom
+        return round(frame.height - frame.bottom - min(max(share, 0), 1) * height, 1)
 
     drawn: list[Drawn] = []
     for line, points in lines:
         color = -1 if line.pale else sum(each.color >= 0 for each in drawn)
         hovers = [] if line.pale else _hovers(line, points, x, y)
-        dots = len(points) <= _DOTTED and not line.pale
-        drawn.append(Drawn(line.name, _path(points, x, y), color, dots, hovers))
-    across = [t for t in _ticks(first, last, 6) if first <= t <= last and t == int(t)]
+        dots = len(points) <= frame.most_dots and not line.pale
+        path = _path(thinned(points, frame.most_points), x, y)
+        drawn.append(Drawn(line.name, path, color, dots, hovers))
+    across = [t for t in _ticks(first, last, frame.across) if first <= t <= last and t == int(t)]
     return Plot(
         chart,
+        frame,
         drawn,
         [Tick(x(step), whole(step)) for step in across],
         [Tick(y(v), text) for v, text in zip(up, _texts(up), strict=True) if low <= v <= high],
@@ -141,10 +159,10 @@ def plot(chart: Chart) -> Plot | None:
     )
 
 
-def _shown(line: Line, points: Sequence[Point]) -> Sequence[float]:
+def _shown(line: Line, points: Sequence[Point], outliers: float) -> Sequence[float]:
     """The values of a line that decide the range of its chart."""
     values = sorted(value for _, value in points)
-    left_out = int(len(values) * _OUTLIERS / 2) if line.pale else 0
+    left_out = int(len(values) * outliers / 2) if line.pale else 0
     return values[left_out : len(values) - left_out]
 
 
@@ -170,11 +188,11 @@ def _texts(ticks: Sequence[float]) -> list[str]:
 
 
 def _path(points: Sequence[Point], x: Callable[..., float], y: Callable[..., float]) -> str:
-    places = [f"{x(step):g} {y(value):g}" for step, value in thinned(points)]
+    places = [f"{x(step):g} {y(value):g}" for step, value in points]
     return "M" + "L".join(places)
 
 
-def thinned(points: Sequence[Point], most: int = _MOST_POINTS) -> Sequence[Point]:
+def thinned(points: Sequence[Point], most: int) -> Sequence[Point]:
     """At most `most` points: of each part of a longer line, its least and its greatest value."""
     if len(points) <= most:
         return points

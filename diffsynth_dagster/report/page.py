@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 from diffsynth_dagster.files import write_text
 from diffsynth_dagster.own_names import OLDER
-from diffsynth_dagster.report.charts import SIZES, Chart, Plot, plot
+from diffsynth_dagster.report.charts import Chart, Plot, plot
 from diffsynth_dagster.report.metrics import read_metrics
 from diffsynth_dagster.report.pictures import evaluation_pictures, read_samples
 from diffsynth_dagster.report.rows import (
@@ -84,7 +84,6 @@ def render(folder: Path, record: RunRecord) -> str:
     best_step = measured[-1].best_step if measured else None
     script = load_templates().get_template("steps.js").render()
     values: dict[str, Any] = {
-        **SIZES,
         "title": title_of(folder),
         "folder": str(folder.absolute()),
         "record": record,

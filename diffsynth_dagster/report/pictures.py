@@ -1,6 +1,5 @@
 """Pictures and clips inside the report, as data URIs: it needs no other file."""
 
-import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffsynth_dagster.data.media.image import IMAGE_ERRORS, read_image
+from diffsynth_dagster.report.words import data_uri
 from diffsynth_dagster.run.record import PICTURES, RunRecord, ShownSample
 
 BUDGET = 8_000_000
@@ -104,11 +104,6 @@ def embedded(image: Image.Image, most: int) -> Picture:
     # Small ones are enlarged: what a lossy format did to them would be seen.
     image.save(buffer, "WEBP", lossless=small, quality=_QUALITY, method=2)
     return Picture(data_uri("image/webp", buffer.getvalue()), *image.size, small)
-
-
-def data_uri(kind: str, content: bytes) -> str:
-    """Bytes as an address that holds its own content."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def read_samples(folder: Path, record: RunRecord) -> Samples:

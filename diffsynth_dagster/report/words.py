@@ -1,5 +1,6 @@
-"""Numbers as a person reads them: rounded, with their units."""
+"""Numbers as a person reads them: rounded, with their units. And contents as an address."""
 
+import base64
 import math
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
@@ -71,3 +72,8 @@ def memory(size: float) -> str:
 def counted(count: int, one: str, many: str | None = None) -> str:
     """A number of things: 1 row, 2 rows."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """Bytes as an address that holds its own content; `kind`: its media type."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -41,17 +41,6 @@ def every_line() -> Throttle:
     return Throttle(LINE_SECONDS, MOST_LINE_SECONDS)
 
 
-def in_words(seconds: float) -> str:
-    """A duration for people, by its two largest units: `1 h 12 min`, `45 s`."""
-    minutes = round(seconds / 60)
-    if seconds < 59.5:
-        return f"{max(1, round(seconds))} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    days, (hours, minutes) = minutes // 1440, divmod(minutes % 1440, 60)
-    return f"{days} d {hours} h" if days else f"{hours} h {minutes} min"
-
-
 class Progress(Protocol):
     """Shows the progress of some work."""
 

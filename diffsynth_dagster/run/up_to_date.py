@@ -89,12 +89,17 @@ def _record_of(
 def changed_exports(folder: Path, record: RunRecord) -> list[Path]:
     """The logs, pictures and clips of a finished training that are missing or were changed. That is
     no reason to train again, because nothing is made from them."""
-    paths = {folder / name: digest for name, digest in record.beside.items()}
+    return changed_files(folder, record.beside)
+
+
+def changed_files(folder: Path, digests: Mapping[str, str]) -> list[Path]:
+    """The files that are missing or were changed, of some of a folder's (name → digest)."""
+    paths = {folder / name: digest for name, digest in digests.items()}
     return [p for p, digest in paths.items() if not p.is_file() or digest_file(p) != digest]
 
 
 def say_changed(paths: Sequence[Path]) -> str:
-    """The message for the files of `changed_exports`."""
+    """The message for files that are for people to look at: see `changed_exports`."""
     error = OutputError(
         "files that the training wrote for people to look at are missing or were changed since",
         where=", ".join(map(str, paths)),

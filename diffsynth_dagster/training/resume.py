@@ -16,9 +16,10 @@ from diffsynth_dagster.files import refusals, require_held
 from diffsynth_dagster.fingerprint import Fingerprint
 from diffsynth_dagster.older import is_moving
 from diffsynth_dagster.run.earlier import clear, earlier_record, finish_moving
-from diffsynth_dagster.run.record import LOGS, VERSION, RunRecord, written_files
+from diffsynth_dagster.run.record import LOGS, PICTURES, VERSION, RunRecord, written_files
 from diffsynth_dagster.run.resume_point import state_folders
 from diffsynth_dagster.run.start import parameters_of
+from diffsynth_dagster.run.up_to_date import changed_files, say_changed
 from diffsynth_dagster.training.batches import StepDataset
 from diffsynth_dagster.training.setup import TrainingState
 from diffsynth_dagster.training.state import Notes, WrittenState, read_state
@@ -258,7 +259,8 @@ def _with_what_is_left(
     warn: Callable[[str], None],
     changed: Sequence[str] = (),
 ) -> WrittenState:
-    """The state, with a record that names only checkpoints that still exist.
+    """The state, with a record that names only checkpoints that still exist. Samples that are missing or
+    were changed are said, and not made again.
 
     Args:
         may_be_gone: whether older checkpoints are removed for newer ones, so that it is no surprise
@@ -271,6 +273,10 @@ def _with_what_is_left(
     removed = [name for name in gone if name not in best] if not may_be_gone else []
     if removed:
         warn(f"{', '.join(removed)} were removed since, and are not made again")
+    beside = record.get("beside", {})  # states of before do not have it
+    samples = {name: beside[name] for name in beside if name.startswith(f"{PICTURES}/")}
+    if changed_samples := changed_files(output, samples):
+        warn(say_changed(changed_samples))
     without = {*gone, *changed}
     left = {
         "checkpoints": {n: d for n, d in record["checkpoints"].items() if n not in without},

@@ -247,6 +247,7 @@ def test_direct_distillation_of_experts_is_refused(values: dict[str, Any]) -> No
         assert "direct_distill follows the samples through all timesteps" in words
 
 
+@pytest.mark.soak
 def test_two_processes_train_both(values: dict[str, Any], tmp_path: Path) -> None:
     """Each step of both processes goes to one expert, whose gradients they share."""
     given = {**values, "offload_idle_denoiser": True}
