@@ -44,6 +44,10 @@ OPEN = 222
 """Pixels that are free of Dagster's "Show more" where a description is longer."""
 HELD_OUT = (0xD0, 0x65, 0x1B)
 """The colour of its curve."""
+SHOW_CURVE = """[...document.querySelectorAll("tr")].find(
+    (row) => row.innerText.startsWith("loss_curve")).querySelector("a").click()"""
+CURVE_SHOWN = """const image = document.querySelector("img[src^='data:image/svg+xml']");
+    return image && image.naturalWidth"""
 EDGES = "return document.querySelectorAll('svg:has(marker[id^=arrow]) > path').length"
 PLOTTED = "return document.querySelectorAll('canvas').length > 0"
 CAN_LAUNCH = """return [...document.querySelectorAll("button:enabled")].some(
@@ -151,6 +155,10 @@ def test_the_page_of_checkpoints_opens_with_samples_and_curves(window: Window) -
     wait_for(lambda: window.browser.run(PLOTTED), 30, "the losses are plotted")
     window.browser.show("held_out_loss")
     window.keep("loss")
+    window.browser.click("Table")
+    window.browser.wait("loss_curve")
+    window.browser.run(SHOW_CURVE)
+    assert wait_for(lambda: window.browser.run(CURVE_SHOWN), 30, "the curve is shown") == 640
 
 
 @pytest.fixture(scope="module")
