@@ -72,10 +72,19 @@ def remove_leftovers(folder: Path) -> None:
         match = _HIDDEN.fullmatch(path.name)
         if match is not None:
             with contextlib.suppress(OSError):  # removed by another process, or not ours
-                # A process id may be in use again by now; then the file stays until it is old.
-                old = time.time() - path.stat().st_mtime > _OLD_S
-                if old or (match[1] == _host() and not psutil.pid_exists(int(match[2]))):
+                written = path.stat().st_mtime
+                ours = match[1] == _host()
+                if time.time() - written > _OLD_S or (ours and _ended(int(match[2]), written)):
                     remove(path)
+
+
+def _ended(process: int, written: float) -> bool:
+    """Whether the process with this id that wrote something at a time has ended. Ids are given again:
+    in a container that is started anew, to the same program."""
+    try:
+        return psutil.Process(process).create_time() > written + 1  # times are rounded
+    except psutil.NoSuchProcess:
+        return True
 
 
 _HELD: dict[Path, Callable[[], None]] = {}

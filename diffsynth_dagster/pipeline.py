@@ -32,7 +32,7 @@ from diffsynth_dagster.training.encoded_data import (
 from diffsynth_dagster.training.loop import train
 from diffsynth_dagster.training.memory import Memory
 from diffsynth_dagster.training.parallel import Parallel
-from diffsynth_dagster.training.resume import choose_state, going_on
+from diffsynth_dagster.training.resume import choose_state, going_on, require_going_on
 from diffsynth_dagster.training.setup import Inputs, make_models
 from diffsynth_dagster.weights.hub import ModelHub
 from diffsynth_dagster.weights.identify import find_model
@@ -62,6 +62,9 @@ def run_locked(
     DECODING.megapixels = config.decode_megapixels
     require_writable(Path(config.output_path), "output_path")
     require_writable(Path(config.cache_path), "cache_path")
+    if not config.encodes_only:
+        # Asked again, with the content of all files, when everything is encoded: see `choose_state`.
+        parallel.from_main(lambda: require_going_on(config))
     fact_cache = fact_cache_of(config.cache_path)
 
     # The data first: the model files may have to be downloaded.

@@ -11,7 +11,7 @@ import pytest
 
 from diffsynth_dagster.run import progress
 from diffsynth_dagster.run.events import Encoding, Started, StepMetrics
-from diffsynth_dagster.run.progress import Throttle
+from diffsynth_dagster.run.progress import ProgressLines, Throttle
 from diffsynth_dagster.run.reporting import TerminalReporter
 from resources.console import ConsoleHandler
 from resources.executor import is_temporary
@@ -86,6 +86,18 @@ def test_progress_in_a_terminal_is_a_bar(
     assert "\r" in text
     assert "10/10" in text
     assert "loss=0.5000" in text
+
+
+def test_time_that_is_left_after_going_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps that were made before took none of it."""
+    clock = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock))
+    lines = ProgressLines("train", 10_000, "step", 9_000)
+    clock = 60.0
+    lines.reached(9_060, {})
+    assert capsys.readouterr().err == "train: step 9060 of 10000, 01:00 passed, 15:40 left\n"
 
 
 def test_a_long_work_is_reported_less_often(monkeypatch: pytest.MonkeyPatch) -> None:

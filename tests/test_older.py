@@ -321,7 +321,7 @@ def test_an_unfinished_training_is_moved_where_that_is_asked_for(
     (first,) = older_runs(run)
     words = r"warning: an unfinished training of .* \(step 4 of 6; the newest state is that after step 4\)"
     assert re.search(rf"{words} is now in {first}", capsys.readouterr().err)
-    assert len(before) == 3  # two epochs and a state
+    assert len(before) == 4  # two epochs with their states
     for path, content in before.items():
         assert (first / path.relative_to(run)).read_bytes() == content
 

@@ -201,6 +201,17 @@ def test_a_finished_training_ends_at_once(
     assert contents(run) == undisturbed
 
 
+@pytest.mark.parametrize(("save_steps", "last"), [(3, 3), (None, 4)])
+def test_each_checkpoint_has_a_state(
+    values: Values, tmp_path: Path, save_steps: int | None, last: int
+) -> None:
+    """So a kill costs no more than what came after it."""
+    config = values(**{**LONG, "save_steps": save_steps}, output_path=str(tmp_path / "run"))
+    stop_after(config, 5)
+    shutil.rmtree(tmp_path / "run" / "state" / "step-5")  # a kill leaves none
+    assert go_on(config).resumed_from == [last]
+
+
 def test_samples_that_were_changed_are_named_and_not_made_again(
     values: Values,
     tmp_path: Path,
@@ -273,7 +284,7 @@ def test_a_damaged_state_is_named_and_an_older_one_taken(
 def test_a_checkpoint_that_was_changed_is_made_again(
     values: Values, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
-    config = values(**LONG, output_path=str(tmp_path / "run"), state_steps=2)
+    config = values(**LONG, output_path=str(tmp_path / "run"), state_steps=2, state_keep=3)
     stop_after(config, 4)
     (tmp_path / "run" / "step-3.safetensors").write_bytes(b"something else")
     record = go_on(config)

@@ -1,6 +1,7 @@
 """The store: whole or not there, safe for several writers, and read by key alone."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import psutil
 import pytest
 import torch
 from conftest import ROOT, Values, train_to_end, why_refused, write_images
@@ -22,7 +24,7 @@ from diffsynth_dagster.cache.shards import tensor_digest
 from diffsynth_dagster.cache.store import Store
 from diffsynth_dagster.cache.upkeep import collect, statistics, verify
 from diffsynth_dagster.errors import StoreError
-from diffsynth_dagster.files import hidden_beside, write_tensors, write_text
+from diffsynth_dagster.files import hidden_beside, remove_leftovers, write_tensors, write_text
 
 
 def fill(store: Store, keys: list[str]) -> None:
@@ -170,6 +172,18 @@ def test_gc_drops_what_no_run_folder_uses(
     train_to_end(small, tmp_path / "b", "--task", "sft:train")
     assert maintain(["stats", "--cache_path", str(path)]) == 0
     assert str(tmp_path / "b") in capsys.readouterr().out
+
+
+def test_what_a_process_with_our_number_left_is_removed(tmp_path: Path) -> None:
+    """In a container that is started anew, processes have the numbers of those before."""
+    left, ours = hidden_beside(tmp_path / "a"), hidden_beside(tmp_path / "b")
+    for path in (left, ours):
+        path.write_bytes(b"half")
+    began = psutil.Process().create_time()
+    os.utime(left, (began - 60, began - 60))
+    remove_leftovers(tmp_path)
+    assert not left.exists()
+    assert ours.exists()
 
 
 def test_gc_of_a_moved_store_keeps_what_is_used(

@@ -62,7 +62,7 @@ class OutputParameters(BaseModel):
     )
     state_minutes: float = parameter(
         15.0,
-        "Minutes between two resumable states; 0 switches this off.",
+        "Minutes between two resumable states, which are also written with each checkpoint; 0: no state, but for state_steps.",
         affects="nothing",
         ge=0.0,
     )

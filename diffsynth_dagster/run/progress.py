@@ -54,10 +54,14 @@ class Progress(Protocol):
 
 
 class ProgressBar:
-    """A bar that is redrawn in place, for a terminal."""
+    """A bar that is redrawn in place, for a terminal.
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        self._bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True)
+    Args:
+        first: how many items were done before; they took none of the time that is shown.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, first: int = 0) -> None:
+        self._bar = tqdm(total=total, initial=first, desc=title, unit=unit, dynamic_ncols=True)
 
     def reached(self, done: int, facts: dict[str, str]) -> None:
         """See `Progress`."""
@@ -71,10 +75,14 @@ class ProgressBar:
 
 
 class ProgressLines:
-    """A plain line now and then, for a file or a pipe, where nothing can be redrawn."""
+    """A plain line now and then, for a file or a pipe, where nothing can be redrawn.
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        self._title, self._total, self._unit = title, total, unit
+    Args:
+        first: see `ProgressBar`.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, first: int = 0) -> None:
+        self._title, self._total, self._unit, self._first = title, total, unit, first
         self._every = every_line()
         self._began = time.monotonic()
 
@@ -84,7 +92,8 @@ class ProgressLines:
             return
         seconds = time.monotonic() - self._began
         # Assumes that the remaining items take as long as those so far.
-        left = tqdm.format_interval(seconds / max(done, 1) * (self._total - done))
+        each = seconds / max(done - self._first, 1)
+        left = tqdm.format_interval(each * (self._total - done))
         parts = [
             f"{self._title}: {self._unit} {done} of {self._total}",
             *(f"{name} {value}" for name, value in facts.items()),

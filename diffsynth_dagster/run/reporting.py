@@ -93,7 +93,7 @@ class TerminalReporter(Reporter):
                         f"{stage}: {event.hits[stage]} in the store, {misses} encoded", flush=True
                     )
             case Started():
-                progress = self._begin("train", event.total_steps, "step")
+                progress = self._begin("train", event.total_steps, "step", event.first)
                 if event.line is not None:
                     tqdm.write(event.line)
                     progress.reached(event.first, {})
@@ -108,11 +108,11 @@ class TerminalReporter(Reporter):
             case _:
                 pass
 
-    def _begin(self, title: str, total: int, unit: str) -> Progress:
+    def _begin(self, title: str, total: int, unit: str, first: int = 0) -> Progress:
         self.close()
         # A bar that is redrawn would fill a log file with copies of itself.
         kind = ProgressBar if sys.stderr.isatty() else ProgressLines
-        self._progress = kind(title, total, unit)
+        self._progress = kind(title, total, unit, first)
         return self._progress
 
     def _encoding(self, event: Encoding) -> None:

@@ -93,9 +93,15 @@ def changed_exports(folder: Path, record: RunRecord) -> list[Path]:
 
 
 def changed_files(folder: Path, digests: Mapping[str, str]) -> list[Path]:
-    """The files that are missing or were changed, of some of a folder's (name → digest)."""
-    paths = {folder / name: digest for name, digest in digests.items()}
-    return [p for p, digest in paths.items() if not p.is_file() or digest_file(p) != digest]
+    """The files that are missing, unreadable or were changed, of some of a folder's (name → digest)."""
+    return [folder / name for name in digests if _digest(folder / name) != digests[name]]
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return digest_file(path) if path.is_file() else None
+    except OSError:
+        return None
 
 
 def say_changed(paths: Sequence[Path]) -> str:

@@ -73,7 +73,7 @@ def _train(training: TrainingState) -> RunRecord:
     points = SavePoints(config, order.steps_per_epoch, max(planned, training.total_steps))
     checkpoints = Checkpoints(points)
     checkpoints.warn_of_space(training)
-    states = States(training)
+    states = States(training, points)
     held_out = HeldOut(training, points)
     beside: list[Periodic] = [held_out, checkpoints]
     beside.append(SamplePictures(points, pictures, config.sample_steps))

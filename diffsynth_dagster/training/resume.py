@@ -1,5 +1,6 @@
 """Going on from a state of the run folder: which state, and whether it is of the same training."""
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -150,7 +151,7 @@ def require_going_on(
     # The training first finishes an interrupted move to older/, after which no state is left.
     for _, folder in [] if is_moving(output) else state_folders(output):
         try:
-            state = read_state(folder)
+            state = read_state(folder, tensors=False)
         except DamagedError:
             continue
         if config.resume == "same" or (is_finished and config.resume == "auto"):
@@ -318,6 +319,14 @@ class Logs:
 
     def __init__(self, output: Path) -> None:
         self._read = {output / name: (0, blake3()) for name in LOGS}
+
+    def flush(self) -> None:
+        """Let what the logs hold reach the disk, as the states that tell of it do. Raises `OutputError`."""
+        for path in self._read:
+            with refusals("a log of the training cannot be written", path):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
 
     def positions(self) -> dict[str, Any]:
         """Name of each log that exists → its size in bytes, and their digest."""

@@ -117,8 +117,11 @@ class PackedState:
         return write_folder(run_folder / FOLDER / f"step-{self.step}", write, self.size)
 
 
-def read_state(folder: Path) -> WrittenState:
+def read_state(folder: Path, tensors: bool = True) -> WrittenState:
     """Read the state in a folder, and check the digests of its files.
+
+    Args:
+        tensors: False: without the digest of the tensors, which may be of many gigabytes.
 
     If another version of this program wrote it with other fields, its identity equals that of no
     training.
@@ -129,7 +132,7 @@ def read_state(folder: Path) -> WrittenState:
     """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if digest_file(folder / _TENSORS) != manifest["tensors"]:
+        if tensors and digest_file(folder / _TENSORS) != manifest["tensors"]:
             raise ValueError(f"the bytes of {_TENSORS} have changed")
         packed: dict[str, Any] = manifest["state"]
         if digest_of(packed) != manifest["digest"]:
@@ -160,7 +163,7 @@ def _of_another_version(packed: Mapping[str, Any], folder: Path) -> WrittenState
     # The extra part of the identity names, in the message of a refusal, what differs.
     identity = unpack(packed.get("identity", {"dict": []}), {})
     layout = {"the layout of a state": sorted(packed)}
-    order = unpack(packed.get("order"), {})
+    order = unpack(packed.get("order"), {}) or []
     return WrittenState(0, 0, {**identity, **layout}, order, {}, 0.0, {}, folder, {})
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from diffsynth_dagster.errors import OutputError, ParameterError
 from diffsynth_dagster.files import require_held
+from diffsynth_dagster.training.periodic import SavePoints
 from diffsynth_dagster.training.resume import Logs, identity_of
 from diffsynth_dagster.training.setup import TrainingState
 from diffsynth_dagster.training.state import PackedState, State, keep_states
 
 
 class States:
-    """Writes a state every `state_steps` or `state_minutes`, and after the last step.
+    """Writes a state every `state_steps` or `state_minutes`, with each checkpoint, and after the last
+    step.
 
     The training waits only while a state is copied; a thread writes it. If it cannot be written,
     the training goes on with a warning, and the previous state stays.
@@ -22,11 +24,11 @@ class States:
         ParameterError: `state_steps` is given, and states cannot be written.
     """
 
-    def __init__(self, training: TrainingState) -> None:
+    def __init__(self, training: TrainingState, points: SavePoints) -> None:
         config, parallel = training.inputs.config, training.inputs.parallel
         self._every = config.state_steps
         self._seconds = config.state_minutes * 60
-        self._total = training.total_steps
+        self._points, self._total = points, training.total_steps
         self._writes = config.writes_states and parallel.can_save_state
         if self._every is not None and not self._writes:
             raise ParameterError(
@@ -65,7 +67,9 @@ class States:
         self._warn()
         if not self._writes or step == 0:
             return False
-        return step == self._total or (self._every is not None and step % self._every == 0)
+        if step == self._total or self._points.name(step) is not None:
+            return True
+        return self._every is not None and step % self._every == 0
 
     def run(self, training: TrainingState, step: int, done: int) -> None:
         """Copy the state after a step, and start writing it. Collective.
@@ -114,6 +118,7 @@ class States:
 
         def write() -> None:
             try:
+                self._logs.flush()
                 packed.write(self._output)
             except OutputError as error:
                 self._failed.append(f"the state after step {step} is not written: {error.what}")
