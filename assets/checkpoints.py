@@ -164,10 +164,12 @@ def _launch(
 
 
 def _began(context: dg.AssetExecutionContext, recipe: Recipe, folder: Path) -> bool:
-    """Whether an earlier try of this step already began the training.
+    """Whether an earlier try of this step already began the training: in this run, or in the one that
+    ended early and is executed again.
 
     It did if the record in the run folder differs from the one at the start of the run. The digest
-    of that one is kept in a tag of the run, which all tries share.
+    of that one is kept in a tag of the run, which all tries share, and which Dagster copies where it
+    executes a run again.
     """
     from diffsynth_dagster.facts import digest_file
     from diffsynth_dagster.run.record import FILE_NAME
@@ -177,10 +179,18 @@ def _began(context: dg.AssetExecutionContext, recipe: Recipe, folder: Path) -> b
     run = context.instance.get_run_by_id(context.run.run_id)
     before = run.tags.get(tag) if run is not None else None
     # The first try (or a first try that died before this line) only notes the record.
-    if context.retry_number == 0 or before is None:
+    if before is None or (context.retry_number == 0 and not _ended_early(context)):
         context.instance.add_run_tags(context.run.run_id, {tag: digest})
         return False
     return before != digest
+
+
+def _ended_early(context: dg.AssetExecutionContext) -> bool:
+    """Whether this run is executed in place of one that failed or was cancelled."""
+    before = context.run.parent_run_id
+    run = None if before is None else context.instance.get_run_by_id(before)
+    ended_early = (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+    return run is not None and run.status in ended_early
 
 
 def _resume(config: TrainingConfig, retrain: bool, began: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+import torch
 from conftest import Values, make_config, train_to_end
 from dagster_support import (
     environment,
@@ -57,6 +58,57 @@ def told(folder: Path) -> dict[str, Any]:
         assert event is not None
         assert event.asset_materialization is not None
         return dict(event.asset_materialization.metadata)
+
+
+class FailsForNow(torch.optim.AdamW):
+    """An optimizer that fails in its third step while there is a file."""
+
+    made = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.made += 1
+        if self.made == 3 and Path(os.environ["FAILS_WHILE"]).exists():
+            raise RuntimeError("it fails for now")
+        return super().step(closure)
+
+
+def test_a_run_that_is_executed_again_goes_on_with_what_it_began(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it trains without a reason: `retrain`. A new run with that begins anew."""
+    fails = tmp_path / "fails"
+    fails.touch()
+    monkeypatch.setenv("FAILS_WHILE", str(fails))
+    config = values(num_epochs=2, customized_optimizer="test_dagster_resume.FailsForNow")
+    folder, run = tmp_path / "recipes", tmp_path / "run"
+    write_recipe(folder, "tiny", {**config, "output_path": str(run), "retries": 0})
+    named: Any = (str(folder), "train_tiny")
+    job_of_recipe = dg.build_reconstructable_job("dagster_support", "make_job", named)
+
+    def execute_job(**again: Any) -> dg.DagsterRun:
+        given: Any = {"run_config": {"retrain": True}, "raise_on_error": False, **again}
+        with dg.execute_job(job_of_recipe, instance, **given) as result:
+            return result.dagster_run
+
+    def resumed_from() -> list[int]:
+        return json.loads((run / "run.json").read_text())["resumed_from"]
+
+    with (
+        dg.DagsterInstance.from_config(str(home(tmp_path / "home"))) as instance,
+        forked_launches(),
+    ):
+        first = execute_job()
+        assert first.status == dg.DagsterRunStatus.FAILURE
+        fails.unlink()
+        tags = instance.get_run_by_id(first.run_id).tags  # as Dagster copies them
+        again = dg.ReexecutionOptions(parent_run_id=first.run_id)
+        second = execute_job(tags=tags, reexecution_options=again)
+        assert second.parent_run_id == first.run_id
+        assert second.status == dg.DagsterRunStatus.SUCCESS
+        assert resumed_from() == [2]
+        again = dg.ReexecutionOptions(parent_run_id=second.run_id)
+        assert execute_job(tags=tags, reexecution_options=again).is_success
+        assert resumed_from() == []
 
 
 @pytest.mark.soak
